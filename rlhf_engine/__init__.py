@@ -1,0 +1,1 @@
+"""Training a language model from demonstrations to PPO on one shared backbone."""

@@ -1,0 +1,250 @@
+"""Every setting of a run: frozen dataclasses, YAML in and out.
+
+`load_config(path, overrides=["ppo.kl_coef=0.05"])` reads a file, applies command-line overrides and checks names,
+types and ranges. Defaults are InstructGPT's where the paper gives a value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlhf_engine.schema import Count, NonNegative, Positive, PositiveShare, Section, Share, WholeNumber
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The causal language model that the policy starts from."""
+
+    path: str | None = None
+    """Folder of a Hugging Face causal LM and its tokenizer; None where an earlier stage makes the model."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation that transformers is asked for."""
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Positive = 1e-5
+    """Peak learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of the first and second moments."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
+    warmup_steps: WholeNumber = 0
+    """Optimiser steps over which the learning rate climbs linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up, down to `final_lr_share` at the last step."""
+    final_lr_share: Share = 0.1
+    """Share of `lr` left at the last step of a linear or cosine schedule."""
+    max_grad_norm: Positive | None = 1.0
+    """Global gradient norm above which gradients are scaled down; None leaves them alone."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Where the records come from."""
+
+
+@dataclass(frozen=True)
+class SFTConfig(Section):
+    """Supervised fine-tuning on demonstrations."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser of this stage."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(Section):
+    """Training of the reward model on rankings."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser of this stage."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Section):
+    """How responses are sampled."""
+
+    max_prompt_tokens: Count = 512
+    """Longest prompt; a longer one is refused, never cut in silence."""
+    max_response_tokens: Count = 256
+    """Token budget of a response, EOS included."""
+    temperature: Positive = 1.0
+    """Divides the logits, in sampling and in the loss alike."""
+    top_k: Count | None = None
+    """Sample among the k likeliest tokens; None keeps all."""
+    top_p: PositiveShare | None = None
+    """Sample among the likeliest tokens that hold this probability mass; None keeps all."""
+    min_p: Share | None = None
+    """Sample among tokens at least this share as likely as the likeliest; None keeps all."""
+    batch_size: Count = 64
+    """Most sequences that are decoded together."""
+
+
+@dataclass(frozen=True)
+class PPOConfig(Section):
+    """PPO on a token-level environment with the score at the end (InstructGPT, section 3.5)."""
+
+    updates: Count = 100
+    """Outer iterations: collect, score, advantages, update."""
+    rollout_batch: Count = 512
+    """Sequences collected for one update."""
+    minibatch: Count = 64
+    """Sequences of one optimiser step."""
+    microbatch: Count = 16
+    """Sequences of one forward and backward pass; changes memory and speed, not the gradient."""
+    ppo_epochs: Count = 1
+    """Passes over the rollout batch."""
+    kl_coef: NonNegative = 0.02
+    """beta, the weight of KL(policy || reference) in every token's reward."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Estimator of that KL."""
+    gamma: Share = 1.0
+    """Discount of rewards."""
+    lam: Share = 0.95
+    """lambda of generalised advantage estimation."""
+    score_clip: Positive | None = None
+    """Scores are clipped to [-score_clip, score_clip]; None leaves them alone."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Taken off the score of a response that ran out of budget before EOS."""
+    whiten_rewards: bool = False
+    """Divide the rewards of the batch by their standard deviation."""
+    whiten_advantages: bool = True
+    """Give the advantages of the batch mean 0 and variance 1."""
+    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient"] = "clip"
+    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, or plain policy gradient."""
+    cliprange: Positive = 0.2
+    """epsilon of the clipped surrogate."""
+    cliprange_high: Positive | None = None
+    """Upper epsilon where it differs from `cliprange`."""
+    dual_clip: Positive | None = None
+    """Bound c > 1 on the ratio's loss when the advantage is negative; None turns it off."""
+    log_ratio_clamp: Positive | None = None
+    """Log-ratios are clamped to [-log_ratio_clamp, log_ratio_clamp]; None leaves them alone."""
+    old_kl_coef: NonNegative = 0.0
+    """Weight of KL(old || new) in the objective `kl_penalty`."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Whether a ratio belongs to a token or (length-normalised) to its sequence."""
+    cliprange_value: Positive | None = 0.2
+    """Clip of the new value around the old one; None turns it off."""
+    vf_coef: NonNegative = 0.1
+    """Weight of the value loss."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"] = "token_mean"
+    """How per-token losses of a minibatch become one number."""
+    old_logprobs: Literal["sampled", "rescored"] = "sampled"
+    """Whose log-probs are the old policy's: those of sampling, or of one more forward pass of the learner."""
+    importance_cap: Positive | None = None
+    """Cap of the weight pi / pi_sampling of a token when top_k, top_p or min_p is set; None gives every token 1."""
+    checkpoint_every: WholeNumber = 0
+    """Updates between checkpoints; 0 writes one at the end only."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
+    """Optimiser of this stage."""
+
+    def check(self) -> None:
+        """Batches divide each other, so that every optimiser step sees the same number of sequences."""
+        if self.rollout_batch % self.minibatch:
+            raise ValueError(f"minibatch: got {self.minibatch}, expected a divisor of rollout_batch {self.rollout_batch}")
+        if self.microbatch > self.minibatch:
+            raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            raise ValueError(f"dual_clip: got {self.dual_clip}, expected a number above 1")
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """A whole run: where it happens and the settings of every stage."""
+
+    seed: WholeNumber = 0
+    """Seed of initialisation, data order and sampling."""
+    output_dir: str = "runs/default"
+    """Folder that receives checkpoints, metrics and plots."""
+    device: str = "cpu"
+    """torch device of the models, such as cpu or cuda:0."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Backend of the rlhf_kernels operations."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The language model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data set."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """Supervised fine-tuning."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The reward model."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Reinforcement learning."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that `1e-5` is a number and not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, or the defaults if `path` is None, and apply overrides such as `ppo.optim.lr=1e-5` in order.
+
+    Raises ValueError naming the file and key for YAML that does not parse, an unknown key, a wrong type, a value out
+    of range or an override without `=`.
+    """
+    given = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(given, override)
+    source = ", ".join(filter(None, [str(path or ""), " ".join(overrides)]))
+    try:
+        return RunConfig.from_dict(given)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from None
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write `config` as YAML that `load_config` reads back to an equal config."""
+    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        given = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"{path}: got {type(given).__name__}, expected a mapping of keys to values")
+    return given or {}
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: not valid YAML: {error}") from None
+    *parents, name = key.split(".")
+    node = tree
+    for parent in parents:
+        # An unknown section becomes a key that RunConfig refuses by name.
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {parent!r} is not a section")
+        node = child
+    node[name] = value

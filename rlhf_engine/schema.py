@@ -1,0 +1,145 @@
+"""Checked dataclass sections: the types, ranges and spelling of a config, apart from what the config is about.
+
+A section is a frozen dataclass whose annotations say what a value may be (`Annotated[float, Range(...)]`, `Literal`,
+`T | None`, `tuple[...]`, another section). It is checked where it is made, so that a config written in Python, in a
+YAML file or on the command line is refused with the same words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number; a bound that is None does not hold."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            value == value
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most))
+        return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+
+
+Count = Annotated[int, Range(at_least=1)]
+WholeNumber = Annotated[int, Range(at_least=0)]
+Positive = Annotated[float, Range(above=0.0)]
+NonNegative = Annotated[float, Range(at_least=0.0)]
+Share = Annotated[float, Range(at_least=0.0, at_most=1.0)]
+PositiveShare = Annotated[float, Range(above=0.0, at_most=1.0)]
+
+
+class Section:
+    """Base of every config section: checks and normalises its fields on construction."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for item in fields(self):
+            value = convert(hints[item.name], getattr(self, item.name), item.name)
+            object.__setattr__(self, item.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Rules that join several fields of the section; raises ValueError."""
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any], key: str = "") -> Self:
+        """Make the section from nested dictionaries; `key` is the dotted path used in messages.
+
+        Raises ValueError for an unknown key (naming the nearest known one), a wrong type or a value out of range.
+        """
+        if not isinstance(given, dict):
+            raise ValueError(f"{key or 'config'}: got {_describe(given)}, expected a mapping of keys to values")
+        hints = get_type_hints(cls, include_extras=True)
+        known = [item.name for item in fields(cls)]
+        values = {}
+        for name, value in given.items():
+            path = f"{key}.{name}" if key else str(name)
+            if name not in known:
+                raise ValueError(unknown_key_message(path, str(name), known))
+            values[name] = convert(hints[name], value, path)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}" if key else str(error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dictionaries and lists, ready for YAML or JSON."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+
+def unknown_key_message(path: str, name: str, known: list[str]) -> str:
+    """What to say about key `name` at dotted `path` that is none of `known`."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {path!r}{hint}"
+
+
+def convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the annotation `hint` wants it (int to float, list to tuple, dict to section), or ValueError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _in_range(convert(arguments[0], value, key), arguments[1], key)
+    if origin in (Union, types.UnionType):
+        return _optional(arguments, value, key)
+    if origin is Literal:
+        # `True == 1`, so the type counts as well.
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):
+            raise ValueError(f"{key}: got {_describe(value)}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        return _tuple(arguments, value, key)
+    if is_dataclass(hint):
+        return value if isinstance(value, hint) else hint.from_dict(value, key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise ValueError(f"{key}: got {_describe(value)}, expected {hint.__name__}")
+
+
+def _in_range(value: Any, bounds: Range, key: str) -> Any:
+    if value not in bounds:
+        raise ValueError(f"{key}: got {value!r}, expected a number {bounds}")
+    return value
+
+
+def _optional(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
+    inner = [argument for argument in arguments if argument is not types.NoneType]
+    assert len(inner) == 1, f"{key}: a config field may be one type or that type and None"
+    return None if value is None else convert(inner[0], value, key)
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{key}: got {_describe(value)}, expected a list")
+    if arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(value) != len(arguments):
+        raise ValueError(f"{key}: got {len(value)} values, expected {len(arguments)}")
+    return tuple(
+        convert(hint, item, f"{key}[{index}]") for index, (hint, item) in enumerate(zip(arguments, value, strict=True))
+    )
+
+
+def _describe(value: Any) -> str:
+    return "null" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.to_dict()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,84 @@
+"""Config: what is accepted, what is refused and in which words."""
+
+import ast
+import inspect
+
+import pytest
+
+from rlhf_engine import config
+from rlhf_engine.config import OptimConfig, PPOConfig, RunConfig, load_config, save_config
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_round_trip(tmp_path):
+    original = RunConfig(seed=3, ppo=PPOConfig(kl_coef=0.05, cliprange_high=0.3, optim=OptimConfig(betas=(0.8, 0.9))))
+    save_config(original, tmp_path / "run.yaml")
+    assert load_config(tmp_path / "run.yaml") == original
+
+
+def test_exponent_without_a_dot_is_a_number(tmp_path):
+    assert load_config(write(tmp_path, "ppo: {optim: {lr: 3e-6}}")).ppo.optim.lr == 3e-6
+    assert load_config(None, ["ppo.optim.lr=3e-6"]).ppo.optim.lr == 3e-6
+
+
+def test_overrides_apply_in_order_after_the_file(tmp_path):
+    path = write(tmp_path, "seed: 1\nppo: {rollout_batch: 32}")
+    loaded = load_config(path, ["seed=2", "seed=3", "ppo.minibatch=8", "ppo.microbatch=4", "rollout.top_k=null"])
+    assert (loaded.seed, loaded.ppo.rollout_batch, loaded.ppo.minibatch, loaded.rollout.top_k) == (3, 32, 8, None)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("ppo: {kl_coeff: 0.1}", ["run.yaml", "'ppo.kl_coeff'", "'kl_coef'"]),
+        ("ppoo: {}", ["'ppoo'", "'ppo'"]),
+        ("ppo: {kl_coef: high}", ["ppo.kl_coef", "'high' (str)", "float"]),
+        ("ppo: {kl_coef: true}", ["ppo.kl_coef", "True (bool)", "float"]),
+        ("ppo: {ppo_epochs: 1.5}", ["ppo.ppo_epochs", "1.5 (float)", "int"]),
+        ("ppo: {lam: 1.5}", ["ppo.lam", "1.5", "at least 0 and at most 1"]),
+        ("ppo: {kl_coef: .nan}", ["ppo.kl_coef", "nan", "at least 0"]),
+        ("ppo: {objective: clop}", ["ppo.objective", "'clop'", "'clip'"]),
+        ("ppo: {optim: {betas: [0.9]}}", ["ppo.optim.betas", "1 values", "2"]),
+        ("ppo: 3", ["ppo", "3 (int)", "mapping"]),
+        ("seed: null", ["seed", "null", "int"]),
+        ("rollout: {temperature: 0}", ["rollout.temperature", "above 0"]),
+        ("ppo: {rollout_batch: 100}", ["ppo", "minibatch", "64", "100"]),
+        ("- 1", ["run.yaml", "list", "mapping"]),
+        ("a: [1", ["run.yaml", "not valid YAML"]),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, text, words):
+    with pytest.raises(ValueError) as caught:
+        load_config(write(tmp_path, text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("override, word", [("seed", "section.key=value"), ("seed.x=1", "section"), ("ppo.lr=1", "'ppo.lr'")])
+def test_a_bad_override_is_refused(tmp_path, override, word):
+    with pytest.raises(ValueError, match=word):
+        load_config(write(tmp_path, "seed: 1"), [override])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.yaml: no such config file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_sections_made_in_python_are_checked_too():
+    with pytest.raises(ValueError, match="kl_coef: got -1.0"):
+        PPOConfig(kl_coef=-1)
+
+
+def test_every_field_has_a_docstring():
+    for section in ast.parse(inspect.getsource(config)).body:
+        if isinstance(section, ast.ClassDef):
+            for statement, following in zip(section.body, section.body[1:] + [ast.Pass()]):
+                if isinstance(statement, ast.AnnAssign):
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value.value, str)
+                    assert documented, f"{section.name}.{statement.target.id}"
