@@ -154,7 +154,9 @@ class PPOConfig(Section):
     def check(self) -> None:
         """Batches divide each other, so that every optimiser step sees the same number of sequences."""
         if self.rollout_batch % self.minibatch:
-            raise ValueError(f"minibatch: got {self.minibatch}, expected a divisor of rollout_batch {self.rollout_batch}")
+            raise ValueError(
+                f"minibatch: got {self.minibatch}, expected a divisor of rollout_batch {self.rollout_batch}"
+            )
         if self.microbatch > self.minibatch:
             raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
