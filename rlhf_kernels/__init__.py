@@ -1,0 +1,39 @@
+"""Fused PPO maths for language models: one function from hidden states to the whole objective, and everything around it."""
+
+from .ops import (
+    gae,
+    group_advantages,
+    kl_penalty,
+    linear_ppo_loss,
+    linear_token_logprobs,
+    logits_ppo_loss,
+    masked_mean,
+    masked_whiten,
+    ppo_loss,
+    rollout_advantages,
+    sample_tokens,
+    token_logprobs,
+)
+from .types import METRICS, Advantages, PPOLoss, RolloutAdvantages, SampledTokens, TokenLogprobs, explained_variance
+
+__all__ = [
+    "METRICS",
+    "Advantages",
+    "PPOLoss",
+    "RolloutAdvantages",
+    "SampledTokens",
+    "TokenLogprobs",
+    "explained_variance",
+    "gae",
+    "group_advantages",
+    "kl_penalty",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
+    "logits_ppo_loss",
+    "masked_mean",
+    "masked_whiten",
+    "ppo_loss",
+    "rollout_advantages",
+    "sample_tokens",
+    "token_logprobs",
+]

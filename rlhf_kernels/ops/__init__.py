@@ -1,0 +1,28 @@
+"""The public functions: arguments checked once, then the backend that serves them."""
+
+from .gae import gae
+from .group_advantages import group_advantages
+from .kl_penalty import kl_penalty
+from .linear_ppo_loss import linear_ppo_loss
+from .linear_token_logprobs import linear_token_logprobs
+from .logits_ppo_loss import logits_ppo_loss
+from .masked import masked_mean, masked_whiten
+from .ppo_loss import ppo_loss
+from .rollout_advantages import rollout_advantages
+from .sample_tokens import sample_tokens
+from .token_logprobs import token_logprobs
+
+__all__ = [
+    "gae",
+    "group_advantages",
+    "kl_penalty",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
+    "logits_ppo_loss",
+    "masked_mean",
+    "masked_whiten",
+    "ppo_loss",
+    "rollout_advantages",
+    "sample_tokens",
+    "token_logprobs",
+]

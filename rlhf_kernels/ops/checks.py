@@ -1,0 +1,123 @@
+"""The public boundary: users' mistakes become a ValueError that names the argument, what came and what was expected.
+
+Only metadata is read, so that nothing here makes a GPU wait or breaks a compiled graph; values are looked at on CPU alone.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape(x: Tensor) -> str:
+    return f"({', '.join(map(str, x.shape))})"
+
+
+def tensor(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str, dtypes=FLOATS) -> None:
+    """`x` is a tensor of `expected` shape (described by `what`), on the device of `like`, of one of `dtypes`."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor of shape {what}")
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name}: got shape {shape(x)}, expected {tuple(expected)} = {what}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: got device {x.device}, expected {like.device}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name}: got dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
+def mask(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str) -> None:
+    tensor(name, x, like=like, expected=expected, what=what, dtypes=(torch.bool,))
+
+
+def floating(name: str, x: Tensor, *, dims: tuple[int, ...], what: str) -> None:
+    """`x` is a floating point tensor with one of `dims` dimensions."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor of shape {what}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name}: got dtype {x.dtype}, expected a floating point tensor")
+    if x.dim() not in dims:
+        raise ValueError(f"{name}: got shape {shape(x)}, expected {what}")
+
+
+def choice(name: str, x: str, options: tuple[str, ...]) -> None:
+    if x not in options:
+        raise ValueError(f"{name}: got {x!r}, expected one of {options}")
+
+
+def number(
+    name: str, x: float | None, *, above: float | None = None, least: float | None = None, most: float | None = None
+):
+    """A number within its range; None, a tensor or a symbolic number passes."""
+    if x is None or not isinstance(x, int | float):
+        return
+    if above is not None and not x > above:
+        raise ValueError(f"{name}: got {x}, expected a number above {above}")
+    if least is not None and not x >= least:
+        raise ValueError(f"{name}: got {x}, expected at least {least}")
+    if most is not None and not x <= most:
+        raise ValueError(f"{name}: got {x}, expected at most {most}")
+
+
+def temperature(x: float | Tensor, *, like: Tensor, expected: tuple[int, ...]) -> None:
+    if not isinstance(x, Tensor):
+        number("temperature", x, above=0)
+        return
+    tensor("temperature", x, like=like, expected=expected, what="one temperature a token")
+    if values_visible(x) and not bool((x > 0).all()):
+        raise ValueError(f"temperature: got {x.min().item()} among its values, expected all above 0")
+
+
+def ids(x: Tensor, *, like: Tensor, expected: tuple[int, ...], vocabulary: int, where: Tensor | None = None) -> None:
+    """Ids inside [0, V) wherever the mask counts them."""
+    tensor("ids", x, like=like, expected=expected, what="one id a token", dtypes=(torch.int64, torch.int32))
+    if not values_visible(x):
+        return
+    outside = (x < 0) | (x >= vocabulary)
+    if where is not None:
+        outside = outside & where
+    if bool(outside.any()):
+        raise ValueError(
+            f"ids: got {x[outside][0].item()}, expected ids in [0, {vocabulary}) wherever the mask is True"
+        )
+
+
+def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool = True) -> int:
+    """The number of sequences of a token tensor: [B, T], or [N] with cu_seqlens."""
+    if cu_seqlens is None:
+        if x.dim() == 2:
+            return x.shape[0]
+        if x.dim() == 1 and not needed:
+            return 1
+        raise ValueError(f"{name}: got shape {shape(x)}, expected [B, T], or [N] together with cu_seqlens")
+    if x.dim() != 1:
+        raise ValueError(f"{name}: got shape {shape(x)} together with cu_seqlens, expected [N]")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.dtype} of shape {shape(cu_seqlens)}, expected int32 of shape (B + 1,)"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens: got device {cu_seqlens.device}, expected {x.device}")
+    if values_visible(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != x.numel() or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"cu_seqlens: got {ends}, expected 0 <= ... <= {x.numel()}, from 0 to N and never falling")
+    return cu_seqlens.numel() - 1
+
+
+def values_visible(x: Tensor) -> bool:
+    """Whether looking at values costs nothing: an eager CPU tensor."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Constants of an op: detached, in float32 (float64 stays)."""
+    return [None if x is None else widen(x.detach()) for x in tensors]
+
+
+def widen(x: Tensor) -> Tensor:
+    """Float32, or float64 where it was: a differentiable input of an op."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def integers(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str) -> None:
+    tensor(name, x, like=like, expected=expected, what=what, dtypes=(torch.int64, torch.int32))

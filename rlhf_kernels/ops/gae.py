@@ -1,0 +1,55 @@
+"""Generalised advantage estimation on padded or packed sequences."""
+
+from torch import Tensor
+
+from .. import reference
+from ..backend import resolve
+from ..types import Advantages
+from . import checks
+
+
+def gae(
+    rewards: Tensor,  # (B, T) or (N,)
+    values: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # (B, T) or (N,), bool
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,  # (B,)
+    holes: str = "skip",
+    cu_seqlens: Tensor | None = None,  # (B + 1,), int32
+    backend: str = "auto",
+) -> Advantages:
+    """Advantages and value targets of every action.
+
+        A_t = δ_t + γλ A_{t+1},   δ_t = r_t + γ V_{t+1} - V_t,   returns_t = A_t + V_t
+
+    where t + 1 is the next action (`holes="skip"`: masked tokens between two actions are stepped over) or the next token
+    (`holes="zero"`: they count as steps of reward 0 and value 0). V behind the last action is `bootstrap`, 0 when None.
+    Where the mask is False, rewards and values are ignored and both results are 0. No gradient.
+
+    Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", eq. 16; PPO (2017) eq. 11-12.
+
+    Raises:
+        ValueError: a shape, dtype, device, range or choice that does not fit, with the argument's name.
+    """
+    checks.floating("rewards", rewards, dims=(1, 2), what="[B, T] or [N]")
+    b = checks.sequences(rewards, cu_seqlens, name="rewards")
+    like = {"like": rewards, "expected": rewards.shape, "what": "the shape of rewards"}
+    checks.tensor("values", values, **like)
+    checks.mask("mask", mask, **like)
+    check_recursion(gamma, lam, bootstrap, holes, rewards, b)
+    rewards, values, bootstrap = checks.wide(rewards, values, bootstrap)
+    name = resolve(backend, rewards)
+    assert name == "reference"
+    return reference.gae(
+        rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
+    )
+
+
+def check_recursion(gamma, lam, bootstrap, holes, like: Tensor, b: int) -> None:
+    checks.number("gamma", gamma, least=0, most=1)
+    checks.number("lam", lam, least=0, most=1)
+    checks.choice("holes", holes, ("skip", "zero"))
+    if bootstrap is not None:
+        checks.tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value a sequence")

@@ -1,0 +1,32 @@
+"""Critic-free advantages: each sample against the others of its prompt."""
+
+from torch import Tensor
+
+from .. import reference
+from ..backend import resolve
+from . import checks
+
+KINDS = ("rloo", "grpo", "dr_grpo")
+
+
+def group_advantages(
+    scores: Tensor,  # (B,)
+    groups: Tensor,  # (B,), integer: samples with the same number share a prompt
+    *,
+    kind: str = "rloo",
+    backend: str = "auto",
+) -> Tensor:  # (B,)
+    """Advantage of each sample of a group of n, float32, no gradient.
+
+    rloo: `s_i - mean(s_j, j != i)`, 0 for a group of one (Ahmadian et al. 2024, eq. 8);
+    grpo: `(s_i - mean) / (std + 1e-4)` with unbiased std (Shao et al. 2024, section 4.1.2);
+    dr_grpo: `s_i - mean` (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3).
+
+    Raises:
+        ValueError: a shape, dtype, device or kind that does not fit.
+    """
+    checks.floating("scores", scores, dims=(1,), what="[B]")
+    checks.integers("groups", groups, like=scores, expected=scores.shape, what="the shape of scores")
+    checks.choice("kind", kind, KINDS)
+    assert resolve(backend, scores) == "reference"
+    return reference.group_advantages(*checks.wide(scores), groups, kind=kind)

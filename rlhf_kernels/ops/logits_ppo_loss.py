@@ -1,0 +1,52 @@
+"""The PPO objective from logits."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from ..backend import resolve
+from ..types import PPOLoss
+from .ppo_arguments import PPOArguments
+from .token_logprobs import check_logits
+
+
+def logits_ppo_loss(
+    logits: Tensor,  # (B, T, V) or (N, V), differentiable
+    ids: Tensor,  # (B, T) or (N,)
+    old_logprobs: Tensor,  # (B, T) or (N,)
+    advantages: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # (B, T) or (N,), bool
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    backend: str = "auto",
+    **options: Any,
+) -> PPOLoss:
+    """`ppo_loss` of `token_logprobs(logits, ids)`, with the entropy of the same read of the logits.
+
+    `inplace=True` lets the gradient take the bytes of `logits`, whose values are lost. `options` are those of `ppo_loss`,
+    without `entropy`.
+
+    Raises:
+        ValueError: as `token_logprobs` and `ppo_loss`.
+    """
+    args = PPOArguments.parse("logits_ppo_loss", options)
+    check_logits(logits, ids, temperature, softcap, mask)
+    args.check(ids, old_logprobs, advantages, mask, name="ids")
+    if args.entropy is not None:
+        raise ValueError("entropy: got a tensor, expected None: this op makes the entropy itself")
+    assert resolve(backend, logits) == "reference"
+    return reference.logits_ppo_loss(
+        logits,
+        ids.long(),
+        old_logprobs,
+        advantages,
+        mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        **args.options(),
+    )

@@ -1,0 +1,79 @@
+"""From scores, log-probs and values of a rollout to advantages and value targets."""
+
+from torch import Tensor
+
+from .. import reference
+from ..backend import resolve
+from ..types import RolloutAdvantages
+from . import checks
+from .gae import check_recursion
+from .kl_penalty import ESTIMATORS
+
+
+def rollout_advantages(
+    scores: Tensor,  # (B,)
+    logprobs: Tensor,  # (B, T) or (N,)
+    ref_logprobs: Tensor,  # (B, T) or (N,)
+    values: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # (B, T) or (N,), bool
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    score_clip: float | None = None,
+    score_index: Tensor | None = None,  # (B,), int64
+    bootstrap: Tensor | None = None,  # (B,)
+    holes: str = "skip",
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+    cu_seqlens: Tensor | None = None,  # (B + 1,), int32
+    backend: str = "auto",
+) -> RolloutAdvantages:
+    """The reward of InstructGPT, then GAE.
+
+        r_t = -kl_coef * KL_t + [t = t_score] * clip(score, ±score_clip)
+
+    where KL_t estimates KL(policy || reference) at the token and t_score is the last True action, or `score_index` (a
+    position inside the sequence); a row without a True drops its score. `whiten_rewards` divides the rewards by their
+    standard deviation (the mean stays), `whiten_advantages` gives the advantages mean 0 and variance 1, both over all
+    True tokens with unbiased variance. For `gamma`, `lam`, `bootstrap`, `holes` see `gae`. No gradient.
+
+    Source: Ouyang et al. 2022 (InstructGPT), eq. 2 and section 3.5; Ziegler et al. 2019 for whitening.
+
+    Raises:
+        ValueError: a shape, dtype, device, range or choice that does not fit, with the argument's name.
+    """
+    checks.floating("logprobs", logprobs, dims=(1, 2), what="[B, T] or [N]")
+    b = checks.sequences(logprobs, cu_seqlens, name="logprobs")
+    like = {"like": logprobs, "expected": logprobs.shape, "what": "the shape of logprobs"}
+    checks.tensor("ref_logprobs", ref_logprobs, **like)
+    checks.tensor("values", values, **like)
+    checks.mask("mask", mask, **like)
+    checks.tensor("scores", scores, like=logprobs, expected=(b,), what="one score a sequence")
+    if score_index is not None:
+        checks.integers("score_index", score_index, like=logprobs, expected=(b,), what="one position a sequence")
+    checks.choice("kl_estimator", kl_estimator, ESTIMATORS)
+    checks.number("score_clip", score_clip, above=0)
+    check_recursion(gamma, lam, bootstrap, holes, logprobs, b)
+    scores, logprobs, ref_logprobs, values, bootstrap = checks.wide(scores, logprobs, ref_logprobs, values, bootstrap)
+    name = resolve(backend, logprobs)
+    assert name == "reference"
+    return reference.rollout_advantages(
+        scores,
+        logprobs,
+        ref_logprobs,
+        values,
+        mask,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        gamma=gamma,
+        lam=lam,
+        score_clip=score_clip,
+        score_index=score_index,
+        bootstrap=bootstrap,
+        holes=holes,
+        whiten_rewards=whiten_rewards,
+        whiten_advantages=whiten_advantages,
+        cu_seqlens=cu_seqlens,
+    )

@@ -1,0 +1,29 @@
+"""Eager PyTorch, in the dtype it is given (float64 too) and through autograd: the definition of every op.
+
+The functions trust their arguments; `rlhf_kernels.ops` checks them once for all backends.
+"""
+
+from .gae import gae
+from .group_advantages import group_advantages
+from .kl_penalty import kl_penalty
+from .masked import masked_mean, masked_whiten
+from .ppo_loss import linear_ppo_loss, logits_ppo_loss, ppo_loss
+from .rollout_advantages import rollout_advantages
+from .sample_tokens import sample_tokens
+from .token_logprobs import linear_token_logprobs, token_logprobs, transform_logits
+
+__all__ = [
+    "gae",
+    "group_advantages",
+    "kl_penalty",
+    "linear_ppo_loss",
+    "linear_token_logprobs",
+    "logits_ppo_loss",
+    "masked_mean",
+    "masked_whiten",
+    "ppo_loss",
+    "rollout_advantages",
+    "sample_tokens",
+    "token_logprobs",
+    "transform_logits",
+]

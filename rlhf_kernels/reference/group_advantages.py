@@ -1,0 +1,16 @@
+import torch
+from torch import Tensor
+
+
+def group_advantages(scores: Tensor, groups: Tensor, *, kind: str = "rloo") -> Tensor:  # (B,), (B,) -> (B,)
+    """Advantage of each sample over the others of its group (same prompt)."""
+    _, index = groups.unique(return_inverse=True)
+    zeros = scores.new_zeros(int(index.max()) + 1 if index.numel() else 0)
+    count = zeros.index_add(0, index, torch.ones_like(scores))[index]
+    centred = scores - (zeros.index_add(0, index, scores)[index] / count)
+    if kind == "dr_grpo":
+        return centred
+    if kind == "rloo":
+        return torch.where(count > 1, centred * count / (count - 1).clamp(min=1), 0)
+    variance = zeros.index_add(0, index, centred.square())[index] / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-4)

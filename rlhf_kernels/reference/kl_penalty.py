@@ -1,0 +1,14 @@
+import torch
+from torch import Tensor
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Estimate of KL(policy || reference) at each token from `d = logprobs - ref_logprobs`."""
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d * d
+    if estimator == "k3":
+        return torch.expm1(-d) + d
+    return d.abs()

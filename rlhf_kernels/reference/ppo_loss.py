@@ -1,0 +1,213 @@
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import METRICS, PPOLoss
+from .kl_penalty import kl_penalty
+from .segments import segment_ids
+from .token_logprobs import token_logprobs
+
+
+def ppo_loss(
+    logprobs: Tensor,  # (B, T) or (N,)
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    value_mask: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ratio_level: str = "token",
+    cliprange_value: float | None = 0.2,
+    vf_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    aggregation: str = "token_mean",
+    num_tokens: float | Tensor | None = None,
+    num_value_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    **surrogate_options,
+) -> PPOLoss:
+    """`L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value`, each term aggregated alike."""
+    wide = torch.promote_types(logprobs.dtype, torch.float32)
+    mask, value_mask = mask.flatten(), (mask if value_mask is None else value_mask).flatten()
+    seq, b = segment_ids(mask.view(logprobs.shape), cu_seqlens)
+
+    def rows(x: Tensor | None, where: Tensor = mask) -> Tensor | None:  # flat, wide, 0 where it does not count
+        return None if x is None else torch.where(where, x.flatten().to(wide), 0)
+
+    weight = _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, wide)
+    old, new, a = rows(old_logprobs.detach()), rows(logprobs), rows(advantages.detach())
+    per_token = new - old
+    log_ratio = _sequence_mean(per_token, mask, seq, b) if ratio_level == "sequence" else per_token
+    s = _surrogate(log_ratio, new, a, **surrogate_options)
+    w = 1 if weights is None else rows(weights.detach())
+    total = policy_loss = (torch.where(mask, s.loss * w, 0) * weight).sum()
+    active = _token_slope(s.slope * w * weight, mask, seq, b, ratio_level)
+    count = _count(mask.sum(), num_tokens)
+
+    def mean(x: Tensor) -> Tensor:  # the plain token mean of the metrics
+        return torch.where(mask, x.detach().to(wide), 0).sum() / count
+
+    metrics = dict.fromkeys(METRICS, new.new_zeros(()))
+    if entropy is not None:
+        h = rows(entropy)
+        total = total - entropy_coef * (h * weight).sum()
+        metrics["entropy"] = mean(h)
+        active = active + abs(entropy_coef)
+    if ref_logprobs is not None:
+        ref = rows(ref_logprobs.detach())
+        kl = kl_penalty(new, ref, estimator=kl_estimator)
+        total = total + kl_coef * (kl * weight).sum()
+        metrics["ref_kl"] = mean(kl)
+        active = active + kl_coef * _kl_slope(new - ref, kl_estimator) * weight
+    if values is not None:
+        value_weight = _token_weights(value_mask, seq, b, aggregation, num_value_tokens, num_sequences, wide)
+        v, r = rows(values, value_mask), rows(returns.detach(), value_mask)
+        old_v = None if old_values is None or cliprange_value is None else rows(old_values.detach(), value_mask)
+        loss, clipped = _value_loss(v, old_v, r, cliprange_value)
+        value_loss = (loss * value_weight).sum()
+        total = total + vf_coef * value_loss
+        metrics |= _value_metrics(value_loss, clipped, v, r, value_mask, _count(value_mask.sum(), num_value_tokens))
+    metrics |= {
+        "policy_loss": policy_loss,
+        "clipfrac": mean(s.clipped),
+        "dual_clipfrac": mean(s.dual_clipped),
+        "approx_kl": mean(-per_token),
+        "kl_k3": mean(torch.expm1(per_token) - per_token),
+        "ratio_mean": mean(s.ratio),
+        "ratio_max": torch.where(mask, s.ratio, 0).amax() if mask.numel() else new.new_zeros(()),
+        "active_fraction": mean(active != 0),
+        "num_tokens": mask.sum(),
+    }
+    return PPOLoss(total, {k: v.detach().float() for k, v in metrics.items()})
+
+
+class Surrogate(NamedTuple):
+    loss: Tensor
+    slope: Tensor  # d loss / d log-ratio, for the metric that counts live rows; the gradient itself is autograd's
+    ratio: Tensor
+    clipped: Tensor
+    dual_clipped: Tensor
+
+
+def _surrogate(
+    log_ratio: Tensor,
+    logprobs: Tensor,
+    a: Tensor,
+    *,
+    objective: str = "clip",
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    old_kl_coef: float = 0.0,
+) -> Surrogate:
+    never = torch.zeros_like(a, dtype=torch.bool)
+    frozen = never
+    if log_ratio_clamp is not None:
+        frozen = log_ratio.abs() > log_ratio_clamp
+        log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
+    r = log_ratio.exp()
+    live = torch.where(frozen, 0, r.detach())
+    if objective == "policy_gradient":
+        return Surrogate(-a * logprobs, -a, r, never, never)
+    if objective == "ratio":
+        return Surrogate(-r * a, -live * a, r, never, never)
+    if objective == "kl_penalty":
+        old_kl = torch.expm1(log_ratio) - log_ratio
+        return Surrogate(
+            -r * a + old_kl_coef * old_kl, -live * a + old_kl_coef * torch.where(frozen, 0, live - 1), r, never, never
+        )
+    high = cliprange if cliprange_high is None else cliprange_high
+    plain, clip = -a * r, -a * r.clamp(1 - cliprange, 1 + high)
+    clipped = clip > plain
+    loss = torch.where(clipped, clip, plain)
+    dual_clipped = never
+    if dual_clip is not None:
+        dual_clipped = (a < 0) & (-a * dual_clip < loss)
+        loss = torch.where(dual_clipped, -a * dual_clip, loss)
+    return Surrogate(loss, torch.where(clipped | dual_clipped, 0, -live * a), r, clipped, dual_clipped)
+
+
+def _kl_slope(d: Tensor, estimator: str) -> Tensor:
+    slopes = {"k1": torch.ones_like, "k2": lambda x: x, "k3": lambda x: -torch.expm1(-x), "abs": torch.sign}
+    return slopes[estimator](d.detach())
+
+
+def _value_loss(v: Tensor, old: Tensor | None, returns: Tensor, cliprange: float | None) -> tuple[Tensor, Tensor]:
+    """`1/2 max((v - R)^2, (clip(v, old ± ε) - R)^2)` and where the clipped error was the larger one."""
+    plain = (v - returns).square()
+    if old is None:
+        return 0.5 * plain, torch.zeros_like(v)
+    clip = (v.clamp(old - cliprange, old + cliprange) - returns).square()
+    return 0.5 * torch.where(clip > plain, clip, plain), clip > plain
+
+
+def _value_metrics(
+    loss: Tensor, clipped: Tensor, v: Tensor, r: Tensor, mask: Tensor, count: Tensor
+) -> dict[str, Tensor]:
+    error = r - v
+    return {
+        "value_loss": loss,
+        "value_clipfrac": (clipped & mask if clipped.dtype == torch.bool else clipped).sum() / count,
+        "num_value_tokens": mask.sum(),
+        "returns_sum": r.sum(),
+        "returns_sq_sum": r.square().sum(),
+        "residual_sum": error.sum(),
+        "residual_sq_sum": error.square().sum(),
+    }
+
+
+def _count(here: Tensor, given: float | Tensor | None) -> Tensor:
+    """The caller's global denominator, or this batch's own; never below 1, so that an empty batch gives 0."""
+    return torch.as_tensor(here if given is None else given, device=here.device).clamp(min=1)
+
+
+def _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, dtype) -> Tensor:
+    """What each token's term is multiplied by before the plain sum; 0 where the mask is False."""
+    on = mask.to(dtype)
+    if aggregation == "token_sum":
+        return on
+    if aggregation == "token_mean":
+        return on / _count(mask.sum(), num_tokens)
+    lengths = on.new_zeros(b).index_add(0, seq, on)
+    weight = on / _count((lengths > 0).sum(), num_sequences)
+    return weight if aggregation == "seq_mean_token_sum" else weight / lengths.clamp(min=1)[seq]
+
+
+def _sequence_mean(x: Tensor, mask: Tensor, seq: Tensor, b: int) -> Tensor:
+    """Every token gets the mean over its own sequence's actions."""
+    lengths = x.new_zeros(b).index_add(0, seq, mask.to(x.dtype)).clamp(min=1)
+    return (x.new_zeros(b).index_add(0, seq, x) / lengths)[seq]
+
+
+def _token_slope(slope: Tensor, mask: Tensor, seq: Tensor, b: int, ratio_level: str) -> Tensor:
+    return _sequence_mean(torch.where(mask, slope, 0), mask, seq, b) if ratio_level == "sequence" else slope
+
+
+def logits_ppo_loss(
+    logits: Tensor, ids: Tensor, old_logprobs, advantages, mask, *, temperature, softcap, logit_scale, **options
+):
+    """`ppo_loss` of the log-probs and the entropy of the logits."""
+    transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    taken = token_logprobs(logits, ids, **transform, mask=mask, entropy=True)
+    options["entropy"] = taken.entropy
+    return ppo_loss(taken.logprobs, old_logprobs, advantages, mask, **options)
+
+
+def linear_ppo_loss(
+    hidden: Tensor, weight: Tensor, *args, bias=None, value_weight=None, value_bias=None, **options
+) -> PPOLoss:
+    """`logits_ppo_loss` of `hidden @ weight.T + bias`; values from the same hidden states."""
+    if value_weight is not None:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        options["values"] = hidden.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
+    return logits_ppo_loss(torch.nn.functional.linear(hidden, weight, bias), *args, **options)

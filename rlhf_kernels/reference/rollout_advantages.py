@@ -1,0 +1,50 @@
+import torch
+from torch import Tensor
+
+from ..types import RolloutAdvantages
+from .gae import gae
+from .kl_penalty import kl_penalty
+from .masked import masked_whiten
+from .segments import pad, unpad
+
+
+def rollout_advantages(
+    scores: Tensor,  # (B,)
+    logprobs: Tensor,  # (B, T) or (N,)
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    score_clip: float | None = None,
+    score_index: Tensor | None = None,  # (B,), position inside the sequence
+    bootstrap: Tensor | None = None,  # (B,)
+    holes: str = "skip",
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+) -> RolloutAdvantages:
+    """`r_t = -β KL_t + [t is the score's position] score`, whitened when asked, then GAE, whitened when asked."""
+    inside = pad(mask, cu_seqlens)
+    kl = torch.where(mask, kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator), 0)
+    if score_clip is not None:
+        scores = scores.clamp(-score_clip, score_clip)
+    position = torch.arange(inside.shape[1], device=mask.device)
+    if score_index is None:
+        score_index = (
+            torch.where(inside, position, -1).amax(1) if inside.numel() else inside.new_full((len(inside),), -1)
+        )
+    lands = (position == score_index[:, None]) & inside.any(1, keepdim=True)
+    rewards = -kl_coef * kl + unpad(torch.where(lands, scores[:, None].to(kl.dtype), 0), cu_seqlens)
+    rewards = torch.where(mask, rewards, 0)
+    if whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(
+        rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
+    )
+    if whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return RolloutAdvantages(advantages, returns, rewards, kl)

@@ -1,0 +1,67 @@
+import torch
+from torch import Tensor
+
+from ..types import SampledTokens
+from .token_logprobs import transform_logits
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def philox(
+    key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") on int64 tensors of 32-bit words."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # 32 x 32 -> 64 bits by 16-bit halves, because int64 would overflow.
+        (hi0, lo0), (hi1, lo1) = _mul(c0, _M0), _mul(c2, _M1)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
+
+
+def _mul(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def uniform(seed: int, sequence: Tensor, position: Tensor) -> Tensor:
+    """One float64 in [0, 1) for each (seed, sequence, position): 53 bits of the first two Philox words."""
+    seed &= (1 << 64) - 1
+    counter = (position & _LOW, (position >> 32) & _LOW, sequence & _LOW, (sequence >> 32) & _LOW)
+    w0, w1, _, _ = philox((seed & _LOW, seed >> 32), counter)
+    return (((w0 << 21) ^ (w1 >> 11)) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def sample_tokens(
+    logits: Tensor,  # (B, V)
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int,
+    sequence: Tensor,  # (B,), int64
+    position: Tensor,  # (B,), int64
+) -> SampledTokens:
+    """Inverse-CDF sampling in vocabulary order from the tokens that top-k, then top-p, then min-p keep; ties are kept."""
+    logp = torch.log_softmax(transform_logits(logits, temperature=temperature), -1)
+    kept = logp
+    if top_k is not None and top_k < logp.shape[-1]:
+        kept = kept.masked_fill(kept < kept.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        p, _ = kept.softmax(-1).double().sort(-1, descending=True)
+        enough = (p.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+        kept = kept.masked_fill(kept.softmax(-1).double() < p.gather(-1, enough), -torch.inf)
+    if min_p is not None and min_p > 0:
+        # p < min_p * p_max, in logs so that it is the same comparison on every backend
+        kept = kept.masked_fill(kept < kept.amax(-1, keepdim=True) + torch.log(kept.new_tensor(min_p)), -torch.inf)
+    kept = torch.log_softmax(kept, -1)
+    cdf = kept.double().exp().cumsum(-1)
+    threshold = uniform(seed, sequence, position)[:, None] * cdf[:, -1:]
+    ids = torch.searchsorted(cdf, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+    return SampledTokens(ids.squeeze(-1), logp.gather(-1, ids).squeeze(-1), kept.gather(-1, ids).squeeze(-1))

@@ -1,0 +1,59 @@
+import torch
+from torch import Tensor
+
+from ..types import TokenLogprobs
+
+
+def transform_logits(
+    logits: Tensor, *, temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0
+) -> Tensor:
+    """`z = softcap * tanh(logit_scale * logits / softcap) / temperature`, in float32 or wider."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[..., None].to(z.dtype)
+    return z / temperature
+
+
+def token_logprobs(
+    logits: Tensor,  # (..., V)
+    ids: Tensor,  # (...)
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,  # (...), bool
+    entropy: bool = False,
+) -> TokenLogprobs:
+    """`log p(ids) = z[ids] - logsumexp(z)` and `H = -sum p log p`; 0 where the mask is False."""
+    if mask is not None:
+        ids = torch.where(mask, ids, 0)
+        logits = torch.where(
+            mask[..., None], logits, 0
+        )  # a masked row may hold inf or NaN; 0 * inf must not reach a gradient
+        if isinstance(temperature, Tensor):
+            temperature = torch.where(mask, temperature, 1)
+    z = transform_logits(logits, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    logp = torch.log_softmax(z, -1)
+    taken = logp.gather(-1, ids[..., None]).squeeze(-1)
+    h = None
+    if entropy:
+        p = logp.exp()
+        h = -torch.where(p > 0, p * logp, 0).sum(-1)  # p log p -> 0, also for a logit of -inf
+    if mask is not None:
+        taken = torch.where(mask, taken, 0)
+        h = None if h is None else torch.where(mask, h, 0)
+    return TokenLogprobs(taken, h)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    ids: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    **options,
+) -> TokenLogprobs:
+    """`token_logprobs` of `hidden @ weight.T + bias`."""
+    return token_logprobs(torch.nn.functional.linear(hidden, weight, bias), ids, **options)
