@@ -1,0 +1,98 @@
+"""Token lists to rectangles: rows of like length together, so that little is padding.
+
+Legend: B sequences, S tokens of a row (prompt and response), P pairs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one prompt and one response."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True)
+class LanguageBatch:
+    """Rows padded on the right."""
+
+    ids: Tensor
+    """[B, S] int64."""
+    attention_mask: Tensor
+    """[B, S] bool, True on tokens that exist."""
+    response_mask: Tensor
+    """[B, S] bool, True on the response's tokens, EOS included."""
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """All completions of some prompts, each once, and the pairs among them."""
+
+    batch: LanguageBatch
+    """The completions, B = the sum of K over the prompts."""
+    better: Tensor
+    """[P] int64, row of the preferred completion of each pair."""
+    worse: Tensor
+    """[P] int64, row of the other one."""
+    weights: Tensor
+    """[P] float32, 1 / (pairs of its prompt * prompts), so that every prompt weighs the same."""
+
+
+def pad_sequences(examples: Sequence[Example], pad_id: int) -> LanguageBatch:
+    """One rectangle out of prompts and responses, each row starting at column 0."""
+    width = max(len(example) for example in examples)
+    ids = torch.full((len(examples), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(examples), width, dtype=torch.bool)
+    response_mask = torch.zeros_like(attention_mask)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = torch.tensor(example.prompt + example.response, dtype=torch.int64)
+        attention_mask[row, : len(example)] = True
+        response_mask[row, len(example.prompt) : len(example)] = True
+    return LanguageBatch(ids, attention_mask, response_mask)
+
+
+def rank_batch(groups: Sequence[tuple[Sequence[Example], Sequence[tuple[int, int]]]], pad_id: int) -> RankedBatch:
+    """One `RankedBatch` out of prompts given as (completions, (better, worse) pairs among them)."""
+    examples: list[Example] = []
+    better: list[int] = []
+    worse: list[int] = []
+    weights: list[float] = []
+    for completions, pairs in groups:
+        better += [len(examples) + winner for winner, _ in pairs]
+        worse += [len(examples) + loser for _, loser in pairs]
+        weights += [1.0 / (len(pairs) * len(groups))] * len(pairs)
+        examples += completions
+    return RankedBatch(
+        pad_sequences(examples, pad_id), torch.tensor(better), torch.tensor(worse), torch.tensor(weights)
+    )
+
+
+def length_batches(
+    lengths: Sequence[int], batch_size: int, rng: Random | None = None, *, pool: int = 16
+) -> Iterator[list[int]]:
+    """Index lists of `batch_size` rows of like length; every index comes once.
+
+    With `rng` the order is random: pools of `pool * batch_size` random rows are sorted by length and cut, and the
+    batches come shuffled. Without it the rows simply come from the shortest to the longest.
+    """
+    order = list(range(len(lengths)))
+    if rng is not None:
+        rng.shuffle(order)
+    span = pool * batch_size if rng is not None else max(1, len(order))
+    batches = []
+    for start in range(0, len(order), span):
+        chunk = sorted(order[start : start + span], key=lambda index: lengths[index])
+        batches += [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
+    if rng is not None:
+        rng.shuffle(batches)
+    yield from batches

@@ -1,0 +1,103 @@
+"""The three kinds of records that RLHF learns from, checked where they are made."""
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), expected a string")
+    if not value.strip():
+        raise ValueError(f"{name}: got an empty string, expected some text")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the answer that a labeler wrote for it."""
+
+    prompt: str
+    """What the user typed."""
+    response: str
+    """What the labeler answered."""
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        _check_text("response", self.response)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt, K completions of it and one labeler's ranking of them, ties allowed."""
+
+    prompt: str
+    """What the user typed."""
+    completions: tuple[str, ...]
+    """K >= 2 answers."""
+    ranks: tuple[float, ...]
+    """One finite number for each completion: lower is better, equal is a tie."""
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        if len(self.completions) < 2:
+            raise ValueError(f"completions: got {len(self.completions)}, expected at least 2 to compare")
+        for index, completion in enumerate(self.completions):
+            _check_text(f"completions[{index}]", completion)
+        if len(self.ranks) != len(self.completions):
+            raise ValueError(
+                f"ranking: got {len(self.ranks)} ranks, expected {len(self.completions)}, one a completion"
+            )
+        for index, rank in enumerate(self.ranks):
+            if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
+                raise ValueError(f"ranking[{index}]: got {rank!r}, expected a finite number")
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """All (better, worse) index pairs; a tied pair is in no order and is left out."""
+        count = len(self.ranks)
+        return [(i, j) for i in range(count) for j in range(count) if self.ranks[i] < self.ranks[j]]
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt to answer, with whom it came from and which split that person belongs to."""
+
+    prompt: str
+    """What the user typed."""
+    user_id: str
+    """Who typed it."""
+    split: str = "train"
+    """train, validation or test; all prompts of a user are in the same one."""
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        _check_text("user_id", self.user_id)
+        if self.split not in ("train", "validation", "test"):
+            raise ValueError(f"split: got {self.split!r}, expected 'train', 'validation' or 'test'")
+
+
+def parse_ranking(ranking: object, count: int) -> tuple[float, ...]:
+    """Ranks of `count` completions (0 is best) from "D > C > A = B", letters in the order of the completions.
+
+    A list of numbers, one a completion and lower is better, is taken as it is.
+
+    Raises:
+        ValueError: a letter that is unknown, missing or there twice, or a value of another type.
+    """
+    if isinstance(ranking, Sequence) and not isinstance(ranking, str):
+        return tuple(ranking)
+    if not isinstance(ranking, str):
+        raise ValueError(f"ranking: got {ranking!r}, expected a string such as 'D > C > A = B' or a list of numbers")
+    letters = string.ascii_uppercase[:count]
+    ranks: dict[str, float] = {}
+    for rank, group in enumerate(ranking.split(">")):
+        for letter in (part.strip() for part in group.split("=")):
+            if letter not in letters or not letter:
+                raise ValueError(f"ranking: got {letter!r} in {ranking!r}, expected one of {', '.join(letters)}")
+            if letter in ranks:
+                raise ValueError(f"ranking: got {letter} twice in {ranking!r}, expected every completion once")
+            ranks[letter] = rank
+    missing = [letter for letter in letters if letter not in ranks]
+    if missing:
+        raise ValueError(f"ranking: {', '.join(missing)} not in {ranking!r}, so it cannot be compared with the others")
+    return tuple(ranks[letter] for letter in letters)
