@@ -1,0 +1,187 @@
+"""Policy and value function on one trunk, from any Hugging Face causal language model.
+
+The trunk runs once; the fused ops of `rlhf_kernels` read its hidden states with the weight of the language-model head,
+which is never called itself. So no [B, T, V] tensor exists, and positions that take no action cost no logits.
+Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from rlhf_engine.model.heads import HeadTransform, ValueHead
+from rlhf_kernels import PPOLoss, TokenLogprobs, linear_ppo_loss, linear_token_logprobs
+
+_PROBE_LOGIT = 60.0
+"""Largest logit of the check at construction: far enough for a softcap to bend, whatever the initialisation."""
+
+
+class ActorCritic(nn.Module):
+    """A causal language model as policy, with a value head on the same hidden states.
+
+    On construction the log-probs of a few tokens are compared with the model's own; ValueError if they differ. The trunk
+    stays in evaluation mode: dropout would make the ratio of one policy with itself differ from 1.
+    """
+
+    def __init__(self, model: PreTrainedModel, value_head: ValueHead | None = None, *, backend: str = "auto") -> None:
+        super().__init__()
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"model: got {type(model).__name__}, which has no output embeddings; expected a causal LM")
+        self.model = model
+        self.trunk_name = _trunk_name(model)
+        self.transform = HeadTransform.from_config(model.config)
+        self.backend = backend
+        hidden_size = self.lm_weight.shape[1]
+        self.value_head = value_head or ValueHead(hidden_size, self.lm_weight.device)
+        if self.value_head.weight.shape != (hidden_size,):
+            got = tuple(self.value_head.weight.shape)
+            raise ValueError(f"value_head: got a weight of shape {got}, expected ({hidden_size},), the hidden size")
+        self.eval()
+        self._check_head()
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The model without its language-model head."""
+        return self.model.get_submodule(self.trunk_name)
+
+    @property
+    def lm_weight(self) -> Tensor:  # (V, H)
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def lm_bias(self) -> Tensor | None:  # (V,)
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_weight.device
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the heads; the trunk keeps evaluation mode (no dropout), which does not stop gradients."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def hidden(
+        self,
+        input_ids: Tensor,  # (B, S)
+        attention_mask: Tensor | dict[str, Tensor] | None = None,  # (B, S), or prepared as transformers takes it
+        position_ids: Tensor | None = None,  # (B, S)
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+    ) -> Tensor:  # (B, S, H)
+        """Last hidden states, after the final norm. Row s belongs to the state in which token s + 1 is the action.
+
+        Without `position_ids` they are counted from the attention mask, so that left padding changes nothing; without
+        either, sequences start at column 0. `past_key_values` is updated in place.
+        """
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = self.trunk(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
+        """Logits of a few rows, for sampling."""
+        return self.transform(nn.functional.linear(hidden, self.lm_weight, self.lm_bias))
+
+    def values(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...), float32
+        """V of every state."""
+        return self.value_head(hidden)
+
+    def token_logprobs(
+        self,
+        hidden: Tensor,  # (..., H)
+        ids: Tensor,  # (...)
+        **options: Any,
+    ) -> TokenLogprobs:
+        """`rlhf_kernels.linear_token_logprobs` with this model's head; `options` are temperature, mask, entropy."""
+        return linear_token_logprobs(hidden, self.lm_weight, ids, **self._head_options(), **options)
+
+    def ppo_loss(
+        self,
+        hidden: Tensor,  # (B, T, H) or (N, H)
+        ids: Tensor,  # (B, T) or (N,)
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,  # bool
+        **options: Any,
+    ) -> PPOLoss:
+        """`rlhf_kernels.linear_ppo_loss` with this model's two heads; `options` are that function's."""
+        return linear_ppo_loss(
+            hidden,
+            self.lm_weight,
+            ids,
+            old_logprobs,
+            advantages,
+            mask,
+            value_weight=self.value_head.weight,
+            value_bias=self.value_head.bias,
+            **self._head_options(),
+            **options,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, S), padded on the right
+        rows: Tensor,  # (N,), the states of the actions in the flattened (B * S) positions
+        ids: Tensor,  # (N,)
+        old_logprobs: Tensor,  # (N,)
+        advantages: Tensor,  # (N,)
+        mask: Tensor,  # (N,)
+        **options: Any,
+    ) -> PPOLoss:
+        """Trunk and loss in one call, so that a sharded root holds every weight, the tied head's too, where it is read."""
+        hidden = self.hidden(input_ids).flatten(0, 1).index_select(0, rows)
+        return self.ppo_loss(hidden, ids, old_logprobs, advantages, mask, **options)
+
+    def _head_options(self) -> dict[str, Any]:
+        return {
+            "bias": self.lm_bias,
+            "softcap": self.transform.softcap,
+            "logit_scale": self.transform.logit_scale,
+            "backend": self.backend,
+        }
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare with the model's own log-probs, the product of its head blown up so that any transform shows."""
+        vocabulary = self.lm_weight.shape[0]
+        ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
+        hidden = self.hidden(ids)
+        product = nn.functional.linear(hidden, self.lm_weight, self.lm_bias).float()
+        gain = _PROBE_LOGIT / max(float(self.transform(product).abs().max()), 1e-6)
+        handle = self.model.get_output_embeddings().register_forward_hook(lambda module, args, output: output * gain)
+        try:
+            theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            handle.remove()
+        ours = self.transform(product * gain)
+        difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
+        # The model rounds its product, the blow-up and the transform to the weights' type.
+        allowed = _PROBE_LOGIT * (8 * torch.finfo(self.lm_weight.dtype).eps + 1e-6)
+        if not difference <= allowed:
+            raise ValueError(
+                f"model: {type(self.model).__name__}'s own log-probs differ from those made of its hidden states by "
+                f"{difference:.3g} (at most {allowed:.3g} expected); {self.transform.explain(product * gain, theirs)}"
+            )
+
+
+def _trunk_name(model: PreTrainedModel) -> str:
+    """Attribute path of the module that makes the last hidden states."""
+    trunk = model.base_model if model.base_model is not model else model.get_decoder()
+    for name, module in model.named_modules():
+        if module is trunk and name:
+            return name
+    raise ValueError(
+        f"model: found no trunk in {type(model).__name__}; expected a base_model or get_decoder() of its own"
+    )
