@@ -1,0 +1,1 @@
+"""What we are measured against: other people's packages, called as their documents say, and plain PyTorch."""

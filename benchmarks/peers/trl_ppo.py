@@ -1,0 +1,82 @@
+"""The original PPOTrainer of TRL on the model and batch of `bench_ppo_step`.
+
+Its defaults are kept (fused AdamW, clip .2, value clip .2, vf_coef .1, kl_coef .05, lam .95, temperature .7, one
+minibatch) but for what the comparison fixes: the batch, float32 on CPU, no checkpointing of activations (it is slower),
+no evaluation samples, no logging service, nothing saved. The pad token lies outside the model's vocabulary and there is
+no stop token, so every response has its full length.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+
+from benchmarks.harness import Session
+
+
+def _tokenizer(vocab_size: int):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{index}": index for index in range(vocab_size)} | {"<pad>": vocab_size, "<eos>": vocab_size + 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def run(session: Session, *, model: dict, batch: dict) -> None:
+    """Worker: PPO updates, one a step of the session. `model` is a LlamaConfig's fields, `batch` bench_ppo_step.BATCH."""
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    session.baseline()
+    torch.manual_seed(0)
+    config = LlamaConfig(**model, num_labels=1)
+    policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    reference.load_state_dict(policy.state_dict())
+    value, reward = LlamaForSequenceClassification(config), LlamaForSequenceClassification(config)
+    prompts = torch.randint(0, config.vocab_size, (batch["prompts"] * 8, batch["prompt_tokens"])).tolist()
+
+    class Pace(TrainerCallback):
+        """Hands every update to the session: it ends one step and waits for the next."""
+
+        def on_train_begin(self, *args, **kwargs):
+            session.ready()
+            session.begin()
+
+        def on_step_end(self, *args, **kwargs):
+            session.end()
+            if not session.begin():
+                raise SystemExit
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = PPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            seed=0,
+            per_device_train_batch_size=batch["micro_batch"],
+            gradient_accumulation_steps=batch["prompts"] // batch["micro_batch"],
+            num_mini_batches=1,
+            num_ppo_epochs=batch["epochs"],
+            response_length=batch["response_tokens"],
+            total_episodes=batch["prompts"] * 10_000,
+            num_sample_generations=0,
+            eval_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        PPOTrainer(
+            args=arguments,
+            processing_class=_tokenizer(config.vocab_size),
+            model=policy,
+            ref_model=reference,
+            reward_model=reward,
+            value_model=value,
+            callbacks=[Pace()],
+            train_dataset=Dataset.from_dict({"input_ids": prompts}),
+        ).train()
