@@ -6,7 +6,7 @@ extension's parallel regions run on it. So there is one pool of threads, and `to
 
 import importlib
 
-import torch  # before _C, see above
+import torch  # noqa: F401  before _C, see above
 
 try:
     _C = importlib.import_module("rlhf_kernels._C")
@@ -29,3 +29,21 @@ def why_missing() -> str:
 def isa() -> str:
     """The instruction set that the CPU kernels picked: "avx512", "avx2" or "baseline"."""
     return _C.isa()
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/math/common.h
+
+
+def kernels():
+    """The extension module; RuntimeError with the way to build it when it is missing."""
+    if _C is None:
+        raise RuntimeError(why_missing())
+    return _C
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where the elements of a contiguous tensor begin; 0 for None."""
+    if x is None:
+        return 0
+    assert x.is_contiguous(), "the kernels take contiguous tensors"
+    return x.data_ptr()

@@ -99,7 +99,7 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool =
         raise ValueError(f"cu_seqlens: got device {cu_seqlens.device}, expected {x.device}")
     if values_visible(cu_seqlens):
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != x.numel() or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != x.numel() or ends != sorted(ends):
             raise ValueError(f"cu_seqlens: got {ends}, expected 0 <= ... <= {x.numel()}, from 0 to N and never falling")
     return cu_seqlens.numel() - 1
 

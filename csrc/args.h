@@ -1,0 +1,86 @@
+// What the launchers of each op take: plain pointers and sizes, the same for CPU and CUDA. A pointer may be null where the
+// comment says "or null". Rows of logits are contiguous along the vocabulary; `row_stride` counts elements.
+#pragma once
+#include "math/common.h"
+#include "math/ppo.h"
+
+namespace rlhf {
+
+// z = softcap * tanh(logit_scale * u / softcap) / temperature
+struct LogitTransform {
+    float temperature = 1.f;
+    const float* temperatures = nullptr;  // (N) or null
+    float softcap = 0.f;                  // 0: off
+    float logit_scale = 1.f;
+};
+
+struct LogitRows {
+    const void* logits;  // (N, V)
+    DType dtype;
+    int64_t n, vocab, row_stride;
+    const int64_t* ids;   // (N)
+    const uint8_t* mask;  // (N) or null: all count
+    LogitTransform transform;
+};
+
+// What one read of a row leaves behind: log p_j = (w_j - shift) * factor - log_sum, w being the logit before the temperature.
+struct RowStats {
+    float* logprobs;  // (N)
+    float* entropy;   // (N)
+    float* shift;     // (N)
+    float* log_sum;   // (N)
+};
+
+struct RowGradient {
+    void* dlogits;  // (N, V), the dtype of the logits; may be the logits themselves
+    int64_t row_stride;
+    const float* grad_logprobs;  // (N) or null: 0
+    const float* grad_entropy;   // (N) or null: 0
+    float scale;                 // multiplies both
+};
+
+// Per-token inputs of the PPO objective; all (N).
+struct PpoRows {
+    PpoScalars scalars;
+    const float* old_logprobs;
+    const float* advantages;
+    const float* weights;       // or null: 1
+    const float* ref_logprobs;  // or null: no KL term
+    const float* row_weight;    // or null: 1; the aggregation's relative weight of each token
+};
+
+// Where one sequence ends: packed by cu_seqlens, or padded to `length` tokens each when it is null.
+struct Sequences {
+    int64_t count;
+    int64_t length;
+    const int32_t* cu_seqlens;  // (B + 1) or null
+};
+
+// Sums over the tokens of one call, in this order; the Python side names them in the same order (ops/ppo_loss.py).
+enum PpoSum : int {
+    kPolicy, kRefKlTerm, kEntropyTerm, kValueTerm,  // times the aggregation's weight
+    kEntropy, kClipped, kDualClipped, kApproxKl, kK3, kRatio, kRefKl, kActive, kNumTokens,  // plain
+    kValueClipped, kNumValueTokens, kReturns, kReturnsSq, kResidual, kResidualSq,
+    kRatioMax,  // a maximum
+    kNumSums
+};
+
+struct PpoLossArgs {
+    PpoRows ppo;
+    int64_t n;
+    Sequences sequences;
+    bool sequence_level;
+    const uint8_t* mask;            // (N)
+    const float* logprobs;          // (N)
+    const float* entropy;           // (N) or null
+    const float* values;            // (N) or null: no value term
+    const float* old_values;        // (N) or null: unclipped
+    const float* returns;           // (N)
+    const uint8_t* value_mask;      // (N)
+    const float* value_row_weight;  // (N) or null: 1
+    float* slope;                   // (N) out: d L / d logprob times the denominator
+    float* value_slope;             // (N) out, or null
+    double* sums;                   // (kNumSums) out
+};
+
+}  // namespace rlhf

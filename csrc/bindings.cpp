@@ -1,0 +1,129 @@
+// pybind11 module rlhf_kernels._C. Tensors come as addresses (0: absent), sizes and dtype numbers: no torch headers, so one
+// build serves every torch. rlhf_kernels/_native.py is the only caller; it checks what it passes.
+#include <pybind11/pybind11.h>
+
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using namespace rlhf;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+enum class Isa { baseline, avx2, avx512 };
+
+Isa pick_isa() {
+#ifdef RLHF_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx2 && avx512) return Isa::avx512;
+    if (avx2) return Isa::avx2;
+#endif
+    return Isa::baseline;
+}
+
+const Isa best = pick_isa();
+Isa isa = best;
+
+std::string isa_name() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
+
+// For tests: every instruction set up to the best one must agree.
+void set_isa(const std::string& name) {
+    const Isa wanted = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::baseline;
+    if (wanted > best) throw py::value_error("isa: got '" + name + "', which this machine does not have");
+    isa = wanted;
+}
+
+#ifdef RLHF_X86
+#define RLHF_CPU(call) (isa == Isa::avx512 ? avx512::call : isa == Isa::avx2 ? avx2::call : baseline::call)
+#else
+#define RLHF_CPU(call) (baseline::call)
+#endif
+
+LogitRows logit_rows(Address logits, int dtype, int64_t n, int64_t vocab, int64_t row_stride, Address ids, Address mask,
+                     float temperature, Address temperatures, float softcap, float logit_scale) {
+    const LogitTransform transform{temperature, at<const float>(temperatures), softcap, logit_scale};
+    return {at<void>(logits), DType(dtype), n, vocab, row_stride, at<const int64_t>(ids), at<const uint8_t>(mask), transform};
+}
+
+RowStats row_stats(Address stats, int64_t n) {
+    float* p = at<float>(stats);
+    return {p, p + n, p + 2 * n, p + 3 * n};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled kernels of rlhf_kernels; private.";
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def("isa", isa_name);
+    m.def("set_isa", set_isa);
+
+    py::class_<PpoScalars>(m, "PpoScalars")
+        .def(py::init([](int objective, int kl_estimator, float low, float high, float dual_clip, float clamp, float old_kl_coef,
+                         float kl_coef, float entropy_coef, float cliprange_value) {
+            return PpoScalars{Objective(objective), KlEstimator(kl_estimator), low, high, dual_clip, clamp, old_kl_coef, kl_coef,
+                              entropy_coef, cliprange_value};
+        }));
+    py::class_<LogitRows>(m, "LogitRows").def(py::init(&logit_rows));
+    py::class_<PpoRows>(m, "PpoRows")
+        .def(py::init([](const PpoScalars& scalars, Address old_logprobs, Address advantages, Address weights,
+                         Address ref_logprobs, Address row_weight) {
+            return PpoRows{scalars, at<const float>(old_logprobs), at<const float>(advantages), at<const float>(weights),
+                           at<const float>(ref_logprobs), at<const float>(row_weight)};
+        }));
+
+    m.def("token_logprobs_forward",
+          [](const LogitRows& x, Address stats) { RLHF_CPU(token_logprobs_forward(x, row_stats(stats, x.n))); }, unlocked);
+    m.def("token_logprobs_backward",
+          [](const LogitRows& x, Address stats, Address dlogits, int64_t row_stride, Address grad_logprobs,
+             Address grad_entropy, float scale) {
+              const RowGradient grad{at<void>(dlogits), row_stride, at<const float>(grad_logprobs),
+                                     at<const float>(grad_entropy), scale};
+              RLHF_CPU(token_logprobs_backward(x, row_stats(stats, x.n), grad));
+          }, unlocked);
+    m.def("ppo_epilogue",
+          [](const LogitRows& x, Address stats, const PpoRows& ppo, Address active) {
+              RLHF_CPU(ppo_epilogue(x, row_stats(stats, x.n), ppo, at<uint8_t>(active)));
+          }, unlocked);
+    m.def("compact_rows",
+          [](Address data, Address active, int64_t n, int64_t row_bytes) {
+              return RLHF_CPU(compact_rows(at<void>(data), at<const uint8_t>(active), n, row_bytes));
+          }, unlocked);
+    m.def("ppo_loss",
+          [](const PpoRows& ppo, int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, bool sequence_level,
+             Address mask, Address logprobs, Address entropy, Address values, Address old_values, Address returns,
+             Address value_mask, Address value_row_weight, Address slope, Address value_slope, Address sums) {
+              const PpoLossArgs args{ppo,
+                                     n,
+                                     {sequences, length, at<const int32_t>(cu_seqlens)},
+                                     sequence_level,
+                                     at<const uint8_t>(mask),
+                                     at<const float>(logprobs),
+                                     at<const float>(entropy),
+                                     at<const float>(values),
+                                     at<const float>(old_values),
+                                     at<const float>(returns),
+                                     at<const uint8_t>(value_mask),
+                                     at<const float>(value_row_weight),
+                                     at<float>(slope),
+                                     at<float>(value_slope),
+                                     at<double>(sums)};
+              RLHF_CPU(ppo_loss(args));
+          }, unlocked);
+    m.def("accumulate",
+          [](Address sum, Address part, int dtype, int64_t n, bool first) {
+              RLHF_CPU(accumulate(at<float>(sum), at<const void>(part), DType(dtype), n, first));
+          }, unlocked);
+    m.def("scale_cast",
+          [](Address x, int from, Address out, int to, int64_t n, float scale) {
+              RLHF_CPU(scale_cast(at<const void>(x), DType(from), at<void>(out), DType(to), n, scale));
+          }, unlocked);
+}

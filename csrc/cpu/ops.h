@@ -1,0 +1,28 @@
+// Every CPU op, declared once for each instruction set, and the pick among them.
+#pragma once
+#include "../args.h"
+
+#define RLHF_DECLARE_CPU_OPS                                                                                \
+    void token_logprobs_forward(const LogitRows& x, const RowStats& out);                                   \
+    void token_logprobs_backward(const LogitRows& x, const RowStats& s, const RowGradient& grad);           \
+    void ppo_epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, uint8_t* active);        \
+    int64_t compact_rows(void* data, const uint8_t* active, int64_t n, int64_t row_bytes);                  \
+    void ppo_loss(const PpoLossArgs& a);                                                                    \
+    void accumulate(float* sum, const void* part, DType dtype, int64_t n, bool first);                      \
+    void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale);
+
+namespace rlhf {
+namespace baseline { RLHF_DECLARE_CPU_OPS }
+#ifdef RLHF_X86
+namespace avx2 { RLHF_DECLARE_CPU_OPS }
+namespace avx512 { RLHF_DECLARE_CPU_OPS }
+#endif
+}  // namespace rlhf
+
+// Runs `code` with T bound to the element type that `dtype` names.
+#define RLHF_DISPATCH(dtype, T, code)                       \
+    switch (dtype) {                                        \
+        case DType::f32: { using T = float; code; break; }  \
+        case DType::bf16: { using T = bf16; code; break; }  \
+        default: { using T = f16; code; break; }            \
+    }

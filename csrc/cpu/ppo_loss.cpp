@@ -1,0 +1,131 @@
+// The PPO objective on per-token arrays: sums for the loss and the metrics, slopes for the gradients.
+//
+// Tokens are taken in segments: tiles of fixed size, or whole sequences where the ratio is one number a sequence. Each
+// segment leaves its partial sums, which are added in order: the bits do not depend on the number of threads.
+#include "ops.h"
+#include "simd.h"
+
+namespace rlhf {
+namespace RLHF_ISA {
+
+namespace {
+
+constexpr int64_t kTile = 1024;
+
+struct Segment {
+    int64_t begin, end;
+};
+
+Segment segment_of(const PpoLossArgs& a, int64_t i) {
+    if (!a.sequence_level) return {i * kTile, (i + 1) * kTile < a.n ? (i + 1) * kTile : a.n};
+    const Sequences& s = a.sequences;
+    if (s.cu_seqlens) return {s.cu_seqlens[i], s.cu_seqlens[i + 1]};
+    return {i * s.length, (i + 1) * s.length};
+}
+
+float ref_slope(const PpoLossArgs& a, int64_t t) {
+    const PpoScalars& p = a.ppo.scalars;
+    if (!a.ppo.ref_logprobs) return 0.f;
+    return p.kl_coef * kl_term(a.logprobs[t] - a.ppo.ref_logprobs[t], p.kl_estimator).slope;
+}
+
+double weight_of(const PpoLossArgs& a, int64_t t) { return a.ppo.row_weight ? a.ppo.row_weight[t] : 1.0; }
+float importance_of(const PpoLossArgs& a, int64_t t) { return a.ppo.weights ? a.ppo.weights[t] : 1.f; }
+
+void add_policy(const PpoLossArgs& a, int64_t t, const SurrogateTerm& s, double* sum) {
+    const double w = weight_of(a, t);
+    const float d = a.logprobs[t] - a.ppo.old_logprobs[t];
+    sum[kPolicy] += w * importance_of(a, t) * s.loss;
+    sum[kClipped] += s.clipped;
+    sum[kDualClipped] += s.dual_clipped;
+    sum[kApproxKl] -= d;
+    sum[kK3] += expm1f(d) - d;
+    sum[kRatio] += s.ratio;
+    sum[kRatioMax] = s.ratio > sum[kRatioMax] || s.ratio != s.ratio ? s.ratio : sum[kRatioMax];
+    sum[kActive] += a.slope[t] != 0.f || (a.entropy && a.ppo.scalars.entropy_coef * float(w) != 0.f);
+    sum[kNumTokens] += 1;
+    if (a.entropy) {
+        sum[kEntropy] += a.entropy[t];
+        sum[kEntropyTerm] += w * a.entropy[t];
+    }
+    if (a.ppo.ref_logprobs) {
+        const float kl = kl_term(a.logprobs[t] - a.ppo.ref_logprobs[t], a.ppo.scalars.kl_estimator).value;
+        sum[kRefKl] += kl;
+        sum[kRefKlTerm] += w * kl;
+    }
+}
+
+void add_value(const PpoLossArgs& a, int64_t t, double* sum) {
+    const float range = a.old_values ? a.ppo.scalars.cliprange_value : kInf;
+    const ValueTerm v = value_term(a.values[t], a.old_values ? a.old_values[t] : 0.f, a.returns[t], range);
+    const double w = a.value_row_weight ? a.value_row_weight[t] : 1.0, target = a.returns[t], error = target - a.values[t];
+    a.value_slope[t] = float(w * v.slope);
+    sum[kValueTerm] += w * v.loss;
+    sum[kValueClipped] += v.clipped;
+    sum[kNumValueTokens] += 1;
+    sum[kReturns] += target;
+    sum[kReturnsSq] += target * target;
+    sum[kResidual] += error;
+    sum[kResidualSq] += error * error;
+}
+
+void by_token(const PpoLossArgs& a, Segment seg, double* sum) {
+    for (int64_t t = seg.begin; t < seg.end; t++) {
+        a.slope[t] = 0.f;
+        if (!a.mask[t]) continue;
+        const float d = a.logprobs[t] - a.ppo.old_logprobs[t];
+        const SurrogateTerm s = surrogate(d, a.logprobs[t], a.ppo.advantages[t], a.ppo.scalars);
+        a.slope[t] = float(weight_of(a, t)) * (importance_of(a, t) * s.slope + ref_slope(a, t));
+        add_policy(a, t, s, sum);
+    }
+}
+
+// GSPO eq. 7: one log-ratio a sequence, the mean over its actions; each of them moves it by 1 / count.
+void by_sequence(const PpoLossArgs& a, Segment seg, double* sum) {
+    double log_ratio = 0, count = 0, slope = 0;
+    for (int64_t t = seg.begin; t < seg.end; t++) {
+        a.slope[t] = 0.f;
+        if (!a.mask[t]) continue;
+        log_ratio += a.logprobs[t] - a.ppo.old_logprobs[t];
+        count += 1;
+    }
+    const float mean = float(log_ratio / (count > 0 ? count : 1));
+    auto term = [&](int64_t t) { return surrogate(mean, a.logprobs[t], a.ppo.advantages[t], a.ppo.scalars); };
+    for (int64_t t = seg.begin; t < seg.end; t++) {
+        if (a.mask[t]) slope += weight_of(a, t) * importance_of(a, t) * term(t).slope / count;
+    }
+    for (int64_t t = seg.begin; t < seg.end; t++) {
+        if (!a.mask[t]) continue;
+        a.slope[t] = float(slope + weight_of(a, t) * ref_slope(a, t));
+        add_policy(a, t, term(t), sum);
+    }
+}
+
+}  // namespace
+
+void ppo_loss(const PpoLossArgs& a) {
+    const int64_t segments = a.sequence_level ? a.sequences.count : (a.n + kTile - 1) / kTile;
+    double* partial = new double[size_t(segments) * kNumSums]();
+#pragma omp parallel for schedule(static) if (a.n > kTile)
+    for (int64_t i = 0; i < segments; i++) {
+        const Segment seg = segment_of(a, i);
+        double* sum = partial + i * kNumSums;
+        a.sequence_level ? by_sequence(a, seg, sum) : by_token(a, seg, sum);
+        if (!a.values) continue;
+        for (int64_t t = seg.begin; t < seg.end; t++) {
+            a.value_slope[t] = 0.f;
+            if (a.value_mask[t]) add_value(a, t, sum);
+        }
+    }
+    for (int k = 0; k < kNumSums; k++) a.sums[k] = 0;
+    for (int64_t i = 0; i < segments; i++) {
+        const double* sum = partial + i * kNumSums;
+        for (int k = 0; k < kRatioMax; k++) a.sums[k] += sum[k];
+        const bool larger = sum[kRatioMax] > a.sums[kRatioMax] || sum[kRatioMax] != sum[kRatioMax];
+        if (larger) a.sums[kRatioMax] = sum[kRatioMax];
+    }
+    delete[] partial;
+}
+
+}  // namespace RLHF_ISA
+}  // namespace rlhf

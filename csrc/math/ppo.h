@@ -1,0 +1,102 @@
+// One token of the PPO objective: its loss, the derivative with respect to its log-prob, and what the metrics count.
+#pragma once
+#include "common.h"
+
+namespace rlhf {
+
+enum class Objective : int { clip = 0, kl_penalty = 1, ratio = 2, policy_gradient = 3 };
+enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2, abs = 3 };
+
+struct PpoScalars {
+    Objective objective = Objective::clip;
+    KlEstimator kl_estimator = KlEstimator::k3;
+    float cliprange_low = 0.2f;
+    float cliprange_high = 0.2f;
+    float dual_clip = kInf;        // inf: off
+    float log_ratio_clamp = kInf;  // inf: off
+    float old_kl_coef = 0.f;
+    float kl_coef = 0.f;
+    float entropy_coef = 0.f;
+    float cliprange_value = kInf;  // inf: off
+};
+
+struct SurrogateTerm {
+    float loss;   // of the policy term
+    float slope;  // d loss / d log-ratio (policy_gradient: d loss / d log-prob)
+    float ratio;
+    bool clipped;
+    bool dual_clipped;
+};
+
+struct Term {
+    float value;
+    float slope;
+};
+
+// PPO (2017) eq. 7 with the limits apart (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
+// estimated by k3 of old against new; TRPO's surrogate; the plain policy gradient.
+RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const PpoScalars& p) {
+    SurrogateTerm s{0.f, 0.f, 0.f, false, false};
+    // No gradient outside the clamp; its limits themselves still carry one. A NaN stays a NaN.
+    const bool frozen = fabsf(log_ratio) > p.log_ratio_clamp;
+    if (frozen) log_ratio = copysignf(p.log_ratio_clamp, log_ratio);
+    s.ratio = expf(log_ratio);
+    const float live = frozen ? 0.f : s.ratio;
+    if (p.objective == Objective::policy_gradient) {
+        s.loss = -a * logprob;
+        s.slope = -a;
+        return s;
+    }
+    s.loss = -a * s.ratio;
+    s.slope = -a * live;
+    if (p.objective == Objective::kl_penalty) {
+        s.loss += p.old_kl_coef * (expm1f(log_ratio) - log_ratio);
+        if (!frozen) s.slope += p.old_kl_coef * expm1f(log_ratio);
+    } else if (p.objective == Objective::clip) {
+        const float low = 1.f - p.cliprange_low, high = 1.f + p.cliprange_high;
+        const float bounded = s.ratio < low ? low : s.ratio > high ? high : s.ratio;
+        const float clip = -a * bounded;
+        s.clipped = clip > s.loss;
+        if (s.clipped) s.loss = clip;
+        s.dual_clipped = a < 0.f && -a * p.dual_clip < s.loss;
+        if (s.dual_clipped) s.loss = -a * p.dual_clip;
+        if (s.clipped || s.dual_clipped) s.slope = 0.f;
+    }
+    return s;
+}
+
+// Estimators of KL(policy || reference) from d = logprob - ref_logprob (Schulman 2020), and d KL / d logprob.
+RLHF_HD Term kl_term(float d, KlEstimator estimator) {
+    switch (estimator) {
+        case KlEstimator::k1: return {d, 1.f};
+        case KlEstimator::k2: return {0.5f * d * d, d};
+        case KlEstimator::k3: return {expm1f(-d) + d, -expm1f(-d)};
+        default: return {fabsf(d), d > 0.f ? 1.f : d < 0.f ? -1.f : d};
+    }
+}
+
+// d L / d logprob of one token, before the aggregation's weight: policy term and KL to the reference.
+RLHF_HD float logprob_slope(
+    float logprob, float old_logprob, float a, float weight, const float* ref_logprob, const PpoScalars& p) {
+    const float policy = weight * surrogate(logprob - old_logprob, logprob, a, p).slope;
+    return ref_logprob ? policy + p.kl_coef * kl_term(logprob - *ref_logprob, p.kl_estimator).slope : policy;
+}
+
+struct ValueTerm {
+    float loss;   // 1/2 max((v - R)^2, (clip(v, old ± range) - R)^2)
+    float slope;  // d loss / d v
+    bool clipped;
+};
+
+RLHF_HD ValueTerm value_term(float v, float old_value, float target, float cliprange) {
+    const float error = v - target;
+    ValueTerm t{0.5f * error * error, error, false};
+    const float low = old_value - cliprange, high = old_value + cliprange;
+    const float bounded = (v < low ? low : v > high ? high : v) - target;
+    if (bounded * bounded > error * error) {  // then v lies outside the range, so the clipped value has no gradient
+        t = {0.5f * bounded * bounded, 0.f, true};
+    }
+    return t;
+}
+
+}  // namespace rlhf
