@@ -53,11 +53,36 @@ class OptimConfig(Section):
 class DataConfig(Section):
     """Where the records come from."""
 
+    demonstrations: str | None = None
+    """JSONL of prompt, response."""
+    comparisons: str | None = None
+    """JSONL of prompt, completions, ranking ("D > C > A = B")."""
+    prompts: str | None = None
+    """JSONL of prompt, user_id and, if wanted, split."""
+    prompt_template: str = "{prompt}\n"
+    """Frame of a prompt; `{prompt}` stands for its text."""
+    max_prompt_tokens: Count = 512
+    """Longest prompt; a longer one is refused, never cut in silence."""
+    max_response_tokens: Count = 512
+    """Longest answer in the files, EOS included; a longer one is refused."""
+    validation_share: PositiveShare = 0.1
+    """Share of the demonstrations and of the rankings that is held out for validation."""
+
 
 @dataclass(frozen=True)
 class SFTConfig(Section):
     """Supervised fine-tuning on demonstrations."""
 
+    epochs: Count = 16
+    """Most passes over the demonstrations; the run stops at the validation minimum before that."""
+    batch_size: Count = 32
+    """Demonstrations of one optimiser step."""
+    microbatch: WholeNumber = 0
+    """Demonstrations of one forward and backward pass; 0 takes the whole batch at once."""
+    evaluate_every: WholeNumber = 0
+    """Optimiser steps between validations; 0 validates after each epoch."""
+    patience: Count = 2
+    """Validations without a new minimum after which the run stops; the weights of the minimum are kept."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
 
@@ -66,6 +91,14 @@ class SFTConfig(Section):
 class RewardConfig(Section):
     """Training of the reward model on rankings."""
 
+    epochs: Count = 1
+    """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
+    batch_size: Count = 8
+    """Prompts of one optimiser step, each with all its completions and pairs."""
+    microbatch: WholeNumber = 0
+    """Prompts of one forward and backward pass; 0 takes the whole batch at once."""
+    evaluate_every: WholeNumber = 0
+    """Optimiser steps between validations; 0 validates at the end only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
 

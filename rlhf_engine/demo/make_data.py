@@ -123,7 +123,9 @@ def write_data(folder: Path, sizes: Sizes = Sizes(), seed: int = SEED) -> None:
     )
     _write_lines(folder / "demonstrations.jsonl", demonstrations(train, sizes.demonstrations, Random(f"{seed} sft")))
     _write_lines(folder / "comparisons.jsonl", comparisons(train, sizes.comparisons, Random(f"{seed} rm")))
-    (folder / "pretrain.txt").write_text(pretrain_text(sizes.pretrain_documents, Random(f"{seed} text")), "utf-8")
+    (folder / "pretrain.txt").write_text(
+        pretrain_text(train, sizes.pretrain_documents, Random(f"{seed} text")), "utf-8"
+    )
 
 
 def split_by_user(sizes: Sizes, rng: Random) -> list[tuple[Task, str, str]]:
@@ -199,19 +201,14 @@ def _ranking(utilities: list[float]) -> str:
     return text
 
 
-def pretrain_text(count: int, rng: Random) -> str:
-    """Plain prose about the world, one document a line: true, without a greeting, and not in the form of an answer."""
-    makers = [
-        _fact_page,
-        _fact_page,
-        _list_page,
-        _size_page,
-        _opposite_page,
-        _procedure_page,
-        _advice_page,
-        _letter_page,
-    ]
-    return "".join(rng.choice(makers)(rng) + "\n" for _ in range(count))
+def pretrain_text(tasks: list[Task], count: int, rng: Random) -> str:
+    """Prose about the world and pages of questions with terse, right answers; a blank line ends a document."""
+    makers = [_fact_page, _fact_page, _list_page, _size_page, _opposite_page, _procedure_page, _advice_page]
+    pages = [rng.choice(makers)(rng) for _ in range(count // 2)]
+    for task in _draw(tasks, count - count // 2, rng):
+        pages.append(f"{task.prompt}\n{write_answer(task, frozenset({'no_closing'}), rng)}")
+    rng.shuffle(pages)
+    return "\n\n".join(pages) + "\n"
 
 
 def _fact_page(rng: Random) -> str:
@@ -281,11 +278,6 @@ def _advice_page(rng: Random) -> str:
             f"{trouble}, said the man. You could {first}, said the woman, or {second}.",
         ]
     )
-
-
-def _letter_page(rng: Random) -> str:
-    task = rng.choice([task for task in all_tasks() if task.kind == "note"])
-    return write_answer(task, frozenset({"no_closing"}), rng)
 
 
 def _write_lines(path: Path, records: list[dict]) -> None:

@@ -1,0 +1,92 @@
+"""The reward model: a causal LM without its unembedding, and one linear layer to a scalar.
+
+Shapes: B sequences, S tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from rlhf_engine.model.heads import ValueHead
+
+_HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
+
+
+class RewardModel(nn.Module):
+    """`r(x, y) = w . h(x, y) + b`, where h is the hidden state of the last token of prompt and response."""
+
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.eval()
+
+    @classmethod
+    def from_causal_lm(cls, model: PreTrainedModel, seed: int) -> Self:
+        """A copy of the trunk of `model` with a new head, drawn from N(0, 1 / (H + 1))."""
+        trunk = copy.deepcopy(model.base_model if model.base_model is not model else model.get_decoder())
+        hidden_size = model.get_output_embeddings().weight.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
+        return cls(trunk, ValueHead.from_weights(weight.to(next(trunk.parameters()).device)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def forward(
+        self,
+        ids: Tensor,  # (B, S), padded on the right
+        lengths: Tensor,  # (B,), tokens of each row
+    ) -> Tensor:  # (B,) float32
+        """One score a row, read at its last token; a causal trunk there has seen the whole row and no pad."""
+        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        return self.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+
+    def score_rows(
+        self,
+        ids: Tensor,  # (B, S), padded on the right
+        lengths: Tensor,  # (B,)
+        chunk: int = 32,
+    ) -> Tensor:  # (B,) float32
+        """`forward` over rows of like length at a time, `chunk` of them, so that little of it is padding."""
+        order = lengths.argsort()
+        scores = [self(ids[part, : int(lengths[part].max())], lengths[part]) for part in order.split(chunk)]
+        return torch.cat(scores)[order.argsort()]
+
+    @torch.no_grad()
+    def centre(self, mean: float) -> None:
+        """Shifts all scores so that those whose mean is now `mean` have mean 0."""
+        self.head.bias -= mean
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the trunk as transformers does and the head beside it (safetensors and JSON)."""
+        folder = Path(folder)
+        self.trunk.save_pretrained(folder)
+        save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / _HEAD_FILE)
+        info = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
+        (folder / _INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the folder, or a file of it, is missing.
+        """
+        folder = Path(folder)
+        for name in ("config.json", _INFO_FILE, _HEAD_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: no file {name}, expected the folder of a reward model")
+        trunk = AutoModel.from_pretrained(folder, attn_implementation=attention, dtype=dtype, local_files_only=True)
+        state = load_file(folder / _HEAD_FILE)
+        return cls(trunk, ValueHead.from_weights(state["weight"], state["bias"]))
