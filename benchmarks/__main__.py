@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import subprocess
+import sys
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, machine
@@ -21,16 +22,25 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
 
+    names = arguments.names or NAMES
+    if len(names) > 1:  # a process each: one that fails does not stop the others, nor leave threads and imports behind
+        flags = ["--quick"] * arguments.quick
+        return max([subprocess.call([sys.executable, "-m", "benchmarks", name, *flags]) for name in names])
+    run(names[0], quick=arguments.quick)
+    return 0
+
+
+def run(name: str, *, quick: bool) -> None:
+    """Run one benchmark from an empty result file."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "worker.log").write_text("")
+    (RESULTS / f"{name}.json").unlink(missing_ok=True)
     facts = machine()
-    print(json.dumps(facts, indent=1))
+    versions = ", ".join(f"{package} {version}" for package, version in facts.pop("versions").items())
+    print(f"\n# {name}\n" + ", ".join(f"{key} {value}" for key, value in facts.items()) + f"\n{versions}")
     if facts["load_average"] > 0.5 * facts["cores"]:
-        print("note: something else is running here; trust the ratios only, or run again")
-    for name in arguments.names or NAMES:
-        (RESULTS / f"{name}.json").unlink(missing_ok=True)
-        importlib.import_module(f"benchmarks.bench_{name}").main(quick=arguments.quick)
-    return 0
+        print("note: something else is running here; run again on a quiet machine for figures to quote")
+    importlib.import_module(f"benchmarks.bench_{name}").main(quick=quick)
 
 
 if __name__ == "__main__":

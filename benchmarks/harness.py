@@ -56,13 +56,16 @@ class Check:
     """A ratio and the bound that it is held to."""
 
     name: str
-    value: float
+    value: float | None
+    """None: one of its cases gave no figure, so the bound is not met."""
     bound: float
     at_least: bool = False
     """True: the value must reach the bound; False: it must stay under it."""
 
     @property
     def met(self) -> bool:
+        if self.value is None:
+            return False
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
@@ -236,8 +239,10 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def ratio(row: Row, base: Row) -> float:
+def ratio(row: Row, base: Row) -> float | None:
     """Median over the rounds of `row`'s seconds by `base`'s in the same round, so that a slow minute hits both."""
+    if row.error or base.error:
+        return None
     return statistics.median(a / b for a, b in zip(row.seconds, base.seconds, strict=True))
 
 
@@ -258,7 +263,8 @@ def report(
         print(line + ("  " + row.note if row.note else ""))
     for check in checks:
         sign = ">=" if check.at_least else "<="
-        print(f"  {'ok  ' if check.met else 'MISS'} {check.name}: {check.value:.3g} ({sign} {check.bound:g})")
+        value = "not measured" if check.value is None else f"{check.value:.3g}"
+        print(f"  {'ok  ' if check.met else 'MISS'} {check.name}: {value} ({sign} {check.bound:g})")
     path = RESULTS / f"{name}.json"
     groups = json.loads(path.read_text())["groups"] if path.exists() else []
     groups.append(
