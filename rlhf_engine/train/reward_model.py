@@ -10,12 +10,12 @@ from random import Random
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 
 from rlhf_engine.config import RewardConfig
 from rlhf_engine.data import Codec, Comparison, Example, RankedBatch, length_batches, pad_sequences, rank_batch
+from rlhf_engine.metrics import progress
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.train.optim import learning_rate, make_optimizer, optimizer_step
+from rlhf_engine.train.optim import build_optimizer, optimizer_step
 from rlhf_engine.train.sft import Log
 
 
@@ -85,16 +85,16 @@ def fit_reward_model(
     for name, prompts in (("train", train), ("validation", validation)):
         if not prompts:
             raise ValueError(f"{name}: got no rankings with an untied pair, expected at least one")
-    optimizer = make_optimizer(model.parameters(), config.optim)
+    optimizer = build_optimizer(model, config.optim)
     total = config.epochs * -(-len(train) // config.batch_size)
     history = []
-    with tqdm(total=total, desc="reward model", unit="step") as bar:
+    with progress(total, "reward model", unit="step") as bar:
         for step, batch in enumerate(_epochs(train, config, pad_id, Random(seed))):
             loss = _train_step(model, batch)
-            norm = optimizer_step(optimizer, config.optim, step, total)
+            norm, rate = optimizer_step(optimizer, config.optim, step, total)
             bar.update()
             if log:
-                log(step + 1, {"loss": loss, "grad_norm": norm, "lr": learning_rate(config.optim, step, total)})
+                log(step + 1, {"loss": loss, "grad_norm": float(norm), "lr": rate})
             last = step + 1 == total
             if last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0):
                 found = evaluate_rankings(model, validation, pad_id, step + 1)

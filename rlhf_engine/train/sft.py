@@ -10,12 +10,12 @@ from random import Random
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, pad_sequences
+from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.train.optim import learning_rate, make_optimizer, optimizer_step
+from rlhf_engine.train.optim import build_optimizer, optimizer_step
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -75,20 +75,22 @@ def fit_language_model(
     _check_sets(train, validation)
     per_epoch = -(-len(train) // config.batch_size)
     total, every = config.epochs * per_epoch, config.evaluate_every or per_epoch
-    optimizer = make_optimizer(actor.model.parameters(), config.optim)
+    optimizer = build_optimizer(actor.model, config.optim)
     minimum, losses, tokens = _Minimum(actor.model, config.patience), [], 0
-    with tqdm(total=total, desc=label, unit="step") as bar:
+    with progress(total, label, unit="step") as bar:
         for step, batch in enumerate(_epochs(train, config, pad_id, Random(seed))):
             loss, count = _train_step(actor, batch)
-            norm = optimizer_step(optimizer, config.optim, step, total)
+            norm, rate = optimizer_step(optimizer, config.optim, step, total)
             tokens += count
             losses.append(loss)
             bar.update()
             if log:
-                log(step + 1, {"loss": loss, "grad_norm": norm, "lr": learning_rate(config.optim, step, total)})
+                log(step + 1, {"loss": loss, "grad_norm": float(norm), "lr": rate})
             if (step + 1) % every and step + 1 < total:
                 continue
-            found = Evaluation(step + 1, sum(losses) / len(losses), evaluate_nll(actor, validation, config, pad_id))
+            found = Evaluation(
+                step + 1, sum(losses) / len(losses), evaluate_nll(actor, validation, config.batch_size, pad_id)
+            )
             losses.clear()
             bar.set_postfix(train=f"{found.train_loss:.3f}", validation=f"{found.validation_loss:.3f}")
             if log:
@@ -125,10 +127,10 @@ class _Minimum:
 
 
 @torch.no_grad()
-def evaluate_nll(actor: ActorCritic, examples: Sequence[Example], config: SFTConfig, pad_id: int) -> float:
+def evaluate_nll(actor: ActorCritic, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
     """Mean negative log-likelihood of the response tokens, in nats per token."""
     total, count = 0.0, 0
-    for indices in length_batches([len(example) for example in examples], config.batch_size):
+    for indices in length_batches([len(example) for example in examples], batch_size):
         logprobs = batch_logprobs(actor, pad_sequences([examples[i] for i in indices], pad_id))
         total -= float(logprobs.double().sum())
         count += logprobs.numel()

@@ -1,0 +1,71 @@
+"""Win rate of one policy over another on the same prompts, with ties and an interval.
+
+Legend: M prompts, A and B answers of the two policies to a prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of comparisons won, ties counted half."""
+
+    rate: float
+    """(wins + ties / 2) / comparisons, the mean over prompts."""
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+    """Upper end of the 95% interval."""
+    ties: float
+    """Share of comparisons that neither won."""
+    prompts: int
+    """How many prompts were judged; answers to the same prompt are not independent, so the interval is over these."""
+
+    def __str__(self) -> str:
+        return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def win_rate(
+    first: Tensor | Sequence[Sequence[float]],  # (M, A), a judge's scores of the first policy's answers
+    second: Tensor | Sequence[Sequence[float]],  # (M, B), of the second policy's answers to the same prompts
+    *,
+    margin: float = 0.0,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> WinRate:
+    """Compares every answer of the first with every answer of the second to the same prompt.
+
+        rate = mean over prompts of mean over pairs of [a > b + margin] + 1/2 [|a - b| <= margin]
+
+    The interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993, section 13.3).
+
+    Raises:
+        ValueError: the two do not have the same prompts, there are none, or a score is not finite.
+    """
+    first = torch.as_tensor(first, dtype=torch.float64)
+    second = torch.as_tensor(second, dtype=torch.float64)
+    for name, scores in (("first", first), ("second", second)):
+        if scores.dim() != 2 or 0 in scores.shape:
+            raise ValueError(f"{name}: got shape {tuple(scores.shape)}, expected [prompts, answers], neither of them 0")
+        if not scores.isfinite().all():
+            raise ValueError(f"{name}: got a score that is not finite, expected numbers")
+    if len(first) != len(second):
+        raise ValueError(f"second: got {len(second)} prompts, expected {len(first)} as in first")
+    gap = first[:, :, None] - second[:, None, :]
+    tied = (gap.abs() <= margin).double()
+    per_prompt = ((gap > margin).double() + 0.5 * tied).mean((1, 2))  # (M,)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(per_prompt), (resamples, len(per_prompt)), generator=generator)
+    low, high = per_prompt[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return WinRate(float(per_prompt.mean()), low, high, float(tied.mean()), len(per_prompt))
+
+
+def best_of_n(scores: Tensor, rewards: Tensor) -> Tensor:  # (M, N), (M, N) -> (M, 1)
+    """The judge's score of the answer that the reward model likes best, among N a prompt."""
+    if scores.shape != rewards.shape:
+        raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, expected {tuple(scores.shape)} as scores")
+    return scores.gather(1, rewards.argmax(1, keepdim=True))
