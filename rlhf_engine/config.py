@@ -91,6 +91,8 @@ class SFTConfig(Section):
 class RewardConfig(Section):
     """Training of the reward model on rankings."""
 
+    path: str | None = None
+    """Folder of a trained reward model, which PPO scores with."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8
@@ -197,6 +199,28 @@ class PPOConfig(Section):
 
 
 @dataclass(frozen=True)
+class DemoConfig(Section):
+    """The demo's own stages, before SFT and after PPO: a model from nothing, and its examination."""
+
+    vocab_size: Count = 1536
+    """Entries of the byte-level BPE tokenizer."""
+    hidden_size: Count = 256
+    """Width of the Llama-family model."""
+    intermediate_size: Count = 704
+    """Width of its feed-forward layers."""
+    layers: Count = 2
+    """Number of its layers."""
+    heads: Count = 8
+    """Attention heads of a layer."""
+    pretrain: SFTConfig = field(default_factory=SFTConfig)
+    """Language modelling on plain text."""
+    samples: Count = 16
+    """SFT answers to each held-out prompt, among which best-of-n chooses."""
+    opponents: Count = 4
+    """Answers to each held-out prompt by PPO, and by SFT with another seed."""
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     """A whole run: where it happens and the settings of every stage."""
 
@@ -222,6 +246,8 @@ class RunConfig(Section):
     """Sampling."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Reinforcement learning."""
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    """Used by `rlhf demo` alone."""
 
 
 class _Loader(yaml.SafeLoader):
