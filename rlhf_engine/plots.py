@@ -1,0 +1,91 @@
+"""Figures of a run, as PNG files. Every function draws one figure from plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from rlhf_engine.evaluate import WinRate
+
+_COLOURS = ("#1f5f8b", "#d1495b", "#66a182", "#edae49", "#7a5195")
+
+
+def plot_win_rates(rates: Mapping[str, WinRate], baseline: str, path: str | Path) -> None:
+    """Bars of win rates against one baseline, with 95% intervals and the line of no difference at 0.5."""
+    figure = Figure(figsize=(7.0, 0.8 + 0.7 * len(rates)), layout="constrained")
+    axes = figure.subplots()
+    for row, (name, rate) in enumerate(reversed(rates.items())):
+        colour = _COLOURS[(len(rates) - 1 - row) % len(_COLOURS)]
+        axes.barh(row, rate.rate, color=colour, height=0.6)
+        axes.plot([rate.low, rate.high], [row, row], color="black", linewidth=1.5)
+        axes.text(rate.high + 0.015, row, f"{rate.rate:.2f}", va="center")
+        axes.text(0.01, row, name, va="center", color="white")
+    axes.axvline(0.5, color="grey", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1.08), yticks=[], xlabel=f"win rate against {baseline} (ties count half, 95% interval)")
+    _save(figure, path)
+
+
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    mark: float | None = None,
+) -> None:
+    """One panel for each title, in each the named curves as (x, y) points; `mark` is a vertical line in all of them."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (title, curves) in zip(grid, panels.items(), strict=False):
+        for colour, (name, points) in zip(_COLOURS, curves.items(), strict=False):
+            xs, ys = zip(*points, strict=True)
+            # Few points are measurements worth seeing one by one; many are a line.
+            axes.plot(xs, ys, color=colour, label=name, marker="o" if len(points) <= 12 else None, markersize=4)
+        if mark is not None:
+            axes.axvline(mark, color="grey", linestyle="--", linewidth=1)
+        axes.set(title=title, xlabel=x_label)
+        axes.grid(alpha=0.25)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    _save(figure, path)
+
+
+def plot_calibration(bins: Sequence[tuple[float, float, int]], accuracy: float, path: str | Path) -> None:
+    """Reliability of a reward model: how often an answer was preferred against how surely the model said so."""
+    figure = Figure(figsize=(4.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    predicted, seen, counts = zip(*bins, strict=True)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    axes.plot(predicted, seen, color=_COLOURS[0])
+    axes.scatter(predicted, seen, s=[20 + 180 * count / max(counts) for count in counts], color=_COLOURS[0])
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel="predicted P(first is better)",
+        ylabel="share preferred by the labeler",
+        title=f"held-out rankings, accuracy {accuracy:.3f}",
+    )
+    axes.grid(alpha=0.25)
+    _save(figure, path)
+
+
+def plot_histograms(samples: Mapping[str, Sequence[float]], path: str | Path, *, x_label: str) -> None:
+    """Distributions of one number under several policies, side by side over shared bins."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    weights = [[1.0 / len(values)] * len(values) for values in samples.values()]
+    axes.hist(list(samples.values()), bins=20, weights=weights, label=list(samples), color=_COLOURS[: len(samples)])
+    axes.set(xlabel=x_label, ylabel="share of answers")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
