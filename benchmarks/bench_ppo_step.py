@@ -1,0 +1,111 @@
+"""One PPO update, prompt to optimiser: our trainer against TRL's PPOTrainer, in turn, each in a process of its own.
+
+A Llama of 7.3M parameters (7,309,568; random weights), 32 prompts of 32 tokens, 64 response tokens each (nothing ends
+earlier), 4 epochs of one minibatch, float32, AdamW with a learning rate of 3e-6, temperature 0.7, kl_coef 0.05, gradients
+not clipped. TRL keeps four models: policy, reference, value model and reward model. Ours keeps the value head on the
+policy's trunk, a frozen copy as reference and a reward model of the same size. Memory is peak RSS above what the process
+holds after its imports. The first update of each is a warm-up.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import Check, Session, Worker, alternate_workers, ratio, report
+from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
+from rlhf_engine.model import ActorCritic, frozen_copy
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.rollout import Generator, Rollout
+from rlhf_engine.train.ppo import PPOTrainer
+
+NAME = "ppo_step"
+MODEL = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 672,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+BATCH = {"prompts": 32, "prompt_tokens": 32, "response_tokens": 64, "epochs": 4}
+TARGETS = {"ours": "benchmarks.bench_ppo_step:worker", "TRL PPOTrainer": "benchmarks.peers.trl_ppo:run"}
+
+
+def make_trainer(model: dict, batch: dict) -> PPOTrainer:
+    """Our trainer with the settings that TRL's has."""
+    torch.manual_seed(0)
+    vocab_size, prompts = model["vocab_size"], batch["prompts"]
+    language_model = LlamaForCausalLM(LlamaConfig(**model))
+    policy, reward_model = ActorCritic(language_model), RewardModel.from_causal_lm(language_model, seed=1)
+    rollout = RolloutConfig(
+        max_prompt_tokens=batch["prompt_tokens"],
+        max_response_tokens=batch["response_tokens"],
+        temperature=0.7,
+        batch_size=prompts,
+    )
+    ppo = PPOConfig(
+        updates=10_000,
+        rollout_batch=prompts,
+        minibatch=prompts,
+        microbatch=batch["micro_batch"],
+        ppo_epochs=batch["epochs"],
+        kl_coef=0.05,
+        optim=OptimConfig(lr=3e-6, betas=(0.9, 0.999), max_grad_norm=None),
+    )
+
+    @torch.no_grad()
+    def reward(rollout: Rollout) -> torch.Tensor:
+        return reward_model.score_rows(rollout.input_ids, rollout.attention_mask.sum(1))
+
+    return PPOTrainer(
+        policy,
+        frozen_copy(policy),
+        # An end token outside the vocabulary is never sampled.
+        Generator(policy, rollout, eos_token_ids=vocab_size, pad_token_id=0, seed=0),
+        lambda first, count: list(torch.randint(0, vocab_size, (count, batch["prompt_tokens"]))),
+        reward,
+        ppo,
+        seed=0,
+    )
+
+
+def worker(session: Session, *, model: dict, batch: dict) -> None:
+    """Our half: one update a step of the session."""
+    session.baseline()
+    trainer = make_trainer(model, batch)
+    session.ready()
+    while session.begin():
+        trainer.step()
+        session.end()
+
+
+def measure(micro_batch: int, batch: dict, rounds: int) -> None:
+    """Both trainers with `micro_batch` sequences a forward and backward pass."""
+    batch = batch | {"micro_batch": micro_batch}
+    workers = [
+        Worker(name, target, {"model": MODEL, "batch": batch}, start_limit=120, step_limit=300)
+        for name, target in TARGETS.items()
+    ]
+    ours, trl = alternate_workers(workers, rounds=rounds)
+    title = (
+        "PPO update, {prompts} x ({prompt_tokens}+{response_tokens}) tokens, {epochs} epochs, micro-batch {micro_batch}"
+    )
+    memory = None if ours.error or trl.error else ours.extra_mb / trl.extra_mb
+    checks = [Check("seconds, ours / TRL", ratio(ours, trl), 0.6), Check("extra MB, ours / TRL", memory, 0.5)]
+    report(NAME, title.format(**batch), [ours, trl], checks=checks)
+
+
+def main(*, quick: bool = False) -> None:
+    """The whole batch in one pass, TRL's fastest, and then in passes of 8, which saves it memory."""
+    if quick:
+        measure(32, BATCH | {"response_tokens": 16}, rounds=1)
+        return
+    measure(32, BATCH, rounds=5)
+    measure(8, BATCH, rounds=3)
+
+
+def test_ppo_step(benchmark) -> None:
+    tiny = {"prompts": 4, "prompt_tokens": 8, "response_tokens": 8, "epochs": 1, "micro_batch": 4}
+    benchmark(make_trainer(MODEL | {"vocab_size": 512, "hidden_size": 64}, tiny).step)
