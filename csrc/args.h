@@ -1,5 +1,5 @@
 // What the launchers of each op take: plain pointers and sizes, the same for CPU and CUDA. A pointer may be null where the
-// comment says "or null". Rows of logits are contiguous along the vocabulary; `row_stride` counts elements.
+// comment says "or null".
 #pragma once
 #include "math/common.h"
 #include "math/ppo.h"
@@ -14,26 +14,30 @@ struct LogitTransform {
     float logit_scale = 1.f;
 };
 
+// Rows of logits, contiguous along the vocabulary; strides count elements. Row r lies at (r / inner) * outer_stride +
+// (r % inner) * row_stride, so that a slice such as logits[:, :-1] needs no copy.
 struct LogitRows {
     const void* logits;  // (N, V)
     DType dtype;
-    int64_t n, vocab, row_stride;
+    int64_t n, vocab, row_stride, inner, outer_stride;
     const int64_t* ids;   // (N)
     const uint8_t* mask;  // (N) or null: all count
     LogitTransform transform;
+
+    int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * row_stride; }
 };
 
-// What one read of a row leaves behind: log p_j = (w_j - shift) * factor - log_sum, w being the logit before the temperature.
+// What one read of a row leaves behind: p_j = exp((w_j - shift) * factor) * inv_sum, w being the logit before the temperature.
 struct RowStats {
     float* logprobs;  // (N)
     float* entropy;   // (N)
     float* shift;     // (N)
-    float* log_sum;   // (N)
+    float* inv_sum;   // (N)
 };
 
 struct RowGradient {
-    void* dlogits;  // (N, V), the dtype of the logits; may be the logits themselves
-    int64_t row_stride;
+    void* dlogits;               // (N, V), the dtype of the logits; may be the logits themselves
+    bool packed;                 // rows of dlogits follow each other; otherwise they lie as the logits do
     const float* grad_logprobs;  // (N) or null: 0
     const float* grad_entropy;   // (N) or null: 0
     float scale;                 // multiplies both
@@ -81,6 +85,33 @@ struct PpoLossArgs {
     float* slope;                   // (N) out: d L / d logprob times the denominator
     float* value_slope;             // (N) out, or null
     double* sums;                   // (kNumSums) out
+};
+
+struct GaeArgs {
+    int64_t n;
+    Sequences sequences;
+    const float* rewards;    // (N)
+    const float* values;     // (N)
+    const uint8_t* mask;     // (N)
+    const float* bootstrap;  // (B) or null: 0
+    float gamma, lam;
+    bool skip_holes;
+    float* advantages;  // (N) out
+    float* returns;     // (N) out
+};
+
+struct RolloutArgs {
+    GaeArgs gae;  // its rewards are the ones made here
+    const float* scores;         // (B)
+    const float* logprobs;       // (N)
+    const float* ref_logprobs;   // (N)
+    const int64_t* score_index;  // (B) or null: the last action
+    KlEstimator kl_estimator;
+    float kl_coef;
+    float score_clip;  // inf: off
+    bool whiten_rewards, whiten_advantages;
+    float* rewards;  // (N) out
+    float* kl;       // (N) out
 };
 
 }  // namespace rlhf

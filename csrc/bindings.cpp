@@ -47,10 +47,11 @@ void set_isa(const std::string& name) {
 #define RLHF_CPU(call) (baseline::call)
 #endif
 
-LogitRows logit_rows(Address logits, int dtype, int64_t n, int64_t vocab, int64_t row_stride, Address ids, Address mask,
-                     float temperature, Address temperatures, float softcap, float logit_scale) {
+LogitRows logit_rows(Address logits, int dtype, int64_t n, int64_t vocab, int64_t row_stride, int64_t inner,
+                     int64_t outer_stride, Address ids, Address mask, float temperature, Address temperatures, float softcap, float logit_scale) {
     const LogitTransform transform{temperature, at<const float>(temperatures), softcap, logit_scale};
-    return {at<void>(logits), DType(dtype), n, vocab, row_stride, at<const int64_t>(ids), at<const uint8_t>(mask), transform};
+    return {at<void>(logits), DType(dtype), n,      vocab, row_stride, inner, outer_stride, at<const int64_t>(ids),
+            at<const uint8_t>(mask),  transform};
 }
 
 RowStats row_stats(Address stats, int64_t n) {
@@ -83,9 +84,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_logprobs_forward",
           [](const LogitRows& x, Address stats) { RLHF_CPU(token_logprobs_forward(x, row_stats(stats, x.n))); }, unlocked);
     m.def("token_logprobs_backward",
-          [](const LogitRows& x, Address stats, Address dlogits, int64_t row_stride, Address grad_logprobs,
+          [](const LogitRows& x, Address stats, Address dlogits, bool packed, Address grad_logprobs,
              Address grad_entropy, float scale) {
-              const RowGradient grad{at<void>(dlogits), row_stride, at<const float>(grad_logprobs),
+              const RowGradient grad{at<void>(dlogits), packed, at<const float>(grad_logprobs),
                                      at<const float>(grad_entropy), scale};
               RLHF_CPU(token_logprobs_backward(x, row_stats(stats, x.n), grad));
           }, unlocked);
@@ -125,5 +126,22 @@ PYBIND11_MODULE(_C, m) {
     m.def("scale_cast",
           [](Address x, int from, Address out, int to, int64_t n, float scale) {
               RLHF_CPU(scale_cast(at<const void>(x), DType(from), at<void>(out), DType(to), n, scale));
+          }, unlocked);
+    py::class_<GaeArgs>(m, "GaeArgs")
+        .def(py::init([](int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, Address rewards, Address values,
+                         Address mask, Address bootstrap, float gamma, float lam, bool skip_holes, Address advantages,
+                         Address returns) {
+            return GaeArgs{n, {sequences, length, at<const int32_t>(cu_seqlens)}, at<const float>(rewards),
+                           at<const float>(values), at<const uint8_t>(mask), at<const float>(bootstrap), gamma, lam, skip_holes,
+                           at<float>(advantages), at<float>(returns)};
+        }));
+    m.def("gae", [](const GaeArgs& a) { RLHF_CPU(gae(a)); }, unlocked);
+    m.def("rollout_advantages",
+          [](const GaeArgs& gae, Address scores, Address logprobs, Address ref_logprobs, Address score_index, int kl_estimator,
+             float kl_coef, float score_clip, bool whiten_rewards, bool whiten_advantages, Address rewards, Address kl) {
+              const RolloutArgs args{gae, at<const float>(scores), at<const float>(logprobs), at<const float>(ref_logprobs),
+                                     at<const int64_t>(score_index), KlEstimator(kl_estimator), kl_coef, score_clip,
+                                     whiten_rewards, whiten_advantages, at<float>(rewards), at<float>(kl)};
+              RLHF_CPU(rollout_advantages(args));
           }, unlocked);
 }

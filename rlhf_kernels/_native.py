@@ -6,7 +6,9 @@ extension's parallel regions run on it. So there is one pool of threads, and `to
 
 import importlib
 
-import torch  # noqa: F401  before _C, see above
+import torch  # before _C, see above
+
+from .rows import LogitRows, PpoRows, RowStats, Sequences
 
 try:
     _C = importlib.import_module("rlhf_kernels._C")
@@ -31,7 +33,11 @@ def isa() -> str:
     return _C.isa()
 
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/math/common.h
+# The numbers that csrc/math and csrc/args.h give these names.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OBJECTIVES = ("clip", "kl_penalty", "ratio", "policy_gradient")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+NUM_SUMS = 20
 
 
 def kernels():
@@ -47,3 +53,122 @@ def address(x: torch.Tensor | None) -> int:
         return 0
     assert x.is_contiguous(), "the kernels take contiguous tensors"
     return x.data_ptr()
+
+
+# ---- launchers: tensors to addresses -------------------------------------------------------------------------------
+
+
+def _logit_rows(x: LogitRows):
+    logits, t = x.logits, x.transform
+    assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "rows of logits are contiguous along the vocabulary"
+    vocab = logits.shape[-1]
+    n = logits.numel() // vocab
+    inner, outer_stride = (n, 0) if logits.dim() == 2 else (logits.shape[1], logits.stride(0))
+    per_row = t.temperature if isinstance(t.temperature, torch.Tensor) else None
+    return _C.LogitRows(
+        logits.data_ptr(),
+        DTYPES[logits.dtype],
+        n,
+        vocab,
+        logits.stride(-2),
+        max(inner, 1),
+        outer_stride,
+        address(x.ids),
+        address(x.mask),
+        1.0 if per_row is not None else t.temperature,
+        address(per_row),
+        t.softcap or 0.0,
+        t.logit_scale,
+    )
+
+
+def _ppo_rows(x: PpoRows):
+    s = x.scalars
+    scalars = _C.PpoScalars(
+        OBJECTIVES.index(s.objective),
+        KL_ESTIMATORS.index(s.kl_estimator),
+        s.cliprange,
+        s.cliprange_high,
+        s.dual_clip,
+        s.log_ratio_clamp,
+        s.old_kl_coef,
+        s.kl_coef,
+        s.entropy_coef,
+        s.cliprange_value,
+    )
+    tensors = (x.old_logprobs, x.advantages, x.weights, x.ref_logprobs, x.row_weight)
+    return _C.PpoRows(scalars, *map(address, tensors))
+
+
+def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
+    """Fills `stats`; masked rows get zeros."""
+    _C.token_logprobs_forward(_logit_rows(x), address(stats.buffer))
+
+
+def token_logprobs_backward(
+    x: LogitRows, stats: RowStats, out: torch.Tensor, grad_logprobs, grad_entropy, *, scale: float = 1.0
+) -> None:
+    """`out = scale * (grad_logprobs d logprob/d logits + grad_entropy d H/d logits)`; `out` may be the logits."""
+    packed = out.is_contiguous()
+    assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
+    gradients = map(address, (grad_logprobs, grad_entropy))
+    _C.token_logprobs_backward(_logit_rows(x), address(stats.buffer), out.data_ptr(), packed, *gradients, scale)
+
+
+def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows) -> torch.Tensor:
+    """Fills `stats` and turns the logits into their gradient where there is one; returns which rows those are, bool (N,)."""
+    active = torch.empty(x.ids.numel(), dtype=torch.bool)
+    _C.ppo_epilogue(_logit_rows(x), address(stats.buffer), _ppo_rows(ppo), address(active))
+    return active
+
+
+def compact_rows(x: torch.Tensor, active: torch.Tensor) -> int:
+    """Moves the marked rows of `x` to its front, in order; returns how many there are."""
+    return _C.compact_rows(address(x), address(active), x.shape[0], x.shape[1] * x.element_size())
+
+
+def ppo_loss(
+    ppo: PpoRows,
+    sequences: Sequences,
+    sequence_level: bool,
+    mask: torch.Tensor,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor | None,
+    values: torch.Tensor | None,
+    old_values: torch.Tensor | None,
+    returns: torch.Tensor | None,
+    value_mask: torch.Tensor,
+    value_row_weight: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The slope of each log-prob and of each value, times their denominators, and the sums of csrc/args.h (float64)."""
+    slope = torch.empty_like(logprobs)
+    value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
+    sums = torch.empty(NUM_SUMS, dtype=torch.float64)
+    tensors = (
+        mask,
+        logprobs,
+        entropy,
+        values,
+        old_values,
+        returns,
+        value_mask,
+        value_row_weight,
+        slope,
+        value_slope,
+        sums,
+    )
+    layout = (sequences.count, sequences.length, address(sequences.cu_seqlens))
+    _C.ppo_loss(_ppo_rows(ppo), logprobs.numel(), *layout, sequence_level, *map(address, tensors))
+    return slope, value_slope, sums
+
+
+def accumulate(total: torch.Tensor, part: torch.Tensor, *, first: bool) -> None:
+    """`total = part` (first) or `total += part`; `total` is float32."""
+    _C.accumulate(address(total), address(part), DTYPES[part.dtype], part.numel(), first)
+
+
+def scale_cast(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """`x * scale`, rounded once to `dtype`; in the bytes of `x` where the dtype stays."""
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    _C.scale_cast(address(x), DTYPES[x.dtype], address(out), DTYPES[dtype], x.numel(), scale)
+    return out

@@ -28,7 +28,7 @@ RLHF_HD vf warp(vf u, const Factor& f) {
 }
 
 struct Stats {
-    float logprob, entropy, shift, log_sum;
+    float logprob, entropy, shift, inv_sum;
 };
 
 // Reads the row once, block by block, against a running maximum; the sums are double, their order is fixed.
@@ -81,19 +81,20 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
         if (id >= start && id < start + n) taken = w[id - start];
     }
     const double log_sum = log(sum);
-    return {float((double(taken) - double(shift)) * f.factor - log_sum), float(log_sum - weighted / sum), shift, float(log_sum)};
+    return {float((double(taken) - double(shift)) * f.factor - log_sum), float(log_sum - weighted / sum), shift, float(1 / sum)};
 }
 
 // dL/du_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) * dz_j/du_j, written over `out`, which may be `u` itself.
 template <bool CAP, bool ENTROPY, class T>
 RLHF_HD void row_gradient(const T* u, T* out, int64_t vocab, int64_t id, const Factor& f, const Stats& s, float g, float h) {
+    const float level = ENTROPY ? float(double(s.entropy) + log(double(s.inv_sum))) : 0.f;  // log p + H = t + level
     const float before = id >= 0 && id < vocab ? to_float(u[id]) : kNaN;
     auto at = [&](vf x, bool taken) {
         const vf w = warp<CAP>(x, f);
-        const vf logp = (w - s.shift) * f.factor - s.log_sum;
-        const vf p = vexp(logp);
+        const vf t = (w - s.shift) * f.factor;
+        const vf p = vexp(t) * s.inv_sum;  // not exp(t - log_sum): large p come out of small t, exactly
         vf dz = -g * p;
-        if (ENTROPY) dz -= h * p * ((logp < kExpLow ? splat(kExpLow) : logp) + s.entropy);
+        if (ENTROPY) dz -= h * p * ((t < kExpLow ? splat(kExpLow) : t) + level);
         if (taken) dz += g;
         if (!CAP) return dz * f.factor;
         const vf th = w / f.softcap;

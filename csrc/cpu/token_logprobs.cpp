@@ -9,13 +9,13 @@ namespace {
 
 template <class T>
 Stats stats_of(const LogitRows& x, int64_t row, const Factor& f) {
-    const T* u = (const T*)x.logits + row * x.row_stride;
+    const T* u = (const T*)x.logits + x.offset(row);
     return f.softcap > 0.f ? row_stats<true>(u, x.vocab, x.ids[row], f) : row_stats<false>(u, x.vocab, x.ids[row], f);
 }
 
 template <class T>
 void gradient_of(const LogitRows& x, int64_t row, const Factor& f, const Stats& s, float g, float h, T* out) {
-    const T* u = (const T*)x.logits + row * x.row_stride;
+    const T* u = (const T*)x.logits + x.offset(row);
     const int64_t id = x.ids[row], v = x.vocab;
     if (f.softcap > 0.f) {
         h != 0.f ? row_gradient<true, true>(u, out, v, id, f, s, g, h) : row_gradient<true, false>(u, out, v, id, f, s, g, h);
@@ -28,7 +28,7 @@ void put(const RowStats& out, int64_t row, const Stats& s) {
     out.logprobs[row] = s.logprob;
     out.entropy[row] = s.entropy;
     out.shift[row] = s.shift;
-    out.log_sum[row] = s.log_sum;
+    out.inv_sum[row] = s.inv_sum;
 }
 
 template <class T>
@@ -43,14 +43,14 @@ template <class T>
 void backward(const LogitRows& x, const RowStats& s, const RowGradient& grad) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < x.n; row++) {
-        T* out = (T*)grad.dlogits + row * grad.row_stride;
+        T* out = (T*)grad.dlogits + (grad.packed ? row * x.vocab : x.offset(row));
         const float g = grad.grad_logprobs ? grad.grad_logprobs[row] * grad.scale : 0.f;
         const float h = grad.grad_entropy ? grad.grad_entropy[row] * grad.scale : 0.f;
         if ((x.mask && !x.mask[row]) || (g == 0.f && h == 0.f)) {
             zero_row(out, x.vocab);
             continue;
         }
-        const Stats stats{s.logprobs[row], s.entropy[row], s.shift[row], s.log_sum[row]};
+        const Stats stats{s.logprobs[row], s.entropy[row], s.shift[row], s.inv_sum[row]};
         gradient_of<T>(x, row, factor_of(x.transform, row), stats, g, h, out);
     }
 }
@@ -69,7 +69,7 @@ void epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, uint8
         const float g = weight * logprob_slope(s.logprob, ppo.old_logprobs[row], ppo.advantages[row], importance, ref, p);
         const float h = -p.entropy_coef * weight;
         active[row] = g != 0.f || h != 0.f;
-        if (active[row]) gradient_of<T>(x, row, f, s, g, h, (T*)x.logits + row * x.row_stride);
+        if (active[row]) gradient_of<T>(x, row, f, s, g, h, (T*)x.logits + x.offset(row));
     }
 }
 

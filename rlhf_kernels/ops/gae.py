@@ -1,11 +1,13 @@
 """Generalised advantage estimation on padded or packed sequences."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from ..backend import resolve
 from ..types import Advantages
 from . import checks
+from .registry import define, dense
 
 
 def gae(
@@ -39,12 +41,12 @@ def gae(
     checks.tensor("values", values, **like)
     checks.mask("mask", mask, **like)
     check_recursion(gamma, lam, bootstrap, holes, rewards, b)
-    rewards, values, bootstrap = checks.wide(rewards, values, bootstrap)
-    name = resolve(backend, rewards)
-    assert name == "reference"
-    return reference.gae(
-        rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
-    )
+    if resolve(backend, rewards) == "reference":
+        rewards, values, bootstrap = checks.wide(rewards, values, bootstrap)
+        return reference.gae(
+            rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
+        )
+    return Advantages(*_op(rewards, values, mask, gamma, lam, bootstrap, holes == "skip", cu_seqlens))
 
 
 def check_recursion(gamma, lam, bootstrap, holes, like: Tensor, b: int) -> None:
@@ -53,3 +55,36 @@ def check_recursion(gamma, lam, bootstrap, holes, like: Tensor, b: int) -> None:
     checks.choice("holes", holes, ("skip", "zero"))
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value a sequence")
+
+
+def native_arguments(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns):
+    """What the kernels take; every tensor is contiguous and float32, and the caller keeps it alive."""
+    b, t = (cu_seqlens.numel() - 1, 0) if rewards.dim() == 1 else rewards.shape
+    address = _native.address
+    return _native.kernels().GaeArgs(
+        rewards.numel(), b, t, address(cu_seqlens), address(rewards), address(values), address(mask), address(bootstrap),
+        gamma, lam, skip_holes, address(advantages), address(returns),
+    )  # fmt: skip
+
+
+def _cpu(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+    rewards, values, mask = dense(rewards), dense(values), mask.contiguous()
+    bootstrap = None if bootstrap is None else dense(bootstrap)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    out = torch.empty(rewards.shape, dtype=torch.float32), torch.empty(rewards.shape, dtype=torch.float32)
+    _native.kernels().gae(
+        native_arguments(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
+    )
+    return out
+
+
+def _fake(rewards, *_) -> tuple[Tensor, Tensor]:
+    return tuple(rewards.new_empty(rewards.shape, dtype=torch.float32) for _ in range(2))
+
+
+_op = define(
+    "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? bootstrap, bool skip_holes,"
+    " Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns)",
+    cpu=_cpu,
+    fake=_fake,
+)

@@ -2,14 +2,21 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from ..backend import resolve
-from ..types import PPOLoss
+from ..rows import Transform
+from ..types import METRICS, PPOLoss
 from . import checks
-from .linear_token_logprobs import check_head
+from .head import Head, HeadRows, Plan, given_pass, head_stats, ppo_pass
+from .linear_token_logprobs import check_head, gradient_dtype
 from .ppo_arguments import PPOArguments
+from .ppo_terms import Terms, as_loss, flat
+
+VALUE_ROWS = 1024
+"""Rows of hidden states that the value head casts to float32 at a time."""
 
 
 def linear_ppo_loss(
@@ -43,27 +50,44 @@ def linear_ppo_loss(
         ValueError: as `linear_token_logprobs` and `ppo_loss`.
     """
     args = PPOArguments.parse("linear_ppo_loss", options)
-    check_head(hidden, weight, ids, bias, temperature, softcap, mask, chunk_tokens)
+    check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
     args.check(ids, old_logprobs, advantages, mask, name="ids", value_head=value_weight is not None)
     if args.entropy is not None:
         raise ValueError("entropy: got a tensor, expected None: this op makes the entropy itself")
     check_value_head(hidden, value_weight, value_bias)
-    assert resolve(backend, hidden) == "reference"
-    return reference.linear_ppo_loss(
-        hidden,
-        weight,
-        ids.long(),
-        old_logprobs,
-        advantages,
-        mask,
-        bias=bias,
-        value_weight=value_weight,
-        value_bias=value_bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        **args.options(),
+    if resolve(backend, hidden) == "reference":
+        return reference.linear_ppo_loss(
+            hidden,
+            weight,
+            ids.long(),
+            old_logprobs,
+            advantages,
+            mask,
+            bias=bias,
+            value_weight=value_weight,
+            value_bias=value_bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            **args.options(),
+        )
+    per_row = flat(temperature) if isinstance(temperature, Tensor) else None
+    values = None if args.values is None else checks.widen(args.values).reshape(-1)
+    differentiable = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, value_weight, value_bias, values)
+    loss, metrics, *_ = torch.ops.rlhf_kernels.linear_ppo_loss(
+        *differentiable,
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable],
+        ids.reshape(-1).long(),
+        per_row,
+        1.0 if per_row is not None else float(temperature),
+        softcap,
+        float(logit_scale),
+        chunk_tokens,
+        flat(args.old_values),
+        flat(args.returns),
+        *Terms.of(args, old_logprobs, advantages, mask).pack(),
     )
+    return as_loss(loss, metrics)
 
 
 def check_value_head(hidden: Tensor, value_weight: Tensor | None, value_bias: Tensor | None) -> None:
@@ -73,3 +97,141 @@ def check_value_head(hidden: Tensor, value_weight: Tensor | None, value_bias: Te
         if value_weight is None:
             raise ValueError("value_bias: got a tensor without value_weight, expected both or neither")
         checks.tensor("value_bias", value_bias, like=hidden, expected=(), what="a scalar")
+
+
+@torch.library.custom_op("rlhf_kernels::linear_ppo_loss", mutates_args=())
+def _forward(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,
+    value_weight: Tensor | None,
+    value_bias: Tensor | None,
+    values: Tensor | None,
+    needs: list[bool],  # a gradient, each of the six above
+    ids: Tensor,  # (N,)
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_tokens: int | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    row_weight: Tensor | None,
+    mask: Tensor,
+    value_mask: Tensor,
+    value_row_weight: Tensor | None,
+    denominators: Tensor,  # (5,)
+    cu_seqlens: Tensor | None,
+    numbers: list[float],
+    kinds: str,
+    num_sequences: int,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    constants = (old_logprobs, advantages, weights, ref_logprobs, row_weight, mask, value_mask, value_row_weight)
+    terms = Terms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
+    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
+    rows = HeadRows.of(hidden, ids, transform, mask)
+    n = len(ids)
+    plan = Plan.of(n, hidden.dtype, chunk_tokens)
+    if value_weight is not None:
+        values = value_forward(hidden, value_weight, value_bias)
+    head = Head(weight, bias)
+    targets = (None if x is None else x.contiguous() for x in (values, old_values, returns))
+    needs_head = tuple(needs[:3])
+    if terms.sequence_level:
+        stats = head_stats(head, rows, plan)
+        slopes, sums = _finish_rows(terms, rows, stats, n, *targets)
+        entropy_slope = rows.take(terms.entropy_slope())
+        results = given_pass(head, rows, stats, rows.take(slopes[0]), entropy_slope, n, plan, needs_head)
+    else:
+        stats, results = ppo_pass(head, rows, terms.ppo, n, plan, needs_head)
+        slopes, sums = _finish_rows(terms, rows, stats, n, *targets)
+    value_gradients = _value_backward(hidden, value_weight, slopes[1], results[0], terms, needs)
+    gradients = (*results, *value_gradients)
+    return terms.loss(sums), terms.metrics(sums), *(hidden.new_empty(0) if g is None else g for g in gradients)
+
+
+def _finish_rows(terms: Terms, rows: HeadRows, stats, n: int, values, old_values, returns):
+    logprobs, entropy = rows.spread(stats.buffer[:2], n)
+    *slopes, sums = terms.sums(logprobs, entropy, values, old_values, returns)
+    return slopes, sums
+
+
+def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`hidden @ weight + bias` in float32, (N,), without a float32 copy of all hidden states."""
+    w = weight.float()
+    values = torch.cat([rows.float() @ w for rows in hidden.split(VALUE_ROWS)]) if len(hidden) else w.new_empty(0)
+    return values if bias is None else values + bias.float()
+
+
+def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
+    """Gradients of value weight, value bias and values; the value head's part of `d_hidden` is added to it.
+
+    `d_hidden` is divided by the policy's denominator later on, so what it gets here is multiplied by it.
+    """
+    if not slope.numel():
+        return None, None, None
+    slope = slope * (terms.vf_coef / terms.denominators[1])
+    if weight is None:
+        return None, None, slope if needs[5] else None
+    if d_hidden is not None:
+        d_hidden.addr_(slope * terms.denominators[0], weight.float())
+    d_weight = None
+    if needs[3]:
+        pieces = zip(slope.split(VALUE_ROWS), hidden.split(VALUE_ROWS), strict=True)
+        d_weight = torch.stack([s @ h.float() for s, h in pieces]).sum(0)
+    return d_weight, slope.double().sum().float() if needs[4] else None, None
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, value_weight, value_bias, values, needs, ids, *rest):
+    def gradient(x, needed: bool, dtype: torch.dtype):
+        return hidden.new_empty(x.shape if needed else (0,), dtype=dtype)
+
+    f32 = torch.float32
+    plan = Plan.of(ids.numel(), hidden.dtype, rest[4])
+    dtypes = (f32, plan.sum_dtype, f32, f32, f32, f32)
+    inputs = zip((hidden, weight, bias, value_weight, value_bias, values), needs, dtypes, strict=True)
+    return (
+        hidden.new_empty((), dtype=f32),
+        hidden.new_empty(len(METRICS), dtype=f32),
+        *(gradient(*one) for one in inputs),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.needs, denominators = inputs[6], inputs[-6]
+    _, metrics, *gradients = output
+    ctx.save_for_backward(denominators, *gradients)
+    ctx.dtypes = [None if x is None else gradient_dtype(x) for x in inputs[:6]]
+    ctx.mark_non_differentiable(metrics, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_loss, *_):
+    nothing = (None,) * 23
+    if grad_loss is None:
+        return *(None,) * 6, *nothing
+    denominators, *gradients = ctx.saved_tensors
+    scale = grad_loss / denominators[0]
+    results = []
+    for i, (gradient, dtype, needed) in enumerate(zip(gradients, ctx.dtypes, ctx.needs, strict=True)):
+        results.append(scaled(gradient, scale if i < 3 else grad_loss, dtype) if needed else None)
+    return *results, *nothing
+
+
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * scale`, rounded once to `dtype`; in its own bytes where it can, which makes a second backward raise."""
+    if torch.compiler.is_compiling() or gradient.dim() == 0:
+        return (gradient.float() * scale).to(dtype)
+    with torch.no_grad():
+        result = _native.scale_cast(gradient, scale.item(), dtype)
+    torch.autograd.graph.increment_version(gradient)
+    return result
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

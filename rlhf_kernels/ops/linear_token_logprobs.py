@@ -1,11 +1,15 @@
 """Log-probability and entropy of taken tokens, from hidden states."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from ..backend import resolve
+from ..rows import RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
+from .head import Head, HeadRows, Plan, given_pass, head_stats
+from .ppo_terms import flat
 
 
 def linear_token_logprobs(
@@ -30,22 +34,36 @@ def linear_token_logprobs(
     Raises:
         ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.
     """
-    check_head(hidden, weight, ids, bias, temperature, softcap, mask, chunk_tokens)
-    assert resolve(backend, hidden) == "reference"
-    return reference.linear_token_logprobs(
-        hidden,
+    check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
+    if resolve(backend, hidden) == "reference":
+        return reference.linear_token_logprobs(
+            hidden,
+            weight,
+            ids.long(),
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=mask,
+            entropy=entropy,
+        )
+    per_row = flat(temperature) if isinstance(temperature, Tensor) else None
+    logprobs, h, _ = torch.ops.rlhf_kernels.linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        ids.long(),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        mask=mask,
-        entropy=entropy,
+        bias,
+        ids.reshape(-1).long(),
+        None if mask is None else mask.reshape(-1),
+        per_row,
+        1.0 if per_row is not None else float(temperature),
+        softcap,
+        float(logit_scale),
+        chunk_tokens,
     )
+    return TokenLogprobs(logprobs.view(ids.shape), h.view(ids.shape) if entropy else None)
 
 
-def check_head(hidden, weight, ids, bias, temperature, softcap, mask, chunk_tokens) -> None:
+def check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens) -> None:
     checks.floating("hidden", hidden, dims=tuple(range(1, 8)), what="[..., H]")
     rows, h = hidden.shape[:-1], hidden.shape[-1]
     checks.floating("weight", weight, dims=(2,), what="[V, H]")
@@ -58,4 +76,109 @@ def check_head(hidden, weight, ids, bias, temperature, softcap, mask, chunk_toke
     checks.ids(ids, like=hidden, expected=rows, vocabulary=v, where=mask)
     checks.temperature(temperature, like=hidden, expected=rows)
     checks.number("softcap", softcap, above=0)
+    checks.number("logit_scale", logit_scale, above=0)
     checks.number("chunk_tokens", chunk_tokens, least=1)
+
+
+@torch.library.custom_op("rlhf_kernels::linear_token_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,
+    ids: Tensor,  # (N,)
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = ids.numel()
+    rows = _rows(hidden, ids, mask, temperatures, temperature, softcap, logit_scale)
+    stats = head_stats(Head(weight, bias), rows, Plan.of(n, hidden.dtype, chunk_tokens))
+    buffer = rows.spread(stats.buffer, n)
+    return buffer[0].clone(), buffer[1].clone(), buffer
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, ids, *rest):
+    n = ids.numel()
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
+
+
+@torch.library.custom_op("rlhf_kernels::linear_token_logprobs_backward", mutates_args=())
+def _backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    stats: Tensor,  # (4, N)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_tokens: int | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = ids.numel()
+    g, h = (None if x is None else x.float() for x in (grad_logprobs, grad_entropy))
+    live = sum(x.abs() for x in (g, h) if x is not None) != 0
+    keep = live if mask is None else live & mask
+    rows = _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale)
+    # Relative to the largest coefficient: half-precision gradients of logits would underflow under a small one.
+    largest = torch.stack([x.abs().amax() for x in (g, h) if x is not None]).amax() if n else torch.ones(())
+    largest = torch.where(largest > 0, largest, 1)
+    coefficients = (None if x is None else rows.take(x) / largest for x in (g, h))
+    plan = Plan.of(n, hidden.dtype, chunk_tokens)
+    kept = RowStats(stats if rows.index is None else stats[:, rows.index])
+    results = given_pass(Head(weight, bias), rows, kept, *coefficients, n, plan, tuple(needs))
+    scale = largest.item()
+    return tuple(
+        x.new_empty(0) if g is None else _native.scale_cast(g, scale, gradient_dtype(x))
+        for x, g in zip((hidden, weight, hidden if bias is None else bias), results, strict=True)
+    )
+
+
+@_backward.register_fake
+def _(grad_logprobs, grad_entropy, stats, hidden, weight, bias, *rest):
+    *_, needs = rest
+    inputs = (hidden, weight, hidden if bias is None else bias)
+    return tuple(
+        torch.empty_like(x, dtype=gradient_dtype(x)) if needed else x.new_empty(0)
+        for x, needed in zip(inputs, needs, strict=True)
+    )
+
+
+def _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale) -> HeadRows:
+    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
+    return HeadRows.of(hidden, ids, transform, keep)
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a gradient of `x` is handed over: `x.grad_dtype` where that was set."""
+    return (x.grad_dtype if x.is_leaf else None) or x.dtype
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, bias, ids, mask, temperatures, *ctx.scalars = inputs
+    _, _, stats = output
+    ctx.save_for_backward(stats, hidden, weight, bias, ids, mask, temperatures)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_logprobs, grad_entropy, _):
+    nothing = (None,) * 7
+    needs = list(ctx.needs_input_grad[:3])
+    if not any(needs) or (grad_logprobs is None and grad_entropy is None):
+        return None, None, None, *nothing
+    results = torch.ops.rlhf_kernels.linear_token_logprobs_backward(
+        grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.scalars, needs
+    )
+    return *(g if needed else None for g, needed in zip(results, needs, strict=True)), *nothing
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

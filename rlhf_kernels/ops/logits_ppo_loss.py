@@ -8,7 +8,8 @@ from .. import reference
 from ..backend import resolve
 from ..types import PPOLoss
 from .ppo_arguments import PPOArguments
-from .token_logprobs import check_logits
+from .ppo_loss import fused_ppo_loss
+from .token_logprobs import check_logits, fused_token_logprobs
 
 
 def logits_ppo_loss(
@@ -34,19 +35,14 @@ def logits_ppo_loss(
         ValueError: as `token_logprobs` and `ppo_loss`.
     """
     args = PPOArguments.parse("logits_ppo_loss", options)
-    check_logits(logits, ids, temperature, softcap, mask)
+    check_logits(logits, ids, temperature, softcap, logit_scale, mask)
     args.check(ids, old_logprobs, advantages, mask, name="ids")
     if args.entropy is not None:
         raise ValueError("entropy: got a tensor, expected None: this op makes the entropy itself")
-    assert resolve(backend, logits) == "reference"
-    return reference.logits_ppo_loss(
-        logits,
-        ids.long(),
-        old_logprobs,
-        advantages,
-        mask,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        **args.options(),
-    )
+    if resolve(backend, logits) == "reference":
+        transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        return reference.logits_ppo_loss(
+            logits, ids.long(), old_logprobs, advantages, mask, **transform, **args.options()
+        )
+    taken = fused_token_logprobs(logits, ids, temperature, softcap, logit_scale, mask, entropy=True, inplace=inplace)
+    return fused_ppo_loss(taken.logprobs, taken.entropy, args, old_logprobs, advantages, mask)

@@ -1,12 +1,14 @@
 """The PPO objective on log-probs that exist already."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..backend import resolve
-from ..types import PPOLoss
+from ..types import METRICS, PPOLoss
 from . import checks
 from .ppo_arguments import PPOArguments
+from .ppo_terms import Terms, as_loss, flat
 
 
 def ppo_loss(
@@ -73,5 +75,80 @@ def ppo_loss(
     args = PPOArguments(**arguments)
     checks.floating("logprobs", logprobs, dims=(1, 2), what="[B, T] or [N]")
     args.check(logprobs, old_logprobs, advantages, mask, name="logprobs")
-    assert resolve(backend, logprobs) == "reference"
-    return reference.ppo_loss(logprobs, old_logprobs, advantages, mask, **args.options())
+    if resolve(backend, logprobs) == "reference":
+        return reference.ppo_loss(logprobs, old_logprobs, advantages, mask, **args.options())
+    return fused_ppo_loss(logprobs, entropy, args, old_logprobs, advantages, mask)
+
+
+def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantages, mask) -> PPOLoss:
+    """The compiled form, for arguments that were checked."""
+    terms = Terms.of(args, old_logprobs, advantages, mask)
+    differentiable = (None if x is None else checks.widen(x).reshape(-1) for x in (logprobs, entropy, args.values))
+    constants = (flat(args.old_values), flat(args.returns))
+    loss, metrics, *_ = torch.ops.rlhf_kernels.ppo_loss(*differentiable, *constants, *terms.pack())
+    return as_loss(loss, metrics)
+
+
+@torch.library.custom_op("rlhf_kernels::ppo_loss", mutates_args=())
+def _forward(
+    logprobs: Tensor,  # (N,)
+    entropy: Tensor | None,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor | None,
+    ref_logprobs: Tensor | None,
+    row_weight: Tensor | None,
+    mask: Tensor,
+    value_mask: Tensor,
+    value_row_weight: Tensor | None,
+    denominators: Tensor,  # (5,)
+    cu_seqlens: Tensor | None,
+    numbers: list[float],
+    kinds: str,
+    num_sequences: int,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    constants = (old_logprobs, advantages, weights, ref_logprobs, row_weight, mask, value_mask, value_row_weight)
+    terms = Terms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
+    tensors = (None if x is None else x.contiguous() for x in (logprobs, entropy, values, old_values, returns))
+    slope, value_slope, sums = terms.sums(*tensors)
+    policy, value = denominators[0], denominators[1]
+    entropy_slope = terms.entropy_slope() if entropy is not None else None
+    return (
+        terms.loss(sums),
+        terms.metrics(sums),
+        slope / policy,
+        slope.new_zeros(0) if entropy_slope is None else entropy_slope / policy,
+        value_slope * (terms.vf_coef / value),
+    )
+
+
+@_forward.register_fake
+def _(logprobs, entropy, values, old_values, returns, *packed):
+    entropy_coef = packed[10][6]
+    sizes = ((), (len(METRICS),), logprobs.shape, logprobs.shape if entropy is not None and entropy_coef else (0,))
+    return tuple(logprobs.new_empty(size) for size in (*sizes, (0,) if values is None else values.shape))
+
+
+def _save(ctx, inputs, output) -> None:
+    _, metrics, *slopes = output
+    ctx.save_for_backward(*slopes)
+    ctx.mark_non_differentiable(metrics, *slopes)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_loss, *_):
+    inputs = ctx.needs_input_grad[:3]
+    nothing = (None,) * 16
+    if grad_loss is None:
+        return None, None, None, *nothing
+    slopes = (
+        s * grad_loss if needed and s.numel() else None for s, needed in zip(ctx.saved_tensors, inputs, strict=True)
+    )
+    return *slopes, *nothing
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

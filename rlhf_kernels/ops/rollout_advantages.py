@@ -1,13 +1,15 @@
 """From scores, log-probs and values of a rollout to advantages and value targets."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from ..backend import resolve
 from ..types import RolloutAdvantages
 from . import checks
-from .gae import check_recursion
+from .gae import check_recursion, native_arguments
 from .kl_penalty import ESTIMATORS
+from .registry import define, dense
 
 
 def rollout_advantages(
@@ -56,24 +58,65 @@ def rollout_advantages(
     checks.choice("kl_estimator", kl_estimator, ESTIMATORS)
     checks.number("score_clip", score_clip, above=0)
     check_recursion(gamma, lam, bootstrap, holes, logprobs, b)
-    scores, logprobs, ref_logprobs, values, bootstrap = checks.wide(scores, logprobs, ref_logprobs, values, bootstrap)
-    name = resolve(backend, logprobs)
-    assert name == "reference"
-    return reference.rollout_advantages(
-        scores,
-        logprobs,
-        ref_logprobs,
-        values,
-        mask,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        gamma=gamma,
-        lam=lam,
-        score_clip=score_clip,
-        score_index=score_index,
-        bootstrap=bootstrap,
-        holes=holes,
-        whiten_rewards=whiten_rewards,
-        whiten_advantages=whiten_advantages,
-        cu_seqlens=cu_seqlens,
+    if resolve(backend, logprobs) == "reference":
+        scores, logprobs, ref_logprobs, values, bootstrap = checks.wide(
+            scores, logprobs, ref_logprobs, values, bootstrap
+        )
+        return reference.rollout_advantages(
+            scores,
+            logprobs,
+            ref_logprobs,
+            values,
+            mask,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            gamma=gamma,
+            lam=lam,
+            score_clip=score_clip,
+            score_index=score_index,
+            bootstrap=bootstrap,
+            holes=holes,
+            whiten_rewards=whiten_rewards,
+            whiten_advantages=whiten_advantages,
+            cu_seqlens=cu_seqlens,
+        )
+    clip, estimator = float("inf") if score_clip is None else score_clip, ESTIMATORS.index(kl_estimator)
+    whiten = whiten_rewards, whiten_advantages
+    return RolloutAdvantages(
+        *_op(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, lam, clip, score_index, bootstrap,
+             holes == "skip", *whiten, cu_seqlens)
+    )  # fmt: skip
+
+
+def _cpu(
+    scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
+    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scores, logprobs, ref_logprobs, values = dense(scores), dense(logprobs), dense(ref_logprobs), dense(values)
+    mask, bootstrap = mask.contiguous(), None if bootstrap is None else dense(bootstrap)
+    score_index = None if score_index is None else score_index.long().contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    advantages, returns, rewards, kl = (torch.empty(logprobs.shape, dtype=torch.float32) for _ in range(4))
+    recursion = native_arguments(
+        rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns
     )
+    address = _native.address
+    _native.kernels().rollout_advantages(
+        recursion, address(scores), address(logprobs), address(ref_logprobs), address(score_index), kl_estimator, kl_coef,
+        score_clip, whiten_rewards, whiten_advantages, address(rewards), address(kl),
+    )  # fmt: skip
+    return advantages, returns, rewards, kl
+
+
+def _fake(scores, logprobs, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(logprobs.new_empty(logprobs.shape, dtype=torch.float32) for _ in range(4))
+
+
+_op = define(
+    "rollout_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, float kl_coef,"
+    " int kl_estimator, float gamma, float lam, float score_clip, Tensor? score_index, Tensor? bootstrap,"
+    " bool skip_holes, bool whiten_rewards, bool whiten_advantages, Tensor? cu_seqlens)"
+    " -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)",
+    cpu=_cpu,
+    fake=_fake,
+)

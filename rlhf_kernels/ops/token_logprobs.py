@@ -1,11 +1,14 @@
 """Log-probability and entropy of taken tokens, from logits."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from ..backend import resolve
+from ..rows import LogitRows, RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
+from .ppo_terms import flat
 
 
 def token_logprobs(
@@ -28,20 +31,47 @@ def token_logprobs(
     Raises:
         ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.
     """
-    check_logits(logits, ids, temperature, softcap, mask)
-    assert resolve(backend, logits) == "reference"
-    return reference.token_logprobs(
-        logits,
-        ids.long(),
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        mask=mask,
-        entropy=entropy,
+    check_logits(logits, ids, temperature, softcap, logit_scale, mask)
+    if resolve(backend, logits) == "reference":
+        return reference.token_logprobs(
+            logits,
+            ids.long(),
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=mask,
+            entropy=entropy,
+        )
+    return fused_token_logprobs(logits, ids, temperature, softcap, logit_scale, mask, entropy=entropy)
+
+
+def fused_token_logprobs(
+    logits, ids, temperature, softcap, logit_scale, mask, *, entropy: bool, inplace: bool = False
+) -> TokenLogprobs:
+    """The compiled form, for arguments that were checked."""
+    rows = ids.shape
+    per_row = flat(temperature) if isinstance(temperature, Tensor) else None
+    logprobs, h, _ = torch.ops.rlhf_kernels.token_logprobs(
+        as_rows(logits),
+        ids.reshape(-1).long(),
+        None if mask is None else mask.reshape(-1),
+        per_row,
+        1.0 if per_row is not None else float(temperature),
+        softcap,
+        float(logit_scale),
+        inplace,
     )
+    return TokenLogprobs(logprobs.view(rows), h.view(rows) if entropy else None)
 
 
-def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, mask) -> None:
+def as_rows(logits: Tensor) -> Tensor:
+    """(N, V) or (B, T, V) with unit stride along V; a copy only where no such view exists."""
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
+
+
+def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, logit_scale, mask) -> None:
     checks.floating("logits", logits, dims=tuple(range(1, 8)), what="[..., V]")
     rows = logits.shape[:-1]
     if mask is not None:
@@ -49,3 +79,88 @@ def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, mask) -> Non
     checks.ids(ids, like=logits, expected=rows, vocabulary=logits.shape[-1], where=mask)
     checks.temperature(temperature, like=logits, expected=rows)
     checks.number("softcap", softcap, above=0)
+    checks.number("logit_scale", logit_scale, above=0)
+
+
+@torch.library.custom_op("rlhf_kernels::token_logprobs", mutates_args=())
+def _forward(
+    logits: Tensor,  # (N, V) or (B, T, V)
+    ids: Tensor,  # (N,)
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = RowStats.empty(ids.numel(), ids.device)
+    _native.token_logprobs_forward(_rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale), stats)
+    return stats.logprobs.clone(), stats.entropy.clone(), stats.buffer
+
+
+@_forward.register_fake
+def _(logits, ids, mask, temperatures, temperature, softcap, logit_scale, inplace):
+    n = ids.numel()
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
+
+
+@torch.library.custom_op("rlhf_kernels::token_logprobs_backward", mutates_args=())
+def _backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    stats: Tensor,  # (4, N)
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _write_gradient(
+        out, grad_logprobs, grad_entropy, stats, logits, ids, mask, temperatures, temperature, softcap, logit_scale
+    )
+    return out
+
+
+@_backward.register_fake
+def _(grad_logprobs, grad_entropy, stats, logits, *transform):
+    return logits.new_empty(logits.shape)
+
+
+def _write_gradient(out, grad_logprobs, grad_entropy, stats, logits, *rest) -> None:
+    g, h = (None if x is None else x.float().contiguous() for x in (grad_logprobs, grad_entropy))
+    _native.token_logprobs_backward(_rows(logits, *rest), RowStats(stats), out, g, h)
+
+
+def _rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale) -> LogitRows:
+    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
+    return LogitRows(logits, ids.contiguous(), transform, None if mask is None else mask.contiguous())
+
+
+def _save(ctx, inputs, output) -> None:
+    logits, ids, mask, temperatures, *ctx.scalars, ctx.inplace = inputs
+    _, _, stats = output
+    ctx.save_for_backward(stats, logits, ids, mask, temperatures)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_logprobs, grad_entropy, _):
+    nothing = (None,) * 7
+    if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
+        return None, *nothing
+    stats, logits, *rest = ctx.saved_tensors
+    if ctx.inplace and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            _write_gradient(logits, grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars)
+        # The version tells autograd that the logits are gone, so that a second use of them raises.
+        torch.autograd.graph.increment_version(logits)
+        return logits.detach(), *nothing
+    return torch.ops.rlhf_kernels.token_logprobs_backward(
+        grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars
+    ), *nothing
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
