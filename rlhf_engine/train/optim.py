@@ -1,7 +1,8 @@
-"""AdamW with decay on matrices only, and its learning-rate schedule, for every stage."""
+"""AdamW over a model's parameters and the learning rate of every step."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -9,43 +10,48 @@ from torch import nn
 from rlhf_engine.config import OptimConfig
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that want gradients; vectors (norms, biases) are not decayed."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that ask for a gradient; only matrices are decayed.
+
+    Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
 
 
-def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """Learning rate of optimiser step `step` (0 is the first) of `total`.
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (0 is the first) of `total_steps`.
 
-    It climbs linearly over `warmup_steps` to `lr`, then stays, or falls to `final_lr_share * lr` at the last step.
+    It climbs linearly over `warmup_steps`, then stays (constant) or falls to `final_lr_share * lr` at the last step
+    along a line or half a cosine. A function of the step alone, so that a resumed run needs no state for it.
     """
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total - 1 - config.warmup_steps))
-    left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    passed = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    left = 1.0 - passed if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
     return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
-    """Clips the gradients, sets the learning rate, steps and clears them; returns the gradient norm before clipping.
-
-    Raises:
-        FloatingPointError: the gradient norm is not finite; the weights are left as they were.
-    """
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int
+) -> tuple[torch.Tensor, float]:
+    """Clip, step and clear the gradients; returns the gradient norm before clipping and the learning rate used."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm: got {norm} at step {step}, expected a finite number")
+    if config.max_grad_norm is None:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    else:
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step, total)
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, rate

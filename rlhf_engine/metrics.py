@@ -1,0 +1,103 @@
+"""Numbers of a run: summed on the device, written to a JSONL file and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from rlhf_kernels import explained_variance
+
+
+def peak_rss_mb() -> float:
+    """Largest resident set of this process so far, in 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+class MetricSum:
+    """Sums dictionaries of device scalars without a host sync; keys that end in `_max` keep the largest."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one dictionary; all must have the same keys."""
+        self.count += 1
+        for name, value in metrics.items():
+            before = self.sums.get(name)
+            if before is None:
+                self.sums[name] = value.clone()
+            else:
+                self.sums[name] = torch.maximum(before, value) if name.endswith("_max") else before + value
+
+    def total(self) -> dict[str, Tensor]:
+        """The sums, on the device: micro-batches that were given global denominators add up to their minibatch."""
+        return self.sums
+
+    def mean(self) -> dict[str, float]:
+        """Means over the dictionaries (largest for `_max`) as floats, explained variance from its sums."""
+        log = {name: float(value) / (1 if name.endswith("_max") else self.count) for name, value in self.sums.items()}
+        if "num_value_tokens" in self.sums:
+            log["explained_variance"] = float(explained_variance(self.sums))
+        parts = ("returns_sum", "returns_sq_sum", "residual_sum", "residual_sq_sum", "num_value_tokens")
+        return {name: value for name, value in log.items() if name not in parts}
+
+
+class MetricsWriter:
+    """Writes each step's numbers as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
+
+    A resumed run appends, after dropping the lines of steps that it is going to repeat. Use it as a context manager.
+    """
+
+    def __init__(self, folder: str | Path, stage: str, *, resume_after: int | None = None) -> None:
+        self.stage, self.folder = stage, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "metrics.jsonl"
+        if resume_after is not None and self.path.is_file():
+            self._drop_after(resume_after)
+        self.file = self.path.open("a", encoding="utf-8")
+        purge = None if resume_after is None else resume_after + 1
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the numbers of `step`."""
+        # JSON has no NaN: a number that is not one becomes null.
+        clean = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
+        self.file.write(json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(f"{self.stage}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self.file.close()
+        self.board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _drop_after(self, step: int) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        records = [(json.loads(line), line) for line in lines]
+        kept = [line for record, line in records if record["stage"] != self.stage or record["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def progress(total: int, what: str, *, unit: str = "it", done: int = 0) -> tqdm:
+    """A progress bar on stderr; none where stderr is not a terminal."""
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None, dynamic_ncols=True)

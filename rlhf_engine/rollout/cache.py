@@ -1,0 +1,90 @@
+"""Keys and values of the sequences that are being decoded, one preallocated slot each.
+
+In a slot a token's column is its position, so a sequence's attention reads the same columns whatever its neighbours; a
+finished sequence's slot is overwritten by the next one, and nothing is ever concatenated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class _Step:
+    """What the layers need to know about the forward pass under way."""
+
+    first: int = 0  # prefill writes slots first, first + 1, ...
+    positions: Tensor | None = None  # (R,), decode: the column that each of the first R slots writes; None in prefill
+    rows: Tensor | None = None  # (R,), decode: 0, 1, ... R - 1
+    width: int = 0  # decode: columns that attention reads
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer: [slots, heads, columns, head size]."""
+
+    is_sliding = False
+
+    def __init__(self, slots: int, columns: int, step: _Step) -> None:
+        super().__init__()
+        self.slots, self.columns, self.step = slots, columns, step
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def room(states: Tensor) -> Tensor:
+            # Zeros and not `empty`: columns that the mask excludes are still multiplied by 0, and 0 * NaN is NaN.
+            return states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3])
+
+        self.keys, self.values = room(key_states), room(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new columns; return what attention reads: in prefill the new columns, in decode all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step, (rows, _, length, _) = self.step, key_states.shape
+        if step.positions is None:
+            self.keys[step.first : step.first + rows, :, :length] = key_states
+            self.values[step.first : step.first + rows, :, :length] = value_states
+            return key_states, value_states
+        self.keys[step.rows, :, step.positions] = key_states[:, :, 0]
+        self.values[step.rows, :, step.positions] = value_states[:, :, 0]
+        return self.keys[:rows, :, : step.width], self.values[:rows, :, : step.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Asked in prefill alone, where attention reads the new columns; decode brings its own mask.
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.columns
+
+
+class SlotCache(Cache):
+    """A transformers cache in which every sequence has its own length. `prefill` or `decode` comes before each forward."""
+
+    def __init__(self, layers: int, slots: int, columns: int) -> None:
+        self.step = _Step()
+        super().__init__(layers=[SlotLayer(slots, columns, self.step) for _ in range(layers)])
+
+    def prefill(self, first: int) -> None:
+        """The next forward pass brings whole prompts for slots `first`, `first + 1`, ..."""
+        self.step.first, self.step.positions = first, None
+
+    def decode(self, positions: Tensor, width: int) -> None:
+        """The next forward pass brings one token for each of the first slots, at `positions` [R], and reads `width` columns."""
+        self.step.positions = positions
+        self.step.rows = torch.arange(len(positions), device=positions.device)
+        self.step.width = width
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` over slots `target`; the two must not overlap."""
+        for layer in self.layers:
+            layer.keys[target] = layer.keys[source]
+            layer.values[target] = layer.values[source]

@@ -1,0 +1,131 @@
+"""The trunk as a decoder: prompts in, then one token a sequence and step, through a `SlotCache`.
+
+A row's hidden state has the same bits whatever the rows around it, which is what makes a sample independent of its batch.
+Three things see to that on CPU: a matrix product has at least `MIN_ROWS` rows (fewer take another path in BLAS), a prompt
+is padded to a width that its own length decides, and attention reads a width that the configuration decides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout.cache import SlotCache
+
+MIN_ROWS = 16
+_BLOCK = 512
+"""Columns that attention takes at a time on CPU; a longer cache is read in whole blocks."""
+
+
+def prompt_width(length: int) -> int:
+    """Columns of the prefill of a prompt: a function of its own length, with at most a quarter of padding beyond 64."""
+    step = MIN_ROWS
+    while step * 4 < length:
+        step *= 2
+    return -(-length // step) * step
+
+
+class Decoder:
+    """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
+
+    Raises ValueError for a model whose attention is not plain or sliding-window, or whose decoding with the cache does not
+    give what one forward pass over the whole sequence gives.
+    """
+
+    def __init__(self, policy: ActorCritic, slots: int, columns: int) -> None:
+        self.policy = policy
+        self.slots = max(slots, MIN_ROWS)
+        self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
+        self.text_config = policy.model.config.get_text_config()
+        self.attention = _attention_of(policy)
+        self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, max(self.columns, MIN_ROWS))
+        self.column = torch.arange(self.columns, device=policy.device)
+
+    def prefill(self, prompts: list[Tensor], first: int) -> Tensor:  # -> (rows >= MIN_ROWS, H)
+        """Read prompts of one `prompt_width` into slots `first`, ...; returns the hidden state after each prompt.
+
+        Rows beyond the prompts repeat the first one.
+        """
+        width = prompt_width(len(prompts[0]))
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.policy.device)
+        # Beyond its end a prompt repeats its last token; no real token sees it, and its columns are overwritten later.
+        inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
+        self.cache.prefill(first)
+        hidden = self.policy.hidden(inputs, past_key_values=self.cache, use_cache=True)
+        rows = torch.arange(len(prompts), device=lengths.device) * width + lengths - 1
+        rows = torch.nn.functional.pad(rows, (0, max(0, MIN_ROWS - len(prompts))), value=int(rows[0]))
+        return hidden.flatten(0, 1)[rows]
+
+    def decode(
+        self,
+        tokens: Tensor,  # (slots,), the last token of each sequence; slots at `count` and beyond hold none
+        positions: Tensor,  # (slots,), its position
+        count: int,
+    ) -> Tensor:  # (rows >= MIN_ROWS, H)
+        """Feed one token to each of the first `count` slots; returns the hidden states after them."""
+        rows = max(count, MIN_ROWS)
+        tokens, positions = tokens[:rows], positions[:rows]
+        width = self.columns
+        if width > _BLOCK:
+            longest = int(positions[:count].max()) + 1
+            width = min(width, -(-longest // _BLOCK) * _BLOCK)
+        self.cache.decode(positions, width)
+        return self.policy.hidden(
+            tokens[:, None],
+            self._mask(positions, width),
+            positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )[:, 0]
+
+    def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+        column, position = self.column[:width], positions[:, None, None, None]
+        masks = {"full_attention": column <= position}
+        if "sliding_attention" in self.attention:
+            masks["sliding_attention"] = masks["full_attention"] & (column > position - self.text_config.sliding_window)
+        if self.text_config._attn_implementation == "eager":
+            lowest = torch.finfo(self.policy.lm_weight.dtype).min
+            zero = torch.zeros((), dtype=self.policy.lm_weight.dtype, device=positions.device)
+            masks = {kind: torch.where(mask, zero, lowest) for kind, mask in masks.items()}
+        return masks if len(self.attention) > 1 else masks[self.attention[0]]
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare two sequences of different lengths, decoded, with one forward pass over each."""
+        ids = torch.arange(1, 11, device=self.policy.device).remainder(self.policy.lm_weight.shape[0])
+        if self.columns < len(ids):
+            return
+        sequences, read = (ids, ids.flip(0)[:7]), 2
+        self.prefill([sequence[:-read] for sequence in sequences], 0)
+        for ahead in range(read, 0, -1):
+            at = torch.tensor([len(sequence) - ahead for sequence in sequences] + [0] * self.slots, device=ids.device)
+            tokens = torch.stack([sequence[-ahead] for sequence in sequences] + [ids[0]] * self.slots)
+            decoded = self.decode(tokens[: self.slots], at[: self.slots], len(sequences))
+        for row, sequence in enumerate(sequences):
+            expected = self.policy.hidden(sequence[None])[0, -1].float()
+            allowed = 64 * torch.finfo(self.policy.lm_weight.dtype).eps * float(expected.abs().max())
+            difference = float((decoded[row].float() - expected).abs().max())
+            if not difference <= allowed:
+                raise ValueError(
+                    f"policy: {type(self.policy.model).__name__} decoded token by token differs from its own forward pass by "
+                    f"{difference:.3g} (at most {allowed:.3g} expected); its attention does not read a plain 4D mask"
+                )
+
+
+def _attention_of(policy: ActorCritic) -> list[str]:
+    """The kinds of attention layers that need a mask each; ValueError for kinds that the cache cannot hold."""
+    model, text = policy.model, policy.model.config.get_text_config()
+    if text._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"policy: got attention {text._attn_implementation!r}, expected 'sdpa' or 'eager'")
+    default = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
+    kinds = sorted(set(getattr(text, "layer_types", None) or [default]))
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    if getattr(model, "_is_stateful", False):
+        unknown.append("a recurrent state")
+    if getattr(text, "alibi", False) or hasattr(policy.trunk, "build_alibi_tensor"):
+        unknown.append("ALiBi biases made from the padding mask")
+    if unknown:
+        got = ", ".join(unknown)
+        raise ValueError(f"policy: {type(model).__name__} has {got}, expected full or sliding-window attention")
+    return kinds

@@ -1,0 +1,191 @@
+"""Sampling responses with continuous batching: a finished sequence leaves at once, and the next prompt takes its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.config import RolloutConfig
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout.decoder import Decoder, prompt_width
+from rlhf_engine.rollout.rollout import Rollout
+from rlhf_kernels import sample_tokens
+
+
+@dataclass
+class _Running:
+    """The sequences in the first `count` slots. All tensors are (slots,), int64."""
+
+    token: Tensor  # the last token, not yet read by the trunk
+    position: Tensor  # its position
+    row: Tensor  # the prompt that it answers
+    step: Tensor  # actions taken
+    count: int = 0
+
+    def vectors(self) -> tuple[Tensor, ...]:
+        return self.token, self.position, self.row, self.step
+
+
+class Generator:
+    """Samples from a policy, with log-probs and values on the way.
+
+    A sequence depends on the weights, its prompt, `seed` and its number, and on nothing else: not on its slot, the
+    batch or the order. Raises ValueError for a policy that it cannot decode (see `Decoder`).
+    """
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        config: RolloutConfig,
+        *,
+        eos_token_ids: int | Sequence[int],
+        pad_token_id: int,
+        seed: int,
+    ) -> None:
+        self.policy, self.config, self.seed, self.pad_token_id = policy, config, seed, pad_token_id
+        ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
+        self.eos_token_ids = torch.tensor(ends, device=policy.device)
+        self._new_decoder(config.batch_size).check()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Tensor | Sequence[int]],
+        sequence: Tensor,  # (B,), int64, the number of each sequence in the run: its stream of random numbers
+        on_finished: Callable[[int], object] | None = None,
+    ) -> Rollout:
+        """One response for each prompt. `on_finished` hears how many sequences ended since its last call."""
+        prompts = self._check(prompts, sequence)
+        decoder = self._new_decoder(len(prompts))
+        record = _Record(self, prompts, sequence)
+        running = _Running(
+            *(torch.zeros(decoder.slots, dtype=torch.int64, device=self.policy.device) for _ in range(4))
+        )
+        waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # popped from the end: long ones first
+        slots = min(self.config.batch_size, len(prompts))
+        while waiting or running.count:
+            first = running.count
+            if waiting and slots - first >= min(len(waiting), max(1, slots // 4)):
+                hidden = self._admit(decoder, running, prompts, _next_group(waiting, prompts, slots - first))
+            else:
+                first, hidden = 0, decoder.decode(running.token, running.position, running.count)
+            ended = record.sample(hidden, running, first)
+            if ended:
+                _release(decoder, running, record.finished, first)
+                if on_finished is not None:
+                    on_finished(ended)
+        return record.rollout()
+
+    def _admit(self, decoder: Decoder, running: _Running, prompts: list[Tensor], rows: list[int]) -> Tensor:
+        first, new = running.count, slice(running.count, running.count + len(rows))
+        hidden = decoder.prefill([prompts[row] for row in rows], first)
+        running.row[new] = torch.tensor(rows, device=hidden.device)
+        running.position[new] = torch.tensor([len(prompts[row]) - 1 for row in rows], device=hidden.device)
+        running.step[new] = 0
+        running.count += len(rows)
+        return hidden
+
+    def _new_decoder(self, prompts: int) -> Decoder:
+        columns = self.config.max_prompt_tokens + self.config.max_response_tokens
+        return Decoder(self.policy, min(self.config.batch_size, prompts), columns)
+
+    def _check(self, prompts: Sequence[Tensor | Sequence[int]], sequence: Tensor) -> list[Tensor]:
+        if len(prompts) == 0 or len(sequence) != len(prompts):
+            raise ValueError(
+                f"sequence: got {len(sequence)} numbers for {len(prompts)} prompts, expected one each, at least one"
+            )
+        tensors = [torch.as_tensor(prompt, dtype=torch.int64, device=self.policy.device) for prompt in prompts]
+        for index, prompt in enumerate(tensors):
+            if prompt.dim() != 1 or not 1 <= len(prompt) <= self.config.max_prompt_tokens:
+                raise ValueError(
+                    f"prompts[{index}]: got shape {tuple(prompt.shape)}, expected 1 to {self.config.max_prompt_tokens} ids "
+                    "(rollout.max_prompt_tokens)"
+                )
+        return tensors
+
+
+class _Record:
+    """Everything said while sampling, by prompt and step."""
+
+    def __init__(self, generator: Generator, prompts: list[Tensor], sequence: Tensor) -> None:
+        self.generator, self.prompts = generator, prompts
+        self.policy, self.config = generator.policy, generator.config
+        device, shape = self.policy.device, (len(prompts), self.config.max_response_tokens)
+        self.sequence = sequence.to(device)
+        self.ids = torch.full(shape, generator.pad_token_id, dtype=torch.int64, device=device)
+        self.logprobs, self.sampling_logprobs, self.values = (torch.zeros(shape, device=device) for _ in range(3))
+        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        self.ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self.finished = self.ended[:0]  # (rows,), bool, of the last call of `sample`
+
+    def sample(self, hidden: Tensor, running: _Running, first: int) -> int:
+        """Take one action in each of the slots `first` to `running.count`; returns how many sequences that ended."""
+        here = slice(first, running.count)
+        size, row, step = running.count - first, running.row[here].clone(), running.step[here].clone()
+        config = self.config
+        taken = sample_tokens(
+            self.policy.logits(hidden)[:size],
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            seed=self.generator.seed,
+            sequence=self.sequence[row],
+            position=step,
+            backend=self.policy.backend,
+        )
+        self.ids[row, step], self.values[row, step] = taken.ids, self.policy.values(hidden)[:size]
+        self.logprobs[row, step], self.sampling_logprobs[row, step] = taken.logprobs, taken.sampling_logprobs
+        running.token[here] = taken.ids
+        running.position[here] += 1
+        running.step[here] += 1
+        stop = torch.isin(taken.ids, self.generator.eos_token_ids)
+        self.ended[row] = stop
+        self.lengths[row] = step + 1
+        self.finished = stop | (step + 1 == config.max_response_tokens)
+        return int(self.finished.sum())
+
+    def rollout(self) -> Rollout:
+        width, widest = int(self.lengths.max()), max(map(len, self.prompts))
+        ids, device = self.ids[:, :width], self.ids.device
+        mask = torch.arange(width, device=device) < self.lengths[:, None]
+        input_ids = torch.full((len(ids), widest + width), self.generator.pad_token_id, device=device)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(self.prompts):
+            input_ids[row, widest - len(prompt) : widest] = prompt
+            attention_mask[row, widest - len(prompt) : widest] = 1
+        input_ids[:, widest:], attention_mask[:, widest:] = ids, mask
+        return Rollout(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            response_ids=input_ids[:, widest:],
+            mask=mask,
+            logprobs=self.logprobs[:, :width].contiguous(),
+            sampling_logprobs=self.sampling_logprobs[:, :width].contiguous(),
+            values=self.values[:, :width].contiguous(),
+            ended=self.ended,
+        )
+
+
+def _next_group(waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
+    """Take up to `room` prompts of one prefill width off the end of `waiting`, which is sorted by length."""
+    width, group = prompt_width(len(prompts[waiting[-1]])), []
+    while waiting and len(group) < room and prompt_width(len(prompts[waiting[-1]])) == width:
+        group.append(waiting.pop())
+    return group
+
+
+def _release(decoder: Decoder, running: _Running, finished: Tensor, first: int) -> None:
+    """Close the gaps that finished slots leave with the last live slots: each gap costs one slot's copy."""
+    live = torch.ones(running.count, dtype=torch.bool, device=finished.device)
+    live[first:] = ~finished
+    count = int(live.sum())
+    gaps, movers = (~live[:count]).nonzero()[:, 0], count + live[count:].nonzero()[:, 0]
+    if len(gaps):
+        decoder.cache.move(movers, gaps)
+        for vector in running.vectors():
+            vector[gaps] = vector[movers]
+    running.count = count

@@ -1,0 +1,33 @@
+"""Log-probs and values of a rollout under a model that did not sample it. B sequences, T response width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout.rollout import Rollout
+
+
+@torch.no_grad()
+def score_rollout(
+    model: ActorCritic,
+    rollout: Rollout,
+    *,
+    microbatch: int,
+    temperature: float = 1.0,
+    values: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`(logprobs [B, T], values [B, T] or None)` of the actions, float32 and 0 outside the mask.
+
+    `microbatch` sequences of similar length go through the trunk together; only the states of actions enter the head.
+    """
+    logprobs = torch.zeros_like(rollout.logprobs)
+    scored = torch.zeros_like(rollout.values) if values else None
+    for sequences in rollout.by_length(torch.arange(len(rollout), device=rollout.mask.device), microbatch):
+        batch = rollout.batch(sequences)
+        hidden = model.hidden(batch.input_ids).flatten(0, 1)[batch.rows]
+        logprobs.view(-1)[batch.source] = model.token_logprobs(hidden, batch.ids, temperature=temperature).logprobs
+        if scored is not None:
+            scored.view(-1)[batch.source] = model.values(hidden)
+    return logprobs, scored

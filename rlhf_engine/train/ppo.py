@@ -1,0 +1,235 @@
+"""Proximal policy optimisation of a language model: Algorithm 1 of Schulman et al. 2017 with InstructGPT's reward.
+
+One update is `collect -> score -> advantages -> update`. The environment is a bandit: a prompt comes, the policy answers, the
+score lands on the last action, and every action pays `kl_coef` times its KL to the reference.
+Shapes: B sequences, T response width, N actions of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.config import PPOConfig
+from rlhf_engine.metrics import MetricSum, peak_rss_mb
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout import Generator, Rollout, score_rollout
+from rlhf_engine.train.optim import build_optimizer, optimizer_step
+from rlhf_kernels import rollout_advantages
+
+RewardFunction = Callable[[Rollout], Tensor]
+"""Gives one float score for each sequence of a rollout, [B]."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with what its reward is made of. All but `scores` are (B, T), float32, 0 where the mask is False."""
+
+    rollout: Rollout
+    scores: Tensor  # (B,)
+    old_logprobs: Tensor
+    old_values: Tensor
+    ref_logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from. All but `rollout` are (B, T), float32, 0 where the mask is False."""
+
+    rollout: Rollout
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor | None
+
+
+def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor) -> Rollout:
+    """Sample one response to each prompt; `sequence` [B] numbers them in the run."""
+    return generator.generate(prompts, sequence)
+
+
+def score(
+    rollout: Rollout,
+    policy: ActorCritic,
+    reference: ActorCritic,
+    reward_fn: RewardFunction,
+    config: PPOConfig,
+    temperature: float,
+) -> Scored:
+    """Score every response and get the log-probs of the old policy and of the reference.
+
+    A response without EOS loses `missing_eos_penalty`. Raises ValueError unless `reward_fn` gives B finite scores.
+    """
+    scores = reward_fn(rollout)
+    if scores.shape != (len(rollout),) or not bool(torch.isfinite(scores).all()):
+        raise ValueError(f"reward_fn: got {scores}, expected {len(rollout)} finite scores")
+    scores = scores.to(rollout.mask.device, torch.float32) - config.missing_eos_penalty * ~rollout.ended
+    size = {"microbatch": config.microbatch, "temperature": temperature}
+    ref_logprobs, _ = score_rollout(reference, rollout, **size)
+    old_logprobs, old_values = rollout.logprobs, rollout.values
+    if config.old_logprobs == "rescored":
+        old_logprobs, old_values = score_rollout(policy, rollout, values=True, **size)
+    return Scored(rollout, scores, old_logprobs, old_values, ref_logprobs)
+
+
+def advantages(
+    scored: Scored, config: PPOConfig, kl_coef: float, backend: str = "auto"
+) -> tuple[Experience, dict[str, float]]:
+    """GAE of `-kl_coef * KL_t + [t is last] score`, whitened over the batch, and the numbers worth logging."""
+    rollout = scored.rollout
+    result = rollout_advantages(
+        scored.scores,
+        scored.old_logprobs,
+        scored.ref_logprobs,
+        scored.old_values,
+        rollout.mask,
+        kl_coef=kl_coef,
+        kl_estimator=config.kl_estimator,
+        gamma=config.gamma,
+        lam=config.lam,
+        score_clip=config.score_clip,
+        whiten_rewards=config.whiten_rewards,
+        whiten_advantages=config.whiten_advantages,
+        backend=backend,
+    )
+    weights = None
+    if config.importance_cap is not None:
+        weights = (scored.old_logprobs - rollout.sampling_logprobs).exp().clamp(max=config.importance_cap)
+    lengths = rollout.response_lengths.float()
+    log = {
+        "score_mean": scored.scores.mean(),
+        "score_std": scored.scores.std(correction=0),
+        "kl": result.kl.sum(1).mean(),
+        "kl_per_token": result.kl.sum() / lengths.sum(),
+        "reward_mean": result.rewards.sum(1).mean(),
+        "return_mean": result.returns.sum() / lengths.sum(),
+        "value_mean": scored.old_values.sum() / lengths.sum(),
+        "response_length": lengths.mean(),
+        "ended": rollout.ended.float().mean(),
+    }
+    experience = Experience(rollout, scored.old_logprobs, scored.old_values, result.advantages, result.returns, weights)
+    return experience, {name: float(value) for name, value in log.items()}
+
+
+def minibatch_backward(
+    policy: ActorCritic, experience: Experience, sequences: Tensor, config: PPOConfig, temperature: float
+) -> dict[str, Tensor]:
+    """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; returns its metrics.
+
+    The denominators are the minibatch's, so the gradient does not depend on how it is cut.
+    """
+    rollout, totals = experience.rollout, MetricSum()
+    num_tokens = int(rollout.response_lengths[sequences].sum())
+    for members in rollout.by_length(sequences, config.microbatch):
+        batch = rollout.batch(members)
+
+        def actions(x: Tensor, source: Tensor = batch.source) -> Tensor:  # (B, T) -> (N,)
+            return x.reshape(-1)[source]
+
+        result = policy(
+            batch.input_ids,
+            batch.rows,
+            batch.ids,
+            actions(experience.old_logprobs),
+            actions(experience.advantages),
+            torch.ones_like(batch.ids, dtype=torch.bool),
+            old_values=actions(experience.old_values),
+            returns=actions(experience.returns),
+            weights=None if experience.weights is None else actions(experience.weights),
+            num_tokens=num_tokens,
+            num_value_tokens=num_tokens,
+            num_sequences=len(sequences),
+            cu_seqlens=batch.cu_seqlens,
+            temperature=temperature,
+            **loss_options(config),
+        )
+        result.loss.backward()
+        totals.add(result.metrics)
+    return totals.total()
+
+
+def loss_options(config: PPOConfig) -> dict[str, object]:
+    """The arguments of `linear_ppo_loss` that a config decides."""
+    names = (
+        "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
+        "entropy_coef aggregation"
+    )
+    return {name: getattr(config, name) for name in names.split()}
+
+
+class PPOTrainer:
+    """Holds what changes from update to update: the weights, the optimiser and three counters.
+
+    All randomness is a function of `seed` and the counters, so a resumed run draws the same numbers. `prompts(first, count)`
+    gives the prompts number `first` to `first + count` of an endless stream.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        reference: ActorCritic,
+        generator: Generator,
+        prompts: Callable[[int, int], Sequence[Tensor]],
+        reward_fn: RewardFunction,
+        config: PPOConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.policy, self.reference, self.generator = policy, reference, generator
+        self.prompts, self.reward_fn, self.config, self.seed = prompts, reward_fn, config, seed
+        self.optimizer = build_optimizer(policy, config.optim)
+        self.kl_coef = config.kl_coef
+        self.updates_done = 0
+        self.optimizer_steps = 0
+
+    def train(self, on_update: Callable[[int, dict[str, float]], object] | None = None) -> None:
+        """Run until `config.updates` are done; `on_update(number, metrics)` follows each."""
+        while self.updates_done < self.config.updates:
+            log = self.step()
+            if on_update is not None:
+                on_update(self.updates_done, log)
+
+    def step(self) -> dict[str, float]:
+        """One iteration of Algorithm 1."""
+        config, temperature = self.config, self.generator.config.temperature
+        clock = [time.perf_counter()]
+        first = self.updates_done * config.rollout_batch
+        sequence = torch.arange(first, first + config.rollout_batch)
+        rollout = collect(self.generator, self.prompts(first, config.rollout_batch), sequence)
+        clock.append(time.perf_counter())
+        scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature)
+        experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
+        clock.append(time.perf_counter())
+        log |= self.update(experience, temperature)
+        clock.append(time.perf_counter())
+        self.updates_done += 1
+        seconds = dict(
+            zip(("collect", "score", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)), strict=True)
+        )
+        log |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
+        log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
+        log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
+        return log | {"kl_coef": self.kl_coef, "peak_rss_mb": peak_rss_mb()}
+
+    def update(self, experience: Experience, temperature: float) -> dict[str, float]:
+        """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each."""
+        config, sums = self.config, MetricSum()
+        total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
+        for epoch in range(config.ppo_epochs):
+            for sequences in self._shuffled(epoch).to(self.policy.device).split(config.minibatch):
+                metrics = minibatch_backward(self.policy, experience, sequences, config, temperature)
+                norm, rate = optimizer_step(self.optimizer, config.optim, self.optimizer_steps, total_steps)
+                self.optimizer_steps += 1
+                sums.add(metrics | {"grad_norm": norm})
+        return sums.mean() | {"lr": rate}
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        # One stream for each (seed, update, epoch): nothing to save, nothing that another draw could shift.
+        number = self.updates_done * self.config.ppo_epochs + epoch
+        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        return torch.randperm(self.config.rollout_batch, generator=stream)
