@@ -43,12 +43,15 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def optimizer_step(
     optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int
 ) -> tuple[torch.Tensor, float]:
-    """Clip, step and clear the gradients; returns the gradient norm before clipping and the learning rate used."""
+    """Clip, step and clear the gradients; returns the gradient norm before clipping and the learning rate used.
+
+    Raises RuntimeError, with the weights as they were, if the norm is not finite.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if config.max_grad_norm is None:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], error_if_nonfinite=True)
     else:
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
     rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate

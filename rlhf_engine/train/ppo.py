@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -208,9 +209,7 @@ class PPOTrainer:
         log |= self.update(experience, temperature)
         clock.append(time.perf_counter())
         self.updates_done += 1
-        seconds = dict(
-            zip(("collect", "score", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)), strict=True)
-        )
+        seconds = dict(zip(("collect", "score", "update"), (b - a for a, b in pairwise(clock)), strict=True))
         log |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
         log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
