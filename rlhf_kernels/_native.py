@@ -18,13 +18,12 @@ except ImportError as error:
     _error = str(error)
 
 
-def available() -> bool:
-    """Whether the extension was built and loads here."""
-    return _C is not None
+AVAILABLE = _C is not None
+"""Whether the extension was built and loads here."""
 
 
 def why_missing() -> str:
-    """Why `available()` is False."""
+    """Why the extension is not available."""
     return f"the extension rlhf_kernels._C does not load ({_error}); build it with `pip install .` or `make build`"
 
 

@@ -20,24 +20,25 @@ class Choice(NamedTuple):
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
-    """What `"auto"` means for tensors of this device and dtype."""
+    """What `"auto"` means for tensors of this device and dtype, and why."""
     if device.type != "cpu":
         return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
     if dtype not in NATIVE_DTYPES:
         return Choice("reference", f"the C++ kernels take float32, bfloat16 and float16, not {dtype}")
-    if not _native.available():
+    if not _native.AVAILABLE:
         return Choice("reference", _native.why_missing())
-    return Choice("cpu", f"C++ kernels, {_native.isa()}")
+    return Choice("cpu", "C++ kernels")
 
 
 def resolve(backend: str, tensor: torch.Tensor) -> str:
     """The backend that serves `tensor`; ValueError when the one asked for cannot."""
+    if backend == "reference":
+        return backend
+    choice = choose(tensor.device, tensor.dtype)
     if backend == "auto":
-        return choose(tensor.device, tensor.dtype).backend
+        return choice.backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected 'auto' or one of {BACKENDS}")
-    if backend == "cpu":
-        choice = choose(tensor.device, tensor.dtype)
-        if choice.backend != "cpu":
-            raise ValueError(f"backend: 'cpu' cannot serve this call: {choice.reason}")
+    if choice.backend != backend:
+        raise ValueError(f"backend: {backend!r} cannot serve this call: {choice.reason}")
     return backend

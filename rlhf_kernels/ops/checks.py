@@ -106,7 +106,12 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool =
 
 def values_visible(x: Tensor) -> bool:
     """Whether looking at values costs nothing: an eager CPU tensor."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and is_eager(x)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether `x` has bytes now, which no tensor has that a compiler traces with."""
+    return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def wide(*tensors: Tensor | None) -> list[Tensor | None]:

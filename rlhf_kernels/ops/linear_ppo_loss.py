@@ -74,7 +74,7 @@ def linear_ppo_loss(
     per_row = flat(temperature) if isinstance(temperature, Tensor) else None
     values = None if args.values is None else checks.widen(args.values).reshape(-1)
     differentiable = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, value_weight, value_bias, values)
-    loss, metrics, *_ = torch.ops.rlhf_kernels.linear_ppo_loss(
+    loss, metrics = LinearPpoLoss.apply(
         *differentiable,
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable],
         ids.reshape(-1).long(),
@@ -203,35 +203,37 @@ def _(hidden, weight, bias, value_weight, value_bias, values, needs, ids, *rest)
     )
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.needs, denominators = inputs[6], inputs[-6]
-    _, metrics, *gradients = output
-    ctx.save_for_backward(denominators, *gradients)
-    ctx.dtypes = [None if x is None else gradient_dtype(x) for x in inputs[:6]]
-    ctx.mark_non_differentiable(metrics, *gradients)
-    ctx.set_materialize_grads(False)
+class LinearPpoLoss(torch.autograd.Function):
+    """Keeps the gradients that the forward pass made, and scales them when the upstream gradient is known."""
 
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss, metrics, *gradients = torch.ops.rlhf_kernels.linear_ppo_loss(*inputs)
+        ctx.needs, denominators = inputs[6], inputs[-6]
+        ctx.save_for_backward(denominators, *gradients)
+        ctx.dtypes = [None if x is None else gradient_dtype(x) for x in inputs[:6]]
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
 
-def _differentiate(ctx, grad_loss, *_):
-    nothing = (None,) * 23
-    if grad_loss is None:
-        return *(None,) * 6, *nothing
-    denominators, *gradients = ctx.saved_tensors
-    scale = grad_loss / denominators[0]
-    results = []
-    for i, (gradient, dtype, needed) in enumerate(zip(gradients, ctx.dtypes, ctx.needs, strict=True)):
-        results.append(scaled(gradient, scale if i < 3 else grad_loss, dtype) if needed else None)
-    return *results, *nothing
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        nothing = (None,) * 23
+        if grad_loss is None:
+            return *(None,) * 6, *nothing
+        denominators, *gradients = ctx.saved_tensors
+        scale = grad_loss / denominators[0]
+        results = []
+        for i, (gradient, dtype, needed) in enumerate(zip(gradients, ctx.dtypes, ctx.needs, strict=True)):
+            results.append(scaled(gradient, scale if i < 3 else grad_loss, dtype) if needed else None)
+        return *results, *nothing
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient * scale`, rounded once to `dtype`; in its own bytes where it can, which makes a second backward raise."""
-    if torch.compiler.is_compiling() or gradient.dim() == 0:
+    if not checks.is_eager(gradient) or gradient.dim() == 0:
         return (gradient.float() * scale).to(dtype)
     with torch.no_grad():
         result = _native.scale_cast(gradient, scale.item(), dtype)
     torch.autograd.graph.increment_version(gradient)
     return result
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)

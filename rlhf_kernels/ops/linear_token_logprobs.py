@@ -158,8 +158,8 @@ def _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale) ->
 
 
 def gradient_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a gradient of `x` is handed over: `x.grad_dtype` where that was set."""
-    return (x.grad_dtype if x.is_leaf else None) or x.dtype
+    """The dtype in which a gradient of `x` is handed over: `x.grad_dtype` where that was set (compilers know it not)."""
+    return (x.grad_dtype if checks.is_eager(x) and x.is_leaf else None) or x.dtype
 
 
 def _save(ctx, inputs, output) -> None:

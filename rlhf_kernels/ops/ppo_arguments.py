@@ -45,17 +45,16 @@ class PPOArguments:
     @classmethod
     def parse(cls, caller: str, options: dict) -> "PPOArguments":
         """The options of a call; TypeError with the nearest name for one that does not exist."""
-        known = [f.name for f in fields(cls)]
         for name in options:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+            if name not in NAMES:
+                near = get_close_matches(name, NAMES, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(NAMES)}"
                 raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
         return cls(**options)
 
     def options(self) -> dict:
         """All of them by name, as the reference takes them."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in NAMES}
 
     def check(
         self,
@@ -111,3 +110,6 @@ class PPOArguments:
     @property
     def has_values(self) -> bool:
         return self.returns is not None
+
+
+NAMES = tuple(f.name for f in fields(PPOArguments))

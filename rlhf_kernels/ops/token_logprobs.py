@@ -152,7 +152,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
         return None, *nothing
     stats, logits, *rest = ctx.saved_tensors
-    if ctx.inplace and not torch.compiler.is_compiling():
+    if ctx.inplace and checks.is_eager(logits):
         with torch.no_grad():
             _write_gradient(logits, grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars)
         # The version tells autograd that the logits are gone, so that a second use of them raises.
