@@ -1,0 +1,30 @@
+# `make demo` and `make test` set up everything that they need, in .venv, and then run. PYTHON=... picks the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint bench build clean
+
+demo: build
+	$(BIN)/rlhf demo --output runs/demo
+
+test: build lint
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: build
+	$(BIN)/python -m benchmarks
+
+build: $(VENV)/.built
+
+$(VENV)/.built: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info rlhf_kernels/*.so

@@ -1,0 +1,62 @@
+"""`python -m rlhf_kernels.info`: what is built, what `"auto"` picks for each op, and why."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import _native, ops
+from .backend import NATIVE_DTYPES, choose
+
+
+def openmp_runtimes() -> list[str]:
+    """Files of the OpenMP runtimes in this process (Linux); more than one would mean two pools of threads."""
+    with open("/proc/self/maps") as maps:
+        files = {line.split()[-1] for line in maps if "/" in line}
+    return sorted(f for f in files if any(name in f.rsplit("/", 1)[-1] for name in ("libgomp", "libiomp", "libomp")))
+
+
+def devices() -> list[torch.device]:
+    """The devices that tensors can be on here."""
+    return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+def choices() -> list[tuple[str, str, str, str, str]]:
+    """Rows of op, device, dtypes, backend, reason: what `backend="auto"` does."""
+    rows = []
+    for op in ops.__all__:
+        for device in devices():
+            fused, wide = choose(device, torch.float32), choose(device, torch.float64)
+            names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES)
+            rows.append((op, device.type, names, fused.backend, fused.reason))
+            rows.append((op, device.type, "float64", wide.backend, wide.reason))
+    return rows
+
+
+def build() -> list[tuple[str, str]]:
+    """What the installation consists of."""
+    try:
+        own = version("rlhf-kernels")
+    except PackageNotFoundError:
+        own = "not installed (run from a source tree)"
+    state = f"loaded, instruction set {_native.kernels().isa()}" if _native.AVAILABLE else _native.why_missing()
+    rows = [("rlhf-kernels", own), ("python", sys.version.split()[0]), ("torch", torch.__version__)]
+    rows += [("extension", state), ("threads", str(torch.get_num_threads()))]
+    if sys.platform == "linux":
+        rows.append(("OpenMP runtimes", ", ".join(openmp_runtimes()) or "none"))
+    return rows
+
+
+def main() -> None:
+    """Prints both tables."""
+    for name, value in build():
+        print(f"{name:16} {value}")
+    print()
+    rows = [("op", "device", "dtypes", "auto", "because"), *choices()]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+
+
+if __name__ == "__main__":
+    main()
