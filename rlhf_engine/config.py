@@ -61,8 +61,6 @@ class DataConfig(Section):
     """JSONL of prompt, user_id and, if wanted, split."""
     prompt_template: str = "{prompt}\n"
     """Frame of a prompt; `{prompt}` stands for its text."""
-    max_prompt_tokens: Count = 512
-    """Longest prompt; a longer one is refused, never cut in silence."""
     max_response_tokens: Count = 512
     """Longest answer in the files, EOS included; a longer one is refused."""
     validation_share: PositiveShare = 0.1

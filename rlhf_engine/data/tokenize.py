@@ -7,6 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rlhf_engine.data.batching import Example
+from rlhf_engine.data.records import Demonstration
+
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -57,6 +60,11 @@ class Codec:
                 f"response: got {len(ids)} tokens, expected at most max_response_tokens={self.max_response_tokens}"
             )
         return ids
+
+    def example(self, demonstration: Demonstration) -> Example:
+        """Ids of a demonstration."""
+        prompt, response = self.encode_prompt(demonstration.prompt), self.encode_response(demonstration.response)
+        return Example(tuple(prompt), tuple(response))
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a sampled response, up to its first EOS."""

@@ -1,0 +1,80 @@
+"""The command `rlhf`: one stage of training, or the whole demo. A user's mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see rlhf_engine/demo/demo.yaml.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, such as ppo.kl_coef=0.05; repeatable.")]
+
+
+# Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.
+
+
+@app.command()
+def info() -> None:
+    """Prints what is built and which backend every operation would use here."""
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "rlhf_kernels.info"], check=False).returncode)
+
+
+@app.command()
+def sft(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Fine-tunes model.path on data.demonstrations; writes OUTPUT_DIR/sft."""
+    from rlhf_engine.config import load_config
+    from rlhf_engine.stages import run_sft
+
+    report = run_sft(load_config(config, overrides or ()))
+    typer.echo(f"validation loss {report.best.validation_loss:.4f} nats a token at step {report.best.step}")
+
+
+@app.command()
+def rm(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Trains a reward model from model.path on data.comparisons; writes OUTPUT_DIR/rm."""
+    from rlhf_engine.config import load_config
+    from rlhf_engine.stages import run_rm
+
+    last = run_rm(load_config(config, overrides or ()))[-1]
+    typer.echo(f"held-out accuracy {last.accuracy:.4f}, loss {last.loss:.4f}")
+
+
+@app.command()
+def ppo(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Trains model.path with PPO on data.prompts against reward.path; writes OUTPUT_DIR/ppo."""
+    from rlhf_engine.config import load_config
+    from rlhf_engine.stages import run_ppo
+
+    last = run_ppo(load_config(config, overrides or ()))[-1]
+    typer.echo(f"score {last['score_mean']:.4f}, KL {last['kl']:.4f} nats a sequence")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for models, metrics, plots and the report.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+    overrides: SetOption = None,
+) -> None:
+    """Runs the miniature InstructGPT: SFT, reward model, PPO, and a judged comparison (minutes, no GPU, no network)."""
+    from rlhf_engine.demo.run import run_demo
+
+    typer.echo(run_demo(output, seed, tuple(overrides or ())))
+    typer.echo(f"\nreport, answers and plots: {output}")
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The examination at the end of the demo: held-out prompts, a judge, and the two policies side by side.
+
+Legend: M prompts, A answers a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data import Codec, PromptRecord, read_prompts
+from rlhf_engine.demo.judge import WEIGHTS, Verdict, judge
+from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.rollout import Rollout, score_rollout
+from rlhf_engine.stages import load_policy, make_generator, reward_function
+
+_SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}
+"""Added to the run's seed: no answer of the examination shares its random numbers with another policy's or a rollout's."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one policy answered to the held-out prompts."""
+
+    texts: list[list[str]]
+    """M lists of A answers."""
+    verdicts: list[list[Verdict]]
+    """The judge's, in the same shape."""
+    rewards: Tensor
+    """[M, A] float32, the reward model's scores."""
+    kl: float
+    """Mean per-sequence KL to the SFT model, `mean of sum_t log(pi / pi_SFT)`, in nats."""
+    length: float
+    """Mean tokens of an answer, EOS included."""
+    ended: float
+    """Share of answers that ended with EOS."""
+
+    @property
+    def scores(self) -> Tensor:
+        """[M, A] float64, the judge's marks."""
+        return torch.tensor([[verdict.score for verdict in row] for row in self.verdicts], dtype=torch.float64)
+
+    def mean_marks(self) -> dict[str, float]:
+        """Mean share of the marks, by criterion."""
+        flat = [verdict for row in self.verdicts for verdict in row]
+        return {name: sum(verdict.marks[name] for verdict in flat) / len(flat) for name in WEIGHTS}
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All of the demo's results on held-out prompts."""
+
+    prompts: list[str]
+    """The M prompts."""
+    sft: Answers
+    """The SFT model."""
+    ppo: Answers
+    """The policy after PPO."""
+    win_rates: dict[str, WinRate]
+    """Who -> win rate over SFT by the judge."""
+
+
+def examine(config: RunConfig) -> Examination:
+    """Lets SFT (`config.model.path`) and PPO answer the test prompts and has the judge compare them."""
+    records = list(read_prompts(config.data.prompts, "test"))
+    sft_model, codec = load_policy(config)
+    ppo_model, _ = load_policy(replace(config, model=replace(config.model, path=str(Path(config.output_dir) / "ppo"))))
+    reward_model = RewardModel.load(config.reward.path, attention=config.model.attention).to(config.device)
+    sft = ActorCritic(sft_model, backend=config.backend)
+    ppo = ActorCritic(ppo_model, backend=config.backend)
+
+    def ask(name: str, policy: ActorCritic, count: int) -> Answers:
+        generator_seed = config.seed * 1_000 + _SEEDS[name]
+        return _answer(config, codec, policy, sft, reward_model, records, count, generator_seed)
+
+    answers = {
+        "sft": ask("sft", sft, config.demo.samples),
+        "sft again": ask("sft again", sft, config.demo.opponents),
+        "ppo": ask("ppo", ppo, config.demo.opponents),
+    }
+    # best-of-n is measured against answers that it could not choose from.
+    again = answers["sft again"].scores
+    best = best_of_n(answers["sft"].scores, answers["sft"].rewards)
+    rates = {
+        "PPO": win_rate(answers["ppo"].scores, answers["sft"].scores),
+        f"SFT, best of {config.demo.samples} by the reward model": win_rate(best, again),
+        "SFT against itself, resampled": win_rate(again, answers["sft"].scores),
+    }
+    return Examination([record.prompt for record in records], answers["sft"], answers["ppo"], rates)
+
+
+def _answer(
+    config: RunConfig,
+    codec: Codec,
+    policy: ActorCritic,
+    reference: ActorCritic,
+    reward_model: RewardModel,
+    records: list[PromptRecord],
+    count: int,
+    seed: int,
+) -> Answers:
+    ids = [torch.tensor(codec.encode_prompt(record.prompt)) for record in records for _ in range(count)]
+    rollout = make_generator(policy, codec, config, seed).generate(ids, torch.arange(len(ids)))
+    texts = _texts(rollout, codec)
+    verdicts = [judge(records[row // count].prompt, text) for row, text in enumerate(texts)]
+    ref_logprobs, _ = score_rollout(
+        reference, rollout, microbatch=config.rollout.batch_size, temperature=config.rollout.temperature
+    )
+    return Answers(
+        texts=[texts[start : start + count] for start in range(0, len(texts), count)],
+        verdicts=[verdicts[start : start + count] for start in range(0, len(verdicts), count)],
+        rewards=reward_function(reward_model, codec)(rollout).view(len(records), count),
+        kl=float((rollout.logprobs - ref_logprobs).sum(1).mean()),
+        length=float(rollout.response_lengths.float().mean()),
+        ended=float(rollout.ended.float().mean()),
+    )
+
+
+def _texts(rollout: Rollout, codec: Codec) -> list[str]:
+    lengths = rollout.response_lengths.tolist()
+    return [codec.decode_response(row[:size]) for row, size in zip(rollout.response_ids.tolist(), lengths, strict=True)]

@@ -1,0 +1,249 @@
+"""The three stages of InstructGPT as functions from a config and files to a folder that the next stage can start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data import (
+    Codec,
+    Example,
+    read_comparisons,
+    read_demonstrations,
+    read_prompts,
+)
+from rlhf_engine.metrics import MetricsWriter, progress
+from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.rollout import Generator, Rollout
+from rlhf_engine.train.ppo import PPOTrainer, RewardFunction
+from rlhf_engine.train.reward_model import (
+    RankingEvaluation,
+    centre_on_demonstrations,
+    encode_comparison,
+    fit_reward_model,
+    score_examples,
+)
+from rlhf_engine.train.sft import FitReport, fit_language_model
+
+Item, Made = TypeVar("Item"), TypeVar("Made")
+
+
+def run_sft(config: RunConfig) -> FitReport:
+    """Demonstrations to a fine-tuned model in `output_dir/sft`."""
+    demonstrations = _read(config.data.demonstrations, "data.demonstrations", read_demonstrations)
+    model, codec = load_policy(config)
+    examples = _encode(config.data.demonstrations, demonstrations, codec.example)
+    train, validation = _split(examples, config)
+    actor = ActorCritic(model, backend=config.backend)
+    with stage_metrics(config, "sft") as metrics:
+        report = fit_language_model(
+            actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
+        )
+    with written_aside(Path(config.output_dir) / "sft") as folder:
+        save_policy(model, codec, folder)
+        _write_json(folder / "report.json", dataclasses.asdict(report))
+    return report
+
+
+def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
+    """Rankings to a reward model in `output_dir/rm`, its bias such that the demonstrations score 0 on average."""
+    comparisons = _read(config.data.comparisons, "data.comparisons", read_comparisons)
+    demonstrations = _read(config.data.demonstrations, "data.demonstrations", read_demonstrations)
+    model, codec = load_policy(config)
+    examples = _encode(config.data.demonstrations, demonstrations, codec.example)
+    ranked = _encode(config.data.comparisons, comparisons, lambda comparison: encode_comparison(comparison, codec))
+    train, validation = _split([prompt for prompt in ranked if prompt is not None], config)
+    reward_model = RewardModel.from_causal_lm(model, config.seed)
+    with stage_metrics(config, "rm") as metrics:
+        history = fit_reward_model(
+            reward_model, train, validation, config.reward, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
+        )
+    shift = centre_on_demonstrations(reward_model, examples, codec.pad_id)
+    with written_aside(Path(config.output_dir) / "rm") as folder:
+        reward_model.save(folder)
+        codec.tokenizer.save_pretrained(folder)
+        report = {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift}
+        _write_json(folder / "report.json", report)
+    return history
+
+
+def run_ppo(config: RunConfig) -> list[dict[str, float]]:
+    """Prompts and a reward model to a policy in `output_dir/ppo`; returns the numbers of every update."""
+    records = _read(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
+    reward_model = RewardModel.load(_given(config.reward.path, "reward.path"), attention=config.model.attention)
+    model, codec = load_policy(config)
+    prompts = _encode(config.data.prompts, records, lambda record: torch.tensor(codec.encode_prompt(record.prompt)))
+    reward_model.to(config.device)
+    value_head = ValueHead.from_weights(reward_model.head.weight.detach(), reward_model.head.bias.detach())
+    policy = ActorCritic(model, value_head, backend=config.backend)
+    trainer = PPOTrainer(
+        policy,
+        frozen_copy(policy),
+        make_generator(policy, codec, config, config.seed),
+        _prompt_stream(prompts, config.seed),
+        reward_function(reward_model, codec),
+        config.ppo,
+        seed=config.seed,
+    )
+    history: list[dict[str, float]] = []
+    with stage_metrics(config, "ppo") as metrics, progress(config.ppo.updates, "ppo", unit="update") as bar:
+
+        def on_update(number: int, log: dict[str, float]) -> None:
+            metrics.write(number, log)
+            history.append(log)
+            bar.update()
+            bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
+
+        trainer.train(on_update)
+    with written_aside(Path(config.output_dir) / "ppo") as folder:
+        save_policy(model, codec, folder)
+    return history
+
+
+def load_policy(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
+    """The causal LM and the tokenizer of `config.model.path`.
+
+    Raises:
+        ValueError: no path, no such folder, or a file missing from it.
+    """
+    folder = Path(_given(config.model.path, "model.path"))
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"model.path: no file {folder / name}, expected the folder of a causal LM and its tokenizer"
+            )
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path: no .safetensors file in {folder}, expected the weights of a causal LM")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.model.attention,
+        local_files_only=True,
+    )
+    data = config.data
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    codec = Codec(tokenizer, data.prompt_template, config.rollout.max_prompt_tokens, data.max_response_tokens)
+    return model.to(config.device).eval(), codec
+
+
+def save_policy(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
+    """Writes what `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read."""
+    model.save_pretrained(folder)
+    codec.tokenizer.save_pretrained(folder)
+
+
+def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: int) -> Generator:
+    """A sampler with the config's rollout settings."""
+    return Generator(policy, config.rollout, eos_token_ids=codec.eos_id, pad_token_id=codec.pad_id, seed=seed)
+
+
+def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
+    """Scores whole answers as a labeler sees them: one that ran out of budget is read as ending where it breaks off."""
+
+    def scores(rollout: Rollout) -> Tensor:
+        return score_examples(model, rollout_examples(rollout, codec), codec.pad_id)
+
+    return scores
+
+
+def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
+    """Prompt and response of every sequence of a rollout, each response with EOS at its end."""
+    prompt_lengths, lengths = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
+    prompts, responses = rollout.prompt_ids.tolist(), rollout.response_ids.tolist()
+    examples = []
+    for row, ended in enumerate(rollout.ended.tolist()):
+        prompt = prompts[row][len(prompts[row]) - prompt_lengths[row] :]
+        response = responses[row][: lengths[row]] + ([] if ended else [codec.eos_id])
+        examples.append(Example(tuple(prompt), tuple(response)))
+    return examples
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of `folder` when the block ends well, and goes away when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def stage_metrics(config: RunConfig, stage: str) -> MetricsWriter:
+    """The writer of one stage's numbers in `output_dir`; a stage that is run again replaces its own, and only those."""
+    return MetricsWriter(config.output_dir, stage, resume_after=0)
+
+
+def _given(value: str | None, key: str) -> str:
+    if value is None:
+        raise ValueError(f"{key}: got nothing, expected a path")
+    return value
+
+
+def _read(path: str | None, key: str, reader: Callable[[str], Iterator[Item]]) -> list[Item]:
+    records = list(reader(_given(path, key)))
+    if not records:
+        raise ValueError(f"{key}: got no records to train on in {path}, expected at least one")
+    return records
+
+
+def _encode(path: str | None, records: Sequence[Item], encode: Callable[[Item], Made]) -> list[Made]:
+    encoded = []
+    for number, record in enumerate(records, start=1):
+        try:
+            encoded.append(encode(record))
+        except ValueError as error:
+            raise ValueError(f"{path}: record {number}: {error}") from None
+    return encoded
+
+
+def _split(items: Sequence[Item], config: RunConfig) -> tuple[list[Item], list[Item]]:
+    """Training and validation parts, drawn by the seed; both have at least one item if there are two."""
+    order = list(range(len(items)))
+    Random(config.seed).shuffle(order)
+    if len(items) < 2:
+        raise ValueError(
+            f"data: got {len(items)} usable records, expected at least 2, to train on one and validate on one"
+        )
+    held_out = min(len(items) - 1, max(1, round(config.data.validation_share * len(items))))
+    return [items[i] for i in order[held_out:]], [items[i] for i in order[:held_out]]
+
+
+def _prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:
+    """Prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
+
+    @cache
+    def order(passes: int) -> list[int]:
+        stream = torch.Generator().manual_seed((seed * 1_000_003 + passes) % 2**63)
+        return torch.randperm(len(prompts), generator=stream).tolist()
+
+    def take(first: int, count: int) -> list[Tensor]:
+        places = (divmod(number, len(prompts)) for number in range(first, first + count))
+        return [prompts[order(passes)[place]] for passes, place in places]
+
+    return take
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
