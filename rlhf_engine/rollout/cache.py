@@ -48,8 +48,9 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         step, (rows, _, length, _) = self.step, key_states.shape
         if step.positions is None:
-            self.keys[step.first : step.first + rows, :, :length] = key_states
-            self.values[step.first : step.first + rows, :, :length] = value_states
+            length = min(length, self.columns)  # padding may go further than the longest sequence
+            self.keys[step.first : step.first + rows, :, :length] = key_states[:, :, :length]
+            self.values[step.first : step.first + rows, :, :length] = value_states[:, :, :length]
             return key_states, value_states
         self.keys[step.rows, :, step.positions] = key_states[:, :, 0]
         self.values[step.rows, :, step.positions] = value_states[:, :, 0]
