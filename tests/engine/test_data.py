@@ -1,0 +1,170 @@
+"""Records and files: what is read, what is refused and in which words, and how rows are laid out."""
+
+from random import Random
+
+import pytest
+import torch
+
+from rlhf_engine.data import (
+    Codec,
+    Comparison,
+    Demonstration,
+    Example,
+    PromptRecord,
+    length_batches,
+    pad_sequences,
+    parse_ranking,
+    rank_batch,
+    read_comparisons,
+    read_demonstrations,
+    read_prompts,
+    train_tokenizer,
+)
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_ranking_with_ties():
+    assert parse_ranking("D > C > A = B", 4) == (2, 2, 1, 0)
+    assert parse_ranking("A=B=C", 3) == (0, 0, 0)
+    assert parse_ranking([3, 1.5], 2) == (3, 1.5)
+
+
+@pytest.mark.parametrize(
+    "ranking, message",
+    [
+        ("A > C", "'C'.*expected one of A, B"),
+        ("A > A", "A twice"),
+        ("A", "B not in 'A', so it cannot be compared"),
+        ("A > ", "''"),
+        (None, "None, expected a string"),
+    ],
+)
+def test_bad_rankings_are_refused(ranking, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ranking(ranking, 2)
+
+
+def test_tied_completions_make_no_pair():
+    comparison = Comparison("p", ("a", "b", "c", "d"), parse_ranking("D > C > A = B", 4))
+    assert sorted(comparison.pairs()) == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+
+
+@pytest.mark.parametrize("ranks", [(0.0, float("nan")), (0, True), (0, "1"), (0, 1, 2)])
+def test_ranks_that_cannot_be_compared_are_refused(ranks):
+    with pytest.raises(ValueError, match="ranking"):
+        Comparison("p", ("a", "b"), ranks)
+
+
+def test_one_completion_is_no_comparison():
+    with pytest.raises(ValueError, match="got 1, expected at least 2"):
+        Comparison("p", ("a",), (0,))
+
+
+def test_files_are_read(tmp_path):
+    path = write(tmp_path, '{"prompt": "p", "response": "é"}', "", '{"prompt": "q", "response": "s"}')
+    assert list(read_demonstrations(path)) == [Demonstration("p", "é"), Demonstration("q", "s")]
+    path = write(tmp_path, '{"prompt": "p", "completions": ["a", "b"], "ranking": "B > A"}')
+    assert list(read_comparisons(path)) == [Comparison("p", ("a", "b"), (1, 0))]
+    path = write(tmp_path, '{"prompt": "p", "user_id": "u", "split": "test"}', '{"prompt": "q", "user_id": "v"}')
+    assert list(read_prompts(path, "test")) == [PromptRecord("p", "u", "test")]
+    assert [record.split for record in read_prompts(path)] == ["test", "train"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "p"', r"records\.jsonl:2: not valid JSON"),
+        ('["p", "r"]', r"records\.jsonl:2: got list, expected an object with prompt, response"),
+        ('{"prompt": "p"}', r"records\.jsonl:2: no field 'response'"),
+        ('{"prompt": "p", "response": 3}', r"records\.jsonl:2: response: got 3 \(int\), expected a string"),
+        ('{"prompt": " ", "response": "r"}', r"records\.jsonl:2: prompt: got an empty string"),
+        ('{"prompt": "p", "response": "r", "reply": "r"}', r"records\.jsonl:2: unknown field 'reply'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = write(tmp_path, '{"prompt": "p", "response": "r"}', line)
+    with pytest.raises(ValueError, match=message):
+        list(read_demonstrations(path))
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"prompt": "\xff", "response": "r"}\n')
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: not valid JSON"):
+        list(read_demonstrations(path))
+
+
+def test_a_missing_file_is_reported_by_the_call(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        read_prompts(tmp_path / "none.jsonl")
+
+
+def test_a_comparison_whose_completions_are_no_list_is_refused(tmp_path):
+    path = write(tmp_path, '{"prompt": "p", "completions": "ab", "ranking": "A > B"}')
+    with pytest.raises(ValueError, match=r":1: completions: got str, expected a list"):
+        list(read_comparisons(path))
+
+
+@pytest.fixture(scope="module")
+def codec():
+    tokenizer = train_tokenizer(["a red fox", "the red box", "zoé"] * 3, 280)
+    return Codec(tokenizer, max_prompt_tokens=8, max_response_tokens=8)
+
+
+def test_text_survives_the_tokenizer(codec):
+    ids = codec.encode_response("red fox")
+    assert ids[-1] == codec.eos_id != codec.pad_id
+    assert codec.decode_response([*ids, 5, 6, codec.eos_id]) == "red fox"
+
+
+def test_the_frame_belongs_to_the_prompt(codec):
+    assert codec.encode_prompt("fox") == codec.tokenizer("fox\n")["input_ids"]
+
+
+def test_too_long_texts_are_refused(codec):
+    with pytest.raises(ValueError, match="prompt: got .* tokens, expected at most max_prompt_tokens=8"):
+        codec.encode_prompt("qwertyuiop")
+    with pytest.raises(ValueError, match="response: got 9 tokens, expected at most max_response_tokens=8"):
+        codec.encode_response("qwertyui")
+
+
+def test_a_template_without_a_place_for_the_prompt_is_refused(codec):
+    with pytest.raises(ValueError, match="prompt_template"):
+        Codec(codec.tokenizer, "User: ")
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocab_size: got 100, expected at least 258"):
+        train_tokenizer(["a"], 100)
+
+
+def test_rows_are_padded_on_the_right():
+    batch = pad_sequences([Example((5, 6), (7,)), Example((5,), (8, 9, 4))], pad_id=1)
+    assert batch.ids.tolist() == [[5, 6, 7, 1], [5, 8, 9, 4]]
+    assert batch.attention_mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert batch.response_mask.tolist() == [[False, False, True, False], [False, True, True, True]]
+
+
+def test_ranked_batch_holds_every_completion_once_and_weighs_prompts_alike():
+    one, two = Example((5,), (6,)), Example((5,), (7, 8))
+    batch = rank_batch([([one, two], [(1, 0)]), ([one, two, one], [(0, 1), (0, 2)])], pad_id=1)
+    assert batch.batch.ids.shape == (5, 3)
+    assert batch.better.tolist() == [1, 2, 2]
+    assert batch.worse.tolist() == [0, 3, 4]
+    assert torch.equal(batch.weights, torch.tensor([0.5, 0.25, 0.25]))
+
+
+def test_length_batches_hold_everything_once_and_waste_little():
+    lengths = [(7 * i) % 31 + 1 for i in range(200)]
+    batches = list(length_batches(lengths, 8, Random(3)))
+    assert sorted(index for batch in batches for index in batch) == list(range(200))
+    assert batches != list(length_batches(lengths, 8, Random(4)))
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert padded < 1.25 * sum(lengths)
+    in_order = [lengths[i] for batch in length_batches(lengths, 8) for i in batch]
+    assert in_order == sorted(lengths)
