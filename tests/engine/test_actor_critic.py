@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCABULARY, tiny
 
 from rlhf_engine.model import ActorCritic, HeadTransform, ValueHead, frozen_copy, token_batch
+from tests.engine.tiny_models import FAMILIES, VOCABULARY, tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)

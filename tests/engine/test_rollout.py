@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCABULARY, tiny
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.rollout import Generator, score_rollout
 from rlhf_engine.rollout.decoder import Decoder, prompt_width
 from rlhf_engine.rollout.rollout import join
+from tests.engine.tiny_models import FAMILIES, VOCABULARY, tiny
 
 ENDS = (2, 7, 9)
 

@@ -1,0 +1,208 @@
+"""Checkpoints: safetensors and JSON, written aside, synced and renamed, so that a folder is whole or absent.
+
+A folder holds the policy and its tokenizer as transformers saves them (`AutoModelForCausalLM.from_pretrained` reads it), and
+beside them `value_head.safetensors`, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`. Random numbers need
+no state of their own: they are functions of the seed and the counters in `trainer.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_engine.config import ModelConfig, RunConfig, save_config
+from rlhf_engine.model import ActorCritic, ValueHead
+from rlhf_engine.train.ppo import PPOTrainer
+
+VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
+    "value_head.safetensors",
+    "optimizer.safetensors",
+    "trainer.json",
+    "config.yaml",
+)
+
+
+def save_policy(folder: str | Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the policy, its value head and its tokenizer to `folder`, whole or not at all."""
+    with_new_folder(folder, lambda new: _write_policy(new, policy, tokenizer))
+
+
+def load_policy(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str = "auto",
+) -> ActorCritic:
+    """Read any Hugging Face causal LM as a policy; its value head starts at zero where the folder has none.
+
+    Raises ValueError naming the folder and what it lacks.
+    """
+    folder = Path(folder)
+    require(folder, "config.json")
+    # `local_files_only`: a folder that lost its weights must not become a download.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=config.attention, local_files_only=True
+    ).to(device)
+    head = None
+    if (folder / VALUE_HEAD).is_file():
+        state = load_file(folder / VALUE_HEAD, device=device)
+        head = ValueHead.from_weights(state["weight"], state["bias"])
+    return ActorCritic(model, head, backend=backend)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; ValueError if it has none."""
+    require(Path(folder), "tokenizer_config.json")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def save_checkpoint(
+    folder: str | Path, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig
+) -> None:
+    """Write all that `resume` needs to go on with the same numbers, whole or not at all."""
+    tensors, _ = _flatten_optimizer(trainer.optimizer)
+    state = {
+        "updates_done": trainer.updates_done,
+        "optimizer_steps": trainer.optimizer_steps,
+        "kl_coef": trainer.kl_coef,
+        "seed": trainer.seed,
+        "reference": fingerprint(trainer.reference.model),
+    }
+
+    def write(new: Path) -> None:
+        _write_policy(new, trainer.policy, tokenizer)
+        save_file(tensors, new / OPTIMIZER)
+        (new / TRAINER).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        save_config(config, new / CONFIG)
+
+    with_new_folder(folder, write)
+
+
+def resume(folder: str | Path, trainer: PPOTrainer) -> None:
+    """Put weights, optimiser and counters of a checkpoint into `trainer`, which was made from the same config.
+
+    Raises ValueError for a missing file, another seed, a model of other shapes, or another reference policy: the KL is
+    measured to the policy that the run began with, never to the one that it resumes from.
+    """
+    folder = Path(folder)
+    require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER)
+    state = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+    if state["seed"] != trainer.seed:
+        raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
+    if state["reference"] != fingerprint(trainer.reference.model):
+        raise ValueError(
+            f"{folder}: its reference policy is another model than the one given; expected the model it began with"
+        )
+    _read_weights(folder, trainer.policy)
+    _unflatten_optimizer(trainer.optimizer, load_file(folder / OPTIMIZER), folder / OPTIMIZER)
+    trainer.updates_done, trainer.optimizer_steps = state["updates_done"], state["optimizer_steps"]
+    trainer.kl_coef = state["kl_coef"]
+
+
+def require(folder: Path, *names: str) -> None:
+    """ValueError naming the first file that `folder` lacks."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: the file {name} is missing")
+
+
+def with_new_folder(folder: str | Path, write: Any) -> None:
+    """Call `write(new)` on an empty folder beside `folder`, sync everything in it and put it in `folder`'s place.
+
+    A crash leaves the old folder or the new one under its name; what is left aside ends in `.new` or `.old`.
+    """
+    folder = Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists() and old.exists():
+        old.rename(folder)  # a crash between the two renames below
+    for left in (new, old):
+        if left.exists():
+            shutil.rmtree(left)
+    new.mkdir()
+    write(new)
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters, by name and in bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    policy.model.save_pretrained(folder)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in policy.value_head.state_dict().items()},
+        folder / VALUE_HEAD,
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _read_weights(folder: Path, policy: ActorCritic) -> None:
+    """Copy a saved policy into the tensors of `policy`, which its optimiser already holds."""
+    saved = load_policy(
+        folder, ModelConfig(), dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
+    )
+    theirs = dict(saved.named_parameters())
+    for name, parameter in policy.named_parameters():
+        if name not in theirs or theirs[name].shape != parameter.shape:
+            got = "nothing" if name not in theirs else f"shape {tuple(theirs[name].shape)}"
+            raise ValueError(f"{folder}: got {got} for {name}, expected shape {tuple(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(theirs[name])
+
+
+def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[nn.Parameter]]:
+    """The optimiser's tensors under names `<parameter number>.<name>`, and its parameters in that order."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tensors = {
+        f"{number}.{name}": value.contiguous()
+        for number, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+    return tensors, parameters
+
+
+def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    _, parameters = _flatten_optimizer(optimizer)
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        if int(number) >= len(parameters) or (value.dim() and value.shape != parameters[int(number)].shape):
+            raise ValueError(f"{source}: got {key} of shape {tuple(value.shape)}, which fits no trained parameter")
+        parameter = parameters[int(number)]
+        # The step counter stays where it was written; the moments live with their parameter.
+        optimizer.state[parameter][name] = value.to(parameter.device)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

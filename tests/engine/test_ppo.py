@@ -1,0 +1,240 @@
+"""PPO: the update is the one that the formulas say, whatever its micro-batches, and a resumed run goes on as if nothing was."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint, save_policy, with_new_folder
+from rlhf_engine.config import ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
+from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.rollout import Generator
+from rlhf_engine.train.ppo import PPOTrainer, Scored, advantages, minibatch_backward, score
+from tests.engine.tiny_models import VOCABULARY, tiny
+
+ROLLOUT = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16)
+SETTINGS = {"updates": 2, "rollout_batch": 16, "minibatch": 8, "microbatch": 4, "ppo_epochs": 2, "kl_coef": 0.05}
+
+
+def target_share(rollout):
+    """Share of the response that is token 5: easy to learn."""
+    return ((rollout.response_ids == 5) & rollout.mask).sum(1) / rollout.response_lengths
+
+
+def make_trainer(family="llama", *, seed=1, model_seed=0, rollout=ROLLOUT, reward=target_share, **settings):
+    generator = torch.Generator().manual_seed(5)
+    head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2)
+    policy = ActorCritic(tiny(family, seed=model_seed, initializer_range=0.1), head)
+    stream = torch.Generator().manual_seed(9)
+    prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
+    config = PPOConfig(**{**SETTINGS, "optim": OptimConfig(lr=1e-3), **settings})
+    return PPOTrainer(
+        policy,
+        frozen_copy(policy),
+        Generator(policy, rollout, eos_token_ids=(2, 7), pad_token_id=0, seed=seed),
+        lambda first, count: [prompts[n % 40] for n in range(first, first + count)],
+        reward,
+        config,
+        seed=seed,
+    )
+
+
+def make_experience(trainer, **settings):
+    rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
+    scored = score(rollout, trainer.policy, trainer.reference, trainer.reward_fn, trainer.config, 1.0)
+    return advantages(scored, trainer.config, trainer.kl_coef)[0]
+
+
+def gradients(trainer, experience, microbatch, **settings):
+    config = PPOConfig(**{**SETTINGS, "microbatch": microbatch, "minibatch": 16, **settings})
+    trainer.policy.zero_grad()
+    metrics = minibatch_backward(trainer.policy, experience, torch.arange(16), config, 1.0)
+    return {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}, metrics
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"aggregation": "seq_mean_token_mean", "entropy_coef": 0.01},
+        {"aggregation": "seq_mean_token_sum", "ratio_level": "sequence"},
+        {"aggregation": "token_sum", "objective": "kl_penalty", "old_kl_coef": 0.5},
+    ],
+)
+def test_micro_batches_add_up_to_the_minibatch(family, settings):
+    trainer = make_trainer(family)
+    experience = make_experience(trainer)
+    # Move the policy off the one that sampled, so that ratios and clips matter.
+    with torch.no_grad():
+        for number, parameter in enumerate(trainer.policy.parameters()):
+            noise = torch.Generator().manual_seed(number)
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=noise))
+    whole, metrics = gradients(trainer, experience, 16, **settings)
+    assert 0 < float(metrics["clipfrac"]) < 1 or settings.get("objective") == "kl_penalty" or "ratio_level" in settings
+    for microbatch in (1, 5):
+        parts, part_metrics = gradients(trainer, experience, microbatch, **settings)
+        for name in whole:
+            scale = float(whole[name].abs().max())
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-5 * scale + 1e-8)
+        for name in metrics:
+            torch.testing.assert_close(part_metrics[name], metrics[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_is_that_of_the_formula():
+    """Clipped surrogate plus half the squared value error, from the model's own logits, in float64."""
+    trainer = make_trainer()
+    experience = make_experience(trainer)
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=noise))
+    ours, _ = gradients(trainer, experience, 4)
+    policy, rollout = trainer.policy.double(), experience.rollout
+    policy.zero_grad()
+    count, loss = rollout.mask.sum(), 0.0
+    for i in range(16):
+        ids = rollout.input_ids[i, rollout.attention_mask[i].bool()][None]
+        p, n = int(rollout.prompt_lengths[i]), int(rollout.response_lengths[i])
+        logprobs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, p - 1 : -1].gather(-1, ids[0, p:, None])[:, 0]
+        hidden = policy.hidden(ids)[0, p - 1 : -1]
+        values = hidden @ policy.value_head.weight + policy.value_head.bias
+        old, a, old_v, target = (
+            x[i, :n].double()
+            for x in (experience.old_logprobs, experience.advantages, experience.old_values, experience.returns)
+        )
+        ratio = (logprobs - old).exp()
+        surrogate = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        clipped = values.clamp(old_v - 0.2, old_v + 0.2)
+        error = torch.maximum((values - target) ** 2, (clipped - target) ** 2)
+        loss = loss + (-surrogate + 0.1 * 0.5 * error).sum() / count
+    loss.backward()
+    for name, parameter in policy.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(ours[name].double(), parameter.grad, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
+
+
+def test_rewards_carry_the_penalties():
+    trainer = make_trainer(missing_eos_penalty=3.0, kl_coef=0.5)
+    rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
+    assert 0 < int(rollout.ended.sum()) < 16
+    scored = score(rollout, trainer.policy, trainer.reference, target_share, trainer.config, 1.0)
+    torch.testing.assert_close(scored.scores, target_share(rollout) - 3.0 * (~rollout.ended).float())
+    shifted = Scored(rollout, scored.scores, rollout.logprobs, rollout.values, rollout.logprobs - 0.25 * rollout.mask)
+    _, log = advantages(shifted, trainer.config, 0.5)
+    assert log["kl"] == pytest.approx(0.25 * log["response_length"], rel=1e-5)
+    assert log["reward_mean"] == pytest.approx(log["score_mean"] - 0.5 * log["kl"], rel=1e-4, abs=1e-4)
+
+
+def test_first_minibatch_has_ratio_one_and_no_kl():
+    log = make_trainer(rollout_batch=16, minibatch=16, ppo_epochs=1, updates=1).step()
+    assert log["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert log["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert log["clipfrac"] == 0.0
+    assert log["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_rescored_logprobs_have_ratio_one_exactly():
+    log = make_trainer(minibatch=16, microbatch=16, ppo_epochs=1, updates=1, old_logprobs="rescored").step()
+    assert log["ratio_max"] == 1.0
+
+
+def test_temperature_and_kept_set_enter_the_loss():
+    rollout = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16, temperature=0.6, top_p=0.7)
+    trainer = make_trainer(rollout=rollout, minibatch=16, ppo_epochs=1, importance_cap=2.0)
+    weights = None
+    original = trainer.update
+
+    def update(experience, temperature):
+        nonlocal weights
+        weights = experience.weights[experience.rollout.mask]
+        return original(experience, temperature)
+
+    trainer.update = update
+    assert trainer.step()["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert (weights <= 1.0 + 1e-5).all() and weights.min() < 0.9
+
+
+def test_training_raises_the_reward():
+    trainer = make_trainer(
+        updates=25, rollout_batch=64, minibatch=32, microbatch=32, kl_coef=0.0, optim=OptimConfig(lr=4e-3)
+    )
+    scores = []
+    trainer.train(lambda number, log: scores.append(log["score_mean"]))
+    assert len(scores) == 25
+    assert sum(scores[-5:]) / 5 > 3 * sum(scores[:5]) / 5
+
+
+def test_bad_scores_are_refused():
+    for reward in (lambda r: torch.zeros(3), lambda r: torch.full((16,), torch.nan)):
+        with pytest.raises(ValueError, match=r"reward_fn: got .*expected 16 finite scores"):
+            make_trainer(reward=reward).step()
+
+
+def weights_of(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied"])
+def test_a_resumed_run_has_the_same_bits(tmp_path, family):
+    straight = make_trainer(family)
+    straight.step()
+    log = straight.step()
+    first = make_trainer(family)
+    first.step()
+    save_checkpoint(tmp_path / "checkpoint", first, None, RunConfig())
+    second = make_trainer(family)
+    resume(tmp_path / "checkpoint", second)
+    assert (second.updates_done, second.optimizer_steps) == (1, 4)
+    resumed_log = second.step()
+    after = weights_of(second)
+    for name, parameter in weights_of(straight).items():
+        assert torch.equal(parameter, after[name]), name
+    for name in ("score_mean", "kl", "policy_loss", "value_loss", "grad_norm", "lr", "ratio_max"):
+        assert resumed_log[name] == log[name], name
+
+
+def test_a_checkpoint_loads_with_transformers(tmp_path):
+    trainer = make_trainer()
+    trainer.step()
+    save_checkpoint(tmp_path / "run" / "checkpoint", trainer, None, RunConfig())
+    ids = torch.arange(9)[None]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint").eval()
+    assert torch.equal(model(input_ids=ids).logits, trainer.policy.model(input_ids=ids).logits)
+    loaded = load_policy(tmp_path / "run" / "checkpoint", ModelConfig())
+    hidden = loaded.hidden(ids)
+    assert torch.equal(loaded.values(hidden), trainer.policy.values(trainer.policy.hidden(ids)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "value_head.safetensors", "optimizer.safetensors", "trainer.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    trainer = make_trainer()
+    save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
+    (tmp_path / "checkpoint" / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        resume(tmp_path / "checkpoint", trainer)
+
+
+def test_another_seed_or_reference_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint", make_trainer(), None, RunConfig())
+    with pytest.raises(ValueError, match="seed 1, expected 2"):
+        resume(tmp_path / "checkpoint", make_trainer(seed=2))
+    with pytest.raises(ValueError, match="reference policy is another model"):
+        resume(tmp_path / "checkpoint", make_trainer(model_seed=1))
+    with pytest.raises(ValueError, match="no such folder"):
+        resume(tmp_path / "nowhere", make_trainer())
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path):
+    policy = make_trainer().policy
+    save_policy(tmp_path / "policy", policy, None)
+    before = sorted(path.name for path in (tmp_path / "policy").iterdir())
+
+    def fail(folder):
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        with_new_folder(tmp_path / "policy", fail)
+    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == before
+    save_policy(tmp_path / "policy", policy, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
