@@ -114,4 +114,21 @@ struct RolloutArgs {
     float* kl;       // (N) out
 };
 
+struct SampleArgs {
+    const void* logits;  // (B, V)
+    DType dtype;
+    int64_t rows, vocab, row_stride;
+    float temperature;
+    const float* temperatures;  // (B) or null
+    int64_t top_k;              // 0: off
+    double top_p;               // 1: off
+    double min_p;               // 0: off
+    uint64_t seed;
+    const int64_t* sequence;   // (B)
+    const int64_t* position;   // (B)
+    int64_t* ids;              // (B) out
+    float* logprobs;           // (B) out
+    float* sampling_logprobs;  // (B) out
+};
+
 }  // namespace rlhf

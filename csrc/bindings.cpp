@@ -144,4 +144,14 @@ PYBIND11_MODULE(_C, m) {
                                      whiten_rewards, whiten_advantages, at<float>(rewards), at<float>(kl)};
               RLHF_CPU(rollout_advantages(args));
           }, unlocked);
+    m.def("sample_tokens",
+          [](Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float temperature, Address temperatures,
+             int64_t top_k, double top_p, double min_p, int64_t seed, Address sequence, Address position, Address ids,
+             Address logprobs, Address sampling_logprobs) {
+              const SampleArgs args{at<void>(logits), DType(dtype), rows, vocab, row_stride, temperature,
+                                    at<const float>(temperatures), top_k, top_p, min_p, uint64_t(seed),
+                                    at<const int64_t>(sequence), at<const int64_t>(position), at<int64_t>(ids),
+                                    at<float>(logprobs), at<float>(sampling_logprobs)};
+              RLHF_CPU(sample_tokens(args));
+          }, unlocked);
 }

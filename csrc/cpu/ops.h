@@ -9,7 +9,10 @@
     int64_t compact_rows(void* data, const uint8_t* active, int64_t n, int64_t row_bytes);                  \
     void ppo_loss(const PpoLossArgs& a);                                                                    \
     void accumulate(float* sum, const void* part, DType dtype, int64_t n, bool first);                      \
-    void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale);
+    void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale);                \
+    void gae(const GaeArgs& a);                                                                             \
+    void rollout_advantages(const RolloutArgs& a);                                                          \
+    void sample_tokens(const SampleArgs& a);
 
 namespace rlhf {
 namespace baseline { RLHF_DECLARE_CPU_OPS }

@@ -71,7 +71,7 @@ def _cpu(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -
     rewards, values, mask = dense(rewards), dense(values), mask.contiguous()
     bootstrap = None if bootstrap is None else dense(bootstrap)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    out = torch.empty(rewards.shape, dtype=torch.float32), torch.empty(rewards.shape, dtype=torch.float32)
+    out = _fake(rewards)
     _native.kernels().gae(
         native_arguments(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
     )

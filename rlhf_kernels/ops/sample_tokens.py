@@ -1,10 +1,13 @@
 """One sampled token a row, from counters instead of a generator."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
+from ..backend import resolve
 from ..types import SampledTokens
 from . import checks
+from .registry import define, dense
 
 
 def sample_tokens(
@@ -42,13 +45,48 @@ def sample_tokens(
     checks.number("min_p", min_p, least=0, most=1)
     for name, x in (("sequence", sequence), ("position", position)):
         checks.integers(name, x, like=logits, expected=(b,), what="one number a row")
-    return reference.sample_tokens(
-        logits.detach(),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        sequence=sequence.long(),
-        position=position.long(),
-    )
+    if not isinstance(seed, int):
+        raise ValueError(f"seed: got {type(seed).__name__}, expected an integer")
+    seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # its low 64 bits, as an int64
+    if resolve(backend, logits) == "reference":
+        return reference.sample_tokens(
+            logits.detach(),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            sequence=sequence.long(),
+            position=position.long(),
+        )
+    scalar, per_row = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+    filters = top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0
+    return SampledTokens(*_op(logits, scalar, per_row, *filters, seed, sequence, position))
+
+
+def _cpu(logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position):
+    b, v = logits.shape
+    if v > 1 and logits.stride(1) != 1:
+        logits = logits.contiguous()
+    temperatures = None if temperatures is None else dense(temperatures)
+    sequence, position = sequence.long().contiguous(), position.long().contiguous()
+    ids, *logprobs = out = _fake(logits)
+    address = _native.address
+    _native.kernels().sample_tokens(
+        logits.data_ptr(), _native.DTYPES[logits.dtype], b, v, logits.stride(0), temperature, address(temperatures),
+        top_k, top_p, min_p, seed, address(sequence), address(position), address(ids), *map(address, logprobs),
+    )  # fmt: skip
+    return out
+
+
+def _fake(logits, *_):
+    b = logits.shape[0]
+    return tuple(logits.new_empty(b, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32))
+
+
+_op = define(
+    "sample_tokens(Tensor logits, float temperature, Tensor? temperatures, SymInt top_k, float top_p, float min_p,"
+    " SymInt seed, Tensor sequence, Tensor position) -> (Tensor ids, Tensor logprobs, Tensor sampling_logprobs)",
+    cpu=_cpu,
+    fake=_fake,
+)

@@ -1,3 +1,5 @@
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,17 +51,18 @@ def sample_tokens(
     position: Tensor,  # (B,), int64
 ) -> SampledTokens:
     """Inverse-CDF sampling in vocabulary order from the tokens that top-k, then top-p, then min-p keep; ties are kept."""
-    logp = torch.log_softmax(transform_logits(logits, temperature=temperature), -1)
-    kept = logp
-    if top_k is not None and top_k < logp.shape[-1]:
-        kept = kept.masked_fill(kept < kept.topk(top_k).values[:, -1:], -torch.inf)
+    z = kept = transform_logits(logits, temperature=temperature)
+    logp = torch.log_softmax(z, -1)
+    if top_k is not None and top_k < z.shape[-1]:
+        kept = kept.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
-        p, _ = kept.softmax(-1).double().sort(-1, descending=True)
-        enough = (p.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-        kept = kept.masked_fill(kept.softmax(-1).double() < p.gather(-1, enough), -torch.inf)
+        p = kept.double().softmax(-1)
+        largest = p.sort(-1, descending=True).values
+        enough = (largest.cumsum(-1) < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+        kept = kept.masked_fill(p < largest.gather(-1, enough), -torch.inf)
     if min_p is not None and min_p > 0:
-        # p < min_p * p_max, in logs so that it is the same comparison on every backend
-        kept = kept.masked_fill(kept < kept.amax(-1, keepdim=True) + torch.log(kept.new_tensor(min_p)), -torch.inf)
+        # p < min_p * p_max, on the logits: there it is the same comparison on every backend
+        kept = kept.masked_fill(z < z.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
     kept = torch.log_softmax(kept, -1)
     cdf = kept.double().exp().cumsum(-1)
     threshold = uniform(seed, sequence, position)[:, None] * cdf[:, -1:]
