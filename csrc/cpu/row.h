@@ -24,7 +24,7 @@ RLHF_HD Factor factor_of(const LogitTransform& t, int64_t row) {
 
 template <bool CAP>
 RLHF_HD vf warp(vf u, const Factor& f) {
-    return CAP ? f.softcap * vtanh(u * f.inner) : u;
+    return CAP ? rounded(f.softcap * vtanh(rounded(u * f.inner))) : u;
 }
 
 struct Stats {

@@ -27,6 +27,16 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 RLHF_HD vf splat(float x) { return x - vf{}; }
 RLHF_HD vf vmax(vf a, vf b) { return a > b ? a : b; }
 
+// A value that was rounded: keeps a product from being fused into a later sum, where two passes must see the same number.
+RLHF_HD vf rounded(vf x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 template <class To, class From>
 RLHF_HD To bits(From x) {
     static_assert(sizeof(To) == sizeof(From), "same size");
