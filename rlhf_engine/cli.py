@@ -67,10 +67,10 @@ def demo(
     typer.echo(f"\nreport, answers and plots: {output}")
 
 
-def main() -> None:
-    """Entry point."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; `arguments` are those of the command line unless given. Always ends in SystemExit."""
     try:
-        app()
+        app(args=arguments)
     except (ValueError, OSError) as error:
         print(f"rlhf: {error}", file=sys.stderr)
         sys.exit(2)

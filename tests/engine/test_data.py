@@ -127,7 +127,7 @@ def test_the_frame_belongs_to_the_prompt(codec):
 
 
 def test_too_long_texts_are_refused(codec):
-    with pytest.raises(ValueError, match="prompt: got .* tokens, expected at most max_prompt_tokens=8"):
+    with pytest.raises(ValueError, match=r"prompt: got .* tokens, expected at most max_prompt_tokens=8"):
         codec.encode_prompt("qwertyuiop")
     with pytest.raises(ValueError, match="response: got 9 tokens, expected at most max_response_tokens=8"):
         codec.encode_response("qwertyui")
