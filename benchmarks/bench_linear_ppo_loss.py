@@ -24,6 +24,7 @@ CHUNKS = (256, 512, 1024, 2048)
 OURS = ("ours", "ours, every flag", "ours, half masked")
 FULL = {"n": 2048, "h": 768, "v": 50257}
 QUICK = {"n": 1024, "h": 256, "v": 8192}
+TINY = {"n": 128, "h": 64, "v": 512}
 
 
 def make_batch(n: int, h: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Batch]:
@@ -62,13 +63,15 @@ def ours(case: str, hidden: Tensor, weight: Tensor, batch: Batch) -> Callable[[]
 
 
 def floor_step(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], None]:
-    """Three `torch.mm` a chunk into outputs that exist already; logits stand in for their gradient."""
+    """Three `torch.mm` a chunk, into outputs made by the first call; logits stand in for their gradient."""
     hidden, weight = hidden.detach().flatten(0, 1), weight.detach()
-    logits = hidden.new_zeros(chunk, weight.shape[0])
-    d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+    outputs = []
 
     def step() -> None:
-        for start in range(0, hidden.shape[0], chunk):
+        if not outputs:
+            outputs.extend((hidden.new_zeros(chunk, len(weight)), torch.zeros_like(hidden), torch.zeros_like(weight)))
+        logits, d_hidden, d_weight = outputs
+        for start in range(0, len(hidden), chunk):
             rows = hidden[start : start + chunk]
             torch.mm(rows, weight.T, out=logits)
             torch.mm(logits, weight, out=d_hidden[start : start + chunk])
@@ -77,26 +80,30 @@ def floor_step(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], None]
     return step
 
 
-def worker(session: Session, *, case: str, dtype: str, n: int, h: int, v: int) -> None:
-    """One case in a process of its own: forward and backward a step."""
-    peer = PEERS[case]() if case in PEERS else None
-    hidden, weight, batch = make_batch(n, h, v, getattr(torch, dtype))
-    gradient_bytes = (hidden.numel() + weight.numel()) * hidden.element_size()
-
+def make_step(case: str, shape: dict, dtype: torch.dtype) -> Callable[[], None]:
+    """One forward and backward of `case`, its tensors made."""
+    hidden, weight, batch = make_batch(**shape, dtype=dtype)
     if case.startswith("floor"):
-        session.baseline(expected_bytes=gradient_bytes)
-        step = floor_step(hidden, weight, int(case.split()[-1]))
-    else:
-        loss = (lambda: peer(hidden, weight, batch)) if peer else ours(case, hidden, weight, batch)
+        return floor_step(hidden, weight, min(int(case.split()[-1]), shape["n"]))
+    peer = PEERS[case]() if case in PEERS else None
+    loss = (lambda: peer(hidden, weight, batch)) if peer else ours(case, hidden, weight, batch)
 
-        def step() -> None:
-            hidden.grad = weight.grad = None
-            loss().backward()
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        loss().backward()
 
-        if case in COMPILING:
-            step()
-            hidden.grad = weight.grad = None
-        session.baseline(expected_bytes=gradient_bytes)
+    return step
+
+
+def worker(session: Session, *, case: str, dtype: str, **shape: int) -> None:
+    """One case in a process of its own: forward and backward a step."""
+    element_type = getattr(torch, dtype)
+    make_step(case, TINY, element_type)()  # what is imported or compiled on first use is not the loss's memory
+    step = make_step(case, shape, element_type)
+    if case in COMPILING:
+        step()
+    gradient_bytes = (shape["n"] + shape["v"]) * shape["h"] * element_type.itemsize
+    session.baseline(expected_bytes=0 if case in COMPILING else gradient_bytes)  # a compiled peer has its gradients
     session.ready()
     while session.begin():
         step()

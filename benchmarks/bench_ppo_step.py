@@ -10,6 +10,7 @@ holds after its imports. The first update of each is a warm-up.
 from __future__ import annotations
 
 import torch
+import torch._dynamo  # the first call of a custom op imports it, as TRL's imports do: no part of an update
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Check, Session, Worker, alternate_workers, ratio, report
