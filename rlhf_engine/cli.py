@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,30 +27,21 @@ def info() -> None:
 @app.command()
 def sft(config: ConfigOption, overrides: SetOption = None) -> None:
     """Fine-tunes model.path on data.demonstrations; writes OUTPUT_DIR/sft."""
-    from rlhf_engine.config import load_config
-    from rlhf_engine.stages import run_sft
-
-    report = run_sft(load_config(config, overrides or ()))
+    report = _run("run_sft", config, overrides)
     typer.echo(f"validation loss {report.best.validation_loss:.4f} nats a token at step {report.best.step}")
 
 
 @app.command()
 def rm(config: ConfigOption, overrides: SetOption = None) -> None:
     """Trains a reward model from model.path on data.comparisons; writes OUTPUT_DIR/rm."""
-    from rlhf_engine.config import load_config
-    from rlhf_engine.stages import run_rm
-
-    last = run_rm(load_config(config, overrides or ()))[-1]
+    last = _run("run_rm", config, overrides)[-1]
     typer.echo(f"held-out accuracy {last.accuracy:.4f}, loss {last.loss:.4f}")
 
 
 @app.command()
 def ppo(config: ConfigOption, overrides: SetOption = None) -> None:
     """Trains model.path with PPO on data.prompts against reward.path; writes OUTPUT_DIR/ppo."""
-    from rlhf_engine.config import load_config
-    from rlhf_engine.stages import run_ppo
-
-    last = run_ppo(load_config(config, overrides or ()))[-1]
+    last = _run("run_ppo", config, overrides)[-1]
     typer.echo(f"score {last['score_mean']:.4f}, KL {last['kl']:.4f} nats a sequence")
 
 
@@ -61,10 +52,26 @@ def demo(
     overrides: SetOption = None,
 ) -> None:
     """Runs the miniature InstructGPT: SFT, reward model, PPO, and a judged comparison (minutes, no GPU, no network)."""
+    _quiet()
     from rlhf_engine.demo.run import run_demo
 
     typer.echo(run_demo(output, seed, tuple(overrides or ())))
     typer.echo(f"\nreport, answers and plots: {output}")
+
+
+def _run(stage: str, config: Path, overrides: list[str] | None) -> Any:
+    _quiet()
+    from rlhf_engine import stages
+    from rlhf_engine.config import load_config
+
+    return getattr(stages, stage)(load_config(config, overrides or ()))
+
+
+def _quiet() -> None:
+    """Turns off the bars that transformers draws for every weight that it loads; ours are of the training."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.data import Codec, Example, read_demonstrations, train_tokenizer
@@ -26,9 +25,7 @@ CONFIG = HERE / "demo.yaml"
 
 def run_demo(output: str | Path, seed: int = 0, overrides: tuple[str, ...] = ()) -> str:
     """Runs everything into `output`, with the settings of `demo.yaml`; returns the report as text."""
-    transformers_logging.disable_progress_bar()
     config = with_shipped_data(load_config(CONFIG, overrides), output, seed)
-    torch.manual_seed(seed)
     root, seconds = Path(output), {}
 
     def timed(name: str, stage: Callable[[], object]):

@@ -1,0 +1,202 @@
+"""The stages on a user's own files, through the command line: what they write, and how mistakes are told."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_engine.cli import main
+from rlhf_engine.config import load_config
+from rlhf_engine.data import train_tokenizer
+from rlhf_engine.demo.run import run_demo
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.rollout import Rollout
+from rlhf_engine.stages import load_policy, reward_function, rollout_examples, written_aside
+from tests.engine.tiny_models import CONFIGS
+
+ANSWERS = ["yes", "no", "maybe so", "I do not know"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random model and its tokenizer, as a user would bring them."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(ANSWERS, 300)
+    kind, arguments = CONFIGS["llama_tied"]
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=300, bos_token_id=None, eos_token_id=0, pad_token_id=1, **arguments | {"initializer_range": 0.1}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, base):
+    """Config file of a tiny run, and the files that it names."""
+    lines = {
+        "demonstrations": [{"prompt": f"q{i}", "response": ANSWERS[i % 4]} for i in range(8)],
+        "comparisons": [{"prompt": f"q{i}", "completions": ANSWERS, "ranking": "A > B = C > D"} for i in range(6)],
+        "prompts": [{"prompt": f"q{i}", "user_id": f"u{i}", "split": "train" if i < 6 else "test"} for i in range(8)],
+    }
+    for name, records in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"path": str(base)},
+        "data": {name: str(tmp_path / f"{name}.jsonl") for name in lines} | {"validation_share": 0.25},
+        "sft": {"epochs": 2, "batch_size": 4, "optim": {"lr": 1e-3}},
+        "reward": {"batch_size": 2, "optim": {"lr": 1e-3}},
+        "rollout": {"max_prompt_tokens": 8, "max_response_tokens": 6},
+        "ppo": {"updates": 2, "rollout_batch": 4, "minibatch": 2, "microbatch": 2, "optim": {"lr": 1e-3}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def rlhf(capsys, *arguments):
+    """Exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    return exit_.value.code or 0, shown.out, shown.err
+
+
+def test_the_three_stages_one_after_the_other(run, capsys):
+    out = run / "out"
+    code, shown, _ = rlhf(capsys, "sft", "--config", run / "run.yaml")
+    assert code == 0 and "validation loss" in shown
+    code, shown, _ = rlhf(capsys, "rm", "--config", run / "run.yaml", "--set", f"model.path={out / 'sft'}")
+    assert code == 0 and "held-out accuracy" in shown
+    overrides = ("--set", f"model.path={out / 'sft'}", "--set", f"reward.path={out / 'rm'}")
+    code, shown, _ = rlhf(capsys, "ppo", "--config", run / "run.yaml", *overrides)
+    assert code == 0 and "KL" in shown
+
+    weights = {}
+    for name in ("sft", "ppo"):
+        model = AutoModelForCausalLM.from_pretrained(out / name)
+        weights[name] = torch.cat([parameter.flatten() for parameter in model.parameters()])
+        assert AutoTokenizer.from_pretrained(out / name).eos_token_id == 0
+    assert not torch.equal(weights["sft"], weights["ppo"])
+    report = json.loads((out / "rm" / "report.json").read_text())
+    assert 0 <= report["history"][-1]["accuracy"] <= 1
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"sft", "rm", "ppo"}
+    assert [row["step"] for row in rows if row["stage"] == "ppo"] == [1, 2]
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "ppo", "rm", "sft", "tensorboard"]
+
+
+def test_a_stage_run_again_replaces_its_own_numbers(run, capsys):
+    for _ in range(2):
+        assert rlhf(capsys, "sft", "--config", run / "run.yaml")[0] == 0
+    steps = [json.loads(line)["step"] for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "command, overrides, message",
+    [
+        ("sft", ["data.demonstrations=null"], "data.demonstrations: got nothing, expected a path"),
+        ("sft", ["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        ("sft", ["model.path=nowhere"], "model.path: no file nowhere/config.json"),
+        ("sft", ["sft.epoch=3"], "unknown key 'sft.epoch'; did you mean 'epochs'?"),
+        ("sft", ["data.max_response_tokens=2"], "demonstrations.jsonl: record 3: response: got"),
+        ("rm", ["rollout.max_prompt_tokens=1"], "demonstrations.jsonl: record 1: prompt: got"),
+        ("ppo", [], "reward.path: got nothing, expected a path"),
+        ("ppo", ["reward.path=nowhere"], "nowhere: no file config.json"),
+        ("ppo", ["ppo.minibatch=3"], "minibatch: got 3, expected a divisor of rollout_batch 4"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(run, capsys, command, overrides, message):
+    options = [option for override in overrides for option in ("--set", override)]
+    code, _, shown = rlhf(capsys, command, "--config", run / "run.yaml", *options)
+    assert code == 2
+    assert message in shown and shown.startswith("rlhf: ")
+    assert not (run / "out").exists()
+
+
+def test_a_bad_line_is_named_and_nothing_is_written(run, capsys):
+    with (run / "demonstrations.jsonl").open("a") as file:
+        file.write('{"prompt": "q9"}\n')
+    code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml")
+    assert code == 2
+    assert f"{run / 'demonstrations.jsonl'}:9: no field 'response'" in shown
+    assert not (run / "out").exists()
+
+
+def test_a_folder_without_weights_is_named(run, capsys, tmp_path, base):
+    (tmp_path / "half").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "half" / name).write_bytes((base / name).read_bytes())
+    code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--set", f"model.path={tmp_path / 'half'}")
+    assert code == 2 and "no .safetensors file in" in shown
+
+
+def test_unknown_options_exit_with_2(capsys):
+    assert rlhf(capsys, "demo", "--sed", "3")[0] == 2
+    assert rlhf(capsys, "demo", "--seed", "-1")[0] == 2
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with written_aside(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(RuntimeError), written_aside(target) as folder:
+        (folder / "a").write_text("2")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "a").read_text() == "1"
+    with written_aside(target) as folder:
+        (folder / "b").write_text("3")
+    assert [path.name for path in target.iterdir()] == ["b"]
+
+
+def test_a_response_that_ran_out_of_budget_is_scored_with_an_end(run):
+    model, codec = load_policy(load_config(run / "run.yaml"))
+    ids = torch.tensor([[1, 5, 6, 7, 8, 0], [4, 5, 6, 7, 8, 9]])
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    zeros = torch.zeros(2, 3)
+    attention_mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
+    rollout = Rollout(ids, attention_mask, ids[:, 3:], mask, zeros, zeros, zeros, ended=torch.tensor([True, False]))
+    examples = rollout_examples(rollout, codec)
+    assert [(e.prompt, e.response) for e in examples] == [((5, 6), (7, 8, 0)), ((4, 5, 6), (7, 8, 9, 0))]
+    scores = reward_function(RewardModel.from_causal_lm(model, seed=1), codec)(rollout)
+    assert scores.shape == (2,) and scores.isfinite().all()
+
+
+def test_the_demo_in_miniature(tmp_path):
+    """All stages with next to no training: every file of the report is there and says what it should."""
+    overrides = [
+        "demo.hidden_size=32",
+        "demo.intermediate_size=48",
+        "demo.layers=1",
+        "demo.heads=2",
+        "demo.vocab_size=600",
+        "demo.samples=2",
+        "demo.opponents=1",
+        "demo.pretrain.epochs=1",
+        "demo.pretrain.batch_size=256",
+        "sft.epochs=1",
+        "sft.batch_size=256",
+        "reward.batch_size=128",
+        "ppo.updates=1",
+        "ppo.rollout_batch=8",
+        "ppo.minibatch=8",
+        "ppo.microbatch=8",
+        "rollout.max_response_tokens=8",
+        "data.max_response_tokens=200",
+    ]
+    table = run_demo(tmp_path / "demo", 3, tuple(overrides))
+    assert "SFT against itself" in table and "best of 2" in table
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert report["seed"] == 3
+    assert all(0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1 for rate in report["win_rates"].values())
+    assert all(rate["prompts"] >= 200 for rate in report["win_rates"].values())
+    assert load_config(tmp_path / "demo" / "config.yaml").demo.layers == 1
+    plots = {path.name for path in (tmp_path / "demo" / "plots").iterdir()}
+    assert plots == {"win_rate.png", "pretrain.png", "sft.png", "reward_model.png", "ppo.png", "marks.png"}
+    for name in ("base", "sft", "ppo"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / name)
