@@ -1,0 +1,313 @@
+"""`ppo_loss`: the formulas against numbers made by hand and against float64, the aggregations, the metrics."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_kernels import METRICS, explained_variance, ppo_loss, reference
+from rlhf_kernels.ops.ppo_arguments import PPOArguments
+from rlhf_kernels.ops.ppo_terms import Terms
+
+from .bounds import check_error
+
+
+def one(logprob: float, old: float, advantage: float, **options):
+    """Loss and d loss / d logprob of a batch of one token."""
+    x = torch.tensor([[logprob]], requires_grad=True)
+    result = ppo_loss(x, torch.tensor([[old]]), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), **options)
+    result.loss.backward()
+    return result.loss.item(), x.grad.item(), result.metrics
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "options", "loss", "slope"),
+    [
+        (1.1, 2.0, {}, -2.2, -2.2),  # inside: -r A
+        (1.5, 2.0, {}, -2.4, 0.0),  # above the range with A > 0: -(1 + eps) A, no gradient
+        (1.5, -2.0, {}, 3.0, 3.0),  # above the range with A < 0: the plain term is the larger loss
+        (0.5, -2.0, {}, 1.6, 0.0),  # below the range with A < 0: -(1 - eps) A, no gradient
+        (0.5, 2.0, {}, -1.0, -1.0),
+        (1.5, 2.0, {"cliprange_high": 0.6}, -3.0, -3.0),
+        (4.0, -2.0, {"dual_clip": 3.0}, 6.0, 0.0),  # at most -c A
+        (2.0, -2.0, {"dual_clip": 3.0}, 4.0, 4.0),
+        (4.0, 2.0, {"objective": "ratio"}, -8.0, -8.0),
+        (4.0, 2.0, {"objective": "ratio", "log_ratio_clamp": math.log(2)}, -4.0, 0.0),
+        (2.0, 1.0, {"objective": "kl_penalty", "old_kl_coef": 0.5}, -2 + 0.5 * (1 - math.log(2)), -2 + 0.5),
+        (2.0, 3.0, {"objective": "policy_gradient"}, -3 * math.log(2), -3.0),
+        (1.1, 0.0, {}, 0.0, 0.0),
+    ],
+)
+def test_surrogate_by_hand(isa, ratio, advantage, options, loss, slope):
+    got_loss, got_slope, _ = one(math.log(ratio), 0.0, advantage, **options)
+    assert got_loss == pytest.approx(loss, rel=1e-6, abs=1e-7)
+    assert got_slope == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"),
+    [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", math.exp(-0.5) - 0.5, 1 - math.exp(-0.5)), ("abs", 0.5, 1.0)],
+)
+def test_kl_term_by_hand(isa, estimator, value, slope):
+    loss, got_slope, metrics = one(
+        -1.0, -1.0, 0.0, ref_logprobs=torch.tensor([[-1.5]]), kl_coef=0.2, kl_estimator=estimator
+    )
+    assert loss == pytest.approx(0.2 * value, rel=1e-6)
+    assert got_slope == pytest.approx(0.2 * slope, rel=1e-6)
+    assert metrics["ref_kl"].item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("v", "old", "target", "loss", "slope"),
+    [
+        (1.0, 1.0, 2.0, 0.5, -1.0),
+        (2.0, 1.0, 3.0, 0.5 * 1.8**2, 0.0),  # clipped to 1.2: its error is the larger one, and has no gradient
+        (2.0, 1.0, 1.0, 0.5, 1.0),  # clipped to 1.2: its error is the smaller one
+    ],
+)
+def test_value_term_by_hand(isa, v, old, target, loss, slope):
+    values = torch.tensor([[v]], requires_grad=True)
+    zero, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    options = {"old_values": torch.tensor([[old]]), "returns": torch.tensor([[target]]), "vf_coef": 0.5}
+    result = ppo_loss(zero, zero, zero, mask, values=values, **options)
+    result.loss.backward()
+    assert result.metrics["value_loss"].item() == pytest.approx(loss, rel=1e-6)
+    assert result.loss.item() == pytest.approx(0.5 * loss, rel=1e-6)
+    assert values.grad.item() == pytest.approx(0.5 * slope, rel=1e-6)
+
+
+def test_aggregations_by_hand():
+    """Losses -A of two sequences, (1, 2, 3) and (5): what each aggregation makes of them."""
+    zero = torch.zeros(2, 3)
+    advantages = -torch.tensor([[1.0, 2, 3], [5, 9, 9]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    expected = {"token_mean": 11 / 4, "seq_mean_token_sum": 11 / 2, "seq_mean_token_mean": 7 / 2, "token_sum": 11.0}
+    for aggregation, value in expected.items():
+        loss = ppo_loss(zero, zero, advantages, mask, objective="ratio", aggregation=aggregation).loss
+        assert loss.item() == pytest.approx(value), aggregation
+
+
+def case(seed: int, b: int = 5, t: int = 40):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(scale=1.0):
+        return scale * torch.randn(b, t, generator=g)
+
+    logprobs = -normal().abs() - 1
+    mask = torch.rand(b, t, generator=g) > 0.3
+    mask[0] = False
+    constants = {
+        "old_logprobs": logprobs + normal(0.3),
+        "advantages": normal() * (torch.rand(b, t, generator=g) > 0.2),
+        "mask": mask,
+        "old_values": normal(),
+        "returns": normal(),
+        "ref_logprobs": logprobs + normal(0.2),
+        "weights": torch.rand(b, t, generator=g),
+    }
+    return {"logprobs": logprobs, "values": normal(), "entropy": normal().abs()}, constants
+
+
+def run(function, inputs, constants, options, dtype=torch.float32):
+    def cast(x):
+        return x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
+
+    leaves = {k: cast(v).clone().requires_grad_() for k, v in inputs.items()}
+    result = function(**leaves, **{k: cast(v) for k, v in constants.items()}, **options)
+    (0.37 * result.loss).backward()
+    return result, {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}
+
+
+OPTIONS = [
+    {},
+    {"dual_clip": 1.3, "cliprange_high": 0.3, "log_ratio_clamp": 0.5, "entropy_coef": 0.01, "kl_coef": 0.1},
+    {"ratio_level": "sequence", "aggregation": "seq_mean_token_mean", "kl_coef": 0.1, "kl_estimator": "k1"},
+    {"ratio_level": "sequence", "objective": "kl_penalty", "old_kl_coef": 0.4, "aggregation": "token_sum"},
+    {"objective": "ratio", "aggregation": "seq_mean_token_sum", "kl_coef": 0.1, "kl_estimator": "k2", "entropy_coef": 0.1},
+    {"objective": "policy_gradient", "kl_coef": 0.1, "kl_estimator": "abs", "cliprange_value": None},
+    {"num_tokens": 1000, "num_value_tokens": 500.0, "vf_coef": 0.5},
+    {"aggregation": "seq_mean_token_mean", "num_sequences": torch.tensor(64)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_matches_float64(isa, options):
+    inputs, constants = case(0)
+    got, gradients = run(ppo_loss, inputs, constants, options)
+    eager, eager_gradients = run(reference.ppo_loss, inputs, constants, options)
+    exact, exact_gradients = run(reference.ppo_loss, inputs, constants, options, torch.float64)
+    check_error("loss", got.loss, eager.loss, exact.loss)
+    for name, gradient in gradients.items():
+        check_error(f"gradient of {name}", gradient, eager_gradients[name], exact_gradients[name])
+    for name in METRICS:
+        torch.testing.assert_close(got.metrics[name], exact.metrics[name], rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_packed_equals_padded(options):
+    inputs, constants = case(1)
+    lengths = torch.tensor([40, 1, 0, 17, 40])
+    inside = torch.arange(40) < lengths[:, None]
+    constants["mask"] &= inside
+    padded, padded_gradients = run(ppo_loss, inputs, constants, options)
+    cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+
+    def pack(tensors):
+        return {k: v[inside] for k, v in tensors.items()}
+
+    packed, gradients = run(ppo_loss, pack(inputs), pack(constants) | {"cu_seqlens": cu}, options)
+    torch.testing.assert_close(packed.loss, padded.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, padded_gradients[name][inside])
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"])
+def test_micro_batches_add_up(aggregation):
+    """With the global denominators, loss, gradients and metrics of two halves are those of the whole."""
+    inputs, constants = case(2, b=6)
+    mask = constants["mask"]
+    counts = {"num_tokens": mask.sum(), "num_value_tokens": mask.sum(), "num_sequences": mask.any(1).sum()}
+    options = {"aggregation": aggregation, "entropy_coef": 0.1, "kl_coef": 0.1, **counts}
+    whole, gradients = run(ppo_loss, inputs, constants, options)
+    halves = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        halves.append(run(ppo_loss, {k: v[rows] for k, v in inputs.items()}, {k: v[rows] for k, v in constants.items()}, options))
+    torch.testing.assert_close(sum(h[0].loss for h in halves), whole.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(torch.cat([h[1][name] for h in halves]), gradient)
+    for name in METRICS:
+        parts = torch.stack([h[0].metrics[name] for h in halves])
+        torch.testing.assert_close(parts.amax() if name == "ratio_max" else parts.sum(), whole.metrics[name])
+
+
+def test_padding_counts_in_no_metric():
+    inputs, constants = case(3)
+    clean = run(ppo_loss, inputs, constants, {})[0]
+    for tensors in (inputs, constants):
+        for name, x in tensors.items():
+            if name != "mask":
+                tensors[name] = torch.where(constants["mask"], x, torch.nan)
+    dirty, gradients = run(ppo_loss, inputs, constants, {})
+    assert torch.equal(clean.loss, dirty.loss)
+    for name in METRICS:
+        assert torch.equal(clean.metrics[name], dirty.metrics[name]), name
+    for gradient in gradients.values():
+        assert (gradient[~constants["mask"]] == 0).all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"])
+def test_nothing_counts(aggregation, ratio_level):
+    """All masked, or no token at all: loss 0 and gradients 0, not NaN."""
+    inputs, constants = case(4)
+    constants["mask"][:] = False
+    for size in (40, 0):
+        some = ({k: v[:, :size] for k, v in tensors.items()} for tensors in (inputs, constants))
+        result, gradients = run(ppo_loss, *some, {"aggregation": aggregation, "ratio_level": ratio_level})
+        assert result.loss.item() == 0
+        assert all((g == 0).all() for g in gradients.values())
+        assert all(m.item() == 0 for m in result.metrics.values())
+
+
+def test_value_mask_of_its_own():
+    inputs, constants = case(5)
+    value_mask = constants["mask"].roll(1, 1) | constants["mask"]
+    got, gradients = run(ppo_loss, inputs, constants | {"value_mask": value_mask}, {})
+    exact, exact_gradients = run(reference.ppo_loss, inputs, constants | {"value_mask": value_mask}, {}, torch.float64)
+    assert got.metrics["num_value_tokens"] == value_mask.sum()
+    torch.testing.assert_close(got.loss.double(), exact.loss)
+    torch.testing.assert_close(gradients["values"].double(), exact_gradients["values"])
+
+
+def test_explained_variance():
+    inputs, constants = case(6)
+    mask = constants["mask"]
+    metrics = run(ppo_loss, inputs, constants, {})[0].metrics
+    residual, returns = (constants["returns"] - inputs["values"])[mask], constants["returns"][mask]
+    expected = 1 - residual.var(unbiased=False) / returns.var(unbiased=False)
+    torch.testing.assert_close(explained_variance(metrics), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_same_bits_for_any_number_of_threads():
+    inputs, constants = case(7, b=40, t=200)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append(run(ppo_loss, inputs, constants, {"kl_coef": 0.1}))
+    torch.set_num_threads(before)
+    for result, gradients in results[1:]:
+        assert torch.equal(result.loss, results[0][0].loss)
+        assert all(torch.equal(gradients[k], results[0][1][k]) for k in gradients)
+
+
+def test_several_losses_in_one_backward_and_nothing_under_no_grad():
+    inputs, constants = case(8)
+    x = inputs["logprobs"].clone().requires_grad_()
+    rest = [constants[k] for k in ("old_logprobs", "advantages", "mask")]
+    apart = [torch.autograd.grad(ppo_loss(x, *rest, objective=o).loss, x)[0] for o in ("clip", "ratio")]
+    (2 * ppo_loss(x, *rest).loss + 3 * ppo_loss(x, *rest, objective="ratio").loss).backward()
+    torch.testing.assert_close(x.grad, 2 * apart[0] + 3 * apart[1])
+    with torch.no_grad():
+        assert not ppo_loss(x, *rest).loss.requires_grad
+    assert not any(m.requires_grad for m in ppo_loss(x, *rest).metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(2, 3)}, "mask: got dtype torch.float32, expected torch.bool"),
+        ({"advantages": torch.zeros(2, 4)}, r"advantages: got shape \(2, 4\), expected \(2, 3\)"),
+        ({"old_logprobs": torch.zeros(2, 3, device="meta")}, "old_logprobs: got device meta, expected cpu"),
+        ({"old_logprobs": torch.zeros(2, 3, dtype=torch.long)}, "old_logprobs: got dtype torch.int64"),
+        ({"objective": "trust"}, "objective: got 'trust', expected one of"),
+        ({"aggregation": "mean"}, "aggregation: got 'mean'"),
+        ({"cliprange": -0.1}, "cliprange: got -0.1, expected at least 0"),
+        ({"dual_clip": 1.0}, "dual_clip: got 1.0, expected a number above 1"),
+        ({"kl_coef": 0.1}, "ref_logprobs: got None with kl_coef=0.1"),
+        ({"values": torch.zeros(2, 3)}, "returns: got None"),
+        ({"returns": torch.zeros(2, 3)}, "values: got None with returns"),
+        ({"ratio_level": "sequence", "objective": "policy_gradient"}, "ratio_level: got 'sequence' with"),
+        ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)}, r"logprobs: got shape \(2, 3\) together with cu_seqlens"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_mistakes_are_named(change, message):
+    arguments = {k: torch.zeros(2, 3) for k in ("logprobs", "old_logprobs", "advantages")}
+    arguments |= {"mask": torch.ones(2, 3, dtype=torch.bool)} | change
+    with pytest.raises(ValueError, match=message):
+        ppo_loss(**arguments)
+
+
+def test_cu_seqlens_are_checked():
+    x, mask = torch.zeros(6), torch.ones(6, dtype=torch.bool)
+    for cu in ([0, 5], [1, 6], [0, 4, 3, 6]):
+        with pytest.raises(ValueError, match="cu_seqlens: got"):
+            ppo_loss(x, x, x, mask, cu_seqlens=torch.tensor(cu, dtype=torch.int32))
+    with pytest.raises(ValueError, match="cu_seqlens: got torch.int64"):
+        ppo_loss(x, x, x, mask, cu_seqlens=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="expected \\[B, T\\], or \\[N\\] together with cu_seqlens"):
+        ppo_loss(x, x, x, mask, aggregation="seq_mean_token_sum")
+
+
+def test_opcheck():
+    n = 9
+    args = PPOArguments(returns=torch.randn(n), values=torch.randn(n), entropy_coef=0.1, kl_coef=0.1, ref_logprobs=torch.randn(n))
+    terms = Terms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
+    leaves = [torch.randn(n, requires_grad=True) for _ in range(3)]
+    result = torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss, (*leaves, None, args.returns, *terms.pack()))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_compiles_as_one_graph():
+    inputs, constants = case(9)
+
+    def loss(x):
+        result = ppo_loss(x, *(constants[k] for k in ("old_logprobs", "advantages", "mask")), aggregation="seq_mean_token_mean")
+        return result.loss, result.metrics["clipfrac"]
+
+    x = inputs["logprobs"].requires_grad_()
+    expected, got = loss(x), torch.compile(loss, fullgraph=True)(x)
+    assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
+    gradients = [torch.autograd.grad(r[0], x)[0] for r in (expected, got)]
+    assert torch.equal(*gradients)
