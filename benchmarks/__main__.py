@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,6 @@ def main() -> int:
 def run(name: str, *, quick: bool) -> None:
     """Run one benchmark from an empty result file."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "worker.log").write_text("")
     (RESULTS / f"{name}.json").unlink(missing_ok=True)
     facts = machine()
     versions = ", ".join(f"{package} {version}" for package, version in facts.pop("versions").items())
@@ -41,6 +41,12 @@ def run(name: str, *, quick: bool) -> None:
     if facts["load_average"] > 0.5 * facts["cores"]:
         print("note: something else is running here; run again on a quiet machine for figures to quote")
     importlib.import_module(f"benchmarks.bench_{name}").main(quick=quick)
+    checks = [
+        check["met"]
+        for group in json.loads((RESULTS / f"{name}.json").read_text())["groups"]
+        for check in group["checks"]
+    ]
+    print(f"\n{name}: {sum(checks)} of {len(checks)} bounds met")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -138,7 +139,7 @@ class Worker:
     def __init__(self, name: str, target: str, kwargs: dict, *, start_limit: float, step_limit: float, note: str = ""):
         self.row = Row(name, note=note)
         self._step_limit = step_limit
-        self._log = (RESULTS / "worker.log").open("a")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed in close
         command = [sys.executable, "-m", "benchmarks.harness", target, json.dumps(kwargs)]
         self._process = subprocess.Popen(
             command,
@@ -155,11 +156,15 @@ class Worker:
             return self._give_up(f"{what} took more than {limit:.0f} s")
         line = self._process.stdout.readline()
         if not line:
-            return self._give_up(f"died during its {what} (exit code {self._process.wait()}, see results/worker.log)")
+            return self._give_up(f"died in its {what}, exit code {self._process.wait()}: {self._last_words()}")
         message = json.loads(line)
         if "error" in message:
             return self._give_up(message["error"])
         return message
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        return next((line.strip() for line in reversed(self._log.readlines()) if line.strip()), "it printed nothing")
 
     def _give_up(self, reason: str) -> dict:
         self.row.error = reason
