@@ -131,4 +131,6 @@ struct SampleArgs {
     float* sampling_logprobs;  // (B) out
 };
 
+enum class GroupKind : int { rloo = 0, grpo = 1, dr_grpo = 2 };
+
 }  // namespace rlhf

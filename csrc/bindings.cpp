@@ -154,4 +154,25 @@ PYBIND11_MODULE(_C, m) {
                                     at<float>(logprobs), at<float>(sampling_logprobs)};
               RLHF_CPU(sample_tokens(args));
           }, unlocked);
+    m.def("kl_penalty",
+          [](Address logprobs, Address ref, int64_t n, int estimator, Address out) {
+              RLHF_CPU(kl_penalty(at<float>(logprobs), at<float>(ref), n, KlEstimator(estimator), at<float>(out)));
+          }, unlocked);
+    m.def("kl_penalty_backward",
+          [](Address grad, Address logprobs, Address ref, int64_t n, int estimator, Address out) {
+              RLHF_CPU(kl_penalty_backward(at<float>(grad), at<float>(logprobs), at<float>(ref), n, KlEstimator(estimator),
+                                           at<float>(out)));
+          }, unlocked);
+    m.def("masked_mean",
+          [](Address x, Address mask, int64_t n, Address out) {
+              RLHF_CPU(masked_mean(at<float>(x), at<uint8_t>(mask), n, at<float>(out)));
+          }, unlocked);
+    m.def("masked_whiten",
+          [](Address x, Address mask, int64_t n, bool shift_mean, bool unbiased, Address out) {
+              RLHF_CPU(masked_whiten(at<float>(x), at<uint8_t>(mask), n, shift_mean, unbiased, at<float>(out)));
+          }, unlocked);
+    m.def("group_advantages",
+          [](Address scores, Address groups, int64_t n, int kind, Address out) {
+              RLHF_CPU(group_advantages(at<float>(scores), at<int64_t>(groups), n, GroupKind(kind), at<float>(out)));
+          }, unlocked);
 }

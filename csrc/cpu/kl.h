@@ -31,6 +31,20 @@ RLHF_HD vf kl_value(vf d) {
     return d < 0.f ? -d : d;
 }
 
+RLHF_HD vf vexpm1(vf x) {
+    const vf small = x + expm1_minus_x(x), large = vexp(x) - 1.f;
+    return x > 1.f ? large : x < -1.f ? large : small;
+}
+
+// d KL / d logprob
+template <KlEstimator E>
+RLHF_HD vf kl_slope(vf d) {
+    if (E == KlEstimator::k1) return splat(1.f);
+    if (E == KlEstimator::k2) return d;
+    if (E == KlEstimator::k3) return -vexpm1(-d);
+    return d > 0.f ? splat(1.f) : d < 0.f ? splat(-1.f) : d;
+}
+
 // Runs `code` with E bound to the estimator.
 #define RLHF_DISPATCH_KL(estimator, E, code)                                          \
     switch (estimator) {                                                              \

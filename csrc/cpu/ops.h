@@ -2,17 +2,23 @@
 #pragma once
 #include "../args.h"
 
-#define RLHF_DECLARE_CPU_OPS                                                                                \
-    void token_logprobs_forward(const LogitRows& x, const RowStats& out);                                   \
-    void token_logprobs_backward(const LogitRows& x, const RowStats& s, const RowGradient& grad);           \
-    void ppo_epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, uint8_t* active);        \
-    int64_t compact_rows(void* data, const uint8_t* active, int64_t n, int64_t row_bytes);                  \
-    void ppo_loss(const PpoLossArgs& a);                                                                    \
-    void accumulate(float* sum, const void* part, DType dtype, int64_t n, bool first);                      \
-    void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale);                \
-    void gae(const GaeArgs& a);                                                                             \
-    void rollout_advantages(const RolloutArgs& a);                                                          \
-    void sample_tokens(const SampleArgs& a);
+#define RLHF_DECLARE_CPU_OPS                                                                                        \
+    void token_logprobs_forward(const LogitRows& x, const RowStats& out);                                           \
+    void token_logprobs_backward(const LogitRows& x, const RowStats& s, const RowGradient& grad);                   \
+    void ppo_epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, uint8_t* active);                \
+    int64_t compact_rows(void* data, const uint8_t* active, int64_t n, int64_t row_bytes);                          \
+    void ppo_loss(const PpoLossArgs& a);                                                                            \
+    void accumulate(float* sum, const void* part, DType dtype, int64_t n, bool first);                              \
+    void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale);                        \
+    void gae(const GaeArgs& a);                                                                                     \
+    void rollout_advantages(const RolloutArgs& a);                                                                  \
+    void sample_tokens(const SampleArgs& a);                                                                        \
+    void kl_penalty(const float* logprobs, const float* ref, int64_t n, KlEstimator estimator, float* out);         \
+    void kl_penalty_backward(const float* grad, const float* logprobs, const float* ref, int64_t n,                 \
+                             KlEstimator estimator, float* out);                                                    \
+    void masked_mean(const float* x, const uint8_t* mask, int64_t n, float* out);                                   \
+    void masked_whiten(const float* x, const uint8_t* mask, int64_t n, bool shift_mean, bool unbiased, float* out); \
+    void group_advantages(const float* scores, const int64_t* groups, int64_t n, GroupKind kind, float* out);
 
 namespace rlhf {
 namespace baseline { RLHF_DECLARE_CPU_OPS }

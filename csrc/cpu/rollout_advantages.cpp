@@ -11,57 +11,6 @@ namespace RLHF_ISA {
 
 namespace {
 
-typedef double vd __attribute__((vector_size(W * 8)));
-
-struct Moments {
-    double count, sum, squares;
-};
-
-// x is 0 where the mask is False, so that only the count looks at it.
-void add_moments(const float* x, const uint8_t* mask, int n, Moments& m) {
-    vd sum{}, squares{};
-    int i = 0;
-    for (; i + W <= n; i += W) {
-        const vd v = __builtin_convertvector(load(x + i), vd);
-        sum += v;
-        squares += v * v;
-    }
-    for (int lane = 0; i + lane < n; lane++) {
-        sum[lane] += x[i + lane];
-        squares[lane] += double(x[i + lane]) * x[i + lane];
-    }
-    m.count += count_true(mask, n);
-    for (int lane = 0; lane < W; lane++) {
-        m.sum += sum[lane];
-        m.squares += squares[lane];
-    }
-}
-
-struct Whitening {
-    float mean, scale;
-};
-
-// Unbiased variance; one entry, or none, has variance 0.
-Whitening whitening(const Moments* parts, int64_t count) {
-    Moments m{};
-    for (int64_t i = 0; i < count; i++) {
-        m.count += parts[i].count;
-        m.sum += parts[i].sum;
-        m.squares += parts[i].squares;
-    }
-    const double mean = m.sum / (m.count > 1 ? m.count : 1);
-    const double residual = m.squares - mean * m.sum, spread = residual < 0 ? 0 : residual;
-    return {float(mean), float(1 / sqrt(spread / (m.count > 2 ? m.count - 1 : 1) + 1e-8))};
-}
-
-// Selected by the mask, not multiplied: a masked token may hold anything.
-RLHF_HD vf where(const uint8_t* mask, vf v) {
-    typedef uint8_t vb __attribute__((vector_size(W)));
-    vb m;
-    memcpy(&m, mask, sizeof m);
-    return __builtin_convertvector(m, vi) != 0 ? v : vf{};
-}
-
 template <KlEstimator E>
 void shape_rewards(const float* logprobs, const float* ref, const uint8_t* mask, int n, float kl_coef, float* kl, float* rewards) {
     int i = 0;
@@ -119,14 +68,6 @@ void for_each_sequence(const RolloutArgs& a, Body body) {
     for (int64_t b = 0; b < s.count; b++) body(b, span_of(s, b));
 }
 
-// x = mask ? (x - mean) * scale + offset : 0
-void rescale(float* x, const uint8_t* mask, int64_t n, const Whitening& w, float offset) {
-    for (int64_t i = 0; i < n; i++) {
-        const float y = (x[i] - w.mean) * w.scale + offset;
-        x[i] = mask[i] ? y : 0.f;
-    }
-}
-
 Whitening reward_statistics(const RolloutArgs& a, Moments* parts) {
     for_each_sequence(a, [&](int64_t b, Span span) {
         const int64_t lands = score_token(a, b, span);
@@ -135,7 +76,7 @@ Whitening reward_statistics(const RolloutArgs& a, Moments* parts) {
             add_moments(a.rewards + span.begin + from, a.gae.mask + span.begin + from, n, parts[b]);
         });
     });
-    return whitening(parts, a.gae.sequences.count);
+    return whitening(total(parts, a.gae.sequences.count), false, true);
 }
 
 }  // namespace
@@ -154,7 +95,7 @@ void rollout_advantages(const RolloutArgs& a) {
             const int64_t at = span.begin + from;
             const uint8_t* mask = g.mask + at;
             if (a.whiten_rewards) {
-                rescale(a.rewards + at, mask, n, reward_scale, reward_scale.mean);
+                whiten(a.rewards + at, mask, n, reward_scale, a.rewards + at);
             } else {
                 rewards_of(a, b, span, from, n, lands);
             }
@@ -163,8 +104,10 @@ void rollout_advantages(const RolloutArgs& a) {
         });
     });
     if (a.whiten_advantages) {
-        const Whitening w = whitening(parts, g.sequences.count);
-        for_each_sequence(a, [&](int64_t, Span s) { rescale(g.advantages + s.begin, g.mask + s.begin, s.length, w, 0.f); });
+        const Whitening w = whitening(total(parts, g.sequences.count), true, true);
+        for_each_sequence(a, [&](int64_t, Span s) {
+            whiten(g.advantages + s.begin, g.mask + s.begin, s.length, w, g.advantages + s.begin);
+        });
     }
     delete[] parts;
 }

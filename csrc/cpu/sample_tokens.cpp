@@ -1,8 +1,8 @@
 // One token a row. A read of the row leaves the maximum and the mass of every block; the filters then find one limit on the
 // logits, and the inverse of the distribution function is looked up by block and inside the one block that is hit.
 #include "../math/philox.h"
+#include "moments.h"
 #include "ops.h"
-#include "simd.h"
 
 namespace rlhf {
 namespace RLHF_ISA {
@@ -10,8 +10,6 @@ namespace RLHF_ISA {
 namespace {
 
 constexpr int kSampleBlock = 1024;
-
-typedef double vd __attribute__((vector_size(W * 8)));
 
 double add_up(vd v) {
     double s = 0;

@@ -5,7 +5,7 @@
 #pragma once
 #include "../args.h"
 #include "../math/gae.h"
-#include "simd.h"
+#include "moments.h"
 
 namespace rlhf {
 namespace RLHF_ISA {
@@ -87,12 +87,6 @@ RLHF_HD Next run(const float* rewards, const float* values, int n, float* advant
         next = {a[0], v[0]};
     }
     return next;
-}
-
-RLHF_HD int count_true(const uint8_t* mask, int n) {
-    int count = 0;
-    for (int i = 0; i < n; i++) count += mask[i];
-    return count;
 }
 
 // A chunk whose actions do not simply come first. `skip`: they are moved together; else holes are steps of reward 0, value 0.

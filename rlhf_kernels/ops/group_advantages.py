@@ -1,9 +1,12 @@
 """Critic-free advantages: each sample against the others of its prompt."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
+from ..backend import resolve
 from . import checks
+from .registry import define, dense
 
 KINDS = ("rloo", "grpo", "dr_grpo")
 
@@ -27,4 +30,20 @@ def group_advantages(
     checks.floating("scores", scores, dims=(1,), what="[B]")
     checks.integers("groups", groups, like=scores, expected=scores.shape, what="the shape of scores")
     checks.choice("kind", kind, KINDS)
-    return reference.group_advantages(*checks.wide(scores), groups, kind=kind)
+    if resolve(backend, scores) == "reference":
+        return reference.group_advantages(*checks.wide(scores), groups, kind=kind)
+    return _op(scores, groups, KINDS.index(kind))
+
+
+def _cpu(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+    scores, groups, out = dense(scores), groups.long().contiguous(), _fake(scores)
+    address = _native.address
+    _native.kernels().group_advantages(address(scores), address(groups), out.numel(), kind, address(out))
+    return out
+
+
+def _fake(scores: Tensor, *_) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
+_op = define("group_advantages(Tensor scores, Tensor groups, int kind) -> Tensor", cpu=_cpu, fake=_fake)

@@ -1,9 +1,12 @@
 """Per-token estimators of KL(policy || reference)."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
+from ..backend import resolve
 from . import checks
+from .registry import define, dense
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -15,7 +18,7 @@ def kl_penalty(
     estimator: str = "k1",
     backend: str = "auto",
 ) -> Tensor:
-    """Estimate of KL(policy || reference) from one sampled token, float32, differentiable in `logprobs`.
+    """Estimate of KL(policy || reference) from one sampled token, float32, differentiable in `logprobs` alone.
 
     With `d = logprobs - ref_logprobs`: k1 = d (unbiased), k2 = d²/2 (low variance, biased), k3 = exp(-d) - 1 + d
     (unbiased, never negative), abs = |d|.
@@ -28,4 +31,47 @@ def kl_penalty(
     checks.floating("logprobs", logprobs, dims=tuple(range(8)), what="any shape")
     checks.tensor("ref_logprobs", ref_logprobs, like=logprobs, expected=logprobs.shape, what="the shape of logprobs")
     checks.choice("estimator", estimator, ESTIMATORS)
-    return reference.kl_penalty(checks.widen(logprobs), checks.widen(ref_logprobs), estimator=estimator)
+    logprobs, ref_logprobs = checks.widen(logprobs), checks.widen(ref_logprobs.detach())
+    if resolve(backend, logprobs) == "reference":
+        return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
+    return _op(logprobs, ref_logprobs, ESTIMATORS.index(estimator))
+
+
+def _cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    out, logprobs, ref_logprobs = _fake(logprobs), dense(logprobs), dense(ref_logprobs)
+    address = _native.address
+    _native.kernels().kl_penalty(address(logprobs), address(ref_logprobs), out.numel(), estimator, address(out))
+    return out
+
+
+def _cpu_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    out, tensors = _fake(logprobs), (dense(grad), dense(logprobs), dense(ref_logprobs))
+    _native.kernels().kl_penalty_backward(*map(_native.address, tensors), out.numel(), estimator, _native.address(out))
+    return out
+
+
+def _fake(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    logprobs, ref_logprobs, ctx.estimator = inputs
+    ctx.save_for_backward(logprobs, ref_logprobs)
+
+
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _backward_op(grad, *ctx.saved_tensors, ctx.estimator), None, None
+
+
+_backward_op = define(
+    "kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
+    cpu=_cpu_backward,
+    fake=_fake,
+)
+_op = define(
+    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+    save=_save,
+    backward=_differentiate,
+)

@@ -1,25 +1,30 @@
 """Masked statistics."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
+from ..backend import resolve
 from . import checks
+from .registry import define, dense
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
-    """Mean of `x` over the True entries of `mask` (same shape), a float32 scalar; 0 when nothing is True.
+    """Mean of `x` over the True entries of `mask` (same shape), a float32 scalar, differentiable; 0 when nothing is True.
 
     Raises:
         ValueError: shapes or devices that differ, a mask that is not bool.
     """
     _check(x, mask)
-    return reference.masked_mean(checks.widen(x), mask)
+    if resolve(backend, x) == "reference":
+        return reference.masked_mean(checks.widen(x), mask)
+    return _mean(checks.widen(x), mask)
 
 
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, backend: str = "auto"
 ) -> Tensor:
-    """`(x - mean) / sqrt(var + 1e-8)` over the True entries, 0 elsewhere, float32.
+    """`(x - mean) / sqrt(var + 1e-8)` over the True entries, 0 elsewhere, float32, differentiable.
 
     `shift_mean=False` adds the mean back (only the scale changes); `unbiased` divides the sum of squares by n - 1. One
     True entry, or none, has variance 0 and is not divided by 0.
@@ -30,9 +35,75 @@ def masked_whiten(
         ValueError: shapes or devices that differ, a mask that is not bool.
     """
     _check(x, mask)
-    return reference.masked_whiten(checks.widen(x), mask, shift_mean=shift_mean, unbiased=unbiased)
+    if resolve(backend, x) == "reference":
+        return reference.masked_whiten(checks.widen(x), mask, shift_mean=shift_mean, unbiased=unbiased)
+    return _whiten(checks.widen(x), mask, shift_mean, unbiased)
 
 
 def _check(x: Tensor, mask: Tensor) -> None:
     checks.floating("x", x, dims=tuple(range(8)), what="any shape")
     checks.mask("mask", mask, like=x, expected=x.shape, what="the shape of x")
+
+
+def _mean_cpu(x: Tensor, mask: Tensor) -> Tensor:
+    x, mask, out = dense(x), mask.contiguous(), _mean_fake(x)
+    _native.kernels().masked_mean(_native.address(x), _native.address(mask), x.numel(), out.data_ptr())
+    return out
+
+
+def _mean_fake(x: Tensor, *_) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+def _mean_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _mean_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    (mask,) = ctx.saved_tensors
+    return torch.where(mask, grad / mask.sum().clamp(min=1), 0), None
+
+
+def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
+    x, mask, out = dense(x), mask.contiguous(), _whiten_fake(x)
+    address = _native.address
+    _native.kernels().masked_whiten(address(x), address(mask), x.numel(), shift_mean, unbiased, address(out))
+    return out
+
+
+def _whiten_fake(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _whiten_save(ctx, inputs, output) -> None:
+    x, mask, ctx.shift_mean, ctx.unbiased = inputs
+    ctx.save_for_backward(x, mask)
+
+
+def _whiten_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    """With c = x - mean, s = (var + 1e-8)^-1/2: `s (g - mean g) - s³ c Σ g c / (n - 1)`, and mean g where the mean stays."""
+    x, mask = ctx.saved_tensors
+    g = torch.where(mask, grad, 0)
+    n = mask.sum()
+    degrees = (n - int(ctx.unbiased)).clamp(min=1)
+    centred = torch.where(mask, x - reference.masked_mean(x, mask), 0)
+    s = torch.rsqrt(centred.square().sum() / degrees + 1e-8)
+    mean_g = g.sum() / n.clamp(min=1)
+    dx = s * (g - mean_g) - s**3 * centred * (g * centred).sum() / degrees
+    return torch.where(mask, dx if ctx.shift_mean else dx + mean_g, 0), None, None, None
+
+
+_mean = define(
+    "masked_mean(Tensor x, Tensor mask) -> Tensor",
+    cpu=_mean_cpu,
+    fake=_mean_fake,
+    save=_mean_save,
+    backward=_mean_backward,
+)
+_whiten = define(
+    "masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased) -> Tensor",
+    cpu=_whiten_cpu,
+    fake=_whiten_fake,
+    save=_whiten_save,
+    backward=_whiten_backward,
+)

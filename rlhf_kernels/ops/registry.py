@@ -12,14 +12,20 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("rlhf_kernels", "FRAGMENT")
 
 
-def define(schema: str, *, cpu: Callable, fake: Callable, differentiable: bool = False) -> Callable:
-    """Registers `rlhf_kernels::<schema>` and returns it; without `differentiable` its results never require gradients."""
+def define(schema: str, *, cpu: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None):
+    """Registers `rlhf_kernels::<schema>` and returns it.
+
+    `save(ctx, inputs, output)` and `backward(ctx, *gradients)` make it differentiable; without them its results never
+    require gradients.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"rlhf_kernels::{name}", fake, lib=_LIBRARY)
-    if not differentiable:
+    if backward is None:
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(f"rlhf_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.rlhf_kernels, name).default
 
 

@@ -1,0 +1,49 @@
+// Each sample against the others of its group: the samples are ordered by group, then each group is a run.
+#include "ops.h"
+#include "simd.h"
+
+namespace rlhf {
+namespace RLHF_ISA {
+
+namespace {
+
+// Bottom-up merge sort of indices by key, stable: the samples of a group keep their order, so the sums repeat.
+void order_by(const int64_t* key, int64_t n, int64_t* order, int64_t* spare) {
+    for (int64_t i = 0; i < n; i++) order[i] = i;
+    for (int64_t width = 1; width < n; width *= 2) {
+        for (int64_t begin = 0; begin < n; begin += 2 * width) {
+            const int64_t middle = begin + width < n ? begin + width : n, end = middle + width < n ? middle + width : n;
+            for (int64_t left = begin, right = middle, i = begin; i < end; i++) {
+                const bool take_left = right == end || (left < middle && key[order[left]] <= key[order[right]]);
+                spare[i] = take_left ? order[left++] : order[right++];
+            }
+        }
+        memcpy(order, spare, size_t(n) * sizeof(int64_t));
+    }
+}
+
+// What the deviation from the group's mean is multiplied by.
+double group_scale(GroupKind kind, double count, double squares) {
+    if (kind == GroupKind::dr_grpo) return 1;
+    if (kind == GroupKind::rloo) return count > 1 ? count / (count - 1) : 0;
+    return 1 / (sqrt(squares / (count > 1 ? count - 1 : 1)) + 1e-4);
+}
+
+}  // namespace
+
+void group_advantages(const float* scores, const int64_t* groups, int64_t n, GroupKind kind, float* out) {
+    int64_t* order = new int64_t[2 * size_t(n)];
+    order_by(groups, n, order, order + n);
+    for (int64_t begin = 0, end = 0; begin < n; begin = end) {
+        double sum = 0, squares = 0;
+        for (; end < n && groups[order[end]] == groups[order[begin]]; end++) sum += scores[order[end]];
+        const double count = double(end - begin), mean = sum / count;
+        for (int64_t i = begin; i < end; i++) squares += (scores[order[i]] - mean) * (scores[order[i]] - mean);
+        const double scale = group_scale(kind, count, squares);
+        for (int64_t i = begin; i < end; i++) out[order[i]] = float((scores[order[i]] - mean) * scale);
+    }
+    delete[] order;
+}
+
+}  // namespace RLHF_ISA
+}  // namespace rlhf
