@@ -39,9 +39,17 @@ def rm(config: ConfigOption, overrides: SetOption = None) -> None:
 
 
 @app.command()
-def ppo(config: ConfigOption, overrides: SetOption = None) -> None:
+def ppo(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUTPUT_DIR/ppo.")] = False,
+) -> None:
     """Trains model.path with PPO on data.prompts against reward.path; writes OUTPUT_DIR/ppo."""
-    last = _run("run_ppo", config, overrides)[-1]
+    history = _run("run_ppo", config, overrides, resume=resume)
+    if not history:
+        typer.echo("nothing left to do: the checkpoint has all of ppo.updates")
+        return
+    last = history[-1]
     typer.echo(f"score {last['score_mean']:.4f}, KL {last['kl']:.4f} nats a sequence")
 
 
@@ -59,12 +67,12 @@ def demo(
     typer.echo(f"\nreport, answers and plots: {output}")
 
 
-def _run(stage: str, config: Path, overrides: list[str] | None) -> Any:
+def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
     _quiet()
     from rlhf_engine import stages
     from rlhf_engine.config import load_config
 
-    return getattr(stages, stage)(load_config(config, overrides or ()))
+    return getattr(stages, stage)(load_config(config, overrides or ()), **options)
 
 
 def _quiet() -> None:

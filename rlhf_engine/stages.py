@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from rlhf_engine.checkpoint import resume as resume_trainer
+from rlhf_engine.checkpoint import save_checkpoint, with_new_folder
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import (
     Codec,
@@ -45,7 +44,7 @@ Item, Made = TypeVar("Item"), TypeVar("Made")
 def run_sft(config: RunConfig) -> FitReport:
     """Demonstrations to a fine-tuned model in `output_dir/sft`."""
     demonstrations = _read(config.data.demonstrations, "data.demonstrations", read_demonstrations)
-    model, codec = load_policy(config)
+    model, codec = load_model(config)
     examples = _encode(config.data.demonstrations, demonstrations, codec.example)
     train, validation = _split(examples, config)
     actor = ActorCritic(model, backend=config.backend)
@@ -53,9 +52,7 @@ def run_sft(config: RunConfig) -> FitReport:
         report = fit_language_model(
             actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
         )
-    with written_aside(Path(config.output_dir) / "sft") as folder:
-        save_policy(model, codec, folder)
-        _write_json(folder / "report.json", dataclasses.asdict(report))
+    save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report))
     return report
 
 
@@ -63,7 +60,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     """Rankings to a reward model in `output_dir/rm`, its bias such that the demonstrations score 0 on average."""
     comparisons = _read(config.data.comparisons, "data.comparisons", read_comparisons)
     demonstrations = _read(config.data.demonstrations, "data.demonstrations", read_demonstrations)
-    model, codec = load_policy(config)
+    model, codec = load_model(config)
     examples = _encode(config.data.demonstrations, demonstrations, codec.example)
     ranked = _encode(config.data.comparisons, comparisons, lambda comparison: encode_comparison(comparison, codec))
     train, validation = _split([prompt for prompt in ranked if prompt is not None], config)
@@ -73,21 +70,28 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
             reward_model, train, validation, config.reward, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
         )
     shift = centre_on_demonstrations(reward_model, examples, codec.pad_id)
-    with written_aside(Path(config.output_dir) / "rm") as folder:
+
+    def write(folder: Path) -> None:
         reward_model.save(folder)
         codec.tokenizer.save_pretrained(folder)
-        report = {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift}
-        _write_json(folder / "report.json", report)
+        _write_json(
+            folder / "report.json",
+            {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift},
+        )
+
+    with_new_folder(Path(config.output_dir) / "rm", write)
     return history
 
 
-def run_ppo(config: RunConfig) -> list[dict[str, float]]:
-    """Prompts and a reward model to a policy in `output_dir/ppo`; returns the numbers of every update."""
+def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]]:
+    """Prompts and a reward model to a policy in `output_dir/ppo`; returns the numbers of every update of this call.
+
+    With `resume` it goes on from the checkpoint in that folder, drawing the numbers that an unbroken run would draw.
+    """
     records = _read(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
-    reward_model = RewardModel.load(_given(config.reward.path, "reward.path"), attention=config.model.attention)
-    model, codec = load_policy(config)
+    reward_model = load_reward_model(config)
+    model, codec = load_model(config)
     prompts = _encode(config.data.prompts, records, lambda record: torch.tensor(codec.encode_prompt(record.prompt)))
-    reward_model.to(config.device)
     value_head = ValueHead.from_weights(reward_model.head.weight.detach(), reward_model.head.bias.detach())
     policy = ActorCritic(model, value_head, backend=config.backend)
     trainer = PPOTrainer(
@@ -99,22 +103,26 @@ def run_ppo(config: RunConfig) -> list[dict[str, float]]:
         config.ppo,
         seed=config.seed,
     )
+    folder = Path(config.output_dir) / "ppo"
+    if resume:
+        resume_trainer(folder, trainer)
     history: list[dict[str, float]] = []
-    with stage_metrics(config, "ppo") as metrics, progress(config.ppo.updates, "ppo", unit="update") as bar:
+    done, updates = trainer.updates_done, config.ppo.updates
+    with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
         def on_update(number: int, log: dict[str, float]) -> None:
             metrics.write(number, log)
             history.append(log)
             bar.update()
             bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
+            if number == updates or (config.ppo.checkpoint_every and number % config.ppo.checkpoint_every == 0):
+                save_checkpoint(folder, trainer, codec.tokenizer, config)
 
         trainer.train(on_update)
-    with written_aside(Path(config.output_dir) / "ppo") as folder:
-        save_policy(model, codec, folder)
     return history
 
 
-def load_policy(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
+def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     """The causal LM and the tokenizer of `config.model.path`.
 
     Raises:
@@ -140,10 +148,22 @@ def load_policy(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     return model.to(config.device).eval(), codec
 
 
-def save_policy(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
-    """Writes what `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read."""
-    model.save_pretrained(folder)
-    codec.tokenizer.save_pretrained(folder)
+def load_reward_model(config: RunConfig) -> RewardModel:
+    """The reward model of `config.reward.path`; ValueError if there is none."""
+    folder = _given(config.reward.path, "reward.path")
+    dtype = getattr(torch, config.dtype)
+    return RewardModel.load(folder, attention=config.model.attention, dtype=dtype).to(config.device)
+
+
+def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[str, Any]) -> None:
+    """Writes what `AutoModelForCausalLM` and `AutoTokenizer` read, and report.json beside it; whole or not at all."""
+
+    def write(new: Path) -> None:
+        model.save_pretrained(new)
+        codec.tokenizer.save_pretrained(new)
+        _write_json(new / "report.json", report)
+
+    with_new_folder(folder, write)
 
 
 def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: int) -> Generator:
@@ -172,27 +192,9 @@ def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
     return examples
 
 
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A fresh folder that takes the place of `folder` when the block ends well, and goes away when it does not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def stage_metrics(config: RunConfig, stage: str) -> MetricsWriter:
-    """The writer of one stage's numbers in `output_dir`; a stage that is run again replaces its own, and only those."""
-    return MetricsWriter(config.output_dir, stage, resume_after=0)
+def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter:
+    """The writer of one stage's numbers in `output_dir`; those after step `done` of an earlier run are replaced."""
+    return MetricsWriter(config.output_dir, stage, resume_after=done)
 
 
 def _given(value: str | None, key: str) -> str:

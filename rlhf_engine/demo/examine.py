@@ -18,7 +18,7 @@ from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout, score_rollout
-from rlhf_engine.stages import load_policy, make_generator, reward_function
+from rlhf_engine.stages import load_model, load_reward_model, make_generator, reward_function
 
 _SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}
 """Added to the run's seed: no answer of the examination shares its random numbers with another policy's or a rollout's."""
@@ -69,9 +69,9 @@ class Examination:
 def examine(config: RunConfig) -> Examination:
     """Lets SFT (`config.model.path`) and PPO answer the test prompts and has the judge compare them."""
     records = list(read_prompts(config.data.prompts, "test"))
-    sft_model, codec = load_policy(config)
-    ppo_model, _ = load_policy(replace(config, model=replace(config.model, path=str(Path(config.output_dir) / "ppo"))))
-    reward_model = RewardModel.load(config.reward.path, attention=config.model.attention).to(config.device)
+    sft_model, codec = load_model(config)
+    ppo_model, _ = load_model(replace(config, model=replace(config.model, path=str(Path(config.output_dir) / "ppo"))))
+    reward_model = load_reward_model(config)
     sft = ActorCritic(sft_model, backend=config.backend)
     ppo = ActorCritic(ppo_model, backend=config.backend)
 

@@ -20,45 +20,44 @@ from rlhf_engine.demo.world import ADVICE, CATEGORIES, COUNTS, FACTS, OPPOSITES,
 
 SEED = 20220304
 KIND_WEIGHTS = {
-    "list": 18,
-    "describe": 22,
-    "compare": 10,
-    "opposite": 6,
-    "howto": 14,
+    "list": 16,
+    "describe": 18,
+    "compare": 12,
+    "opposite": 8,
+    "howto": 12,
     "advice": 12,
     "note": 12,
-    "yesno": 6,
+    "yesno": 10,
 }
 """How often people ask for what, in percent."""
 
 HABITS: dict[str, tuple[float, dict[str, float]]] = {
-    "careful": (0.2, {"wrong": 0.04, "count": 0.05, "no_closing": 0.15, "rude": 0.02, "ramble": 0.03}),
+    "careful": (0.25, {"wrong": 0.03, "count": 0.05, "no_closing": 0.15, "rude": 0.02, "ramble": 0.05}),
     "average": (
         0.45,
         {
-            "wrong": 0.12,
+            "wrong": 0.08,
             "count": 0.25,
             "no_closing": 0.55,
             "rude": 0.1,
-            "repeat": 0.06,
-            "ramble": 0.12,
-            "topic": 0.04,
-            "truncate": 0.05,
+            "repeat": 0.05,
+            "ramble": 0.15,
+            "topic": 0.02,
+            "truncate": 0.04,
             "double_closing": 0.1,
         },
     ),
     "careless": (
-        0.35,
+        0.3,
         {
-            "wrong": 0.25,
+            "wrong": 0.15,
             "count": 0.4,
-            "no_closing": 0.8,
-            "rude": 0.3,
+            "no_closing": 0.75,
+            "rude": 0.35,
             "repeat": 0.15,
-            "ramble": 0.25,
-            "topic": 0.12,
-            "truncate": 0.15,
-            "garble": 0.1,
+            "ramble": 0.3,
+            "topic": 0.06,
+            "truncate": 0.12,
             "double_closing": 0.15,
         },
     ),
@@ -104,10 +103,10 @@ TIE_GAP = 0.3
 class Sizes:
     """How many records of each kind are written."""
 
-    demonstrations: int = 2600
-    comparisons: int = 1500
+    demonstrations: int = 4000
+    comparisons: int = 1600
     users: int = 130
-    pretrain_documents: int = 6000
+    pretrain_documents: int = 8000
     test_prompts: int = 300
     validation_prompts: int = 100
 

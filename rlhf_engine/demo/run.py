@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from rlhf_engine.data import Codec, Example, read_demonstrations, train_tokenize
 from rlhf_engine.demo.examine import examine
 from rlhf_engine.demo.report import write_report
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.stages import run_ppo, run_rm, run_sft, save_policy, stage_metrics, written_aside
+from rlhf_engine.stages import run_ppo, run_rm, run_sft, save_model, stage_metrics
 from rlhf_engine.train.sft import FitReport, fit_language_model
 
 HERE = Path(__file__).parent
@@ -75,8 +75,7 @@ def make_base(config: RunConfig) -> FitReport:
             log=metrics.write,
             label="pretrain",
         )
-    with written_aside(Path(config.output_dir) / "base") as folder:
-        save_policy(model, codec, folder)
+    save_model(Path(config.output_dir) / "base", model, codec, asdict(report))
     return report
 
 

@@ -13,7 +13,7 @@ from rlhf_engine.data import train_tokenizer
 from rlhf_engine.demo.run import run_demo
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout
-from rlhf_engine.stages import load_policy, reward_function, rollout_examples, written_aside
+from rlhf_engine.stages import load_model, reward_function, rollout_examples
 from tests.engine.tiny_models import CONFIGS
 
 ANSWERS = ["yes", "no", "maybe so", "I do not know"]
@@ -96,6 +96,31 @@ def test_a_stage_run_again_replaces_its_own_numbers(run, capsys):
     assert steps == [1, 2, 2, 3, 4, 4]
 
 
+def test_a_resumed_run_ends_where_an_unbroken_one_does(run, capsys):
+    reward = run / "out" / "rm"
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    ends = []
+    for name, calls in (("whole", [(4, False)]), ("broken", [(2, False), (4, True)])):
+        for updates, resume in calls:
+            options = [f"reward.path={reward}", f"output_dir={run / name}", f"ppo.updates={updates}"]
+            arguments = [part for option in options for part in ("--set", option)] + ["--resume"] * resume
+            assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments)[0] == 0
+        model = AutoModelForCausalLM.from_pretrained(run / name / "ppo")
+        ends.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+        rows = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert torch.equal(*ends)
+    code, shown, _ = rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments)
+    assert code == 0 and "nothing left to do" in shown
+
+
+def test_resuming_without_a_checkpoint_is_refused(run, capsys):
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options)
+    assert code == 2 and f"{run / 'out' / 'ppo'}: no such folder" in shown
+
+
 @pytest.mark.parametrize(
     "command, overrides, message",
     [
@@ -140,22 +165,8 @@ def test_unknown_options_exit_with_2(capsys):
     assert rlhf(capsys, "demo", "--seed", "-1")[0] == 2
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "model"
-    with written_aside(target) as folder:
-        (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError), written_aside(target) as folder:
-        (folder / "a").write_text("2")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (target / "a").read_text() == "1"
-    with written_aside(target) as folder:
-        (folder / "b").write_text("3")
-    assert [path.name for path in target.iterdir()] == ["b"]
-
-
 def test_a_response_that_ran_out_of_budget_is_scored_with_an_end(run):
-    model, codec = load_policy(load_config(run / "run.yaml"))
+    model, codec = load_model(load_config(run / "run.yaml"))
     ids = torch.tensor([[1, 5, 6, 7, 8, 0], [4, 5, 6, 7, 8, 9]])
     mask = torch.ones(2, 3, dtype=torch.bool)
     zeros = torch.zeros(2, 3)
