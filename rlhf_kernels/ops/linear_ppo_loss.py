@@ -173,8 +173,6 @@ def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
 
     `d_hidden` is divided by the policy's denominator later on, so what it gets here is multiplied by it.
     """
-    if not slope.numel():
-        return None, None, None
     slope = slope * (terms.vf_coef / terms.denominators[1])
     if weight is None:
         return None, None, slope if needs[5] else None
@@ -183,7 +181,7 @@ def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
     d_weight = None
     if needs[3]:
         pieces = zip(slope.split(VALUE_ROWS), hidden.split(VALUE_ROWS), strict=True)
-        d_weight = torch.stack([s @ h.float() for s, h in pieces]).sum(0)
+        d_weight = sum((s @ h.float() for s, h in pieces), torch.zeros(len(weight), device=weight.device))
     return d_weight, slope.double().sum().float() if needs[4] else None, None
 
 

@@ -15,7 +15,9 @@ from .bounds import check_error
 def one(logprob: float, old: float, advantage: float, **options):
     """Loss and d loss / d logprob of a batch of one token."""
     x = torch.tensor([[logprob]], requires_grad=True)
-    result = ppo_loss(x, torch.tensor([[old]]), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), **options)
+    result = ppo_loss(
+        x, torch.tensor([[old]]), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), **options
+    )
     result.loss.backward()
     return result.loss.item(), x.grad.item(), result.metrics
 
@@ -123,7 +125,13 @@ OPTIONS = [
     {"dual_clip": 1.3, "cliprange_high": 0.3, "log_ratio_clamp": 0.5, "entropy_coef": 0.01, "kl_coef": 0.1},
     {"ratio_level": "sequence", "aggregation": "seq_mean_token_mean", "kl_coef": 0.1, "kl_estimator": "k1"},
     {"ratio_level": "sequence", "objective": "kl_penalty", "old_kl_coef": 0.4, "aggregation": "token_sum"},
-    {"objective": "ratio", "aggregation": "seq_mean_token_sum", "kl_coef": 0.1, "kl_estimator": "k2", "entropy_coef": 0.1},
+    {
+        "objective": "ratio",
+        "aggregation": "seq_mean_token_sum",
+        "kl_coef": 0.1,
+        "kl_estimator": "k2",
+        "entropy_coef": 0.1,
+    },
     {"objective": "policy_gradient", "kl_coef": 0.1, "kl_estimator": "abs", "cliprange_value": None},
     {"num_tokens": 1000, "num_value_tokens": 500.0, "vf_coef": 0.5},
     {"aggregation": "seq_mean_token_mean", "num_sequences": torch.tensor(64)},
@@ -140,7 +148,9 @@ def test_matches_float64(isa, options):
     for name, gradient in gradients.items():
         check_error(f"gradient of {name}", gradient, eager_gradients[name], exact_gradients[name])
     for name in METRICS:
-        torch.testing.assert_close(got.metrics[name], exact.metrics[name], rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got.metrics[name], exact.metrics[name], rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -171,7 +181,9 @@ def test_micro_batches_add_up(aggregation):
     whole, gradients = run(ppo_loss, inputs, constants, options)
     halves = []
     for rows in (slice(0, 2), slice(2, 6)):
-        halves.append(run(ppo_loss, {k: v[rows] for k, v in inputs.items()}, {k: v[rows] for k, v in constants.items()}, options))
+        halves.append(
+            run(ppo_loss, {k: v[rows] for k, v in inputs.items()}, {k: v[rows] for k, v in constants.items()}, options)
+        )
     torch.testing.assert_close(sum(h[0].loss for h in halves), whole.loss)
     for name, gradient in gradients.items():
         torch.testing.assert_close(torch.cat([h[1][name] for h in halves]), gradient)
@@ -268,7 +280,10 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"values": torch.zeros(2, 3)}, "returns: got None"),
         ({"returns": torch.zeros(2, 3)}, "values: got None with returns"),
         ({"ratio_level": "sequence", "objective": "policy_gradient"}, "ratio_level: got 'sequence' with"),
-        ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)}, r"logprobs: got shape \(2, 3\) together with cu_seqlens"),
+        (
+            {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)},
+            r"logprobs: got shape \(2, 3\) together with cu_seqlens",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -292,7 +307,9 @@ def test_cu_seqlens_are_checked():
 
 def test_opcheck():
     n = 9
-    args = PPOArguments(returns=torch.randn(n), values=torch.randn(n), entropy_coef=0.1, kl_coef=0.1, ref_logprobs=torch.randn(n))
+    args = PPOArguments(
+        returns=torch.randn(n), values=torch.randn(n), entropy_coef=0.1, kl_coef=0.1, ref_logprobs=torch.randn(n)
+    )
     terms = Terms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
     leaves = [torch.randn(n, requires_grad=True) for _ in range(3)]
     result = torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss, (*leaves, None, args.returns, *terms.pack()))
@@ -303,7 +320,9 @@ def test_compiles_as_one_graph():
     inputs, constants = case(9)
 
     def loss(x):
-        result = ppo_loss(x, *(constants[k] for k in ("old_logprobs", "advantages", "mask")), aggregation="seq_mean_token_mean")
+        result = ppo_loss(
+            x, *(constants[k] for k in ("old_logprobs", "advantages", "mask")), aggregation="seq_mean_token_mean"
+        )
         return result.loss, result.metrics["clipfrac"]
 
     x = inputs["logprobs"].requires_grad_()

@@ -15,9 +15,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def compare(logits, ids, upstream=(0.37, -0.11), **options):
     """Outputs and gradient of the kernel, of eager and of float64, under weights of the two outputs."""
     results = []
-    for function, dtype in ((token_logprobs, logits.dtype), (reference.token_logprobs, logits.dtype), (None, torch.float64)):
+    for function, dtype in (
+        (token_logprobs, logits.dtype),
+        (reference.token_logprobs, logits.dtype),
+        (None, torch.float64),
+    ):
         x = logits.detach().to(dtype).requires_grad_()
-        wide = {k: v.double() if function is None and torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
+        wide = {
+            k: v.double() if function is None and torch.is_tensor(v) and v.is_floating_point() else v
+            for k, v in options.items()
+        }
         out = (function or reference.token_logprobs)(x, ids, entropy=True, **wide)
         weights = torch.linspace(-1, 1, out.logprobs.numel(), dtype=torch.float64).view(out.logprobs.shape)
         loss = (upstream[0] * out.logprobs * weights).sum() + (upstream[1] * out.entropy * weights).sum()
@@ -31,7 +38,13 @@ def compare(logits, ids, upstream=(0.37, -0.11), **options):
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 64, 1003, 5027])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"softcap": 5.0}, {"temperature": 0.7, "logit_scale": 0.5}, {"softcap": 2.0, "temperature": "row"}, {"temperature": "row"}],
+    [
+        {},
+        {"softcap": 5.0},
+        {"temperature": 0.7, "logit_scale": 0.5},
+        {"softcap": 2.0, "temperature": "row"},
+        {"temperature": "row"},
+    ],
     ids=str,
 )
 def test_matches_float64(isa, dtype, vocabulary, options):
@@ -180,7 +193,9 @@ def test_mistakes_are_named(change, message):
 def test_opcheck():
     ids, mask = torch.randint(0, 37, (9,)), torch.rand(9) > 0.3
     logits = torch.randn(9, 37, requires_grad=True)
-    result = torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs, (logits, ids, mask, None, 1.0, 3.0, 1.0, False))
+    result = torch.library.opcheck(
+        torch.ops.rlhf_kernels.token_logprobs, (logits, ids, mask, None, 1.0, 3.0, 1.0, False)
+    )
     assert set(result.values()) == {"SUCCESS"}
 
 

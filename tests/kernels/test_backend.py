@@ -1,0 +1,67 @@
+"""Which backend serves a call, and what the process looks like with the extension in it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlhf_kernels import _native, gae, info
+from rlhf_kernels.backend import choose, resolve
+
+
+def test_the_extension_is_built():
+    assert _native.AVAILABLE, _native.why_missing()
+
+
+def test_auto_and_its_reasons():
+    cpu = torch.device("cpu")
+    assert choose(cpu, torch.bfloat16).backend == "cpu"
+    assert choose(cpu, torch.float64).backend == "reference" and "float64" in choose(cpu, torch.float64).reason
+    assert choose(torch.device("meta"), torch.float32).backend == "reference"
+
+
+def test_a_named_backend_serves_or_raises():
+    x = torch.zeros(2, dtype=torch.float64)
+    assert resolve("reference", x) == "reference"
+    with pytest.raises(ValueError, match="backend: 'cpu' cannot serve this call: the C.. kernels take float32"):
+        resolve("cpu", x)
+    with pytest.raises(ValueError, match="backend: got 'cuda9', expected 'auto' or one of"):
+        gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), backend="cuda9")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime():
+    """In a fresh process, after parallel regions of both torch and the extension have run."""
+    code = (
+        "import torch, rlhf_kernels; from rlhf_kernels import info;"
+        "x = torch.randn(64, 5000); (x @ x.t()).sum();"
+        "rlhf_kernels.token_logprobs(x, torch.zeros(64, dtype=torch.long));"
+        "print(len(info.openmp_runtimes()))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "1"
+    )
+
+
+def test_info_names_every_op(capsys):
+    info.main()
+    printed = capsys.readouterr().out
+    for op in info.ops.__all__:
+        assert any(line.startswith(op) for line in printed.splitlines())
+    assert f"instruction set {_native.kernels().isa()}" in printed
+
+
+def test_a_missing_extension_is_explained():
+    """Without the compiled module the package imports, "auto" says why it took the reference, "cpu" raises."""
+    code = (
+        "import sys; sys.modules['rlhf_kernels._C'] = None\n"
+        "import torch, rlhf_kernels as rk\n"
+        "from rlhf_kernels.backend import choose\n"
+        "assert rk.masked_mean(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 1\n"
+        "print(choose(torch.device('cpu'), torch.float32).reason)\n"
+        "try: rk.masked_mean(torch.ones(3), torch.ones(3, dtype=torch.bool), backend='cpu')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 2 and all("rlhf_kernels._C does not load" in line and "make build" in line for line in lines)

@@ -1,0 +1,375 @@
+"""`linear_ppo_loss`: outputs and every gradient against float64, what enters the products, bits, memory, mistakes."""
+
+import pytest
+import torch
+
+from rlhf_kernels import METRICS, linear_ppo_loss, linear_token_logprobs, reference
+from rlhf_kernels.ops.ppo_arguments import PPOArguments
+from rlhf_kernels.ops.ppo_terms import Terms
+
+from .bounds import check_error
+from .heads import differentiate, make, widen
+
+FLAGS = {
+    "plain": (),
+    "values": ("returns", "old_values"),
+    "everything": ("returns", "old_values", "ref_logprobs", "weights", "temperature"),
+}
+OPTIONS = {
+    "clip": {},
+    "clip_higher_dual": {"cliprange_high": 0.4, "dual_clip": 1.3, "log_ratio_clamp": 0.5},
+    "entropy_kl": {"entropy_coef": 0.02, "kl_coef": 0.1},
+    "kl_penalty": {"objective": "kl_penalty", "old_kl_coef": 0.5, "aggregation": "seq_mean_token_sum"},
+    "policy_gradient": {"objective": "policy_gradient", "aggregation": "token_sum"},
+    "sequence": {
+        "ratio_level": "sequence",
+        "aggregation": "seq_mean_token_mean",
+        "entropy_coef": 0.02,
+        "kl_coef": 0.05,
+    },
+    "softcap": {"softcap": 3.0, "logit_scale": 0.7, "entropy_coef": 0.02, "temperature": 0.8},
+}
+
+
+def run(function, leaves, constants, options, dtype):
+    x = {k: v.to(dtype).clone().requires_grad_() for k, v in leaves.items()}
+    if "returns" not in options:
+        x = {k: v for k, v in x.items() if not k.startswith("value")}
+    constants, options = ({k: widen(v, dtype) for k, v in tensors.items()} for tensors in (constants, options))
+    result = function(**x, **constants, **options)
+    return result, differentiate(result.loss, x)
+
+
+def reference_loss(**arguments):
+    arguments["ids"] = arguments["ids"].long()
+    defaults = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
+    first = [arguments.pop(k) for k in ("hidden", "weight", "ids", "old_logprobs", "advantages", "mask")]
+    return reference.linear_ppo_loss(*first, **(defaults | arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_matches_float64(dtype, flags, options):
+    leaves, constants, extra = make(sorted(OPTIONS).index(options), dtype, b=8, t=64)
+    chosen = {k: extra[k] for k in FLAGS[flags]} | OPTIONS[options]
+    if "kl_coef" in chosen:
+        chosen["ref_logprobs"] = extra["ref_logprobs"]
+    if chosen.get("objective") == "policy_gradient":
+        chosen.pop("weights", None)
+    got, gradients = run(linear_ppo_loss, leaves, constants, chosen, dtype)
+    # The constants are float32 in both: only the head's own arithmetic is in the half dtype.
+    eager, eager_gradients = run(reference_loss, leaves, constants, chosen, dtype)
+    exact, exact_gradients = run(reference_loss, leaves, constants, chosen, torch.float64)
+    terms = {"seq_mean_token_sum": 64, "token_sum": 8 * 64}.get(chosen.get("aggregation"), 1)  # of order 1 each
+    check_error("loss", got.loss, eager.loss, exact.loss, scale=terms)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        check_error(f"gradient of {name}", gradient, eager_gradients[name], exact_gradients[name])
+    for name in METRICS:
+        allowed = 2 * (eager.metrics[name] - exact.metrics[name]).abs() + 2e-5 * (1 + exact.metrics[name].abs())
+        assert (got.metrics[name] - exact.metrics[name]).abs() <= allowed, name
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_shapes(isa, seed):
+    """Odd sizes, one row, one token, wide and narrow heads, with every flag on."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = [int(torch.randint(1, high, (1,), generator=g)) for high in (4, 30, 700, 40)]
+    sizes = [(1, 1, 2, 1), (1, 1, 700, 33), (3, 1, 65, 7)][seed] if seed < 3 else sizes
+    b, t, v, h = sizes
+    leaves, constants, extra = make(seed, b=b, t=t, vocabulary=max(v, 2), hidden=h)
+    options = (
+        {k: extra[k] for k in FLAGS["everything"]}
+        | OPTIONS["softcap"]
+        | {"kl_coef": 0.1, "temperature": extra["temperature"]}
+    )
+    got, gradients = run(linear_ppo_loss, leaves, constants, options, torch.float32)
+    exact, exact_gradients = run(reference_loss, leaves, constants, options, torch.float64)
+    torch.testing.assert_close(got.loss.double(), exact.loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        scale = exact_gradients[name].abs().max()
+        assert (gradient - exact_gradients[name]).abs().max() <= 1e-5 * scale + 1e-9, name
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 33, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing(dtype, chunk_tokens):
+    leaves, constants, extra = make(3, dtype)
+    options = {k: extra[k] for k in FLAGS["values"]} | {"entropy_coef": 0.01}
+    whole, gradients = run(linear_ppo_loss, leaves, constants, options, dtype)
+    parts, part_gradients = run(linear_ppo_loss, leaves, constants, options | {"chunk_tokens": chunk_tokens}, dtype)
+    assert torch.equal(whole.loss, parts.loss)
+    assert all(torch.equal(whole.metrics[k], parts.metrics[k]) for k in METRICS)
+    for name, gradient in gradients.items():
+        # In half precision each chunk's product is rounded once; in float32 the library adds in another order.
+        bound = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps * gradient.abs().max()
+        assert bool((part_gradients[name] - gradient).abs().max() <= bound), name
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Shapes of the operands of every matrix product that the head makes."""
+    seen = []
+    mm = torch.mm
+
+    def counted(a, b, **kwargs):
+        seen.append((tuple(a.shape), tuple(b.shape)))
+        return mm(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    return seen
+
+
+def test_rows_in_the_products(products):
+    """Masked rows enter none, rows without a coefficient no backward one, and no [N, V] tensor is made."""
+    leaves, constants, _ = make(5, b=8, t=40, drift=0.0)
+    leaves = {k: leaves[k] for k in ("hidden", "weight")}
+    constants["old_logprobs"] = linear_token_logprobs(**leaves, ids=constants["ids"]).logprobs
+    constants["advantages"] = torch.ones(8, 40)
+    constants["advantages"][:, ::2] = 0  # no gradient: ratio 1, inside the clip range, nothing else asked for
+    products.clear()
+    result, _ = run(linear_ppo_loss, leaves, constants, {"chunk_tokens": 32}, torch.float32)
+    counted, (vocabulary, hidden) = int(constants["mask"].sum()), leaves["weight"].shape
+    active = int((constants["mask"] & (constants["advantages"] != 0)).sum())
+    forward = [a[0] for a, b in products if b == (hidden, vocabulary)]
+    into_hidden = [a[0] for a, b in products if b == (vocabulary, hidden)]
+    assert max(forward) <= 32
+    assert counted <= sum(forward) < counted + 16  # the last chunk is padded up to 16 rows
+    assert sum(into_hidden) == active
+    assert result.metrics["active_fraction"].item() == pytest.approx(active / counted)
+
+
+def test_all_clipped_rows_have_no_gradient(products):
+    """A clipped token keeps no gradient, and nothing enters the backward products."""
+    leaves, constants, _ = make(6)
+    leaves = {k: leaves[k] for k in ("hidden", "weight")}
+    logprobs = linear_token_logprobs(**leaves, ids=constants["ids"]).logprobs
+    constants["old_logprobs"] = logprobs - 1  # ratio e
+    constants["advantages"] = torch.ones_like(logprobs)
+    products.clear()
+    result, gradients = run(linear_ppo_loss, leaves, constants, {}, torch.float32)
+    assert result.loss.item() == pytest.approx(-1.2, rel=1e-6)
+    assert all((g == 0).all() for g in gradients.values())
+    assert len(products) == 1
+
+
+def test_gradients_only_for_inputs_that_ask(products):
+    leaves, constants, _ = make(7)
+    hidden, weight = leaves["hidden"].clone().requires_grad_(), leaves["weight"]
+    linear_ppo_loss(hidden, weight, **constants).loss.backward()
+    assert len(products) == 2 and weight.grad is None  # a frozen head: 2 products
+    products.clear()
+    with torch.no_grad():
+        assert not linear_ppo_loss(hidden, weight, **constants).loss.requires_grad
+    assert len(products) == 1
+
+
+def test_frozen_hidden_states(products):
+    leaves, constants, _ = make(7)
+    weight = leaves["weight"].clone().requires_grad_()
+    linear_ppo_loss(leaves["hidden"], weight, **constants).loss.backward()
+    assert len(products) == 2 and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_have_the_same_bits_whatever_the_batch(dtype):
+    """A row alone, among others, in any chunk of 16 or more: the same bits."""
+    leaves, constants, _ = make(8, dtype, b=10, t=40, vocabulary=1003, hidden=96)
+    hidden, weight, ids = leaves["hidden"].view(400, 96), leaves["weight"], constants["ids"].view(400)
+    whole = linear_token_logprobs(hidden, weight, ids, entropy=True)
+    for chunk in (16, 17, 50, 333):
+        part = linear_token_logprobs(hidden, weight, ids, entropy=True, chunk_tokens=chunk)
+        assert torch.equal(part.logprobs, whole.logprobs) and torch.equal(part.entropy, whole.entropy), chunk
+    for rows in (slice(5, 6), slice(3, 12), slice(100, 117), slice(0, 399)):
+        assert torch.equal(linear_token_logprobs(hidden[rows], weight, ids[rows]).logprobs, whole.logprobs[rows]), rows
+
+
+def test_same_bits_twice():
+    leaves, constants, extra = make(9)
+    options = {k: extra[k] for k in FLAGS["values"]} | {"entropy_coef": 0.01}
+    (first, first_gradients), (second, second_gradients) = (
+        run(linear_ppo_loss, leaves, constants, options, torch.float32) for _ in range(2)
+    )
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(first_gradients[k], second_gradients[k]) for k in first_gradients)
+
+
+def test_ratios_are_exactly_one_for_rescored_rollouts():
+    leaves, constants, _ = make(10, torch.bfloat16)
+    head = {k: leaves[k] for k in ("hidden", "weight", "bias")}
+    constants["old_logprobs"] = linear_token_logprobs(**head, ids=constants["ids"], mask=constants["mask"]).logprobs
+    metrics = linear_ppo_loss(**head, **constants).metrics
+    assert metrics["ratio_mean"] == 1 and metrics["ratio_max"] == 1 and metrics["approx_kl"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_backward_raises(dtype):
+    leaves, constants, _ = make(11, dtype)
+    weight = leaves["weight"].clone().requires_grad_()
+    loss = linear_ppo_loss(leaves["hidden"], weight, **constants).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_two_losses_in_one_backward():
+    leaves, constants, _ = make(12)
+    names = ("hidden", "weight")
+    apart = []
+    for objective, factor in (("clip", 0.37), ("ratio", 2.0)):
+        x = {k: leaves[k].clone().requires_grad_() for k in names}
+        apart.append(differentiate(linear_ppo_loss(**x, **constants, objective=objective).loss, x, factor))
+    x = {k: leaves[k].clone().requires_grad_() for k in names}
+    clip, ratio = (linear_ppo_loss(**x, **constants, objective=o).loss for o in ("clip", "ratio"))
+    (0.37 * clip + 2 * ratio).backward()
+    for name in names:
+        torch.testing.assert_close(x[name].grad, apart[0][name] + apart[1][name])
+
+
+def test_grad_dtype_is_respected():
+    """Half-precision parameters whose gradients are summed in float32 get them unrounded."""
+    leaves, constants, _ = make(13, torch.bfloat16)
+    weight = torch.nn.Parameter(leaves["weight"].clone())
+    weight.grad_dtype = torch.float32
+    linear_ppo_loss(leaves["hidden"], weight, **constants, chunk_tokens=32).loss.backward()
+    assert weight.grad.dtype == torch.float32
+    rounded = torch.nn.Parameter(leaves["weight"].clone())
+    linear_ppo_loss(leaves["hidden"], rounded, **constants, chunk_tokens=32).loss.backward()
+    assert torch.equal(weight.grad.bfloat16(), rounded.grad)
+    assert not torch.equal(weight.grad, rounded.grad.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_counts(dtype):
+    """All masked, and an empty batch: loss 0 and gradients 0, not NaN."""
+    leaves, constants, extra = make(14, dtype)
+    constants["mask"][:] = False
+    options = {k: extra[k] for k in FLAGS["values"]} | {"entropy_coef": 0.1}
+    result, gradients = run(linear_ppo_loss, leaves, constants, options, dtype)
+    assert result.loss.item() == 0 and all((g == 0).all() for g in gradients.values())
+    leaves["hidden"] = leaves["hidden"][:, :0]
+    constants, options = (
+        {k: v[:, :0] if torch.is_tensor(v) else v for k, v in t.items()} for t in (constants, options)
+    )
+    result, gradients = run(linear_ppo_loss, leaves, constants, options, dtype)
+    assert result.loss.item() == 0 and all((g == 0).all() for g in gradients.values())
+
+
+def test_masked_rows_may_hold_anything():
+    leaves, constants, extra = make(15)
+    options = {k: extra[k] for k in FLAGS["everything"]} | {"entropy_coef": 0.1, "kl_coef": 0.1}
+    clean, clean_gradients = run(linear_ppo_loss, leaves, constants, options, torch.float32)
+    out = ~constants["mask"]
+    constants["ids"] = constants["ids"].masked_fill(out, -100)
+    for tensors in (constants, options):
+        for name, x in tensors.items():
+            if torch.is_tensor(x) and x.is_floating_point() and name != "temperature":
+                tensors[name] = x.masked_fill(out, torch.nan)
+    dirty, gradients = run(linear_ppo_loss, leaves, constants, options, torch.float32)
+    assert torch.equal(clean.loss, dirty.loss)
+    assert all(torch.equal(gradients[k], clean_gradients[k]) for k in gradients)
+
+
+def test_half_precision_gradients_do_not_underflow():
+    """fp16 with a denominator of 10^7: applied before the cast of dlogits it would flush every gradient to zero."""
+    leaves, constants, _ = make(16, torch.float16)
+    x = leaves["hidden"].clone().requires_grad_()
+    head = (leaves["weight"],)
+    loss = linear_ppo_loss(x, *head, **constants, num_tokens=10_000_000).loss
+    (loss * 65536.0).backward()
+    exact = leaves["hidden"].double().requires_grad_()
+    wide = {k: widen(v, torch.float64) for k, v in constants.items()}
+    (65536.0 * linear_ppo_loss(exact, leaves["weight"].double(), **wide, num_tokens=10_000_000).loss).backward()
+    assert (x.grad.double() - exact.grad).norm() <= 0.01 * exact.grad.norm()
+
+
+def test_non_contiguous_inputs():
+    leaves, constants, _ = make(17)
+    expected = linear_ppo_loss(leaves["hidden"], leaves["weight"], **constants)
+    hidden = leaves["hidden"].transpose(0, 1).contiguous().transpose(0, 1)
+    weight = leaves["weight"].t().contiguous().t()
+    strided = {k: v.t().contiguous().t() for k, v in constants.items()}
+    hidden.requires_grad_(), weight.requires_grad_()
+    got = linear_ppo_loss(hidden, weight, **strided)
+    torch.testing.assert_close(got.loss, expected.loss)
+    got.loss.backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+def test_separate_value_model():
+    leaves, constants, extra = make(18)
+    values = torch.randn(4, 40, requires_grad=True)
+    options = {k: extra[k] for k in FLAGS["values"]}
+    linear_ppo_loss(leaves["hidden"], leaves["weight"], **constants, values=values, **options).loss.backward()
+    exact = values.detach().double().requires_grad_()
+    wide = {k: widen(v, torch.float64) for k, v in (constants | options).items()}
+    reference_loss(
+        hidden=leaves["hidden"].double(), weight=leaves["weight"].double(), values=exact, **wide
+    ).loss.backward()
+    torch.testing.assert_close(values.grad.double(), exact.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.full((4, 40), 203)}, "ids: got 203"),
+        ({"weight": torch.zeros(203, 25)}, r"weight: got shape \(203, 25\)"),
+        (
+            {"weight": torch.zeros(203, 24, dtype=torch.float64)},
+            "weight: got dtype torch.float64, expected torch.float32",
+        ),
+        ({"bias": torch.zeros(3)}, r"bias: got shape \(3\)"),
+        ({"value_weight": torch.zeros(24)}, "returns: got None"),
+        ({"value_bias": torch.zeros(())}, "value_bias: got a tensor without value_weight"),
+        ({"entropy": torch.zeros(4, 40)}, "entropy: got a tensor, expected None"),
+        ({"temperature": -2.0}, "temperature: got -2.0"),
+        ({"chunk_tokens": 0}, "chunk_tokens: got 0"),
+        (
+            {"values": torch.zeros(4, 40), "value_weight": torch.zeros(24), "returns": torch.zeros(4, 40)},
+            "values: got a tensor",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_mistakes_are_named(change, message):
+    leaves, constants, _ = make(19)
+    arguments = {k: leaves[k] for k in ("hidden", "weight")} | constants | change
+    with pytest.raises(ValueError, match=message):
+        linear_ppo_loss(**arguments)
+
+
+def test_unknown_option_names_the_nearest():
+    leaves, constants, _ = make(20)
+    with pytest.raises(TypeError, match="'clip_range'; did you mean 'cliprange'"):
+        linear_ppo_loss(leaves["hidden"], leaves["weight"], **constants, clip_range=0.1)
+
+
+def test_opcheck():
+    n, v, h = 9, 37, 8
+    args = PPOArguments(returns=torch.randn(n), entropy_coef=0.1)
+    terms = Terms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
+    head = (torch.randn(n, h), torch.randn(v, h), torch.randn(v), torch.randn(h), torch.randn(()), None)
+    options = ([True] * 5 + [False], torch.randint(0, v, (n,)), None, 1.0, None, 1.0, None, None, args.returns)
+    result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_ppo_loss, (*head, *options, *terms.pack()))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_as_one_graph(dtype):
+    leaves, constants, extra = make(21, dtype)
+    options = {k: extra[k] for k in FLAGS["values"]} | {"entropy_coef": 0.01, "aggregation": "seq_mean_token_mean"}
+
+    def loss(hidden, weight, value_weight):
+        result = linear_ppo_loss(hidden * 1, weight, **constants, value_weight=value_weight, **options)
+        return result.loss, result.metrics["entropy"]
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        x = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "weight", "value_weight")}
+        value, entropy = function(*x.values())
+        results.append((value, entropy, differentiate(value, x)))
+    (eager, eager_entropy, gradients), (got, entropy, compiled) = results
+    assert torch.equal(eager, got) and torch.equal(eager_entropy, entropy)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient)
