@@ -299,9 +299,9 @@ def test_cu_seqlens_are_checked():
     for cu in ([0, 5], [1, 6], [0, 4, 3, 6]):
         with pytest.raises(ValueError, match="cu_seqlens: got"):
             ppo_loss(x, x, x, mask, cu_seqlens=torch.tensor(cu, dtype=torch.int32))
-    with pytest.raises(ValueError, match="cu_seqlens: got torch.int64"):
+    with pytest.raises(ValueError, match=r"cu_seqlens: got torch\.int64"):
         ppo_loss(x, x, x, mask, cu_seqlens=torch.tensor([0, 6]))
-    with pytest.raises(ValueError, match="expected \\[B, T\\], or \\[N\\] together with cu_seqlens"):
+    with pytest.raises(ValueError, match=r"expected \[B, T\], or \[N\] together with cu_seqlens"):
         ppo_loss(x, x, x, mask, aggregation="seq_mean_token_sum")
 
 

@@ -1,0 +1,98 @@
+"""The layering and the sizes that the design promises."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rlhf_kernels
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(p for package in ("rlhf_kernels", "rlhf_engine") for p in (ROOT / package).rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 400, 60
+
+# A package may import from those on its right, and from itself.
+KERNEL_LAYERS = {
+    "types": (),
+    "rows": (),
+    "_native": ("rows",),
+    "reference": ("types",),
+    "backend": ("_native",),
+    "ops": ("reference", "backend", "_native", "rows", "types"),
+    "info": ("ops", "backend", "_native"),
+}
+
+
+def imports(path: Path) -> list[tuple[str, list[str]]]:
+    """Absolute module and names of every import of a file."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            found.append((".".join([*base, *([node.module] if node.module else [])]), [a.name for a in node.names]))
+    return found
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_files_and_functions_fit(path):
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE, f"{name(path)}: {text.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            doc = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+            signature = node.body[0].lineno - node.lineno
+            lines = node.end_lineno - node.lineno + 1 - doc - signature
+            assert lines <= MAX_FUNCTION, f"{name(path)}:{node.lineno} {node.name}: {lines} lines of body"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "rlhf_kernels" in p.parts], ids=name)
+def test_kernels_layering(path):
+    """`rlhf_kernels` needs torch only, and each of its layers imports from lower ones."""
+    parts = path.relative_to(ROOT / "rlhf_kernels").with_suffix("").parts
+    layer = parts[0]
+    for module, names in imports(path):
+        top = module.split(".")[0]
+        assert top not in ("rlhf_engine", "transformers"), f"{name(path)} imports {module}"
+        if top != "rlhf_kernels" or layer == "__init__":
+            continue
+        targets = [module.split(".")[1]] if "." in module else names
+        for target in targets:
+            assert target == layer or target in KERNEL_LAYERS[layer], f"{name(path)} imports {module} {names}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "rlhf_engine" in p.parts], ids=name)
+def test_engine_uses_the_public_kernels_only(path):
+    for module, names in imports(path):
+        if module.split(".")[0] != "rlhf_kernels":
+            continue
+        public = module in ("rlhf_kernels", "rlhf_kernels.info")
+        assert public, f"{name(path)} imports {module}, which is not public"
+        unknown = set(names) - set(rlhf_kernels.__all__) - {"info"}
+        assert module == "rlhf_kernels.info" or not unknown, f"{name(path)} imports {unknown}"
+
+
+def test_every_op_has_its_files():
+    """One op, one name everywhere: public function, definition, test."""
+    ops = {p.stem for p in (ROOT / "rlhf_kernels/ops").glob("*.py")}
+    reference = {p.stem for p in (ROOT / "rlhf_kernels/reference").glob("*.py")}
+    tests = {p.stem for p in (ROOT / "tests/kernels").glob("test_*.py")}
+    for op in ("gae", "rollout_advantages", "sample_tokens", "kl_penalty", "group_advantages", "masked", "token_logprobs", "ppo_loss"):
+        assert op in ops and op in reference and f"test_{op}" in tests, op
+    for op in ("linear_token_logprobs", "linear_ppo_loss", "logits_ppo_loss"):
+        assert op in ops and f"test_{op}" in tests, op
+
+
+def test_no_catch_all_and_no_pickle():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                assert caught not in ("everything", "Exception", "BaseException"), f"{name(path)}:{node.lineno}"
+        assert all(module.split(".")[0] != "pickle" for module, _ in imports(path)), name(path)
