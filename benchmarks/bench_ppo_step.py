@@ -89,7 +89,7 @@ def measure(micro_batch: int, batch: dict, rounds: int) -> None:
         Worker(name, target, {"model": MODEL, "batch": batch}, start_limit=120, step_limit=300)
         for name, target in TARGETS.items()
     ]
-    ours, trl = alternate_workers(workers, rounds=rounds)
+    ours, trl = alternate_workers(workers, rounds=rounds, slow=60)
     title = (
         "PPO update, {prompts} x ({prompt_tokens}+{response_tokens}) tokens, {epochs} epochs, micro-batch {micro_batch}"
     )

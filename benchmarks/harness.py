@@ -195,11 +195,15 @@ class Worker:
         return self.row
 
 
-def alternate_workers(workers: Sequence[Worker], *, rounds: int, warmup: int = 1) -> list[Row]:
-    """Step every worker in turn; memory is the peak over all its steps, the warm-up's included."""
+def alternate_workers(workers: Sequence[Worker], *, rounds: int, warmup: int = 1, slow: float = 15.0) -> list[Row]:
+    """Step every worker in turn; memory is the peak over all its steps, the warm-up's included.
+
+    A worker whose step takes more than `slow` seconds is measured in the first round only.
+    """
     for index in range(warmup + rounds):
         for worker in workers:
-            worker.step(count=index >= warmup)
+            if not worker.row.seconds or worker.row.seconds[0] <= slow:
+                worker.step(count=index >= warmup)
     return [worker.close() for worker in workers]
 
 
@@ -248,7 +252,8 @@ def ratio(row: Row, base: Row) -> float | None:
     """Median over the rounds of `row`'s seconds by `base`'s in the same round, so that a slow minute hits both."""
     if row.error or base.error:
         return None
-    return statistics.median(a / b for a, b in zip(row.seconds, base.seconds, strict=True))
+    # A slow case has its first round only.
+    return statistics.median(a / b for a, b in zip(row.seconds, base.seconds, strict=False))
 
 
 def report(
