@@ -1,0 +1,124 @@
+"""Metric sums, the files they are written to, and the learning-rate schedule."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlhf_engine.config import OptimConfig
+from rlhf_engine.metrics import MetricSum, MetricsWriter, peak_rss_mb
+from rlhf_engine.train.optim import build_optimizer, learning_rate, optimizer_step
+
+
+def test_sums_add_and_largest_counts():
+    sums = MetricSum()
+    sums.add({"loss": torch.tensor(1.0), "ratio_max": torch.tensor(3.0)})
+    sums.add({"loss": torch.tensor(2.0), "ratio_max": torch.tensor(2.0)})
+    assert {name: float(value) for name, value in sums.total().items()} == {"loss": 3.0, "ratio_max": 3.0}
+    assert sums.mean() == {"loss": 1.5, "ratio_max": 3.0}
+
+
+def test_explained_variance_comes_from_the_sums():
+    # returns 1, 3 and residuals 1, -1 in one part, returns 5, 7 and residuals 1, -1 in the other:
+    # Var(returns) = 21 - 16 = 5 and Var(residuals) = 1, so 1 - 1 / 5.
+    sums = MetricSum()
+    for returns, squares in ((4.0, 10.0), (12.0, 74.0)):
+        parts = {"returns_sum": returns, "returns_sq_sum": squares, "residual_sum": 0.0, "residual_sq_sum": 2.0}
+        sums.add({name: torch.tensor(value) for name, value in {**parts, "num_value_tokens": 2.0}.items()})
+    assert sums.mean() == pytest.approx({"explained_variance": 0.8})
+
+
+def test_writer_fills_both_files(tmp_path):
+    with MetricsWriter(tmp_path, "ppo") as writer:
+        writer.write(1, {"kl": 0.5, "broken": math.nan})
+        writer.write(2, {"kl": 0.25})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"stage": "ppo", "step": 1, "kl": 0.5, "broken": None},
+        {"stage": "ppo", "step": 2, "kl": 0.25},
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("ppo/kl")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_resumed_run_does_not_repeat_lines(tmp_path):
+    with MetricsWriter(tmp_path, "sft") as writer:
+        writer.write(3, {"loss": 1.0})
+    with MetricsWriter(tmp_path, "ppo") as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"kl": float(step)})
+    with MetricsWriter(tmp_path, "ppo", resume_after=1) as writer:
+        writer.write(2, {"kl": 20.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["stage"], x["step"], x.get("kl")) for x in lines] == [
+        ("sft", 3, None),
+        ("ppo", 1, 1.0),
+        ("ppo", 2, 20.0),
+    ]
+
+
+def test_peak_memory_grows_with_an_allocation():
+    before = peak_rss_mb()
+    block = torch.ones(int(before * 1.5e6) // 4)
+    assert peak_rss_mb() > before + 0.4 * block.numel() * 4 / 1e6
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        (
+            "cosine",
+            [0.25, 0.5, 0.75, 1.0, 0.2 + 0.8 * 0.5 * (1 + 0.5**0.5), 0.6, 0.2 + 0.8 * 0.5 * (1 - 0.5**0.5), 0.2],
+        ),
+    ],
+)
+def test_learning_rate(schedule, expected):
+    config = OptimConfig(lr=1.0, warmup_steps=3, schedule=schedule, final_lr_share=0.2)
+    assert [learning_rate(config, step, 8) for step in range(8)] == pytest.approx(expected)
+
+
+def make_layer():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2)
+
+
+def test_only_matrices_are_decayed():
+    layer = make_layer()
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    config = OptimConfig(lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(layer, config)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer_step(optimizer, config, 0, 1)
+    torch.testing.assert_close(layer.weight.detach(), weight * (1 - 0.1 * 0.5))
+    assert torch.equal(layer.bias.detach(), bias)
+
+
+def test_gradients_are_clipped_to_the_norm_and_cleared():
+    layer = make_layer()
+    config = OptimConfig(lr=1e-3, max_grad_norm=0.5)
+    optimizer = build_optimizer(layer, config)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone() for p in layer.parameters()]))
+    layer.weight.grad, layer.bias.grad = torch.full((2, 3), 2.0), torch.full((2,), 2.0)
+    norm, rate = optimizer_step(optimizer, config, 0, 1)
+    assert float(norm) == pytest.approx(2 * 8**0.5)
+    assert rate == 1e-3
+    assert float(torch.cat([g.flatten() for g in seen[0]]).norm()) == pytest.approx(0.5, rel=1e-5)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("limit", [1.0, None])
+def test_a_gradient_that_is_not_finite_leaves_the_weights(limit):
+    layer = make_layer()
+    before = layer.weight.detach().clone()
+    config = OptimConfig(max_grad_norm=limit)
+    optimizer = build_optimizer(layer, config)
+    layer.weight.grad, layer.bias.grad = torch.full((2, 3), torch.inf), torch.zeros(2)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer_step(optimizer, config, 0, 1)
+    assert torch.equal(layer.weight.detach(), before)
