@@ -14,6 +14,7 @@ from .head import Head, HeadRows, Plan, given_pass, head_stats, ppo_pass
 from .linear_token_logprobs import check_head, gradient_dtype
 from .ppo_arguments import PPOArguments
 from .ppo_terms import Terms, as_loss, flat
+from .registry import define, schema_of
 
 VALUE_ROWS = 1024
 """Rows of hidden states that the value head casts to float32 at a time."""
@@ -99,7 +100,6 @@ def check_value_head(hidden: Tensor, value_weight: Tensor | None, value_bias: Te
         checks.tensor("value_bias", value_bias, like=hidden, expected=(), what="a scalar")
 
 
-@torch.library.custom_op("rlhf_kernels::linear_ppo_loss", mutates_args=())
 def _forward(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -185,8 +185,7 @@ def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
     return d_weight, slope.double().sum().float() if needs[4] else None, None
 
 
-@_forward.register_fake
-def _(hidden, weight, bias, value_weight, value_bias, values, needs, ids, *rest):
+def _fake(hidden, weight, bias, value_weight, value_bias, values, needs, ids, *rest):
     def gradient(x, needed: bool, dtype: torch.dtype):
         return hidden.new_empty(x.shape if needed else (0,), dtype=dtype)
 
@@ -206,7 +205,7 @@ class LinearPpoLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        loss, metrics, *gradients = torch.ops.rlhf_kernels.linear_ppo_loss(*inputs)
+        loss, metrics, *gradients = _op(*inputs)
         ctx.needs, denominators = inputs[6], inputs[-6]
         ctx.save_for_backward(denominators, *gradients)
         ctx.dtypes = [None if x is None else gradient_dtype(x) for x in inputs[:6]]
@@ -235,3 +234,6 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         result = _native.scale_cast(gradient, scale.item(), dtype)
     torch.autograd.graph.increment_version(gradient)
     return result
+
+
+_op = define(schema_of("linear_ppo_loss", _forward), cpu=_forward, fake=_fake)

@@ -10,6 +10,7 @@ from ..types import TokenLogprobs
 from . import checks
 from .head import Head, HeadRows, Plan, given_pass, head_stats
 from .ppo_terms import flat
+from .registry import define, schema_of
 
 
 def linear_token_logprobs(
@@ -48,7 +49,7 @@ def linear_token_logprobs(
             entropy=entropy,
         )
     per_row = flat(temperature) if isinstance(temperature, Tensor) else None
-    logprobs, h, _ = torch.ops.rlhf_kernels.linear_token_logprobs(
+    logprobs, h, _ = _op(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -80,7 +81,6 @@ def check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mas
     checks.number("chunk_tokens", chunk_tokens, least=1)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_token_logprobs", mutates_args=())
 def _forward(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -100,13 +100,11 @@ def _forward(
     return buffer[0].clone(), buffer[1].clone(), buffer
 
 
-@_forward.register_fake
-def _(hidden, weight, bias, ids, *rest):
+def _fake(hidden, weight, bias, ids, *rest):
     n = ids.numel()
     return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
 
 
-@torch.library.custom_op("rlhf_kernels::linear_token_logprobs_backward", mutates_args=())
 def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -142,8 +140,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(grad_logprobs, grad_entropy, stats, hidden, weight, bias, *rest):
+def _fake_backward(grad_logprobs, grad_entropy, stats, hidden, weight, bias, *rest):
     *_, needs = rest
     inputs = (hidden, weight, hidden if bias is None else bias)
     return tuple(
@@ -175,10 +172,11 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return None, None, None, *nothing
-    results = torch.ops.rlhf_kernels.linear_token_logprobs_backward(
-        grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.scalars, needs
-    )
+    results = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.scalars, needs)
     return *(g if needed else None for g, needed in zip(results, needs, strict=True)), *nothing
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_backward_op = define(schema_of("linear_token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward)
+_op = define(
+    schema_of("linear_token_logprobs", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate
+)

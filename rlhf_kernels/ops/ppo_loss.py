@@ -1,6 +1,5 @@
 """The PPO objective on log-probs that exist already."""
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -9,6 +8,7 @@ from ..types import METRICS, PPOLoss
 from . import checks
 from .ppo_arguments import PPOArguments
 from .ppo_terms import Terms, as_loss, flat
+from .registry import define, schema_of
 
 
 def ppo_loss(
@@ -85,11 +85,10 @@ def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantag
     terms = Terms.of(args, old_logprobs, advantages, mask)
     differentiable = (None if x is None else checks.widen(x).reshape(-1) for x in (logprobs, entropy, args.values))
     constants = (flat(args.old_values), flat(args.returns))
-    loss, metrics, *_ = torch.ops.rlhf_kernels.ppo_loss(*differentiable, *constants, *terms.pack())
+    loss, metrics, *_ = _op(*differentiable, *constants, *terms.pack())
     return as_loss(loss, metrics)
 
 
-@torch.library.custom_op("rlhf_kernels::ppo_loss", mutates_args=())
 def _forward(
     logprobs: Tensor,  # (N,)
     entropy: Tensor | None,
@@ -126,8 +125,7 @@ def _forward(
     )
 
 
-@_forward.register_fake
-def _(logprobs, entropy, values, old_values, returns, *packed):
+def _fake(logprobs, entropy, values, old_values, returns, *packed):
     entropy_coef = packed[10][6]
     sizes = ((), (len(METRICS),), logprobs.shape, logprobs.shape if entropy is not None and entropy_coef else (0,))
     return tuple(logprobs.new_empty(size) for size in (*sizes, (0,) if values is None else values.shape))
@@ -151,4 +149,4 @@ def _differentiate(ctx, grad_loss, *_):
     return *slopes, *nothing
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_op = define(schema_of("ppo_loss", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate)

@@ -12,7 +12,9 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("rlhf_kernels", "FRAGMENT")
 
 
-def define(schema: str, *, cpu: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None):
+def define(
+    schema: str, *, cpu: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None
+):
     """Registers `rlhf_kernels::<schema>` and returns it.
 
     `save(ctx, inputs, output)` and `backward(ctx, *gradients)` make it differentiable; without them its results never
@@ -27,6 +29,11 @@ def define(schema: str, *, cpu: Callable, fake: Callable, save: Callable | None 
     else:
         torch.library.register_autograd(f"rlhf_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.rlhf_kernels, name).default
+
+
+def schema_of(name: str, function: Callable) -> str:
+    """The schema of an implementation whose arguments are annotated; it mutates none of them."""
+    return torch.library.infer_schema(function, op_name=name, mutates_args=())
 
 
 def dense(x: Tensor) -> Tensor:

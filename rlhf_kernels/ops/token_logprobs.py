@@ -9,6 +9,7 @@ from ..rows import LogitRows, RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
 from .ppo_terms import flat
+from .registry import define, schema_of
 
 
 def token_logprobs(
@@ -51,7 +52,7 @@ def fused_token_logprobs(
     """The compiled form, for arguments that were checked."""
     rows = ids.shape
     per_row = flat(temperature) if isinstance(temperature, Tensor) else None
-    logprobs, h, _ = torch.ops.rlhf_kernels.token_logprobs(
+    logprobs, h, _ = _op(
         as_rows(logits),
         ids.reshape(-1).long(),
         None if mask is None else mask.reshape(-1),
@@ -82,7 +83,6 @@ def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, logit_scale,
     checks.number("logit_scale", logit_scale, above=0)
 
 
-@torch.library.custom_op("rlhf_kernels::token_logprobs", mutates_args=())
 def _forward(
     logits: Tensor,  # (N, V) or (B, T, V)
     ids: Tensor,  # (N,)
@@ -98,13 +98,11 @@ def _forward(
     return stats.logprobs.clone(), stats.entropy.clone(), stats.buffer
 
 
-@_forward.register_fake
-def _(logits, ids, mask, temperatures, temperature, softcap, logit_scale, inplace):
+def _fake(logits, ids, mask, temperatures, temperature, softcap, logit_scale, inplace):
     n = ids.numel()
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
 
 
-@torch.library.custom_op("rlhf_kernels::token_logprobs_backward", mutates_args=())
 def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -124,8 +122,7 @@ def _backward(
     return out
 
 
-@_backward.register_fake
-def _(grad_logprobs, grad_entropy, stats, logits, *transform):
+def _fake_backward(grad_logprobs, grad_entropy, stats, logits, *transform):
     return logits.new_empty(logits.shape)
 
 
@@ -158,9 +155,8 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
         # The version tells autograd that the logits are gone, so that a second use of them raises.
         torch.autograd.graph.increment_version(logits)
         return logits.detach(), *nothing
-    return torch.ops.rlhf_kernels.token_logprobs_backward(
-        grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars
-    ), *nothing
+    return _backward_op(grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars), *nothing
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_backward_op = define(schema_of("token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward)
+_op = define(schema_of("token_logprobs", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate)
