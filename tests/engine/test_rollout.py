@@ -8,6 +8,7 @@ from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.rollout import Generator, score_rollout
 from rlhf_engine.rollout.decoder import Decoder, prompt_width
 from rlhf_engine.rollout.rollout import join
+from rlhf_kernels import sample_tokens
 from tests.engine.tiny_models import FAMILIES, VOCABULARY, tiny
 
 ENDS = (2, 7, 9)
@@ -64,10 +65,11 @@ def test_logprobs_and_values_are_those_of_a_forward_pass(family):
         torch.testing.assert_close(rollout.values[i, :n], actor.values(hidden)[0].detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_scoring_again_gives_the_sampled_logprobs_and_values():
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_scoring_again_gives_the_sampled_logprobs_and_values(temperature):
     actor = make_actor()
-    rollout = make_generator(actor).generate(make_prompts(24), torch.arange(24))
-    logprobs, values = score_rollout(actor, rollout, microbatch=5, values=True)
+    rollout = make_generator(actor, temperature=temperature).generate(make_prompts(24), torch.arange(24))
+    logprobs, values = score_rollout(actor, rollout, microbatch=5, temperature=temperature, values=True)
     torch.testing.assert_close(logprobs, rollout.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(values, rollout.values, rtol=1e-4, atol=1e-4)
 
@@ -127,6 +129,16 @@ def test_kept_set_and_its_logprobs():
         ids = rollout.input_ids[i, rollout.attention_mask[i].bool()]
         best = actor.logits(actor.hidden(ids[None]))[0].topk(4).indices[int(rollout.prompt_lengths[i]) - 1 : -1]
         assert (best == rollout.response_ids[i, : len(best), None]).any(1).all()
+
+
+def test_the_counter_is_the_response_position():
+    actor, prompts = make_actor(), make_prompts(6)
+    rollout = make_generator(actor, max_response_tokens=2, ends=(VOCABULARY,)).generate(prompts, torch.arange(6))
+    for i in range(6):
+        ids = rollout.input_ids[i, rollout.attention_mask[i].bool()]
+        logits = actor.logits(actor.hidden(ids[None])[0, -3:-1])
+        drawn = sample_tokens(logits, seed=3, sequence=torch.tensor([i, i]), position=torch.tensor([0, 1])).ids
+        assert drawn.tolist() == rollout.response_ids[i].tolist()
 
 
 def test_seed_and_number_decide_the_sample():
