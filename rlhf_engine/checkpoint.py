@@ -49,10 +49,9 @@ def load_policy(
     Raises ValueError naming the folder and what it lacks.
     """
     folder = Path(folder)
-    require(folder, "config.json")
-    # `local_files_only`: a folder that lost its weights must not become a download.
+    require(folder, "config.json", *weight_files(folder))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=config.attention, local_files_only=True
+        folder, dtype=dtype, attn_implementation=config.attention, local_files_only=True, use_safetensors=True
     ).to(device)
     head = None
     if (folder / VALUE_HEAD).is_file():
@@ -97,7 +96,7 @@ def resume(folder: str | Path, trainer: PPOTrainer) -> None:
     """
     folder = Path(folder)
     require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER)
-    state = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+    state = _read_json(folder / TRAINER)
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     if state["reference"] != fingerprint(trainer.reference.model):
@@ -117,6 +116,14 @@ def require(folder: Path, *names: str) -> None:
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: the file {name} is missing")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that must hold a model's weights: one, or an index and the shards that it lists."""
+    index = "model.safetensors.index.json"
+    if not (folder / index).is_file():
+        return ["model.safetensors"]
+    return [index, *sorted(set(_read_json(folder / index)["weight_map"].values()))]
 
 
 def with_new_folder(folder: str | Path, write: Any) -> None:
@@ -165,8 +172,9 @@ def _write_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokeni
 
 def _read_weights(folder: Path, policy: ActorCritic) -> None:
     """Copy a saved policy into the tensors of `policy`, which its optimiser already holds."""
+    attention = ModelConfig(attention=policy.model.config.get_text_config()._attn_implementation)
     saved = load_policy(
-        folder, ModelConfig(), dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
+        folder, attention, dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
     )
     theirs = dict(saved.named_parameters())
     for name, parameter in policy.named_parameters():
@@ -175,6 +183,13 @@ def _read_weights(folder: Path, policy: ActorCritic) -> None:
             raise ValueError(f"{folder}: got {got} for {name}, expected shape {tuple(parameter.shape)}")
         with torch.no_grad():
             parameter.copy_(theirs[name])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[nn.Parameter]]:

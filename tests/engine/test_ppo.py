@@ -174,7 +174,7 @@ def weights_of(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2_tied"])
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied", "gemma2"])
 def test_a_resumed_run_has_the_same_bits(tmp_path, family):
     straight = make_trainer(family)
     straight.step()
@@ -205,13 +205,29 @@ def test_a_checkpoint_loads_with_transformers(tmp_path):
     assert torch.equal(loaded.values(hidden), trainer.policy.values(trainer.policy.hidden(ids)))
 
 
-@pytest.mark.parametrize("name", ["config.json", "value_head.safetensors", "optimizer.safetensors", "trainer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "value_head.safetensors", "optimizer.safetensors", "trainer.json"]
+)
 def test_a_missing_file_is_named(tmp_path, name):
     trainer = make_trainer()
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
     (tmp_path / "checkpoint" / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing"):
         resume(tmp_path / "checkpoint", trainer)
+
+
+def test_a_missing_shard_or_a_broken_file_is_named(tmp_path):
+    trainer = make_trainer()
+    save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
+    (tmp_path / "checkpoint" / "trainer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"trainer\.json: not valid JSON"):
+        resume(tmp_path / "checkpoint", trainer)
+    trainer.policy.model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    load_policy(tmp_path / "sharded", ModelConfig())
+    shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[-1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+        load_policy(tmp_path / "sharded", ModelConfig())
 
 
 def test_another_seed_or_reference_is_refused(tmp_path):
