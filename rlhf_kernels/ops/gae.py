@@ -72,9 +72,7 @@ def _cpu(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -
     bootstrap = None if bootstrap is None else dense(bootstrap)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     out = _fake(rewards)
-    _native.kernels().gae(
-        native_arguments(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
-    )
+    _native.kernels().gae(native_arguments(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out))
     return out
 
 

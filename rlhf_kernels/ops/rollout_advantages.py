@@ -54,7 +54,7 @@ def rollout_advantages(
     checks.mask("mask", mask, **like)
     checks.tensor("scores", scores, like=logprobs, expected=(b,), what="one score a sequence")
     if score_index is not None:
-        checks.integers("score_index", score_index, like=logprobs, expected=(b,), what="one position a sequence")
+        check_score_index(score_index, logprobs, b, cu_seqlens)
     checks.choice("kl_estimator", kl_estimator, ESTIMATORS)
     checks.number("score_clip", score_clip, above=0)
     check_recursion(gamma, lam, bootstrap, holes, logprobs, b)
@@ -86,6 +86,16 @@ def rollout_advantages(
         *_op(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, lam, clip, score_index, bootstrap,
              holes == "skip", *whiten, cu_seqlens)
     )  # fmt: skip
+
+
+def check_score_index(index: Tensor, tokens: Tensor, b: int, cu_seqlens: Tensor | None) -> None:
+    """Positions inside their sequences; an empty sequence takes any."""
+    checks.integers("score_index", index, like=tokens, expected=(b,), what="one position a sequence")
+    if checks.values_visible(index):
+        lengths = torch.full_like(index, tokens.shape[-1]) if cu_seqlens is None else cu_seqlens.diff()
+        outside = ((index < 0) | (index >= lengths)) & (lengths > 0)
+        if bool(outside.any()):
+            raise ValueError(f"score_index: got {index[outside][0].item()}, expected a position inside its sequence")
 
 
 def _cpu(
