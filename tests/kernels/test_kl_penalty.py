@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_kernels import kl_penalty, reference
+from rlhf_kernels import kl_penalty
 
 from .bounds import check_error
 
