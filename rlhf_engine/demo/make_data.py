@@ -104,7 +104,7 @@ class Sizes:
     """How many records of each kind are written."""
 
     demonstrations: int = 4000
-    comparisons: int = 1600
+    comparisons: int = 2400
     users: int = 130
     pretrain_documents: int = 8000
     test_prompts: int = 300
