@@ -54,6 +54,18 @@ def address(x: torch.Tensor | None) -> int:
     return x.data_ptr()
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.empty` for the large blocks of an op: on huge pages where the system has them."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    if x.nbytes >= LARGE and x.device.type == "cpu" and _C is not None:
+        _C.advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
+LARGE = 16 * 2**20
+"""Bytes from which a block is worth the call."""
+
+
 # ---- launchers: tensors to addresses -------------------------------------------------------------------------------
 
 
@@ -121,9 +133,16 @@ def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows) -> torch.Tensor:
     return active
 
 
-def compact_rows(x: torch.Tensor, active: torch.Tensor) -> int:
-    """Moves the marked rows of `x` to its front, in order; returns how many there are."""
-    return _C.compact_rows(address(x), address(active), x.shape[0], x.shape[1] * x.element_size())
+def compact_rows(x: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """Fills the places of the unmarked rows of `x` from its end; returns which row lies at each of the front places."""
+    order = active.nonzero().squeeze(1)
+    kept = order.numel()
+    holes = (~active[:kept]).nonzero().squeeze(1)
+    if holes.numel():
+        movers = order[-holes.numel() :].clone()
+        _C.move_rows(address(x), address(holes), address(movers), holes.numel(), x.shape[1] * x.element_size())
+        order = torch.arange(kept).index_copy_(0, holes, movers)
+    return order
 
 
 def ppo_loss(
@@ -168,6 +187,6 @@ def accumulate(total: torch.Tensor, part: torch.Tensor, *, first: bool) -> None:
 
 def scale_cast(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """`x * scale`, rounded once to `dtype`; in the bytes of `x` where the dtype stays."""
-    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    out = x if x.dtype == dtype else empty(x.shape, dtype, x.device)
     _C.scale_cast(address(x), DTYPES[x.dtype], address(out), DTYPES[dtype], x.numel(), scale)
     return out

@@ -6,7 +6,7 @@
     void token_logprobs_forward(const LogitRows& x, const RowStats& out);                                           \
     void token_logprobs_backward(const LogitRows& x, const RowStats& s, const RowGradient& grad);                   \
     void ppo_epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, uint8_t* active);                \
-    int64_t compact_rows(void* data, const uint8_t* active, int64_t n, int64_t row_bytes);                          \
+    void move_rows(void* data, const int64_t* to, const int64_t* from, int64_t n, int64_t row_bytes);       \
     void ppo_loss(const PpoLossArgs& a);                                                                            \
     void accumulate(float* sum, const void* part, DType dtype, int64_t n, bool first);                              \
     void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale);                        \

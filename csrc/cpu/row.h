@@ -31,30 +31,32 @@ struct Stats {
     float logprob, entropy, shift, inv_sum;
 };
 
-// Reads the row once, block by block, against a running maximum; the sums are double, their order is fixed.
+// Reads the row once, block by block against a running maximum; the sums are double, their order is fixed. A block is small
+// enough to be in L1 when its exponentials are taken; warped, it is kept as floats, because tanh is dearer than a store.
 template <bool CAP, class T>
 RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) {
-    alignas(64) float w[kBlock];
+    alignas(64) float warped[CAP ? kBlock : W];
     double sum = 0, weighted = 0;  // of e^t and t e^t, t = (w - shift) * factor
-    float shift = -kInf, taken = kNaN;
+    float shift = -kInf;
     for (int64_t start = 0; start < vocab; start += kBlock) {
         const int n = int(vocab - start < kBlock ? vocab - start : kBlock);
-        const int whole = n / W * W, rest = n - whole;
+        const int whole = n / W * W;
+        const vf tail = whole < n ? load_tail(u + start + whole, n - whole, -kInf) : vf{};
+        auto raw = [&](int i) { return i < whole ? load(u + start + i) : tail; };
         vf top = splat(-kInf), top2 = top;
-        int i = 0;
-        for (; i + 2 * W <= whole; i += 2 * W) {
-            const vf a = warp<CAP>(load(u + start + i), f), b = warp<CAP>(load(u + start + i + W), f);
-            store(w + i, a);
-            store(w + i + W, b);
-            top = vmax(a, top);
-            top2 = vmax(b, top2);
-        }
-        for (; i < n; i += W) {
-            const vf a = i < whole ? warp<CAP>(load(u + start + i), f) : load_tail(u + start + i, rest, -kInf);
-            const vf b = CAP && i >= whole ? warp<CAP>(a, f) : a;  // tanh turns the filler into -softcap: put it back below
-            store(w + i, b);
-            for (int lane = i < whole ? W : rest; lane < W; lane++) w[i + lane] = -kInf;
-            top = vmax(load(w + i), top);
+        if (CAP) {
+            for (int i = 0; i < n; i += W) {
+                store(warped + i, warp<CAP>(raw(i), f));
+                for (int lane = n - i; lane < W; lane++) warped[i + lane] = -kInf;  // tanh made -softcap of the filler
+                top = vmax(load(warped + i), top);
+            }
+        } else {
+            int i = 0;
+            for (; i + 2 * W <= whole; i += 2 * W) {
+                top = vmax(load(u + start + i), top);
+                top2 = vmax(load(u + start + i + W), top2);
+            }
+            for (; i < n; i += W) top = vmax(raw(i), top);
         }
         const float high = hmax(vmax(top, top2));
         if (high > shift) {
@@ -67,21 +69,25 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
         }
         const float base = shift == -kInf ? 0.f : shift;
         vf s0{}, s1{}, z0{}, z1{};
-        for (i = 0; i < n; i += 2 * W) {
-            const vf t0 = (load(w + i) - base) * f.factor, e0 = vexp(t0);
-            s0 += e0;
-            z0 += e0 * (t0 < kExpLow ? splat(kExpLow) : t0);  // 0 * -inf must be 0
-            if (i + W >= n) break;
-            const vf t1 = (load(w + i + W) - base) * f.factor, e1 = vexp(t1);
-            s1 += e1;
-            z1 += e1 * (t1 < kExpLow ? splat(kExpLow) : t1);
+        auto add = [&](vf w, vf& s, vf& z) {
+            const vf t = (w - base) * f.factor, e = vexp(t);
+            s += e;
+            z += e * vmax(splat(kExpLow), t);  // 0 * -inf must be 0
+        };
+        auto at = [&](int i) { return CAP ? load(warped + i) : raw(i); };
+        int i = 0;
+        for (; i + 2 * W <= whole; i += 2 * W) {
+            add(CAP ? load(warped + i) : load(u + start + i), s0, z0);
+            add(CAP ? load(warped + i + W) : load(u + start + i + W), s1, z1);
         }
+        for (; i < n; i += W) add(at(i), s0, z0);
         sum += hsum(s0 + s1);
         weighted += hsum(z0 + z1);
-        if (id >= start && id < start + n) taken = w[id - start];
     }
+    const float taken = id >= 0 && id < vocab ? warp<CAP>(splat(to_float(u[id])), f)[0] : kNaN;
     const double log_sum = log(sum);
-    return {float((double(taken) - double(shift)) * f.factor - log_sum), float(log_sum - weighted / sum), shift, float(1 / sum)};
+    const double logprob = (double(taken) - double(shift)) * f.factor - log_sum;
+    return {float(logprob), float(log_sum - weighted / sum), shift, float(1 / sum)};
 }
 
 // dL/du_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) * dz_j/du_j, written over `out`, which may be `u` itself.
@@ -94,7 +100,7 @@ RLHF_HD void row_gradient(const T* u, T* out, int64_t vocab, int64_t id, const F
         const vf t = (w - s.shift) * f.factor;
         const vf p = vexp(t) * s.inv_sum;  // not exp(t - log_sum): large p come out of small t, exactly
         vf dz = -g * p;
-        if (ENTROPY) dz -= h * p * ((t < kExpLow ? splat(kExpLow) : t) + level);
+        if (ENTROPY) dz -= h * p * (vmax(splat(kExpLow), t) + level);
         if (taken) dz += g;
         if (!CAP) return dz * f.factor;
         const vf th = w / f.softcap;

@@ -25,7 +25,16 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 RLHF_HD vf splat(float x) { return x - vf{}; }
-RLHF_HD vf vmax(vf a, vf b) { return a > b ? a : b; }
+// a > b ? a : b, so b where either is NaN.
+RLHF_HD vf vmax(vf a, vf b) {
+#if defined(RLHF_ISA_AVX512)
+    return _mm512_max_ps(a, b);
+#elif defined(RLHF_ISA_AVX2)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 // A value that was rounded: keeps a product from being fused into a later sum, where two passes must see the same number.
 RLHF_HD vf rounded(vf x) {
@@ -145,12 +154,15 @@ RLHF_HD void store_tail(T* p, vf v, int n) {
 
 // ---- exp and tanh -------------------------------------------------------------------------------------------------
 
-constexpr float kExpLow = -87.33654f;  // below: exp is 0 here (float32 would be subnormal)
-constexpr float kExpHigh = 88.72283f;  // above: inf
+constexpr float kExpLow = -87.33654f;  // e^x below is subnormal: without AVX-512 it is 0 here
 
-// e^x within 1 ulp or so: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r, n into the exponent.
+// e^x for x <= 0 within 1 ulp or so: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r, n into the exponent. 0 for -inf.
 RLHF_HD vf vexp(vf x) {
-    const vf clamped = x < kExpLow ? splat(kExpLow) : x > kExpHigh ? splat(kExpHigh) : x;
+#if defined(RLHF_ISA_AVX512)
+    const vf clamped = vmax(splat(-150.f), x);
+#else
+    const vf clamped = vmax(splat(kExpLow), x);
+#endif
     const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     const vf shifted = clamped * 1.44269504f + magic;
     const vf n = shifted - magic;
@@ -163,14 +175,15 @@ RLHF_HD vf vexp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.f;
-    // In two steps, because n = 128 has no exponent of its own.
-    const vi half = bits<vi>(shifted) - bits<int32_t>(magic);
-    const vi a = half >> 1, b = half - a;
-    const vf y = p * bits<vf>((a + 127) << 23) * bits<vf>((b + 127) << 23);
-    return x < kExpLow ? vf{} : x > kExpHigh ? splat(kInf) : y;
+#if defined(RLHF_ISA_AVX512)
+    return _mm512_scalef_ps(p, n);
+#else
+    const vf y = p * bits<vf>((bits<vi>(shifted) - bits<int32_t>(magic) + 127) << 23);
+    return x < kExpLow ? vf{} : y;
+#endif
 }
 
-// Accurate near 0, where 1 - 2 / (e^2x + 1) would cancel.
+// Accurate near 0, where (1 - e^-2x) / (1 + e^-2x) would cancel.
 RLHF_HD vf vtanh(vf x) {
     const vf ax = x < 0.f ? -x : x;
     const vf x2 = x * x;
@@ -180,7 +193,8 @@ RLHF_HD vf vtanh(vf x) {
     p = p * x2 + 1.33314422036e-1f;
     p = p * x2 + -3.33332819422e-1f;
     const vf small = p * x2 * x + x;
-    const vf big = 1.f - 2.f / (vexp(ax + ax) + 1.f);
+    const vf e = vexp(-(ax + ax));
+    const vf big = (1.f - e) / (1.f + e);
     const vf signed_big = x < 0.f ? -big : big;
     return ax < 0.625f ? small : signed_big;
 }

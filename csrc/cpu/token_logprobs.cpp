@@ -1,4 +1,4 @@
-// Log-prob and entropy of taken tokens, forward and backward; the loss epilogue of a chunk of rows; compaction of its rows.
+// Log-prob and entropy of taken tokens, forward and backward; the loss epilogue of a chunk of rows; moves of its rows.
 #include "ops.h"
 #include "row.h"
 
@@ -88,23 +88,12 @@ void ppo_epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, u
     RLHF_DISPATCH(x.dtype, T, epilogue<T>(x, out, ppo, active));
 }
 
-// Moves the marked rows to the front, in order. Threads take columns, so that no row is overwritten before it has moved.
-int64_t compact_rows(void* data, const uint8_t* active, int64_t n, int64_t row_bytes) {
-    int64_t kept = 0;
-    for (int64_t row = 0; row < n; row++) kept += active[row];
-    if (kept == n) return kept;
-    const int64_t piece = 4096, pieces = (row_bytes + piece - 1) / piece;
+// data[to[k]] = data[from[k]] for rows that do not overlap.
+void move_rows(void* data, const int64_t* to, const int64_t* from, int64_t n, int64_t row_bytes) {
 #pragma omp parallel for schedule(static)
-    for (int64_t k = 0; k < pieces; k++) {
-        const int64_t begin = k * piece, bytes = row_bytes - begin < piece ? row_bytes - begin : piece;
-        int64_t to = 0;
-        for (int64_t row = 0; row < n; row++) {
-            if (!active[row]) continue;
-            if (to != row) memcpy((char*)data + to * row_bytes + begin, (char*)data + row * row_bytes + begin, size_t(bytes));
-            to++;
-        }
+    for (int64_t k = 0; k < n; k++) {
+        memcpy((char*)data + to[k] * row_bytes, (const char*)data + from[k] * row_bytes, size_t(row_bytes));
     }
-    return kept;
 }
 
 }  // namespace RLHF_ISA

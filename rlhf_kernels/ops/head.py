@@ -89,7 +89,8 @@ class Plan:
 
     def buffer(self, rows: "HeadRows", vocab: int) -> Tensor:
         """Room for one chunk of logits."""
-        return rows.hidden.new_empty(max(min(self.chunk, len(rows.ids)), MIN_CHUNK), vocab)
+        size = max(min(self.chunk, len(rows.ids)), MIN_CHUNK)
+        return _native.empty((size, vocab), rows.hidden.dtype, rows.hidden.device)
 
 
 class HeadGradients:
@@ -100,7 +101,7 @@ class HeadGradients:
         weight = head.weight
         # Rows that have no gradient are never written, so they must be zero beforehand.
         self.hidden = torch.zeros(n, weight.shape[1], device=weight.device) if needs[0] else None
-        self.weight = torch.empty(weight.shape, dtype=sum_dtype, device=weight.device) if needs[1] else None
+        self.weight = _native.empty(weight.shape, sum_dtype, weight.device) if needs[1] else None
         self.bias = torch.zeros(len(weight), device=weight.device) if needs[2] else None
         self.first = True
 
@@ -159,9 +160,9 @@ def head_gradients(head: Head, rows: HeadRows, n: int, plan: Plan, needs: tuple[
     for chunk in rows.chunks(plan.chunk):
         logits = head.logits(rows.hidden[chunk], buffer)
         active = epilogue(rows.logit_rows(logits, chunk), chunk)
-        kept = _native.compact_rows(logits, active)
-        if kept:
-            gradients.add(logits[:kept], active.nonzero().squeeze(1) + chunk.start)
+        front = _native.compact_rows(logits, active)
+        if len(front):
+            gradients.add(logits[: len(front)], front + chunk.start)
     return gradients.results()
 
 

@@ -115,7 +115,7 @@ def _backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = _native.empty(logits.shape, logits.dtype, logits.device)
     _write_gradient(
         out, grad_logprobs, grad_entropy, stats, logits, ids, mask, temperatures, temperature, softcap, logit_scale
     )
