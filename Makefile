@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench build clean
+.PHONY: demo test lint bench bench-env build clean
 
 demo: build
 	$(BIN)/rlhf demo --output runs/demo
@@ -16,8 +16,13 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: build
+bench: bench-env
 	$(BIN)/python -m benchmarks
+
+# The peers that the benchmarks compare with; they change no version of the packages above.
+bench-env: build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint benchmarks/constraints-peers.txt \
+		trl liger-kernel cut-cross-entropy
 
 build: $(VENV)/.built
 

@@ -11,7 +11,7 @@ from ..rows import Transform
 from ..types import METRICS, PPOLoss
 from . import checks
 from .head import Head, HeadRows, Plan, given_pass, head_stats, ppo_pass
-from .linear_token_logprobs import check_head, gradient_dtype
+from .linear_token_logprobs import check_head, gradient_dtype, under_autocast
 from .ppo_arguments import PPOArguments
 from .ppo_terms import Terms, as_loss, flat
 from .registry import define, schema_of
@@ -51,6 +51,7 @@ def linear_ppo_loss(
         ValueError: as `linear_token_logprobs` and `ppo_loss`.
     """
     args = PPOArguments.parse("linear_ppo_loss", options)
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
     args.check(ids, old_logprobs, advantages, mask, name="ids", value_head=value_weight is not None)
     if args.entropy is not None:

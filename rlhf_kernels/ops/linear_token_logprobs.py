@@ -35,6 +35,7 @@ def linear_token_logprobs(
     Raises:
         ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.
     """
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
     if resolve(backend, hidden) == "reference":
         return reference.linear_token_logprobs(
@@ -62,6 +63,15 @@ def linear_token_logprobs(
         chunk_tokens,
     )
     return TokenLogprobs(logprobs.view(ids.shape), h.view(ids.shape) if entropy else None)
+
+
+def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head's inputs in autocast's dtype where it is on, as `torch.nn.functional.linear` would take them."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens) -> None:

@@ -297,6 +297,20 @@ def test_non_contiguous_inputs():
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
+def test_autocast_is_what_it_is_for_a_linear_layer():
+    """Float32 parameters under autocast: the products are bfloat16, the parameters' gradients float32."""
+    leaves, constants, _ = make(22)
+    x = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}
+    with torch.autocast("cpu", torch.bfloat16):
+        result = linear_ppo_loss(**x, **constants)
+    gradients = differentiate(result.loss, x)
+    half = {k: v.detach().bfloat16().requires_grad_() for k, v in x.items()}
+    expected = linear_ppo_loss(**half, **constants)
+    assert torch.equal(result.loss, expected.loss)
+    for name, gradient in differentiate(expected.loss, half).items():
+        assert gradients[name].dtype == torch.float32 and torch.equal(gradients[name], gradient.float())
+
+
 def test_separate_value_model():
     leaves, constants, extra = make(18)
     values = torch.randn(4, 40, requires_grad=True)
