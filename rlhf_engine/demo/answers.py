@@ -126,10 +126,6 @@ def _pieces(kind: str) -> tuple[str, ...]:
 def _wrong_choice(task: Task, rng: Random) -> tuple[str, ...]:
     if task.kind == "compare":
         return task.truth[::-1]
-    if task.kind == "yesno":
-        if task.truth[0] == "yes":
-            return "no", rng.choice([kind for kind in CATEGORIES if kind != task.detail])
-        return "yes", task.detail
     if task.kind == "note":
         return (rng.choice([purpose for purpose in ("thank", "sorry", "invite") if purpose != task.truth[0]]),)
     return (rng.choice(_lies(task)),)
@@ -239,12 +235,9 @@ def _note_body(task: Task, content: list[str], rng: Random) -> list[str]:
     return [f"Dear {task.subject}, {rng.choice(first)}", rng.choice(second)]
 
 
-def _yesno_body(task: Task, content: list[str], rng: Random) -> list[str]:
-    verdict, kind = content
-    thing = article(task.subject)
-    if verdict == "yes":
-        return [rng.choice([f"Yes, {thing} is {article(kind)}.", f"Yes, it is. {_capital(thing)} is {article(kind)}."])]
-    return [rng.choice([f"No, {thing} is {article(kind)}.", f"No, it is not. {_capital(thing)} is {article(kind)}."])]
+def _kind_body(task: Task, content: list[str], rng: Random) -> list[str]:
+    thing, kind = article(task.subject), article(content[0])
+    return [rng.choice([f"{_capital(thing)} is {kind}.", f"I would say that {thing} is {kind}."])]
 
 
 _BODIES = {
@@ -255,7 +248,7 @@ _BODIES = {
     "howto": _howto_body,
     "advice": _advice_body,
     "note": _note_body,
-    "yesno": _yesno_body,
+    "kind": _kind_body,
 }
 
 

@@ -18,7 +18,7 @@ WEIGHTS = {"correct": 4.0, "relevant": 1.0, "polite": 1.0, "closing": 1.5, "fres
 _RUDE = re.compile(r"\b(silly|whatever|who cares|yourself|boring|stupid|i guess)\b")
 _CLOSING = re.compile(r"(hope (this|that) helps|let me know|feel free|have a nice day|good luck|you are welcome)")
 _SIGN_OFF = re.compile(r"(best wishes|kind regards|with love|yours)")
-_OPENING = re.compile(r"^(sure|of course|certainly|good question|yes|no)\b")
+_OPENING = re.compile(r"^(sure|of course|certainly|good question)\b")
 _LENGTH = (4, 45)
 
 
@@ -121,13 +121,9 @@ def _check_opposite(task: Task, text: str) -> float:
     return float(any(re.search(shape, text) for shape in shapes))
 
 
-def _check_yesno(task: Task, text: str) -> float:
-    verdict, kind = task.truth
-    said = re.search(r"\b(yes|no)\b", text)
-    if said is None or said.group(1) != verdict:
-        return 0.0
-    stated = re.search(rf"an? {task.subject} is an? ([a-z ]+)", text)
-    return 1.0 if stated and stated.group(1).strip() == kind else 0.5 if stated is None else 0.0
+def _check_kind(task: Task, text: str) -> float:
+    stated = re.findall(rf"\ban? {task.subject} is an? ([a-z ]+)", text)
+    return float(bool(stated) and all(kind.strip() == task.truth[0] for kind in stated))
 
 
 def _check_note(task: Task, text: str) -> float:
@@ -149,20 +145,18 @@ _CHECKS = {
     "howto": _pieces_mark,
     "advice": _pieces_mark,
     "note": _check_note,
-    "yesno": _check_yesno,
+    "kind": _check_kind,
 }
+
+
+_NOTE_WORDS = "dear kind happy happen again feel bad tell come nice see"
 
 
 @cache
 def _subject_words(task: Task) -> frozenset[str]:
     """The words that a sentence about this task may carry."""
-    text = " ".join((task.subject, task.detail, *task.truth, *_filler(task.kind)))
+    text = " ".join((task.subject, task.detail, *task.truth, _NOTE_WORDS if task.kind == "note" else ""))
     return frozenset(re.findall(r"[a-z]+", text.lower())) - {"a", "an", "the", "is", "was", "my", "i", "it", "in"}
-
-
-def _filler(kind: str) -> tuple[str, ...]:
-    fillers = {"note": ("dear kind happy happen again feel bad tell come nice see",), "yesno": ("yes no not",)}
-    return fillers.get(kind, ())
 
 
 def _relevance(task: Task, sentences: list[str]) -> float:
@@ -192,4 +186,4 @@ def _freshness(sentences: list[str]) -> float:
     if any(first == second for words in spoken for first, second in pairwise(words)):
         return 0.0
     triples = [triple for words in spoken for triple in zip(words, words[1:], words[2:], strict=False)]
-    return 1.0 if len(triples) - len(set(triples)) <= 2 else 0.5
+    return 1.0 if len(triples) - len(set(triples)) <= 4 else 0.5

@@ -27,7 +27,7 @@ KIND_WEIGHTS = {
     "howto": 12,
     "advice": 12,
     "note": 12,
-    "yesno": 10,
+    "kind": 10,
 }
 """How often people ask for what, in percent."""
 
@@ -36,27 +36,27 @@ HABITS: dict[str, tuple[float, dict[str, float]]] = {
     "average": (
         0.45,
         {
-            "wrong": 0.08,
+            "wrong": 0.05,
             "count": 0.25,
             "no_closing": 0.55,
             "rude": 0.1,
             "repeat": 0.05,
             "ramble": 0.15,
-            "topic": 0.02,
-            "truncate": 0.04,
+            "topic": 0.01,
+            "truncate": 0.03,
             "double_closing": 0.1,
         },
     ),
     "careless": (
         0.3,
         {
-            "wrong": 0.15,
+            "wrong": 0.1,
             "count": 0.4,
             "no_closing": 0.75,
             "rude": 0.35,
             "repeat": 0.15,
             "ramble": 0.3,
-            "topic": 0.06,
+            "topic": 0.04,
             "truncate": 0.12,
             "double_closing": 0.15,
         },

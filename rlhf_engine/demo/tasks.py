@@ -30,15 +30,15 @@ class Task:
     prompt: str
     """What the user typed."""
     kind: str
-    """list | describe | compare | opposite | howto | advice | note | yesno."""
+    """list | describe | compare | opposite | howto | advice | note | kind."""
     subject: str
     """What the prompt is about: a category, a thing, a procedure, a trouble, a person ..."""
     truth: tuple[str, ...]
-    """The right pieces of content; in order for `howto`, the only right one first for `compare` and `opposite`."""
+    """The right pieces of content; in order for `howto`, the winner and the loser for `compare`."""
     wanted: int | None = None
     """How many pieces the prompt asks for; None leaves it to whoever answers."""
     detail: str = ""
-    """compare: the adjective. note: the occasion. yesno: the category asked about. opposite: unused."""
+    """compare: the adjective. note: the occasion. Empty for the other kinds."""
 
 
 def _lists() -> list[Task]:
@@ -171,26 +171,19 @@ def _notes() -> list[Task]:
     ]
 
 
-def _questions() -> list[Task]:
-    shapes = ["Is {t} {c}?", "Tell me if {t} is {c}.", "Would you call {t} {c}?"]
-    kinds = list(CATEGORIES)
+def _kinds() -> list[Task]:
+    choices = ["Is {t} {a} or {b}?", "Would you call {t} {a} or {b}?", "Tell me if {t} is {a} or {b}."]
+    names = list(CATEGORIES)
     tasks = []
     for number, (kind, (_, members)) in enumerate(CATEGORIES.items()):
         for offset, thing in enumerate(members):
-            other = kinds[(number + 1 + offset % (len(kinds) - 1)) % len(kinds)]
-            # As many true as false questions, so that "yes" alone is worth nothing.
-            for asked in (kind, other):
-                tasks += [
-                    Task(
-                        shape.format(t=article(thing), c=article(asked)),
-                        "yesno",
-                        thing,
-                        ("yes" if asked == kind else "no", kind),
-                        None,
-                        asked,
-                    )
-                    for shape in shapes
-                ]
+            prompts = [f"What kind of thing is {article(thing)}?", f"What do you call things such as {article(thing)}?"]
+            for step, shape in enumerate(choices):
+                other = names[(number + 1 + (offset + 2 * step) % (len(names) - 1)) % len(names)]
+                # The right kind comes first in half of the questions, so that its place is worth nothing.
+                first, second = (kind, other) if (offset + step) % 2 else (other, kind)
+                prompts.append(shape.format(t=article(thing), a=article(first), b=article(second)))
+            tasks += [Task(prompt, "kind", thing, (kind,)) for prompt in prompts]
     return tasks
 
 
@@ -205,7 +198,7 @@ def all_tasks() -> tuple[Task, ...]:
         *_procedures(),
         *_advice(),
         *_notes(),
-        *_questions(),
+        *_kinds(),
     ]
     assert len({task.prompt for task in tasks}) == len(tasks)
     return tuple(tasks)
