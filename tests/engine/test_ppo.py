@@ -172,6 +172,16 @@ def test_every_epoch_has_an_order_of_its_own():
     assert len({tuple(order) for order in orders}) == 4
 
 
+def test_sequences_are_numbered_through_the_run():
+    trainer, asked, sampled = make_trainer(), [], []
+    prompts, generate = trainer.prompts, trainer.generator.generate
+    trainer.prompts = lambda first, count: asked.append((first, count)) or prompts(first, count)
+    trainer.generator.generate = lambda p, sequence: sampled.extend(sequence.tolist()) or generate(p, sequence)
+    trainer.train()
+    assert asked == [(0, 16), (16, 16)]
+    assert sampled == list(range(32))
+
+
 def test_bad_scores_are_refused():
     for reward in (lambda r: torch.zeros(3), lambda r: torch.full((16,), torch.nan)):
         with pytest.raises(ValueError, match=r"reward_fn: got .*expected 16 finite scores"):
