@@ -7,18 +7,54 @@
 namespace rlhf {
 namespace RLHF_ISA {
 
-typedef double vd __attribute__((vector_size(W * 8)));
+// A running sum in double for each lane: halves, because a vector twice as wide as the registers would live in memory.
+struct LaneSums {
+    typedef double vd __attribute__((vector_size(W * 4)));
+    typedef float half __attribute__((vector_size(W * 2)));
+    vd low{}, high{};
+
+    struct Doubles {
+        vd low, high;
+    };
+    static inline __attribute__((always_inline)) Doubles widen(vf v) {
+        half h[2];
+        memcpy(h, &v, sizeof v);
+        return {__builtin_convertvector(h[0], vd), __builtin_convertvector(h[1], vd)};
+    }
+    inline __attribute__((always_inline)) void add(vf v) {
+        const Doubles d = widen(v);
+        low += d.low;
+        high += d.high;
+    }
+    inline __attribute__((always_inline)) void add_square(vf v) {
+        const Doubles d = widen(v);
+        low += d.low * d.low;
+        high += d.high * d.high;
+    }
+    inline __attribute__((always_inline)) double total() const {
+        double s = 0;
+        for (int i = 0; i < W / 2; i++) s += low[i];
+        for (int i = 0; i < W / 2; i++) s += high[i];
+        return s;
+    }
+};
 
 struct Moments {
     double count, sum, squares;
 };
 
-// Selected by the mask, not multiplied: a masked entry may hold anything.
+// W tokens of `v` where the mask counts them, else 0. Selected, not multiplied: a masked entry may hold anything.
 RLHF_HD vf where(const uint8_t* mask, vf v) {
-    typedef uint8_t vb __attribute__((vector_size(W)));
-    vb m;
-    memcpy(&m, mask, sizeof m);
-    return __builtin_convertvector(m, vi) != 0 ? v : vf{};
+#if defined(RLHF_ISA_AVX512)
+    const __m128i m = _mm_loadu_si128((const __m128i*)mask);
+    return bits<vf>(_mm512_maskz_mov_ps(_mm_test_epi8_mask(m, m), bits<__m512>(v)));
+#elif defined(RLHF_ISA_AVX2)
+    const vi m = bits<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)mask)));
+    return m != 0 ? v : vf{};
+#else
+    for (int i = 0; i < W; i++) v[i] = mask[i] ? v[i] : 0.f;
+    return v;
+#endif
 }
 
 RLHF_HD int count_true(const uint8_t* mask, int n) {
@@ -28,23 +64,20 @@ RLHF_HD int count_true(const uint8_t* mask, int n) {
 }
 
 RLHF_HD void add_moments(const float* x, const uint8_t* mask, int n, Moments& m) {
-    vd sum{}, squares{};
+    LaneSums sum, squares;
     int i = 0;
     for (; i + W <= n; i += W) {
-        const vd v = __builtin_convertvector(where(mask + i, load(x + i)), vd);
-        sum += v;
-        squares += v * v;
+        const vf v = where(mask + i, load(x + i));
+        sum.add(v);
+        squares.add_square(v);
     }
-    for (int lane = 0; i + lane < n; lane++) {
-        const double v = mask[i + lane] ? x[i + lane] : 0.f;
-        sum[lane] += v;
-        squares[lane] += v * v;
-    }
+    vf rest{};
+    for (int lane = 0; i + lane < n; lane++) rest[lane] = mask[i + lane] ? x[i + lane] : 0.f;
+    sum.add(rest);
+    squares.add_square(rest);
     m.count += count_true(mask, n);
-    for (int lane = 0; lane < W; lane++) {
-        m.sum += sum[lane];
-        m.squares += squares[lane];
-    }
+    m.sum += sum.total();
+    m.squares += squares.total();
 }
 
 // The parts in order, so that the bits repeat.
@@ -72,7 +105,9 @@ RLHF_HD Whitening whitening(const Moments& m, bool shift_mean, bool unbiased) {
 }
 
 RLHF_HD void whiten(const float* x, const uint8_t* mask, int64_t n, const Whitening& w, float* out) {
-    for (int64_t i = 0; i < n; i++) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, where(mask + i, (load(x + i) - w.mean) * w.scale + w.offset));
+    for (; i < n; i++) {
         const float y = (x[i] - w.mean) * w.scale + w.offset;
         out[i] = mask[i] ? y : 0.f;
     }

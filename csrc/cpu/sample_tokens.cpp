@@ -11,12 +11,6 @@ namespace {
 
 constexpr int kSampleBlock = 1024;
 
-double add_up(vd v) {
-    double s = 0;
-    for (int i = 0; i < W; i++) s += v[i];
-    return s;
-}
-
 struct Block {
     float top;    // largest logit
     double mass;  // Σ e^((u - top) factor) over its kept logits
@@ -54,14 +48,14 @@ struct Row {
 // The mass of one block; logits below `limit` do not count.
 template <class T>
 double mass_of(const Row<T>& row, int64_t block, float top, float limit) {
-    vd sum{};
+    LaneSums sum;
     const int64_t start = block * kSampleBlock;
     for (int i = 0; i < row.length(block); i += W) {
         const vf u = row.at(start + i);
         const vf e = vexp((u - top) * row.factor);
-        sum += __builtin_convertvector(u < limit ? vf{} : e, vd);  // a NaN counts, and shows
+        sum.add(u < limit ? vf{} : e);  // a NaN counts, and shows
     }
-    return add_up(sum);
+    return sum.total();
 }
 
 // The maximum of every W-th logit of a block, lane by lane.
@@ -146,16 +140,16 @@ struct Split {
 
 template <bool COUNT>
 Split split(const float* x, int64_t n, float pivot, const Weights& w) {
-    vd greater{}, equal{};
+    LaneSums greater, equal;
     for (int64_t i = 0; i < n; i += W) {
         const vf v = i + W <= n ? load(x + i) : load_tail(x + i, int(n - i), -kInf);
         const vf weight = COUNT ? splat(1.f) : vexp((v - w.top) * w.factor);
-        greater += __builtin_convertvector(v > pivot ? weight : vf{}, vd);
-        equal += __builtin_convertvector(v == pivot ? weight : vf{}, vd);
+        greater.add(v > pivot ? weight : vf{});
+        equal.add(v == pivot ? weight : vf{});
     }
     // The filler behind the end is -inf, and is not one of the values.
-    if (COUNT && pivot == -kInf && n % W) equal[0] -= W - n % W;
-    return {add_up(greater), add_up(equal)};
+    const double filler = COUNT && pivot == -kInf && n % W ? double(W - n % W) : 0;
+    return {greater.total(), equal.total() - filler};
 }
 
 // The largest x_i such that the values >= x_i weigh at least `target` together; the smallest one if all do not.
@@ -186,13 +180,13 @@ float weighted_select(float* x, int64_t n, double target, const Weights& w) {
     return pivot;
 }
 
-// The k-th largest logit. The maxima of stretches of the row bound it from below, so that few logits need a closer look.
+// The k-th largest logit. The maxima of stretches of the row bound it from below, so that few logits need a closer look;
+// the filler of a last short stretch is -inf and can only lower that bound.
 template <class T>
 float top_k_limit(const Row<T>& row, int64_t k) {
     float* x = row.scratch.values;
     int64_t n = 0;
     for (int64_t b = 0; b < row.blocks(); b++) {
-        if (row.length(b) < W) continue;
         store(x + n, lane_tops(row, b));
         n += W;
     }
