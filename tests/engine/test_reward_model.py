@@ -76,14 +76,17 @@ def test_every_completion_goes_through_the_model_once():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    weights = []
+    weights, logs = [], []
     for microbatch in (0, 1):
         model = RewardModel.from_causal_lm(tiny(), seed=1)
         config = RewardConfig(batch_size=3, microbatch=microbatch, optim=OptimConfig(lr=1e-3))
         prompts = [ranked([(0, 1), (0, 2)]), ranked([(3, 1)]), ranked([(2, 0)], ANSWERS[:3])]
-        fit_reward_model(model, prompts, prompts, config, pad_id=0, seed=0)
+        fit_reward_model(model, prompts, prompts, config, pad_id=0, seed=0, log=lambda step, row: logs.append(row))
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=2e-5)
+    # Adam forgives a wrong scale of the gradient; its norm and the loss do not.
+    assert logs[0]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
+    assert logs[0]["grad_norm"] == pytest.approx(logs[2]["grad_norm"], rel=1e-3)
 
 
 def test_training_learns_the_ranking():
