@@ -1,5 +1,5 @@
-"""The fused head's one loop: logits of a chunk of rows by the vendor's matrix library, an epilogue kernel that owns
-everything element-wise, then the two backward products while the chunk is still there.
+"""The fused head's one loop: logits of some rows by the vendor's matrix library, an epilogue kernel that owns
+everything element-wise, then the two backward products while they are still there.
 
 Only rows that count come in; only rows with a gradient enter the backward products. Legend: M rows, V vocabulary, H hidden.
 """
@@ -72,24 +72,27 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many rows of logits exist at a time, and what the weight's gradient is summed in.
+    """How many rows of logits exist at a time, how many are made at a time, and what the weight's gradient is summed in.
 
-    Half-precision products leave the library rounded, so each further chunk costs a float32 sum over [V, H]: chunks are
-    large, and a batch of one chunk needs no sum. float32 products are added in place, so chunks are as small as keeps the
-    products at full speed. Made from shapes alone, so that a compiled graph knows the dtypes.
+    A step of rows goes through logits, epilogue and the product into the hidden states while it lies in cache; the rows that
+    have a gradient stay until `chunk` of them make one product into the weight. Half-precision products leave the library
+    rounded, so each of those costs a float32 sum over [V, H]: chunks are large, and a batch of one chunk needs no sum.
+    float32 products are added in place. Made from shapes alone, so that a compiled graph knows the dtypes.
     """
 
     chunk: int
+    step: int
     sum_dtype: torch.dtype
 
     @classmethod
     def of(cls, n: int, dtype: torch.dtype, chunk_tokens: int | None) -> "Plan":
-        chunk = max(chunk_tokens or (512 if dtype == torch.float32 else 2048), MIN_CHUNK)
-        return cls(chunk, dtype if n <= chunk else torch.float32)
+        default, step = (512, 512) if dtype == torch.float32 else (2048, 256)
+        chunk = max(chunk_tokens or default, MIN_CHUNK)
+        return cls(chunk, min(step, chunk), dtype if n <= chunk else torch.float32)
 
-    def buffer(self, rows: "HeadRows", vocab: int) -> Tensor:
-        """Room for one chunk of logits."""
-        size = max(min(self.chunk, len(rows.ids)), MIN_CHUNK)
+    def buffer(self, rows: "HeadRows", vocab: int, *, keep: bool) -> Tensor:
+        """Room for a chunk of logits, or for one step where nothing needs to stay."""
+        size = max(min(self.chunk if keep else self.step, len(rows.ids)), MIN_CHUNK)
         return _native.empty((size, vocab), rows.hidden.dtype, rows.hidden.device)
 
 
@@ -105,24 +108,24 @@ class HeadGradients:
         self.bias = torch.zeros(len(weight), device=weight.device) if needs[2] else None
         self.first = True
 
-    def add(self, dlogits: Tensor, rows: Tensor) -> None:
-        """Takes in the gradient of the logits (m, V) of the rows (m,), numbers among the M."""
+    def add_rows(self, dlogits: Tensor, rows: Tensor) -> None:
+        """Takes in the gradient of the logits (m, V) of the rows (m,), numbers among the M: all but the weight's."""
         if self.hidden is not None:
             target = rows if self.rows.index is None else self.rows.index[rows]
             self.hidden[target] = torch.mm(dlogits, self.head.weight).float()
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=torch.float32)
-        if self.weight is not None:
-            self._add_weight(dlogits.t(), self.rows.hidden[rows])
 
-    def _add_weight(self, dlogits_t: Tensor, hidden: Tensor) -> None:
-        if self.first and self.weight.dtype == dlogits_t.dtype:
-            torch.mm(dlogits_t, hidden, out=self.weight)
-        elif self.weight.dtype == dlogits_t.dtype:
-            self.weight.addmm_(dlogits_t, hidden)
+    def add_weight(self, dlogits: Tensor, rows: Tensor) -> None:
+        """Takes in the weight's part of the gradient of the logits (m, V) of the rows (m,)."""
+        transposed, hidden = dlogits.t(), self.rows.hidden[rows]
+        if self.first and self.weight.dtype == dlogits.dtype:
+            torch.mm(transposed, hidden, out=self.weight)
+        elif self.weight.dtype == dlogits.dtype:
+            self.weight.addmm_(transposed, hidden)
         else:
             for block in _blocks(len(self.weight), 8192):
-                _native.accumulate(self.weight[block], torch.mm(dlogits_t[block], hidden), first=self.first)
+                _native.accumulate(self.weight[block], torch.mm(transposed[block], hidden), first=self.first)
         self.first = False
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -140,8 +143,8 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
 def head_stats(head: Head, rows: HeadRows, plan: Plan) -> RowStats:
     """Log-probs and entropy of every row: one product, no gradient."""
     stats = RowStats.empty(len(rows.ids), rows.hidden.device)
-    buffer = plan.buffer(rows, len(head.weight))
-    for chunk in rows.chunks(plan.chunk):
+    buffer = plan.buffer(rows, len(head.weight), keep=False)
+    for chunk in rows.chunks(plan.step):
         part = RowStats.empty(chunk.stop - chunk.start, rows.hidden.device)
         logits = head.logits(rows.hidden[chunk], buffer)
         _native.token_logprobs_forward(rows.logit_rows(logits, chunk), part)
@@ -154,15 +157,24 @@ Epilogue = Callable[[LogitRows, slice], Tensor]
 
 
 def head_gradients(head: Head, rows: HeadRows, n: int, plan: Plan, needs: tuple[bool, bool, bool], epilogue: Epilogue):
-    """One pass over the chunks: logits, `epilogue`, backward products."""
+    """One pass over the rows: logits, `epilogue`, backward products."""
     gradients = HeadGradients(head, n, rows, plan.sum_dtype, needs)
-    buffer = plan.buffer(rows, len(head.weight))
-    for chunk in rows.chunks(plan.chunk):
-        logits = head.logits(rows.hidden[chunk], buffer)
+    buffer = plan.buffer(rows, len(head.weight), keep=needs[1])
+    held: list[Tensor] = []  # which rows' gradients lie at the front of the buffer
+    for chunk in rows.chunks(plan.step):
+        filled = sum(map(len, held))
+        if held and filled + max(chunk.stop - chunk.start, MIN_CHUNK) > len(buffer):
+            gradients.add_weight(buffer[:filled], torch.cat(held))
+            held, filled = [], 0
+        logits = head.logits(rows.hidden[chunk], buffer[filled:])
         active = epilogue(rows.logit_rows(logits, chunk), chunk)
-        front = _native.compact_rows(logits, active)
+        front = _native.compact_rows(logits, active) + chunk.start
         if len(front):
-            gradients.add(logits[: len(front)], front + chunk.start)
+            gradients.add_rows(logits[: len(front)], front)
+            if needs[1]:
+                held.append(front)
+    if held:
+        gradients.add_weight(buffer[: sum(map(len, held))], torch.cat(held))
     return gradients.results()
 
 
