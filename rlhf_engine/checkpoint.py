@@ -8,19 +8,18 @@ no state of their own: they are functions of the seed and the counters in `train
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rlhf_engine.config import ModelConfig, RunConfig, save_config
-from rlhf_engine.model import ActorCritic, ValueHead
+from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.train.ppo import PPOTrainer
 
 VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
@@ -29,11 +28,6 @@ VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "trainer.json",
     "config.yaml",
 )
-
-
-def save_policy(folder: str | Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the policy, its value head and its tokenizer to `folder`, whole or not at all."""
-    with_new_folder(folder, lambda new: _write_policy(new, policy, tokenizer))
 
 
 def load_policy(
@@ -49,21 +43,11 @@ def load_policy(
     Raises ValueError naming the folder and what it lacks.
     """
     folder = Path(folder)
-    require(folder, "config.json", *weight_files(folder))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=config.attention, local_files_only=True, use_safetensors=True
-    ).to(device)
+    model = load_pretrained(AutoModelForCausalLM, folder, attention=config.attention, dtype=dtype, device=device)
     head = None
     if (folder / VALUE_HEAD).is_file():
-        state = load_file(folder / VALUE_HEAD, device=device)
-        head = ValueHead.from_weights(state["weight"], state["bias"])
+        head = load_head(folder / VALUE_HEAD, model.get_output_embeddings().weight.shape[1]).to(device)
     return ActorCritic(model, head, backend=backend)
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; ValueError if it has none."""
-    require(Path(folder), "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def save_checkpoint(
@@ -82,10 +66,14 @@ def save_checkpoint(
     def write(new: Path) -> None:
         _write_policy(new, trainer.policy, tokenizer)
         save_file(tensors, new / OPTIMIZER)
-        (new / TRAINER).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_json(new / TRAINER, state)
         save_config(config, new / CONFIG)
 
     with_new_folder(folder, write)
+
+
+_STATE = {"updates_done": int, "optimizer_steps": int, "kl_coef": float, "seed": int, "reference": str}
+"""What `trainer.json` holds."""
 
 
 def resume(folder: str | Path, trainer: PPOTrainer) -> None:
@@ -95,8 +83,9 @@ def resume(folder: str | Path, trainer: PPOTrainer) -> None:
     measured to the policy that the run began with, never to the one that it resumes from.
     """
     folder = Path(folder)
+    recover(folder)
     require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER)
-    state = _read_json(folder / TRAINER)
+    state = _read_state(folder / TRAINER)
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     if state["reference"] != fingerprint(trainer.reference.model):
@@ -104,51 +93,9 @@ def resume(folder: str | Path, trainer: PPOTrainer) -> None:
             f"{folder}: its reference policy is another model than the one given; expected the model it began with"
         )
     _read_weights(folder, trainer.policy)
-    _unflatten_optimizer(trainer.optimizer, load_file(folder / OPTIMIZER), folder / OPTIMIZER)
+    _unflatten_optimizer(trainer.optimizer, read_tensors(folder / OPTIMIZER), folder / OPTIMIZER)
     trainer.updates_done, trainer.optimizer_steps = state["updates_done"], state["optimizer_steps"]
     trainer.kl_coef = state["kl_coef"]
-
-
-def require(folder: Path, *names: str) -> None:
-    """ValueError naming the first file that `folder` lacks."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: the file {name} is missing")
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files that must hold a model's weights: one, or an index and the shards that it lists."""
-    index = "model.safetensors.index.json"
-    if not (folder / index).is_file():
-        return ["model.safetensors"]
-    return [index, *sorted(set(_read_json(folder / index)["weight_map"].values()))]
-
-
-def with_new_folder(folder: str | Path, write: Any) -> None:
-    """Call `write(new)` on an empty folder beside `folder`, sync everything in it and put it in `folder`'s place.
-
-    A crash leaves the old folder or the new one under its name; what is left aside ends in `.new` or `.old`.
-    """
-    folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.exists() and old.exists():
-        old.rename(folder)  # a crash between the two renames below
-    for left in (new, old):
-        if left.exists():
-            shutil.rmtree(left)
-    new.mkdir()
-    write(new)
-    for path in [*new.rglob("*"), new]:
-        _sync(path)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -185,11 +132,12 @@ def _read_weights(folder: Path, policy: ActorCritic) -> None:
             parameter.copy_(theirs[name])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_json(path)
+    for name, kind in _STATE.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{path}: got {state.get(name)!r} for {name}, expected {kind.__name__}")
+    return state
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[nn.Parameter]]:
@@ -213,11 +161,3 @@ def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, to
         parameter = parameters[int(number)]
         # The step counter stays where it was written; the moments live with their parameter.
         optimizer.state[parameter][name] = value.to(parameter.device)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

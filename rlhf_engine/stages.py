@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint import resume as resume_trainer
-from rlhf_engine.checkpoint import save_checkpoint, with_new_folder
+from rlhf_engine.checkpoint import save_checkpoint
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import (
     Codec,
@@ -24,8 +23,10 @@ from rlhf_engine.data import (
     read_demonstrations,
     read_prompts,
 )
+from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Generator, Rollout
 from rlhf_engine.train.ppo import PPOTrainer, RewardFunction
@@ -74,7 +75,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     def write(folder: Path) -> None:
         reward_model.save(folder)
         codec.tokenizer.save_pretrained(folder)
-        _write_json(
+        write_json(
             folder / "report.json",
             {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift},
         )
@@ -125,34 +126,30 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
 def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     """The causal LM and the tokenizer of `config.model.path`.
 
-    Raises:
-        ValueError: no path, no such folder, or a file missing from it.
+    Raises ValueError for no path, a file or a weight that is missing or broken, or a tokenizer with more tokens than the
+    model has embeddings.
     """
     folder = Path(_given(config.model.path, "model.path"))
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"model.path: no file {folder / name}, expected the folder of a causal LM and its tokenizer"
-            )
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"model.path: no .safetensors file in {folder}, expected the weights of a causal LM")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.model.attention,
-        local_files_only=True,
-    )
+    placement = _placement(config)
+    try:
+        model = load_pretrained(AutoModelForCausalLM, folder, **placement)
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
+    _check_vocabulary(model, tokenizer, folder)
     data = config.data
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     codec = Codec(tokenizer, data.prompt_template, config.rollout.max_prompt_tokens, data.max_response_tokens)
-    return model.to(config.device).eval(), codec
+    return model, codec
 
 
 def load_reward_model(config: RunConfig) -> RewardModel:
-    """The reward model of `config.reward.path`; ValueError if there is none."""
+    """The reward model of `config.reward.path`; ValueError if there is none, or a file of it is missing or broken."""
     folder = _given(config.reward.path, "reward.path")
-    dtype = getattr(torch, config.dtype)
-    return RewardModel.load(folder, attention=config.model.attention, dtype=dtype).to(config.device)
+    placement = _placement(config)
+    try:
+        return RewardModel.load(folder, **placement)
+    except ValueError as error:
+        raise ValueError(f"reward.path: {error}") from None
 
 
 def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[str, Any]) -> None:
@@ -161,7 +158,7 @@ def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[
     def write(new: Path) -> None:
         model.save_pretrained(new)
         codec.tokenizer.save_pretrained(new)
-        _write_json(new / "report.json", report)
+        write_json(new / "report.json", report)
 
     with_new_folder(folder, write)
 
@@ -195,6 +192,26 @@ def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
 def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter:
     """The writer of one stage's numbers in `output_dir`; those after step `done` of an earlier run are replaced."""
     return MetricsWriter(config.output_dir, stage, resume_after=done)
+
+
+def _placement(config: RunConfig) -> dict[str, Any]:
+    """Arguments of loading that say where and how a model lives."""
+    try:
+        # A device that cannot hold and give back a number fails here, not in the middle of a stage.
+        torch.zeros(1, device=config.device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: got {config.device!r}, which torch cannot use here: {reason}") from None
+    return {"attention": config.model.attention, "dtype": getattr(torch, config.dtype), "device": config.device}
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Every token has an embedding; spare embeddings, which fill a matrix up to a round size, are no mistake."""
+    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"{folder}: got token id {largest} in its tokenizer, expected ids below {rows}, its embeddings"
+        )
 
 
 def _given(value: str | None, key: str) -> str:
@@ -245,7 +262,3 @@ def _prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], lis
         return [prompts[order(passes)[place]] for passes, place in places]
 
     return take
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -6,16 +6,17 @@ Shapes: B sequences, S tokens, H hidden.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from rlhf_engine.files import read_json, require, write_json
 from rlhf_engine.model.heads import ValueHead
+from rlhf_engine.model.pretrained import load_head, load_pretrained
 
 _HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 
@@ -74,19 +75,23 @@ class RewardModel(nn.Module):
         self.trunk.save_pretrained(folder)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / _HEAD_FILE)
         info = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
-        (folder / _INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / _INFO_FILE, info)
 
     @classmethod
-    def load(cls, folder: str | Path, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        attention: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Self:
         """Reads what `save` wrote.
 
-        Raises:
-            ValueError: the folder, or a file of it, is missing.
+        Raises ValueError naming the file that is missing or broken, or the weight that is missing.
         """
         folder = Path(folder)
-        for name in ("config.json", _INFO_FILE, _HEAD_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder}: no file {name}, expected the folder of a reward model")
-        trunk = AutoModel.from_pretrained(folder, attn_implementation=attention, dtype=dtype, local_files_only=True)
-        state = load_file(folder / _HEAD_FILE)
-        return cls(trunk, ValueHead.from_weights(state["weight"], state["bias"]))
+        require(folder, "config.json", _INFO_FILE, _HEAD_FILE)
+        trunk = load_pretrained(AutoModel, folder, attention=attention, dtype=dtype, device=device)
+        hidden_size = read_json(folder / _INFO_FILE).get("hidden_size")
+        return cls(trunk, load_head(folder / _HEAD_FILE, hidden_size).to(device))

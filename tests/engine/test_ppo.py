@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint, save_policy, with_new_folder
+from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
 from rlhf_engine.config import ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
+from rlhf_engine.files import with_new_folder
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.rollout import Generator
 from rlhf_engine.train.ppo import PPOTrainer, Scored, advantages, minibatch_backward, score
@@ -234,6 +235,51 @@ def test_a_missing_file_is_named(tmp_path, name):
         resume(tmp_path / "checkpoint", trainer)
 
 
+@pytest.mark.parametrize("left", ["old and new", "old"])
+def test_resume_finds_what_a_kill_between_the_renames_left(tmp_path, left):
+    trainer = make_trainer()
+    folder, old, new = (tmp_path / f"checkpoint{end}" for end in ("", ".old", ".new"))
+    trainer.step()
+    save_checkpoint(folder, trainer, None, RunConfig())
+    folder.rename(old)
+    if left == "old and new":
+        trainer.step()
+        save_checkpoint(new, trainer, None, RunConfig())
+    again = make_trainer()
+    resume(folder, again)
+    assert again.updates_done == (2 if left == "old and new" else 1)
+    assert all(torch.equal(value, weights_of(trainer)[name]) for name, value in weights_of(again).items())
+
+
+def test_a_half_written_first_checkpoint_is_not_resumed_from(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint.new", make_trainer(), None, RunConfig())
+    with pytest.raises(ValueError, match="checkpoint: no such folder"):
+        resume(tmp_path / "checkpoint", make_trainer())
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{}", "got None for updates_done, expected int"), ("[]", "got list, expected an object")],
+)
+def test_a_state_that_lacks_something_is_named(tmp_path, content, message):
+    trainer = make_trainer()
+    save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
+    (tmp_path / "checkpoint" / "trainer.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"trainer\.json: {message}"):
+        resume(tmp_path / "checkpoint", trainer)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "value_head", "model"])
+def test_a_truncated_file_is_named(tmp_path, name):
+    trainer = make_trainer()
+    trainer.step()
+    save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
+    path = tmp_path / "checkpoint" / f"{name}.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"checkpoint.* not a whole safetensors file"):
+        resume(tmp_path / "checkpoint", trainer)
+
+
 def test_a_missing_shard_or_a_broken_file_is_named(tmp_path):
     trainer = make_trainer()
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
@@ -259,8 +305,8 @@ def test_another_seed_or_reference_is_refused(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path):
-    policy = make_trainer().policy
-    save_policy(tmp_path / "policy", policy, None)
+    trainer = make_trainer()
+    save_checkpoint(tmp_path / "policy", trainer, None, RunConfig())
     before = sorted(path.name for path in (tmp_path / "policy").iterdir())
 
     def fail(folder):
@@ -270,5 +316,5 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         with_new_folder(tmp_path / "policy", fail)
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == before
-    save_policy(tmp_path / "policy", policy, None)
+    save_checkpoint(tmp_path / "policy", trainer, None, RunConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]

@@ -126,12 +126,12 @@ def test_resuming_without_a_checkpoint_is_refused(run, capsys):
     [
         ("sft", ["data.demonstrations=null"], "data.demonstrations: got nothing, expected a path"),
         ("sft", ["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        ("sft", ["model.path=nowhere"], "model.path: no file nowhere/config.json"),
+        ("sft", ["model.path=nowhere"], "model.path: nowhere: no such folder"),
         ("sft", ["sft.epoch=3"], "unknown key 'sft.epoch'; did you mean 'epochs'?"),
         ("sft", ["data.max_response_tokens=2"], "demonstrations.jsonl: record 3: response: got"),
         ("rm", ["rollout.max_prompt_tokens=1"], "demonstrations.jsonl: record 1: prompt: got"),
         ("ppo", [], "reward.path: got nothing, expected a path"),
-        ("ppo", ["reward.path=nowhere"], "nowhere: no file config.json"),
+        ("ppo", ["reward.path=nowhere"], "reward.path: nowhere: no such folder"),
         ("ppo", ["ppo.minibatch=3"], "minibatch: got 3, expected a divisor of rollout_batch 4"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_folder_without_weights_is_named(run, capsys, tmp_path, base):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "half" / name).write_bytes((base / name).read_bytes())
     code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--set", f"model.path={tmp_path / 'half'}")
-    assert code == 2 and "no .safetensors file in" in shown
+    assert code == 2 and "half: the file model.safetensors is missing" in shown
 
 
 def test_unknown_options_exit_with_2(capsys):

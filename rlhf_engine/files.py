@@ -1,0 +1,96 @@
+"""Files that a run reads and writes: folders that are whole or absent, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+def require(folder: Path, *names: str) -> None:
+    """ValueError naming the first file that `folder` lacks."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: the file {name} is missing")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the file if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}, expected an object")
+    return content
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; ValueError naming the file if it is broken."""
+    try:
+        return load_file(path, device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def with_new_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write(new)` on an empty folder beside `folder`, sync everything in it and put it in `folder`'s place.
+
+    A crash leaves the old folder or the new one under its name, or both beside it, where `recover` finds them.
+    """
+    folder = Path(folder)
+    new, old = _beside(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    for left in (new, old):
+        if left.exists():
+            shutil.rmtree(left)
+    new.mkdir()
+    write(new)
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def recover(folder: Path) -> None:
+    """Finish what a crash between the two renames of `with_new_folder` left undone; otherwise do nothing.
+
+    The old folder is moved away only when the new one is whole, so where both lie beside an absent folder the new one is
+    it. A new one alone may be half-written and is never taken.
+    """
+    new, old = _beside(folder)
+    if folder.exists() or not old.is_dir():
+        return
+    (new if new.is_dir() else old).rename(folder)
+    _sync(folder.parent)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
