@@ -7,7 +7,7 @@ import resource
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from rlhf_kernels import explained_variance
+
+METRICS = "metrics.jsonl"
 
 
 def peak_rss_mb() -> float:
@@ -56,18 +58,20 @@ class MetricSum:
 class MetricsWriter:
     """Writes each step's numbers as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
 
-    A resumed run appends, after dropping the lines of steps that it is going to repeat. Use it as a context manager.
+    Every stage has a board of its own, `tensorboard/<stage>`: where a board begins again it hides all later steps, whatever
+    their names. A resumed run appends, after dropping the lines of steps that it is going to repeat. Use it as a context
+    manager.
     """
 
     def __init__(self, folder: str | Path, stage: str, *, resume_after: int | None = None) -> None:
         self.stage, self.folder = stage, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / "metrics.jsonl"
-        if resume_after is not None and self.path.is_file():
+        self.path = self.folder / METRICS
+        if self.path.is_file():
             self._drop_after(resume_after)
         self.file = self.path.open("a", encoding="utf-8")
         purge = None if resume_after is None else resume_after + 1
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        self.board = SummaryWriter(str(self.folder / "tensorboard" / stage), purge_step=purge)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the numbers of `step`."""
@@ -91,11 +95,36 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
-    def _drop_after(self, step: int) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        records = [(json.loads(line), line) for line in lines]
-        kept = [line for record, line in records if record["stage"] != self.stage or record["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    def _drop_after(self, step: int | None) -> None:
+        """Keep what other stages wrote and this one up to `step` (None keeps all), and no half line at the end."""
+        kept = [
+            row
+            for row in read_metrics(self.folder)
+            if row["stage"] != self.stage or step is None or row["step"] <= step
+        ]
+        aside = self.path.with_name(self.path.name + ".new")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        aside.replace(self.path)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of `folder`'s `metrics.jsonl`, without a last one that a kill left half-written.
+
+    Raises ValueError naming file and line for any other that is not an object with a stage and a step.
+    """
+    path = Path(folder) / METRICS
+    rows, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "stage" not in row:
+            raise ValueError(f"{path}:{number}: got {line.decode()}, expected an object with a stage and a step")
+        rows.append(row)
+    return rows
 
 
 def progress(total: int, what: str, *, unit: str = "it", done: int = 0) -> tqdm:

@@ -2,13 +2,15 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.metrics import MetricSum, MetricsWriter, peak_rss_mb
+from rlhf_engine.metrics import MetricSum, MetricsWriter, peak_rss_mb, read_metrics
 from rlhf_engine.train.optim import build_optimizer, learning_rate, optimizer_step
 
 
@@ -39,7 +41,7 @@ def test_writer_fills_both_files(tmp_path):
         {"stage": "ppo", "step": 1, "kl": 0.5, "broken": None},
         {"stage": "ppo", "step": 2, "kl": 0.25},
     ]
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "ppo")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("ppo/kl")] == [(1, 0.5), (2, 0.25)]
 
 
@@ -57,6 +59,54 @@ def test_a_resumed_run_does_not_repeat_lines(tmp_path):
         ("ppo", 1, 1.0),
         ("ppo", 2, 20.0),
     ]
+
+
+def steps_on_the_board(folder, tag):
+    boards = EventMultiplexer().AddRunsFromDirectory(str(folder / "tensorboard")).Reload()
+    return [
+        event.step
+        for run, found in boards.Runs().items()
+        if tag in found["scalars"]
+        for event in boards.Scalars(run, tag)
+    ]
+
+
+def test_a_stage_hides_no_curve_of_another(tmp_path):
+    with MetricsWriter(tmp_path, "sft", resume_after=0) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"loss": 1.0 / step})
+    time.sleep(1.1)  # event files are read in the order of their names, which have the second in them
+    with MetricsWriter(tmp_path, "rm", resume_after=0) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert steps_on_the_board(tmp_path, "sft/loss") == [1, 2, 3, 4, 5]
+    time.sleep(1.1)
+    with MetricsWriter(tmp_path, "sft", resume_after=3) as writer:
+        writer.write(4, {"loss": 0.0})
+    assert steps_on_the_board(tmp_path, "sft/loss") == [1, 2, 3, 4]
+    assert steps_on_the_board(tmp_path, "rm/loss") == [1]
+
+
+@pytest.mark.parametrize("resume_after", [None, 1, 2])
+def test_a_half_written_last_line_is_dropped(tmp_path, resume_after):
+    with MetricsWriter(tmp_path, "ppo") as writer:
+        writer.write(1, {"kl": 0.1})
+        writer.write(2, {"kl": 0.2})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    with MetricsWriter(tmp_path, "ppo", resume_after=resume_after) as writer:
+        writer.write(2, {"kl": 20.0})
+    assert [(row["step"], row["kl"]) for row in read_metrics(tmp_path)] == [(1, 0.1), (2, 20.0)]
+    assert [found.name for found in tmp_path.iterdir() if found.is_file()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"stage": "ppo"}'])
+def test_any_other_broken_line_is_named_and_kept(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"stage": "ppo", "step": 1}}\n{line}\n{{"stage": "ppo", "step": 2}}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        MetricsWriter(tmp_path, "ppo", resume_after=1)
+    assert path.read_bytes() == before
 
 
 def test_peak_memory_grows_with_an_allocation():
