@@ -14,7 +14,17 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf_engine.schema import Count, NonNegative, Positive, PositiveShare, Section, Share, WholeNumber
+from rlhf_engine.schema import (
+    Count,
+    LearningRate,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Section,
+    Seed,
+    Share,
+    WholeNumber,
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,8 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: Positive = 1e-5
-    """Peak learning rate."""
+    lr: LearningRate = 1e-5
+    """Peak learning rate; AdamW moves a weight by about this much a step."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of the first and second moments."""
     eps: Positive = 1e-8
@@ -194,6 +204,17 @@ class PPOConfig(Section):
             raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError(f"dual_clip: got {self.dual_clip}, expected a number above 1")
+        # An option that the objective would not read is a mistake, not a detail.
+        for name, unused, objective in (
+            ("cliprange_high", None, "clip"),
+            ("dual_clip", None, "clip"),
+            ("old_kl_coef", 0.0, "kl_penalty"),
+        ):
+            value = getattr(self, name)
+            if value != unused and self.objective != objective:
+                raise ValueError(
+                    f"{name}: got {value} with objective {self.objective!r}, expected {unused}; only {objective!r} reads it"
+                )
 
 
 @dataclass(frozen=True)
@@ -222,15 +243,15 @@ class DemoConfig(Section):
 class RunConfig(Section):
     """A whole run: where it happens and the settings of every stage."""
 
-    seed: WholeNumber = 0
+    seed: Seed = 0
     """Seed of initialisation, data order and sampling."""
     output_dir: str = "runs/default"
-    """Folder that receives checkpoints, metrics and plots."""
+    """Folder that receives checkpoints, metrics.jsonl, tensorboard/ and plots/."""
     device: str = "cpu"
     """torch device of the models, such as cpu or cuda:0."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights."""
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Type of the weights; training needs float32."""
+    backend: Literal["auto", "reference", "cpu"] = "auto"
     """Backend of the rlhf_kernels operations."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
@@ -246,6 +267,14 @@ class RunConfig(Section):
     """Reinforcement learning."""
     demo: DemoConfig = field(default_factory=DemoConfig)
     """Used by `rlhf demo` alone."""
+
+    def check(self) -> None:
+        """Weights are float32: an update is often smaller than the spacing of bfloat16 or float16 around a weight."""
+        if self.dtype != "float32":
+            raise ValueError(
+                f"dtype: got {self.dtype!r}, expected 'float32'; training in {self.dtype} needs float32 master weights, "
+                "which are not there yet"
+            )
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,6 +8,7 @@ YAML file or on the command line is refused with the same words.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, g
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number; a bound that is None does not hold."""
+    """Bounds of a finite number; a bound that is None does not hold."""
 
     at_least: float | None = None
     above: float | None = None
@@ -23,7 +24,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            value == value
+            abs(value) < math.inf  # false for nan; isfinite would not take a huge int
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -39,6 +40,8 @@ WholeNumber = Annotated[int, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0.0)]
 NonNegative = Annotated[float, Range(at_least=0.0)]
 Share = Annotated[float, Range(at_least=0.0, at_most=1.0)]
+LearningRate = Annotated[float, Range(above=0.0, at_most=1.0)]
+Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
 PositiveShare = Annotated[float, Range(above=0.0, at_most=1.0)]
 
 
@@ -105,15 +108,22 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     if is_dataclass(hint):
         return value if isinstance(value, hint) else hint.from_dict(value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _to_float(value, key)
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise ValueError(f"{key}: got {_describe(value)}, expected {hint.__name__}")
 
 
+def _to_float(value: int, key: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{key}: got an integer of {value.bit_length()} bits, expected a float") from None
+
+
 def _in_range(value: Any, bounds: Range, key: str) -> Any:
     if value not in bounds:
-        raise ValueError(f"{key}: got {value!r}, expected a number {bounds}")
+        raise ValueError(f"{key}: got {value!r}, expected a finite number {bounds}")
     return value
 
 

@@ -42,6 +42,18 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {ppo_epochs: 1.5}", ["ppo.ppo_epochs", "1.5 (float)", "int"]),
         ("ppo: {lam: 1.5}", ["ppo.lam", "1.5", "at least 0 and at most 1"]),
         ("ppo: {kl_coef: .nan}", ["ppo.kl_coef", "nan", "at least 0"]),
+        ("sft: {optim: {lr: .inf}}", ["sft.optim.lr", "inf", "finite number above 0"]),
+        ("sft: {optim: {lr: 1e30}}", ["sft.optim.lr", "1e+30", "at most 1"]),
+        ("ppo: {score_clip: .inf}", ["ppo.score_clip", "inf", "finite"]),
+        ("seed: 99999999999999999999", ["seed", "99999999999999999999", "at most"]),
+        (f"ppo: {{kl_coef: 1{'0' * 400}}}", ["ppo.kl_coef", "bits", "float"]),
+        ("dtype: bfloat16", ["dtype: got 'bfloat16'", "'float32'", "master weights"]),
+        ("dtype: float16", ["dtype: got 'float16'", "'float32'", "master weights"]),
+        ("backend: triton", ["backend", "'triton'", "'cpu'"]),
+        ("backend: cuda", ["backend", "'cuda'", "'cpu'"]),
+        ("ppo: {old_kl_coef: 0.1}", ["old_kl_coef: got 0.1 with objective 'clip'", "'kl_penalty'"]),
+        ("ppo: {objective: ratio, dual_clip: 3}", ["dual_clip: got 3.0 with objective 'ratio'", "'clip'"]),
+        ("ppo: {objective: kl_penalty, cliprange_high: 0.3}", ["cliprange_high: got 0.3", "'kl_penalty'", "'clip'"]),
         ("ppo: {objective: clop}", ["ppo.objective", "'clop'", "'clip'"]),
         ("ppo: {optim: {betas: [0.9]}}", ["ppo.optim.betas", "1 values", "2"]),
         ("ppo: 3", ["ppo", "3 (int)", "mapping"]),
@@ -65,6 +77,11 @@ def test_a_bad_file_is_refused_by_name(tmp_path, text, words):
 def test_a_bad_override_is_refused(tmp_path, override, word):
     with pytest.raises(ValueError, match=word):
         load_config(write(tmp_path, "seed: 1"), [override])
+
+
+def test_options_go_with_the_objective_that_reads_them():
+    assert PPOConfig(cliprange_high=0.3, dual_clip=3.0).objective == "clip"
+    assert PPOConfig(objective="kl_penalty", old_kl_coef=0.1).old_kl_coef == 0.1
 
 
 def test_a_missing_file_is_named(tmp_path):
