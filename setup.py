@@ -30,6 +30,8 @@ class BuildPerInstructionSet(build_ext):
 
     def build_extension(self, ext):
         cpu_sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
+        if not cpu_sources:
+            raise FileNotFoundError("csrc/cpu: no .cpp file, expected the kernels' sources")
         jobs = [(s, isa, flags) for s in cpu_sources for isa, flags in INSTRUCTION_SETS.items()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = [o for objects in pool.map(lambda job: self._compile(*job), jobs) for o in objects]

@@ -40,7 +40,6 @@ struct RowGradient {
     bool packed;                 // rows of dlogits follow each other; otherwise they lie as the logits do
     const float* grad_logprobs;  // (N) or null: 0
     const float* grad_entropy;   // (N) or null: 0
-    float scale;                 // multiplies both
 };
 
 // Per-token inputs of the PPO objective; all (N).
@@ -60,7 +59,7 @@ struct Sequences {
     const int32_t* cu_seqlens;  // (B + 1) or null
 };
 
-// Sums over the tokens of one call, in this order; the Python side names them in the same order (ops/ppo_loss.py).
+// Sums over the tokens of one call, in this order; the Python side names them in the same order (ops/ppo_terms.py).
 enum PpoSum : int {
     kPolicy, kRefKlTerm, kEntropyTerm, kValueTerm,  // times the aggregation's weight
     kEntropy, kClipped, kDualClipped, kApproxKl, kK3, kRatio, kRefKl, kActive, kNumTokens,  // plain

@@ -8,7 +8,7 @@ import importlib
 
 import torch  # before _C, see above
 
-from .rows import LogitRows, PpoRows, RowStats, Sequences
+from .rows import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows, RowStats, Sequences
 
 try:
     _C = importlib.import_module("rlhf_kernels._C")
@@ -32,10 +32,8 @@ def isa() -> str:
     return _C.isa()
 
 
-# The numbers that csrc/math and csrc/args.h give these names.
+# The number that csrc/math/common.h gives each dtype, and how many sums csrc/args.h counts.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-OBJECTIVES = ("clip", "kl_penalty", "ratio", "policy_gradient")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 NUM_SUMS = 20
 
 
@@ -52,6 +50,12 @@ def address(x: torch.Tensor | None) -> int:
         return 0
     assert x.is_contiguous(), "the kernels take contiguous tensors"
     return x.data_ptr()
+
+
+def floats(x: torch.Tensor | None) -> int:
+    """`address` of what the kernels read as float32."""
+    assert x is None or x.dtype == torch.float32, "the kernels would read other bits as float32"
+    return address(x)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -108,7 +112,7 @@ def _ppo_rows(x: PpoRows):
         s.cliprange_value,
     )
     tensors = (x.old_logprobs, x.advantages, x.weights, x.ref_logprobs, x.row_weight)
-    return _C.PpoRows(scalars, *map(address, tensors))
+    return _C.PpoRows(scalars, *map(floats, tensors))
 
 
 def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
@@ -116,14 +120,12 @@ def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
     _C.token_logprobs_forward(_logit_rows(x), address(stats.buffer))
 
 
-def token_logprobs_backward(
-    x: LogitRows, stats: RowStats, out: torch.Tensor, grad_logprobs, grad_entropy, *, scale: float = 1.0
-) -> None:
-    """`out = scale * (grad_logprobs d logprob/d logits + grad_entropy d H/d logits)`; `out` may be the logits."""
+def token_logprobs_backward(x: LogitRows, stats: RowStats, out: torch.Tensor, grad_logprobs, grad_entropy) -> None:
+    """`out = grad_logprobs d logprob/d logits + grad_entropy d H/d logits`; `out` may be the logits."""
     packed = out.is_contiguous()
     assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
-    gradients = map(address, (grad_logprobs, grad_entropy))
-    _C.token_logprobs_backward(_logit_rows(x), address(stats.buffer), out.data_ptr(), packed, *gradients, scale)
+    gradients = map(floats, (grad_logprobs, grad_entropy))
+    _C.token_logprobs_backward(_logit_rows(x), floats(stats.buffer), out.data_ptr(), packed, *gradients)
 
 
 def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows) -> torch.Tensor:
@@ -162,21 +164,12 @@ def ppo_loss(
     slope = torch.empty_like(logprobs)
     value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
     sums = torch.empty(NUM_SUMS, dtype=torch.float64)
-    tensors = (
-        mask,
-        logprobs,
-        entropy,
-        values,
-        old_values,
-        returns,
-        value_mask,
-        value_row_weight,
-        slope,
-        value_slope,
-        sums,
-    )
+    sequences.check(logprobs.numel())
     layout = (sequences.count, sequences.length, address(sequences.cu_seqlens))
-    _C.ppo_loss(_ppo_rows(ppo), logprobs.numel(), *layout, sequence_level, *map(address, tensors))
+    inputs = (address(mask), *map(floats, (logprobs, entropy, values, old_values, returns)))
+    outputs = (floats(slope), floats(value_slope), address(sums))
+    rows = (address(value_mask), floats(value_row_weight))
+    _C.ppo_loss(_ppo_rows(ppo), logprobs.numel(), *layout, sequence_level, *inputs, *rows, *outputs)
     return slope, value_slope, sums
 
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+OBJECTIVES = ("clip", "kl_penalty", "ratio", "policy_gradient")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+"""Choices that the kernels know by their place here (csrc/math)."""
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -104,8 +108,16 @@ class Sequences:
     @classmethod
     def of(cls, tokens: Tensor, cu_seqlens: Tensor | None) -> "Sequences":
         if cu_seqlens is not None:
-            return cls(cu_seqlens.numel() - 1, 0, cu_seqlens)
+            return cls(cu_seqlens.numel() - 1, 0, cu_seqlens.contiguous())
         return cls(*(tokens.shape if tokens.dim() == 2 else (1, tokens.numel())), None)
+
+    def check(self, n: int) -> None:
+        """ValueError unless the sequences lie inside the `n` tokens and cover them; looks at values."""
+        if self.cu_seqlens is None:
+            return
+        ends = self.cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != n or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens: got {ends}, expected 0 <= ... <= {n}, from 0 to N and never falling")
 
     def lengths(self, mask: Tensor) -> Tensor:
         """True tokens of each sequence, shape (B,), int64."""

@@ -1,26 +1,14 @@
-// Estimators of KL(policy || reference) for a vector of tokens; math/ppo.h has them for one, with their derivatives.
+// The estimators of math/kl.h for a vector of tokens.
 #pragma once
-#include "../math/ppo.h"
+#include "../math/kl.h"
 #include "simd.h"
 
 namespace rlhf {
 namespace RLHF_ISA {
 
-// e^x - 1 - x without the cancellation near 0.
 RLHF_HD vf expm1_minus_x(vf x) {
-    vf p = splat(2.0876757e-9f);  // 1 / k!, k from 12 down to 2: the remainder is below 1e-8 of the value for |x| <= 1
-    p = p * x + 2.5052108e-8f;
-    p = p * x + 2.7557319e-7f;
-    p = p * x + 2.7557319e-6f;
-    p = p * x + 2.4801587e-5f;
-    p = p * x + 1.9841270e-4f;
-    p = p * x + 1.3888889e-3f;
-    p = p * x + 8.3333333e-3f;
-    p = p * x + 4.1666667e-2f;
-    p = p * x + 1.6666667e-1f;
-    p = p * x + 0.5f;
-    const vf large = vexp(x) - 1.f - x;
-    return x > 1.f ? large : x < -1.f ? large : p * x * x;
+    const vf large = vexp_any(x) - 1.f - x;
+    return x > 1.f ? large : x < -1.f ? large : expm1_minus_x_series(x);
 }
 
 template <KlEstimator E>
@@ -32,7 +20,7 @@ RLHF_HD vf kl_value(vf d) {
 }
 
 RLHF_HD vf vexpm1(vf x) {
-    const vf small = x + expm1_minus_x(x), large = vexp(x) - 1.f;
+    const vf small = x + expm1_minus_x(x), large = vexp_any(x) - 1.f;
     return x > 1.f ? large : x < -1.f ? large : small;
 }
 

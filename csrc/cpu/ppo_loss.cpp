@@ -39,7 +39,7 @@ void add_policy(const PpoLossArgs& a, int64_t t, const SurrogateTerm& s, double*
     sum[kClipped] += s.clipped;
     sum[kDualClipped] += s.dual_clipped;
     sum[kApproxKl] -= d;
-    sum[kK3] += expm1f(d) - d;
+    sum[kK3] += expm1_minus_x(d);
     sum[kRatio] += s.ratio;
     sum[kRatioMax] = s.ratio > sum[kRatioMax] || s.ratio != s.ratio ? s.ratio : sum[kRatioMax];
     sum[kActive] += a.slope[t] != 0.f || (a.entropy && a.ppo.scalars.entropy_coef * float(w) != 0.f);

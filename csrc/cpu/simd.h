@@ -183,6 +183,9 @@ RLHF_HD vf vexp(vf x) {
 #endif
 }
 
+// e^x for any x; inf above 88, which is short of where float32 ends.
+RLHF_HD vf vexp_any(vf x) { return x > 88.f ? splat(kInf) : vexp(x); }
+
 // Accurate near 0, where (1 - e^-2x) / (1 + e^-2x) would cancel.
 RLHF_HD vf vtanh(vf x) {
     const vf ax = x < 0.f ? -x : x;

@@ -1,11 +1,10 @@
 // One token of the PPO objective: its loss, the derivative with respect to its log-prob, and what the metrics count.
 #pragma once
-#include "common.h"
+#include "kl.h"
 
 namespace rlhf {
 
 enum class Objective : int { clip = 0, kl_penalty = 1, ratio = 2, policy_gradient = 3 };
-enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2, abs = 3 };
 
 struct PpoScalars {
     Objective objective = Objective::clip;
@@ -28,11 +27,6 @@ struct SurrogateTerm {
     bool dual_clipped;
 };
 
-struct Term {
-    float value;
-    float slope;
-};
-
 // PPO (2017) eq. 7 with the limits apart (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
 // estimated by k3 of old against new; TRPO's surrogate; the plain policy gradient.
 RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const PpoScalars& p) {
@@ -50,7 +44,7 @@ RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const P
     s.loss = -a * s.ratio;
     s.slope = -a * live;
     if (p.objective == Objective::kl_penalty) {
-        s.loss += p.old_kl_coef * (expm1f(log_ratio) - log_ratio);
+        s.loss += p.old_kl_coef * expm1_minus_x(log_ratio);
         if (!frozen) s.slope += p.old_kl_coef * expm1f(log_ratio);
     } else if (p.objective == Objective::clip) {
         const float low = 1.f - p.cliprange_low, high = 1.f + p.cliprange_high;
@@ -63,16 +57,6 @@ RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const P
         if (s.clipped || s.dual_clipped) s.slope = 0.f;
     }
     return s;
-}
-
-// Estimators of KL(policy || reference) from d = logprob - ref_logprob (Schulman 2020), and d KL / d logprob.
-RLHF_HD Term kl_term(float d, KlEstimator estimator) {
-    switch (estimator) {
-        case KlEstimator::k1: return {d, 1.f};
-        case KlEstimator::k2: return {0.5f * d * d, d};
-        case KlEstimator::k3: return {expm1f(-d) + d, -expm1f(-d)};
-        default: return {fabsf(d), d > 0.f ? 1.f : d < 0.f ? -1.f : d};
-    }
 }
 
 // d L / d logprob of one token, before the aggregation's weight: policy term and KL to the reference.

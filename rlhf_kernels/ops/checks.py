@@ -3,8 +3,12 @@
 Only metadata is read, so that nothing here makes a GPU wait or breaks a compiled graph; values are looked at on CPU alone.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from ..rows import Sequences
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,18 +48,41 @@ def choice(name: str, x: str, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {x!r}, expected one of {options}")
 
 
+SYMBOLS = (torch.SymInt, torch.SymFloat)
+
+
 def number(
-    name: str, x: float | None, *, above: float | None = None, least: float | None = None, most: float | None = None
-):
-    """A number within its range; None, a tensor or a symbolic number passes."""
-    if x is None or not isinstance(x, int | float):
+    name: str,
+    x: float | None,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    optional: bool = False,
+    integer: bool = False,
+) -> None:
+    """A finite number within its range; what a compiler traces with instead of a number passes."""
+    if isinstance(x, SYMBOLS) or (x is None and optional):
         return
+    kind = int if integer else (int, float)
+    if not isinstance(x, kind) or isinstance(x, bool) or not math.isfinite(x):
+        raise ValueError(f"{name}: got {x!r}, expected {'an integer' if integer else 'a finite number'}")
     if above is not None and not x > above:
         raise ValueError(f"{name}: got {x}, expected a number above {above}")
     if least is not None and not x >= least:
         raise ValueError(f"{name}: got {x}, expected at least {least}")
     if most is not None and not x <= most:
         raise ValueError(f"{name}: got {x}, expected at most {most}")
+
+
+def denominator(name: str, x: float | Tensor | None) -> None:
+    """A count of tokens or sequences: None, a number, or a tensor of shape (); 0 counts as 1."""
+    if not isinstance(x, Tensor):
+        number(name, x, least=0, optional=True)
+    elif x.dim() != 0 or x.dtype is torch.bool:
+        raise ValueError(f"{name}: got {x.dtype} of shape {shape(x)}, expected a number or a tensor of shape ()")
+    elif values_visible(x) and not bool(x >= 0):
+        raise ValueError(f"{name}: got {x.item()}, expected at least 0")
 
 
 def temperature(x: float | Tensor, *, like: Tensor, expected: tuple[int, ...]) -> None:
@@ -89,6 +116,8 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool =
         if x.dim() == 1 and not needed:
             return 1
         raise ValueError(f"{name}: got shape {shape(x)}, expected [B, T], or [N] together with cu_seqlens")
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens: got {type(cu_seqlens).__name__}, expected an int32 tensor of shape (B + 1,)")
     if x.dim() != 1:
         raise ValueError(f"{name}: got shape {shape(x)} together with cu_seqlens, expected [N]")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
@@ -98,9 +127,7 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool =
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens: got device {cu_seqlens.device}, expected {x.device}")
     if values_visible(cu_seqlens):
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != x.numel() or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens: got {ends}, expected 0 <= ... <= {x.numel()}, from 0 to N and never falling")
+        Sequences.of(x, cu_seqlens).check(x.numel())
     return cu_seqlens.numel() - 1
 
 
@@ -112,6 +139,11 @@ def values_visible(x: Tensor) -> bool:
 def is_eager(x: Tensor) -> bool:
     """Whether `x` has bytes now, which no tensor has that a compiler traces with."""
     return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def constant(x: float | Tensor) -> float | Tensor:
+    """A number or a tensor that gets no gradient."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def wide(*tensors: Tensor | None) -> list[Tensor | None]:

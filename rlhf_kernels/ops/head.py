@@ -77,7 +77,8 @@ class Plan:
     A step of rows goes through logits, epilogue and the product into the hidden states while it lies in cache; the rows that
     have a gradient stay until `chunk` of them make one product into the weight. Half-precision products leave the library
     rounded, so each of those costs a float32 sum over [V, H]: chunks are large, and a batch of one chunk needs no sum.
-    float32 products are added in place. Made from shapes alone, so that a compiled graph knows the dtypes.
+    float32 products are added in place. float16 sums are float32 whatever their number, because rows that are not yet divided
+    by the denominator reach beyond 65504. Made from shapes alone, so that a compiled graph knows the dtypes.
     """
 
     chunk: int
@@ -85,10 +86,11 @@ class Plan:
     sum_dtype: torch.dtype
 
     @classmethod
-    def of(cls, n: int, dtype: torch.dtype, chunk_tokens: int | None) -> "Plan":
+    def of(cls, n: int, dtype: torch.dtype, chunk_tokens: int | None, unrounded: bool) -> "Plan":
         default, step = (512, 512) if dtype == torch.float32 else (2048, 256)
         chunk = max(chunk_tokens or default, MIN_CHUNK)
-        return cls(chunk, min(step, chunk), dtype if n <= chunk else torch.float32)
+        one_product = n <= chunk and dtype == torch.bfloat16 and not unrounded
+        return cls(chunk, min(step, chunk), dtype if one_product else torch.float32)
 
     def buffer(self, rows: "HeadRows", vocab: int, *, keep: bool) -> Tensor:
         """Room for a chunk of logits, or for one step where nothing needs to stay."""
@@ -124,8 +126,11 @@ class HeadGradients:
         elif self.weight.dtype == dlogits.dtype:
             self.weight.addmm_(transposed, hidden)
         else:
+            if dlogits.dtype == torch.float16:
+                hidden = hidden.float()
             for block in _blocks(len(self.weight), 8192):
-                _native.accumulate(self.weight[block], torch.mm(transposed[block], hidden), first=self.first)
+                part = torch.mm(transposed[block].to(hidden.dtype), hidden)
+                _native.accumulate(self.weight[block], part, first=self.first)
         self.first = False
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

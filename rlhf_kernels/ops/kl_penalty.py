@@ -5,10 +5,9 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..backend import resolve
+from ..rows import KL_ESTIMATORS
 from . import checks
-from .registry import define, dense
-
-ESTIMATORS = ("k1", "k2", "k3", "abs")
+from .registry import define, dense, refuse
 
 
 def kl_penalty(
@@ -30,11 +29,11 @@ def kl_penalty(
     """
     checks.floating("logprobs", logprobs, dims=tuple(range(8)), what="any shape")
     checks.tensor("ref_logprobs", ref_logprobs, like=logprobs, expected=logprobs.shape, what="the shape of logprobs")
-    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.choice("estimator", estimator, KL_ESTIMATORS)
     logprobs, ref_logprobs = checks.widen(logprobs), checks.widen(ref_logprobs.detach())
     if resolve(backend, logprobs) == "reference":
         return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
-    return _op(logprobs, ref_logprobs, ESTIMATORS.index(estimator))
+    return _op(logprobs, ref_logprobs, KL_ESTIMATORS.index(estimator))
 
 
 def _cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
@@ -67,6 +66,7 @@ _backward_op = define(
     "kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
     cpu=_cpu_backward,
     fake=_fake,
+    backward=refuse,
 )
 _op = define(
     "kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",

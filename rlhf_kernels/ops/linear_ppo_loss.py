@@ -1,5 +1,6 @@
 """The PPO objective from hidden states: policy and value head in one read, three matrix products, no [N, V] tensor."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .head import Head, HeadRows, Plan, given_pass, head_stats, ppo_pass
 from .linear_token_logprobs import check_head, gradient_dtype, under_autocast
 from .ppo_arguments import PPOArguments
 from .ppo_terms import Terms, as_loss, flat
-from .registry import define, schema_of
+from .registry import define, refuse, schema_of
 
 VALUE_ROWS = 1024
 """Rows of hidden states that the value head casts to float32 at a time."""
@@ -50,12 +51,12 @@ def linear_ppo_loss(
     Raises:
         ValueError: as `linear_token_logprobs` and `ppo_loss`.
     """
+    temperature = checks.constant(temperature)
     args = PPOArguments.parse("linear_ppo_loss", options)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
-    args.check(ids, old_logprobs, advantages, mask, name="ids", value_head=value_weight is not None)
-    if args.entropy is not None:
-        raise ValueError("entropy: got a tensor, expected None: this op makes the entropy itself")
+    made = {"value_head": value_weight is not None, "entropy_made": True}
+    args.check(ids, old_logprobs, advantages, mask, name="ids", **made)
     check_value_head(hidden, value_weight, value_bias)
     if resolve(backend, hidden) == "reference":
         return reference.linear_ppo_loss(
@@ -74,11 +75,12 @@ def linear_ppo_loss(
             **args.options(),
         )
     per_row = flat(temperature) if isinstance(temperature, Tensor) else None
-    values = None if args.values is None else checks.widen(args.values).reshape(-1)
+    values = None if args.values is None else args.values.float().reshape(-1)
     differentiable = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, value_weight, value_bias, values)
     loss, metrics = LinearPpoLoss.apply(
         *differentiable,
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable],
+        gradient_dtype(weight) is torch.float32,
         ids.reshape(-1).long(),
         per_row,
         1.0 if per_row is not None else float(temperature),
@@ -109,6 +111,7 @@ def _forward(
     value_bias: Tensor | None,
     values: Tensor | None,
     needs: list[bool],  # a gradient, each of the six above
+    unrounded: bool,  # the weight's gradient is wanted in float32
     ids: Tensor,  # (N,)
     temperatures: Tensor | None,
     temperature: float,
@@ -137,9 +140,9 @@ def _forward(
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     rows = HeadRows.of(hidden, ids, transform, mask)
     n = len(ids)
-    plan = Plan.of(n, hidden.dtype, chunk_tokens)
+    plan = Plan.of(n, hidden.dtype, chunk_tokens, unrounded)
     if value_weight is not None:
-        values = value_forward(hidden, value_weight, value_bias)
+        values = value_forward(hidden, value_weight, value_bias, terms.value_mask)
     head = Head(weight, bias)
     targets = (None if x is None else x.contiguous() for x in (values, old_values, returns))
     needs_head = tuple(needs[:3])
@@ -162,11 +165,17 @@ def _finish_rows(terms: Terms, rows: HeadRows, stats, n: int, values, old_values
     return slopes, sums
 
 
-def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`hidden @ weight + bias` in float32, (N,), without a float32 copy of all hidden states."""
+def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """`hidden @ weight + bias` in float32, (N,); masked rows may hold anything and are not looked at."""
     w = weight.float()
-    values = torch.cat([rows.float() @ w for rows in hidden.split(VALUE_ROWS)]) if len(hidden) else w.new_empty(0)
+    values = torch.cat([rows @ w for rows in _float_rows(hidden, mask)]) if len(hidden) else w.new_empty(0)
     return values if bias is None else values + bias.float()
+
+
+def _float_rows(hidden: Tensor, mask: Tensor) -> Iterator[Tensor]:
+    """Hidden states in float32, a few rows at a time instead of a copy of all; zeros where the mask is False."""
+    for rows, counts in zip(hidden.split(VALUE_ROWS), mask.split(VALUE_ROWS), strict=True):
+        yield torch.where(counts[:, None], rows, 0).float()
 
 
 def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
@@ -181,17 +190,17 @@ def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
         d_hidden.addr_(slope * terms.denominators[0], weight.float())
     d_weight = None
     if needs[3]:
-        pieces = zip(slope.split(VALUE_ROWS), hidden.split(VALUE_ROWS), strict=True)
-        d_weight = sum((s @ h.float() for s, h in pieces), torch.zeros(len(weight), device=weight.device))
+        pieces = zip(slope.split(VALUE_ROWS), _float_rows(hidden, terms.value_mask), strict=True)
+        d_weight = sum((s @ h for s, h in pieces), torch.zeros(len(weight), device=weight.device))
     return d_weight, slope.double().sum().float() if needs[4] else None, None
 
 
-def _fake(hidden, weight, bias, value_weight, value_bias, values, needs, ids, *rest):
+def _fake(hidden, weight, bias, value_weight, value_bias, values, needs, unrounded, ids, *rest):
     def gradient(x, needed: bool, dtype: torch.dtype):
         return hidden.new_empty(x.shape if needed else (0,), dtype=dtype)
 
     f32 = torch.float32
-    plan = Plan.of(ids.numel(), hidden.dtype, rest[4])
+    plan = Plan.of(ids.numel(), hidden.dtype, rest[4], unrounded)
     dtypes = (f32, plan.sum_dtype, f32, f32, f32, f32)
     inputs = zip((hidden, weight, bias, value_weight, value_bias, values), needs, dtypes, strict=True)
     return (
@@ -216,9 +225,13 @@ class LinearPpoLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        nothing = (None,) * 23
+        nothing = (None,) * 24
         if grad_loss is None:
             return *(None,) * 6, *nothing
+        if torch.is_grad_enabled() and checks.is_eager(
+            grad_loss
+        ):  # create_graph=True: the gradients are no function here
+            refuse(ctx)
         denominators, *gradients = ctx.saved_tensors
         scale = grad_loss / denominators[0]
         results = []
@@ -229,7 +242,7 @@ class LinearPpoLoss(torch.autograd.Function):
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient * scale`, rounded once to `dtype`; in its own bytes where it can, which makes a second backward raise."""
-    if not checks.is_eager(gradient) or gradient.dim() == 0:
+    if not checks.is_eager(gradient) or dtype not in _native.DTYPES:
         return (gradient.float() * scale).to(dtype)
     with torch.no_grad():
         result = _native.scale_cast(gradient, scale.item(), dtype)

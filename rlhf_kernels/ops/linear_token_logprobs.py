@@ -10,7 +10,7 @@ from ..types import TokenLogprobs
 from . import checks
 from .head import Head, HeadRows, Plan, given_pass, head_stats
 from .ppo_terms import flat
-from .registry import define, schema_of
+from .registry import define, refuse, schema_of
 
 
 def linear_token_logprobs(
@@ -35,6 +35,7 @@ def linear_token_logprobs(
     Raises:
         ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.
     """
+    temperature = checks.constant(temperature)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
     if resolve(backend, hidden) == "reference":
@@ -80,15 +81,17 @@ def check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mas
     checks.floating("weight", weight, dims=(2,), what="[V, H]")
     v = weight.shape[0]
     checks.tensor("weight", weight, like=hidden, expected=(v, h), what="[V, H]", dtypes=(hidden.dtype,))
+    if v == 0 or h == 0:
+        raise ValueError(f"weight: got shape {checks.shape(weight)}, expected V >= 1 and H >= 1")
     if bias is not None:
         checks.tensor("bias", bias, like=hidden, expected=(v,), what="[V]", dtypes=(hidden.dtype,))
     if mask is not None:
         checks.mask("mask", mask, like=hidden, expected=rows, what="the shape of ids")
     checks.ids(ids, like=hidden, expected=rows, vocabulary=v, where=mask)
     checks.temperature(temperature, like=hidden, expected=rows)
-    checks.number("softcap", softcap, above=0)
+    checks.number("softcap", softcap, above=0, optional=True)
     checks.number("logit_scale", logit_scale, above=0)
-    checks.number("chunk_tokens", chunk_tokens, least=1)
+    checks.number("chunk_tokens", chunk_tokens, least=1, optional=True, integer=True)
 
 
 def _forward(
@@ -105,7 +108,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = ids.numel()
     rows = _rows(hidden, ids, mask, temperatures, temperature, softcap, logit_scale)
-    stats = head_stats(Head(weight, bias), rows, Plan.of(n, hidden.dtype, chunk_tokens))
+    stats = head_stats(Head(weight, bias), rows, Plan.of(n, hidden.dtype, chunk_tokens, False))
     buffer = rows.spread(stats.buffer, n)
     return buffer[0].clone(), buffer[1].clone(), buffer
 
@@ -129,7 +132,8 @@ def _backward(
     softcap: float | None,
     logit_scale: float,
     chunk_tokens: int | None,
-    needs: list[bool],
+    needs: list[bool],  # a gradient: hidden, weight, bias
+    unrounded: list[bool],  # and whether in float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = ids.numel()
     g, h = (None if x is None else x.float() for x in (grad_logprobs, grad_entropy))
@@ -140,22 +144,22 @@ def _backward(
     largest = torch.stack([x.abs().amax() for x in (g, h) if x is not None]).amax() if n else torch.ones(())
     largest = torch.where(largest > 0, largest, 1)
     coefficients = (None if x is None else rows.take(x) / largest for x in (g, h))
-    plan = Plan.of(n, hidden.dtype, chunk_tokens)
+    plan = Plan.of(n, hidden.dtype, chunk_tokens, unrounded[1])
     kept = RowStats(stats if rows.index is None else stats[:, rows.index])
     results = given_pass(Head(weight, bias), rows, kept, *coefficients, n, plan, tuple(needs))
     scale = largest.item()
     return tuple(
-        x.new_empty(0) if g is None else _native.scale_cast(g, scale, gradient_dtype(x))
-        for x, g in zip((hidden, weight, hidden if bias is None else bias), results, strict=True)
+        hidden.new_empty(0) if g is None else _native.scale_cast(g, scale, torch.float32 if wide else hidden.dtype)
+        for g, wide in zip(results, unrounded, strict=True)
     )
 
 
 def _fake_backward(grad_logprobs, grad_entropy, stats, hidden, weight, bias, *rest):
-    *_, needs = rest
-    inputs = (hidden, weight, hidden if bias is None else bias)
+    *_, needs, unrounded = rest
+    wanted = zip((hidden, weight, bias), needs, unrounded, strict=True)
     return tuple(
-        torch.empty_like(x, dtype=gradient_dtype(x)) if needed else x.new_empty(0)
-        for x, needed in zip(inputs, needs, strict=True)
+        hidden.new_empty(x.shape if needed else (0,), dtype=torch.float32 if wide else hidden.dtype)
+        for x, needed, wide in wanted
     )
 
 
@@ -172,6 +176,7 @@ def gradient_dtype(x: Tensor) -> torch.dtype:
 def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, ids, mask, temperatures, *ctx.scalars = inputs
     _, _, stats = output
+    ctx.unrounded = [x is not None and gradient_dtype(x) is torch.float32 for x in (hidden, weight, bias)]
     ctx.save_for_backward(stats, hidden, weight, bias, ids, mask, temperatures)
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
@@ -182,11 +187,13 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return None, None, None, *nothing
-    results = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.scalars, needs)
+    results = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.scalars, needs, ctx.unrounded)
     return *(g if needed else None for g, needed in zip(results, needs, strict=True)), *nothing
 
 
-_backward_op = define(schema_of("linear_token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward)
+_backward_op = define(
+    schema_of("linear_token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward, backward=refuse
+)
 _op = define(
     schema_of("linear_token_logprobs", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import resolve
 from ..types import PPOLoss
+from . import checks
 from .ppo_arguments import PPOArguments
 from .ppo_loss import fused_ppo_loss
 from .token_logprobs import check_logits, fused_token_logprobs
@@ -34,11 +35,10 @@ def logits_ppo_loss(
     Raises:
         ValueError: as `token_logprobs` and `ppo_loss`.
     """
+    temperature = checks.constant(temperature)
     args = PPOArguments.parse("logits_ppo_loss", options)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
-    args.check(ids, old_logprobs, advantages, mask, name="ids")
-    if args.entropy is not None:
-        raise ValueError("entropy: got a tensor, expected None: this op makes the entropy itself")
+    args.check(ids, old_logprobs, advantages, mask, name="ids", entropy_made=True)
     if resolve(backend, logits) == "reference":
         transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
         return reference.logits_ppo_loss(

@@ -83,7 +83,7 @@ def ppo_loss(
 def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantages, mask) -> PPOLoss:
     """The compiled form, for arguments that were checked."""
     terms = Terms.of(args, old_logprobs, advantages, mask)
-    differentiable = (None if x is None else checks.widen(x).reshape(-1) for x in (logprobs, entropy, args.values))
+    differentiable = (None if x is None else x.float().reshape(-1) for x in (logprobs, entropy, args.values))
     constants = (flat(args.old_values), flat(args.returns))
     loss, metrics, *_ = _op(*differentiable, *constants, *terms.pack())
     return as_loss(loss, metrics)

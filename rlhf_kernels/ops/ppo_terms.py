@@ -58,8 +58,9 @@ class Aggregation:
 
 
 def count(here: Tensor, given: float | Tensor | None) -> Tensor:
-    """The caller's global denominator, or this call's own; never below 1, so that an empty batch gives 0."""
-    return torch.as_tensor(here if given is None else given, device=here.device).float().clamp(min=1)
+    """The caller's global denominator, or this call's own; 1 instead of 0, so that an empty batch gives 0."""
+    x = torch.as_tensor(here if given is None else given, device=here.device).float()
+    return torch.where(x > 0, x, 1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def define(
     """Registers `rlhf_kernels::<schema>` and returns it.
 
     `save(ctx, inputs, output)` and `backward(ctx, *gradients)` make it differentiable; without them its results never
-    require gradients.
+    require gradients. `backward=refuse` is for the gradients themselves.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -29,6 +29,11 @@ def define(
     else:
         torch.library.register_autograd(f"rlhf_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.rlhf_kernels, name).default
+
+
+def refuse(ctx, *gradients: Tensor):
+    """The derivative of a derivative: said to be missing, not left out of a gradient penalty in silence."""
+    raise RuntimeError("rlhf_kernels differentiates once; use backend='reference' for a second derivative")
 
 
 def schema_of(name: str, function: Callable) -> str:

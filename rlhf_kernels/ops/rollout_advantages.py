@@ -5,10 +5,10 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..backend import resolve
+from ..rows import KL_ESTIMATORS
 from ..types import RolloutAdvantages
 from . import checks
 from .gae import check_recursion, native_arguments
-from .kl_penalty import ESTIMATORS
 from .registry import define, dense
 
 
@@ -37,9 +37,10 @@ def rollout_advantages(
         r_t = -kl_coef * KL_t + [t = t_score] * clip(score, ±score_clip)
 
     where KL_t estimates KL(policy || reference) at the token and t_score is the last True action, or `score_index` (a
-    position inside the sequence); a row without a True drops its score. `whiten_rewards` divides the rewards by their
-    standard deviation (the mean stays), `whiten_advantages` gives the advantages mean 0 and variance 1, both over all
-    True tokens with unbiased variance. For `gamma`, `lam`, `bootstrap`, `holes` see `gae`. No gradient.
+    position inside the sequence; on a masked token the score is dropped, as in a row without a True). `whiten_rewards`
+    divides the rewards by their standard deviation (the mean stays), `whiten_advantages` gives the advantages mean 0 and
+    variance 1, both over all True tokens with unbiased variance. For `gamma`, `lam`, `bootstrap`, `holes` see `gae`. No
+    gradient.
 
     Source: Ouyang et al. 2022 (InstructGPT), eq. 2 and section 3.5; Ziegler et al. 2019 for whitening.
 
@@ -55,8 +56,9 @@ def rollout_advantages(
     checks.tensor("scores", scores, like=logprobs, expected=(b,), what="one score a sequence")
     if score_index is not None:
         check_score_index(score_index, logprobs, b, cu_seqlens)
-    checks.choice("kl_estimator", kl_estimator, ESTIMATORS)
-    checks.number("score_clip", score_clip, above=0)
+    checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    checks.number("score_clip", score_clip, above=0, optional=True)
+    checks.number("kl_coef", kl_coef)
     check_recursion(gamma, lam, bootstrap, holes, logprobs, b)
     if resolve(backend, logprobs) == "reference":
         scores, logprobs, ref_logprobs, values, bootstrap = checks.wide(
@@ -80,7 +82,7 @@ def rollout_advantages(
             whiten_advantages=whiten_advantages,
             cu_seqlens=cu_seqlens,
         )
-    clip, estimator = float("inf") if score_clip is None else score_clip, ESTIMATORS.index(kl_estimator)
+    clip, estimator = float("inf") if score_clip is None else score_clip, KL_ESTIMATORS.index(kl_estimator)
     whiten = whiten_rewards, whiten_advantages
     return RolloutAdvantages(
         *_op(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, lam, clip, score_index, bootstrap,

@@ -40,9 +40,9 @@ def sample_tokens(
     if v == 0:
         raise ValueError("logits: got an empty vocabulary, expected V >= 1")
     checks.temperature(temperature, like=logits, expected=(b,))
-    checks.number("top_k", top_k, least=1)
-    checks.number("top_p", top_p, above=0, most=1)
-    checks.number("min_p", min_p, least=0, most=1)
+    checks.number("top_k", top_k, least=1, optional=True, integer=True)
+    checks.number("top_p", top_p, above=0, most=1, optional=True)
+    checks.number("min_p", min_p, least=0, most=1, optional=True)
     for name, x in (("sequence", sequence), ("position", position)):
         checks.integers(name, x, like=logits, expected=(b,), what="one number a row")
     if not isinstance(seed, int):

@@ -9,7 +9,7 @@ from ..rows import LogitRows, RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
 from .ppo_terms import flat
-from .registry import define, schema_of
+from .registry import define, refuse, schema_of
 
 
 def token_logprobs(
@@ -32,6 +32,7 @@ def token_logprobs(
     Raises:
         ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.
     """
+    temperature = checks.constant(temperature)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
     if resolve(backend, logits) == "reference":
         return reference.token_logprobs(
@@ -75,11 +76,13 @@ def as_rows(logits: Tensor) -> Tensor:
 def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, logit_scale, mask) -> None:
     checks.floating("logits", logits, dims=tuple(range(1, 8)), what="[..., V]")
     rows = logits.shape[:-1]
+    if logits.shape[-1] == 0:
+        raise ValueError("logits: got an empty vocabulary, expected V >= 1")
     if mask is not None:
         checks.mask("mask", mask, like=logits, expected=rows, what="the shape of ids")
     checks.ids(ids, like=logits, expected=rows, vocabulary=logits.shape[-1], where=mask)
     checks.temperature(temperature, like=logits, expected=rows)
-    checks.number("softcap", softcap, above=0)
+    checks.number("softcap", softcap, above=0, optional=True)
     checks.number("logit_scale", logit_scale, above=0)
 
 
@@ -149,7 +152,8 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
         return None, *nothing
     stats, logits, *rest = ctx.saved_tensors
-    if ctx.inplace and checks.is_eager(logits):
+    # Rows that share bytes, of an expanded tensor, cannot hold a gradient each.
+    if ctx.inplace and checks.is_eager(logits) and logits.stride(-2) >= logits.shape[-1]:
         with torch.no_grad():
             _write_gradient(logits, grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars)
         # The version tells autograd that the logits are gone, so that a second use of them raises.
@@ -158,5 +162,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
     return _backward_op(grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars), *nothing
 
 
-_backward_op = define(schema_of("token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward)
+_backward_op = define(
+    schema_of("token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward, backward=refuse
+)
 _op = define(schema_of("token_logprobs", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate)

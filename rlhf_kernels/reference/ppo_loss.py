@@ -167,8 +167,9 @@ def _value_metrics(
 
 
 def _count(here: Tensor, given: float | Tensor | None) -> Tensor:
-    """The caller's global denominator, or this batch's own; never below 1, so that an empty batch gives 0."""
-    return torch.as_tensor(here if given is None else given, device=here.device).clamp(min=1)
+    """The caller's global denominator, or this batch's own; 1 instead of 0, so that an empty batch gives 0."""
+    x = torch.as_tensor(here if given is None else given, device=here.device)
+    return torch.where(x > 0, x, 1)
 
 
 def _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, dtype) -> Tensor:
@@ -204,10 +205,23 @@ def logits_ppo_loss(
 
 
 def linear_ppo_loss(
-    hidden: Tensor, weight: Tensor, *args, bias=None, value_weight=None, value_bias=None, **options
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    old_logprobs,
+    advantages,
+    mask,
+    *,
+    bias=None,
+    value_weight=None,
+    value_bias=None,
+    **options,
 ) -> PPOLoss:
     """`logits_ppo_loss` of `hidden @ weight.T + bias`; values from the same hidden states."""
     if value_weight is not None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        options["values"] = hidden.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
-    return logits_ppo_loss(torch.nn.functional.linear(hidden, weight, bias), *args, **options)
+        value_mask = mask if options.get("value_mask") is None else options["value_mask"]
+        seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may hold anything
+        options["values"] = seen.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
+    logits = torch.nn.functional.linear(torch.where(mask[..., None], hidden, 0), weight, bias)
+    return logits_ppo_loss(logits, ids, old_logprobs, advantages, mask, **options)

@@ -39,8 +39,8 @@ def token_logprobs(
     taken = logp.gather(-1, ids[..., None]).squeeze(-1)
     h = None
     if entropy:
-        p = logp.exp()
-        h = -torch.where(p > 0, p * logp, 0).sum(-1)  # p log p -> 0, also for a logit of -inf
+        # p log p -> 0 also for a logit of -inf; NaN stays NaN
+        h = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
     if mask is not None:
         taken = torch.where(mask, taken, 0)
         h = None if h is None else torch.where(mask, h, 0)
@@ -56,4 +56,6 @@ def linear_token_logprobs(
     **options,
 ) -> TokenLogprobs:
     """`token_logprobs` of `hidden @ weight.T + bias`."""
+    if options.get("mask") is not None:
+        hidden = torch.where(options["mask"][..., None], hidden, 0)
     return token_logprobs(torch.nn.functional.linear(hidden, weight, bias), ids, **options)

@@ -88,6 +88,17 @@ def test_opcheck():
     assert set(result.values()) == {"SUCCESS"}
 
 
+def test_a_transposed_weight_compiles():
+    leaves, constants, _ = make(6)
+    weight = leaves["weight"].t().contiguous().requires_grad_()  # (H, V)
+
+    def loss(w):
+        return linear_token_logprobs(leaves["hidden"], w.t(), constants["ids"]).logprobs.sum()
+
+    expected = torch.autograd.grad(loss(weight), weight)[0]
+    assert torch.equal(torch.autograd.grad(torch.compile(loss, fullgraph=True)(weight), weight)[0], expected)
+
+
 def test_compiles_as_one_graph():
     leaves, constants, _ = make(5)
     x = [leaves[k].clone().requires_grad_() for k in ("hidden", "weight")]

@@ -1,5 +1,7 @@
 """`ppo_loss`: the formulas against numbers made by hand and against float64, the aggregations, the metrics."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from rlhf_kernels import METRICS, explained_variance, ppo_loss, reference
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import Terms
+from rlhf_kernels.reference.ppo_loss import _surrogate as surrogate_of_the_definition
 
 from .bounds import check_error
 
@@ -276,6 +279,16 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"aggregation": "mean"}, "aggregation: got 'mean'"),
         ({"cliprange": -0.1}, "cliprange: got -0.1, expected at least 0"),
         ({"dual_clip": 1.0}, "dual_clip: got 1.0, expected a number above 1"),
+        ({"cliprange": None}, "cliprange: got None, expected a finite number"),
+        ({"cliprange": "0.2"}, "cliprange: got '0.2', expected a finite number"),
+        ({"vf_coef": float("nan")}, "vf_coef: got nan"),
+        ({"num_tokens": torch.tensor([6])}, r"num_tokens: got torch.int64 of shape \(1\)"),
+        ({"num_tokens": torch.tensor(-1)}, "num_tokens: got -1, expected at least 0"),
+        ({"entropy_coef": 0.5}, "entropy: got None with entropy_coef=0.5"),
+        ({"old_kl_coef": 0.5}, "old_kl_coef: got 0.5 with objective='clip'; only 'kl_penalty' has it"),
+        ({"dual_clip": 3.0, "objective": "ratio"}, "dual_clip: got 3.0 with objective='ratio'"),
+        ({"value_mask": torch.ones(2, 3, dtype=torch.bool)}, "values: got None with value_mask"),
+        ({"cu_seqlens": [0, 6]}, "cu_seqlens: got list, expected an int32 tensor"),
         ({"kl_coef": 0.1}, "ref_logprobs: got None with kl_coef=0.1"),
         ({"values": torch.zeros(2, 3)}, "returns: got None"),
         ({"returns": torch.zeros(2, 3)}, "values: got None with returns"),
@@ -303,6 +316,40 @@ def test_cu_seqlens_are_checked():
         ppo_loss(x, x, x, mask, cu_seqlens=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match=r"expected \[B, T\], or \[N\] together with cu_seqlens"):
         ppo_loss(x, x, x, mask, aggregation="seq_mean_token_sum")
+
+
+def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
+    """Under a compiler the public check sees no values; the kernel must not read or write outside."""
+    x, mask = torch.zeros(4), torch.ones(4, dtype=torch.bool)
+
+    def loss(x, cu):
+        return ppo_loss(x, x, x, mask, cu_seqlens=cu, ratio_level="sequence").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for ends in ([0, 8], [0, 2], [1, 4]):
+        with pytest.raises(ValueError, match="cu_seqlens: got"):
+            compiled(x, torch.tensor(ends, dtype=torch.int32))
+
+
+def test_defaults_are_the_same_everywhere():
+    """The public signature, the arguments that the other ops share, and the definition."""
+    public = {n: p.default for n, p in inspect.signature(ppo_loss).parameters.items() if p.default is not p.empty}
+    shared = {f.name: f.default for f in dataclasses.fields(PPOArguments)}
+    assert {k: v for k, v in public.items() if k != "backend"} == shared
+    defined = (
+        inspect.signature(reference.ppo_loss).parameters | inspect.signature(surrogate_of_the_definition).parameters
+    )
+    for name, default in shared.items():
+        assert defined[name].default == default, name
+
+
+def test_wider_tensors_are_read_as_what_they_are():
+    inputs, constants = case(10)
+    expected = run(ppo_loss, inputs, constants, {"vf_coef": 1.0})[0]
+    wide = {k: v if k == "logprobs" else v.double() for k, v in inputs.items()}
+    got = ppo_loss(**wide, **constants, vf_coef=1.0)
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(got.metrics["entropy"], expected.metrics["entropy"])
 
 
 def test_opcheck():

@@ -144,6 +144,27 @@ def test_inplace_gradient_takes_the_logits_bytes():
     assert torch.equal(gradient, expected)
 
 
+def test_inplace_leaves_rows_that_share_bytes_alone():
+    from rlhf_kernels import logits_ppo_loss
+
+    row = torch.randn(1, 40).requires_grad_()
+    ids, mask = torch.arange(5), torch.ones(5, dtype=torch.bool)
+    gradients = []
+    for inplace in (False, True):
+        loss = logits_ppo_loss(
+            (row * 1).expand(5, 40), ids, torch.full((5,), -3.5), torch.ones(5), mask, inplace=inplace
+        ).loss
+        gradients.append(torch.autograd.grad(loss, row)[0])
+    assert torch.equal(*gradients)
+
+
+def test_the_definition_shows_non_finite_rows_too():
+    logits = torch.randn(2, 9)
+    logits[1, 3] = math.nan
+    out = reference.token_logprobs(logits, torch.zeros(2, dtype=torch.long), entropy=True)
+    assert out.entropy.isfinite().tolist() == [True, False]
+
+
 def test_same_bits_twice_and_for_any_neighbours():
     logits, ids = torch.randn(40, 3001), torch.randint(0, 3001, (40,))
     whole = token_logprobs(logits, ids, entropy=True)
