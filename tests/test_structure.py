@@ -114,3 +114,16 @@ def test_no_catch_all_and_no_pickle():
                 caught = ast.unparse(node.type) if node.type else "everything"
                 assert caught not in ("everything", "Exception", "BaseException"), f"{name(path)}:{node.lineno}"
         assert all(module.split(".")[0] != "pickle" for module, _ in imports(path)), name(path)
+
+
+def test_readme_has_a_line_for_each_file():
+    readme = (ROOT / "README.md").read_text()
+    sources = [
+        *SOURCES,
+        *(ROOT / "csrc").rglob("*.cpp"),
+        *(ROOT / "csrc").rglob("*.h"),
+        *(ROOT / "benchmarks").rglob("bench_*.py"),
+    ]
+    for path in sources:
+        entry = "/".join(path.relative_to(ROOT).parts[1:])
+        assert path.name == "__init__.py" or f"  {entry} " in readme, f"README's tree lacks {name(path)}"
