@@ -16,7 +16,7 @@ def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
     Raises:
         ValueError: no such file, or a bad line, named as `file:line`.
     """
-    return _read(Path(path), ("prompt", "response"), (), lambda given: Demonstration(**given))
+    return _read(Path(path), ("prompt", "response"), (), lambda given, line: Demonstration(**given, line=line))
 
 
 def read_comparisons(path: str | Path) -> Iterator[Comparison]:
@@ -34,19 +34,20 @@ def read_prompts(path: str | Path, split: str | None = None) -> Iterator[PromptR
     Raises:
         ValueError: no such file, or a bad line, named as `file:line`.
     """
-    records = _read(Path(path), ("prompt", "user_id"), ("split",), lambda given: PromptRecord(**given))
+    records = _read(Path(path), ("prompt", "user_id"), ("split",), lambda given, line: PromptRecord(**given, line=line))
     return (record for record in records if split is None or record.split == split)
 
 
-def _comparison(given: dict[str, Any]) -> Comparison:
+def _comparison(given: dict[str, Any], line: int) -> Comparison:
     completions = given["completions"]
     if not isinstance(completions, list):
         raise ValueError(f"completions: got {type(completions).__name__}, expected a list of strings")
-    return Comparison(given["prompt"], tuple(completions), parse_ranking(given["ranking"], len(completions)))
+    ranks = parse_ranking(given["ranking"], len(completions))
+    return Comparison(given["prompt"], tuple(completions), ranks, line=line)
 
 
 def _read(
-    path: Path, required: tuple[str, ...], optional: tuple[str, ...], make: Callable[[dict[str, Any]], Record]
+    path: Path, required: tuple[str, ...], optional: tuple[str, ...], make: Callable[[dict[str, Any], int], Record]
 ) -> Iterator[Record]:
     # Not a generator itself, so that a missing file is reported by the call and not by the first `next`.
     if not path.is_file():
@@ -55,14 +56,14 @@ def _read(
 
 
 def _records(
-    path: Path, required: tuple[str, ...], optional: tuple[str, ...], make: Callable[[dict[str, Any]], Record]
+    path: Path, required: tuple[str, ...], optional: tuple[str, ...], make: Callable[[dict[str, Any], int], Record]
 ) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = make(_fields(line, required, optional))
+                record = make(_fields(line, required, optional), number)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             yield record

@@ -3,7 +3,7 @@
 import math
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def _check_text(name: str, value: object) -> None:
@@ -11,6 +11,10 @@ def _check_text(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), expected a string")
     if not value.strip():
         raise ValueError(f"{name}: got an empty string, expected some text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: got {value[error.start]!r}, half of a surrogate pair, expected text") from None
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class Demonstration:
     """What the user typed."""
     response: str
     """What the labeler answered."""
+    line: int = field(default=0, compare=False, kw_only=True)
+    """Line of the file that it came from; 0 if none."""
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -37,6 +43,8 @@ class Comparison:
     """K >= 2 answers."""
     ranks: tuple[float, ...]
     """One finite number for each completion: lower is better, equal is a tie."""
+    line: int = field(default=0, compare=False, kw_only=True)
+    """Line of the file that it came from; 0 if none."""
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -68,6 +76,8 @@ class PromptRecord:
     """Who typed it."""
     split: str = "train"
     """train, validation or test; all prompts of a user are in the same one."""
+    line: int = field(default=0, compare=False, kw_only=True)
+    """Line of the file that it came from; 0 if none."""
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)

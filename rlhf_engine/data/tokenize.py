@@ -25,6 +25,8 @@ class Codec:
     """Longest prompt; a longer one is refused."""
     max_response_tokens: int = 256
     """Longest response, EOS included; a longer one is refused."""
+    max_tokens: int | None = None
+    """Longest prompt and response together, the positions of the model that reads them; None if it has no such limit."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -61,10 +63,18 @@ class Codec:
             )
         return ids
 
+    def join(self, prompt: Sequence[int], response: str) -> Example:
+        """An encoded prompt and a response to it."""
+        example = Example(tuple(prompt), tuple(self.encode_response(response)))
+        if self.max_tokens is not None and len(example) > self.max_tokens:
+            raise ValueError(
+                f"prompt and response: got {len(example)} tokens, expected at most {self.max_tokens}, the model's positions"
+            )
+        return example
+
     def example(self, demonstration: Demonstration) -> Example:
         """Ids of a demonstration."""
-        prompt, response = self.encode_prompt(demonstration.prompt), self.encode_response(demonstration.response)
-        return Example(tuple(prompt), tuple(response))
+        return self.join(self.encode_prompt(demonstration.prompt), demonstration.response)
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a sampled response, up to its first EOS."""

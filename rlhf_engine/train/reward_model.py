@@ -50,8 +50,8 @@ def encode_comparison(comparison: Comparison, codec: Codec) -> RankedPrompt | No
     pairs = comparison.pairs()
     if not pairs:
         return None
-    prompt = tuple(codec.encode_prompt(comparison.prompt))
-    answers = tuple(Example(prompt, tuple(codec.encode_response(text))) for text in comparison.completions)
+    prompt = codec.encode_prompt(comparison.prompt)
+    answers = tuple(codec.join(prompt, text) for text in comparison.completions)
     return RankedPrompt(answers, tuple(pairs))
 
 

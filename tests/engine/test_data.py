@@ -1,5 +1,6 @@
 """Records and files: what is read, what is refused and in which words, and how rows are laid out."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -75,6 +76,15 @@ def test_files_are_read(tmp_path):
     assert [record.split for record in read_prompts(path)] == ["test", "train"]
 
 
+def test_records_know_their_line(tmp_path):
+    path = write(tmp_path, "", '{"prompt": "p", "response": "r"}', "", '{"prompt": "q", "response": "\\ud83d\\ude00"}')
+    assert [(record.line, record.response) for record in read_demonstrations(path)] == [(2, "r"), (4, "\U0001f600")]
+    path = write(tmp_path, "", '{"prompt": "p", "completions": ["a", "b"], "ranking": "B > A"}')
+    assert [record.line for record in read_comparisons(path)] == [2]
+    path = write(tmp_path, "", "", '{"prompt": "p", "user_id": "u"}')
+    assert [record.line for record in read_prompts(path)] == [3]
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -83,6 +93,10 @@ def test_files_are_read(tmp_path):
         ('{"prompt": "p"}', r"records\.jsonl:2: no field 'response'"),
         ('{"prompt": "p", "response": 3}', r"records\.jsonl:2: response: got 3 \(int\), expected a string"),
         ('{"prompt": " ", "response": "r"}', r"records\.jsonl:2: prompt: got an empty string"),
+        (
+            '{"prompt": "p", "response": "\\ud800"}',
+            r"records\.jsonl:2: response: got '\\ud800', half of a surrogate pair",
+        ),
         ('{"prompt": "p", "response": "r", "reply": "r"}', r"records\.jsonl:2: unknown field 'reply'"),
     ],
 )
@@ -114,6 +128,16 @@ def test_a_comparison_whose_completions_are_no_list_is_refused(tmp_path):
 def codec():
     tokenizer = train_tokenizer(["a red fox", "the red box", "zoé"] * 3, 280)
     return Codec(tokenizer, max_prompt_tokens=8, max_response_tokens=8)
+
+
+def test_prompt_and_response_have_room_together(codec):
+    short = replace(codec, max_tokens=5)
+    prompt = short.encode_prompt("a")
+    room = 5 - len(prompt)
+    texts = ["x" * (room - 1), "x" * room]
+    assert len(short.join(prompt, texts[0])) == 5
+    with pytest.raises(ValueError, match="got 6 tokens, expected at most 5, the model's positions"):
+        short.example(Demonstration("a", texts[1]))
 
 
 def test_text_survives_the_tokenizer(codec):
