@@ -51,6 +51,11 @@ def load_pretrained(
     return model.to(device).eval()
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence that the model was made for; None if its config knows no such number."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; ValueError if it has none."""
     require(Path(folder), "tokenizer_config.json")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import SlotCache
 
 MIN_ROWS = 16
@@ -52,10 +53,17 @@ class Decoder:
         # Beyond its end a prompt repeats its last token; no real token sees it, and its columns are overwritten later.
         inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
         self.cache.prefill(first)
-        hidden = self.policy.hidden(inputs, past_key_values=self.cache, use_cache=True)
+        hidden = self.policy.hidden(inputs, None, self._prefill_positions(inputs), self.cache, use_cache=True)
         rows = torch.arange(len(prompts), device=lengths.device) * width + lengths - 1
         rows = torch.nn.functional.pad(rows, (0, max(0, MIN_ROWS - len(prompts))), value=int(rows[0]))
         return hidden.flatten(0, 1)[rows]
+
+    def _prefill_positions(self, inputs: Tensor) -> Tensor | None:
+        """None where the trunk counts them itself; where padding would count past its last position, it stays there."""
+        width, limit = inputs.shape[1], max_positions(self.policy.model)
+        if limit is None or width <= limit:
+            return None
+        return torch.arange(width, device=inputs.device).clamp(max=limit - 1).expand_as(inputs)
 
     def decode(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rlhf_engine.model.layout import TokenBatch, token_batch
@@ -50,35 +49,3 @@ class Rollout:
         """Split `sequences` into micro-batches of `size` whose members have similar lengths, so that few pads remain."""
         lengths = (self.prompt_lengths + self.response_lengths)[sequences]
         return sequences[lengths.argsort(stable=True, descending=True)].split(size)
-
-
-def join(rollouts: list[Rollout], pad_token_id: int) -> Rollout:
-    """One rollout of all sequences, in order, padded to the widest."""
-    prompt = max(r.prompt_ids.shape[1] for r in rollouts)
-    response = max(r.response_ids.shape[1] for r in rollouts)
-
-    def widen(x: Tensor, left: int, right: int, fill: float = 0) -> Tensor:
-        return torch.nn.functional.pad(x, (left, right), value=fill)
-
-    def along(name: str, fill: float = 0) -> Tensor:
-        return torch.cat([widen(getattr(r, name), 0, response - r.mask.shape[1], fill) for r in rollouts])
-
-    def whole(name: str, fill: float = 0) -> Tensor:
-        return torch.cat(
-            [
-                widen(getattr(r, name), prompt - r.prompt_ids.shape[1], response - r.mask.shape[1], fill)
-                for r in rollouts
-            ]
-        )
-
-    input_ids = whole("input_ids", pad_token_id)
-    return Rollout(
-        input_ids=input_ids,
-        attention_mask=whole("attention_mask"),
-        response_ids=input_ids[:, prompt:],
-        mask=along("mask"),
-        logprobs=along("logprobs"),
-        sampling_logprobs=along("sampling_logprobs"),
-        values=along("values"),
-        ended=torch.cat([r.ended for r in rollouts]),
-    )

@@ -7,7 +7,6 @@ from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.rollout import Generator, score_rollout
 from rlhf_engine.rollout.decoder import Decoder, prompt_width
-from rlhf_engine.rollout.rollout import join
 from rlhf_kernels import sample_tokens
 from tests.engine.tiny_models import FAMILIES, VOCABULARY, tiny
 
@@ -208,10 +207,23 @@ def test_prompt_width():
     ]
 
 
-def test_join_pads_to_the_widest():
-    generator = make_generator(make_actor())
-    prompts = make_prompts(6)
-    parts = [generator.generate(prompts[:2], torch.arange(2)), generator.generate(prompts[2:], torch.arange(2, 6))]
-    whole, joined = generator.generate(prompts, torch.arange(6)), join(parts, 0)
-    for name in ("input_ids", "attention_mask", "response_ids", "mask", "logprobs", "values", "ended"):
-        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_prompt_whose_padding_passes_the_last_position(family):
+    """20 positions: a prompt of 17 is padded to 32; the responses are those of the same weights with room."""
+    prompts = [prompt[:17] for prompt in make_prompts(20, longest=40)]
+    assert max(map(len, prompts)) == 17
+    names = {"gpt2": "n_positions"}
+    rollouts = []
+    for positions in (20, 64):
+        model = tiny(family, **{names.get(family, "max_position_embeddings"): positions})
+        if family == "gpt2":
+            model.transformer.wpe.weight.data[:20] = torch.linspace(-1, 1, 20 * 32).view(20, 32)
+        source = tiny(family)
+        own = model.state_dict()
+        model.load_state_dict({**source.state_dict(), **{name: own[name] for name in own if "wpe" in name}})
+        actor = ActorCritic(model)
+        config = RolloutConfig(max_prompt_tokens=17, max_response_tokens=3)
+        generator = Generator(actor, config, eos_token_ids=ENDS, pad_token_id=0, seed=3)
+        rollouts.append(generator.generate(prompts, torch.arange(20)))
+    assert torch.equal(rollouts[0].response_ids, rollouts[1].response_ids)
+    torch.testing.assert_close(rollouts[0].logprobs, rollouts[1].logprobs)
