@@ -8,6 +8,7 @@ no state of their own: they are functions of the seed and the counters in `train
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf_engine.config import ModelConfig, RunConfig, save_config
+from rlhf_engine.config import ModelConfig, RunConfig, load_config, save_config
 from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
@@ -28,6 +29,33 @@ VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "trainer.json",
     "config.yaml",
 )
+
+_STATE = {
+    "updates_done": int,
+    "optimizer_steps": int,
+    "kl_coef": float,
+    "seed": int,
+    "optimizer_tensors": int,
+    "reference": str,
+}
+"""What `trainer.json` holds."""
+
+_MAY_CHANGE = {
+    "output_dir",
+    "device",
+    "model.path",
+    "reward",
+    "data.demonstrations",
+    "data.comparisons",
+    "data.prompts",
+    "data.max_response_tokens",
+    "data.validation_share",
+    "ppo.updates",
+    "ppo.checkpoint_every",
+    "sft",
+    "demo",
+}
+"""Keys and sections that a resumed run may have otherwise: places, the length of the run, and what PPO does not read."""
 
 
 def load_policy(
@@ -60,6 +88,7 @@ def save_checkpoint(
         "optimizer_steps": trainer.optimizer_steps,
         "kl_coef": trainer.kl_coef,
         "seed": trainer.seed,
+        "optimizer_tensors": len(tensors),
         "reference": fingerprint(trainer.reference.model),
     }
 
@@ -72,28 +101,31 @@ def save_checkpoint(
     with_new_folder(folder, write)
 
 
-_STATE = {"updates_done": int, "optimizer_steps": int, "kl_coef": float, "seed": int, "reference": str}
-"""What `trainer.json` holds."""
+def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
+    """Put weights, optimiser and counters of a checkpoint into `trainer`, which was made from `config`.
 
-
-def resume(folder: str | Path, trainer: PPOTrainer) -> None:
-    """Put weights, optimiser and counters of a checkpoint into `trainer`, which was made from the same config.
-
-    Raises ValueError for a missing file, another seed, a model of other shapes, or another reference policy: the KL is
-    measured to the policy that the run began with, never to the one that it resumes from.
+    Raises ValueError for a file that is missing or broken, another seed, a setting of PPO that is not what the run began
+    with (see `_MAY_CHANGE`), a model of other shapes, or another reference policy: the KL is measured to the policy that
+    the run began with, never to the one that it resumes from.
     """
     folder = Path(folder)
     recover(folder)
-    require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER)
+    require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG)
     state = _read_state(folder / TRAINER)
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
+    _check_config(load_config(folder / CONFIG), config, folder / CONFIG)
     if state["reference"] != fingerprint(trainer.reference.model):
         raise ValueError(
             f"{folder}: its reference policy is another model than the one given; expected the model it began with"
         )
+    tensors = read_tensors(folder / OPTIMIZER)
+    if len(tensors) != state["optimizer_tensors"]:
+        raise ValueError(
+            f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected the {state['optimizer_tensors']} of {TRAINER}"
+        )
     _read_weights(folder, trainer.policy)
-    _unflatten_optimizer(trainer.optimizer, read_tensors(folder / OPTIMIZER), folder / OPTIMIZER)
+    _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
     trainer.updates_done, trainer.optimizer_steps = state["updates_done"], state["optimizer_steps"]
     trainer.kl_coef = state["kl_coef"]
 
@@ -140,6 +172,25 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def _check_config(saved: RunConfig, given: RunConfig, source: Path) -> None:
+    """ValueError naming the first setting that differs and may not."""
+    before = dict(_settings(saved.to_dict()))
+    for key, value in _settings(given.to_dict()):
+        if value != before[key]:
+            raise ValueError(f"{key}: got {value!r}, expected {before[key]!r} to go on with the run of {source}")
+
+
+def _settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = prefix + name
+        if key in _MAY_CHANGE:
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, key + ".")
+        else:
+            yield key, value
+
+
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[nn.Parameter]]:
     """The optimiser's tensors under names `<parameter number>.<name>`, and its parameters in that order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -155,9 +206,9 @@ def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, to
     _, parameters = _flatten_optimizer(optimizer)
     optimizer.state.clear()
     for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        if int(number) >= len(parameters) or (value.dim() and value.shape != parameters[int(number)].shape):
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)] if number.isdigit() and int(number) < len(parameters) else None
+        if parameter is None or value.shape != (() if name == "step" else parameter.shape):
             raise ValueError(f"{source}: got {key} of shape {tuple(value.shape)}, which fits no trained parameter")
-        parameter = parameters[int(number)]
         # The step counter stays where it was written; the moments live with their parameter.
         optimizer.state[parameter][name] = value.to(parameter.device)

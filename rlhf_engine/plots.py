@@ -4,12 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from rlhf_engine.evaluate import WinRate
 
 _COLOURS = ("#1f5f8b", "#d1495b", "#66a182", "#edae49", "#7a5195")
+
+PANELS: dict[str, dict[str, dict[str, str]]] = {
+    "sft": {
+        "loss, nats a token": {"training": "loss", "validation": "validation_loss"},
+        "gradient norm": {"gradient norm": "grad_norm"},
+        "learning rate": {"learning rate": "lr"},
+    },
+    "rm": {
+        "loss, nats a pair": {"training": "loss", "held out": "validation_loss"},
+        "held-out accuracy": {"accuracy": "accuracy"},
+        "gradient norm": {"gradient norm": "grad_norm"},
+    },
+    "ppo": {
+        "reward model's score": {"score": "score_mean"},
+        "KL to the reference, nats a sequence": {"kl": "kl"},
+        "entropy, nats a token": {"entropy": "entropy"},
+        "tokens a response": {"length": "response_length"},
+        "value: explained variance": {"explained variance": "explained_variance"},
+        "clipped share of tokens": {"clipped": "clipfrac"},
+        "policy loss": {"policy loss": "policy_loss"},
+        "value loss": {"value loss": "value_loss"},
+        "gradient norm": {"gradient norm": "grad_norm"},
+    },
+}
+"""What a stage shows: panel -> curve -> name in its metrics."""
+
+
+def plot_stage(
+    rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]], path: str | Path, *, x_label: str
+) -> None:
+    """Curves over the steps of `rows`; a number that a row lacks, or that is null, is no point of its curve."""
+    found = {
+        title: {
+            label: points
+            for label, name in curves.items()
+            if (points := [(row["step"], row[name]) for row in rows if row.get(name) is not None])
+        }
+        for title, curves in panels.items()
+    }
+    plot_curves({title: curves for title, curves in found.items() if curves}, path, x_label=x_label)
 
 
 def plot_win_rates(rates: Mapping[str, WinRate], baseline: str, path: str | Path) -> None:

@@ -18,16 +18,20 @@ from rlhf_engine.checkpoint import save_checkpoint
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import (
     Codec,
+    Comparison,
+    Demonstration,
     Example,
+    PromptRecord,
     read_comparisons,
     read_demonstrations,
     read_prompts,
 )
 from rlhf_engine.files import with_new_folder, write_json
-from rlhf_engine.metrics import MetricsWriter, progress
+from rlhf_engine.metrics import MetricsWriter, progress, read_metrics
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
-from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer
+from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.plots import PANELS, plot_calibration, plot_stage
 from rlhf_engine.rollout import Generator, Rollout
 from rlhf_engine.train.ppo import PPOTrainer, RewardFunction
 from rlhf_engine.train.reward_model import (
@@ -39,7 +43,8 @@ from rlhf_engine.train.reward_model import (
 )
 from rlhf_engine.train.sft import FitReport, fit_language_model
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item", Demonstration, Comparison, PromptRecord)
+Made = TypeVar("Made")
 
 
 def run_sft(config: RunConfig) -> FitReport:
@@ -54,6 +59,7 @@ def run_sft(config: RunConfig) -> FitReport:
             actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
         )
     save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report))
+    _plot(config, "sft", "optimiser step")
     return report
 
 
@@ -81,6 +87,8 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
         )
 
     with_new_folder(Path(config.output_dir) / "rm", write)
+    _plot(config, "rm", "optimiser step")
+    plot_calibration(history[-1].bins, history[-1].accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
     return history
 
 
@@ -92,6 +100,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     records = _read(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
     reward_model = load_reward_model(config)
     model, codec = load_model(config)
+    _check_fit(config, model, codec, reward_model)
     prompts = _encode(config.data.prompts, records, lambda record: torch.tensor(codec.encode_prompt(record.prompt)))
     value_head = ValueHead.from_weights(reward_model.head.weight.detach(), reward_model.head.bias.detach())
     policy = ActorCritic(model, value_head, backend=config.backend)
@@ -106,7 +115,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     )
     folder = Path(config.output_dir) / "ppo"
     if resume:
-        resume_trainer(folder, trainer)
+        resume_trainer(folder, trainer, config)
     history: list[dict[str, float]] = []
     done, updates = trainer.updates_done, config.ppo.updates
     with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
@@ -120,6 +129,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
                 save_checkpoint(folder, trainer, codec.tokenizer, config)
 
         trainer.train(on_update)
+    _plot(config, "ppo", "update")
     return history
 
 
@@ -138,7 +148,8 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
         raise ValueError(f"model.path: {error}") from None
     _check_vocabulary(model, tokenizer, folder)
     data = config.data
-    codec = Codec(tokenizer, data.prompt_template, config.rollout.max_prompt_tokens, data.max_response_tokens)
+    limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
+    codec = Codec(tokenizer, data.prompt_template, *limits)
     return model, codec
 
 
@@ -194,6 +205,12 @@ def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter
     return MetricsWriter(config.output_dir, stage, resume_after=done)
 
 
+def _plot(config: RunConfig, stage: str, x_label: str) -> None:
+    """The curves of a stage, those of the run that it resumed among them, as `output_dir/plots/<stage>.png`."""
+    rows = [row for row in read_metrics(config.output_dir) if row["stage"] == stage]
+    plot_stage(rows, PANELS[stage], Path(config.output_dir) / "plots" / f"{stage}.png", x_label=x_label)
+
+
 def _placement(config: RunConfig) -> dict[str, Any]:
     """Arguments of loading that say where and how a model lives."""
     try:
@@ -214,6 +231,27 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )
 
 
+def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel) -> None:
+    """The reward model reads the policy's token ids, and both have room for the longest response."""
+    theirs, ours = load_tokenizer(config.reward.path), codec.tokenizer
+    folders = f"{config.reward.path} (reward.path) and {config.model.path} (model.path)"
+    if theirs.get_vocab() != ours.get_vocab() or theirs.eos_token_id != ours.eos_token_id:
+        raise ValueError(
+            f"the tokenizers of {folders} differ; expected a reward model that reads the policy's token ids"
+        )
+    rows = [found.get_input_embeddings().weight.shape[0] for found in (reward_model.trunk, model)]
+    if rows[0] < rows[1]:
+        raise ValueError(f"{folders}: got {rows[0]} and {rows[1]} embeddings, expected no fewer in the reward model")
+    # A response that runs out of budget is scored with an EOS behind it.
+    rollout, rooms = config.rollout, [(max_positions(model), 0), (max_positions(reward_model.trunk), 1)]
+    room = min((positions - spare for positions, spare in rooms if positions is not None), default=None)
+    if room is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > room:
+        raise ValueError(
+            f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
+            f"{rollout.max_response_tokens}, expected at most {room} together, the models' positions"
+        )
+
+
 def _given(value: str | None, key: str) -> str:
     if value is None:
         raise ValueError(f"{key}: got nothing, expected a path")
@@ -229,15 +267,15 @@ def _read(path: str | None, key: str, reader: Callable[[str], Iterator[Item]]) -
 
 def _encode(path: str | None, records: Sequence[Item], encode: Callable[[Item], Made]) -> list[Made]:
     encoded = []
-    for number, record in enumerate(records, start=1):
+    for record in records:
         try:
             encoded.append(encode(record))
         except ValueError as error:
-            raise ValueError(f"{path}: record {number}: {error}") from None
+            raise ValueError(f"{path}:{record.line}: {error}") from None
     return encoded
 
 
-def _split(items: Sequence[Item], config: RunConfig) -> tuple[list[Item], list[Item]]:
+def _split(items: Sequence[Made], config: RunConfig) -> tuple[list[Made], list[Made]]:
     """Training and validation parts, drawn by the seed; both have at least one item if there are two."""
     order = list(range(len(items)))
     Random(config.seed).shuffle(order)

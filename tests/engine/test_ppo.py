@@ -1,7 +1,10 @@
 """PPO: the update is the one that the formulas say, whatever its micro-batches, and a resumed run goes on as if nothing was."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
@@ -202,7 +205,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, family):
     first.step()
     save_checkpoint(tmp_path / "checkpoint", first, None, RunConfig())
     second = make_trainer(family)
-    resume(tmp_path / "checkpoint", second)
+    resume(tmp_path / "checkpoint", second, RunConfig())
     assert (second.updates_done, second.optimizer_steps) == (1, 4)
     resumed_log = second.step()
     after = weights_of(second)
@@ -225,14 +228,22 @@ def test_a_checkpoint_loads_with_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "value_head.safetensors", "optimizer.safetensors", "trainer.json"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "value_head.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+        "config.yaml",
+    ],
 )
 def test_a_missing_file_is_named(tmp_path, name):
     trainer = make_trainer()
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
     (tmp_path / "checkpoint" / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing"):
-        resume(tmp_path / "checkpoint", trainer)
+        resume(tmp_path / "checkpoint", trainer, RunConfig())
 
 
 @pytest.mark.parametrize("left", ["old and new", "old"])
@@ -246,7 +257,7 @@ def test_resume_finds_what_a_kill_between_the_renames_left(tmp_path, left):
         trainer.step()
         save_checkpoint(new, trainer, None, RunConfig())
     again = make_trainer()
-    resume(folder, again)
+    resume(folder, again, RunConfig())
     assert again.updates_done == (2 if left == "old and new" else 1)
     assert all(torch.equal(value, weights_of(trainer)[name]) for name, value in weights_of(again).items())
 
@@ -254,7 +265,7 @@ def test_resume_finds_what_a_kill_between_the_renames_left(tmp_path, left):
 def test_a_half_written_first_checkpoint_is_not_resumed_from(tmp_path):
     save_checkpoint(tmp_path / "checkpoint.new", make_trainer(), None, RunConfig())
     with pytest.raises(ValueError, match="checkpoint: no such folder"):
-        resume(tmp_path / "checkpoint", make_trainer())
+        resume(tmp_path / "checkpoint", make_trainer(), RunConfig())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +277,7 @@ def test_a_state_that_lacks_something_is_named(tmp_path, content, message):
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
     (tmp_path / "checkpoint" / "trainer.json").write_text(content)
     with pytest.raises(ValueError, match=rf"trainer\.json: {message}"):
-        resume(tmp_path / "checkpoint", trainer)
+        resume(tmp_path / "checkpoint", trainer, RunConfig())
 
 
 @pytest.mark.parametrize("name", ["optimizer", "value_head", "model"])
@@ -277,7 +288,46 @@ def test_a_truncated_file_is_named(tmp_path, name):
     path = tmp_path / "checkpoint" / f"{name}.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"checkpoint.* not a whole safetensors file"):
-        resume(tmp_path / "checkpoint", trainer)
+        resume(tmp_path / "checkpoint", trainer, RunConfig())
+
+
+def test_a_resumed_run_has_the_settings_that_it_began_with(tmp_path):
+    began = RunConfig(ppo=PPOConfig(**SETTINGS))
+    save_checkpoint(tmp_path / "checkpoint", make_trainer(), None, began)
+    trainer = make_trainer()
+    for config, message in (
+        (replace(began, ppo=replace(began.ppo, kl_coef=0.5)), r"ppo\.kl_coef: got 0\.5, expected 0\.05 .*config\.yaml"),
+        (replace(began, ppo=replace(began.ppo, rollout_batch=8)), r"ppo\.rollout_batch: got 8, expected 16 "),
+        (
+            replace(began, ppo=replace(began.ppo, optim=OptimConfig(lr=0.5))),
+            r"ppo\.optim\.lr: got 0\.5, expected 9e-06 ",
+        ),
+        (replace(began, rollout=RolloutConfig(top_k=3)), r"rollout\.top_k: got 3, expected None "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resume(tmp_path / "checkpoint", trainer, config)
+    elsewhere = replace(began, output_dir="elsewhere", ppo=replace(began.ppo, updates=7, checkpoint_every=1))
+    resume(tmp_path / "checkpoint", trainer, elsewhere)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.clear(), "got 0 tensors, expected the"),
+        (lambda tensors: tensors.update({"x.exp_avg": tensors.pop("0.exp_avg")}), r"got x\.exp_avg of shape"),
+        (lambda tensors: tensors.update({"0.exp_avg": torch.zeros(())}), r"got 0\.exp_avg of shape \(\)"),
+    ],
+)
+def test_optimizer_state_that_is_not_whole_is_refused(tmp_path, change, message):
+    trainer = make_trainer()
+    trainer.step()
+    save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
+    path = tmp_path / "checkpoint" / "optimizer.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"optimizer\.safetensors: {message}"):
+        resume(tmp_path / "checkpoint", trainer, RunConfig())
 
 
 def test_a_missing_shard_or_a_broken_file_is_named(tmp_path):
@@ -285,7 +335,7 @@ def test_a_missing_shard_or_a_broken_file_is_named(tmp_path):
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
     (tmp_path / "checkpoint" / "trainer.json").write_text("{")
     with pytest.raises(ValueError, match=r"trainer\.json: not valid JSON"):
-        resume(tmp_path / "checkpoint", trainer)
+        resume(tmp_path / "checkpoint", trainer, RunConfig())
     trainer.policy.model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     load_policy(tmp_path / "sharded", ModelConfig())
     shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[-1]
@@ -297,11 +347,11 @@ def test_a_missing_shard_or_a_broken_file_is_named(tmp_path):
 def test_another_seed_or_reference_is_refused(tmp_path):
     save_checkpoint(tmp_path / "checkpoint", make_trainer(), None, RunConfig())
     with pytest.raises(ValueError, match="seed 1, expected 2"):
-        resume(tmp_path / "checkpoint", make_trainer(seed=2))
+        resume(tmp_path / "checkpoint", make_trainer(seed=2), RunConfig())
     with pytest.raises(ValueError, match="reference policy is another model"):
-        resume(tmp_path / "checkpoint", make_trainer(model_seed=1))
+        resume(tmp_path / "checkpoint", make_trainer(model_seed=1), RunConfig())
     with pytest.raises(ValueError, match="no such folder"):
-        resume(tmp_path / "nowhere", make_trainer())
+        resume(tmp_path / "nowhere", make_trainer(), RunConfig())
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path):

@@ -86,7 +86,17 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"sft", "rm", "ppo"}
     assert [row["step"] for row in rows if row["stage"] == "ppo"] == [1, 2]
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "ppo", "rm", "sft", "tensorboard"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "metrics.jsonl",
+        "plots",
+        "ppo",
+        "rm",
+        "sft",
+        "tensorboard",
+    ]
+    plots = ["ppo.png", "rm.png", "rm_calibration.png", "sft.png"]
+    assert sorted(path.name for path in (out / "plots").iterdir()) == plots
+    assert all((out / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
 def test_a_stage_run_again_replaces_its_own_numbers(run, capsys):
@@ -128,8 +138,10 @@ def test_resuming_without_a_checkpoint_is_refused(run, capsys):
         ("sft", ["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         ("sft", ["model.path=nowhere"], "model.path: nowhere: no such folder"),
         ("sft", ["sft.epoch=3"], "unknown key 'sft.epoch'; did you mean 'epochs'?"),
-        ("sft", ["data.max_response_tokens=2"], "demonstrations.jsonl: record 3: response: got"),
-        ("rm", ["rollout.max_prompt_tokens=1"], "demonstrations.jsonl: record 1: prompt: got"),
+        ("sft", ["data.max_response_tokens=2"], "demonstrations.jsonl:3: response: got"),
+        ("rm", ["rollout.max_prompt_tokens=1"], "demonstrations.jsonl:1: prompt: got"),
+        ("sft", ["device=foo"], "rlhf: device: got 'foo', which torch cannot use here: "),
+        ("sft", ["device=meta"], "rlhf: device: got 'meta', which torch cannot use here: "),
         ("ppo", [], "reward.path: got nothing, expected a path"),
         ("ppo", ["reward.path=nowhere"], "reward.path: nowhere: no such folder"),
         ("ppo", ["ppo.minibatch=3"], "minibatch: got 3, expected a divisor of rollout_batch 4"),
@@ -158,6 +170,56 @@ def test_a_folder_without_weights_is_named(run, capsys, tmp_path, base):
         (tmp_path / "half" / name).write_bytes((base / name).read_bytes())
     code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--set", f"model.path={tmp_path / 'half'}")
     assert code == 2 and "half: the file model.safetensors is missing" in shown
+
+
+def new_base(folder, family="llama_tied", *, texts=ANSWERS, tokens=300, rows=300, **changes):
+    """A folder like that of `base`, with another tokenizer or another model; returns the option that names it."""
+    kind, arguments = CONFIGS[family]
+    torch.manual_seed(0)
+    config = kind(vocab_size=rows, bos_token_id=None, eos_token_id=0, pad_token_id=1, **arguments | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_tokenizer(texts, tokens).save_pretrained(folder)
+    return f"model.path={folder}"
+
+
+def test_a_line_is_named_as_the_file_counts_it(run, capsys):
+    path = run / "demonstrations.jsonl"
+    path.write_text("\n\n" + path.read_text())
+    code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--set", "data.max_response_tokens=2")
+    assert code == 2 and f"{path}:5: response: got" in shown
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run, capsys):
+    option = new_base(run / "small", rows=259)
+    code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--set", option)
+    largest = len(AutoTokenizer.from_pretrained(run / "small")) - 1
+    assert code == 2 and f"small: got token id {largest} in its tokenizer, expected ids below 259" in shown
+    assert not (run / "out").exists()
+
+
+@pytest.mark.parametrize("family, positions", [("gpt2", "n_positions"), ("llama_tied", "max_position_embeddings")])
+def test_what_is_longer_than_the_models_positions_is_refused(run, capsys, family, positions):
+    """A rollout of eight and six is scored with an EOS behind it, which makes fifteen."""
+    command = ("--config", run / "run.yaml", "--set", new_base(run / "short", family, **{positions: 14}))
+    reward = ("--set", f"reward.path={run / 'out' / 'rm'}")
+    assert rlhf(capsys, "rm", *command)[0] == 0
+    code, _, shown = rlhf(capsys, "ppo", *command, *reward)
+    assert code == 2
+    assert "max_prompt_tokens 8 and max_response_tokens 6, expected at most 13 together, the models' positions" in shown
+    assert rlhf(capsys, "ppo", *command, *reward, "--set", "rollout.max_prompt_tokens=7")[0] == 0
+    new_base(run / "short", family, **{positions: 4})
+    code, _, shown = rlhf(capsys, "sft", *command)
+    assert code == 2 and "demonstrations.jsonl:1: prompt and response: got 5 tokens, expected at most 4" in shown
+
+
+@pytest.mark.parametrize("changes", [{"texts": ["zebra crossing quux"] * 9}, {"rows": 320}])
+def test_a_reward_model_that_reads_other_ids_is_refused(run, capsys, changes):
+    reward = run / "out" / "rm"
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    options = ("--set", f"reward.path={reward}", "--set", new_base(run / "other", **changes))
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options)
+    assert code == 2 and f"{reward} (reward.path)" in shown and f"{run / 'other'} (model.path)" in shown
+    assert not (run / "out" / "ppo").exists()
 
 
 def test_unknown_options_exit_with_2(capsys):
@@ -208,6 +270,7 @@ def test_the_demo_in_miniature(tmp_path):
     assert all(rate["prompts"] >= 200 for rate in report["win_rates"].values())
     assert load_config(tmp_path / "demo" / "config.yaml").demo.layers == 1
     plots = {path.name for path in (tmp_path / "demo" / "plots").iterdir()}
-    assert plots == {"win_rate.png", "pretrain.png", "sft.png", "reward_model.png", "ppo.png", "marks.png"}
+    stages = {"sft.png", "rm.png", "rm_calibration.png", "ppo.png"}
+    assert plots == stages | {"win_rate.png", "pretrain.png", "reward_model.png", "marks.png"}
     for name in ("base", "sft", "ppo"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / name)
