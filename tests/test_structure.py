@@ -22,6 +22,24 @@ KERNEL_LAYERS = {
     "info": ("ops", "backend", "_native"),
 }
 
+# Lower to higher: a module or package of the engine imports from those before it, and from itself.
+ENGINE_LAYERS = (
+    "schema",
+    "config",
+    "files",
+    "data",
+    "metrics",
+    "model",
+    "rollout",
+    "train",
+    "evaluate",
+    "plots",
+    "checkpoint",
+    "stages",
+    "demo",
+    "cli",
+)
+
 
 def imports(path: Path) -> list[tuple[str, list[str]]]:
     """Absolute module and names of every import of a file."""
@@ -65,6 +83,20 @@ def test_kernels_layering(path):
         targets = [module.split(".")[1]] if "." in module else names
         for target in targets:
             assert target == layer or target in KERNEL_LAYERS[layer], f"{name(path)} imports {module} {names}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "rlhf_engine" in p.parts], ids=name)
+def test_engine_layering(path):
+    layer = path.relative_to(ROOT / "rlhf_engine").with_suffix("").parts[0]
+    if layer == "__init__":
+        assert not imports(path), f"{name(path)} imports something, which every other module would import with it"
+        return
+    allowed = ENGINE_LAYERS[: ENGINE_LAYERS.index(layer) + 1]
+    for module, names in imports(path):
+        top, *below = module.split(".")
+        if top == "rlhf_engine":
+            for target in below[:1] or names:
+                assert target in allowed, f"{name(path)} imports {module} {names}"
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if "rlhf_engine" in p.parts], ids=name)
