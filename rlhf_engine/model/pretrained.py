@@ -57,9 +57,13 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; ValueError if it has none."""
+    """The tokenizer of a folder; ValueError naming the folder if it has none, or a broken one."""
     require(Path(folder), "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder}: its tokenizer does not load: {type(error).__name__}: {reason}") from None
 
 
 def load_head(path: Path, hidden_size: int) -> ValueHead:

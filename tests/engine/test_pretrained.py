@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_engine.checkpoint import load_policy
 from rlhf_engine.config import ModelConfig
-from rlhf_engine.model.pretrained import load_pretrained
+from rlhf_engine.data import train_tokenizer
+from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
 from tests.engine.tiny_models import FAMILIES, tiny
 
@@ -100,3 +101,14 @@ def test_an_index_without_its_map_is_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json: got no weight_map"):
         load_causal_lm(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"version": '])
+def test_a_broken_tokenizer_is_named(tmp_path, content):
+    train_tokenizer(["yes", "no"], 260).save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path)) == 260
+    path = tmp_path / "tokenizer.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}: its tokenizer does not load: ") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
