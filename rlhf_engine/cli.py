@@ -76,10 +76,11 @@ def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool)
 
 
 def _quiet() -> None:
-    """Turns off the bars that transformers draws for every weight that it loads; ours are of the training."""
+    """Turns off the bars and tables that transformers prints as it loads: what is wrong there, we refuse in one line."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def main(arguments: list[str] | None = None) -> None:

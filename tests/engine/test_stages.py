@@ -1,10 +1,14 @@
 """The stages on a user's own files, through the command line: what they write, and how mistakes are told."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_engine.cli import main
@@ -170,6 +174,19 @@ def test_a_folder_without_weights_is_named(run, capsys, tmp_path, base):
         (tmp_path / "half" / name).write_bytes((base / name).read_bytes())
     code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--set", f"model.path={tmp_path / 'half'}")
     assert code == 2 and "half: the file model.safetensors is missing" in shown
+
+
+def test_a_missing_weight_is_one_line_on_the_terminal(run, tmp_path, base):
+    """In a process of its own: transformers would print its table past pytest's capture."""
+    shutil.copytree(base, tmp_path / "torn")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "torn" / "model.safetensors", metadata={"format": "pt"})
+    command = ["-m", "rlhf_engine.cli", "sft", "--config", run / "run.yaml", "--set", f"model.path={tmp_path / 'torn'}"]
+    found = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and found.stdout == ""
+    message = "the weight model.norm.weight is missing (1 missing in all)"
+    assert found.stderr == f"rlhf: model.path: {tmp_path / 'torn'}: {message}\n"
 
 
 def new_base(folder, family="llama_tied", *, texts=ANSWERS, tokens=300, rows=300, **changes):
