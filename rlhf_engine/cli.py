@@ -1,4 +1,7 @@
-"""The command `rlhf`: one stage of training, or the whole demo. A user's mistake is one line on stderr and exit code 2."""
+"""The command `rlhf`: one stage of training, or the whole demo. A user's mistake is one line on stderr and exit code 2.
+
+Training that diverges is one line and exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"rlhf: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

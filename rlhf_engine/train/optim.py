@@ -45,13 +45,17 @@ def optimizer_step(
 ) -> tuple[torch.Tensor, float]:
     """Clip, step and clear the gradients; returns the gradient norm before clipping and the learning rate used.
 
-    Raises RuntimeError, with the weights as they were, if the norm is not finite.
+    Raises FloatingPointError, with the weights as they were, if the norm is not finite.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if config.max_grad_norm is None:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], error_if_nonfinite=True)
-    else:
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not bool(norm.isfinite()):
+        raise FloatingPointError(
+            f"training diverged: got a gradient norm of {float(norm)} at optimiser step {step + 1}, expected a finite one; "
+            "a lower learning rate may help"
+        )
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
     rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate

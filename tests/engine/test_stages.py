@@ -176,6 +176,14 @@ def test_a_folder_without_weights_is_named(run, capsys, tmp_path, base):
     assert code == 2 and "half: the file model.safetensors is missing" in shown
 
 
+def test_training_that_diverges_ends_in_one_line(run, capsys):
+    options = ("sft.optim.lr=1", "sft.optim.weight_decay=1e30")
+    arguments = [part for option in options for part in ("--set", option)]
+    code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", *arguments)
+    assert code == 1 and shown.startswith("rlhf: training diverged: got a gradient norm of ") and shown.count("\n") == 1
+    assert not (run / "out" / "sft").exists()
+
+
 def test_a_missing_weight_is_one_line_on_the_terminal(run, tmp_path, base):
     """In a process of its own: transformers would print its table past pytest's capture."""
     shutil.copytree(base, tmp_path / "torn")
