@@ -32,32 +32,32 @@ KIND_WEIGHTS = {
 """How often people ask for what, in percent."""
 
 HABITS: dict[str, tuple[float, dict[str, float]]] = {
-    "careful": (0.25, {"wrong": 0.03, "count": 0.05, "no_closing": 0.15, "rude": 0.02, "ramble": 0.05}),
+    "careful": (0.25, {"wrong": 0.03, "count": 0.05, "no_closing": 0.2, "rude": 0.02, "ramble": 0.05}),
     "average": (
-        0.45,
+        0.4,
         {
             "wrong": 0.05,
             "count": 0.25,
-            "no_closing": 0.55,
-            "rude": 0.1,
+            "no_closing": 0.65,
+            "rude": 0.15,
             "repeat": 0.05,
-            "ramble": 0.15,
+            "ramble": 0.2,
             "topic": 0.01,
             "truncate": 0.03,
             "double_closing": 0.1,
         },
     ),
     "careless": (
-        0.3,
+        0.35,
         {
             "wrong": 0.1,
             "count": 0.4,
-            "no_closing": 0.75,
-            "rude": 0.35,
+            "no_closing": 0.8,
+            "rude": 0.4,
             "repeat": 0.15,
-            "ramble": 0.3,
+            "ramble": 0.35,
             "topic": 0.04,
-            "truncate": 0.12,
+            "truncate": 0.1,
             "double_closing": 0.15,
         },
     ),
