@@ -53,9 +53,10 @@ class BuildPerInstructionSet(build_ext):
             include_dirs=["csrc"],
             macros=[("RLHF_ISA", isa), (f"RLHF_ISA_{isa.upper()}", "1")],
             extra_postargs=COMMON + flags,
-            depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
         )
 
+
+SOURCES = sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".cpp", ".h"))
 
 extension = Extension(
     "rlhf_kernels._C",
@@ -63,7 +64,7 @@ extension = Extension(
     include_dirs=["csrc", pybind11.get_include()],
     define_macros=[("RLHF_X86", "1")] if len(INSTRUCTION_SETS) > 1 else [],
     extra_compile_args=COMMON,
-    depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
+    depends=SOURCES,  # of csrc/cpu too, or an edit there would not rebuild
 )
 
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildPerInstructionSet})
