@@ -66,7 +66,7 @@ def demo(
     _quiet()
     from rlhf_engine.demo.run import run_demo
 
-    typer.echo(run_demo(output, seed, tuple(overrides or ())))
+    typer.echo("\n" + run_demo(output, seed, tuple(overrides or ()), typer.echo))
     typer.echo(f"\nreport, answers and plots: {output}")
 
 

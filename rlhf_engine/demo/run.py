@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,20 +19,28 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.stages import run_ppo, run_rm, run_sft, save_model, stage_metrics
 from rlhf_engine.train.sft import FitReport, fit_language_model
 
+Result = TypeVar("Result")
 HERE = Path(__file__).parent
 DATA = HERE / "data"
 CONFIG = HERE / "demo.yaml"
 
 
-def run_demo(output: str | Path, seed: int = 0, overrides: tuple[str, ...] = ()) -> str:
-    """Runs everything into `output`, with the settings of `demo.yaml`; returns the report as text."""
+def run_demo(
+    output: str | Path, seed: int = 0, overrides: tuple[str, ...] = (), say: Callable[[str], object] = print
+) -> str:
+    """Runs everything into `output`, with the settings of `demo.yaml`; returns the report as text.
+
+    `say` hears of every stage as it begins and ends.
+    """
     config = with_shipped_data(load_config(CONFIG, overrides), output, seed)
     root, seconds = Path(output), {}
 
-    def timed(name: str, stage: Callable[[], object]):
+    def timed(name: str, stage: Callable[[], Result]) -> Result:
+        say(f"{name} ...")
         start = time.perf_counter()
         result = stage()
         seconds[name] = time.perf_counter() - start
+        say(f"{name}: {seconds[name]:.0f} s")
         return result
 
     base = timed("pretrain", lambda: make_base(config))
