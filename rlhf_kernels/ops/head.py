@@ -86,10 +86,10 @@ class Plan:
     sum_dtype: torch.dtype
 
     @classmethod
-    def of(cls, n: int, dtype: torch.dtype, chunk_tokens: int | None, unrounded: bool) -> "Plan":
+    def of(cls, n: int, dtype: torch.dtype, chunk_tokens: int | None) -> "Plan":
         default, step = (512, 512) if dtype == torch.float32 else (2048, 256)
         chunk = max(chunk_tokens or default, MIN_CHUNK)
-        one_product = n <= chunk and dtype == torch.bfloat16 and not unrounded
+        one_product = n <= chunk and dtype == torch.bfloat16
         return cls(chunk, min(step, chunk), dtype if one_product else torch.float32)
 
     def buffer(self, rows: "HeadRows", vocab: int, *, keep: bool) -> Tensor:

@@ -80,7 +80,6 @@ def linear_ppo_loss(
     loss, metrics = LinearPpoLoss.apply(
         *differentiable,
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable],
-        gradient_dtype(weight) is torch.float32,
         ids.reshape(-1).long(),
         per_row,
         1.0 if per_row is not None else float(temperature),
@@ -111,7 +110,6 @@ def _forward(
     value_bias: Tensor | None,
     values: Tensor | None,
     needs: list[bool],  # a gradient, each of the six above
-    unrounded: bool,  # the weight's gradient is wanted in float32
     ids: Tensor,  # (N,)
     temperatures: Tensor | None,
     temperature: float,
@@ -140,7 +138,7 @@ def _forward(
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     rows = HeadRows.of(hidden, ids, transform, mask)
     n = len(ids)
-    plan = Plan.of(n, hidden.dtype, chunk_tokens, unrounded)
+    plan = Plan.of(n, hidden.dtype, chunk_tokens)
     if value_weight is not None:
         values = value_forward(hidden, value_weight, value_bias, terms.value_mask)
     head = Head(weight, bias)
@@ -195,12 +193,12 @@ def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
     return d_weight, slope.double().sum().float() if needs[4] else None, None
 
 
-def _fake(hidden, weight, bias, value_weight, value_bias, values, needs, unrounded, ids, *rest):
+def _fake(hidden, weight, bias, value_weight, value_bias, values, needs, ids, *rest):
     def gradient(x, needed: bool, dtype: torch.dtype):
         return hidden.new_empty(x.shape if needed else (0,), dtype=dtype)
 
     f32 = torch.float32
-    plan = Plan.of(ids.numel(), hidden.dtype, rest[4], unrounded)
+    plan = Plan.of(ids.numel(), hidden.dtype, rest[4])
     dtypes = (f32, plan.sum_dtype, f32, f32, f32, f32)
     inputs = zip((hidden, weight, bias, value_weight, value_bias, values), needs, dtypes, strict=True)
     return (
@@ -225,7 +223,7 @@ class LinearPpoLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        nothing = (None,) * 24
+        nothing = (None,) * 23
         if grad_loss is None:
             return *(None,) * 6, *nothing
         if torch.is_grad_enabled() and checks.is_eager(

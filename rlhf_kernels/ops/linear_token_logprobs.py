@@ -108,7 +108,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = ids.numel()
     rows = _rows(hidden, ids, mask, temperatures, temperature, softcap, logit_scale)
-    stats = head_stats(Head(weight, bias), rows, Plan.of(n, hidden.dtype, chunk_tokens, False))
+    stats = head_stats(Head(weight, bias), rows, Plan.of(n, hidden.dtype, chunk_tokens))
     buffer = rows.spread(stats.buffer, n)
     return buffer[0].clone(), buffer[1].clone(), buffer
 
@@ -144,7 +144,7 @@ def _backward(
     largest = torch.stack([x.abs().amax() for x in (g, h) if x is not None]).amax() if n else torch.ones(())
     largest = torch.where(largest > 0, largest, 1)
     coefficients = (None if x is None else rows.take(x) / largest for x in (g, h))
-    plan = Plan.of(n, hidden.dtype, chunk_tokens, unrounded[1])
+    plan = Plan.of(n, hidden.dtype, chunk_tokens)
     kept = RowStats(stats if rows.index is None else stats[:, rows.index])
     results = given_pass(Head(weight, bias), rows, kept, *coefficients, n, plan, tuple(needs))
     scale = largest.item()
