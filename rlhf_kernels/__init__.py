@@ -15,6 +15,7 @@ from .ops import (
     token_logprobs,
 )
 from .types import METRICS, Advantages, PPOLoss, RolloutAdvantages, SampledTokens, TokenLogprobs, explained_variance
+from .workspace import release_workspace
 
 __all__ = [
     "METRICS",
@@ -33,6 +34,7 @@ __all__ = [
     "masked_mean",
     "masked_whiten",
     "ppo_loss",
+    "release_workspace",
     "rollout_advantages",
     "sample_tokens",
     "token_logprobs",

@@ -16,9 +16,10 @@ KERNEL_LAYERS = {
     "types": (),
     "rows": (),
     "_native": ("rows",),
+    "workspace": ("_native",),
     "reference": ("types",),
     "backend": ("_native",),
-    "ops": ("reference", "backend", "_native", "rows", "types"),
+    "ops": ("reference", "backend", "workspace", "_native", "rows", "types"),
     "info": ("ops", "backend", "_native"),
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _native
 from ..rows import LogitRows, PpoRows, RowStats, Transform
+from ..workspace import WORKSPACE
 
 MIN_CHUNK = 16
 """Below this many rows the CPU's matrix libraries add in another order; shorter chunks are padded up to it."""
@@ -95,7 +96,7 @@ class Plan:
     def buffer(self, rows: "HeadRows", vocab: int, *, keep: bool) -> Tensor:
         """Room for a chunk of logits, or for one step where nothing needs to stay."""
         size = max(min(self.chunk if keep else self.step, len(rows.ids)), MIN_CHUNK)
-        return _native.empty((size, vocab), rows.hidden.dtype, rows.hidden.device)
+        return WORKSPACE.take((size, vocab), rows.hidden.dtype, rows.hidden.device)
 
 
 class HeadGradients:
