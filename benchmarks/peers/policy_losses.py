@@ -49,24 +49,16 @@ def cce_torch_compile() -> Loss:
     return loss
 
 
-def torch_linear_cross_entropy(*, chunked: bool = False) -> Loss:
-    """`torch.nn.functional.linear_cross_entropy`, on its default path or with its automatic chunks."""
+def torch_linear_cross_entropy() -> Loss:
+    """`torch.nn.functional.linear_cross_entropy` on its default path."""
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)")
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
-        nll = F.linear_cross_entropy(
-            hidden.flatten(0, 1), weight, batch.ids.flatten(), reduction="none", options=options
-        )
+        nll = F.linear_cross_entropy(hidden.flatten(0, 1), weight, batch.ids.flatten(), reduction="none")
         return clipped_surrogate(-nll.view_as(batch.ids), batch)
 
     return loss
-
-
-def torch_linear_cross_entropy_chunked() -> Loss:
-    """The chunked path, which recomputes the logits in backward."""
-    return torch_linear_cross_entropy(chunked=True)
 
 
 def compiled_eager() -> Loss:
@@ -112,7 +104,6 @@ def liger_grpo() -> Loss:
 PEERS: dict[str, Callable[[], Loss]] = {
     "CCE torch_compile": cce_torch_compile,
     "torch F.linear_cross_entropy": torch_linear_cross_entropy,
-    "torch F.linear_cross_entropy chunked": torch_linear_cross_entropy_chunked,
     "torch.compile of eager": compiled_eager,
     "TRL selective_log_softmax": trl_selective_log_softmax,
     "log_softmax + gather": eager,
