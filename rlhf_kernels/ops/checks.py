@@ -21,7 +21,7 @@ def tensor(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], wha
     """`x` is a tensor of `expected` shape (described by `what`), on the device of `like`, of one of `dtypes`."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor of shape {what}")
-    if tuple(x.shape) != tuple(expected):
+    if x.shape != expected:
         raise ValueError(f"{name}: got shape {shape(x)}, expected {tuple(expected)} = {what}")
     if x.device != like.device:
         raise ValueError(f"{name}: got device {x.device}, expected {like.device}")

@@ -108,7 +108,7 @@ def _cpu(
     mask, bootstrap = mask.contiguous(), None if bootstrap is None else dense(bootstrap)
     score_index = None if score_index is None else score_index.long().contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    advantages, returns, rewards, kl = _fake(scores, logprobs)
+    advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
     recursion = native_arguments(
         rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns
     )
