@@ -64,7 +64,7 @@ void for_each_chunk_backwards(Span span, Body body) {
 template <class Body>
 void for_each_sequence(const RolloutArgs& a, Body body) {
     const Sequences& s = a.gae.sequences;
-#pragma omp parallel for schedule(dynamic, sequences_a_piece(s, a.gae.n)) if (a.gae.n >= kParallelTokens / 2)
+#pragma omp parallel for schedule(dynamic, sequences_a_piece(s, a.gae.n)) if (a.gae.n >= kParallelTokens)
     for (int64_t b = 0; b < s.count; b++) body(b, span_of(s, b));
 }
 

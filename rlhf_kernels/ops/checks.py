@@ -62,10 +62,10 @@ def number(
     integer: bool = False,
 ) -> None:
     """A finite number within its range; what a compiler traces with instead of a number passes."""
-    if isinstance(x, SYMBOLS) or (x is None and optional):
+    if (x is None and optional) or (type(x) is not float and isinstance(x, SYMBOLS)):
         return
-    kind = int if integer else (int, float)
-    if not isinstance(x, kind) or isinstance(x, bool) or not math.isfinite(x):
+    right = type(x) is int or (type(x) is float and not integer)
+    if not right or not math.isfinite(x):
         raise ValueError(f"{name}: got {x!r}, expected {'an integer' if integer else 'a finite number'}")
     if above is not None and not x > above:
         raise ValueError(f"{name}: got {x}, expected a number above {above}")
