@@ -1,8 +1,9 @@
 """The trunk as a decoder: prompts in, then one token a sequence and step, through a `SlotCache`.
 
 A row's hidden state has the same bits whatever the rows around it, which is what makes a sample independent of its batch.
-Three things see to that on CPU: a matrix product has at least `MIN_ROWS` rows (fewer take another path in BLAS), a prompt
-is padded to a width that its own length decides, and attention reads a width that the configuration decides.
+Four things see to that on CPU: a matrix product has at least `MIN_ROWS` rows (fewer take another path in BLAS), a prompt
+is padded to a width that its own length decides, attention reads a width that the configuration decides, and attention and
+activations are replaced where torch's kernels round by position (`InvariantLayers`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import SlotCache
+from rlhf_engine.rollout.invariant import InvariantLayers
 
 MIN_ROWS = 16
 _BLOCK = 512
@@ -41,6 +43,7 @@ class Decoder:
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
         self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, max(self.columns, MIN_ROWS))
+        self.layers = InvariantLayers(policy)
         self.column = torch.arange(self.columns, device=policy.device)
 
     def prefill(self, prompts: list[Tensor], first: int) -> Tensor:  # -> (rows >= MIN_ROWS, H)
@@ -53,7 +56,8 @@ class Decoder:
         # Beyond its end a prompt repeats its last token; no real token sees it, and its columns are overwritten later.
         inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
         self.cache.prefill(first)
-        hidden = self.policy.hidden(inputs, None, self._prefill_positions(inputs), self.cache, use_cache=True)
+        with self.layers.prefill():
+            hidden = self.policy.hidden(inputs, None, self._prefill_positions(inputs), self.cache, use_cache=True)
         rows = torch.arange(len(prompts), device=lengths.device) * width + lengths - 1
         rows = torch.nn.functional.pad(rows, (0, max(0, MIN_ROWS - len(prompts))), value=int(rows[0]))
         return hidden.flatten(0, 1)[rows]
@@ -79,13 +83,9 @@ class Decoder:
             longest = int(positions[:count].max()) + 1
             width = min(width, -(-longest // _BLOCK) * _BLOCK)
         self.cache.decode(positions, width)
-        return self.policy.hidden(
-            tokens[:, None],
-            self._mask(positions, width),
-            positions[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )[:, 0]
+        mask = self._mask(positions, width)
+        with self.layers.decode():
+            return self.policy.hidden(tokens[:, None], mask, positions[:, None], self.cache, use_cache=True)[:, 0]
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         column, position = self.column[:width], positions[:, None, None, None]

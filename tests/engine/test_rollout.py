@@ -49,6 +49,32 @@ def test_a_sequence_does_not_depend_on_its_batch(family):
         assert same_sequence(whole, i, alone, 0)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intermediate_size": 704},  # several threads share an activation
+        {"intermediate_size": 999},  # and end it in scalar code
+        {"intermediate_size": 999, "hidden_act": "gelu"},
+        {"intermediate_size": 999, "hidden_act": "gelu_pytorch_tanh"},
+    ],
+)
+def test_wide_layers_do_not_depend_on_the_batch(changes):
+    generator, prompts = make_generator(make_actor(**changes), batch_size=64), make_prompts(80)
+    whole = generator.generate(prompts, torch.arange(80))
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))[:71]
+    shuffled = generator.generate([prompts[i] for i in order], order)
+    assert all(same_sequence(whole, int(i), shuffled, j) for j, i in enumerate(order))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generating_leaves_the_model_as_it_was(family):
+    actor = make_actor(family)
+    before = [dict(vars(module)) for module in actor.model.modules()], actor.model.config.to_dict()
+    make_generator(actor).generate(make_prompts(5), torch.arange(5))
+    assert before == ([dict(vars(module)) for module in actor.model.modules()], actor.model.config.to_dict())
+    assert actor.model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_and_values_are_those_of_a_forward_pass(family):
     actor, temperature = make_actor(family), 0.7

@@ -1,0 +1,95 @@
+"""Layers whose bits do not depend on the batch, put in place of torch's while a trunk decodes.
+
+Attention: torch's fused kernel on CPU hands each thread a scratch block whose alignment depends on the thread, and BLAS
+rounds by alignment: with one query a sequence the bits depend on which thread took it. Two plain batched products do not
+(a row's operands have the same alignment in every slot), and are as fast: all query heads of a group go in one.
+
+Activations: torch's loops for SiLU, GELU and sigmoid on CPU end in scalar code, which rounds differently from the vector
+code, wherever a thread's share of the tensor ends. exp, erf and tanh do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+
+from rlhf_engine.model import ActorCritic
+
+ATTENTION = "rlhf_slots"
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,  # (R, heads, 1, D)
+    key: Tensor,  # (R, groups, W, D)
+    value: Tensor,  # (R, groups, W, D)
+    attention_mask: Tensor,  # (R, 1, 1, W), bool
+    scaling: float | None = None,  # default: D ** -0.5
+    **unused: object,  # what other implementations are told too: dropout, sliding_window, is_causal
+) -> tuple[Tensor, None]:  # (R, 1, heads, D)
+    """softmax(scaling * q k^T) v over the columns that the mask allows, in transformers' attention interface."""
+    rows, heads, _, size = query.shape
+    query = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
+    scores = torch.matmul(query, key.transpose(-1, -2)).masked_fill_(~attention_mask, -torch.inf)
+    return torch.matmul(scores.softmax(-1), value).reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register(ATTENTION, slot_attention)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / x.neg().exp_().add_(1)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return (x * math.sqrt(0.5)).erf_().add_(1).mul_(x).mul_(0.5)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return (x * x).mul_(0.044715).add_(1).mul_(x).mul_(math.sqrt(2 / math.pi)).tanh_().add_(1).mul_(x).mul_(0.5)
+
+
+def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The formula of an activation that ends in scalar code; None for every other module."""
+    if isinstance(module, (nn.SiLU, SiLUActivation)):
+        return _silu
+    if isinstance(module, nn.GELU):
+        return _gelu if module.approximate == "none" else _gelu_tanh
+    return {GELUActivation: _gelu, GELUTanh: _gelu_tanh}.get(type(module))
+
+
+class InvariantLayers:
+    """`with layers.prefill():` and `with layers.decode():` run the policy's trunk so. Eager attention stays eager."""
+
+    def __init__(self, policy: ActorCritic) -> None:
+        self.config = policy.model.config.get_text_config()
+        found = ((module, _invariant_activation(module)) for module in policy.trunk.modules())
+        on_cpu = policy.device.type == "cpu"
+        self.activations = [(module, formula) for module, formula in found if on_cpu and formula is not None]
+
+    @contextmanager
+    def prefill(self) -> Iterator[None]:
+        for module, formula in self.activations:
+            module.forward = formula
+        try:
+            yield
+        finally:
+            for module, _ in self.activations:
+                del module.forward
+
+    @contextmanager
+    def decode(self) -> Iterator[None]:
+        kept = self.config._attn_implementation
+        if kept == "sdpa":
+            self.config._attn_implementation = ATTENTION
+        try:
+            with self.prefill():
+                yield
+        finally:
+            self.config._attn_implementation = kept
