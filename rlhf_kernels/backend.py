@@ -1,17 +1,104 @@
-"""Which implementation serves a call.
+"""Which implementation serves a call, and what every implementation provides.
 
-`"auto"` takes the fastest one that can serve the tensor's device and dtype; a backend that is asked for by name serves the
-call or raises. `rlhf_kernels.info` prints what `"auto"` chooses for every op, and why.
+`"auto"` takes the fastest one that can serve the op on the tensor's device and dtype; a backend that is asked for by name
+serves the call or raises. `rlhf_kernels.info` prints what `"auto"` chooses for every op, and why.
 """
 
-from typing import NamedTuple
+import importlib
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from . import _native
+from .rows import LogitRows, PpoRows, RowStats, Sequences
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
+"""Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
+
+MIN_TRITON = (3, 5)
+
+
+class Kernels(Protocol):
+    """The launchers of a backend. Tensors are contiguous unless said otherwise, of one device; float32 unless said otherwise.
+
+    N tokens, V vocabulary, B sequences, T positions; `cu_seqlens` (B + 1,) int32 marks packed tokens (N,), None means (B, T).
+    """
+
+    def token_logprobs_forward(self, x: LogitRows, stats: RowStats) -> None:
+        """Fills `stats`; masked rows get zeros."""
+
+    def token_logprobs_backward(
+        self, x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> None:
+        """`out = grad_logprobs d logprob/d logits + grad_entropy d H/d logits`, (N,) each, None: 0; zeros in masked rows.
+
+        `out` has the dtype of the logits or a narrower one; it may be the logits, or lie in the front of their rows.
+        """
+
+    def ppo_epilogue(self, x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
+        """Fills `stats` and writes the gradient of the logits to `out`, as above; returns which rows have one, bool (N,).
+
+        On CPU rows without a gradient are left as they were; elsewhere they are zeros.
+        """
+
+    def compact_rows(self, x: Tensor, active: Tensor) -> Tensor:
+        """Fills the places of the unmarked rows of `x` (N, V) from its end; returns which row lies at each front place.
+
+        Off the CPU this waits for the device once, to learn how many rows there are.
+        """
+
+    def ppo_loss(
+        self,
+        ppo: PpoRows,
+        sequences: Sequences,
+        sequence_level: bool,
+        mask: Tensor,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        values: Tensor | None,
+        old_values: Tensor | None,
+        returns: Tensor | None,
+        value_mask: Tensor,
+        value_row_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The slope of each log-prob and value, times their denominators, and the sums of csrc/args.h (20,), float64."""
+
+    def scale_cast(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x * scale` (a scalar), rounded once to `dtype`; in the bytes of `x` where the dtype stays."""
+
+    def gae(self, rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+        """Advantages and returns, in the shape of rewards; see ops/gae.py."""
+
+    def rollout_advantages(
+        self, scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index,
+        bootstrap, skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Advantages, returns, rewards, KL; `kl_estimator` is its place in KL_ESTIMATORS, `score_clip` inf when off."""
+
+    def sample_tokens(
+        self, logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids (int64), log-probs, sampling log-probs; `logits` any dtype, unit stride along V. Off: top_k 0, top_p 1, min_p 0."""
+
+    def kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+        """Elementwise, any shape."""
+
+    def kl_penalty_backward(self, grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+        """`grad` times d KL / d logprobs."""
+
+    def masked_mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """A scalar; 0 when nothing is True."""
+
+    def masked_whiten(self, x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
+        """See ops/masked.py."""
+
+    def group_advantages(self, scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+        """`groups` int64; `kind` is its place in ops/group_advantages.py's KINDS."""
 
 
 class Choice(NamedTuple):
@@ -19,26 +106,83 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> Choice:
-    """What `"auto"` means for tensors of this device and dtype, and why."""
-    if device.type != "cpu":
-        return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
-    if dtype not in NATIVE_DTYPES:
-        return Choice("reference", f"the C++ kernels take float32, bfloat16 and float16, not {dtype}")
+@cache
+def kernels(backend: str) -> Kernels:
+    """The launchers of a backend that `resolve` named; Triton is imported on the first call that needs it."""
+    return importlib.import_module({"cpu": "._cpu", "triton": "._triton", "cuda": "._cuda"}[backend], __package__)
+
+
+@cache
+def why_no_triton() -> str:
+    """Why Triton kernels cannot run on CUDA tensors here; empty when they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed; install triton >= 3.5"
+    found = importlib.import_module("triton").__version__
+    if tuple(map(int, found.split(".")[:2])) < MIN_TRITON:
+        return f"triton {found} is too old; install triton >= 3.5"
+    return ""
+
+
+def interprets() -> bool:
+    """Whether Triton kernels run on CPU tensors: TRITON_INTERPRET was set before the first of them was defined."""
+    return not why_no_triton() and importlib.import_module("triton").knobs.runtime.interpret
+
+
+@cache
+def why_no_cuda(device: torch.device) -> str:
+    """Why the CUDA C++ kernels cannot run on this device; empty when they can."""
     if not _native.AVAILABLE:
-        return Choice("reference", _native.why_missing())
-    return Choice("cpu", "C++ kernels")
+        return _native.why_missing()
+    built = _native.extension().cuda_architectures()
+    if not built:
+        return "the extension was built without nvcc; install the CUDA toolkit and build again"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] * 10 + capability[1] < min(built):
+        names = ", ".join(f"sm_{x}" for x in built)
+        return f"its kernels are built for {names}, this device is sm_{capability[0]}{capability[1]}"
+    return ""
 
 
-def resolve(backend: str, tensor: torch.Tensor) -> str:
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What `"auto"` means for tensors of this device and dtype, and why."""
+    if dtype not in NATIVE_DTYPES:
+        return Choice("reference", f"the kernels take float32, bfloat16 and float16, not {dtype}")
+    if device.type == "cpu":
+        return Choice("cpu", "C++ kernels") if _native.AVAILABLE else Choice("reference", _native.why_missing())
+    if device.type != "cuda":
+        return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
+    if op in CUDA_OPS and not why_no_cuda(device):
+        return Choice("cuda", "CUDA C++ kernels")
+    return Choice("reference", why_no_triton()) if why_no_triton() else Choice("triton", "Triton kernels")
+
+
+def resolve(op: str, backend: str, tensor: Tensor) -> str:
     """The backend that serves `tensor`; ValueError when the one asked for cannot."""
     if backend == "reference":
         return backend
-    choice = choose(tensor.device, tensor.dtype)
     if backend == "auto":
-        return choice.backend
+        return choose(op, tensor.device, tensor.dtype).backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected 'auto' or one of {BACKENDS}")
-    if choice.backend != backend:
-        raise ValueError(f"backend: {backend!r} cannot serve this call: {choice.reason}")
+    refused = _why_not(op, backend, tensor)
+    if refused:
+        raise ValueError(f"backend: {backend!r} cannot serve this call: {refused}")
     return backend
+
+
+def _why_not(op: str, backend: str, tensor: Tensor) -> str:
+    device, dtype = tensor.device, tensor.dtype
+    if dtype not in NATIVE_DTYPES:
+        return choose(op, device, dtype).reason
+    if backend == "cpu":
+        wrong = f"the tensors are on {device}, expected CPU tensors"
+        return wrong if device.type != "cpu" else "" if _native.AVAILABLE else _native.why_missing()
+    if backend == "cuda":
+        if op not in CUDA_OPS:
+            return f"{op} has no CUDA C++ kernel, only {', '.join(CUDA_OPS)} do; use backend='triton'"
+        return why_no_cuda(device) if device.type == "cuda" else f"the tensors are on {device}, expected CUDA tensors"
+    if why_no_triton():
+        return why_no_triton()
+    if device.type == "cpu" and not interprets():
+        return "Triton takes CPU tensors through its interpreter only: set TRITON_INTERPRET=1 before Python starts"
+    return "" if device.type in ("cpu", "cuda") else f"the tensors are on {device}, expected CUDA tensors"

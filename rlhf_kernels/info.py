@@ -26,7 +26,7 @@ def choices() -> list[tuple[str, str, str, str, str]]:
     rows = []
     for op in ops.__all__:
         for device in devices():
-            fused, wide = choose(device, torch.float32), choose(device, torch.float64)
+            fused, wide = choose(op, device, torch.float32), choose(op, device, torch.float64)
             names = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES)
             rows.append((op, device.type, names, fused.backend, fused.reason))
             rows.append((op, device.type, "float64", wide.backend, wide.reason))
@@ -39,7 +39,7 @@ def build() -> list[tuple[str, str]]:
         own = version("rlhf-kernels")
     except PackageNotFoundError:
         own = "not installed (run from a source tree)"
-    state = f"loaded, instruction set {_native.kernels().isa()}" if _native.AVAILABLE else _native.why_missing()
+    state = f"loaded, instruction set {_native.extension().isa()}" if _native.AVAILABLE else _native.why_missing()
     rows = [("rlhf-kernels", own), ("python", sys.version.split()[0]), ("torch", torch.__version__)]
     rows += [("extension", state), ("threads", str(torch.get_num_threads()))]
     if sys.platform == "linux":

@@ -36,6 +36,13 @@ class LogitRows:
     transform: Transform
     mask: Tensor | None = None  # (N,), bool
 
+    def layout(self) -> tuple[int, int, int, int, int]:
+        """N, V, row stride, inner, outer stride: row r lies at `r // inner * outer + r % inner * row`, in elements."""
+        vocab = self.logits.shape[-1]
+        n = self.logits.numel() // vocab
+        inner, outer = (n, 0) if self.logits.dim() == 2 else (self.logits.shape[1], self.logits.stride(0))
+        return n, vocab, self.logits.stride(-2), max(inner, 1), outer
+
 
 @dataclass(frozen=True)
 class RowStats:
@@ -126,7 +133,8 @@ class Sequences:
         before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
         return before[self.cu_seqlens.long()].diff()
 
-    def per_token(self, x: Tensor) -> Tensor:  # (B,) -> (N,)
+    def per_token(self, x: Tensor, n: int) -> Tensor:  # (B,) -> (N,)
         if self.cu_seqlens is None:
             return x.repeat_interleave(self.length)
-        return x.repeat_interleave(self.cu_seqlens.diff())
+        # With its size said beforehand, a device is not asked for it.
+        return x.repeat_interleave(self.cu_seqlens.diff(), output_size=n)

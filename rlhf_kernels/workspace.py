@@ -20,6 +20,8 @@ class Workspace(threading.local):
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Uninitialised room of `shape`, valid until the next call."""
+        if device.type != "cpu":  # whose allocator keeps blocks, and knows the stream
+            return torch.empty(shape, dtype=dtype, device=device)
         size = math.prod(shape) * dtype.itemsize
         block = self._block
         if block is None or block.device != device or block.numel() < size:

@@ -16,10 +16,13 @@ KERNEL_LAYERS = {
     "types": (),
     "rows": (),
     "_native": ("rows",),
+    "_cpu": ("_native", "rows"),
+    "_cuda": ("_native", "rows"),
+    "_triton": ("_native", "rows"),
     "workspace": ("_native",),
     "reference": ("types",),
-    "backend": ("_native",),
-    "ops": ("reference", "backend", "workspace", "_native", "rows", "types"),
+    "backend": ("_native", "rows"),
+    "ops": ("reference", "backend", "workspace", "_cpu", "_native", "rows", "types"),
     "info": ("ops", "backend", "_native"),
 }
 

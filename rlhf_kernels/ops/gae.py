@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import resolve
+from .. import reference
+from ..backend import kernels, resolve
 from ..types import Advantages
 from . import checks
 from .registry import define, dense
@@ -41,12 +41,13 @@ def gae(
     checks.tensor("values", values, **like)
     checks.mask("mask", mask, **like)
     check_recursion(gamma, lam, bootstrap, holes, rewards, b)
-    if resolve(backend, rewards) == "reference":
+    chosen = resolve("gae", backend, rewards)
+    if chosen == "reference":
         rewards, values, bootstrap = checks.wide(rewards, values, bootstrap)
         return reference.gae(
             rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
         )
-    return Advantages(*_op(rewards, values, mask, gamma, lam, bootstrap, holes == "skip", cu_seqlens))
+    return Advantages(*_op(rewards, values, mask, gamma, lam, bootstrap, holes == "skip", cu_seqlens, chosen))
 
 
 def check_recursion(gamma, lam, bootstrap, holes, like: Tensor, b: int) -> None:
@@ -57,23 +58,11 @@ def check_recursion(gamma, lam, bootstrap, holes, like: Tensor, b: int) -> None:
         checks.tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value a sequence")
 
 
-def native_arguments(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns):
-    """What the kernels take; every tensor is contiguous and float32, and the caller keeps it alive."""
-    b, t = (cu_seqlens.numel() - 1, 0) if rewards.dim() == 1 else rewards.shape
-    address = _native.address
-    return _native.kernels().GaeArgs(
-        rewards.numel(), b, t, address(cu_seqlens), address(rewards), address(values), address(mask), address(bootstrap),
-        gamma, lam, skip_holes, address(advantages), address(returns),
-    )  # fmt: skip
-
-
-def _cpu(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
-    rewards, values, mask = dense(rewards), dense(values), mask.contiguous()
+def _run(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+    tensors = dense(rewards), dense(values), mask.contiguous()
     bootstrap = None if bootstrap is None else dense(bootstrap)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    out = _fake(rewards)
-    _native.kernels().gae(native_arguments(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out))
-    return out
+    return kernels(backend).gae(*tensors, gamma, lam, bootstrap, skip_holes, cu_seqlens)
 
 
 def _fake(rewards, *_) -> tuple[Tensor, Tensor]:
@@ -82,7 +71,7 @@ def _fake(rewards, *_) -> tuple[Tensor, Tensor]:
 
 _op = define(
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? bootstrap, bool skip_holes,"
-    " Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns)",
-    cpu=_cpu,
+    " Tensor? cu_seqlens, str backend) -> (Tensor advantages, Tensor returns)",
+    run=_run,
     fake=_fake,
 )

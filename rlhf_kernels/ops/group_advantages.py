@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import resolve
+from .. import reference
+from ..backend import kernels, resolve
 from . import checks
 from .registry import define, dense
 
@@ -30,20 +30,18 @@ def group_advantages(
     checks.floating("scores", scores, dims=(1,), what="[B]")
     checks.integers("groups", groups, like=scores, expected=scores.shape, what="the shape of scores")
     checks.choice("kind", kind, KINDS)
-    if resolve(backend, scores) == "reference":
+    chosen = resolve("group_advantages", backend, scores)
+    if chosen == "reference":
         return reference.group_advantages(*checks.wide(scores), groups, kind=kind)
-    return _op(scores, groups, KINDS.index(kind))
+    return _op(scores, groups, KINDS.index(kind), chosen)
 
 
-def _cpu(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
-    scores, groups, out = dense(scores), groups.long().contiguous(), _fake(scores)
-    address = _native.address
-    _native.kernels().group_advantages(address(scores), address(groups), out.numel(), kind, address(out))
-    return out
+def _run(scores: Tensor, groups: Tensor, kind: int, backend: str) -> Tensor:
+    return kernels(backend).group_advantages(dense(scores), groups.long().contiguous(), kind)
 
 
 def _fake(scores: Tensor, *_) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.float32)
 
 
-_op = define("group_advantages(Tensor scores, Tensor groups, int kind) -> Tensor", cpu=_cpu, fake=_fake)
+_op = define("group_advantages(Tensor scores, Tensor groups, int kind, str backend) -> Tensor", run=_run, fake=_fake)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._cpu import accumulate
+from ..backend import Kernels
 from ..rows import LogitRows, PpoRows, RowStats, Transform
 from ..workspace import WORKSPACE
-
-MIN_CHUNK = 16
-"""Below this many rows the CPU's matrix libraries add in another order; shorter chunks are padded up to it."""
+from .products import Plan, product
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,42 @@ class Head:
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Logits of `hidden` (m, H), in the front rows of `out` (chunk, V)."""
+    def logits(self, hidden: Tensor, out: Tensor, pad_to: int) -> Tensor:
+        """Logits of `hidden` (m, H), in the front rows of `out`; the product has at least `pad_to` rows."""
         rows = len(hidden)
-        if rows < MIN_CHUNK:
-            hidden = torch.cat([hidden, hidden.new_zeros(MIN_CHUNK - rows, hidden.shape[1])])
+        if rows < pad_to:
+            hidden = torch.cat([hidden, hidden.new_zeros(pad_to - rows, hidden.shape[1])])
         z = out[: len(hidden)]
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=z)
-        else:
+        if self.bias is not None and z.dtype == hidden.dtype:
             torch.addmm(self.bias, hidden, self.weight.t(), out=z)
+        else:
+            product(hidden, self.weight.t(), z)
+            if self.bias is not None:
+                z += self.bias
         return z[:rows]
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The rows that enter the head, gathered from all N."""
+    """The rows that enter the head: gathered from all N, or all of them with a mask."""
 
     hidden: Tensor  # (M, H), contiguous
     ids: Tensor  # (M,), int64
     transform: Transform
     index: Tensor | None  # (M,), where each came from; None: all of them, in order
+    mask: Tensor | None = None  # (M,), bool; None: all count
 
     @classmethod
-    def of(cls, hidden: Tensor, ids: Tensor, transform: Transform, keep: Tensor | None) -> "HeadRows":
-        """Gathers the rows that `keep` (N,) marks."""
-        if keep is None or bool(keep.all()):
+    def of(
+        cls, hidden: Tensor, ids: Tensor, transform: Transform, keep: Tensor | None, *, gather: bool = True
+    ) -> "HeadRows":
+        """The rows that `keep` (N,) marks. Gathering them needs their number, which makes a GPU wait."""
+        if keep is None or (gather and bool(keep.all())):
             return cls(hidden.contiguous(), ids.contiguous(), transform, None)
+        if not gather:
+            # What lies in the rows that do not count must not reach a product: 0 * NaN is NaN.
+            hidden = torch.where(keep[:, None], hidden, 0)
+            return cls(hidden, ids.contiguous(), transform, None, keep.contiguous())
         index = keep.nonzero().squeeze(1)
         return cls(hidden[index], ids[index], transform.rows(index), index)
 
@@ -60,7 +69,9 @@ class HeadRows:
             yield slice(start, min(start + size, len(self.ids)))
 
     def logit_rows(self, logits: Tensor, rows: slice) -> LogitRows:
-        return LogitRows(logits, self.ids[rows], self.transform.rows(rows))
+        return LogitRows(
+            logits, self.ids[rows], self.transform.rows(rows), None if self.mask is None else self.mask[rows]
+        )
 
     def take(self, x: Tensor | None) -> Tensor | None:
         """(N,) to (M,)."""
@@ -71,67 +82,39 @@ class HeadRows:
         return x if self.index is None else x.new_zeros(*x.shape[:-1], n).index_copy_(-1, self.index, x)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How many rows of logits exist at a time, how many are made at a time, and what the weight's gradient is summed in.
-
-    A step of rows goes through logits, epilogue and the product into the hidden states while it lies in cache; the rows that
-    have a gradient stay until `chunk` of them make one product into the weight. Half-precision products leave the library
-    rounded, so each of those costs a float32 sum over [V, H]: chunks are large, and a batch of one chunk needs no sum.
-    float32 products are added in place. float16 sums are float32 whatever their number, because rows that are not yet divided
-    by the denominator reach beyond 65504. Made from shapes alone, so that a compiled graph knows the dtypes.
-    """
-
-    chunk: int
-    step: int
-    sum_dtype: torch.dtype
-
-    @classmethod
-    def of(cls, n: int, dtype: torch.dtype, chunk_tokens: int | None) -> "Plan":
-        default, step = (512, 512) if dtype == torch.float32 else (2048, 256)
-        chunk = max(chunk_tokens or default, MIN_CHUNK)
-        one_product = n <= chunk and dtype == torch.bfloat16
-        return cls(chunk, min(step, chunk), dtype if one_product else torch.float32)
-
-    def buffer(self, rows: "HeadRows", vocab: int, *, keep: bool) -> Tensor:
-        """Room for a chunk of logits, or for one step where nothing needs to stay."""
-        size = max(min(self.chunk if keep else self.step, len(rows.ids)), MIN_CHUNK)
-        return WORKSPACE.take((size, vocab), rows.hidden.dtype, rows.hidden.device)
-
-
 class HeadGradients:
     """Gradients of the head's inputs, summed over chunks in float32 and not yet scaled."""
 
-    def __init__(self, head: Head, n: int, rows: HeadRows, sum_dtype: torch.dtype, needs: tuple[bool, bool, bool]):
-        self.head, self.rows = head, rows
+    def __init__(self, head: Head, n: int, rows: HeadRows, plan: Plan, needs: tuple[bool, bool, bool]):
+        self.head, self.rows, self.wide = head, rows, plan.wide
         weight = head.weight
         # Rows that have no gradient are never written, so they must be zero beforehand.
         self.hidden = torch.zeros(n, weight.shape[1], device=weight.device) if needs[0] else None
-        self.weight = _native.empty(weight.shape, sum_dtype, weight.device) if needs[1] else None
+        self.weight = _native.empty(weight.shape, plan.sum_dtype, weight.device) if needs[1] else None
         self.bias = torch.zeros(len(weight), device=weight.device) if needs[2] else None
         self.first = True
 
-    def add_rows(self, dlogits: Tensor, rows: Tensor) -> None:
+    def add_rows(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Takes in the gradient of the logits (m, V) of the rows (m,), numbers among the M: all but the weight's."""
-        if self.hidden is not None:
+        if self.hidden is not None and isinstance(rows, slice) and self.rows.index is None and self.wide:
+            product(dlogits, self.head.weight, self.hidden[rows])
+        elif self.hidden is not None:
             target = rows if self.rows.index is None else self.rows.index[rows]
             self.hidden[target] = torch.mm(dlogits, self.head.weight).float()
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=torch.float32)
 
-    def add_weight(self, dlogits: Tensor, rows: Tensor) -> None:
+    def add_weight(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Takes in the weight's part of the gradient of the logits (m, V) of the rows (m,)."""
         transposed, hidden = dlogits.t(), self.rows.hidden[rows]
-        if self.first and self.weight.dtype == dlogits.dtype:
-            torch.mm(transposed, hidden, out=self.weight)
-        elif self.weight.dtype == dlogits.dtype:
-            self.weight.addmm_(transposed, hidden)
+        if self.wide or self.weight.dtype == dlogits.dtype:
+            product(transposed, hidden, self.weight, add=not self.first)
         else:
             if dlogits.dtype == torch.float16:
                 hidden = hidden.float()
             for block in _blocks(len(self.weight), 8192):
                 part = torch.mm(transposed[block].to(hidden.dtype), hidden)
-                _native.accumulate(self.weight[block], part, first=self.first)
+                accumulate(self.weight[block], part, first=self.first)
         self.first = False
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -146,60 +129,96 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def head_stats(head: Head, rows: HeadRows, plan: Plan) -> RowStats:
+def _buffer(head: Head, rows: HeadRows, plan: Plan, *, keep: bool) -> Tensor:
+    """Room for a chunk of logits, or for one step where nothing needs to stay."""
+    size = max(min(plan.chunk if keep else plan.step, len(rows.ids)), plan.pad_to)
+    return WORKSPACE.take((size, len(head.weight)), plan.logits_dtype, rows.hidden.device)
+
+
+def head_stats(kernels: Kernels, head: Head, rows: HeadRows, plan: Plan) -> RowStats:
     """Log-probs and entropy of every row: one product, no gradient."""
     stats = RowStats.empty(len(rows.ids), rows.hidden.device)
-    buffer = plan.buffer(rows, len(head.weight), keep=False)
+    buffer = _buffer(head, rows, plan, keep=False)
     for chunk in rows.chunks(plan.step):
         part = RowStats.empty(chunk.stop - chunk.start, rows.hidden.device)
-        logits = head.logits(rows.hidden[chunk], buffer)
-        _native.token_logprobs_forward(rows.logit_rows(logits, chunk), part)
+        logits = head.logits(rows.hidden[chunk], buffer, plan.pad_to)
+        kernels.token_logprobs_forward(rows.logit_rows(logits, chunk), part)
         stats.buffer[:, chunk] = part.buffer
     return stats
 
 
-Epilogue = Callable[[LogitRows, slice], Tensor]
-"""Turns the logits of a chunk into their gradient in place; returns which of its rows have one, bool (m,)."""
+Epilogue = Callable[[LogitRows, slice, Tensor], Tensor]
+"""Writes the gradient of a chunk's logits to the last argument; returns which of its rows have one, bool (m,)."""
 
 
-def head_gradients(head: Head, rows: HeadRows, n: int, plan: Plan, needs: tuple[bool, bool, bool], epilogue: Epilogue):
+def head_gradients(
+    kernels: Kernels,
+    head: Head,
+    rows: HeadRows,
+    n: int,
+    plan: Plan,
+    needs: tuple[bool, bool, bool],
+    epilogue: Epilogue,
+):
     """One pass over the rows: logits, `epilogue`, backward products."""
-    gradients = HeadGradients(head, n, rows, plan.sum_dtype, needs)
-    buffer = plan.buffer(rows, len(head.weight), keep=needs[1])
-    held: list[Tensor] = []  # which rows' gradients lie at the front of the buffer
+    gradients = HeadGradients(head, n, rows, plan, needs)
+    buffer = _buffer(head, rows, plan, keep=needs[1])
+    dlogits = front_of(buffer, rows.hidden.dtype)
+    held: list[Tensor | slice] = []  # which rows' gradients lie at the front of the buffer
+    filled = 0
     for chunk in rows.chunks(plan.step):
-        filled = sum(map(len, held))
-        if held and filled + max(chunk.stop - chunk.start, MIN_CHUNK) > len(buffer):
-            gradients.add_weight(buffer[:filled], torch.cat(held))
+        size = chunk.stop - chunk.start
+        if held and filled + max(size, plan.pad_to) > len(buffer):
+            gradients.add_weight(dlogits[:filled], _joined(held))
             held, filled = [], 0
-        logits = head.logits(rows.hidden[chunk], buffer[filled:])
-        active = epilogue(rows.logit_rows(logits, chunk), chunk)
-        front = _native.compact_rows(logits, active) + chunk.start
-        if len(front):
-            gradients.add_rows(logits[: len(front)], front)
+        logits = head.logits(rows.hidden[chunk], buffer[filled:], plan.pad_to)
+        gradient = dlogits[filled : filled + size]
+        active = epilogue(rows.logit_rows(logits, chunk), chunk, gradient)
+        front, kept = chunk, size
+        if plan.compact:
+            front = kernels.compact_rows(gradient, active) + chunk.start
+            kept = len(front)
+        if kept:
+            gradients.add_rows(gradient[:kept], front)
             if needs[1]:
                 held.append(front)
+                filled += kept
     if held:
-        gradients.add_weight(buffer[: sum(map(len, held))], torch.cat(held))
+        gradients.add_weight(dlogits[:filled], _joined(held))
     return gradients.results()
 
 
-def ppo_pass(head: Head, rows: HeadRows, ppo: PpoRows, n: int, plan: Plan, needs: tuple[bool, bool, bool]):
+def front_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a gradient (N, V) of `dtype` in the bytes of the logits: in the front of each row where it is narrower."""
+    return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
+
+
+def _joined(held: list[Tensor | slice]) -> Tensor | slice:
+    """The rows of one product; slices follow each other."""
+    if isinstance(held[0], slice):
+        return slice(held[0].start, held[-1].stop)
+    return torch.cat(held)
+
+
+def ppo_pass(
+    kernels: Kernels, head: Head, rows: HeadRows, ppo: PpoRows, n: int, plan: Plan, needs: tuple[bool, bool, bool]
+):
     """Statistics and gradients in one pass: the row's own log-prob decides its coefficient."""
     stats = RowStats.empty(len(rows.ids), rows.hidden.device)
     if rows.index is not None:
         ppo = ppo.rows(rows.index)
 
-    def epilogue(x: LogitRows, chunk: slice) -> Tensor:
+    def epilogue(x: LogitRows, chunk: slice, out: Tensor) -> Tensor:
         part = RowStats.empty(chunk.stop - chunk.start, rows.hidden.device)
-        active = _native.ppo_epilogue(x, part, ppo.rows(chunk))
+        active = kernels.ppo_epilogue(x, part, ppo.rows(chunk), out)
         stats.buffer[:, chunk] = part.buffer
         return active
 
-    return stats, head_gradients(head, rows, n, plan, needs, epilogue)
+    return stats, head_gradients(kernels, head, rows, n, plan, needs, epilogue)
 
 
 def given_pass(
+    kernels: Kernels,
     head: Head,
     rows: HeadRows,
     stats: RowStats,
@@ -211,10 +230,10 @@ def given_pass(
 ):
     """Gradients from coefficients that are known beforehand; the logits are made again."""
 
-    def epilogue(x: LogitRows, chunk: slice) -> Tensor:
+    def epilogue(x: LogitRows, chunk: slice, out: Tensor) -> Tensor:
         g, h = (None if y is None else y[chunk].contiguous() for y in (grad_logprobs, grad_entropy))
-        _native.token_logprobs_backward(x, RowStats(stats.buffer[:, chunk].contiguous()), x.logits, g, h)
+        kernels.token_logprobs_backward(x, RowStats(stats.buffer[:, chunk].contiguous()), out, g, h)
         zero = torch.zeros(len(x.ids), dtype=torch.bool, device=x.ids.device)
         return (zero if g is None else g != 0) | (zero if h is None else h != 0)
 
-    return head_gradients(head, rows, n, plan, needs, epilogue)
+    return head_gradients(kernels, head, rows, n, plan, needs, epilogue)

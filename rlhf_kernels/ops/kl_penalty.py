@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import resolve
+from .. import reference
+from ..backend import kernels, resolve
 from ..rows import KL_ESTIMATORS
 from . import checks
 from .registry import define, dense, refuse
@@ -31,22 +31,18 @@ def kl_penalty(
     checks.tensor("ref_logprobs", ref_logprobs, like=logprobs, expected=logprobs.shape, what="the shape of logprobs")
     checks.choice("estimator", estimator, KL_ESTIMATORS)
     logprobs, ref_logprobs = checks.widen(logprobs), checks.widen(ref_logprobs.detach())
-    if resolve(backend, logprobs) == "reference":
+    chosen = resolve("kl_penalty", backend, logprobs)
+    if chosen == "reference":
         return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
-    return _op(logprobs, ref_logprobs, KL_ESTIMATORS.index(estimator))
+    return _op(logprobs, ref_logprobs, KL_ESTIMATORS.index(estimator), chosen)
 
 
-def _cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
-    out, logprobs, ref_logprobs = _fake(logprobs), dense(logprobs), dense(ref_logprobs)
-    address = _native.address
-    _native.kernels().kl_penalty(address(logprobs), address(ref_logprobs), out.numel(), estimator, address(out))
-    return out
+def _run(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, backend: str) -> Tensor:
+    return kernels(backend).kl_penalty(dense(logprobs), dense(ref_logprobs), estimator)
 
 
-def _cpu_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
-    out, tensors = _fake(logprobs), (dense(grad), dense(logprobs), dense(ref_logprobs))
-    _native.kernels().kl_penalty_backward(*map(_native.address, tensors), out.numel(), estimator, _native.address(out))
-    return out
+def _run_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int, backend: str) -> Tensor:
+    return kernels(backend).kl_penalty_backward(dense(grad), dense(logprobs), dense(ref_logprobs), estimator)
 
 
 def _fake(x: Tensor, *_) -> Tensor:
@@ -54,23 +50,23 @@ def _fake(x: Tensor, *_) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    logprobs, ref_logprobs, ctx.estimator = inputs
+    logprobs, ref_logprobs, ctx.estimator, ctx.backend = inputs
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
-def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _backward_op(grad, *ctx.saved_tensors, ctx.estimator), None, None
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _backward_op(grad, *ctx.saved_tensors, ctx.estimator, ctx.backend), None, None, None
 
 
 _backward_op = define(
-    "kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
-    cpu=_cpu_backward,
+    "kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int estimator, str backend) -> Tensor",
+    run=_run_backward,
     fake=_fake,
     backward=refuse,
 )
 _op = define(
-    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
-    cpu=_cpu,
+    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator, str backend) -> Tensor",
+    run=_run,
     fake=_fake,
     save=_save,
     backward=_differentiate,

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..backend import resolve
+from ..backend import Kernels, kernels, resolve
 from ..rows import Transform
 from ..types import METRICS, PPOLoss
 from . import checks
-from .head import Head, HeadRows, Plan, given_pass, head_stats, ppo_pass
+from .head import Head, HeadRows, given_pass, head_stats, ppo_pass
 from .linear_token_logprobs import check_head, gradient_dtype, under_autocast
 from .ppo_arguments import PPOArguments
 from .ppo_terms import Terms, as_loss, flat
+from .products import Plan
 from .registry import define, refuse, schema_of
 
 VALUE_ROWS = 1024
@@ -44,8 +45,9 @@ def linear_ppo_loss(
 
     Gradients are made in the forward pass, chunk by chunk, and scaled in backward: a second backward raises, and a
     checkpointed region would do the work twice. Masked rows enter no matrix product; rows whose log-prob and entropy
-    coefficients are exactly zero (clipped, no advantage) enter none of the backward ones. `compact` is for devices where
-    finding those rows costs a copy to the host; on CPU they are always left out. `options` are those of `ppo_loss`,
+    coefficients are exactly zero (clipped, no advantage) enter none of the backward ones. On a GPU both need
+    `compact=True`, since their number has to reach the host: one wait a call and one a chunk, and no graph capture; without
+    it those rows are zeros in the products. On CPU they are always left out. `options` are those of `ppo_loss`,
     without `entropy`; `values=` is for a value model of its own and excludes `value_weight`.
 
     Raises:
@@ -58,7 +60,8 @@ def linear_ppo_loss(
     made = {"value_head": value_weight is not None, "entropy_made": True}
     args.check(ids, old_logprobs, advantages, mask, name="ids", **made)
     check_value_head(hidden, value_weight, value_bias)
-    if resolve(backend, hidden) == "reference":
+    chosen = resolve("linear_ppo_loss", backend, hidden)
+    if chosen == "reference":
         return reference.linear_ppo_loss(
             hidden,
             weight,
@@ -86,11 +89,24 @@ def linear_ppo_loss(
         softcap,
         float(logit_scale),
         chunk_tokens,
+        check_compact(compact, hidden, chosen),
         flat(args.old_values),
         flat(args.returns),
         *Terms.of(args, old_logprobs, advantages, mask).pack(),
+        chosen,
     )
     return as_loss(loss, metrics)
+
+
+def check_compact(compact: bool | None, hidden: Tensor, backend: str) -> bool:
+    """Whether rows without a gradient are left out of the products."""
+    if compact not in (None, True, False):
+        raise ValueError(f"compact: got {compact!r}, expected None, True or False")
+    if backend == "cpu":
+        return True
+    if compact and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("compact: got True while a CUDA graph is captured, expected None: it waits for the device")
+    return bool(compact)
 
 
 def check_value_head(hidden: Tensor, value_weight: Tensor | None, value_bias: Tensor | None) -> None:
@@ -116,6 +132,7 @@ def _forward(
     softcap: float | None,
     logit_scale: float,
     chunk_tokens: int | None,
+    compact: bool,
     old_values: Tensor | None,
     returns: Tensor | None,
     old_logprobs: Tensor,
@@ -132,34 +149,36 @@ def _forward(
     kinds: str,
     num_sequences: int,
     length: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     constants = (old_logprobs, advantages, weights, ref_logprobs, row_weight, mask, value_mask, value_row_weight)
     terms = Terms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    rows = HeadRows.of(hidden, ids, transform, mask)
-    n = len(ids)
-    plan = Plan.of(n, hidden.dtype, chunk_tokens)
+    n, launch = len(ids), kernels(backend)
+    plan = Plan.of(n, len(weight), hidden.dtype, backend, chunk_tokens, compact)
+    rows = HeadRows.of(hidden, ids, transform, mask, gather=plan.compact)
     if value_weight is not None:
         values = value_forward(hidden, value_weight, value_bias, terms.value_mask)
     head = Head(weight, bias)
     targets = (None if x is None else x.contiguous() for x in (values, old_values, returns))
     needs_head = tuple(needs[:3])
     if terms.sequence_level:
-        stats = head_stats(head, rows, plan)
-        slopes, sums = _finish_rows(terms, rows, stats, n, *targets)
+        stats = head_stats(launch, head, rows, plan)
+        slopes, sums = _finish_rows(launch, terms, rows, stats, n, *targets)
         entropy_slope = rows.take(terms.entropy_slope())
-        results = given_pass(head, rows, stats, rows.take(slopes[0]), entropy_slope, n, plan, needs_head)
+        slope = rows.take(slopes[0])
+        results = given_pass(launch, head, rows, stats, slope, entropy_slope, n, plan, needs_head)
     else:
-        stats, results = ppo_pass(head, rows, terms.ppo, n, plan, needs_head)
-        slopes, sums = _finish_rows(terms, rows, stats, n, *targets)
+        stats, results = ppo_pass(launch, head, rows, terms.ppo, n, plan, needs_head)
+        slopes, sums = _finish_rows(launch, terms, rows, stats, n, *targets)
     value_gradients = _value_backward(hidden, value_weight, slopes[1], results[0], terms, needs)
     gradients = (*results, *value_gradients)
     return terms.loss(sums), terms.metrics(sums), *(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
-def _finish_rows(terms: Terms, rows: HeadRows, stats, n: int, values, old_values, returns):
+def _finish_rows(kernels: Kernels, terms: Terms, rows: HeadRows, stats, n: int, values, old_values, returns):
     logprobs, entropy = rows.spread(stats.buffer[:2], n)
-    *slopes, sums = terms.sums(logprobs, entropy, values, old_values, returns)
+    *slopes, sums = terms.sums(kernels, logprobs, entropy, values, old_values, returns)
     return slopes, sums
 
 
@@ -198,7 +217,7 @@ def _fake(hidden, weight, bias, value_weight, value_bias, values, needs, ids, *r
         return hidden.new_empty(x.shape if needed else (0,), dtype=dtype)
 
     f32 = torch.float32
-    plan = Plan.of(ids.numel(), hidden.dtype, rest[4])
+    plan = Plan.of(ids.numel(), len(weight), hidden.dtype, rest[-1], rest[4], rest[5])
     dtypes = (f32, plan.sum_dtype, f32, f32, f32, f32)
     inputs = zip((hidden, weight, bias, value_weight, value_bias, values), needs, dtypes, strict=True)
     return (
@@ -214,7 +233,7 @@ class LinearPpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         loss, metrics, *gradients = _op(*inputs)
-        ctx.needs, denominators = inputs[6], inputs[-6]
+        ctx.needs, denominators, ctx.backend = inputs[6], inputs[-7], inputs[-1]
         ctx.save_for_backward(denominators, *gradients)
         ctx.dtypes = [None if x is None else gradient_dtype(x) for x in inputs[:6]]
         ctx.mark_non_differentiable(metrics)
@@ -223,7 +242,7 @@ class LinearPpoLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        nothing = (None,) * 23
+        nothing = (None,) * 25
         if grad_loss is None:
             return *(None,) * 6, *nothing
         if torch.is_grad_enabled() and checks.is_eager(
@@ -234,18 +253,18 @@ class LinearPpoLoss(torch.autograd.Function):
         scale = grad_loss / denominators[0]
         results = []
         for i, (gradient, dtype, needed) in enumerate(zip(gradients, ctx.dtypes, ctx.needs, strict=True)):
-            results.append(scaled(gradient, scale if i < 3 else grad_loss, dtype) if needed else None)
+            results.append(scaled(gradient, scale if i < 3 else grad_loss, dtype, ctx.backend) if needed else None)
         return *results, *nothing
 
 
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """`gradient * scale`, rounded once to `dtype`; in its own bytes where it can, which makes a second backward raise."""
     if not checks.is_eager(gradient) or dtype not in _native.DTYPES:
         return (gradient.float() * scale).to(dtype)
     with torch.no_grad():
-        result = _native.scale_cast(gradient, scale.item(), dtype)
+        result = kernels(backend).scale_cast(gradient, scale.float(), dtype)
     torch.autograd.graph.increment_version(gradient)
     return result
 
 
-_op = define(schema_of("linear_ppo_loss", _forward), cpu=_forward, fake=_fake)
+_op = define(schema_of("linear_ppo_loss", _forward), run=_forward, fake=_fake)

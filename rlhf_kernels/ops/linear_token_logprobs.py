@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import resolve
+from .. import reference
+from ..backend import kernels, resolve
 from ..rows import RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
-from .head import Head, HeadRows, Plan, given_pass, head_stats
+from .head import Head, HeadRows, given_pass, head_stats
 from .ppo_terms import flat
+from .products import Plan
 from .registry import define, refuse, schema_of
 
 
@@ -38,7 +39,8 @@ def linear_token_logprobs(
     temperature = checks.constant(temperature)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
-    if resolve(backend, hidden) == "reference":
+    chosen = resolve("linear_token_logprobs", backend, hidden)
+    if chosen == "reference":
         return reference.linear_token_logprobs(
             hidden,
             weight,
@@ -62,6 +64,7 @@ def linear_token_logprobs(
         softcap,
         float(logit_scale),
         chunk_tokens,
+        chosen,
     )
     return TokenLogprobs(logprobs.view(ids.shape), h.view(ids.shape) if entropy else None)
 
@@ -105,10 +108,12 @@ def _forward(
     softcap: float | None,
     logit_scale: float,
     chunk_tokens: int | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = ids.numel()
-    rows = _rows(hidden, ids, mask, temperatures, temperature, softcap, logit_scale)
-    stats = head_stats(Head(weight, bias), rows, Plan.of(n, hidden.dtype, chunk_tokens))
+    plan = Plan.of(n, len(weight), hidden.dtype, backend, chunk_tokens, None)
+    rows = _rows(hidden, ids, mask, temperatures, temperature, softcap, logit_scale, plan)
+    stats = head_stats(kernels(backend), Head(weight, bias), rows, plan)
     buffer = rows.spread(stats.buffer, n)
     return buffer[0].clone(), buffer[1].clone(), buffer
 
@@ -132,6 +137,7 @@ def _backward(
     softcap: float | None,
     logit_scale: float,
     chunk_tokens: int | None,
+    backend: str,
     needs: list[bool],  # a gradient: hidden, weight, bias
     unrounded: list[bool],  # and whether in float32
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,17 +145,17 @@ def _backward(
     g, h = (None if x is None else x.float() for x in (grad_logprobs, grad_entropy))
     live = sum(x.abs() for x in (g, h) if x is not None) != 0
     keep = live if mask is None else live & mask
-    rows = _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale)
+    plan = Plan.of(n, len(weight), hidden.dtype, backend, chunk_tokens, None)
+    rows = _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale, plan)
     # Relative to the largest coefficient: half-precision gradients of logits would underflow under a small one.
-    largest = torch.stack([x.abs().amax() for x in (g, h) if x is not None]).amax() if n else torch.ones(())
-    largest = torch.where(largest > 0, largest, 1)
+    largest = torch.stack([x.abs().amax() for x in (g, h) if x is not None]).amax() if n else hidden.new_ones(())
+    largest = torch.where(largest > 0, largest, 1).float()
     coefficients = (None if x is None else rows.take(x) / largest for x in (g, h))
-    plan = Plan.of(n, hidden.dtype, chunk_tokens)
     kept = RowStats(stats if rows.index is None else stats[:, rows.index])
-    results = given_pass(Head(weight, bias), rows, kept, *coefficients, n, plan, tuple(needs))
-    scale = largest.item()
+    launch = kernels(backend)
+    results = given_pass(launch, Head(weight, bias), rows, kept, *coefficients, n, plan, tuple(needs))
     return tuple(
-        hidden.new_empty(0) if g is None else _native.scale_cast(g, scale, torch.float32 if wide else hidden.dtype)
+        hidden.new_empty(0) if g is None else launch.scale_cast(g, largest, torch.float32 if wide else hidden.dtype)
         for g, wide in zip(results, unrounded, strict=True)
     )
 
@@ -163,9 +169,9 @@ def _fake_backward(grad_logprobs, grad_entropy, stats, hidden, weight, bias, *re
     )
 
 
-def _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale) -> HeadRows:
+def _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale, plan: Plan) -> HeadRows:
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    return HeadRows.of(hidden, ids, transform, keep)
+    return HeadRows.of(hidden, ids, transform, keep, gather=plan.compact)
 
 
 def gradient_dtype(x: Tensor) -> torch.dtype:
@@ -183,7 +189,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_logprobs, grad_entropy, _):
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return None, None, None, *nothing
@@ -192,8 +198,8 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
 
 
 _backward_op = define(
-    schema_of("linear_token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward, backward=refuse
+    schema_of("linear_token_logprobs_backward", _backward), run=_backward, fake=_fake_backward, backward=refuse
 )
 _op = define(
-    schema_of("linear_token_logprobs", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate
+    schema_of("linear_token_logprobs", _forward), run=_forward, fake=_fake, save=_save, backward=_differentiate
 )

@@ -39,10 +39,12 @@ def logits_ppo_loss(
     args = PPOArguments.parse("logits_ppo_loss", options)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
     args.check(ids, old_logprobs, advantages, mask, name="ids", entropy_made=True)
-    if resolve(backend, logits) == "reference":
+    chosen = resolve("logits_ppo_loss", backend, logits)
+    if chosen == "reference":
         transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
         return reference.logits_ppo_loss(
             logits, ids.long(), old_logprobs, advantages, mask, **transform, **args.options()
         )
-    taken = fused_token_logprobs(logits, ids, temperature, softcap, logit_scale, mask, entropy=True, inplace=inplace)
-    return fused_ppo_loss(taken.logprobs, taken.entropy, args, old_logprobs, advantages, mask)
+    rows = logits, ids, temperature, softcap, logit_scale, mask
+    taken = fused_token_logprobs(*rows, chosen, entropy=True, inplace=inplace)
+    return fused_ppo_loss(taken.logprobs, taken.entropy, args, old_logprobs, advantages, mask, chosen)

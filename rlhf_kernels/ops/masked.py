@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import resolve
+from .. import reference
+from ..backend import kernels, resolve
 from . import checks
 from .registry import define, dense
 
@@ -16,9 +16,10 @@ def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: shapes or devices that differ, a mask that is not bool.
     """
     _check(x, mask)
-    if resolve(backend, x) == "reference":
+    chosen = resolve("masked_mean", backend, x)
+    if chosen == "reference":
         return reference.masked_mean(checks.widen(x), mask)
-    return _mean(checks.widen(x), mask)
+    return _mean(checks.widen(x), mask, chosen)
 
 
 def masked_whiten(
@@ -35,9 +36,10 @@ def masked_whiten(
         ValueError: shapes or devices that differ, a mask that is not bool.
     """
     _check(x, mask)
-    if resolve(backend, x) == "reference":
+    chosen = resolve("masked_whiten", backend, x)
+    if chosen == "reference":
         return reference.masked_whiten(checks.widen(x), mask, shift_mean=shift_mean, unbiased=unbiased)
-    return _whiten(checks.widen(x), mask, shift_mean, unbiased)
+    return _whiten(checks.widen(x), mask, shift_mean, unbiased, chosen)
 
 
 def _check(x: Tensor, mask: Tensor) -> None:
@@ -45,10 +47,8 @@ def _check(x: Tensor, mask: Tensor) -> None:
     checks.mask("mask", mask, like=x, expected=x.shape, what="the shape of x")
 
 
-def _mean_cpu(x: Tensor, mask: Tensor) -> Tensor:
-    x, mask, out = dense(x), mask.contiguous(), _mean_fake(x)
-    _native.kernels().masked_mean(_native.address(x), _native.address(mask), x.numel(), out.data_ptr())
-    return out
+def _mean_run(x: Tensor, mask: Tensor, backend: str) -> Tensor:
+    return kernels(backend).masked_mean(dense(x), mask.contiguous())
 
 
 def _mean_fake(x: Tensor, *_) -> Tensor:
@@ -59,16 +59,13 @@ def _mean_save(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _mean_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+def _mean_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
     (mask,) = ctx.saved_tensors
-    return torch.where(mask, grad / mask.sum().clamp(min=1), 0), None
+    return torch.where(mask, grad / mask.sum().clamp(min=1), 0), None, None
 
 
-def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
-    x, mask, out = dense(x), mask.contiguous(), _whiten_fake(x)
-    address = _native.address
-    _native.kernels().masked_whiten(address(x), address(mask), x.numel(), shift_mean, unbiased, address(out))
-    return out
+def _whiten_run(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, backend: str) -> Tensor:
+    return kernels(backend).masked_whiten(dense(x), mask.contiguous(), shift_mean, unbiased)
 
 
 def _whiten_fake(x: Tensor, *_) -> Tensor:
@@ -76,11 +73,11 @@ def _whiten_fake(x: Tensor, *_) -> Tensor:
 
 
 def _whiten_save(ctx, inputs, output) -> None:
-    x, mask, ctx.shift_mean, ctx.unbiased = inputs
+    x, mask, ctx.shift_mean, ctx.unbiased, _ = inputs
     ctx.save_for_backward(x, mask)
 
 
-def _whiten_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _whiten_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     """With c = x - mean, s = (var + 1e-8)^-1/2: `s (g - mean g) - s³ c Σ g c / (n - 1)`, and mean g where the mean stays."""
     x, mask = ctx.saved_tensors
     g = torch.where(mask, grad, 0)
@@ -90,19 +87,19 @@ def _whiten_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
     s = torch.rsqrt(centred.square().sum() / degrees + 1e-8)
     mean_g = g.sum() / n.clamp(min=1)
     dx = s * (g - mean_g) - s**3 * centred * (g * centred).sum() / degrees
-    return torch.where(mask, dx if ctx.shift_mean else dx + mean_g, 0), None, None, None
+    return torch.where(mask, dx if ctx.shift_mean else dx + mean_g, 0), None, None, None, None
 
 
 _mean = define(
-    "masked_mean(Tensor x, Tensor mask) -> Tensor",
-    cpu=_mean_cpu,
+    "masked_mean(Tensor x, Tensor mask, str backend) -> Tensor",
+    run=_mean_run,
     fake=_mean_fake,
     save=_mean_save,
     backward=_mean_backward,
 )
 _whiten = define(
-    "masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased) -> Tensor",
-    cpu=_whiten_cpu,
+    "masked_whiten(Tensor x, Tensor mask, bool shift_mean, bool unbiased, str backend) -> Tensor",
+    run=_whiten_run,
     fake=_whiten_fake,
     save=_whiten_save,
     backward=_whiten_backward,

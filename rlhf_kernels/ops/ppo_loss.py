@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import reference
-from ..backend import resolve
+from ..backend import kernels, resolve
 from ..types import METRICS, PPOLoss
 from . import checks
 from .ppo_arguments import PPOArguments
@@ -75,17 +75,18 @@ def ppo_loss(
     args = PPOArguments(**arguments)
     checks.floating("logprobs", logprobs, dims=(1, 2), what="[B, T] or [N]")
     args.check(logprobs, old_logprobs, advantages, mask, name="logprobs")
-    if resolve(backend, logprobs) == "reference":
+    chosen = resolve("ppo_loss", backend, logprobs)
+    if chosen == "reference":
         return reference.ppo_loss(logprobs, old_logprobs, advantages, mask, **args.options())
-    return fused_ppo_loss(logprobs, entropy, args, old_logprobs, advantages, mask)
+    return fused_ppo_loss(logprobs, entropy, args, old_logprobs, advantages, mask, chosen)
 
 
-def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantages, mask) -> PPOLoss:
+def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantages, mask, backend: str) -> PPOLoss:
     """The compiled form, for arguments that were checked."""
     terms = Terms.of(args, old_logprobs, advantages, mask)
     differentiable = (None if x is None else x.float().reshape(-1) for x in (logprobs, entropy, args.values))
     constants = (flat(args.old_values), flat(args.returns))
-    loss, metrics, *_ = _op(*differentiable, *constants, *terms.pack())
+    loss, metrics, *_ = _op(*differentiable, *constants, *terms.pack(), backend)
     return as_loss(loss, metrics)
 
 
@@ -109,11 +110,12 @@ def _forward(
     kinds: str,
     num_sequences: int,
     length: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     constants = (old_logprobs, advantages, weights, ref_logprobs, row_weight, mask, value_mask, value_row_weight)
     terms = Terms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
     tensors = (None if x is None else x.contiguous() for x in (logprobs, entropy, values, old_values, returns))
-    slope, value_slope, sums = terms.sums(*tensors)
+    slope, value_slope, sums = terms.sums(kernels(backend), *tensors)
     policy, value = denominators[0], denominators[1]
     entropy_slope = terms.entropy_slope() if entropy is not None else None
     return (
@@ -140,7 +142,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_loss, *_):
     inputs = ctx.needs_input_grad[:3]
-    nothing = (None,) * 16
+    nothing = (None,) * 17
     if grad_loss is None:
         return None, None, None, *nothing
     slopes = (
@@ -149,4 +151,4 @@ def _differentiate(ctx, grad_loss, *_):
     return *slopes, *nothing
 
 
-_op = define(schema_of("ppo_loss", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate)
+_op = define(schema_of("ppo_loss", _forward), run=_forward, fake=_fake, save=_save, backward=_differentiate)

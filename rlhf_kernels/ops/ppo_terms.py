@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from ..backend import Kernels
 from ..rows import PpoRows, PpoScalars, Sequences
 from ..types import METRICS, PPOLoss
 from .ppo_arguments import PPOArguments
@@ -54,12 +55,15 @@ class Aggregation:
             return cls(None, denominator)
         # Relative to the shortest sequence, so that half-precision gradients do not start out tiny.
         shortest = torch.where(lengths > 0, lengths, lengths.max()).min().clamp(min=1) if lengths.numel() else 1
-        return cls(sequences.per_token((shortest / lengths.clamp(min=1)).float()), denominator * shortest)
+        return cls(sequences.per_token((shortest / lengths.clamp(min=1)).float(), mask.numel()), denominator * shortest)
 
 
 def count(here: Tensor, given: float | Tensor | None) -> Tensor:
     """The caller's global denominator, or this call's own; 1 instead of 0, so that an empty batch gives 0."""
-    x = torch.as_tensor(here if given is None else given, device=here.device).float()
+    if given is None or isinstance(given, Tensor):
+        x = (here if given is None else given.to(here.device)).float()
+    else:
+        x = torch.full((), given, dtype=torch.float32, device=here.device)  # filled there: no copy from the host
     return torch.where(x > 0, x, 1)
 
 
@@ -114,11 +118,11 @@ class Terms:
         ppo, sequences = PpoRows(scalars, *tensors), Sequences(n, length, cu_seqlens)
         return cls(ppo, mask, value_mask, value_row_weight, denominators, sequences, level == "sequence", numbers[-1])
 
-    def sums(self, logprobs, entropy, values, old_values, returns) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self, kernels: Kernels, logprobs, entropy, values, old_values, returns) -> tuple[Tensor, Tensor, Tensor]:
         """Slopes of the log-probs and the values, times their denominators, and the kernels' sums."""
         masks = (self.value_mask, self.value_row_weight)
         inputs = (logprobs, entropy, values, old_values, returns)
-        return _native.ppo_loss(self.ppo, self.sequences, self.sequence_level, self.mask, *inputs, *masks)
+        return kernels.ppo_loss(self.ppo, self.sequences, self.sequence_level, self.mask, *inputs, *masks)
 
     def loss(self, sums: Tensor) -> Tensor:
         """The scalar loss from the kernels' sums."""
@@ -128,8 +132,8 @@ class Terms:
 
     def metrics(self, sums: Tensor) -> Tensor:
         """(len(METRICS),) float32, in the order of METRICS."""
-        source, divisor = zip(*(_SOURCES[name] for name in METRICS), strict=True)
-        return (sums[list(source)] / self.denominators[list(divisor)]).float()
+        source, divisor = _metric_places(sums.device)
+        return (sums[source] / self.denominators[divisor]).float()
 
     def entropy_slope(self) -> Tensor | None:
         """d loss / d entropy of each token, times the policy's denominator; None: 0."""
@@ -150,6 +154,13 @@ _NUMBERS = (
     "entropy_coef",
     "cliprange_value",
 )
+
+
+@cache
+def _metric_places(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each metric: its place among the sums, and that of what divides it. Made once: a copy to a device waits for it."""
+    source, divisor = zip(*(_SOURCES[name] for name in METRICS), strict=True)
+    return torch.tensor(source, device=device), torch.tensor(divisor, device=device)
 
 
 def flat(x: Tensor | None) -> Tensor | None:

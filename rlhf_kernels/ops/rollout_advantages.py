@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import resolve
+from .. import reference
+from ..backend import kernels, resolve
 from ..rows import KL_ESTIMATORS
 from ..types import RolloutAdvantages
 from . import checks
-from .gae import check_recursion, native_arguments
+from .gae import check_recursion
 from .registry import define, dense
 
 
@@ -60,7 +60,8 @@ def rollout_advantages(
     checks.number("score_clip", score_clip, above=0, optional=True)
     checks.number("kl_coef", kl_coef)
     check_recursion(gamma, lam, bootstrap, holes, logprobs, b)
-    if resolve(backend, logprobs) == "reference":
+    chosen = resolve("rollout_advantages", backend, logprobs)
+    if chosen == "reference":
         scores, logprobs, ref_logprobs, values, bootstrap = checks.wide(
             scores, logprobs, ref_logprobs, values, bootstrap
         )
@@ -85,10 +86,10 @@ def rollout_advantages(
     clip, estimator = float("inf") if score_clip is None else score_clip, KL_ESTIMATORS.index(kl_estimator)
     whiten = whiten_rewards, whiten_advantages
     # Nothing here has a gradient, so plain tensors need no dispatcher, which costs a sixth of a small call.
-    run = _cpu if checks.is_eager(logprobs) else _op
+    run = _run if checks.is_eager(logprobs) else _op
     return RolloutAdvantages(
         *run(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, lam, clip, score_index, bootstrap,
-             holes == "skip", *whiten, cu_seqlens)
+             holes == "skip", *whiten, cu_seqlens, chosen)
     )  # fmt: skip
 
 
@@ -102,24 +103,16 @@ def check_score_index(index: Tensor, tokens: Tensor, b: int, cu_seqlens: Tensor 
             raise ValueError(f"score_index: got {index[outside][0].item()}, expected a position inside its sequence")
 
 
-def _cpu(
+def _run(
     scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
-    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens, backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scores, logprobs, ref_logprobs, values = dense(scores), dense(logprobs), dense(ref_logprobs), dense(values)
-    mask, bootstrap = mask.contiguous(), None if bootstrap is None else dense(bootstrap)
-    score_index = None if score_index is None else score_index.long().contiguous()
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
-    recursion = native_arguments(
-        rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns
-    )
-    address = _native.address
-    _native.kernels().rollout_advantages(
-        recursion, address(scores), address(logprobs), address(ref_logprobs), address(score_index), kl_estimator, kl_coef,
-        score_clip, whiten_rewards, whiten_advantages, address(rewards), address(kl),
+    return kernels(backend).rollout_advantages(
+        dense(scores), dense(logprobs), dense(ref_logprobs), dense(values), mask.contiguous(), kl_coef, kl_estimator, gamma,
+        lam, score_clip, None if score_index is None else score_index.long().contiguous(),
+        None if bootstrap is None else dense(bootstrap), skip_holes, whiten_rewards, whiten_advantages,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
     )  # fmt: skip
-    return advantages, returns, rewards, kl
 
 
 def _fake(scores, logprobs, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,8 +122,8 @@ def _fake(scores, logprobs, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 _op = define(
     "rollout_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, float kl_coef,"
     " int kl_estimator, float gamma, float lam, float score_clip, Tensor? score_index, Tensor? bootstrap,"
-    " bool skip_holes, bool whiten_rewards, bool whiten_advantages, Tensor? cu_seqlens)"
+    " bool skip_holes, bool whiten_rewards, bool whiten_advantages, Tensor? cu_seqlens, str backend)"
     " -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)",
-    cpu=_cpu,
+    run=_run,
     fake=_fake,
 )

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import resolve
+from .. import reference
+from ..backend import kernels, resolve
 from ..types import SampledTokens
 from . import checks
 from .registry import define, dense
@@ -48,7 +48,8 @@ def sample_tokens(
     if not isinstance(seed, int):
         raise ValueError(f"seed: got {type(seed).__name__}, expected an integer")
     seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # its low 64 bits, as an int64
-    if resolve(backend, logits) == "reference":
+    chosen = resolve("sample_tokens", backend, logits)
+    if chosen == "reference":
         return reference.sample_tokens(
             logits.detach(),
             temperature=temperature,
@@ -61,22 +62,15 @@ def sample_tokens(
         )
     scalar, per_row = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
     filters = top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0
-    return SampledTokens(*_op(logits, scalar, per_row, *filters, seed, sequence, position))
+    return SampledTokens(*_op(logits, scalar, per_row, *filters, seed, sequence, position, chosen))
 
 
-def _cpu(logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position):
-    b, v = logits.shape
-    if v > 1 and logits.stride(1) != 1:
+def _run(logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position, backend):
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
     temperatures = None if temperatures is None else dense(temperatures)
-    sequence, position = sequence.long().contiguous(), position.long().contiguous()
-    ids, *logprobs = out = _fake(logits)
-    address = _native.address
-    _native.kernels().sample_tokens(
-        logits.data_ptr(), _native.DTYPES[logits.dtype], b, v, logits.stride(0), temperature, address(temperatures),
-        top_k, top_p, min_p, seed, address(sequence), address(position), address(ids), *map(address, logprobs),
-    )  # fmt: skip
-    return out
+    counters = sequence.long().contiguous(), position.long().contiguous()
+    return kernels(backend).sample_tokens(logits, temperature, temperatures, top_k, top_p, min_p, seed, *counters)
 
 
 def _fake(logits, *_):
@@ -86,7 +80,7 @@ def _fake(logits, *_):
 
 _op = define(
     "sample_tokens(Tensor logits, float temperature, Tensor? temperatures, SymInt top_k, float top_p, float min_p,"
-    " SymInt seed, Tensor sequence, Tensor position) -> (Tensor ids, Tensor logprobs, Tensor sampling_logprobs)",
-    cpu=_cpu,
+    " SymInt seed, Tensor sequence, Tensor position, str backend) -> (Tensor ids, Tensor logprobs, Tensor sampling_logprobs)",
+    run=_run,
     fake=_fake,
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..backend import resolve
+from ..backend import kernels, resolve
 from ..rows import LogitRows, RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
@@ -34,7 +34,8 @@ def token_logprobs(
     """
     temperature = checks.constant(temperature)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
-    if resolve(backend, logits) == "reference":
+    chosen = resolve("token_logprobs", backend, logits)
+    if chosen == "reference":
         return reference.token_logprobs(
             logits,
             ids.long(),
@@ -44,11 +45,11 @@ def token_logprobs(
             mask=mask,
             entropy=entropy,
         )
-    return fused_token_logprobs(logits, ids, temperature, softcap, logit_scale, mask, entropy=entropy)
+    return fused_token_logprobs(logits, ids, temperature, softcap, logit_scale, mask, chosen, entropy=entropy)
 
 
 def fused_token_logprobs(
-    logits, ids, temperature, softcap, logit_scale, mask, *, entropy: bool, inplace: bool = False
+    logits, ids, temperature, softcap, logit_scale, mask, backend: str, *, entropy: bool, inplace: bool = False
 ) -> TokenLogprobs:
     """The compiled form, for arguments that were checked."""
     rows = ids.shape
@@ -62,6 +63,7 @@ def fused_token_logprobs(
         softcap,
         float(logit_scale),
         inplace,
+        backend,
     )
     return TokenLogprobs(logprobs.view(rows), h.view(rows) if entropy else None)
 
@@ -95,13 +97,15 @@ def _forward(
     softcap: float | None,
     logit_scale: float,
     inplace: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = RowStats.empty(ids.numel(), ids.device)
-    _native.token_logprobs_forward(_rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale), stats)
+    rows = _rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale)
+    kernels(backend).token_logprobs_forward(rows, stats)
     return stats.logprobs.clone(), stats.entropy.clone(), stats.buffer
 
 
-def _fake(logits, ids, mask, temperatures, temperature, softcap, logit_scale, inplace):
+def _fake(logits, ids, *_):
     n = ids.numel()
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
 
@@ -117,11 +121,11 @@ def _backward(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    backend: str,
 ) -> Tensor:
     out = _native.empty(logits.shape, logits.dtype, logits.device)
-    _write_gradient(
-        out, grad_logprobs, grad_entropy, stats, logits, ids, mask, temperatures, temperature, softcap, logit_scale
-    )
+    transform = temperatures, temperature, softcap, logit_scale
+    _write_gradient(out, grad_logprobs, grad_entropy, stats, logits, ids, mask, *transform, backend)
     return out
 
 
@@ -130,8 +134,9 @@ def _fake_backward(grad_logprobs, grad_entropy, stats, logits, *transform):
 
 
 def _write_gradient(out, grad_logprobs, grad_entropy, stats, logits, *rest) -> None:
+    *rows, backend = rest
     g, h = (None if x is None else x.float().contiguous() for x in (grad_logprobs, grad_entropy))
-    _native.token_logprobs_backward(_rows(logits, *rest), RowStats(stats), out, g, h)
+    kernels(backend).token_logprobs_backward(_rows(logits, *rows), RowStats(stats), out, g, h)
 
 
 def _rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale) -> LogitRows:
@@ -140,7 +145,8 @@ def _rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale) ->
 
 
 def _save(ctx, inputs, output) -> None:
-    logits, ids, mask, temperatures, *ctx.scalars, ctx.inplace = inputs
+    logits, ids, mask, temperatures, *scalars, ctx.inplace, backend = inputs
+    ctx.scalars = *scalars, backend
     _, _, stats = output
     ctx.save_for_backward(stats, logits, ids, mask, temperatures)
     ctx.mark_non_differentiable(stats)
@@ -148,7 +154,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_logprobs, grad_entropy, _):
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
         return None, *nothing
     stats, logits, *rest = ctx.saved_tensors
@@ -163,6 +169,6 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
 
 
 _backward_op = define(
-    schema_of("token_logprobs_backward", _backward), cpu=_backward, fake=_fake_backward, backward=refuse
+    schema_of("token_logprobs_backward", _backward), run=_backward, fake=_fake_backward, backward=refuse
 )
-_op = define(schema_of("token_logprobs", _forward), cpu=_forward, fake=_fake, save=_save, backward=_differentiate)
+_op = define(schema_of("token_logprobs", _forward), run=_forward, fake=_fake, save=_save, backward=_differentiate)

@@ -21,7 +21,7 @@ def poisoned_memory():
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request):
     """Each instruction set that this machine has, in turn."""
-    kernels = _native.kernels()
+    kernels = _native.extension()
     best = kernels.isa()
     try:
         kernels.set_isa(request.param)

@@ -16,16 +16,19 @@ def test_the_extension_is_built():
 
 def test_auto_and_its_reasons():
     cpu = torch.device("cpu")
-    assert choose(cpu, torch.bfloat16).backend == "cpu"
-    assert choose(cpu, torch.float64).backend == "reference" and "float64" in choose(cpu, torch.float64).reason
-    assert choose(torch.device("meta"), torch.float32).backend == "reference"
+    assert choose("gae", cpu, torch.bfloat16).backend == "cpu"
+    assert (
+        choose("gae", cpu, torch.float64).backend == "reference"
+        and "float64" in choose("gae", cpu, torch.float64).reason
+    )
+    assert choose("gae", torch.device("meta"), torch.float32).backend == "reference"
 
 
 def test_a_named_backend_serves_or_raises():
     x = torch.zeros(2, dtype=torch.float64)
-    assert resolve("reference", x) == "reference"
-    with pytest.raises(ValueError, match=r"backend: 'cpu' cannot serve this call: the C\+\+ kernels take float32"):
-        resolve("cpu", x)
+    assert resolve("gae", "reference", x) == "reference"
+    with pytest.raises(ValueError, match="backend: 'cpu' cannot serve this call: the kernels take float32"):
+        resolve("gae", "cpu", x)
     with pytest.raises(ValueError, match="backend: got 'cuda9', expected 'auto' or one of"):
         gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), backend="cuda9")
 
@@ -49,7 +52,7 @@ def test_info_names_every_op(capsys):
     printed = capsys.readouterr().out
     for op in info.ops.__all__:
         assert any(line.startswith(op) for line in printed.splitlines())
-    assert f"instruction set {_native.kernels().isa()}" in printed
+    assert f"instruction set {_native.extension().isa()}" in printed
 
 
 def test_a_missing_extension_is_explained():
@@ -59,7 +62,7 @@ def test_a_missing_extension_is_explained():
         "import torch, rlhf_kernels as rk\n"
         "from rlhf_kernels.backend import choose\n"
         "assert rk.masked_mean(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 1\n"
-        "print(choose(torch.device('cpu'), torch.float32).reason)\n"
+        "print(choose('gae', torch.device('cpu'), torch.float32).reason)\n"
         "try: rk.masked_mean(torch.ones(3), torch.ones(3, dtype=torch.bool), backend='cpu')\n"
         "except ValueError as e: print(e)\n"
     )

@@ -187,9 +187,9 @@ def test_registered_op():
     rewards, values, m = batch(3, 20, "holes")
     rewards, values = rewards.nan_to_num(), torch.where(m, values, 0)
     op = torch.ops.rlhf_kernels.gae.default
-    torch.library.opcheck(op, (rewards, values, m, 1.0, 0.95, torch.randn(3), True, None))
+    torch.library.opcheck(op, (rewards, values, m, 1.0, 0.95, torch.randn(3), True, None, "cpu"))
     cu = torch.tensor([0, 5, 5, 60], dtype=torch.int32)
-    torch.library.opcheck(op, (rewards.flatten(), values.flatten(), m.flatten(), 1.0, 0.95, None, False, cu))
+    torch.library.opcheck(op, (rewards.flatten(), values.flatten(), m.flatten(), 1.0, 0.95, None, False, cu, "cpu"))
 
 
 def test_compiles_as_one_graph_for_every_length():

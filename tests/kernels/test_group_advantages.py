@@ -78,6 +78,6 @@ def test_mistakes_are_named(name, change):
 
 def test_registered_op_and_compile():
     scores, index = torch.randn(9), torch.arange(9) // 3
-    torch.library.opcheck(torch.ops.rlhf_kernels.group_advantages.default, (scores, index, 1))
+    torch.library.opcheck(torch.ops.rlhf_kernels.group_advantages.default, (scores, index, 1, "cpu"))
     compiled = torch.compile(lambda s, i: group_advantages(s, i, kind="grpo"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(scores, index), group_advantages(scores, index, kind="grpo"))

@@ -115,8 +115,8 @@ def test_mistakes_are_named(name, change):
 
 def test_registered_op_and_compile():
     x, ref = torch.randn(3, 20, requires_grad=True), torch.randn(3, 20)
-    torch.library.opcheck(torch.ops.rlhf_kernels.kl_penalty.default, (x, ref, 2))
-    torch.library.opcheck(torch.ops.rlhf_kernels.kl_penalty_backward.default, (ref, x.detach(), ref, 2))
+    torch.library.opcheck(torch.ops.rlhf_kernels.kl_penalty.default, (x, ref, 2, "cpu"))
+    torch.library.opcheck(torch.ops.rlhf_kernels.kl_penalty_backward.default, (ref, x.detach(), ref, 2, "cpu"))
     compiled = torch.compile(lambda a, b: kl_penalty(a, b, estimator="k3"), fullgraph=True, backend="aot_eager")
     y = compiled(x, ref)
     y.sum().backward()

@@ -416,8 +416,8 @@ def test_opcheck():
     args = PPOArguments(returns=torch.randn(n), entropy_coef=0.1)
     terms = Terms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
     head = (torch.randn(n, h), torch.randn(v, h), torch.randn(v), torch.randn(h), torch.randn(()), None)
-    options = ([True] * 5 + [False], torch.randint(0, v, (n,)), None, 1.0, None, 1.0, None, None, args.returns)
-    result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_ppo_loss, (*head, *options, *terms.pack()))
+    options = ([True] * 5 + [False], torch.randint(0, v, (n,)), None, 1.0, None, 1.0, None, False, None, args.returns)
+    result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_ppo_loss, (*head, *options, *terms.pack(), "cpu"))
     assert set(result.values()) == {"SUCCESS"}
 
 

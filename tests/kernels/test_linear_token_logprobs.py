@@ -85,7 +85,7 @@ def test_empty_and_all_masked():
 def test_opcheck():
     leaves = [torch.randn(*shape, requires_grad=True) for shape in ((9, 8), (37, 8), (37,))]
     ids, mask = torch.randint(0, 37, (9,)), torch.rand(9) > 0.3
-    arguments = (*leaves, ids, mask, None, 1.0, 3.0, 1.0, None)
+    arguments = (*leaves, ids, mask, None, 1.0, 3.0, 1.0, None, "cpu")
     result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_token_logprobs, arguments)
     assert set(result.values()) == {"SUCCESS"}
 

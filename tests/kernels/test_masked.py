@@ -113,8 +113,8 @@ def test_mistakes_are_named(op, name, change):
 def test_registered_ops_and_compile():
     x, mask = batch(3, 20)
     x = torch.nan_to_num(x).requires_grad_()
-    torch.library.opcheck(torch.ops.rlhf_kernels.masked_mean.default, (x, mask))
-    torch.library.opcheck(torch.ops.rlhf_kernels.masked_whiten.default, (x, mask, False, True))
+    torch.library.opcheck(torch.ops.rlhf_kernels.masked_mean.default, (x, mask, "cpu"))
+    torch.library.opcheck(torch.ops.rlhf_kernels.masked_whiten.default, (x, mask, False, True, "cpu"))
     for op in (masked_mean, masked_whiten):
         compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
         (a,) = torch.autograd.grad(compiled(x, mask).square().sum(), x)

@@ -359,7 +359,7 @@ def test_opcheck():
     )
     terms = Terms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
     leaves = [torch.randn(n, requires_grad=True) for _ in range(3)]
-    result = torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss, (*leaves, None, args.returns, *terms.pack()))
+    result = torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss, (*leaves, None, args.returns, *terms.pack(), "cpu"))
     assert set(result.values()) == {"SUCCESS"}
 
 

@@ -224,7 +224,7 @@ def test_registered_op():
     tensors = (d["scores"], d["logprobs"], d["ref_logprobs"], d["values"], d["mask"].bool())
     scalars = (0.1, 2, 1.0, 0.95, INF)
     op = torch.ops.rlhf_kernels.rollout_advantages.default
-    torch.library.opcheck(op, (*tensors, *scalars, torch.zeros(3).long(), None, True, True, True, None))
+    torch.library.opcheck(op, (*tensors, *scalars, torch.zeros(3).long(), None, True, True, True, None, "cpu"))
 
 
 def test_compiles_as_one_graph_for_every_length():

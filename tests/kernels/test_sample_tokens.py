@@ -22,7 +22,7 @@ PHILOX = [  # Random123, kat_vectors: key, counter, result
 @pytest.mark.parametrize(("key", "counter", "expected"), PHILOX)
 def test_philox_gives_the_published_numbers(key, counter, expected):
     assert tuple(int(w) for w in philox(key, tuple(torch.tensor(c) for c in counter))) == expected
-    assert _native.kernels().philox4x32(*key, *counter) == expected
+    assert _native.extension().philox4x32(*key, *counter) == expected
 
 
 def rows(b: int, v: int, *, seed: int = 0, dtype=torch.float32, spread: float = 3.0, step: float | None = None):
@@ -229,8 +229,8 @@ def test_registered_op():
     logits, numbers = rows(3, 20)
     op = torch.ops.rlhf_kernels.sample_tokens.default
     where = (numbers["sequence"], numbers["position"])
-    torch.library.opcheck(op, (logits, 0.9, None, 5, 0.9, 0.01, 3, *where))
-    torch.library.opcheck(op, (logits.bfloat16(), 1.0, torch.ones(3), 0, 1.0, 0.0, -3, *where))
+    torch.library.opcheck(op, (logits, 0.9, None, 5, 0.9, 0.01, 3, *where, "cpu"))
+    torch.library.opcheck(op, (logits.bfloat16(), 1.0, torch.ones(3), 0, 1.0, 0.0, -3, *where, "cpu"))
 
 
 def test_compiles_as_one_graph_for_every_seed_and_batch():

@@ -215,7 +215,7 @@ def test_opcheck():
     ids, mask = torch.randint(0, 37, (9,)), torch.rand(9) > 0.3
     logits = torch.randn(9, 37, requires_grad=True)
     result = torch.library.opcheck(
-        torch.ops.rlhf_kernels.token_logprobs, (logits, ids, mask, None, 1.0, 3.0, 1.0, False)
+        torch.ops.rlhf_kernels.token_logprobs, (logits, ids, mask, None, 1.0, 3.0, 1.0, False, "cpu")
     )
     assert set(result.values()) == {"SUCCESS"}
 

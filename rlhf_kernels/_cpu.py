@@ -1,0 +1,147 @@
+"""Launchers of the C++ kernels on CPU tensors; `backend.Kernels` says what each of them does."""
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._native import address, floats
+from .rows import LogitRows, PpoRows, RowStats, Sequences
+
+
+def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
+    _native.extension().token_logprobs_forward(_native.logit_rows(x), address(stats.buffer))
+
+
+def token_logprobs_backward(
+    x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> None:
+    packed = out.is_contiguous()
+    assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
+    gradients = map(floats, (grad_logprobs, grad_entropy))
+    buffer = floats(stats.buffer)
+    _native.extension().token_logprobs_backward(_native.logit_rows(x), buffer, out.data_ptr(), packed, *gradients)
+
+
+def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
+    assert out.data_ptr() == x.logits.data_ptr() and out.dtype == x.logits.dtype, "written over the logits"
+    active = torch.empty(x.ids.numel(), dtype=torch.bool)
+    _native.extension().ppo_epilogue(
+        _native.logit_rows(x), address(stats.buffer), _native.ppo_rows(ppo), address(active)
+    )
+    return active
+
+
+def compact_rows(x: Tensor, active: Tensor) -> Tensor:
+    order = active.nonzero().squeeze(1)
+    kept = order.numel()
+    holes = (~active[:kept]).nonzero().squeeze(1)
+    if holes.numel():
+        movers = order[-holes.numel() :].clone()
+        row_bytes = x.shape[1] * x.element_size()
+        _native.extension().move_rows(address(x), address(holes), address(movers), holes.numel(), row_bytes)
+        order = torch.arange(kept).index_copy_(0, holes, movers)
+    return order
+
+
+def ppo_loss(
+    ppo: PpoRows,
+    sequences: Sequences,
+    sequence_level: bool,
+    mask: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    value_mask: Tensor,
+    value_row_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slope = torch.empty_like(logprobs)
+    value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
+    sums = torch.empty(_native.NUM_SUMS, dtype=torch.float64)
+    sequences.check(logprobs.numel())
+    layout = (sequences.count, sequences.length, address(sequences.cu_seqlens))
+    inputs = (address(mask), *map(floats, (logprobs, entropy, values, old_values, returns)))
+    outputs = (floats(slope), floats(value_slope), address(sums))
+    rows = (address(value_mask), floats(value_row_weight))
+    ppo_rows = _native.ppo_rows(ppo)
+    _native.extension().ppo_loss(ppo_rows, logprobs.numel(), *layout, sequence_level, *inputs, *rows, *outputs)
+    return slope, value_slope, sums
+
+
+def accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
+    """`total = part` (first) or `total += part`; `total` is float32."""
+    dtype = _native.DTYPES[part.dtype]
+    _native.extension().accumulate(address(total), address(part), dtype, part.numel(), first)
+
+
+def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    out = x if x.dtype == dtype else _native.empty(x.shape, dtype, x.device)
+    dtypes = _native.DTYPES[x.dtype], _native.DTYPES[dtype]
+    _native.extension().scale_cast(address(x), dtypes[0], address(out), dtypes[1], x.numel(), scale.item())
+    return out
+
+
+def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(rewards), torch.empty_like(rewards)
+    args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
+    _native.extension().gae(args)
+    return out
+
+
+def rollout_advantages(
+    scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
+    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
+    recursion = _native.gae_args(
+        rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns
+    )
+    _native.extension().rollout_advantages(
+        recursion, address(scores), address(logprobs), address(ref_logprobs), address(score_index), kl_estimator, kl_coef,
+        score_clip, whiten_rewards, whiten_advantages, address(rewards), address(kl),
+    )  # fmt: skip
+    return advantages, returns, rewards, kl
+
+
+def sample_tokens(
+    logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, v = logits.shape
+    out = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b)
+    _native.extension().sample_tokens(
+        logits.data_ptr(), _native.DTYPES[logits.dtype], b, v, logits.stride(0), temperature, address(temperatures),
+        top_k, top_p, min_p, seed, address(sequence), address(position), *map(address, out),
+    )  # fmt: skip
+    return out
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    out = torch.empty_like(logprobs)
+    _native.extension().kl_penalty(address(logprobs), address(ref_logprobs), out.numel(), estimator, address(out))
+    return out
+
+
+def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    out = torch.empty_like(logprobs)
+    tensors = map(address, (grad, logprobs, ref_logprobs))
+    _native.extension().kl_penalty_backward(*tensors, out.numel(), estimator, address(out))
+    return out
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    out = torch.empty(())
+    _native.extension().masked_mean(address(x), address(mask), x.numel(), out.data_ptr())
+    return out
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
+    out = torch.empty_like(x)
+    _native.extension().masked_whiten(address(x), address(mask), x.numel(), shift_mean, unbiased, address(out))
+    return out
+
+
+def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+    out = torch.empty_like(scores)
+    _native.extension().group_advantages(address(scores), address(groups), out.numel(), kind, address(out))
+    return out

@@ -1,0 +1,62 @@
+"""The fused head's matrix products, by the vendor's library, and how much of them is made at a time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_CHUNK = 16
+"""Below this many rows the CPU's matrix libraries add in another order; shorter chunks are padded up to it."""
+
+GPU_LOGITS_BYTES = 512 * 2**20
+"""Room for a chunk of float32 logits on a GPU, from which its rows follow."""
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`; a float32 `out` of half-precision factors is not rounded on the way."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda and add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # where Triton is interpreted: CPU libraries have no such product
+        product(a.float(), b.float(), out, add=add)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many rows of logits exist at a time, how many are made at a time, and in what they and the sums are kept.
+
+    A step of rows goes through logits, epilogue and the product into the hidden states while it lies in cache; the rows that
+    have a gradient stay until `chunk` of them make one product into the weight. Made from shapes alone, so that a compiled
+    graph knows the dtypes.
+
+    On CPU half-precision products leave the library rounded, so each into the weight costs a float32 sum over [V, H]:
+    chunks are large, and a batch of one chunk needs no sum. float32 products are added in place. float16 sums are float32
+    whatever their number, because rows that are not yet divided by the denominator reach beyond 65504.
+
+    On a GPU (`wide`) half-precision factors make float32 logits, so that a log-prob carries no bf16 rounding, and float32
+    sums inside the product. A row's bits follow from the shape of its product, so that shape is one for every N.
+    """
+
+    chunk: int
+    step: int
+    pad_to: int  # rows of the smallest product of logits
+    logits_dtype: torch.dtype
+    sum_dtype: torch.dtype
+    wide: bool
+    compact: bool  # rows without a gradient enter no backward product, and masked rows none at all
+
+    @classmethod
+    def of(
+        cls, n: int, vocab: int, dtype: torch.dtype, backend: str, chunk_tokens: int | None, compact: bool | None
+    ) -> "Plan":
+        if backend != "cpu":
+            rows = max(128, min(4096, GPU_LOGITS_BYTES // (4 * vocab) // 128 * 128))
+            chunk = max(chunk_tokens or rows, MIN_CHUNK)
+            return cls(chunk, chunk, chunk, torch.float32, torch.float32, True, bool(compact))
+        default, step = (512, 512) if dtype == torch.float32 else (2048, 256)
+        chunk = max(chunk_tokens or default, MIN_CHUNK)
+        one_product = n <= chunk and dtype == torch.bfloat16
+        return cls(chunk, min(step, chunk), MIN_CHUNK, dtype, dtype if one_product else torch.float32, False, True)
