@@ -83,7 +83,7 @@ class Kernels(Protocol):
     def sample_tokens(
         self, logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids (int64), log-probs, sampling log-probs; `logits` any dtype, unit stride along V. Off: top_k 0, top_p 1, min_p 0."""
+        """Ids (int64), log-probs, sampling log-probs. Off: top_k 0, top_p 1, min_p 0. `logits` any dtype and row stride."""
 
     def kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
         """Elementwise, any shape."""
