@@ -82,7 +82,7 @@ def measure_rollout(b: int, t: int, rounds: int) -> None:
 
 
 def _backend() -> str:
-    return choose(torch.device("cpu"), torch.float32).backend
+    return choose("gae", torch.device("cpu"), torch.float32).backend
 
 
 def main(*, quick: bool = False) -> None:

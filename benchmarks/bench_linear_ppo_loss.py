@@ -112,7 +112,7 @@ def worker(session: Session, *, case: str, dtype: str, **shape: int) -> None:
 
 def measure(dtype: str, shape: dict, rounds: int) -> None:
     cases = [f"floor, chunks of {chunk}" for chunk in CHUNKS if chunk <= shape["n"]] + [*OURS, *PEERS]
-    backend = choose(torch.device("cpu"), getattr(torch, dtype)).backend
+    backend = choose("linear_ppo_loss", torch.device("cpu"), getattr(torch, dtype)).backend
     notes = dict.fromkeys(OURS, f"backend {backend}") | dict.fromkeys(COMPILING, "memory after its compile")
     workers = [
         Worker(

@@ -72,7 +72,7 @@ def measure(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> Non
 def _group(what: str, cases: dict, missing: list[Row], shape: tuple, dtype: torch.dtype, rounds: int) -> None:
     with torch.set_grad_enabled("backward" in what):
         floor, plain, *others = alternate(cases, rounds=rounds)
-    plain.note = f"backend {choose(torch.device('cpu'), dtype).backend}"
+    plain.note = f"backend {choose('token_logprobs', torch.device('cpu'), dtype).backend}"
     checks = [Check(f"ours / {row.name}", ratio(plain, row), 1.0) for row in others]
     title = f"{NAME} {what}, {str(dtype).removeprefix('torch.')}, {'x'.join(map(str, shape))}"
     report(NAME, title, [floor, plain, *others, *missing], floor=floor, checks=checks)

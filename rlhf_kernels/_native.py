@@ -40,10 +40,8 @@ def extension():
 
 def address(x: torch.Tensor | None) -> int:
     """Where the elements of a contiguous tensor begin; 0 for None."""
-    if x is None:
-        return 0
-    assert x.is_contiguous(), "the kernels take contiguous tensors"
-    return x.data_ptr()
+    assert x is None or x.is_contiguous(), "the kernels take contiguous tensors"
+    return 0 if x is None else x.data_ptr()
 
 
 def floats(x: torch.Tensor | None) -> int:

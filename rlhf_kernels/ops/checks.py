@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..rows import Sequences
 
+BOOL = (torch.bool,)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,18 +20,19 @@ def shape(x: Tensor) -> str:
 
 def tensor(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str, dtypes=FLOATS) -> None:
     """`x` is a tensor of `expected` shape (described by `what`), on the device of `like`, of one of `dtypes`."""
+    if isinstance(x, Tensor) and x.shape == expected and x.dtype in dtypes and x.device == like.device:
+        return
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor of shape {what}")
     if x.shape != expected:
         raise ValueError(f"{name}: got shape {shape(x)}, expected {tuple(expected)} = {what}")
     if x.device != like.device:
         raise ValueError(f"{name}: got device {x.device}, expected {like.device}")
-    if x.dtype not in dtypes:
-        raise ValueError(f"{name}: got dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+    raise ValueError(f"{name}: got dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
 
 
 def mask(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str) -> None:
-    tensor(name, x, like=like, expected=expected, what=what, dtypes=(torch.bool,))
+    tensor(name, x, like=like, expected=expected, what=what, dtypes=BOOL)
 
 
 def floating(name: str, x: Tensor, *, dims: tuple[int, ...], what: str) -> None:
