@@ -138,7 +138,7 @@ RLHF_HD Span span_of(const Sequences& s, int64_t i) {
 }
 
 // Where threads pay: below, one core is done before another one wakes up. Sequences are handed out a few at a time.
-constexpr int64_t kParallelTokens = 65536, kPieceTokens = 16384;
+constexpr int64_t kParallelTokens = 32768, kPieceTokens = 16384;
 
 RLHF_HD int sequences_a_piece(const Sequences& s, int64_t n) {
     const int64_t pieces = n / kPieceTokens + 1;
