@@ -15,13 +15,15 @@ from torch import Tensor
 
 from .._native import NUM_SUMS
 from ..rows import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
-from .math import expm1_minus_x, kl_term, surrogate, value_term
+from .math import expm1_minus_x, kl_slope, kl_value, surrogate, value_term
 
 # 8 tokens a thread: what is alive of a token are a dozen numbers, and more tokens would spill them.
 TILE, WARPS = 1024, 4
 # The order of the sums is that of csrc/args.h, PpoSum.
 _POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM = map(tl.constexpr, range(4))
-_ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(tl.constexpr, range(4, 13))
+_ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(
+    tl.constexpr, range(4, 13)
+)
 _VALUE_CLIPPED, _NUM_VALUE_TOKENS, _RETURNS, _RETURNS_SQ, _RESIDUAL, _RESIDUAL_SQ = map(tl.constexpr, range(13, 19))
 _RATIO_MAX = tl.constexpr(19)
 _LANES, _NUM_SUMS, _TILE = tl.constexpr(32), tl.constexpr(NUM_SUMS), tl.constexpr(TILE)
@@ -89,8 +91,8 @@ def _sequence_ratio(
         weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT).to(tl.float64) * _optional(weights, at, on, HAS_WEIGHTS)
         logprob, advantage = tl.load(logprobs + at, on, other=0), tl.load(advantages + at, on, other=0)
         _, slope, _, _, _ = surrogate(
-            mean + tl.zeros_like(logprob), logprob, advantage, OBJECTIVE, cliprange, cliprange_high, dual_clip,
-            log_ratio_clamp, old_kl_coef,
+            mean + tl.zeros_like(logprob), logprob, advantage,
+            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
         )  # fmt: skip
         slopes += tl.where(on, weight * slope, 0)
     return mean, tl.sum(slopes) / actions
@@ -153,14 +155,15 @@ def _partials(
         weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT)
         importance = _optional(weights, at, on, HAS_WEIGHTS)
         loss, slope, ratio, clipped, dual_clipped = surrogate(
-            mean + tl.zeros_like(d) if SEQUENCE_LEVEL else d, logprob, advantage, OBJECTIVE, cliprange, cliprange_high,
-            dual_clip, log_ratio_clamp, old_kl_coef,
+            mean + tl.zeros_like(d) if SEQUENCE_LEVEL else d, logprob, advantage,
+            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
         )  # fmt: skip
         slope = spread if SEQUENCE_LEVEL else (weight * importance * slope).to(tl.float64)
         wide = weight.to(tl.float64)
         if HAS_REF:
-            kl, kl_slope = kl_term(logprob - tl.load(ref_logprobs + at, on, other=0), ESTIMATOR)
-            slope += wide * (kl_coef * kl_slope)
+            apart = logprob - tl.load(ref_logprobs + at, on, other=0)
+            kl = kl_value(apart, ESTIMATOR)
+            slope += wide * (kl_coef * kl_slope(apart, ESTIMATOR))
             sums = _add(sums, _REF_KL, tl.where(on, kl, 0))
             sums = _add(sums, _REF_KL_TERM, tl.where(on, wide * kl, 0))
         slope = tl.where(on, slope.to(tl.float32), 0)
