@@ -29,7 +29,7 @@ def uniform(seed, sequence, position):
 @triton.jit
 def _ordered(x):
     """An integer that grows with the float, int64."""
-    if x.dtype == tl.float32:
+    if x.dtype.primitive_bitwidth == 32:
         bits = x.to(tl.int32, bitcast=True).to(tl.int64)
         rest = 0x7FFFFFFF
     else:
@@ -41,7 +41,7 @@ def _ordered(x):
 @triton.jit
 def _float_of(ordered, DTYPE: tl.constexpr):
     """The inverse of `_ordered` for floats of DTYPE, as float32."""
-    if DTYPE == tl.float32:
+    if DTYPE.primitive_bitwidth == 32:
         x = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.int32).to(tl.float32, bitcast=True)
     else:
         x = tl.where(ordered < 0, ordered ^ 0x7FFF, ordered).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
@@ -126,7 +126,8 @@ def _sample(
         tops = tl.maximum(tops, _logits(row, start + tl.arange(0, BLOCK), vocab))
     top = tl.max(tops)
     limit = tl.zeros_like(top) + float("-inf")
-    total = kept = _mass(row, vocab, top, factor, limit, BLOCK)
+    total = _mass(row, vocab, top, factor, limit, BLOCK)
+    kept = total
     if HAS_TOP_K:
         limit = _search(row, vocab, top, factor, limit, top_k, True, BLOCK)
     if HAS_TOP_P:
