@@ -10,8 +10,9 @@ import triton.language as tl
 CLIP, KL_PENALTY, POLICY_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 K1, K2, K3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-EXP_LOW = tl.constexpr(-87.33654)
-"""e^x below is subnormal; products of e^x with max(x, EXP_LOW) stay 0 where x is -inf."""
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+EXP2_LOW = tl.constexpr(-126.0)
+"""2^t below is subnormal; products of 2^t with max(t, EXP2_LOW) are 0 where t is -inf."""
 
 
 @triton.jit
