@@ -1,0 +1,102 @@
+"""Kernels that look at one element at a time, or at one small batch.
+
+Legend: N elements, B samples.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import kl_slope, kl_value
+
+RLOO, GRPO = tl.constexpr(0), tl.constexpr(1)  # places in KINDS of ops/group_advantages.py
+
+# 16 elements a thread: two 16-byte loads of a half-precision input, four of float32, are under way at once.
+BLOCK, WARPS = 4096, 8
+
+
+def blocks(n: int) -> tuple[int]:
+    """Axis 0 alone: it goes to 2^31 - 1, the others to 65,535."""
+    return (triton.cdiv(n, BLOCK),)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _scale_cast(x, scale, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    scaled = tl.load(x + at, live, other=0).to(tl.float32) * tl.load(scale).to(tl.float32)
+    tl.store(out + at, scaled.to(out.dtype.element_ty), live)
+
+
+def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale is read on the device."""
+    assert x.is_contiguous() and scale.numel() == 1
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        _scale_cast[blocks(x.numel())](x, scale, out, x.numel(), BLOCK, num_warps=WARPS)
+    return out
+
+
+@triton.jit(do_not_specialize=["n"])
+def _kl_penalty(
+    grad, logprobs, ref_logprobs, out, n, ESTIMATOR: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    d = tl.load(logprobs + at, live, other=0) - tl.load(ref_logprobs + at, live, other=0)
+    if BACKWARD:
+        result = tl.load(grad + at, live, other=0) * kl_slope(d, ESTIMATOR)
+    else:
+        result = kl_value(d, ESTIMATOR)
+    tl.store(out + at, result, live)
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    return _kl_terms(None, logprobs, ref_logprobs, estimator)
+
+
+def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    return _kl_terms(grad, logprobs, ref_logprobs, estimator)
+
+
+def _kl_terms(grad: Tensor | None, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    out, n = torch.empty_like(logprobs), logprobs.numel()
+    if n:
+        _kl_penalty[blocks(n)](
+            grad, logprobs, ref_logprobs, out, n, estimator, grad is not None, BLOCK, num_warps=WARPS
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["b"])
+def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a sample, which reads all of them: a batch has at most some thousands."""
+    i = tl.program_id(0).to(tl.int64)
+    group = tl.load(groups + i)
+    sums, counts, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for start in range(0, b, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mine = (at < b) & (tl.load(groups + at, at < b, other=0) == group)
+        sums += tl.load(scores + at, mine, other=0).to(tl.float64)
+        counts += mine.to(tl.float64)
+    count = tl.sum(counts)
+    mean = tl.sum(sums) / count
+    centred = tl.load(scores + i).to(tl.float64) - mean
+    if KIND == RLOO:
+        centred = tl.where(count > 1, centred * count / tl.maximum(count - 1, 1), 0)
+    elif KIND == GRPO:
+        for start in range(0, b, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            mine = (at < b) & (tl.load(groups + at, at < b, other=0) == group)
+            apart = tl.load(scores + at, mine, other=0).to(tl.float64) - mean
+            squares += tl.where(mine, apart * apart, 0)
+        centred = centred / (tl.sqrt(tl.sum(squares) / tl.maximum(count - 1, 1)) + 1e-4)
+    tl.store(out + i, centred.to(tl.float32))
+
+
+def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+    out, b = torch.empty_like(scores), scores.numel()
+    if b:
+        _group_advantages[(b,)](scores, groups, out, b, kind, BLOCK=1024, num_warps=4)
+    return out

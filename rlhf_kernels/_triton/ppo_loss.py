@@ -1,0 +1,248 @@
+"""The PPO objective on per-token arrays: sums for the loss and the metrics, slopes for the gradients.
+
+One program takes a segment: a tile of tokens, or a whole sequence where the ratio is one number a sequence. Each leaves its
+partial sums, which a second launch adds up in their order: the bits do not depend on which program came first.
+
+Legend: N tokens, B sequences, S segments.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._native import NUM_SUMS
+from ..rows import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
+from .math import expm1_minus_x, kl_slope, kl_value, surrogate, value_term
+
+# 8 tokens a thread: what is alive of a token are a dozen numbers, and more tokens would spill them.
+TILE, WARPS = 1024, 4
+# The order of the sums is that of csrc/args.h, PpoSum.
+_POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM = map(tl.constexpr, range(4))
+_ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(
+    tl.constexpr, range(4, 13)
+)
+_VALUE_CLIPPED, _NUM_VALUE_TOKENS, _RETURNS, _RETURNS_SQ, _RESIDUAL, _RESIDUAL_SQ = map(tl.constexpr, range(13, 19))
+_RATIO_MAX = tl.constexpr(19)
+_LANES, _NUM_SUMS, _TILE = tl.constexpr(32), tl.constexpr(NUM_SUMS), tl.constexpr(TILE)
+
+
+@triton.jit
+def _add(sums, k: tl.constexpr, x):
+    """Adds all of `x` to the k-th of the sums, in float64."""
+    return tl.where(tl.arange(0, _LANES) == k, sums + tl.sum(x.to(tl.float64)), sums)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger one; a NaN in either stays."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def _largest(x):
+    """The largest of numbers that are not negative; a NaN among them wins, which a reduction of its own does not promise."""
+    nan = x != x
+    return tl.where(tl.max(nan.to(tl.int32)) > 0, float("nan"), tl.max(tl.where(nan, 0, x)))
+
+
+@triton.jit
+def _optional(x, at, on, HAS: tl.constexpr):
+    """What lies at `at`; 1 where the tensor is absent."""
+    return tl.load(x + at, on, other=0) if HAS else tl.full(at.shape, 1, tl.float32)
+
+
+@triton.jit
+def _segment(i, n, length, cu_seqlens, PACKED: tl.constexpr, SEQUENCE_LEVEL: tl.constexpr):
+    """Where the tokens of a program begin and end; inside [0, n] whatever `cu_seqlens` says."""
+    if not SEQUENCE_LEVEL:
+        begin, end = i * _TILE, i * _TILE + _TILE
+    elif PACKED:
+        begin, end = tl.load(cu_seqlens + i).to(tl.int64), tl.load(cu_seqlens + i + 1).to(tl.int64)
+    else:
+        begin, end = i * length, i * length + length
+    return tl.maximum(begin, 0), tl.minimum(end, n)
+
+
+@triton.jit
+def _sequence_ratio(
+    begin, end, mask, logprobs, old_logprobs, advantages, weights, row_weight,
+    cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef,
+    OBJECTIVE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """GSPO eq. 7: the log-ratio of a sequence, the mean over its actions, and the slope of each of them, through that mean."""
+    total, count = tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float64)
+    for start in range(begin, end, _TILE):
+        at = start + tl.arange(0, _TILE)
+        live = at < end
+        on = live & tl.load(mask + at, live, other=0)
+        d = tl.load(logprobs + at, on, other=0) - tl.load(old_logprobs + at, on, other=0)
+        total += tl.where(on, d.to(tl.float64), 0)
+        count += on.to(tl.float64)
+    actions = tl.maximum(tl.sum(count), 1)
+    mean = (tl.sum(total) / actions).to(tl.float32)
+    slopes = tl.zeros([_TILE], tl.float64)
+    for start in range(begin, end, _TILE):
+        at = start + tl.arange(0, _TILE)
+        live = at < end
+        on = live & tl.load(mask + at, live, other=0)
+        weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT).to(tl.float64) * _optional(weights, at, on, HAS_WEIGHTS)
+        logprob, advantage = tl.load(logprobs + at, on, other=0), tl.load(advantages + at, on, other=0)
+        _, slope, _, _, _ = surrogate(
+            mean + tl.zeros_like(logprob), logprob, advantage,
+            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
+        )  # fmt: skip
+        slopes += tl.where(on, weight * slope, 0)
+    return mean, tl.sum(slopes) / actions
+
+
+@triton.jit
+def _values(
+    sums, at, live, value_mask, values, old_values, returns, value_row_weight, value_slope, cliprange_value,
+    HAS_OLD_VALUES: tl.constexpr, HAS_VALUE_ROW_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """The value term of some tokens: writes their slopes and returns the sums with theirs."""
+    on = live & tl.load(value_mask + at, live, other=0)
+    value, target = tl.load(values + at, on, other=0), tl.load(returns + at, on, other=0)
+    # Without old values nothing is clipped: a range of inf around any number.
+    old = tl.load(old_values + at, on, other=0) if HAS_OLD_VALUES else tl.zeros_like(value)
+    weight = _optional(value_row_weight, at, on, HAS_VALUE_ROW_WEIGHT).to(tl.float64)
+    loss, slope, clipped = value_term(value, old, target, cliprange_value)
+    tl.store(value_slope + at, tl.where(on, (weight * slope).to(tl.float32), 0), live)
+    target = target.to(tl.float64)
+    error = target - value
+    sums = _add(sums, _VALUE_TERM, tl.where(on, weight * loss, 0))
+    sums = _add(sums, _VALUE_CLIPPED, clipped & on)
+    sums = _add(sums, _NUM_VALUE_TOKENS, on)
+    sums = _add(sums, _RETURNS, tl.where(on, target, 0))
+    sums = _add(sums, _RETURNS_SQ, tl.where(on, target * target, 0))
+    sums = _add(sums, _RESIDUAL, tl.where(on, error, 0))
+    return _add(sums, _RESIDUAL_SQ, tl.where(on, error * error, 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n", "length", "segments", "cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_kl_coef", "kl_coef",
+        "entropy_coef", "cliprange_value",
+    ]
+)  # fmt: skip
+def _partials(
+    mask, logprobs, old_logprobs, advantages, weights, ref_logprobs, row_weight, entropy,
+    value_mask, values, old_values, returns, value_row_weight, cu_seqlens,
+    slope_out, value_slope_out, partials,  # (N,), (N,), (NUM_SUMS, S)
+    n, length, segments,
+    cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, kl_coef, entropy_coef, cliprange_value,
+    OBJECTIVE: tl.constexpr, ESTIMATOR: tl.constexpr, SEQUENCE_LEVEL: tl.constexpr, PACKED: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_VALUES: tl.constexpr, HAS_OLD_VALUES: tl.constexpr, HAS_VALUE_ROW_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    begin, end = _segment(i, n, length, cu_seqlens, PACKED, SEQUENCE_LEVEL)
+    if SEQUENCE_LEVEL:
+        mean, spread = _sequence_ratio(
+            begin, end, mask, logprobs, old_logprobs, advantages, weights, row_weight,
+            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE, HAS_WEIGHTS, HAS_ROW_WEIGHT,
+        )  # fmt: skip
+    sums, ratio_max = tl.zeros([_LANES], tl.float64), tl.zeros([_TILE], tl.float32)
+    for start in range(begin, end, _TILE):
+        at = start + tl.arange(0, _TILE)
+        live = at < end
+        on = live & tl.load(mask + at, live, other=0)
+        logprob, advantage = tl.load(logprobs + at, on, other=0), tl.load(advantages + at, on, other=0)
+        d = logprob - tl.load(old_logprobs + at, on, other=0)
+        weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT)
+        importance = _optional(weights, at, on, HAS_WEIGHTS)
+        loss, slope, ratio, clipped, dual_clipped = surrogate(
+            mean + tl.zeros_like(d) if SEQUENCE_LEVEL else d, logprob, advantage,
+            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
+        )  # fmt: skip
+        slope = spread if SEQUENCE_LEVEL else (weight * importance * slope).to(tl.float64)
+        wide = weight.to(tl.float64)
+        if HAS_REF:
+            apart = logprob - tl.load(ref_logprobs + at, on, other=0)
+            kl = kl_value(apart, ESTIMATOR)
+            slope += wide * (kl_coef * kl_slope(apart, ESTIMATOR))
+            sums = _add(sums, _REF_KL, tl.where(on, kl, 0))
+            sums = _add(sums, _REF_KL_TERM, tl.where(on, wide * kl, 0))
+        slope = tl.where(on, slope.to(tl.float32), 0)
+        tl.store(slope_out + at, slope, live)
+        active = slope != 0
+        if HAS_ENTROPY:
+            h = tl.load(entropy + at, on, other=0).to(tl.float64)
+            sums = _add(sums, _ENTROPY, tl.where(on, h, 0))
+            sums = _add(sums, _ENTROPY_TERM, tl.where(on, wide * h, 0))
+            active = active | (entropy_coef * weight != 0)
+        sums = _add(sums, _ACTIVE, active & on)
+        sums = _add(sums, _POLICY, tl.where(on, wide * importance * loss, 0))
+        sums = _add(sums, _CLIPPED, clipped & on)
+        sums = _add(sums, _DUAL_CLIPPED, dual_clipped & on)
+        sums = _add(sums, _APPROX_KL, tl.where(on, -d, 0))
+        sums = _add(sums, _K3, tl.where(on, expm1_minus_x(d), 0))
+        sums = _add(sums, _RATIO, tl.where(on, ratio, 0))
+        sums = _add(sums, _NUM_TOKENS, on)
+        ratio_max = _larger(ratio_max, tl.where(on, ratio, 0))
+        if HAS_VALUES:
+            sums = _values(
+                sums, at, live, value_mask, values, old_values, returns, value_row_weight, value_slope_out,
+                cliprange_value, HAS_OLD_VALUES, HAS_VALUE_ROW_WEIGHT,
+            )  # fmt: skip
+    sums = tl.where(tl.arange(0, _LANES) == _RATIO_MAX, _largest(ratio_max).to(tl.float64), sums)
+    lane = tl.arange(0, _LANES)
+    tl.store(partials + lane * segments + i, sums, lane < _NUM_SUMS)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _add_up(partials, sums, segments):
+    """One program a sum: its partials in their order, a fixed number of lanes apart."""
+    k = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([_TILE], tl.float64)
+    for start in range(0, segments, _TILE):
+        at = start + tl.arange(0, _TILE)
+        part = tl.load(partials + k * segments + at, at < segments, other=0)
+        total = tl.where(k == _RATIO_MAX, _larger(total, part), total + part)
+    tl.store(sums + k, tl.where(k == _RATIO_MAX, _largest(total), tl.sum(total)))
+
+
+def ppo_loss(
+    ppo: PpoRows,
+    sequences: Sequences,
+    sequence_level: bool,
+    mask: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    value_mask: Tensor,
+    value_row_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads `cu_seqlens` on the host only where that waits for nothing; a token of no sequence gets NaN elsewhere."""
+    n, s, packed = logprobs.numel(), ppo.scalars, sequences.cu_seqlens is not None
+    if logprobs.device.type == "cpu":
+        sequences.check(n)
+    slope = torch.empty_like(logprobs)
+    value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
+    if sequence_level and packed:
+        slope.fill_(math.nan)
+        value_slope.fill_(math.nan)
+    segments = sequences.count if sequence_level else triton.cdiv(n, TILE)
+    partials = torch.empty(NUM_SUMS, segments, dtype=torch.float64, device=logprobs.device)
+    sums = torch.empty(NUM_SUMS, dtype=torch.float64, device=logprobs.device)
+    if segments:
+        _partials[(segments,)](
+            mask, logprobs, ppo.old_logprobs, ppo.advantages, ppo.weights, ppo.ref_logprobs, ppo.row_weight, entropy,
+            value_mask, values, old_values, returns, value_row_weight, sequences.cu_seqlens,
+            slope, value_slope, partials, n, sequences.length, segments,
+            s.cliprange, s.cliprange_high, s.dual_clip, s.log_ratio_clamp, s.old_kl_coef, s.kl_coef, s.entropy_coef,
+            s.cliprange_value if old_values is not None else math.inf,
+            OBJECTIVE=OBJECTIVES.index(s.objective), ESTIMATOR=KL_ESTIMATORS.index(s.kl_estimator),
+            SEQUENCE_LEVEL=sequence_level, PACKED=packed,
+            HAS_WEIGHTS=ppo.weights is not None, HAS_REF=ppo.ref_logprobs is not None,
+            HAS_ROW_WEIGHT=ppo.row_weight is not None, HAS_ENTROPY=entropy is not None,
+            HAS_VALUES=values is not None, HAS_OLD_VALUES=old_values is not None,
+            HAS_VALUE_ROW_WEIGHT=value_row_weight is not None, num_warps=WARPS,
+        )  # fmt: skip
+    _add_up[(NUM_SUMS,)](partials, sums, segments, num_warps=WARPS)
+    return slope, value_slope, sums
