@@ -9,8 +9,9 @@ With U the worth of all that follows a token, `A_t = r_t - V_t + U_{t+1}` and `U
 which is one affine map of U a token, whatever the holes: no search for the value of the next action. Behind the last action
 U is γ times the bootstrap. Maps compose in any grouping, so a tile is one scan, and U goes from tile to tile.
 
-One program owns a sequence. It walks tiles of fixed size, counted from the sequence's start, from the last to the first; padding
-adds maps that change nothing. So a row's bits depend neither on other rows nor on the padding, and a packed row has them too.
+One program owns a sequence and walks its tiles from the last to the first. They have a fixed size and are counted from the
+sequence's start, and padding adds maps that change nothing: a row's bits depend neither on other rows nor on the padding, and
+a packed row has the same.
 """
 
 import triton
