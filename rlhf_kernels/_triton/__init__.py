@@ -2,17 +2,24 @@
 
 from .compaction import compact_rows
 from .elementwise import group_advantages, kl_penalty, kl_penalty_backward, scale_cast
+from .gae import gae
+from .masked import masked_mean, masked_whiten
 from .ppo_loss import ppo_loss
+from .rollout_advantages import rollout_advantages
 from .rows import ppo_epilogue, token_logprobs_backward, token_logprobs_forward
 from .sample_tokens import sample_tokens
 
 __all__ = [
     "compact_rows",
+    "gae",
     "group_advantages",
     "kl_penalty",
     "kl_penalty_backward",
+    "masked_mean",
+    "masked_whiten",
     "ppo_epilogue",
     "ppo_loss",
+    "rollout_advantages",
     "sample_tokens",
     "scale_cast",
     "token_logprobs_backward",

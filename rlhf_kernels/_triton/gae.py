@@ -1,0 +1,60 @@
+"""Advantages and value targets of padded or packed sequences."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import scan
+from .scan import filled, gae_tile, last_action, load_tile, span, store_tile
+
+
+@triton.jit(do_not_specialize=["length"])
+def _kernel(
+    rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, length, gamma, decay,
+    SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    begin, length = span(cu_seqlens, length, sequence)
+    behind = 0.0
+    if bootstrap is not None:
+        behind = gamma * tl.load(bootstrap + sequence)
+    seen = False
+    tiles = tl.cdiv(length, BLOCK)
+    first = (tiles - 1) * BLOCK
+    count = filled(first, length, BLOCK)
+    reward = load_tile(rewards, begin + first, count, BLOCK)
+    value = load_tile(values, begin + first, count, BLOCK)
+    m = load_tile(mask, begin + first, count, BLOCK)
+    for _ in range(tiles):
+        # The tile in front is under way while this one is scanned.
+        front = first - BLOCK
+        front_count = filled(front, length, BLOCK)
+        front_reward = load_tile(rewards, begin + front, front_count, BLOCK)
+        front_value = load_tile(values, begin + front, front_count, BLOCK)
+        front_m = load_tile(mask, begin + front, front_count, BLOCK)
+        last = last_action(m, BLOCK)
+        advantage, behind = gae_tile(reward, value, m, last, seen, behind, gamma, decay, SKIP_HOLES, BLOCK)
+        seen = seen | (last >= 0)
+        store_tile(advantages, begin + first, count, advantage, BLOCK)
+        store_tile(returns, begin + first, count, tl.where(m, advantage + value, 0.0), BLOCK)
+        first, count, reward, value, m = front, front_count, front_reward, front_value, front_m
+
+
+def gae(
+    rewards: Tensor,  # (B, T) or (N,)
+    values: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # (B, T) or (N,), bool
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,  # (B,)
+    skip_holes: bool,
+    cu_seqlens: Tensor | None,  # (B + 1,), int32
+) -> tuple[Tensor, Tensor]:
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
+    _kernel[(b,)](
+        rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, t, gamma, gamma * lam,
+        SKIP_HOLES=skip_holes, BLOCK=scan.BLOCK, num_warps=scan.NUM_WARPS,
+    )  # fmt: skip
+    return advantages, returns

@@ -1,0 +1,153 @@
+"""Masked mean and whitening, and the statistics that `rollout_advantages` whitens with.
+
+Tiles of fixed size, or sequences, leave count, sum and sum of squares of their True entries in float64; one program adds them
+in order, so the bits repeat. Squares are summed in float64 because a spread of 1 beside a mean of 4096 is lost in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, NUM_WARPS = 4096, 8
+"""16 elements a thread: four wide loads in flight, and few enough float64 sums for its registers."""
+
+TOTAL_BLOCK, TOTAL_WARPS = 1024, 8
+"""Partial results that the one adding program reads at a time: its latency counts, not its bandwidth."""
+
+
+@triton.jit
+def moments(x, mask):
+    """Count, sum and sum of squares of the entries of a block that `mask` counts, float64."""
+    wide = tl.where(mask, x, 0.0).to(tl.float64)
+    return tl.sum(mask.to(tl.int32), 0).to(tl.float64), tl.sum(wide, 0), tl.sum(wide * wide, 0)
+
+
+@triton.jit
+def store_moments(parts, i, n, count, total, squares):
+    """To column i of `parts` (3, n)."""
+    tl.store(parts + i, count)
+    tl.store(parts + n + i, total)
+    tl.store(parts + 2 * n + i, squares)
+
+
+@triton.jit
+def add_moments(parts, n, BLOCK: tl.constexpr):
+    """Count, sum and sum of squares of all columns of `parts` (3, n)."""
+    count = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        count += tl.load(parts + i, mask=i < n, other=0.0)
+        total += tl.load(parts + n + i, mask=i < n, other=0.0)
+        squares += tl.load(parts + 2 * n + i, mask=i < n, other=0.0)
+    return tl.sum(count, 0), tl.sum(total, 0), tl.sum(squares, 0)
+
+
+@triton.jit
+def whitened(x, mask, statistics):
+    """The True entries of a block by `statistics` (mean, scale, offset), zeros elsewhere."""
+    mean, scale, offset = tl.load(statistics), tl.load(statistics + 1), tl.load(statistics + 2)
+    return tl.where(mask, (x - mean) * scale + offset, 0.0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _moments_kernel(x, mask, parts, n, BLOCK: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64)
+    start, i = tile * BLOCK, tl.arange(0, BLOCK)
+    if start + BLOCK <= n:  # n has no known divisor, so a load that is bounded by it is not a wide one
+        count, total, squares = moments(tl.load(x + start + i), tl.load(mask + start + i))
+    else:
+        inside = i < n - start
+        v, m = tl.load(x + start + i, mask=inside, other=0.0), tl.load(mask + start + i, mask=inside, other=0)
+        count, total, squares = moments(v, m)
+    store_moments(parts, tile, tl.num_programs(0).to(tl.int64), count, total, squares)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _mean_kernel(parts, out, n, BLOCK: tl.constexpr):
+    count, total, _ = add_moments(parts, n, BLOCK)
+    tl.store(out, (total / tl.maximum(count, 1.0)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _statistics_kernel(parts, out, n, SHIFT_MEAN: tl.constexpr, UNBIASED: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean, scale and offset of a whitening; one entry, or none, has variance 0."""
+    count, total, squares = add_moments(parts, n, BLOCK)
+    mean = total / tl.maximum(count, 1.0)
+    degrees = tl.maximum(count - 1.0 if UNBIASED else count, 1.0)
+    residual = squares - mean * total
+    variance = tl.where(residual < 0, 0.0, residual) / degrees
+    tl.store(out, mean.to(tl.float32))
+    tl.store(out + 1, (1.0 / tl.sqrt(variance + 1e-8)).to(tl.float32))
+    tl.store(out + 2, 0.0 if SHIFT_MEAN else mean.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _whiten_kernel(x, mask, statistics, out, n, BLOCK: tl.constexpr):
+    start, i = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
+    if start + BLOCK <= n:  # as above
+        v, m = tl.load(x + start + i), tl.load(mask + start + i)
+        tl.store(out + start + i, whitened(v, m, statistics))
+    else:
+        inside = i < n - start
+        v, m = tl.load(x + start + i, mask=inside, other=0.0), tl.load(mask + start + i, mask=inside, other=0)
+        tl.store(out + start + i, whitened(v, m, statistics), mask=inside)
+
+
+def new_parts(count: int, like: Tensor) -> Tensor:
+    """Room for the moments of `count` tiles or sequences."""
+    return torch.empty(3, count, dtype=torch.float64, device=like.device)
+
+
+def statistics_of(
+    parts: Tensor,  # (3, n), float64
+    shift_mean: bool,
+    unbiased: bool,
+) -> Tensor:
+    """Mean, scale, offset: (3,), float32."""
+    out = torch.empty(3, dtype=torch.float32, device=parts.device)
+    _statistics_kernel[(1,)](
+        parts, out, parts.shape[1], SHIFT_MEAN=shift_mean, UNBIASED=unbiased, BLOCK=TOTAL_BLOCK, num_warps=TOTAL_WARPS
+    )
+    return out
+
+
+def whiten(
+    x: Tensor,  # any shape
+    mask: Tensor,  # as x, bool
+    statistics: Tensor,  # (3,)
+    out: Tensor,  # as x; may be x
+) -> Tensor:
+    n = x.numel()
+    _whiten_kernel[(triton.cdiv(n, BLOCK),)](x, mask, statistics, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return out
+
+
+def _moments_of(x: Tensor, mask: Tensor) -> Tensor:
+    n = x.numel()
+    tiles = triton.cdiv(n, BLOCK)
+    parts = new_parts(tiles, x)
+    _moments_kernel[(tiles,)](x, mask, parts, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return parts
+
+
+def masked_mean(
+    x: Tensor,  # any shape
+    mask: Tensor,  # as x, bool
+) -> Tensor:
+    parts = _moments_of(x, mask)
+    out = torch.empty((), dtype=torch.float32, device=x.device)
+    _mean_kernel[(1,)](parts, out, parts.shape[1], BLOCK=TOTAL_BLOCK, num_warps=TOTAL_WARPS)
+    return out
+
+
+def masked_whiten(
+    x: Tensor,  # any shape
+    mask: Tensor,  # as x, bool
+    shift_mean: bool,
+    unbiased: bool,
+) -> Tensor:
+    statistics = statistics_of(_moments_of(x, mask), shift_mean, unbiased)
+    return whiten(x, mask, statistics, torch.empty_like(x))

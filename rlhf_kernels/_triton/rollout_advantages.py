@@ -1,0 +1,156 @@
+"""KL-shaped rewards, GAE and the statistics of the advantages in one launch; whitening scales the result in a second pass.
+
+Whitened rewards need their statistics before the recurrence, so there a light launch over the log-probs comes first, and the
+rewards are made twice. What is read and written is 29 bytes a token, 9 more with whitened advantages (one of them the mask),
+9 more with whitened rewards.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import scan
+from .masked import moments, new_parts, statistics_of, store_moments, whiten, whitened
+from .math import kl_value
+from .scan import filled, gae_tile, lanes, last_action, load_tile, span, store_tile
+
+
+@triton.jit
+def _clipped_score(scores, sequence, score_clip):
+    score = tl.load(scores + sequence)
+    # A score that is NaN stays so.
+    return tl.where(score > score_clip, score_clip, tl.where(score < -score_clip, -score_clip, score))
+
+
+@triton.jit
+def _landing(score_index, sequence, first, last, seen):
+    """The place in the tile that begins at `first` which the score goes to; none of its places when it goes elsewhere."""
+    if score_index is None:
+        place = tl.where(seen, -1, last).to(tl.int64)
+    else:
+        place = tl.load(score_index + sequence) - first
+    return place
+
+
+@triton.jit
+def _shape_rewards(logprob, ref, mask, score, landing, kl_coef, KL: tl.constexpr, BLOCK: tl.constexpr):
+    """(rewards, KL) of one tile; zeros where the mask is False, which drops a score that lands there."""
+    kl = tl.where(mask, kl_value(logprob - ref, KL), 0.0)
+    reward = tl.where(lanes(BLOCK) == landing, -kl_coef * kl + score, -kl_coef * kl)
+    return tl.where(mask, reward, 0.0), kl
+
+
+@triton.jit(do_not_specialize=["length"])
+def _reward_moments_kernel(
+    scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, length, kl_coef, score_clip,
+    KL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    begin, length = span(cu_seqlens, length, sequence)
+    score = _clipped_score(scores, sequence, score_clip)
+    seen = False
+    count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
+    tiles = tl.cdiv(length, BLOCK)
+    for i in range(tiles):
+        first = (tiles - 1 - i) * BLOCK
+        room = filled(first, length, BLOCK)
+        logprob = load_tile(logprobs, begin + first, room, BLOCK)
+        ref = load_tile(ref_logprobs, begin + first, room, BLOCK)
+        m = load_tile(mask, begin + first, room, BLOCK)
+        last = last_action(m, BLOCK)
+        landing = _landing(score_index, sequence, first, last, seen)
+        reward, _ = _shape_rewards(logprob, ref, m, score, landing, kl_coef, KL, BLOCK)
+        seen = seen | (last >= 0)
+        tile_count, tile_total, tile_squares = moments(reward, m)
+        count, total, squares = count + tile_count, total + tile_total, squares + tile_squares
+    store_moments(parts, sequence, tl.num_programs(0).to(tl.int64), count, total, squares)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _kernel(
+    scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
+    advantages, returns, rewards, kls, parts, length, kl_coef, score_clip, gamma, decay,
+    KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Without `statistics` rewards are not whitened; without `parts` advantages will not be."""
+    sequence = tl.program_id(0).to(tl.int64)
+    begin, length = span(cu_seqlens, length, sequence)
+    score = _clipped_score(scores, sequence, score_clip)
+    behind = 0.0
+    if bootstrap is not None:
+        behind = gamma * tl.load(bootstrap + sequence)
+    seen = False
+    count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
+    tiles = tl.cdiv(length, BLOCK)
+    first = (tiles - 1) * BLOCK
+    room = filled(first, length, BLOCK)
+    logprob, ref = load_tile(logprobs, begin + first, room, BLOCK), load_tile(ref_logprobs, begin + first, room, BLOCK)
+    value, m = load_tile(values, begin + first, room, BLOCK), load_tile(mask, begin + first, room, BLOCK)
+    for _ in range(tiles):
+        # The tile in front is under way while this one is scanned.
+        front = first - BLOCK
+        at, front_room = begin + front, filled(front, length, BLOCK)
+        front_logprob, front_ref = (
+            load_tile(logprobs, at, front_room, BLOCK),
+            load_tile(ref_logprobs, at, front_room, BLOCK),
+        )
+        front_value, front_m = load_tile(values, at, front_room, BLOCK), load_tile(mask, at, front_room, BLOCK)
+        last = last_action(m, BLOCK)
+        landing = _landing(score_index, sequence, first, last, seen)
+        reward, kl = _shape_rewards(logprob, ref, m, score, landing, kl_coef, KL, BLOCK)
+        if statistics is not None:
+            reward = whitened(reward, m, statistics)
+        advantage, behind = gae_tile(reward, value, m, last, seen, behind, gamma, decay, SKIP_HOLES, BLOCK)
+        seen = seen | (last >= 0)
+        store_tile(kls, begin + first, room, kl, BLOCK)
+        store_tile(rewards, begin + first, room, reward, BLOCK)
+        store_tile(advantages, begin + first, room, advantage, BLOCK)
+        store_tile(returns, begin + first, room, tl.where(m, advantage + value, 0.0), BLOCK)
+        if parts is not None:
+            tile_count, tile_total, tile_squares = moments(advantage, m)
+            count, total, squares = count + tile_count, total + tile_total, squares + tile_squares
+        first, room, logprob, ref, value, m = front, front_room, front_logprob, front_ref, front_value, front_m
+    if parts is not None:
+        store_moments(parts, sequence, tl.num_programs(0).to(tl.int64), count, total, squares)
+
+
+def rollout_advantages(
+    scores: Tensor,  # (B,)
+    logprobs: Tensor,  # (B, T) or (N,)
+    ref_logprobs: Tensor,  # (B, T) or (N,)
+    values: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # (B, T) or (N,), bool
+    kl_coef: float,
+    kl_estimator: int,
+    gamma: float,
+    lam: float,
+    score_clip: float,
+    score_index: Tensor | None,  # (B,), int64
+    bootstrap: Tensor | None,  # (B,)
+    skip_holes: bool,
+    whiten_rewards: bool,
+    whiten_advantages: bool,
+    cu_seqlens: Tensor | None,  # (B + 1,), int32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
+    b, t = scores.numel(), logprobs.shape[-1] if cu_seqlens is None else 0
+    # A whole number would be another type to the compiler, and 1 a constant.
+    kl_coef, score_clip, gamma, decay = map(float, (kl_coef, score_clip, gamma, gamma * lam))
+    shape = {"KL": kl_estimator, "BLOCK": scan.BLOCK, "num_warps": scan.NUM_WARPS}
+    statistics = None
+    if whiten_rewards:
+        parts = new_parts(b, logprobs)
+        _reward_moments_kernel[(b,)](
+            scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, t, kl_coef, score_clip, **shape
+        )
+        statistics = statistics_of(parts, shift_mean=False, unbiased=True)
+    parts = new_parts(b, logprobs) if whiten_advantages else None
+    _kernel[(b,)](
+        scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
+        advantages, returns, rewards, kl, parts, t, kl_coef, score_clip, gamma, decay,
+        SKIP_HOLES=skip_holes, **shape,
+    )  # fmt: skip
+    if whiten_advantages:
+        whiten(advantages, mask, statistics_of(parts, shift_mean=True, unbiased=True), out=advantages)
+    return advantages, returns, rewards, kl
