@@ -62,13 +62,13 @@ def record(package: ModuleType, calls: Mapping[str, tuple[str, Call]], findings:
         recordings = _launches(package, name, call, findings)
         findings.problems += recompilations(name, recordings)
         for kind in BINDING:
-            first: dict[str, list[Form]] = {}
+            first: dict[Choice, list[Form]] = {}
             for made in recordings:
-                for kernel, forms in _by_kernel(made.forms[kind]).items():
-                    first.setdefault(kernel, forms)
+                for choice, forms in _by_choice(made.forms[kind]).items():
+                    first.setdefault(choice, forms)
             for form in (form for forms in first.values() for form in forms):
                 findings.forms.setdefault(kind, {}).setdefault(form.key, (form, name))
-            launched |= set(first)
+            launched |= {kernel for kernel, _ in first}
     findings.problems += [f"{package.__name__} has no launcher {launcher}" for launcher in sorted(missing)]
     unreached = sorted(kernels_of(package) - launched)
     findings.problems += [f"{kernel} is launched by no specimen, so it was not compiled" for kernel in unreached]
@@ -88,27 +88,29 @@ def _launches(package: ModuleType, name: str, call: Call, findings: Findings) ->
     return recordings
 
 
-def _by_kernel(forms: Iterable[Form]) -> dict[str, list[Form]]:
-    found: dict[str, list[Form]] = {}
+Choice = tuple[str, frozenset]
+"""A kernel and its flags. Which kernel serves long rows, and with which flags, is for its launcher to choose: they are few."""
+
+
+def _by_choice(forms: Iterable[Form]) -> dict[Choice, list[Form]]:
+    found: dict[Choice, list[Form]] = {}
     for form in forms:
-        found.setdefault(form.name, []).append(form)
+        flags = frozenset((path, value) for path, value in form.constexprs.items() if isinstance(value, bool))
+        found.setdefault((form.name, flags), []).append(form)
     return found
 
 
 def recompilations(name: str, recordings: Sequence[Recording]) -> list[str]:
-    """Kernels that another size, coefficient or seed compiles again, and the argument that does it.
-
-    A kernel need not be launched at every size: which kernel serves long rows is a launcher's choice.
-    """
+    """Kernels that another size, coefficient or seed compiles again with the same flags, and the argument that does it."""
     problems = []
-    reference: dict[str, list[Form]] = {}
+    reference: dict[Choice, list[Form]] = {}
     for made in recordings:
-        for kernel, forms in _by_kernel(made.forms["cuda"]).items():
-            known = reference.setdefault(kernel, forms)
+        for choice, forms in _by_choice(made.forms["cuda"]).items():
+            known = reference.setdefault(choice, forms)
             for form in forms:
                 changes = min((_changes(before, form) for before in known), key=len)
                 if changes:
-                    problems.append(f"{kernel} would be compiled again ({name}): {'; '.join(changes)}")
+                    problems.append(f"{form.name} would be compiled again ({name}): {'; '.join(changes)}")
     return sorted(set(problems))
 
 

@@ -64,7 +64,7 @@ def triton_usage(form: Form, specimen: str, target: str) -> Usage:
         return Usage(form.name, specimen, target, **_amd_numbers(made.asm["amdgcn"]))
     registers, stack = _cubin_numbers(made.asm["cubin"])
     shared = made.metadata.shared
-    return Usage(form.name, specimen, target, registers, shared, _spilled(made, target) if stack else 0, stack)
+    return Usage(form.name, specimen, target, registers, shared, _spilled(made) if stack else 0, stack)
 
 
 def _cubin_numbers(cubin: bytes) -> tuple[int, int]:
@@ -77,15 +77,18 @@ def _cubin_numbers(cubin: bytes) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def _spilled(made, target: str) -> int:
+def _spilled(made) -> int:
     """Bytes that the assembler says it spilled."""
     architecture = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
-    assembler = _bundled("ptxas-blackwell" if target == "sm_100" else "ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(made.asm["ptx"])
-        file.flush()
-        text = _output([assembler, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"])
-    return sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(made.asm["ptx"])
+        for assembler in ("ptxas-blackwell", "ptxas"):  # which of the two is the newer one has changed
+            flags = ["-v", f"--gpu-name={architecture}", str(source), "-o", f"{folder}/kernel.cubin"]
+            done = subprocess.run([_bundled(assembler), *flags], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                break
+    return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
 def _bundled(tool: str) -> str:

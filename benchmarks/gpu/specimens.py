@@ -49,8 +49,8 @@ SIZES = (
     Size(3, 8, 0.3, 5, 50, 0),
     Size(2, 16, 0.5, 16, 16, 0),
     Size(1, 1, 1.0, 1, 1, 0),
-    Size(5, 7, 0.7, -(1 << 62), 7, 0),
-    Size(5, 7, 0.7, 1 << 40, 7, 16),
+    Size(5, 15, 0.7, -(1 << 62), 7, 0),
+    Size(5, 15, 0.7, 1 << 40, 7, 16),
 )
 """Multiples of 16, neither, and 1, which Triton takes for three different kernels unless it is told not to."""
 
