@@ -1,0 +1,88 @@
+"""`python -m benchmarks.compile_check`: compile every GPU kernel for every target, without a GPU, and read what it needs.
+
+Triton kernels are compiled as their launchers would launch them (see `gpu/specimens.py`), CUDA C++ kernels by nvcc. It fails
+when a kernel spills or has a stack frame, when no specimen launches it, and when another N, T, B, coefficient or seed would
+compile it again. Nothing here says how fast a kernel is, or that its results are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # they import Triton, which is looked for first
+    from benchmarks.gpu.compilation import Findings
+    from benchmarks.gpu.resources import Usage
+
+PACKAGE = "rlhf_kernels._triton"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 1 with problems, or 2 when it cannot start."""
+    options = _parse(arguments)
+    compilation = importlib.import_module("benchmarks.gpu.compilation")
+    findings = compilation.check(importlib.import_module(PACKAGE), options.arch)
+    print("\n".join(table(findings.usages)))
+    for line in findings.notes:
+        print(f"note: {line}")
+    for line in findings.problems:
+        print(f"FAIL: {line}")
+    print(f"{len(findings.usages)} forms compiled for {', '.join(options.arch)}; {len(findings.problems)} problems")
+    if options.json:
+        options.json.write_text(json.dumps(_as_json(findings, options.arch), indent=1) + "\n")
+    return 1 if findings.problems else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_check", description=__doc__)
+    parser.add_argument("--arch", nargs="+", metavar="ARCH", help=f"some of {', '.join(ARCHITECTURES)}; all by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every form's figures there")
+    options = parser.parse_args(arguments)
+    options.arch = options.arch or list(ARCHITECTURES)
+    unknown = [name for name in options.arch if name not in ARCHITECTURES]
+    if unknown:
+        parser.error(f"--arch: got {', '.join(unknown)}, expected some of {', '.join(ARCHITECTURES)}")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: {options.json.parent} is not a folder")
+    if find_spec("triton") is None:
+        parser.error("triton is not installed; install triton >= 3.5")
+    if importlib.import_module("triton").knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, so that kernels would be interpreted, not compiled; unset it")
+    return options
+
+
+def table(usages: Sequence[Usage]) -> list[str]:
+    """One line a kernel and target: the largest figure of each kind over its forms."""
+    groups: dict[tuple[str, str], list[Usage]] = {}
+    for usage in usages:
+        groups.setdefault((usage.kernel, usage.target), []).append(usage)
+    width = max([len(kernel) for kernel, _ in groups], default=6)
+    lines = [f"{'kernel':{width}}  target  forms  registers  shared  spills  stack"]
+    for (kernel, target), forms in sorted(groups.items()):
+        figures = [max(getattr(usage, name) for usage in forms) for name in ("registers", "shared", "spills", "stack")]
+        cells = "{:>9}  {:>6}  {:>6}  {:>5}".format(*figures)
+        failed = "" if all(usage.clean for usage in forms) else "  FAIL"
+        lines.append(f"{kernel:{width}}  {target:6}  {len(forms):>5}  {cells}{failed}")
+    return lines
+
+
+def _as_json(findings: Findings, architectures: Sequence[str]) -> dict:
+    return {
+        "architectures": list(architectures),
+        "triton": importlib.import_module("triton").__version__,
+        "python": sys.version.split()[0],
+        "forms": [usage.record() for usage in findings.usages],
+        "notes": findings.notes,
+        "problems": findings.problems,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks.compile_check` and `benchmarks.gpu_suite`."""

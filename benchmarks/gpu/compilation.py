@@ -1,0 +1,178 @@
+"""Collects what the Triton launchers launch, compiles it and csrc/cuda, and lists what is wrong: `compile_check`'s work."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from triton.backends import backends
+
+from benchmarks.gpu.recorder import BINDING, Form, Recording, kernels_of, recording
+from benchmarks.gpu.resources import Usage, cuda_sources, cuda_usage, triton_usage, why_no_nvcc
+from benchmarks.gpu.specimens import SIZES, Call, specimens
+
+PROCESSES = 2
+REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a launcher that does not fit its specimen raises; it becomes a problem of the report."""
+
+
+@dataclass
+class Findings:
+    """What is to be compiled, what came of it, and what is wrong with it."""
+
+    forms: dict[str, dict[str, tuple[Form, str]]] = field(default_factory=dict)
+    """Per kind of device and key: a kernel's form, and the specimen that launches it."""
+    usages: list[Usage] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(
+    package: ModuleType, architectures: Sequence[str], calls: Mapping[str, tuple[str, Call]] | None = None
+) -> Findings:
+    """Everything, in order; `calls` are the specimens of rlhf_kernels when None."""
+    findings = Findings()
+    record(package, specimens() if calls is None else calls, findings)
+    compile_triton(architectures, findings)
+    compile_cuda(architectures, findings)
+    findings.problems += [_problem(usage) for usage in findings.usages if not usage.clean]
+    return findings
+
+
+def _problem(usage: Usage) -> str:
+    where = f"{usage.kernel} on {usage.target} ({usage.specimen})"
+    return f"{where}: {usage.error or f'{usage.spills} spilled, stack frame of {usage.stack} bytes'}"
+
+
+# ---- what the launchers launch ----
+
+
+def record(package: ModuleType, calls: Mapping[str, tuple[str, Call]], findings: Findings) -> None:
+    """Make every call at every size; take in the forms to compile and what is wrong with them."""
+    launched: set[str] = set()
+    missing: set[str] = set()
+    for name, (launcher, call) in calls.items():
+        if not hasattr(package, launcher):
+            missing.add(launcher)
+            continue
+        recordings = _launches(package, name, call, findings)
+        findings.problems += recompilations(name, recordings)
+        for kind in BINDING:
+            first: dict[Choice, list[Form]] = {}
+            for made in recordings:
+                for choice, forms in _by_choice(made.forms[kind]).items():
+                    first.setdefault(choice, forms)
+            for form in (form for forms in first.values() for form in forms):
+                findings.forms.setdefault(kind, {}).setdefault(form.key, (form, name))
+            launched |= {kernel for kernel, _ in first}
+    findings.problems += [f"{package.__name__} has no launcher {launcher}" for launcher in sorted(missing)]
+    unreached = sorted(kernels_of(package) - launched)
+    findings.problems += [f"{kernel} is launched by no specimen, so it was not compiled" for kernel in unreached]
+
+
+def _launches(package: ModuleType, name: str, call: Call, findings: Findings) -> list[Recording]:
+    """The specimen's launches at each size; one that a launcher refuses is a problem."""
+    recordings = []
+    for size in SIZES:
+        try:
+            with recording() as made:
+                call(package, size)
+        except REFUSALS as error:
+            findings.problems.append(f"{name}: refused at {size}: {type(error).__name__}: {error}")
+            break
+        recordings.append(made)
+    return recordings
+
+
+Choice = tuple[str, frozenset]
+"""A kernel and its flags. Which kernel serves long rows, and with which flags, is for its launcher to choose: they are few."""
+
+
+def _by_choice(forms: Iterable[Form]) -> dict[Choice, list[Form]]:
+    found: dict[Choice, list[Form]] = {}
+    for form in forms:
+        flags = frozenset((path, value) for path, value in form.constexprs.items() if isinstance(value, bool))
+        found.setdefault((form.name, flags), []).append(form)
+    return found
+
+
+def recompilations(name: str, recordings: Sequence[Recording]) -> list[str]:
+    """Kernels that another size, coefficient or seed compiles again with the same flags, and the argument that does it."""
+    problems = []
+    reference: dict[Choice, list[Form]] = {}
+    for made in recordings:
+        for choice, forms in _by_choice(made.forms["cuda"]).items():
+            known = reference.setdefault(choice, forms)
+            for form in forms:
+                changes = min((_changes(before, form) for before in known), key=len)
+                if changes:
+                    problems.append(f"{form.name} would be compiled again ({name}): {'; '.join(changes)}")
+    return sorted(set(problems))
+
+
+def _changes(before: Form, after: Form) -> list[str]:
+    """What differs between two forms of a kernel."""
+    old, new = before.facts(), after.facts()
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+# ---- compilation ----
+
+
+def compile_triton(architectures: Sequence[str], findings: Findings) -> None:
+    """Every form for every architecture, two at a time."""
+    jobs = []
+    for target in architectures:
+        kind, plugin = ("hip", "amd") if target.startswith("gfx") else ("cuda", "nvidia")
+        if plugin not in backends:
+            findings.notes.append(f"{target}: this Triton has no {plugin} backend, so nothing was compiled for it")
+            continue
+        jobs += [(*found, target) for found in findings.forms.get(kind, {}).values()]
+    findings.usages += _run_jobs(jobs)
+
+
+_jobs: list[tuple[Form, str, str]] = []
+"""What the forked processes take their work from: a kernel cannot be pickled."""
+
+
+def _run_jobs(jobs: list[tuple[Form, str, str]]) -> list[Usage]:
+    """A compiler that takes its process down with it is asked again alone, so that the others' results stay."""
+    _jobs[:] = jobs
+    results: list[Usage] = []
+    with _pool(PROCESSES) as pool:
+        futures = [pool.submit(_compile_job, index) for index in range(len(jobs))]
+        for index, future in enumerate(futures):
+            try:
+                results.append(future.result())
+            except BrokenProcessPool:
+                form, specimen, target = jobs[index]
+                try:
+                    with _pool(1) as alone:
+                        results.append(alone.submit(_compile_job, index).result())
+                except BrokenProcessPool:
+                    results.append(Usage(form.name, specimen, target, error="the compiler's process died"))
+    return results
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+
+
+def _compile_job(index: int) -> Usage:
+    return triton_usage(*_jobs[index])
+
+
+def compile_cuda(architectures: Sequence[str], findings: Findings) -> None:
+    """Every file of csrc/cuda for every NVIDIA architecture, where there is an nvcc."""
+    reason = why_no_nvcc()
+    if reason:
+        findings.notes.append(f"CUDA C++ sources were not checked: {reason}")
+        return
+    jobs = [(source, target) for source in cuda_sources() for target in architectures if target.startswith("sm_")]
+    with _pool(PROCESSES) as pool:
+        for usages in pool.map(cuda_usage, *zip(*jobs, strict=True)) if jobs else ():
+            findings.usages += usages

@@ -1,0 +1,41 @@
+"""One line of the suite's results, as the processes that make them send it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A fact, a check that passed or failed, or a figure with the bound that it is held to."""
+
+    name: str
+    value: float | str | None = None
+    """None: it ran and there is nothing to quote (a dry run), or it failed."""
+    unit: str = ""
+    bound: float | None = None
+    at_least: bool = False
+    """True: the value must reach the bound; False: it must stay under it."""
+    passed: bool | None = None
+    """Of a check without a value."""
+    note: str = ""
+    error: str = ""
+    """Why there is no value."""
+    skipped: str = ""
+    """Why it did not run."""
+
+    @property
+    def met(self) -> bool | None:
+        """None: there is no bound, or nothing was measured to hold to it."""
+        if self.error:
+            return False
+        if self.bound is None or not isinstance(self.value, (int, float)):
+            return self.passed
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def record(self) -> dict:
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", False)} | {
+            "name": self.name,
+            "value": self.value,
+            "met": self.met,
+        }

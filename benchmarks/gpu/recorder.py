@@ -1,0 +1,119 @@
+"""What the Triton launchers would launch, recorded instead of launched: no GPU is needed, and no result is made.
+
+The launchers run as they are, on CPU tensors; only the step that hands a kernel to a driver is replaced, and only inside
+`recording`. So a signature, a constexpr or a number of warps cannot differ from what a GPU would get.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+BINDING = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
+"""Arguments are specialised per kind of device, not per architecture; one of each kind stands for the others."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a kernel that a compiler has to make: what Triton's cache would have one entry for."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        return label(self.kernel)
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that share a compiled kernel."""
+        parts = (self.signature, self.constexprs, self.attributes, self.options)
+        return f"{self.name} " + " ".join(repr(sorted(part.items())) for part in parts)
+
+    def facts(self) -> dict[str, str]:
+        """Each argument's type and specialisation, and each option: what two forms of a kernel can differ in."""
+        names = self.kernel.arg_names
+        facts = dict(self.signature)
+        for path, value in self.constexprs.items():
+            facts[names[path[0]]] = f"constexpr {value!r}"
+        for path, attributes in self.attributes.items():
+            if attributes:
+                facts[names[path[0]]] += " " + ", ".join(f"{name}={value}" for name, value in attributes)
+        return facts | {key: repr(value) for key, value in self.options.items()}
+
+
+@dataclass
+class Recording:
+    """The forms launched inside one `with recording()`, per kind of device, in order."""
+
+    forms: dict[str, list[Form]] = field(default_factory=lambda: {kind: [] for kind in BINDING})
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """While it is open, `kernel[grid](...)` takes notes of its arguments and launches nothing."""
+    made = Recording()
+
+    def run(kernel: JITFunction, *args, grid, warmup, **kwargs):
+        for kind, target in BINDING.items():
+            made.forms[kind].append(bind(kernel, make_backend(target), args, kwargs))
+        if callable(grid):
+            grid(dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield made
+    finally:
+        JITFunction.run = original
+
+
+def bind(kernel: JITFunction, backend, args: tuple, kwargs: dict) -> Form:
+    """The arguments as Triton's own binder specialises them for the backend."""
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    _, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return Form(kernel, signature, constexprs, attributes, options)
+
+
+def label(kernel: JITFunction) -> str:
+    """`module.function`, short."""
+    return f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}"
+
+
+def kernels_of(package: ModuleType) -> set[str]:
+    """Labels of a package's kernels: its jitted functions that no other jitted function of it uses."""
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    found = {
+        id(value): value
+        for module in (package, *modules)
+        for value in vars(module).values()
+        if isinstance(value, JITFunction) and value.__module__.startswith(package.__name__)
+    }
+    used = {id(other) for kernel in found.values() for other in used_by(kernel) if other is not kernel}
+    return {label(kernel) for identity, kernel in found.items() if identity not in used}
+
+
+def used_by(kernel: JITFunction) -> Iterator[JITFunction]:
+    """The jitted functions that this one names, as `function` or as `module.function`."""
+    scope = kernel.fn.__globals__
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))):
+        found = scope.get(node.id) if isinstance(node, ast.Name) else None
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found = getattr(scope.get(node.value.id), node.attr, None)
+        if isinstance(found, JITFunction):
+            yield found

@@ -1,0 +1,131 @@
+"""The ops that move bytes: GAE, rollout advantages, log-probs of logits, the sampler.
+
+Legend: B sequences, T positions, N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu.bench import Bench, microseconds, milliseconds, ratio
+from benchmarks.gpu.entries import Entry
+from benchmarks.gpu.timing import copies_to_fill_l2
+from rlhf_kernels import gae, rollout_advantages, sample_tokens, token_logprobs
+
+GAE_BOUNDS = {(128, 4096): 8, (64, 131072): 70}
+"""Microseconds of device time."""
+
+
+def make_rollout(bench: Bench, b: int, t: int) -> dict[str, torch.Tensor]:
+    """Responses that end at different places."""
+    device = bench.device
+    lengths = torch.randint(t // 2, t + 1, (b, 1), device=device)
+    logprobs = -torch.rand(b, t, device=device)
+    return {
+        "scores": torch.randn(b, device=device),
+        "logprobs": logprobs,
+        "ref_logprobs": logprobs + 0.1 * torch.randn(b, t, device=device),
+        "values": torch.randn(b, t, device=device),
+        "mask": torch.arange(t, device=device) < lengths,
+    }
+
+
+def gae_time(bench: Bench) -> Iterator[Entry]:
+    """Device time, every call on tensors that the L2 does not hold: 17 bytes an element."""
+    for (b, t), bound in bench.size(GAE_BOUNDS, {(3, 40): 8, (2, 70): 70}).items():
+        moved = 17 * b * t
+        sets = [make_rollout(bench, b, t) for _ in range(copies_to_fill_l2(moved, dry_run=bench.dry_run))]
+        for backend in bench.backends("gae"):
+            calls = [
+                lambda x=x, backend=backend: gae(x["logprobs"], x["values"], x["mask"], backend=backend) for x in sets
+            ]
+            seconds = bench.timer.replayed(calls)
+            yield microseconds(f"gae {b}x{t}, {backend}", seconds, bench.moved(moved, seconds), bound=bound)
+    if bench.why_no_cuda():
+        yield Entry("gae, cuda", skipped=bench.why_no_cuda())
+
+
+def rollout_time(bench: Bench) -> Iterator[Entry]:
+    """Beside moving 29 bytes an element, 37 with whitening, at the copy's rate; and beside one block copy of as many."""
+    b, t = bench.size((512, 8192), (3, 40))
+    for whiten, count in ((False, 29), (True, 37)):
+        moved = count * b * t
+        sets = [make_rollout(bench, b, t) for _ in range(copies_to_fill_l2(moved, dry_run=bench.dry_run))]
+        blocks = [torch.ones(moved, dtype=torch.uint8, device=bench.device) for _ in range(4)]
+        block = bench.timer.once(lambda blocks=blocks: [blocks[i].copy_(blocks[i + 1]) for i in (0, 2)], rounds=20)
+        block = block and block / 2
+        for backend in bench.backends("rollout_advantages"):
+            calls = [
+                lambda x=x, backend=backend, whiten=whiten: rollout_advantages(
+                    **x, kl_coef=0.05, whiten_advantages=whiten, backend=backend
+                )
+                for x in sets
+            ]
+            seconds = bench.timer.replayed(calls)
+            name = f"rollout_advantages {b}x{t}{', whitened' * whiten}, {backend}"
+            yield microseconds(name, seconds, bench.moved(moved, seconds))
+            share = ratio(seconds, bench.copy_seconds(moved))
+            yield Entry(f"{name} / moving {count} bytes an element", share, bound=1.25)
+            note = f"a copy that reads {count} bytes an element and writes as many"
+            yield Entry(f"{name} / block copy", ratio(seconds, block), note=note)
+    if bench.why_no_cuda():
+        yield Entry("rollout_advantages, cuda", skipped=bench.why_no_cuda())
+
+
+def logprobs_time(bench: Bench) -> Iterator[Entry]:
+    """Forward reads the logits once; with backward they are read twice and written once."""
+    n, v = bench.size((8192, 128256), (12, 300))
+    ids = torch.randint(v, (n,), device=bench.device)
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = torch.randn(n, v, device=bench.device, dtype=dtype).requires_grad_()
+        size, kind = dtype.itemsize, str(dtype).removeprefix("torch.")
+
+        def forward(logits: torch.Tensor = logits) -> None:
+            with torch.no_grad():
+                token_logprobs(logits, ids, entropy=True, backend="triton")
+
+        def both(logits: torch.Tensor = logits) -> None:
+            logits.grad = None
+            token_logprobs(logits, ids, entropy=True, backend="triton").logprobs.sum().backward()
+
+        for name, call, passes in (("forward", forward, 1), ("forward+backward", both, 3)):
+            seconds = bench.timer.once(call)
+            note = f"N={n} V={v}. {bench.moved(passes * size * n * v, seconds)}"
+            yield milliseconds(f"token_logprobs {name}, {kind}", seconds, note)
+        del logits
+
+
+def sampler_time(bench: Bench) -> Iterator[Entry]:
+    b, v = bench.size((64, 128256), (3, 300))
+    counters = torch.arange(b, device=bench.device), torch.arange(b, device=bench.device)
+    sets = [
+        torch.randn(b, v, device=bench.device, dtype=torch.bfloat16)
+        for _ in range(copies_to_fill_l2(2 * b * v, dry_run=bench.dry_run))
+    ]
+    filters = {
+        "no filter": {},
+        "top-k 50": {"top_k": 50},
+        "top-p 0.9": {"top_p": 0.9},
+        "min-p 0.05": {"min_p": 0.05},
+        "top-k 50, top-p 0.9, min-p 0.05": {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
+    }
+    for name, options in filters.items():
+        calls = [
+            lambda x=x, options=options: sample_tokens(
+                x, seed=1, sequence=counters[0], position=counters[1], backend="triton", **options
+            )
+            for x in sets
+        ]
+        seconds = bench.timer.replayed(calls)
+        note = f"one read of the logits: {bench.moved(2 * b * v, seconds)}"
+        yield microseconds(f"sample_tokens {b}x{v} bf16, {name}", seconds, note)
+
+
+PARTS = {
+    "gae": gae_time,
+    "rollout_advantages": rollout_time,
+    "token_logprobs": logprobs_time,
+    "sample_tokens": sampler_time,
+}

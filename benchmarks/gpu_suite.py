@@ -1,0 +1,294 @@
+"""`python -m benchmarks.gpu_suite --out DIR`: build, test, sanitize and measure on a machine with a GPU, in minutes.
+
+Each step has a budget and a process of its own, and each entry is in `DIR/results.json` and `DIR/report.md` as soon as it
+is known, so that a cut-off run is worth what it had done. `--dry-run` goes the same way on a CPU, at tiny shapes through
+Triton's interpreter, and measures nothing. Device settings (clocks, power, modes) are read and never changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+
+from benchmarks.gpu.entries import Entry
+from benchmarks.gpu.results import Results, plot
+
+ROOT = Path(__file__).parents[1]
+GRACE = 5.0
+"""Seconds that a step gets beyond its budget before it is ended."""
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    seconds: float
+    """The most it gets."""
+    least: float
+    """With less left it is not begun."""
+    run: Callable[[Suite, float], Iterator[Entry | dict]]
+    """Entries, as it makes them."""
+
+
+class CutOff(Exception):
+    """A step's process ran past its budget, or died."""
+
+
+class Suite:
+    """One run: the clock, the results and the steps."""
+
+    def __init__(self, out: Path, *, dry_run: bool, minutes: float):
+        self.out, self.dry_run = out, dry_run
+        self.deadline = time.monotonic() + 60 * minutes
+        self.results = Results(out, dry_run=dry_run)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def run(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            if self.left < step.least:
+                print(f"{step.name}: skipped, {self.left:.0f} s left", flush=True)
+                self.results.skip(step.name, f"{max(self.left, 0):.0f} s were left, it needs {step.least:.0f}")
+                continue
+            self._run(step)
+        self.results.finish()
+
+    def _run(self, step: Step) -> None:
+        budget = min(step.seconds, self.left)
+        print(f"{step.name}: at most {budget:.0f} s", flush=True)
+        self.results.begin(step.name, budget)
+        start, state, reason = time.monotonic(), "done", ""
+        try:
+            for entry in step.run(self, budget):
+                self.results.add(entry if isinstance(entry, dict) else entry.record())
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            state, reason = "failed", f"{type(error).__name__}: {error}"
+        except CutOff as error:
+            state, reason = "cut off", str(error)
+        self.results.end(state, reason, time.monotonic() - start)
+        plot(self.results)
+
+    def worker(self, group: str, seconds: float) -> list[str]:
+        """The command of a group."""
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", group, "--seconds", f"{0.8 * seconds:.0f}"]
+        command += ["--dry-run"] * self.dry_run
+        for flag, name, scale in (("copy", "copy bandwidth", 1e12), ("matmul", "bf16 matrix rate", 1e12)):
+            value = self.results.value("ceilings", name)
+            command += [f"--{flag}-rate", str(value * scale)] if isinstance(value, float) else []
+        return command
+
+
+# ---- steps ----
+
+
+def environment(suite: Suite, seconds: float) -> Iterator[Entry]:
+    from benchmarks.gpu import environment
+
+    yield from environment.environment(dry_run=suite.dry_run)
+
+
+def build(suite: Suite, seconds: float) -> Iterator[Entry]:
+    from benchmarks.gpu import environment
+
+    yield from environment.build(suite.out, dry_run=suite.dry_run, seconds=seconds)
+    yield from environment.extension_facts()
+
+
+def tests(suite: Suite, seconds: float) -> Iterator[Entry]:
+    """The kernel tests of the GPU backends; a dry run collects them only, `make test` is what runs them there."""
+    if find_spec("pytest") is None:
+        yield Entry("tests", error="pytest is not installed")
+        return
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/kernels").glob("test_gpu_*.py"))
+    if not files:
+        yield Entry("tests", error="there is no tests/kernels/test_gpu_*.py")
+        return
+    yield from _pytest(suite, seconds, "tests of the GPU backends", files)
+
+
+def marked_tests(suite: Suite, seconds: float) -> Iterator[Entry]:
+    """Everything else that is marked `gpu`."""
+    if find_spec("pytest") is None:
+        yield Entry("tests", error="pytest is not installed")
+        return
+    yield from _pytest(suite, seconds, "tests marked gpu", ["tests", "-m", "gpu", "--ignore-glob=*/test_gpu_*.py"])
+
+
+def _pytest(suite: Suite, seconds: float, name: str, selection: list[str]) -> Iterator[Entry]:
+    """Counts come from the log, line by line, so that a run that was cut off counts too."""
+    log = suite.out / f"{name.replace(' ', '_')}.log"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        *selection,
+    ]
+    command += ["--collect-only", "-q"] * suite.dry_run
+    ended = True
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            ended, code = False, 0
+    lines = log.read_text(errors="replace").splitlines()
+    if suite.dry_run:
+        collected = sum("::" in line for line in lines)
+        yield Entry(name, f"{collected} collected, none run", passed=code in (0, 5), note="a dry run")
+        return
+    counts = {word: sum(f" {word}" in line and "::" in line for line in lines) for word in ("PASSED", "SKIPPED")}
+    failed = [line.split(" ")[0] for line in lines if "::" in line and (" FAILED" in line or " ERROR" in line)]
+    note = ", ".join(f"{count} {word.lower()}" for word, count in counts.items()) + f", {len(failed)} failed"
+    # 5: nothing was selected.
+    yield Entry(name, note, passed=code in (0, 5) and ended and not failed, note=f"see {log.name}")
+    for test in failed[:40]:
+        yield Entry(test, passed=False)
+    if not ended:
+        raise CutOff(f"the tests took more than {seconds:.0f} s; the last line of {log.name} is where they were")
+
+
+def group(name: str) -> Callable[[Suite, float], Iterator[dict]]:
+    """A step that is a group of `gpu/worker.py`."""
+
+    def run(suite: Suite, seconds: float) -> Iterator[dict]:
+        with (suite.out / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(suite.worker(name, seconds), cwd=ROOT, stdout=subprocess.PIPE, stderr=log)
+            try:
+                yield from _lines(process, time.monotonic() + seconds + GRACE)
+            finally:
+                process.kill()
+                code = process.wait()
+        if code:
+            raise CutOff(f"its process ended with {code}; see {name}.log")
+
+    return run
+
+
+def _lines(process: subprocess.Popen, deadline: float) -> Iterator[dict]:
+    """Objects of the process's output until it ends."""
+    rest = b""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            raise CutOff("it ran past its budget and was ended")
+        chunk = os.read(process.stdout.fileno(), 65536)
+        if not chunk:
+            process.wait(timeout=GRACE)
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def sanitizer(tool: str) -> Callable[[Suite, float], Iterator[Entry]]:
+    """Every op on small shapes under one tool of compute-sanitizer."""
+
+    def run(suite: Suite, seconds: float) -> Iterator[Entry]:
+        command = suite.worker("sanitize", seconds)
+        if suite.dry_run:
+            subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=seconds, check=True)
+            yield Entry(tool, skipped="a dry run has no device; the cases ran without it", passed=True)
+            return
+        if which("compute-sanitizer") is None:
+            yield Entry(tool, skipped="compute-sanitizer is not on PATH")
+            return
+        log = suite.out / f"{tool}.log"
+        watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        # PyTorch's cache would hide a read past the end of a tensor inside a larger block.
+        surroundings = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        with log.open("w") as file:
+            code = subprocess.run(
+                [*watch, *command], cwd=ROOT, env=surroundings, stdout=file, stderr=subprocess.STDOUT,
+                timeout=seconds, check=False,
+            ).returncode  # fmt: skip
+        lines = log.read_text(errors="replace").splitlines()
+        summary = next((line for line in reversed(lines) if "ERROR SUMMARY" in line), "no summary")
+        yield Entry(tool, passed=code == 0, note=f"exit code {code}: {summary.strip('= ')}; see {log.name}")
+
+    return run
+
+
+def report(suite: Suite, seconds: float) -> Iterator[Entry]:
+    """The clocks once more, and the plots; the rest is written as it comes."""
+    from benchmarks.gpu import environment
+
+    if not suite.dry_run:
+        yield from environment.clocks("after")
+    names = plot(suite.results)
+    yield Entry("plots", ", ".join(names) if names else None, skipped="" if names else "matplotlib is not installed")
+
+
+STEPS = (
+    Step("environment", 30, 0, environment),
+    Step("build", 120, 30, build),
+    Step("tests of the GPU backends", 130, 30, tests),
+    Step("correctness", 60, 20, group("correctness")),
+    Step("ceilings", 30, 15, group("ceilings")),
+    Step("heads", 70, 25, group("heads")),
+    Step("tokens", 50, 20, group("tokens")),
+    Step("peers", 70, 25, group("peers")),
+    # After the benches: they are slow, and a run that is short of time can do without them sooner.
+    Step("memcheck", 60, 30, sanitizer("memcheck")),
+    Step("racecheck", 60, 30, sanitizer("racecheck")),
+    Step("tests marked gpu", 40, 20, marked_tests),
+    Step("report", 10, 0, report),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 when it came to its end, whatever was found; 2 when it cannot start."""
+    options = _parse(arguments)
+    suite = Suite(options.out, dry_run=options.dry_run, minutes=options.minutes)
+    suite.run(STEPS)
+    print((options.out / "report.md").read_text())
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go; made if missing")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, through the interpreter; measures nothing")
+    parser.add_argument("--minutes", type=float, default=9, help="for everything; 9 by default")
+    options = parser.parse_args(arguments)
+    if not 0 < options.minutes < 24 * 60:
+        parser.error(f"--minutes: got {options.minutes}, expected more than 0")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: {options.out} is a file, expected a folder")
+    if not options.out.exists() and not options.out.parent.is_dir():
+        parser.error(f"--out: the folder {options.out.parent} does not exist")
+    for package in ("torch", "triton"):
+        if find_spec(package) is None:
+            parser.error(f"{package} is not installed")
+    if options.dry_run:
+        # Before anything imports Triton, here or in a step's process; a GPU, where there is one, stays unused.
+        os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, so that nothing would run on the GPU; unset it")
+    import torch  # after the choice above
+
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("there is no GPU that torch can use; --dry-run goes through the steps on a CPU")
+    options.out.mkdir(exist_ok=True)
+    options.out = options.out.resolve()
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
