@@ -59,8 +59,10 @@ def check(got, eager, exact, dtype, terms=1, luck=1):
         assert (got.metrics[name] - exact.metrics[name]).abs() <= allowed, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [*((torch.float32, f) for f in FLAGS), (torch.bfloat16, "plain"), *((d, "everything") for d in DTYPES[1:])],
+)
 @pytest.mark.parametrize("options", MORE_OPTIONS)
 def test_matches_float64(dtype, flags, options):
     leaves, constants, extra = batch(sorted(MORE_OPTIONS).index(options), dtype)
@@ -70,10 +72,10 @@ def test_matches_float64(dtype, flags, options):
     check(run(fused, leaves, constants, chosen, dtype), *results, dtype, terms)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("options", ["clip_higher_dual", "sequence", "softcap"])
 @pytest.mark.parametrize("compact", [True, None])
-@pytest.mark.parametrize("chunk_tokens", [1, 17, 1000])
+@pytest.mark.parametrize("chunk_tokens", [1, 17])
 def test_compaction_and_chunks(dtype, options, compact, chunk_tokens):
     """Rows without a gradient left out or not, in chunks that do not divide N: within the same bound."""
     leaves, constants, extra = batch(3, dtype)
@@ -118,7 +120,7 @@ def test_rows_in_the_backward_products(monkeypatch, compact):
     assert sum(rows) == (active if compact else constants["mask"].numel())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("compact", [True, None])
 @pytest.mark.parametrize("options", ["entropy_kl", "sequence"])
 def test_masked_rows_may_hold_anything(dtype, compact, options):
