@@ -27,6 +27,12 @@ def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr):
 
 
 @triton.jit
+def _load(u, start, vocab, other: tl.constexpr, BLOCK: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK)
+    return tl.load(u + cols, mask=cols < vocab, other=other)
+
+
+@triton.jit
 def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     """(log-prob, entropy, shift, 1 / sum) of the row at `u`, in one read against a running maximum.
 
@@ -38,13 +44,13 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
     rate = factor * LOG2E
     # Sums of 2^t and t 2^t, t = (w - shift) * rate.
     shift, total, weighted = float("-inf"), 0.0, 0.0
-    for start in range(0, vocab, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        w = warp(
-            tl.load(u + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32), softcap, logit_scale, HAS_CAP
-        )
+    # The next block is under way while the warps wait for each other in the reductions of this one.
+    ahead = _load(u, 0, vocab, float("-inf"), BLOCK)
+    for start in tl.range(0, vocab, BLOCK, num_stages=1):
+        w = warp(ahead.to(tl.float32), softcap, logit_scale, HAS_CAP)
+        ahead = _load(u, start + BLOCK, vocab, float("-inf"), BLOCK)
         if HAS_CAP:
-            w = tl.where(cols < vocab, w, float("-inf"))  # tanh made -softcap of the filler
+            w = tl.where(start + tl.arange(0, BLOCK) < vocab, w, float("-inf"))  # tanh made -softcap of the filler
         high = tl.maximum(shift, tl.max(w, 0))
         # Nothing but -inf so far has no distance: -inf - -inf is NaN. A sum that is NaN stays.
         move = tl.where(total > 0, (shift - high) * rate, 0.0)
@@ -76,15 +82,16 @@ def _write_gradient(
     level = 0.0  # log p + H = t ln 2 + level
     if ENTROPY:
         level = (entropy + tl.log(inv_sum.to(tl.float64))).to(tl.float32)
-    # In increasing order, one block after the other: what a block writes lies at or before its own bytes, so blocks that
-    # are still to be read are whole.
+    # In increasing order, each block read before the one in front of it is written: what a block writes lies at or before
+    # its own bytes, so blocks that are still to be read are whole.
+    ahead = _load(u, 0, vocab, 0.0, BLOCK)
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
         cols = start + tl.arange(0, BLOCK)
-        raw = tl.load(u + cols, mask=cols < vocab, other=0.0).to(tl.float32)
-        # All warps have read the block before one of them writes: a narrower `out` lies in bytes that other warps read,
+        w = warp(ahead.to(tl.float32), softcap, logit_scale, HAS_CAP)
+        ahead = _load(u, start + BLOCK, vocab, 0.0, BLOCK)
+        # All warps have read their parts before one of them writes: a narrower `out` lies in bytes that other warps read,
         # and without the barrier those would take gradients for logits.
         tl.debug_barrier()
-        w = warp(raw, softcap, logit_scale, HAS_CAP)
         t = (w - shift) * rate
         p = tl.exp2(t) * inv_sum  # not 2^(t - log2 sum): large p come out of small t, exactly
         slope = g
@@ -221,10 +228,10 @@ def _ppo_kernel(
 
 
 def _launch_shape(vocab: int) -> dict[str, int]:
-    """A block of 8192 float32 logits is 64 bytes a thread of 16 warps: enough loads in flight for the memory, few enough
-    registers that three programs share a multiprocessor, one of them reading while another reduces or writes.
+    """16 logits a thread, and 16 ahead: enough in flight for the memory, few enough registers that four programs share a
+    multiprocessor, some of them reading while others reduce or write.
     """
-    block = max(128, min(8192, triton.next_power_of_2(vocab)))
+    block = max(128, min(4096, triton.next_power_of_2(vocab)))
     return {"BLOCK": block, "num_warps": max(1, block // 512), "num_stages": 1}
 
 
@@ -241,7 +248,7 @@ def _transform(x: LogitRows) -> tuple[Tensor | None, tuple[float, float, float]]
     per_row = isinstance(t.temperature, Tensor)
     return (
         t.temperature if per_row else None,
-        (1.0 if per_row else t.temperature, t.softcap or 0.0, t.logit_scale),
+        (1.0 if per_row else float(t.temperature), float(t.softcap or 0.0), float(t.logit_scale)),
     )
 
 

@@ -16,7 +16,8 @@ def batch(*args, **kwargs):
 
 def run(function, leaves, ids, dtype, **options):
     x = {k: leaves[k].to(dtype).clone().requires_grad_() for k in ("hidden", "weight", "bias")}
-    out = function(**x, ids=ids, entropy=True, **{k: widen(v, dtype) for k, v in options.items()})
+    wide = torch.promote_types(dtype, torch.float32)
+    out = function(**x, ids=ids, entropy=True, **{k: widen(v, wide) for k, v in options.items()})
     weights = torch.linspace(-1, 1, ids.numel(), dtype=torch.float64, device=DEVICE).view(ids.shape)
     return out, differentiate((out.logprobs * weights).sum() - 0.3 * (out.entropy * weights.flip(0)).sum(), x)
 
