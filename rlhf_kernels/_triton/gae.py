@@ -53,8 +53,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
-    _kernel[(b,)](
-        rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, t, gamma, gamma * lam,
-        SKIP_HOLES=skip_holes, **scan.GAE_TILE,
-    )  # fmt: skip
+    with torch.cuda.device_of(rewards):
+        _kernel[(b,)](
+            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, t, gamma, gamma * lam,
+            SKIP_HOLES=skip_holes, **scan.GAE_TILE,
+        )  # fmt: skip
     return advantages, returns

@@ -132,29 +132,19 @@ def rollout_advantages(
     kl_coef, score_clip, gamma, decay = map(float, (kl_coef, score_clip, gamma, gamma * lam))
     tile = scan.ROLLOUT_K3_TILE if kl_estimator == K3.value else scan.ROLLOUT_TILE
     statistics = None
-    if whiten_rewards:
-        parts = new_parts(b, logprobs)
-        _reward_moments_kernel[(b,)](
-            scores,
-            logprobs,
-            ref_logprobs,
-            mask,
-            score_index,
-            cu_seqlens,
-            parts,
-            t,
-            kl_coef,
-            score_clip,
-            KL=kl_estimator,
-            **tile,
-        )
-        statistics = statistics_of(parts, shift_mean=False, unbiased=True)
-    parts = new_parts(b, logprobs) if whiten_advantages else None
-    _kernel[(b,)](
-        scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
-        advantages, returns, rewards, kl, parts, t, kl_coef, score_clip, gamma, decay,
-        SKIP_HOLES=skip_holes, KL=kl_estimator, **tile,
-    )  # fmt: skip
+    parts = new_parts(b, logprobs) if whiten_rewards or whiten_advantages else None
+    with torch.cuda.device_of(logprobs):
+        if whiten_rewards:
+            _reward_moments_kernel[(b,)](
+                scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, t, kl_coef, score_clip,
+                KL=kl_estimator, **tile,
+            )  # fmt: skip
+            statistics = statistics_of(parts, shift_mean=False, unbiased=True)
+        _kernel[(b,)](
+            scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
+            advantages, returns, rewards, kl, parts if whiten_advantages else None, t, kl_coef, score_clip, gamma, decay,
+            SKIP_HOLES=skip_holes, KL=kl_estimator, **tile,
+        )  # fmt: skip
     if whiten_advantages:
         whiten(advantages, mask, statistics_of(parts, shift_mean=True, unbiased=True), out=advantages)
     return advantages, returns, rewards, kl
