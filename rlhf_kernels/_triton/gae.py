@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scan
-from .scan import filled, gae_tile, last_action, load_tile, span, store_tile
+from .scan import filled, gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -20,24 +20,24 @@ def _kernel(
     if bootstrap is not None:
         behind = gamma * tl.load(bootstrap + sequence)
     seen = False
-    tiles = tl.cdiv(length, BLOCK)
+    tiles = tiles_of(length, BLOCK)
     first = (tiles - 1) * BLOCK
     count = filled(first, length, BLOCK)
-    reward = load_tile(rewards, begin + first, count, BLOCK)
-    value = load_tile(values, begin + first, count, BLOCK)
-    m = load_tile(mask, begin + first, count, BLOCK)
+    reward = load_tile(rewards + begin, first, count, BLOCK)
+    value = load_tile(values + begin, first, count, BLOCK)
+    m = load_tile(mask + begin, first, count, BLOCK)
     for _ in range(tiles):
         # The tile in front is under way while this one is scanned.
         front = first - BLOCK
         front_count = filled(front, length, BLOCK)
-        front_reward = load_tile(rewards, begin + front, front_count, BLOCK)
-        front_value = load_tile(values, begin + front, front_count, BLOCK)
-        front_m = load_tile(mask, begin + front, front_count, BLOCK)
+        front_reward = load_tile(rewards + begin, front, front_count, BLOCK)
+        front_value = load_tile(values + begin, front, front_count, BLOCK)
+        front_m = load_tile(mask + begin, front, front_count, BLOCK)
         last = last_action(m, BLOCK)
         advantage, behind = gae_tile(reward, value, m, last, seen, behind, gamma, decay, SKIP_HOLES, BLOCK)
         seen = seen | (last >= 0)
-        store_tile(advantages, begin + first, count, advantage, BLOCK)
-        store_tile(returns, begin + first, count, tl.where(m, advantage + value, 0.0), BLOCK)
+        store_tile(advantages + begin, first, count, advantage, BLOCK)
+        store_tile(returns + begin, first, count, tl.where(m, advantage + value, 0.0), BLOCK)
         first, count, reward, value, m = front, front_count, front_reward, front_value, front_m
 
 
@@ -53,8 +53,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
-    _kernel[(b,)](
-        rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, t, gamma, gamma * lam,
-        SKIP_HOLES=skip_holes, BLOCK=scan.BLOCK, num_warps=scan.NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(rewards):
+        _kernel[(b,)](
+            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, t, gamma, gamma * lam,
+            SKIP_HOLES=skip_holes, **scan.GAE_TILE,
+        )  # fmt: skip
     return advantages, returns

@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, NUM_WARPS = 4096, 8
-"""16 elements a thread: four wide loads in flight, and few enough float64 sums for its registers."""
+BLOCK, NUM_WARPS = 1024, 8
+"""4 entries a thread: one wide load of floats, whose lanes lie side by side, and one of mask bytes. With 16 entries a thread
+would have 16 bytes of the mask in one load, and its floats would lie in four, 64 bytes apart from lane to lane."""
+
+RUNS = 8
+"""Blocks of a tile: as many loads in flight, and an eighth of the partial results."""
 
 TOTAL_BLOCK, TOTAL_WARPS = 1024, 8
 """Partial results that the one adding program reads at a time: its latency counts, not its bandwidth."""
@@ -52,16 +56,38 @@ def whitened(x, mask, statistics):
     return tl.where(mask, (x - mean) * scale + offset, 0.0)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _moments_kernel(x, mask, parts, n, BLOCK: tl.constexpr):
-    tile = tl.program_id(0).to(tl.int64)
-    start, i = tile * BLOCK, tl.arange(0, BLOCK)
-    if start + BLOCK <= n:  # n has no known divisor, so a load that is bounded by it is not a wide one
-        count, total, squares = moments(tl.load(x + start + i), tl.load(mask + start + i))
+@triton.jit
+def _load(x, mask, at, n, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Entries and mask of a block. n has no known divisor, so a load that is bounded by it is not a wide one."""
+    i = tl.arange(0, BLOCK)
+    if WHOLE:
+        v, m = tl.load(x + at + i), tl.load(mask + at + i)
     else:
-        inside = i < n - start
-        v, m = tl.load(x + start + i, mask=inside, other=0.0), tl.load(mask + start + i, mask=inside, other=0)
-        count, total, squares = moments(v, m)
+        inside = i < n - at
+        v, m = tl.load(x + at + i, mask=inside, other=0.0), tl.load(mask + at + i, mask=inside, other=0)
+    return v, m
+
+
+@triton.jit
+def _tile_moments(x, mask, at, n, WHOLE: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr):
+    count = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for run in tl.static_range(RUNS):
+        v, m = _load(x, mask, at + run * BLOCK, n, WHOLE, BLOCK)
+        wide = tl.where(m, v, 0.0).to(tl.float64)
+        count, total, squares = count + m.to(tl.int32), total + wide, squares + wide * wide
+    return tl.sum(count, 0).to(tl.float64), tl.sum(total, 0), tl.sum(squares, 0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _moments_kernel(x, mask, parts, n, RUNS: tl.constexpr, BLOCK: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64)
+    at = tile * (RUNS * BLOCK)
+    if at + RUNS * BLOCK <= n:
+        count, total, squares = _tile_moments(x, mask, at, n, True, RUNS, BLOCK)
+    else:
+        count, total, squares = _tile_moments(x, mask, at, n, False, RUNS, BLOCK)
     store_moments(parts, tile, tl.num_programs(0).to(tl.int64), count, total, squares)
 
 
@@ -86,14 +112,13 @@ def _statistics_kernel(parts, out, n, SHIFT_MEAN: tl.constexpr, UNBIASED: tl.con
 
 @triton.jit(do_not_specialize=["n"])
 def _whiten_kernel(x, mask, statistics, out, n, BLOCK: tl.constexpr):
-    start, i = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
-    if start + BLOCK <= n:  # as above
-        v, m = tl.load(x + start + i), tl.load(mask + start + i)
-        tl.store(out + start + i, whitened(v, m, statistics))
+    at, i = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
+    if at + BLOCK <= n:
+        v, m = _load(x, mask, at, n, True, BLOCK)
+        tl.store(out + at + i, whitened(v, m, statistics))
     else:
-        inside = i < n - start
-        v, m = tl.load(x + start + i, mask=inside, other=0.0), tl.load(mask + start + i, mask=inside, other=0)
-        tl.store(out + start + i, whitened(v, m, statistics), mask=inside)
+        v, m = _load(x, mask, at, n, False, BLOCK)
+        tl.store(out + at + i, whitened(v, m, statistics), mask=i < n - at)
 
 
 def new_parts(count: int, like: Tensor) -> Tensor:
@@ -108,9 +133,16 @@ def statistics_of(
 ) -> Tensor:
     """Mean, scale, offset: (3,), float32."""
     out = torch.empty(3, dtype=torch.float32, device=parts.device)
-    _statistics_kernel[(1,)](
-        parts, out, parts.shape[1], SHIFT_MEAN=shift_mean, UNBIASED=unbiased, BLOCK=TOTAL_BLOCK, num_warps=TOTAL_WARPS
-    )
+    with torch.cuda.device_of(parts):
+        _statistics_kernel[(1,)](
+            parts,
+            out,
+            parts.shape[1],
+            SHIFT_MEAN=shift_mean,
+            UNBIASED=unbiased,
+            BLOCK=TOTAL_BLOCK,
+            num_warps=TOTAL_WARPS,
+        )
     return out
 
 
@@ -121,15 +153,17 @@ def whiten(
     out: Tensor,  # as x; may be x
 ) -> Tensor:
     n = x.numel()
-    _whiten_kernel[(triton.cdiv(n, BLOCK),)](x, mask, statistics, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    with torch.cuda.device_of(x):
+        _whiten_kernel[(triton.cdiv(n, BLOCK),)](x, mask, statistics, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return out
 
 
 def _moments_of(x: Tensor, mask: Tensor) -> Tensor:
     n = x.numel()
-    tiles = triton.cdiv(n, BLOCK)
+    tiles = triton.cdiv(n, RUNS * BLOCK)
     parts = new_parts(tiles, x)
-    _moments_kernel[(tiles,)](x, mask, parts, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    with torch.cuda.device_of(x):
+        _moments_kernel[(tiles,)](x, mask, parts, n, RUNS=RUNS, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return parts
 
 
@@ -139,7 +173,8 @@ def masked_mean(
 ) -> Tensor:
     parts = _moments_of(x, mask)
     out = torch.empty((), dtype=torch.float32, device=x.device)
-    _mean_kernel[(1,)](parts, out, parts.shape[1], BLOCK=TOTAL_BLOCK, num_warps=TOTAL_WARPS)
+    with torch.cuda.device_of(x):
+        _mean_kernel[(1,)](parts, out, parts.shape[1], BLOCK=TOTAL_BLOCK, num_warps=TOTAL_WARPS)
     return out
 
 

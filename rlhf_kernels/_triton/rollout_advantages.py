@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import scan
 from .masked import moments, new_parts, statistics_of, store_moments, whiten, whitened
-from .math import kl_value
-from .scan import filled, gae_tile, lanes, last_action, load_tile, span, store_tile
+from .math import K3, kl_value
+from .scan import gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _landing(score_index, sequence, first, last, seen):
 def _shape_rewards(logprob, ref, mask, score, landing, kl_coef, KL: tl.constexpr, BLOCK: tl.constexpr):
     """(rewards, KL) of one tile; zeros where the mask is False, which drops a score that lands there."""
     kl = tl.where(mask, kl_value(logprob - ref, KL), 0.0)
-    reward = tl.where(lanes(BLOCK) == landing, -kl_coef * kl + score, -kl_coef * kl)
+    reward = tl.where(tl.arange(0, BLOCK) == landing, -kl_coef * kl + score, -kl_coef * kl)
     return tl.where(mask, reward, 0.0), kl
 
 
@@ -51,13 +51,13 @@ def _reward_moments_kernel(
     score = _clipped_score(scores, sequence, score_clip)
     seen = False
     count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
-    tiles = tl.cdiv(length, BLOCK)
+    tiles = tiles_of(length, BLOCK)
     for i in range(tiles):
         first = (tiles - 1 - i) * BLOCK
-        room = filled(first, length, BLOCK)
-        logprob = load_tile(logprobs, begin + first, room, BLOCK)
-        ref = load_tile(ref_logprobs, begin + first, room, BLOCK)
-        m = load_tile(mask, begin + first, room, BLOCK)
+        room = tl.minimum(length - first, BLOCK)
+        logprob = load_tile(logprobs + begin, first, room, BLOCK)
+        ref = load_tile(ref_logprobs + begin, first, room, BLOCK)
+        m = load_tile(mask + begin, first, room, BLOCK)
         last = last_action(m, BLOCK)
         landing = _landing(score_index, sequence, first, last, seen)
         reward, _ = _shape_rewards(logprob, ref, m, score, landing, kl_coef, KL, BLOCK)
@@ -82,35 +82,28 @@ def _kernel(
         behind = gamma * tl.load(bootstrap + sequence)
     seen = False
     count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
-    tiles = tl.cdiv(length, BLOCK)
-    first = (tiles - 1) * BLOCK
-    room = filled(first, length, BLOCK)
-    logprob, ref = load_tile(logprobs, begin + first, room, BLOCK), load_tile(ref_logprobs, begin + first, room, BLOCK)
-    value, m = load_tile(values, begin + first, room, BLOCK), load_tile(mask, begin + first, room, BLOCK)
-    for _ in range(tiles):
-        # The tile in front is under way while this one is scanned.
-        front = first - BLOCK
-        at, front_room = begin + front, filled(front, length, BLOCK)
-        front_logprob, front_ref = (
-            load_tile(logprobs, at, front_room, BLOCK),
-            load_tile(ref_logprobs, at, front_room, BLOCK),
-        )
-        front_value, front_m = load_tile(values, at, front_room, BLOCK), load_tile(mask, at, front_room, BLOCK)
+    tiles = tiles_of(length, BLOCK)
+    for i in range(tiles):
+        first = (tiles - 1 - i) * BLOCK
+        room = tl.minimum(length - first, BLOCK)
+        m = load_tile(mask + begin, first, room, BLOCK)
+        logprob = load_tile(logprobs + begin, first, room, BLOCK)
+        ref = load_tile(ref_logprobs + begin, first, room, BLOCK)
+        value = load_tile(values + begin, first, room, BLOCK)
         last = last_action(m, BLOCK)
         landing = _landing(score_index, sequence, first, last, seen)
         reward, kl = _shape_rewards(logprob, ref, m, score, landing, kl_coef, KL, BLOCK)
         if statistics is not None:
             reward = whitened(reward, m, statistics)
+        store_tile(kls + begin, first, room, kl, BLOCK)
+        store_tile(rewards + begin, first, room, reward, BLOCK)
         advantage, behind = gae_tile(reward, value, m, last, seen, behind, gamma, decay, SKIP_HOLES, BLOCK)
         seen = seen | (last >= 0)
-        store_tile(kls, begin + first, room, kl, BLOCK)
-        store_tile(rewards, begin + first, room, reward, BLOCK)
-        store_tile(advantages, begin + first, room, advantage, BLOCK)
-        store_tile(returns, begin + first, room, tl.where(m, advantage + value, 0.0), BLOCK)
+        store_tile(advantages + begin, first, room, advantage, BLOCK)
+        store_tile(returns + begin, first, room, tl.where(m, advantage + value, 0.0), BLOCK)
         if parts is not None:
             tile_count, tile_total, tile_squares = moments(advantage, m)
             count, total, squares = count + tile_count, total + tile_total, squares + tile_squares
-        first, room, logprob, ref, value, m = front, front_room, front_logprob, front_ref, front_value, front_m
     if parts is not None:
         store_moments(parts, sequence, tl.num_programs(0).to(tl.int64), count, total, squares)
 
@@ -137,20 +130,21 @@ def rollout_advantages(
     b, t = scores.numel(), logprobs.shape[-1] if cu_seqlens is None else 0
     # A whole number would be another type to the compiler, and 1 a constant.
     kl_coef, score_clip, gamma, decay = map(float, (kl_coef, score_clip, gamma, gamma * lam))
-    shape = {"KL": kl_estimator, "BLOCK": scan.BLOCK, "num_warps": scan.NUM_WARPS}
+    tile = scan.ROLLOUT_K3_TILE if kl_estimator == K3.value else scan.ROLLOUT_TILE
     statistics = None
-    if whiten_rewards:
-        parts = new_parts(b, logprobs)
-        _reward_moments_kernel[(b,)](
-            scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, t, kl_coef, score_clip, **shape
-        )
-        statistics = statistics_of(parts, shift_mean=False, unbiased=True)
-    parts = new_parts(b, logprobs) if whiten_advantages else None
-    _kernel[(b,)](
-        scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
-        advantages, returns, rewards, kl, parts, t, kl_coef, score_clip, gamma, decay,
-        SKIP_HOLES=skip_holes, **shape,
-    )  # fmt: skip
+    parts = new_parts(b, logprobs) if whiten_rewards or whiten_advantages else None
+    with torch.cuda.device_of(logprobs):
+        if whiten_rewards:
+            _reward_moments_kernel[(b,)](
+                scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, t, kl_coef, score_clip,
+                KL=kl_estimator, **tile,
+            )  # fmt: skip
+            statistics = statistics_of(parts, shift_mean=False, unbiased=True)
+        _kernel[(b,)](
+            scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
+            advantages, returns, rewards, kl, parts if whiten_advantages else None, t, kl_coef, score_clip, gamma, decay,
+            SKIP_HOLES=skip_holes, KL=kl_estimator, **tile,
+        )  # fmt: skip
     if whiten_advantages:
         whiten(advantages, mask, statistics_of(parts, shift_mean=True, unbiased=True), out=advantages)
     return advantages, returns, rewards, kl

@@ -14,13 +14,27 @@ sequence's start, and padding adds maps that change nothing: a row's bits depend
 a packed row has the same.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-BLOCK, NUM_WARPS = 2048, 8
-"""Tokens of a tile, warps of a program. 8 tokens a thread in each of up to four inputs are enough loads in flight to cover
-the latency of memory; the next tile is loaded while one is scanned. A larger tile would idle on short rows, whose scan costs
-as much as that of a full tile."""
+
+def registers(most: int) -> dict[str, int]:
+    """Launch option: registers a thread, so that several programs fit on a multiprocessor; left alone, the compiler spends
+    them on the order of its loads."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
+# Tokens of a tile and how a program runs. A thread has four tokens: of eight, addresses and intermediate results would fill
+# its registers. A larger tile has more loads in flight, but a short row pays for the scan of all of it.
+GAE_TILE = {"BLOCK": 2048, "num_warps": 16, **registers(64)}
+"""Two programs a multiprocessor. Few rows leave it to one, so the next tile is loaded while a tile is scanned."""
+
+ROLLOUT_TILE = {"BLOCK": 1024, "num_warps": 8, **registers(80)}
+"""Three programs a multiprocessor, one of which loads while another one scans."""
+
+ROLLOUT_K3_TILE = {**ROLLOUT_TILE, **registers(128)}
+"""The exponential of k3, in float64, has no room in fewer registers."""
 
 
 @triton.jit
@@ -31,45 +45,64 @@ def compose(later_decay, later_own, decay, own):
 
 @triton.jit
 def span(cu_seqlens, length, sequence):
-    """Where a sequence begins, and its length, both int64."""
+    """Where a sequence begins, int64, and its length, int32 (int64 only where a padded T is that long).
+
+    Places inside a sequence are counted as its length is: in 64 bits, the compiler would keep an address for each token and
+    tensor over the whole walk, in twice the registers.
+    """
     if cu_seqlens is None:
-        length = length.to(tl.int64)
         begin = sequence * length
     else:
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - begin
+        begin = tl.load(cu_seqlens + sequence)
+        length = tl.load(cu_seqlens + sequence + 1) - begin
+        begin = begin.to(tl.int64)
     return begin, length
 
 
 @triton.jit
-def lanes(BLOCK: tl.constexpr):
-    """Places in a tile, the last one first: a scan runs upwards without the shuffles that turn a block round."""
-    return BLOCK - 1 - tl.arange(0, BLOCK)
+def tiles_of(length, BLOCK: tl.constexpr):
+    """Rounded up without a sum that might overflow."""
+    return length // BLOCK + tl.where(length % BLOCK > 0, 1, 0)
 
 
 @triton.jit
 def filled(first, length, BLOCK: tl.constexpr):
     """How many tokens the tile that begins at `first` has; none in front of the sequence."""
-    return tl.where(first < 0, 0, tl.minimum(length - first, BLOCK)).to(tl.int32)
+    return tl.where(first < 0, 0, tl.minimum(length - first, BLOCK))
 
 
 @triton.jit
-def load_tile(x, at, count, BLOCK: tl.constexpr):
-    """Tokens `at, ..., at + count - 1`, in the order of `lanes`, and zeros."""
-    place = lanes(BLOCK)
-    return tl.load(x + at + place, mask=place < count, other=0)
+def load_tile(x, first, count, BLOCK: tl.constexpr):
+    """Tokens `first, ..., first + count - 1` of the sequence at `x`, then zeros."""
+    place = tl.arange(0, BLOCK)
+    return tl.load(x + (first + place), mask=place < count, other=0)
 
 
 @triton.jit
-def store_tile(x, at, count, tile, BLOCK: tl.constexpr):
-    place = lanes(BLOCK)
-    tl.store(x + at + place, tile, mask=place < count)
+def store_tile(x, first, count, tile, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(x + (first + place), tile, mask=place < count)
 
 
 @triton.jit
 def last_action(mask, BLOCK: tl.constexpr):
     """The place of the last action of a tile; -1 without one."""
-    return tl.max(tl.where(mask, lanes(BLOCK), -1), 0)
+    return tl.max(tl.where(mask, tl.arange(0, BLOCK), -1), 0)
+
+
+@triton.jit
+def _columns(x, BLOCK: tl.constexpr):
+    """A block as four: each run of four tokens becomes one thread's."""
+    even, odd = tl.split(tl.reshape(x, [BLOCK // 4, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _block(x0, x1, x2, x3, BLOCK: tl.constexpr):
+    """The inverse of `_columns`."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [BLOCK])
 
 
 @triton.jit
@@ -81,13 +114,21 @@ def gae_tile(reward, value, mask, last, seen, behind, gamma, decay, SKIP_HOLES: 
     step = mask
     if not SKIP_HOLES:
         # What lies behind the last action of all is padding, not holes.
-        step = mask | seen | (lanes(BLOCK) < last)
+        step = mask | seen | (tl.arange(0, BLOCK) < last)
     # Selected, not multiplied: a masked token may hold anything.
     own = tl.where(mask, decay * reward + (gamma - decay) * value, 0.0)
-    decays, own = tl.associative_scan((tl.where(step, decay, 1.0), own), 0, compose)
-    worth = own + decays * behind
-    index = tl.arange(0, BLOCK)
-    following = tl.gather(worth, tl.maximum(index - 1, 0), 0)
-    following = tl.where(index == 0, behind, following)
+    o0, o1, o2, o3 = _columns(own, BLOCK)
+    d0, d1, d2, d3 = _columns(tl.where(step, decay, 1.0), BLOCK)
+    d, o = compose(d3, o3, d2, o2)
+    d, o = compose(d, o, d1, o1)
+    d, o = compose(d, o, d0, o0)
+    d, o = tl.associative_scan((d, o), 0, compose, reverse=True)
+    worth = o + d * behind
+    run = tl.arange(0, BLOCK // 4)
+    u3 = tl.where(run == BLOCK // 4 - 1, behind, tl.gather(worth, tl.minimum(run + 1, BLOCK // 4 - 1), 0))
+    u2 = o3 + d3 * u3
+    u1 = o2 + d2 * u2
+    u0 = o1 + d1 * u1
+    following = _block(u0, u1, u2, u3, BLOCK)
     advantage = tl.where(mask, reward - value + following, 0.0)
-    return advantage, tl.sum(tl.where(index == BLOCK - 1, worth, 0.0), 0)
+    return advantage, tl.sum(tl.where(run == 0, worth, 0.0), 0)

@@ -14,10 +14,15 @@ from .test_gae import INF, MASKS, NAN
 from .test_rollout_advantages import double, rollout
 
 
+def set_tile(monkeypatch, tokens: int) -> None:
+    for options in (scan.ROLLOUT_TILE, scan.ROLLOUT_K3_TILE):
+        monkeypatch.setitem(options, "BLOCK", tokens)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 tokens, so that short sequences have several: the interpreter walks a scan one token at a time."""
-    monkeypatch.setattr(scan, "BLOCK", 16)
+    set_tile(monkeypatch, 16)
 
 
 def run(data, **options):
@@ -39,13 +44,13 @@ def exact_data() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("tile", [2, 8])
+@pytest.mark.parametrize("tile", [4, 8])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "abs"])
 @pytest.mark.parametrize("index", [None, 2])
 @pytest.mark.parametrize("score_clip", [None, 1.5])
 def test_where_the_score_goes(monkeypatch, tile, estimator, index, score_clip):
     """The last action or `score_index`; on a masked token, or in a row without an action, it is dropped."""
-    monkeypatch.setattr(scan, "BLOCK", tile)
+    set_tile(monkeypatch, tile)
     data = exact_data()
     b = len(data["mask"])
     options = {
@@ -94,7 +99,7 @@ def test_against_float64(small_tiles, mask, b, t, kl_estimator):
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_tiles_of_full_size(whiten_rewards):
-    data = rollout(2, scan.BLOCK + 100, "response with a hole", seed=3)
+    data = rollout(2, scan.ROLLOUT_TILE["BLOCK"] + 100, "response with a hole", seed=3)
     options = {"kl_coef": 0.1, "kl_estimator": "k3", "whiten_rewards": whiten_rewards}
     got, eager = run(data, **options), reference.rollout_advantages(**data, **options)
     exact = reference.rollout_advantages(**double(data), **options)
