@@ -14,6 +14,7 @@ from shutil import which
 import torch
 
 from benchmarks.gpu.entries import Entry
+from benchmarks.gpu.tools import tool_path
 from benchmarks.harness import machine
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def environment(*, dry_run: bool) -> Iterator[Entry]:
     yield Entry("triton", _version("triton"))
     yield Entry("CUDA of torch", str(torch.version.cuda))
     for tool in ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi"):
-        yield Entry(tool, which(tool) or "not on PATH")
+        yield Entry(tool, tool_path(tool) or "not found")
     if dry_run:
         yield Entry("device", skipped="a dry run uses none")
         return

@@ -42,6 +42,7 @@ class Usage:
     """Bytes spilled, stores and loads, or on gfx942 the registers spilled."""
     stack: int = 0
     """Bytes a thread."""
+    note: str = ""
     error: str = ""
     """What the compiler said when it made nothing."""
 
@@ -96,14 +97,16 @@ def _bundled(tool: str) -> str:
     return str(Path(find_spec("triton").origin).parent / "backends/nvidia/bin" / tool)
 
 
-def _amd_numbers(assembly: str) -> dict[str, int]:
+def _amd_numbers(assembly: str) -> dict[str, int | str]:
     """From the metadata at the end of the assembly; scratch memory is AMD's word for the stack."""
     found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    scalars = found["sgpr_spill_count"]
     return {
         "registers": found["vgpr_count"],
         "shared": found["group_segment_fixed_size"],
-        "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
+        "spills": found["vgpr_spill_count"] + scalars,
         "stack": found["private_segment_fixed_size"],
+        "note": f"{scalars} of the spills are scalar registers, kept in vector registers" if scalars else "",
     }
 
 
