@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from benchmarks.gpu.recorder import Form
+from benchmarks.gpu.tools import nvcc, tool_path
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {
@@ -114,7 +115,7 @@ def why_no_nvcc() -> str:
     """Why the CUDA C++ sources cannot be compiled here; empty when they can."""
     if not cuda_sources():
         return "there are none in csrc/cuda"
-    return "" if which("nvcc") else "nvcc is not on PATH; install the CUDA toolkit"
+    return "" if nvcc() else "nvcc is neither on PATH nor in CUDA_HOME; install the CUDA toolkit"
 
 
 def cuda_sources() -> list[Path]:
@@ -122,10 +123,10 @@ def cuda_sources() -> list[Path]:
 
 
 def cuda_usage(source: Path, target: str) -> list[Usage]:
-    """Compile one file of csrc/cuda for one target and read what the assembler says about each kernel."""
+    """Compile one file of csrc/cuda for one target, with the flags of setup.py, and read what the assembler says about each kernel."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            "nvcc", "-std=c++17", "-O3", f"-arch={NVCC_ARCHITECTURES[target]}", "--cubin", "-Xptxas", "-v",
+            nvcc(), "-std=c++17", "-O3", f"-arch={NVCC_ARCHITECTURES[target]}", "--cubin", "-Xptxas", "-v",
             f"-I{ROOT / 'csrc'}", "-o", f"{folder}/out.cubin", str(source),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -155,10 +156,11 @@ def ptxas_numbers(text: str) -> dict[str, dict[str, int]]:
 
 def _readable(mangled: str) -> str:
     """The C++ name without its parameters."""
-    if not which("cu++filt"):
+    program = tool_path("cu++filt") or which("c++filt")
+    if program is None:
         return mangled
-    name = _output(["cu++filt", "-p", mangled]).strip()
-    return name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").removeprefix("void ")
+    name = re.sub(r"\((anonymous namespace|unnamed)\)::|<unnamed>::", "", _output([program, mangled]).strip())
+    return re.sub(r"\((?:[^()]|\([^()]*\))*\)$", "", name).removeprefix("void ").replace("rlhf::cuda::", "cuda::")
 
 
 def _output(command: list[str]) -> str:
