@@ -123,7 +123,7 @@ def cuda_sources() -> list[Path]:
 
 
 def cuda_usage(source: Path, target: str) -> list[Usage]:
-    """Compile one file of csrc/cuda for one target, with the flags of setup.py, and read what the assembler says about each kernel."""
+    """Compile one file of csrc/cuda for one target, flags as in setup.py; what the assembler says of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             nvcc(), "-std=c++17", "-O3", f"-arch={NVCC_ARCHITECTURES[target]}", "--cubin", "-Xptxas", "-v",
