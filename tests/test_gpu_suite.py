@@ -186,10 +186,8 @@ def test_failed_tests_are_named(tmp_path, monkeypatch):
 def test_bounds(entry, met, shown):
     assert entry.met is met
     assert value_of(entry.record()) == shown
-    lines = report(
-        {"dry_run": False, "started": "", "finished": None},
-        [{"name": "s", "state": "done", "entries": [entry.record()]}],
-    )
+    step = {"name": "s", "state": "done", "entries": [entry.record()]}
+    lines = report({"dry_run": False, "started": "", "finished": None}, [step])
     assert any(shown in line for line in lines)
 
 
