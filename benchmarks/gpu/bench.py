@@ -46,7 +46,7 @@ class Bench:
             return ""
         rate = count / seconds
         share = f", {rate / self.copy_rate:.3f} of the copy's rate" if self.copy_rate else ""
-        return f"{rate / 1e9:.0f} GB/s of {count / 1e6:.1f} MB{share}"
+        return f"; {rate / 1e9:.0f} GB/s of {count / 1e6:.1f} MB{share}"
 
     def multiplied(self, count: float, seconds: float | None) -> str:
         """`seconds` beside the time that `count` FLOPs take at the matrix products' rate."""
@@ -54,7 +54,7 @@ class Bench:
             return ""
         rate = count / seconds
         share = f", {rate / self.matmul_rate:.3f} of the ceiling" if self.matmul_rate else ""
-        return f"{rate / 1e12:.0f} TFLOP/s{share}"
+        return f"; {rate / 1e12:.0f} TFLOP/s{share}"
 
     def copy_seconds(self, count: float) -> float | None:
         """What moving `count` bytes takes at the copy's rate."""

@@ -44,8 +44,10 @@ def check(
 
 
 def _problem(usage: Usage) -> str:
-    where = f"{usage.kernel} on {usage.target} ({usage.specimen})"
-    return f"{where}: {usage.error or f'{usage.spills} spilled, stack frame of {usage.stack} bytes'}"
+    what = usage.error or f"{usage.spills} spilled, stack frame of {usage.stack} bytes" + f" ({usage.note})" * bool(
+        usage.note
+    )
+    return f"{usage.kernel} on {usage.target} ({usage.specimen}): {what}"
 
 
 # ---- what the launchers launch ----

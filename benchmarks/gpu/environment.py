@@ -14,6 +14,7 @@ from shutil import which
 import torch
 
 from benchmarks.gpu.entries import Entry
+from benchmarks.gpu.tools import nvcc, tool_path
 from benchmarks.harness import machine
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def environment(*, dry_run: bool) -> Iterator[Entry]:
     yield Entry("triton", _version("triton"))
     yield Entry("CUDA of torch", str(torch.version.cuda))
     for tool in ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi"):
-        yield Entry(tool, which(tool) or "not on PATH")
+        yield Entry(tool, tool_path(tool) or "not found")
     if dry_run:
         yield Entry("device", skipped="a dry run uses none")
         return
@@ -69,8 +70,8 @@ def _version(package: str) -> str:
 
 def build(out: Path, *, dry_run: bool, seconds: float) -> Iterator[Entry]:
     """`setup.py build_ext --inplace`; without pybind11 on its own, with the headers that torch ships."""
-    if which("nvcc") is None:
-        yield Entry("nvcc", error="not on PATH: the extension is built without CUDA C++ kernels")
+    if nvcc() is None:
+        yield Entry("nvcc", error="not found: the extension is built without CUDA C++ kernels")
     headers, where = pybind11_headers(out)
     yield Entry("pybind11", where)
     if find_spec("setuptools") is None or not where:

@@ -93,7 +93,7 @@ def linear_time(bench: Bench) -> Iterator[Entry]:
     seconds = bench.timer.alternate(cases, rounds=7)
     for name, found in seconds.items():
         note = bench.multiplied(6 * n * v * h, found) if "half" not in name else ""
-        yield milliseconds(f"linear_ppo_loss forward+backward: {name}", found, f"N={n} H={h} V={v} bf16. {note}")
+        yield milliseconds(f"linear_ppo_loss forward+backward: {name}", found, f"N={n} H={h} V={v} bf16{note}")
     floor, rounded, plain, compact = seconds.values()
     yield Entry("linear_ppo_loss / three products", ratio(plain, floor), bound=1.08, note=f"chunks of {chunk} rows")
     yield Entry("linear_ppo_loss half inactive, compact / none inactive", ratio(compact, plain), bound=0.75)
@@ -129,7 +129,7 @@ def linear_4096(bench: Bench) -> Iterator[Entry]:
     step = stepper(lambda: linear_ppo_loss(hidden, weight, *batch, backend="triton", **extra).loss, *leaves)
     seconds = bench.timer.once(step)
     name = f"linear_ppo_loss N={n} with value loss, entropy, clip"
-    yield milliseconds(name, seconds, bench.multiplied(6 * n * v * h, seconds))
+    yield milliseconds(name, seconds, f"H={h} V={v} bf16{bench.multiplied(6 * n * v * h, seconds)}")
     for peer, bound in CLAIMED.items():
         yield milliseconds(f"{name}, beside what is claimed for {peer}", seconds, bound=bound)
 
@@ -150,7 +150,7 @@ def logits_level(bench: Bench) -> Iterator[Entry]:
 
             seconds = bench.timer.once(step)
             name = f"logits_ppo_loss forward+backward, {backend}{', in place' * inplace}"
-            yield milliseconds(name, seconds, f"N={n} V={v} bf16. {bench.moved(6 * n * v, seconds)} at 6NV")
+            yield milliseconds(name, seconds, f"N={n} V={v} bf16, 6NV bytes{bench.moved(6 * n * v, seconds)}")
             if backend == "cuda":
                 floor = bench.copy_seconds(4 * n * v)
                 yield Entry(f"{name} / moving 4NV bytes", ratio(seconds, floor), bound=1.2)

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from benchmarks.gpu.recorder import Form
+from benchmarks.gpu.tools import nvcc, tool_path
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {
@@ -42,6 +43,7 @@ class Usage:
     """Bytes spilled, stores and loads, or on gfx942 the registers spilled."""
     stack: int = 0
     """Bytes a thread."""
+    note: str = ""
     error: str = ""
     """What the compiler said when it made nothing."""
 
@@ -96,14 +98,16 @@ def _bundled(tool: str) -> str:
     return str(Path(find_spec("triton").origin).parent / "backends/nvidia/bin" / tool)
 
 
-def _amd_numbers(assembly: str) -> dict[str, int]:
+def _amd_numbers(assembly: str) -> dict[str, int | str]:
     """From the metadata at the end of the assembly; scratch memory is AMD's word for the stack."""
     found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    scalars = found["sgpr_spill_count"]
     return {
         "registers": found["vgpr_count"],
         "shared": found["group_segment_fixed_size"],
-        "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
+        "spills": found["vgpr_spill_count"] + scalars,
         "stack": found["private_segment_fixed_size"],
+        "note": f"{scalars} of the spills are scalar registers, kept in vector registers" if scalars else "",
     }
 
 
@@ -111,7 +115,7 @@ def why_no_nvcc() -> str:
     """Why the CUDA C++ sources cannot be compiled here; empty when they can."""
     if not cuda_sources():
         return "there are none in csrc/cuda"
-    return "" if which("nvcc") else "nvcc is not on PATH; install the CUDA toolkit"
+    return "" if nvcc() else "nvcc is neither on PATH nor in CUDA_HOME; install the CUDA toolkit"
 
 
 def cuda_sources() -> list[Path]:
@@ -119,10 +123,10 @@ def cuda_sources() -> list[Path]:
 
 
 def cuda_usage(source: Path, target: str) -> list[Usage]:
-    """Compile one file of csrc/cuda for one target and read what the assembler says about each kernel."""
+    """Compile one file of csrc/cuda for one target, flags as in setup.py; what the assembler says of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            "nvcc", "-std=c++17", "-O3", f"-arch={NVCC_ARCHITECTURES[target]}", "--cubin", "-Xptxas", "-v",
+            nvcc(), "-std=c++17", "-O3", f"-arch={NVCC_ARCHITECTURES[target]}", "--cubin", "-Xptxas", "-v",
             f"-I{ROOT / 'csrc'}", "-o", f"{folder}/out.cubin", str(source),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -152,10 +156,11 @@ def ptxas_numbers(text: str) -> dict[str, dict[str, int]]:
 
 def _readable(mangled: str) -> str:
     """The C++ name without its parameters."""
-    if not which("cu++filt"):
+    program = tool_path("cu++filt") or which("c++filt")
+    if program is None:
         return mangled
-    name = _output(["cu++filt", "-p", mangled]).strip()
-    return name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").removeprefix("void ")
+    name = re.sub(r"\((anonymous namespace|unnamed)\)::|<unnamed>::", "", _output([program, mangled]).strip())
+    return re.sub(r"\((?:[^()]|\([^()]*\))*\)$", "", name).removeprefix("void ").replace("rlhf::cuda::", "cuda::")
 
 
 def _output(command: list[str]) -> str:

@@ -42,7 +42,9 @@ def gae_time(bench: Bench) -> Iterator[Entry]:
                 lambda x=x, backend=backend: gae(x["logprobs"], x["values"], x["mask"], backend=backend) for x in sets
             ]
             seconds = bench.timer.replayed(calls)
-            yield microseconds(f"gae {b}x{t}, {backend}", seconds, bench.moved(moved, seconds), bound=bound)
+            yield microseconds(
+                f"gae {b}x{t}, {backend}", seconds, f"17 bytes an element{bench.moved(moved, seconds)}", bound=bound
+            )
     if bench.why_no_cuda():
         yield Entry("gae, cuda", skipped=bench.why_no_cuda())
 
@@ -65,7 +67,7 @@ def rollout_time(bench: Bench) -> Iterator[Entry]:
             ]
             seconds = bench.timer.replayed(calls)
             name = f"rollout_advantages {b}x{t}{', whitened' * whiten}, {backend}"
-            yield microseconds(name, seconds, bench.moved(moved, seconds))
+            yield microseconds(name, seconds, f"{count} bytes an element{bench.moved(moved, seconds)}")
             share = ratio(seconds, bench.copy_seconds(moved))
             yield Entry(f"{name} / moving {count} bytes an element", share, bound=1.25)
             note = f"a copy that reads {count} bytes an element and writes as many"
@@ -92,7 +94,7 @@ def logprobs_time(bench: Bench) -> Iterator[Entry]:
 
         for name, call, passes in (("forward", forward, 1), ("forward+backward", both, 3)):
             seconds = bench.timer.once(call)
-            note = f"N={n} V={v}. {bench.moved(passes * size * n * v, seconds)}"
+            note = f"N={n} V={v}{bench.moved(passes * size * n * v, seconds)}"
             yield milliseconds(f"token_logprobs {name}, {kind}", seconds, note)
         del logits
 
@@ -119,7 +121,7 @@ def sampler_time(bench: Bench) -> Iterator[Entry]:
             for x in sets
         ]
         seconds = bench.timer.replayed(calls)
-        note = f"one read of the logits: {bench.moved(2 * b * v, seconds)}"
+        note = f"one read of the logits{bench.moved(2 * b * v, seconds)}"
         yield microseconds(f"sample_tokens {b}x{v} bf16, {name}", seconds, note)
 
 

@@ -1,0 +1,240 @@
+"""The compile check sees what it is there to see: spills, kernels that nobody compiled, arguments that compile again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compile_check
+from benchmarks.gpu import resources
+
+ROOT = Path(__file__).parent.parent
+
+KERNELS = """
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def helper(x):
+    return x * 2
+
+
+@triton.jit(do_not_specialize=["n"])
+def good_kernel(x, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x + i, helper(tl.load(x + i, mask=i < n)), mask=i < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def spilling_kernel(x, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    block = tl.load(x + i, mask=i < n, other=0.0)
+    tl.store(x + i, block / tl.sum(block), mask=i < n)
+
+
+@triton.jit
+def specialised_kernel(x, n):
+    tl.store(x, n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def constant_kernel(x, n, COUNT: tl.constexpr):
+    tl.store(x, n + COUNT)
+
+
+@triton.jit
+def flagged_kernel(x, ONE: tl.constexpr):
+    tl.store(x, ONE)
+
+
+@triton.jit
+def forgotten_kernel(x):
+    tl.store(x, helper(1.0))
+
+
+def good(size):
+    good_kernel[(1,)](torch.empty(64), size.n, BLOCK=64)
+
+
+def spilling(size):
+    spilling_kernel[lambda meta: (meta["BLOCK"],)](torch.empty(64), size.n, BLOCK=8192, num_warps=1)
+
+
+def specialised(size):
+    specialised_kernel[(1,)](torch.empty(64), size.n)
+
+
+def constant(size):
+    constant_kernel[(1,)](torch.empty(64), size.n, size.n)
+
+
+def flagged(size):
+    flagged_kernel[(1,)](torch.empty(64), size.n == 1)
+
+
+def refusing(size):
+    assert size.n > 1, "one token is too few"
+"""
+CALLS = ("good", "spilling", "specialised", "constant", "flagged", "refusing", "absent")
+PROGRAM = f"""
+import json, tiny
+from benchmarks.gpu import compilation
+calls = {{n: (n, lambda package, size, n=n: getattr(package, n)(size)) for n in {CALLS}}}
+found = compilation.check(tiny, ["sm_90", "gfx942"], calls)
+print(json.dumps([[u.record() for u in found.usages], found.problems, found.notes]))
+"""
+
+
+def run_compiled(*arguments: str, path: Path, **extra: str) -> subprocess.CompletedProcess:
+    """Python in a process that compiles Triton kernels instead of interpreting them, with the tiny package to import."""
+    package = path / "tiny"
+    package.mkdir(exist_ok=True)
+    (package / "__init__.py").write_text("from .kernels import *\n")
+    (package / "kernels.py").write_text(KERNELS)
+    surroundings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    surroundings |= {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"} | extra
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """What the check says of the tiny package, where there is no nvcc: figures by kernel and target, problems, notes."""
+    done = run_compiled("-c", PROGRAM, path=tmp_path_factory.mktemp("tiny"), PATH="", CUDA_HOME="", CUDA_PATH="")
+    assert done.returncode == 0, done.stderr
+    usages, problems, notes = json.loads(done.stdout.splitlines()[-1])
+    found = {}
+    for usage in usages:
+        found.setdefault((usage["kernel"], usage["target"]), []).append(usage)
+    return found, problems, notes
+
+
+def about(problems: list[str], *words: str) -> list[str]:
+    return [problem for problem in problems if all(word in problem for word in words)]
+
+
+def test_a_good_kernel_is_clean(tiny):
+    usages, problems, _ = tiny
+    for target in ("sm_90", "gfx942"):
+        (usage,) = usages["kernels.good_kernel", target]
+        assert usage["clean"] and usage["registers"] > 0, usage
+    assert not about(problems, "good_kernel")
+
+
+def test_a_spill_is_a_problem(tiny):
+    usages, problems, _ = tiny
+    (usage,) = usages["kernels.spilling_kernel", "sm_90"]
+    assert usage["spills"] > 0 and usage["stack"] > 0 and not usage["clean"], usage
+    assert about(problems, "spilling_kernel on sm_90", "spilled", "stack frame")
+    assert about(problems, "spilling_kernel on gfx942"), "AMD's figures come from the assembly"
+
+
+def test_an_argument_that_compiles_again_is_named(tiny):
+    _, problems, _ = tiny
+    assert about(problems, "specialised_kernel would be compiled again", "n: i32", "constexpr 1")
+    assert about(problems, "constant_kernel would be compiled again", "COUNT: constexpr 24 -> constexpr 32")
+
+
+def test_flags_are_a_launchers_choice_and_both_are_compiled(tiny):
+    usages, problems, _ = tiny
+    assert not about(problems, "flagged_kernel")
+    assert len(usages["kernels.flagged_kernel", "sm_90"]) == 2
+
+
+def test_a_kernel_without_a_specimen_is_named_and_a_helper_is_not(tiny):
+    _, problems, _ = tiny
+    assert about(problems, "forgotten_kernel is launched by no specimen")
+    assert not about(problems, "helper")
+
+
+def test_without_nvcc_it_says_that_cuda_was_not_checked(tiny):
+    *_, notes = tiny
+    assert about(notes, "CUDA C++ sources were not checked: "), notes
+
+
+def test_launchers_that_refuse_or_lack_are_named(tiny):
+    _, problems, _ = tiny
+    assert about(problems, "refusing: refused at", "AssertionError: one token is too few")
+    assert about(problems, "tiny has no launcher absent")
+
+
+def test_every_kernel_is_reached_and_none_is_compiled_twice(tmp_path):
+    """The launchers of rlhf_kernels, recorded and not compiled: `python -m benchmarks.compile_check` does the rest."""
+    program = (
+        "import importlib, json\n"
+        "from benchmarks.gpu.compilation import Findings, record\n"
+        "from benchmarks.gpu.specimens import specimens\n"
+        "found = Findings()\n"
+        f"record(importlib.import_module({compile_check.PACKAGE!r}), specimens(), found)\n"
+        "print(json.dumps([found.problems, len(found.forms['cuda'])]))\n"
+    )
+    done = run_compiled("-c", program, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    problems, forms = json.loads(done.stdout.splitlines()[-1])
+    assert not problems, "\n".join(problems)
+    assert forms > 40
+
+
+def test_problems_make_exit_code_one_and_a_report(tmp_path):
+    """The tiny package has none of the launchers."""
+    report = tmp_path / "report.json"
+    program = "import benchmarks.compile_check as c, sys; c.PACKAGE = 'tiny'; sys.exit(c.main(sys.argv[1:]))"
+    done = run_compiled("-c", program, "--arch", "gfx942", "--json", str(report), path=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "FAIL: tiny has no launcher gae" in done.stdout
+    written = json.loads(report.read_text())
+    assert written["architectures"] == ["gfx942"] and "tiny has no launcher gae" in written["problems"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--arch", "sm_12"], "expected some of sm_80"),
+        (["--json", "/nowhere/at/all.json"], "is not a folder"),
+        (["--frobnicate"], "unrecognized arguments"),
+    ],
+)
+def test_usage_errors_are_exit_code_two(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        compile_check.main(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_it_refuses_to_check_what_is_interpreted(tmp_path):
+    surroundings = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.compile_check"]
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_without_nvcc_it_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(resources, "cuda_sources", lambda: [Path("gae.cu")])
+    assert "nvcc" in resources.why_no_nvcc()
+
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_90a'
+ptxas info    : Function properties for first
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem
+ptxas info    : Compiling entry function 'second' for 'sm_90a'
+ptxas info    : Function properties for second
+    48 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 48 bytes cumulative stack size
+"""
+
+
+def test_ptxas_output_is_read_by_kernel():
+    assert resources.ptxas_numbers(PTXAS) == {
+        "first": {"registers": 40, "shared": 1024, "spills": 0, "stack": 0},
+        "second": {"registers": 255, "shared": 0, "spills": 32, "stack": 48},
+    }
