@@ -14,6 +14,8 @@ RLOO, GRPO = tl.constexpr(0), tl.constexpr(1)  # places in KINDS of ops/group_ad
 
 # 16 elements a thread: two 16-byte loads of a half-precision input, four of float32, are under way at once.
 BLOCK, WARPS = 4096, 8
+# Programs that read a whole batch of some thousands of samples: 8 of them a thread.
+GROUP_BLOCK, GROUP_WARPS = 1024, 4
 
 
 def blocks(n: int) -> tuple[int]:
@@ -71,7 +73,7 @@ def _kl_terms(grad: Tensor | None, logprobs: Tensor, ref_logprobs: Tensor, estim
 
 @triton.jit(do_not_specialize=["b"])
 def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a sample, which reads all of them: a batch has at most some thousands."""
+    """One program a sample, which reads all of them."""
     i = tl.program_id(0).to(tl.int64)
     group = tl.load(groups + i)
     sums, counts, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
@@ -98,5 +100,5 @@ def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.cons
 def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
     out, b = torch.empty_like(scores), scores.numel()
     if b:
-        _group_advantages[(b,)](scores, groups, out, b, kind, BLOCK=1024, num_warps=4)
+        _group_advantages[(b,)](scores, groups, out, b, kind, BLOCK=GROUP_BLOCK, num_warps=GROUP_WARPS)
     return out

@@ -17,8 +17,8 @@ from .._native import NUM_SUMS
 from ..rows import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
 from .math import expm1_minus_x, kl_slope, kl_value, surrogate, value_term
 
-# 8 tokens a thread: what is alive of a token are a dozen numbers, and more tokens would spill them.
-TILE, WARPS = 1024, 4
+# 4 tokens a thread: some twenty numbers are alive of each, and with more tokens too few warps would fit to hide the loads.
+TILE, WARPS = 1024, 8
 # The order of the sums is that of csrc/args.h, PpoSum.
 _POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM = map(tl.constexpr, range(4))
 _ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(
@@ -100,26 +100,30 @@ def _sequence_ratio(
 
 @triton.jit
 def _values(
-    sums, at, live, value_mask, values, old_values, returns, value_row_weight, value_slope, cliprange_value,
+    sums, begin, end, value_mask, values, old_values, returns, value_row_weight, value_slope, cliprange_value,
     HAS_OLD_VALUES: tl.constexpr, HAS_VALUE_ROW_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The value term of some tokens: writes their slopes and returns the sums with theirs."""
-    on = live & tl.load(value_mask + at, live, other=0)
-    value, target = tl.load(values + at, on, other=0), tl.load(returns + at, on, other=0)
-    # Without old values nothing is clipped: a range of inf around any number.
-    old = tl.load(old_values + at, on, other=0) if HAS_OLD_VALUES else tl.zeros_like(value)
-    weight = _optional(value_row_weight, at, on, HAS_VALUE_ROW_WEIGHT).to(tl.float64)
-    loss, slope, clipped = value_term(value, old, target, cliprange_value)
-    tl.store(value_slope + at, tl.where(on, (weight * slope).to(tl.float32), 0), live)
-    target = target.to(tl.float64)
-    error = target - value
-    sums = _add(sums, _VALUE_TERM, tl.where(on, weight * loss, 0))
-    sums = _add(sums, _VALUE_CLIPPED, clipped & on)
-    sums = _add(sums, _NUM_VALUE_TOKENS, on)
-    sums = _add(sums, _RETURNS, tl.where(on, target, 0))
-    sums = _add(sums, _RETURNS_SQ, tl.where(on, target * target, 0))
-    sums = _add(sums, _RESIDUAL, tl.where(on, error, 0))
-    return _add(sums, _RESIDUAL_SQ, tl.where(on, error * error, 0))
+    """The value term of a segment: writes the slopes of its tokens and returns the sums with theirs."""
+    for start in range(begin, end, _TILE):
+        at = start + tl.arange(0, _TILE)
+        live = at < end
+        on = live & tl.load(value_mask + at, live, other=0)
+        value, target = tl.load(values + at, on, other=0), tl.load(returns + at, on, other=0)
+        # Without old values nothing is clipped: a range of inf around any number.
+        old = tl.load(old_values + at, on, other=0) if HAS_OLD_VALUES else tl.zeros_like(value)
+        weight = _optional(value_row_weight, at, on, HAS_VALUE_ROW_WEIGHT).to(tl.float64)
+        loss, slope, clipped = value_term(value, old, target, cliprange_value)
+        tl.store(value_slope + at, tl.where(on, (weight * slope).to(tl.float32), 0), live)
+        target = target.to(tl.float64)
+        error = target - value
+        sums = _add(sums, _VALUE_TERM, tl.where(on, weight * loss, 0))
+        sums = _add(sums, _VALUE_CLIPPED, clipped & on)
+        sums = _add(sums, _NUM_VALUE_TOKENS, on)
+        sums = _add(sums, _RETURNS, tl.where(on, target, 0))
+        sums = _add(sums, _RETURNS_SQ, tl.where(on, target * target, 0))
+        sums = _add(sums, _RESIDUAL, tl.where(on, error, 0))
+        sums = _add(sums, _RESIDUAL_SQ, tl.where(on, error * error, 0))
+    return sums
 
 
 @triton.jit(
@@ -183,11 +187,11 @@ def _partials(
         sums = _add(sums, _RATIO, tl.where(on, ratio, 0))
         sums = _add(sums, _NUM_TOKENS, on)
         ratio_max = _larger(ratio_max, tl.where(on, ratio, 0))
-        if HAS_VALUES:
-            sums = _values(
-                sums, at, live, value_mask, values, old_values, returns, value_row_weight, value_slope_out,
-                cliprange_value, HAS_OLD_VALUES, HAS_VALUE_ROW_WEIGHT,
-            )  # fmt: skip
+    if HAS_VALUES:
+        sums = _values(
+            sums, begin, end, value_mask, values, old_values, returns, value_row_weight, value_slope_out, cliprange_value,
+            HAS_OLD_VALUES, HAS_VALUE_ROW_WEIGHT,
+        )  # fmt: skip
     sums = tl.where(tl.arange(0, _LANES) == _RATIO_MAX, _largest(ratio_max).to(tl.float64), sums)
     lane = tl.arange(0, _LANES)
     tl.store(partials + lane * segments + i, sums, lane < _NUM_SUMS)

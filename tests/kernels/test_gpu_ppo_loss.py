@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from rlhf_kernels import METRICS, ppo_loss, reference
+from rlhf_kernels import METRICS, _native, ppo_loss, reference
+from rlhf_kernels._triton.ppo_loss import _add_up
 from rlhf_kernels.backend import kernels
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import Terms
@@ -90,7 +91,7 @@ def test_absent_tensors(absent, ratio_level):
 
 
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (1100, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (30, 1)])
 def test_small_batches(shape, ratio_level):
     inputs, constants = case(3, *shape)
     constants["mask"][:] = True
@@ -135,6 +136,26 @@ def test_the_same_bits_twice(ratio_level):
     (a, gradients), (b, again) = (on_device(inputs, constants, {"ratio_level": ratio_level}) for _ in range(2))
     assert torch.equal(a.loss, b.loss) and all(torch.equal(a.metrics[k], b.metrics[k]) for k in METRICS)
     assert all(torch.equal(gradients[k], again[k]) for k in gradients)
+
+
+@pytest.mark.parametrize("segments", [0, 1, 1024, 3000])
+def test_any_number_of_partial_sums(segments):
+    """The last of them is a maximum, which a NaN must reach from any place."""
+    partials = torch.rand(_native.NUM_SUMS, segments, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def add_up(x):
+        sums = torch.empty(_native.NUM_SUMS, dtype=torch.float64, device=DEVICE)
+        _add_up[(_native.NUM_SUMS,)](x.to(DEVICE), sums, segments)
+        return sums.cpu()
+
+    expected = partials.sum(1)
+    expected[-1] = partials[-1].max() if segments else 0
+    torch.testing.assert_close(add_up(partials), expected, rtol=1e-14, atol=0)
+    for place in {0, segments // 2, segments - 1} if segments else ():
+        partials[:] = 1.0
+        partials[-1, place] = torch.nan
+        sums = add_up(partials)
+        assert sums[-1].isnan() and (sums[:-1] == segments).all()
 
 
 @pytest.mark.parametrize("place", [0, 1023, 1024, 2099])
