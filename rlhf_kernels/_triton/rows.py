@@ -27,6 +27,13 @@ def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr):
 
 
 @triton.jit
+def _id(ids, row, vocab):
+    """What was taken in a row; -1 where that is no token, and then nothing is read for it."""
+    id = tl.load(ids + row)
+    return tl.where((id >= 0) & (id < vocab), id, -1).to(tl.int32)
+
+
+@triton.jit
 def _load(u, start, vocab, other: tl.constexpr, BLOCK: tl.constexpr):
     cols = start + tl.arange(0, BLOCK)
     return tl.load(u + cols, mask=cols < vocab, other=other)
@@ -38,8 +45,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
 
     Powers are of 2, the hardware's: one multiplication, and one rounding, less for each element.
     """
-    known = (id >= 0) & (id < vocab)
-    taken = tl.load(u + tl.where(known, id, 0)).to(tl.float32)
+    taken = tl.load(u + tl.maximum(id, 0)).to(tl.float32)
     factor = factor_of(temperature, logit_scale, HAS_CAP)
     rate = factor * LOG2E
     # Sums of 2^t and t 2^t, t = (w - shift) * rate.
@@ -62,7 +68,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
         e = tl.exp2(t)
         total += tl.sum(e, 0)
         weighted += tl.sum(e * tl.maximum(t, EXP2_LOW), 0)  # 0 * -inf must be 0
-    taken = tl.where(known, warp(taken, softcap, logit_scale, HAS_CAP), float("nan"))
+    taken = tl.where(id >= 0, warp(taken, softcap, logit_scale, HAS_CAP), float("nan"))
     # float64: near 0 the hardware's float32 logarithm has an absolute error of 2^-22.
     log_sum = tl.log(total.to(tl.float64))
     logprob = (taken.to(tl.float64) - shift) * factor - log_sum
@@ -78,7 +84,7 @@ def _write_gradient(
     """`out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` may be `u`, or lie in the front of its bytes."""
     factor = factor_of(temperature, logit_scale, HAS_CAP)
     rate = factor * LOG2E
-    g = tl.where((id >= 0) & (id < vocab), g, float("nan"))
+    g = tl.where(id >= 0, g, float("nan"))
     level = 0.0  # log p + H = t ln 2 + level
     if ENTROPY:
         level = (entropy + tl.log(inv_sum.to(tl.float64))).to(tl.float32)
@@ -135,7 +141,7 @@ def _forward_kernel(
             temperature = tl.load(temperatures + row)
         u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
         logprob, entropy, shift, inv_sum = _stats(
-            u, vocab, tl.load(ids + row), temperature, softcap, logit_scale, HAS_CAP, BLOCK
+            u, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, HAS_CAP, BLOCK
         )
         _put(stats, row, n, logprob, entropy, shift, inv_sum)
     else:
@@ -167,7 +173,7 @@ def _backward_kernel(
         shift = tl.load(stats + n.to(tl.int64) * 2 + row)
         inv_sum = tl.load(stats + n.to(tl.int64) * 3 + row)
         _write_gradient(
-            u, out, vocab, tl.load(ids + row), temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
+            u, out, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
             HAS_CAP, grad_entropy is not None, BLOCK,
         )  # fmt: skip
     else:
@@ -195,7 +201,7 @@ def _ppo_kernel(
         if temperatures is not None:
             temperature = tl.load(temperatures + row)
         u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
-        id = tl.load(ids + row)
+        id = _id(ids, row, vocab)
         logprob, entropy, shift, inv_sum = _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP, BLOCK)
         _put(stats, row, n, logprob, entropy, shift, inv_sum)
         # d L / d logprob and d L / d H, times the denominator.
