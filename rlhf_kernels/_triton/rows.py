@@ -233,12 +233,15 @@ def _ppo_kernel(
         _write_zeros(out, vocab, BLOCK)
 
 
-def _launch_shape(vocab: int) -> dict[str, int]:
-    """16 logits a thread, and 16 ahead: enough in flight for the memory, few enough registers that four programs share a
-    multiprocessor, some of them reading while others reduce or write.
+def _launch_shape(x: LogitRows) -> dict[str, int]:
+    """8 warps of 16 logits a thread, and 16 ahead: enough in flight for the memory, few enough registers that three or four
+    programs share a multiprocessor, some of them reading while others reduce or write. tanh takes registers of its own, and
+    so do the addresses of rows that no wide load fits: 8 logits a thread then, or some would spill.
     """
-    block = max(128, min(4096, triton.next_power_of_2(vocab)))
-    return {"BLOCK": block, "num_warps": max(1, block // 512), "num_stages": 1}
+    vocab = x.logits.shape[-1]
+    most = 4096 if x.transform.softcap is None and vocab % 16 == 0 else 2048
+    block = max(128, min(most, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": max(1, 8 * block // most), "num_stages": 1}
 
 
 def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
@@ -267,7 +270,7 @@ def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
     with torch.cuda.device_of(x.logits):
         _forward_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, n, vocab, *strides, *transform,
-            NESTED=nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(vocab),
+            NESTED=nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(x),
         )  # fmt: skip
 
 
@@ -284,7 +287,7 @@ def token_logprobs_backward(
         _backward_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, grad_logprobs, grad_entropy, out, n, vocab, *strides,
             *out_strides, *transform, NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None,
-            **_launch_shape(vocab),
+            **_launch_shape(x),
         )  # fmt: skip
 
 
@@ -303,6 +306,6 @@ def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Te
             ppo.ref_logprobs, ppo.row_weight, out, active, n, vocab, *strides, *out_strides, *transform,
             *(float(getattr(p, name)) for name in _SCALARS),
             OBJECTIVE=OBJECTIVES.index(p.objective), KL=KL_ESTIMATORS.index(p.kl_estimator), ENTROPY=p.entropy_coef != 0,
-            NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(vocab),
+            NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(x),
         )  # fmt: skip
     return active
