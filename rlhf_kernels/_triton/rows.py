@@ -27,6 +27,13 @@ def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr):
 
 
 @triton.jit
+def _id(ids, row, vocab):
+    """What was taken in a row; -1 where that is no token, and then nothing is read for it."""
+    id = tl.load(ids + row)
+    return tl.where((id >= 0) & (id < vocab), id, -1).to(tl.int32)
+
+
+@triton.jit
 def _load(u, start, vocab, other: tl.constexpr, BLOCK: tl.constexpr):
     cols = start + tl.arange(0, BLOCK)
     return tl.load(u + cols, mask=cols < vocab, other=other)
@@ -38,8 +45,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
 
     Powers are of 2, the hardware's: one multiplication, and one rounding, less for each element.
     """
-    known = (id >= 0) & (id < vocab)
-    taken = tl.load(u + tl.where(known, id, 0)).to(tl.float32)
+    taken = tl.load(u + tl.maximum(id, 0)).to(tl.float32)
     factor = factor_of(temperature, logit_scale, HAS_CAP)
     rate = factor * LOG2E
     # Sums of 2^t and t 2^t, t = (w - shift) * rate.
@@ -62,7 +68,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
         e = tl.exp2(t)
         total += tl.sum(e, 0)
         weighted += tl.sum(e * tl.maximum(t, EXP2_LOW), 0)  # 0 * -inf must be 0
-    taken = tl.where(known, warp(taken, softcap, logit_scale, HAS_CAP), float("nan"))
+    taken = tl.where(id >= 0, warp(taken, softcap, logit_scale, HAS_CAP), float("nan"))
     # float64: near 0 the hardware's float32 logarithm has an absolute error of 2^-22.
     log_sum = tl.log(total.to(tl.float64))
     logprob = (taken.to(tl.float64) - shift) * factor - log_sum
@@ -78,7 +84,7 @@ def _write_gradient(
     """`out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` may be `u`, or lie in the front of its bytes."""
     factor = factor_of(temperature, logit_scale, HAS_CAP)
     rate = factor * LOG2E
-    g = tl.where((id >= 0) & (id < vocab), g, float("nan"))
+    g = tl.where(id >= 0, g, float("nan"))
     level = 0.0  # log p + H = t ln 2 + level
     if ENTROPY:
         level = (entropy + tl.log(inv_sum.to(tl.float64))).to(tl.float32)
@@ -135,7 +141,7 @@ def _forward_kernel(
             temperature = tl.load(temperatures + row)
         u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
         logprob, entropy, shift, inv_sum = _stats(
-            u, vocab, tl.load(ids + row), temperature, softcap, logit_scale, HAS_CAP, BLOCK
+            u, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, HAS_CAP, BLOCK
         )
         _put(stats, row, n, logprob, entropy, shift, inv_sum)
     else:
@@ -167,7 +173,7 @@ def _backward_kernel(
         shift = tl.load(stats + n.to(tl.int64) * 2 + row)
         inv_sum = tl.load(stats + n.to(tl.int64) * 3 + row)
         _write_gradient(
-            u, out, vocab, tl.load(ids + row), temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
+            u, out, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
             HAS_CAP, grad_entropy is not None, BLOCK,
         )  # fmt: skip
     else:
@@ -195,7 +201,7 @@ def _ppo_kernel(
         if temperatures is not None:
             temperature = tl.load(temperatures + row)
         u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
-        id = tl.load(ids + row)
+        id = _id(ids, row, vocab)
         logprob, entropy, shift, inv_sum = _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP, BLOCK)
         _put(stats, row, n, logprob, entropy, shift, inv_sum)
         # d L / d logprob and d L / d H, times the denominator.
@@ -227,12 +233,15 @@ def _ppo_kernel(
         _write_zeros(out, vocab, BLOCK)
 
 
-def _launch_shape(vocab: int) -> dict[str, int]:
-    """16 logits a thread, and 16 ahead: enough in flight for the memory, few enough registers that four programs share a
-    multiprocessor, some of them reading while others reduce or write.
+def _launch_shape(x: LogitRows) -> dict[str, int]:
+    """8 warps of 16 logits a thread, and 16 ahead: enough in flight for the memory, few enough registers that three or four
+    programs share a multiprocessor, some of them reading while others reduce or write. tanh takes registers of its own, and
+    so do the addresses of rows that no wide load fits: 8 logits a thread then, or some would spill.
     """
-    block = max(128, min(4096, triton.next_power_of_2(vocab)))
-    return {"BLOCK": block, "num_warps": max(1, block // 512), "num_stages": 1}
+    vocab = x.logits.shape[-1]
+    most = 4096 if x.transform.softcap is None and vocab % 16 == 0 else 2048
+    block = max(128, min(most, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": max(1, 8 * block // most), "num_stages": 1}
 
 
 def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
@@ -261,7 +270,7 @@ def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
     with torch.cuda.device_of(x.logits):
         _forward_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, n, vocab, *strides, *transform,
-            NESTED=nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(vocab),
+            NESTED=nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(x),
         )  # fmt: skip
 
 
@@ -278,7 +287,7 @@ def token_logprobs_backward(
         _backward_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, grad_logprobs, grad_entropy, out, n, vocab, *strides,
             *out_strides, *transform, NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None,
-            **_launch_shape(vocab),
+            **_launch_shape(x),
         )  # fmt: skip
 
 
@@ -297,6 +306,6 @@ def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Te
             ppo.ref_logprobs, ppo.row_weight, out, active, n, vocab, *strides, *out_strides, *transform,
             *(float(getattr(p, name)) for name in _SCALARS),
             OBJECTIVE=OBJECTIVES.index(p.objective), KL=KL_ESTIMATORS.index(p.kl_estimator), ENTROPY=p.entropy_coef != 0,
-            NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(vocab),
+            NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(x),
         )  # fmt: skip
     return active
