@@ -39,7 +39,7 @@ def test_no_entry_and_one_entry():
     assert run(masked_whiten, one, one > 0).item() == 0.0
 
 
-@pytest.mark.parametrize("shape", [(1,), (17,), (128,), (3, 40), (2, 3, 700), (40_001,)])
+@pytest.mark.parametrize("shape", [(1,), (17,), (128,), (3, 40), (2, 3, 700), (17_001,)])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 300.0])
 def test_values_and_gradients_against_float64(tiles, shape, mean):
     x, mask = batch(*shape, mean=mean)

@@ -123,6 +123,15 @@ def test_whitening_keeps_a_small_spread_beside_a_large_mean(small_tiles):
     )
 
 
+def test_actions_without_an_advantage_count(small_tiles):
+    """Half the advantages are exactly 0, as those of masked tokens are."""
+    logprobs = (torch.arange(40) % 2).float().view(2, 20)
+    zeros, mask = torch.zeros(2, 20), torch.arange(20).expand(2, 20) < 15
+    data = {"scores": torch.zeros(2), "logprobs": logprobs, "ref_logprobs": zeros, "values": zeros, "mask": mask}
+    got = run(data, kl_coef=-1.0, gamma=0.0)
+    torch.testing.assert_close(got.advantages, reference.masked_whiten(logprobs, mask))
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_whitening_of_nothing_and_of_one_token(small_tiles, count):
     """A variance over n - 1 = 0 or -1 is taken for 0."""
