@@ -10,8 +10,9 @@ import triton.language as tl
 CLIP, KL_PENALTY, POLICY_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
 K1, K2, K3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-EXP_LOW = tl.constexpr(-87.33654)
-"""e^x below is subnormal; products of e^x with max(x, EXP_LOW) stay 0 where x is -inf."""
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+EXP2_LOW = tl.constexpr(-126.0)
+"""2^t below is subnormal; products of 2^t with max(t, EXP2_LOW) are 0 where t is -inf."""
 
 
 @triton.jit
@@ -22,14 +23,14 @@ def exp(x):
 
 @triton.jit
 def tanh(x):
-    """Accurate near 0, where (1 - e^-2x) / (1 + e^-2x) would cancel; its own polynomial, for the interpreter has no tanh."""
+    """Accurate near 0, where `1 - 2 e^-2x / (1 + e^-2x)` would cancel; written out, for the interpreter has no tanh."""
     x2 = x * x
     p = x2 * -5.70498872745e-3 + 2.06390887954e-2
     p = p * x2 - 5.37397155531e-2
     p = p * x2 + 1.33314422036e-1
     p = p * x2 - 3.33332819422e-1
     e = tl.exp(-2.0 * tl.abs(x))
-    big = (1.0 - e) / (1.0 + e)
+    big = 1.0 - 2.0 * e / (1.0 + e)
     return tl.where(tl.abs(x) < 0.625, p * x2 * x + x, tl.where(x < 0, -big, big))
 
 

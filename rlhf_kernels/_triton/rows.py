@@ -1,0 +1,308 @@
+"""Rows of logits: one read makes log-sum-exp, log-prob and entropy; a second one writes the gradient.
+
+A program owns a row, so its bits depend on nothing but the row. Both passes are bound by memory. A row is not kept on chip:
+256 KB of it exceed what one program can have.
+Legend: N tokens, V vocabulary; u raw logit, w logit before the temperature, p probability.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rows import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows, RowStats
+from .math import EXP2_LOW, LN2, LOG2E, factor_of, kl_slope, surrogate, warp, warp_slope
+
+
+@triton.jit
+def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr):
+    """Where a row begins, in elements; see LogitRows.layout."""
+    if NESTED:
+        start = row // inner * outer_stride + row % inner * row_stride
+    else:
+        start = row * row_stride
+    return start
+
+
+@triton.jit
+def _id(ids, row, vocab):
+    """What was taken in a row; -1 where that is no token, and then nothing is read for it."""
+    id = tl.load(ids + row)
+    return tl.where((id >= 0) & (id < vocab), id, -1).to(tl.int32)
+
+
+@triton.jit
+def _load(u, start, vocab, other: tl.constexpr, BLOCK: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK)
+    return tl.load(u + cols, mask=cols < vocab, other=other)
+
+
+@triton.jit
+def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """(log-prob, entropy, shift, 1 / sum) of the row at `u`, in one read against a running maximum.
+
+    Powers are of 2, the hardware's: one multiplication, and one rounding, less for each element.
+    """
+    taken = tl.load(u + tl.maximum(id, 0)).to(tl.float32)
+    factor = factor_of(temperature, logit_scale, HAS_CAP)
+    rate = factor * LOG2E
+    # Sums of 2^t and t 2^t, t = (w - shift) * rate.
+    shift, total, weighted = float("-inf"), 0.0, 0.0
+    # The next block is under way while the warps wait for each other in the reductions of this one.
+    ahead = _load(u, 0, vocab, float("-inf"), BLOCK)
+    for start in tl.range(0, vocab, BLOCK, num_stages=1):
+        w = warp(ahead.to(tl.float32), softcap, logit_scale, HAS_CAP)
+        ahead = _load(u, start + BLOCK, vocab, float("-inf"), BLOCK)
+        if HAS_CAP:
+            w = tl.where(start + tl.arange(0, BLOCK) < vocab, w, float("-inf"))  # tanh made -softcap of the filler
+        high = tl.maximum(shift, tl.max(w, 0))
+        # Nothing but -inf so far has no distance: -inf - -inf is NaN. A sum that is NaN stays.
+        move = tl.where(total > 0, (shift - high) * rate, 0.0)
+        scale = tl.exp2(move)
+        weighted = scale * (weighted + move * total)
+        total = scale * total
+        shift = high
+        t = (w - tl.where(high == float("-inf"), 0.0, high)) * rate
+        e = tl.exp2(t)
+        total += tl.sum(e, 0)
+        weighted += tl.sum(e * tl.maximum(t, EXP2_LOW), 0)  # 0 * -inf must be 0
+    taken = tl.where(id >= 0, warp(taken, softcap, logit_scale, HAS_CAP), float("nan"))
+    # float64: near 0 the hardware's float32 logarithm has an absolute error of 2^-22.
+    log_sum = tl.log(total.to(tl.float64))
+    logprob = (taken.to(tl.float64) - shift) * factor - log_sum
+    entropy = log_sum - weighted.to(tl.float64) / total * LN2
+    return logprob.to(tl.float32), entropy.to(tl.float32), shift, tl.div_rn(1.0, total)
+
+
+@triton.jit
+def _write_gradient(
+    u, out, vocab, id, temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` may be `u`, or lie in the front of its bytes."""
+    factor = factor_of(temperature, logit_scale, HAS_CAP)
+    rate = factor * LOG2E
+    g = tl.where(id >= 0, g, float("nan"))
+    level = 0.0  # log p + H = t ln 2 + level
+    if ENTROPY:
+        level = (entropy + tl.log(inv_sum.to(tl.float64))).to(tl.float32)
+    # In increasing order, each block read before the one in front of it is written: what a block writes lies at or before
+    # its own bytes, so blocks that are still to be read are whole.
+    ahead = _load(u, 0, vocab, 0.0, BLOCK)
+    for start in tl.range(0, vocab, BLOCK, num_stages=1):
+        cols = start + tl.arange(0, BLOCK)
+        w = warp(ahead.to(tl.float32), softcap, logit_scale, HAS_CAP)
+        ahead = _load(u, start + BLOCK, vocab, 0.0, BLOCK)
+        # All warps have read their parts before one of them writes: a narrower `out` lies in bytes that other warps read,
+        # and without the barrier those would take gradients for logits.
+        tl.debug_barrier()
+        t = (w - shift) * rate
+        p = tl.exp2(t) * inv_sum  # not 2^(t - log2 sum): large p come out of small t, exactly
+        slope = g
+        if ENTROPY:
+            slope = g + h * (tl.maximum(t, EXP2_LOW) * LN2 + level)
+        dz = tl.where(cols == id, g, 0.0) - p * slope
+        du = dz * warp_slope(w, softcap, logit_scale, factor, HAS_CAP)
+        tl.store(out + cols, du.to(out.dtype.element_ty), mask=cols < vocab)
+
+
+@triton.jit
+def _write_zeros(out, vocab, BLOCK: tl.constexpr):
+    for start in range(0, vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(out + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < vocab)
+
+
+@triton.jit
+def _put(stats, row, n, logprob, entropy, shift, inv_sum):
+    tl.store(stats + row, logprob)
+    tl.store(stats + n.to(tl.int64) + row, entropy)
+    tl.store(stats + n.to(tl.int64) * 2 + row, shift)
+    tl.store(stats + n.to(tl.int64) * 3 + row, inv_sum)
+
+
+# N and T come and go from call to call: nothing is compiled again for them, or for a coefficient.
+_VARYING = ["n", "inner", "temperature", "softcap", "logit_scale"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _forward_kernel(
+    logits, ids, mask, temperatures, stats, n, vocab, row_stride, inner, outer_stride, temperature, softcap, logit_scale,
+    NESTED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    counts = True
+    if mask is not None:
+        counts = tl.load(mask + row)
+    if counts:
+        if temperatures is not None:
+            temperature = tl.load(temperatures + row)
+        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
+        logprob, entropy, shift, inv_sum = _stats(
+            u, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, HAS_CAP, BLOCK
+        )
+        _put(stats, row, n, logprob, entropy, shift, inv_sum)
+    else:
+        _put(stats, row, n, 0.0, 0.0, 0.0, 0.0)
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "out_inner"])
+def _backward_kernel(
+    logits, ids, mask, temperatures, stats, grad_logprobs, grad_entropy, out, n, vocab, row_stride, inner, outer_stride,
+    out_row_stride, out_inner, out_outer_stride, temperature, softcap, logit_scale,
+    NESTED: tl.constexpr, OUT_NESTED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    g, h = 0.0, 0.0
+    counts = True
+    if mask is not None:
+        counts = tl.load(mask + row)
+    if counts:
+        if grad_logprobs is not None:
+            g = tl.load(grad_logprobs + row)
+        if grad_entropy is not None:
+            h = tl.load(grad_entropy + row)
+    out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED)
+    if (g != 0) | (h != 0):
+        if temperatures is not None:
+            temperature = tl.load(temperatures + row)
+        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
+        entropy = tl.load(stats + n.to(tl.int64) + row)
+        shift = tl.load(stats + n.to(tl.int64) * 2 + row)
+        inv_sum = tl.load(stats + n.to(tl.int64) * 3 + row)
+        _write_gradient(
+            u, out, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
+            HAS_CAP, grad_entropy is not None, BLOCK,
+        )  # fmt: skip
+    else:
+        _write_zeros(out, vocab, BLOCK)
+
+
+_SCALARS = ["cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_kl_coef", "kl_coef", "entropy_coef"]
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "out_inner", *_SCALARS])
+def _ppo_kernel(
+    logits, ids, mask, temperatures, stats, old_logprobs, advantages, weights, ref_logprobs, row_weight, out, active,
+    n, vocab, row_stride, inner, outer_stride, out_row_stride, out_inner, out_outer_stride, temperature, softcap,
+    logit_scale, cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, kl_coef, entropy_coef,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, NESTED: tl.constexpr, OUT_NESTED: tl.constexpr,
+    HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED)
+    live = False
+    counts = True
+    if mask is not None:
+        counts = tl.load(mask + row)
+    if counts:
+        if temperatures is not None:
+            temperature = tl.load(temperatures + row)
+        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
+        id = _id(ids, row, vocab)
+        logprob, entropy, shift, inv_sum = _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP, BLOCK)
+        _put(stats, row, n, logprob, entropy, shift, inv_sum)
+        # d L / d logprob and d L / d H, times the denominator.
+        _, g, _, _, _ = surrogate(
+            logprob - tl.load(old_logprobs + row), logprob, tl.load(advantages + row), cliprange, cliprange_high,
+            dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
+        )  # fmt: skip
+        if weights is not None:
+            g *= tl.load(weights + row)
+        if ref_logprobs is not None:
+            g += kl_coef * kl_slope(logprob - tl.load(ref_logprobs + row), KL)
+        h = -entropy_coef
+        if row_weight is not None:
+            weight = tl.load(row_weight + row)
+            g *= weight
+            h *= weight
+        live = (g != 0) | (h != 0)
+        if live:
+            _write_gradient(
+                u, out, vocab, id, temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
+                HAS_CAP, ENTROPY, BLOCK,
+            )  # fmt: skip
+    else:
+        _put(stats, row, n, 0.0, 0.0, 0.0, 0.0)
+    tl.store(active + row, live)
+    if not live:
+        # All warps have read the row before one of them writes zeros over it.
+        tl.debug_barrier()
+        _write_zeros(out, vocab, BLOCK)
+
+
+def _launch_shape(vocab: int) -> dict[str, int]:
+    """16 logits a thread, and 16 ahead: enough in flight for the memory, few enough registers that four programs share a
+    multiprocessor, some of them reading while others reduce or write.
+    """
+    block = max(128, min(4096, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": max(1, block // 512), "num_stages": 1}
+
+
+def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
+    """Row, inner and outer stride, and whether the latter two matter."""
+    n, _, row_stride, inner, outer_stride = x.layout()
+    nested = n > inner and outer_stride != inner * row_stride
+    return (row_stride, inner, outer_stride if nested else 0), nested
+
+
+def _transform(x: LogitRows) -> tuple[Tensor | None, tuple[float, float, float]]:
+    """Temperatures of each row or None; temperature, softcap, logit scale."""
+    t = x.transform
+    per_row = isinstance(t.temperature, Tensor)
+    return (
+        t.temperature if per_row else None,
+        (1.0 if per_row else float(t.temperature), float(t.softcap or 0.0), float(t.logit_scale)),
+    )
+
+
+def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
+    n, vocab, *_ = x.layout()
+    strides, nested = _layout(x)
+    temperatures, transform = _transform(x)
+    if n == 0:
+        return
+    with torch.cuda.device_of(x.logits):
+        _forward_kernel[(n,)](
+            x.logits, x.ids, x.mask, temperatures, stats.buffer, n, vocab, *strides, *transform,
+            NESTED=nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(vocab),
+        )  # fmt: skip
+
+
+def token_logprobs_backward(
+    x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> None:
+    n, vocab, *_ = x.layout()
+    strides, nested = _layout(x)
+    out_strides, out_nested = _layout(replace(x, logits=out))
+    temperatures, transform = _transform(x)
+    if n == 0:
+        return
+    with torch.cuda.device_of(x.logits):
+        _backward_kernel[(n,)](
+            x.logits, x.ids, x.mask, temperatures, stats.buffer, grad_logprobs, grad_entropy, out, n, vocab, *strides,
+            *out_strides, *transform, NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None,
+            **_launch_shape(vocab),
+        )  # fmt: skip
+
+
+def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
+    n, vocab, *_ = x.layout()
+    strides, nested = _layout(x)
+    out_strides, out_nested = _layout(replace(x, logits=out))
+    temperatures, transform = _transform(x)
+    p = ppo.scalars
+    active = torch.empty(n, dtype=torch.bool, device=x.logits.device)
+    if n == 0:
+        return active
+    with torch.cuda.device_of(x.logits):
+        _ppo_kernel[(n,)](
+            x.logits, x.ids, x.mask, temperatures, stats.buffer, ppo.old_logprobs, ppo.advantages, ppo.weights,
+            ppo.ref_logprobs, ppo.row_weight, out, active, n, vocab, *strides, *out_strides, *transform,
+            *(float(getattr(p, name)) for name in _SCALARS),
+            OBJECTIVE=OBJECTIVES.index(p.objective), KL=KL_ESTIMATORS.index(p.kl_estimator), ENTROPY=p.entropy_coef != 0,
+            NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(vocab),
+        )  # fmt: skip
+    return active

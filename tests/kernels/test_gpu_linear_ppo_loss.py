@@ -1,0 +1,237 @@
+"""`linear_ppo_loss` on a GPU: outputs and every gradient against float64, compaction, bits, poisoned rows."""
+
+import pytest
+import torch
+
+from rlhf_kernels import METRICS, linear_ppo_loss, logits_ppo_loss, reference
+
+from .bounds import check_error
+from .gpu import to_device
+from .heads import differentiate, make, widen
+from .test_linear_ppo_loss import FLAGS, OPTIONS, reference_loss
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MORE_OPTIONS = OPTIONS | {
+    "ratio": {"objective": "ratio", "kl_coef": 0.1, "kl_estimator": "k1", "log_ratio_clamp": 0.3},
+    "k2": {"kl_coef": 0.1, "kl_estimator": "k2", "aggregation": "seq_mean_token_mean", "entropy_coef": 0.02},
+    "abs": {"kl_coef": 0.1, "kl_estimator": "abs", "num_tokens": 77, "dual_clip": 1.3},
+}
+
+
+def batch(seed, dtype=torch.float32, *, t=10, **sizes):
+    return map(to_device, make(seed, dtype, t=t, **sizes))
+
+
+def fused(**arguments):
+    return linear_ppo_loss(**arguments, backend="triton")
+
+
+def run(function, leaves, constants, options, dtype, upstream=0.37):
+    x = {k: v.to(dtype).clone().requires_grad_() for k, v in leaves.items()}
+    if "returns" not in options:
+        x = {k: v for k, v in x.items() if not k.startswith("value")}
+    # Only the head's own arithmetic is in the half dtype.
+    wide = torch.promote_types(dtype, torch.float32)
+    constants, options = ({k: widen(v, wide) for k, v in tensors.items()} for tensors in (constants, options))
+    result = function(**x, **constants, **options)
+    return result, differentiate(result.loss, x, upstream)
+
+
+def chosen_of(flags, options, extra):
+    chosen = {k: extra[k] for k in FLAGS[flags]} | MORE_OPTIONS[options]
+    if "kl_coef" in chosen:
+        chosen["ref_logprobs"] = extra["ref_logprobs"]
+    if chosen.get("objective") == "policy_gradient":
+        chosen.pop("weights", None)
+    return chosen
+
+
+def check(got, eager, exact, dtype, terms=1, luck=1):
+    """`terms` of order 1 are summed in the loss; `luck` is what eager's error on few rows may be below its usual one."""
+    (got, gradients), (eager, eager_gradients), (exact, exact_gradients) = got, eager, exact
+    check_error("loss", got.loss, eager.loss, exact.loss, scale=terms)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        scale = luck * exact_gradients[name].abs().max().item()
+        check_error(f"gradient of {name}", gradient, eager_gradients[name], exact_gradients[name], scale)
+    for name in METRICS:
+        allowed = 2 * (eager.metrics[name] - exact.metrics[name]).abs() + 2e-5 * (1 + exact.metrics[name].abs())
+        assert (got.metrics[name] - exact.metrics[name]).abs() <= allowed, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [*((torch.float32, f) for f in FLAGS), (torch.bfloat16, "plain"), *((d, "everything") for d in DTYPES[1:])],
+)
+@pytest.mark.parametrize("options", MORE_OPTIONS)
+def test_matches_float64(dtype, flags, options):
+    leaves, constants, extra = batch(sorted(MORE_OPTIONS).index(options), dtype)
+    chosen = chosen_of(flags, options, extra)
+    results = [run(reference_loss, leaves, constants, chosen, kind) for kind in (dtype, torch.float64)]
+    terms = {"seq_mean_token_sum": 10, "token_sum": 40}.get(chosen.get("aggregation"), 1)  # of order 1 each
+    check(run(fused, leaves, constants, chosen, dtype), *results, dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("options", ["clip_higher_dual", "sequence", "softcap"])
+@pytest.mark.parametrize("compact", [True, None])
+@pytest.mark.parametrize("chunk_tokens", [1, 17])
+def test_compaction_and_chunks(dtype, options, compact, chunk_tokens):
+    """Rows without a gradient left out or not, in chunks that do not divide N: within the same bound."""
+    leaves, constants, extra = batch(3, dtype)
+    constants["advantages"][:, ::3] = 0
+    chosen = chosen_of("everything", options, extra) | ({"entropy_coef": 0.0} if options == "softcap" else {})
+    results = [run(reference_loss, leaves, constants, chosen, kind) for kind in (dtype, torch.float64)]
+    how = {"compact": compact, "chunk_tokens": chunk_tokens}
+    check(run(fused, leaves, constants, chosen | how, dtype), *results, dtype, luck=2)
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "vocabulary", "hidden"), [(1, 1, 2, 1), (1, 1, 9001, 33), (3, 1, 65, 7), (1, 7, 701, 5)]
+)
+@pytest.mark.parametrize("compact", [True, None])
+def test_odd_shapes(b, t, vocabulary, hidden, compact):
+    leaves, constants, extra = batch(1, b=b, t=t, vocabulary=vocabulary, hidden=hidden)
+    constants["mask"].view(-1)[0] = True
+    chosen = chosen_of("everything", "softcap", extra) | {"kl_coef": 0.1}
+    results = [run(reference_loss, leaves, constants, chosen, kind) for kind in (torch.float32, torch.float64)]
+    got = run(fused, leaves, constants, chosen | {"compact": compact}, torch.float32)
+    check(got, *results, torch.float32, terms=4, luck=4)
+
+
+@pytest.mark.parametrize("compact", [True, None])
+def test_rows_in_the_backward_products(monkeypatch, compact):
+    """With `compact` only rows that have a gradient enter them; without it all do, and nothing waits for the device."""
+    leaves, constants, _ = batch(5)
+    leaves = {k: leaves[k].requires_grad_() for k in ("hidden", "weight")}
+    constants["advantages"] = torch.ones_like(constants["advantages"])
+    constants["advantages"][:, ::2] = 0
+    constants["old_logprobs"] = reference.linear_token_logprobs(*leaves.values(), constants["ids"]).logprobs.detach()
+    rows, mm = [], torch.mm
+
+    def counted(a, b, **kwargs):
+        if b.shape == leaves["weight"].shape:
+            rows.append(len(a))
+        return mm(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    linear_ppo_loss(**leaves, **constants, compact=compact, backend="triton")
+    active = int((constants["mask"] & (constants["advantages"] != 0)).sum())
+    assert sum(rows) == (active if compact else constants["mask"].numel())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("compact", [True, None])
+@pytest.mark.parametrize("options", ["entropy_kl", "sequence"])
+def test_masked_rows_may_hold_anything(dtype, compact, options):
+    """NaN in masked hidden states and constants, ids from nowhere: the same bits."""
+    leaves, constants, extra = batch(15, dtype)
+    chosen = chosen_of("everything", options, extra) | {"compact": compact}
+    clean, clean_gradients = run(fused, leaves, constants, chosen, dtype)
+    out = ~constants["mask"]
+    leaves["hidden"] = leaves["hidden"].masked_fill(out[..., None], torch.nan)
+    constants["ids"] = constants["ids"].masked_fill(out, -100)
+    for tensors in (constants, chosen):
+        for name, x in tensors.items():
+            if torch.is_tensor(x) and x.is_floating_point() and name != "temperature":
+                tensors[name] = x.masked_fill(out, torch.nan)
+    dirty, gradients = run(fused, leaves, constants, chosen, dtype)
+    assert torch.equal(clean.loss, dirty.loss)
+    assert all(torch.equal(gradients[k], clean_gradients[k]) for k in gradients)
+
+
+@pytest.mark.parametrize("compact", [True, None])
+def test_same_bits_twice(compact):
+    leaves, constants, extra = batch(9, torch.bfloat16)
+    chosen = chosen_of("everything", "entropy_kl", extra) | {"compact": compact, "chunk_tokens": 16}
+    (a, first), (b, second) = (run(fused, leaves, constants, chosen, torch.bfloat16) for _ in range(2))
+    assert torch.equal(a.loss, b.loss) and all(torch.equal(a.metrics[k], b.metrics[k]) for k in METRICS)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_two_losses_in_one_backward():
+    leaves, constants, _ = batch(12)
+    names = ("hidden", "weight")
+    apart = []
+    for objective, factor in (("clip", 0.37), ("ratio", 2.0)):
+        x = {k: leaves[k].clone().requires_grad_() for k in names}
+        apart.append(differentiate(fused(**x, **constants, objective=objective).loss, x, factor))
+    x = {k: leaves[k].clone().requires_grad_() for k in names}
+    clip, ratio = (fused(**x, **constants, objective=o).loss for o in ("clip", "ratio"))
+    (0.37 * clip + 2 * ratio).backward()
+    for name in names:
+        torch.testing.assert_close(x[name].grad, apart[0][name] + apart[1][name])
+
+
+def test_second_backward_raises():
+    leaves, constants, _ = batch(11, torch.float32)
+    weight = leaves["weight"].clone().requires_grad_()
+    loss = fused(hidden=leaves["hidden"], weight=weight, **constants).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compact", [True, None])
+def test_nothing_counts(dtype, compact):
+    """All masked, and an empty batch: loss 0 and gradients 0, not NaN."""
+    leaves, constants, extra = batch(14, dtype)
+    constants["mask"][:] = False
+    chosen = chosen_of("values", "clip", extra) | {"entropy_coef": 0.1, "compact": compact}
+    for _ in range(2):
+        result, gradients = run(fused, leaves, constants, chosen, dtype)
+        assert result.loss.item() == 0 and all((g == 0).all() for g in gradients.values())
+        leaves["hidden"] = leaves["hidden"][:, :0]
+        constants, chosen = (
+            {k: v[:, :0] if torch.is_tensor(v) else v for k, v in t.items()} for t in (constants, chosen)
+        )
+
+
+def test_half_precision_gradients_do_not_underflow():
+    """fp16 with a denominator of 10^7: applied before the cast of dlogits it would flush every gradient to zero."""
+    leaves, constants, _ = batch(16, torch.float16)
+    leaves = {k: leaves[k] for k in ("hidden", "weight")}
+    options = {"num_tokens": 10_000_000}
+    _, got = run(fused, leaves, constants, options, torch.float16, upstream=65536.0)
+    _, exact = run(reference_loss, leaves, constants, options, torch.float64, upstream=65536.0)
+    for name, gradient in got.items():
+        assert (gradient.double() - exact[name]).norm() <= 0.01 * exact[name].norm(), name
+
+
+def test_gradients_only_for_inputs_that_ask():
+    leaves, constants, extra = batch(7, torch.bfloat16)
+    chosen = chosen_of("values", "entropy_kl", extra)
+    _, whole = run(fused, leaves, constants, chosen, torch.bfloat16)
+    for wanted in leaves:
+        x = {k: v.clone().requires_grad_(k == wanted) for k, v in leaves.items()}
+        (0.37 * fused(**x, **constants, **chosen).loss).backward()
+        assert torch.equal(x[wanted].grad, whole[wanted]), wanted
+        assert all(v.grad is None for k, v in x.items() if k != wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_op_on_logits(dtype, inplace):
+    """`logits_ppo_loss` of shifted logits, with every flag; in place its gradient lies in the logits' bytes."""
+    leaves, constants, extra = batch(2, t=9)
+    base = (leaves["hidden"] @ leaves["weight"].t()).to(dtype)
+    constants, extra = ({k: v[:, 1:] for k, v in x.items()} for x in (constants, extra))
+    options = {"entropy_coef": 0.05, "softcap": 3.0, "logit_scale": 1.0, "kl_coef": 0.1}
+    options |= {k: extra[k] for k in ("temperature", "ref_logprobs")}
+    results = []
+    for function, kind in (
+        (logits_ppo_loss, dtype),
+        (reference.logits_ppo_loss, dtype),
+        (reference.logits_ppo_loss, torch.float64),
+    ):
+        leaf = base.to(kind).requires_grad_()
+        work = leaf * 1
+        wide = torch.promote_types(kind, torch.float32)
+        arguments = {k: widen(v, wide) for k, v in (constants | options).items()}
+        if function is logits_ppo_loss:
+            arguments |= {"backend": "triton", "inplace": inplace}
+        loss = function(work[:, :-1], **arguments).loss
+        results.append((loss, torch.autograd.grad(0.37 * loss, leaf)[0]))
+    check_error("loss", *(r[0] for r in results), scale=1.0)
+    check_error("gradient", *(r[1] for r in results))
