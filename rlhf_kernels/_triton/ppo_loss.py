@@ -17,8 +17,8 @@ from .._native import NUM_SUMS
 from ..rows import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
 from .math import expm1_minus_x, kl_slope, kl_value, surrogate, value_term
 
-# 4 tokens a thread: some twenty numbers are alive of each, and with more tokens too few warps would fit to hide the loads.
-TILE, WARPS = 1024, 8
+# 2 tokens a thread: some twenty numbers are alive of each, and with more of them ptxas spills to fit another program.
+TILE, WARPS = 1024, 16
 # The order of the sums is that of csrc/args.h, PpoSum.
 _POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM = map(tl.constexpr, range(4))
 _ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(

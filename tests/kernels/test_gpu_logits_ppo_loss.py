@@ -66,6 +66,7 @@ def test_what_lies_under_a_false_mask_is_not_read(backend):
         k: torch.where(mask, v, torch.nan) if torch.is_tensor(v) and v.is_floating_point() else v
         for k, v in arguments.items()
     }
+    dirty["temperature"] = arguments["temperature"]  # of a CPU tensor, all are checked
     dirty["ids"] = torch.where(mask, arguments["ids"], -(2**40))
     wild = torch.where(mask[..., None], logits, torch.nan)
     result, again = differentiate(loss, wild, dirty)

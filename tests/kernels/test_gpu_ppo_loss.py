@@ -25,6 +25,7 @@ MORE = [
     {"objective": "kl_penalty", "old_kl_coef": 0.3, "log_ratio_clamp": 0.2, "kl_coef": -0.1, "kl_estimator": "k3"},
     {"objective": "ratio", "ratio_level": "sequence", "log_ratio_clamp": 0.004, "aggregation": "seq_mean_token_sum"},
     {"ratio_level": "sequence", "cliprange": 0.003, "dual_clip": 1.01, "kl_coef": 0.1, "kl_estimator": "k2"},
+    {"aggregation": "seq_mean_token_mean", "entropy_coef": 0.5, "kl_coef": 0.5, "cliprange_high": 0.1},
     {"cliprange": 0.0, "cliprange_value": 0.0, "aggregation": "token_sum"},
 ]
 

@@ -25,6 +25,7 @@ FILTERS = [
     {"top_p": 0.9999},
     {"min_p": 0.0712},
     {"min_p": 1.0},
+    {"top_k": 5, "top_p": 0.7},
     {"top_k": 40, "top_p": 0.8123, "min_p": 0.0123},
 ]
 
@@ -77,8 +78,8 @@ def compare(got, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_ids_of_the_cpu_kernel(dtype, filters):
     """Rows of three blocks, the last one short; the sample comes from each of them."""
-    logits, numbers = rows(20, 2 * BLOCK + 37, dtype=dtype)
-    options = filters | {"temperature": torch.linspace(0.3, 4, 20)}
+    logits, numbers = rows(6 if filters else 20, 2 * BLOCK + 37, dtype=dtype)
+    options = filters | {"temperature": torch.linspace(0.3, 4, len(logits))}
     got = draw(logits, numbers, **options)
     compare(got, sample_tokens(logits, **numbers, **options, backend="cpu"))
     if not filters:
@@ -88,16 +89,16 @@ def test_the_ids_of_the_cpu_kernel(dtype, filters):
 @pytest.mark.parametrize("filters", [{}, FILTERS[-1]], ids=str)
 def test_rows_of_several_whole_blocks(filters, monkeypatch):
     monkeypatch.setattr(LAUNCHER, "BLOCK", LARGE)
-    logits, numbers = rows(6, 2 * LARGE + 37, seed=1, spread=1.0, dtype=torch.bfloat16)
+    logits, numbers = rows(3, 2 * LARGE + 37, seed=1, spread=1.0, dtype=torch.bfloat16)
     options = filters | {"temperature": 0.7}
     compare(draw(logits, numbers, **options), sample_tokens(logits, **numbers, **options, backend="cpu"))
 
 
-@pytest.mark.parametrize("v", [1, 2, 16, 33, 600])
+@pytest.mark.parametrize("v", [1, 33, 600])
 @pytest.mark.parametrize("step", [None, 0.5])
 def test_filters_against_a_sort(v, step):
     """The mass of the kept set and the place of the sample in it, with and without equal logits."""
-    logits, numbers = rows(4, v, step=step, seed=v)
+    logits, numbers = rows(2, v, step=step, seed=v)
     for filters in FILTERS[1:]:
         got = draw(logits, numbers, **filters)
         for row in range(len(logits)):
@@ -110,26 +111,26 @@ def test_filters_against_a_sort(v, step):
 
 def test_many_rows_agree_with_the_definition():
     """With exact ties at the limits."""
-    logits, numbers = rows(100, 64, step=0.25)
+    logits, numbers = rows(30, 64, step=0.25)
     for filters in ({}, {"top_k": 9}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}):
         expected = reference.sample_tokens(logits, **numbers, **filters)
         compare(draw(logits, numbers, **filters), expected)
 
 
 def test_zeros_of_both_signs_are_equal():
-    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -2.0]]).expand(24, 5)
-    _, numbers = rows(24, 5)
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -2.0]]).expand(12, 5)
+    _, numbers = rows(12, 5)
     for filters in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1}, {"min_p": 1.0}):
         got = draw(logits, numbers, **filters)
         assert set(got.ids.tolist()) == {1, 2, 3}, filters
-        torch.testing.assert_close(got.sampling_logprobs, torch.full((24,), -math.log(3)))
+        torch.testing.assert_close(got.sampling_logprobs, torch.full((12,), -math.log(3)))
 
 
 def test_greedy_takes_the_largest_logit():
-    logits, numbers = rows(20, 700, spread=1e-9)  # apart by less than their log-probs can show
+    logits, numbers = rows(6, 700, spread=1e-9)  # apart by less than their log-probs can show
     got = draw(logits, numbers, top_k=1)
     assert got.ids.tolist() == logits.argmax(-1).tolist()
-    assert got.sampling_logprobs.tolist() == [0.0] * 20
+    assert got.sampling_logprobs.tolist() == [0.0] * 6
 
 
 def test_logits_of_minus_infinity_never_come_and_rows_without_mass_give_nan():
@@ -142,7 +143,7 @@ def test_logits_of_minus_infinity_never_come_and_rows_without_mass_give_nan():
     logits[4, :580] = -torch.inf
     logits[5] = torch.nan
     logits[6] = torch.finfo(torch.float32).max  # the float above is infinite
-    for filters in FILTERS:
+    for filters in ({}, FILTERS[-1]):
         got = draw(logits, numbers, **filters)
         compare(
             type(got)(*(x[[0, 4, 6]] for x in got)),
