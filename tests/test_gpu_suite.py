@@ -14,6 +14,7 @@ from benchmarks import gpu_suite
 from benchmarks.gpu import environment
 from benchmarks.gpu.entries import Entry
 from benchmarks.gpu.results import Results, report, value_of
+from benchmarks.gpu.timing import Timer
 from benchmarks.gpu_suite import CutOff, Step, Suite
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +168,44 @@ def test_failed_tests_are_named(tmp_path, monkeypatch):
     summary, failed = suite.results.steps[0]["entries"]
     assert summary["met"] is False and summary["value"] == "1 passed, 1 skipped, 1 failed"
     assert failed["name"].endswith("test_three.py::test_bad")
+
+
+class FakeEvent:
+    """A device whose calls take 5, 1, 2, 9, 3, ... milliseconds, the first of them a warm-up."""
+
+    durations = (5.0, 1.0, 2.0, 9.0, 3.0)
+    made = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.index = FakeEvent.made
+        FakeEvent.made += 1
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        assert end.index == self.index + 1, "from the start to the end of the same call"
+        return self.durations[self.index // 2]
+
+
+def test_a_time_is_the_median_without_the_warm_up(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "made", 0)
+    calls = []
+    seconds = Timer(dry_run=False).once(lambda: calls.append(1), rounds=3, warmup=1)
+    assert seconds == 2e-3 and len(calls) == 4
+
+
+def test_a_dry_run_times_nothing_and_calls_once():
+    calls = []
+    timer = Timer(dry_run=True)
+    assert timer.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}) == {"a": None, "b": None}
+    assert timer.replayed([lambda: calls.append("c")]) is None
+    assert calls == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
