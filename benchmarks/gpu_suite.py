@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.gpu.entries import Entry
+from benchmarks.gpu.entries import COPY, MATMUL, Entry
 from benchmarks.gpu.results import Results, plot
 from benchmarks.gpu.tools import tool_path
 
@@ -75,7 +75,7 @@ class Suite:
         try:
             for entry in step.run(self, budget):
                 self.results.add(entry if isinstance(entry, dict) else entry.record())
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
+        except (LookupError, OSError, RuntimeError, subprocess.SubprocessError, ValueError) as error:
             state, reason = "failed", f"{type(error).__name__}: {error}"
         except CutOff as error:
             state, reason = "cut off", str(error)
@@ -86,9 +86,9 @@ class Suite:
         """The command of a group."""
         command = [sys.executable, "-m", "benchmarks.gpu.worker", group, "--seconds", f"{0.8 * seconds:.0f}"]
         command += ["--dry-run"] * self.dry_run
-        for flag, name, scale in (("copy", "copy bandwidth", 1e12), ("matmul", "bf16 matrix rate", 1e12)):
+        for flag, name in (("--copy-rate", COPY), ("--matmul-rate", MATMUL)):
             value = self.results.value("ceilings", name)
-            command += [f"--{flag}-rate", str(value * scale)] if isinstance(value, float) else []
+            command += [flag, str(value * 1e12)] if isinstance(value, float) else []
         return command
 
 
