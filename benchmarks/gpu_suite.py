@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.gpu.entries import Entry
+from benchmarks.gpu.entries import COPY, MATMUL, Entry
 from benchmarks.gpu.results import Results, plot
 from benchmarks.gpu.tools import tool_path
 
@@ -75,7 +75,7 @@ class Suite:
         try:
             for entry in step.run(self, budget):
                 self.results.add(entry if isinstance(entry, dict) else entry.record())
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
+        except (LookupError, OSError, RuntimeError, subprocess.SubprocessError, ValueError) as error:
             state, reason = "failed", f"{type(error).__name__}: {error}"
         except CutOff as error:
             state, reason = "cut off", str(error)
@@ -86,9 +86,9 @@ class Suite:
         """The command of a group."""
         command = [sys.executable, "-m", "benchmarks.gpu.worker", group, "--seconds", f"{0.8 * seconds:.0f}"]
         command += ["--dry-run"] * self.dry_run
-        for flag, name, scale in (("copy", "copy bandwidth", 1e12), ("matmul", "bf16 matrix rate", 1e12)):
+        for flag, name in (("--copy-rate", COPY), ("--matmul-rate", MATMUL)):
             value = self.results.value("ceilings", name)
-            command += [f"--{flag}-rate", str(value * scale)] if isinstance(value, float) else []
+            command += [flag, str(value * 1e12)] if isinstance(value, float) else []
         return command
 
 
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when it came to its end, whatever was found; 2 when it cannot start."""
     options = _parse(arguments)
     suite = Suite(options.out, dry_run=options.dry_run, minutes=options.minutes)
-    suite.run([step for step in STEPS if step.name in options.only] if options.only else STEPS)
+    suite.run([step for step in STEPS if step.name in options.only])
     print((options.out / "report.md").read_text())
     return 0
 
@@ -260,9 +260,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9, help="for everything; 9 by default")
     parser.add_argument("--only", nargs="+", metavar="STEP", help=f"some of {', '.join(step.name for step in STEPS)}")
     options = parser.parse_args(arguments)
-    unknown = set(options.only or ()) - {step.name for step in STEPS}
-    if unknown:
-        parser.error(f"--only: got {', '.join(sorted(unknown))}, expected some of the steps that --help names")
+    names = {step.name for step in STEPS}
+    options.only = set(options.only or names)
+    if options.only - names:
+        parser.error(
+            f"--only: got {', '.join(sorted(options.only - names))}, expected some of the steps that --help names"
+        )
+    if options.only & {"heads", "tokens"}:
+        options.only.add("ceilings")  # which their bounds are fractions of
     if not 0 < options.minutes < 24 * 60:
         parser.error(f"--minutes: got {options.minutes:g}, expected more than 0 and less than a day")
     if options.out.exists() and not options.out.is_dir():

@@ -77,10 +77,14 @@ def flagged(size):
     flagged_kernel[(1,)](torch.empty(64), size.n == 1)
 
 
+def optioned(size):
+    good_kernel[(1,)](torch.empty(64), size.n, BLOCK=32, maxnreg=64)
+
+
 def refusing(size):
     assert size.n > 1, "one token is too few"
 """
-CALLS = ("good", "spilling", "specialised", "constant", "flagged", "refusing", "absent")
+CALLS = ("good", "spilling", "specialised", "constant", "flagged", "optioned", "refusing", "absent")
 PROGRAM = f"""
 import json, tiny
 from benchmarks.gpu import compilation
@@ -121,9 +125,9 @@ def about(problems: list[str], *words: str) -> list[str]:
 def test_a_good_kernel_is_clean(tiny):
     usages, problems, _ = tiny
     for target in ("sm_90", "gfx942"):
-        (usage,) = usages["kernels.good_kernel", target]
+        usage = usages["kernels.good_kernel", target][0]
         assert usage["clean"] and usage["registers"] > 0, usage
-    assert not about(problems, "good_kernel")
+    assert not about(problems, "good_kernel on") and not about(problems, "good_kernel would")
 
 
 def test_a_spill_is_a_problem(tiny):
@@ -138,6 +142,12 @@ def test_an_argument_that_compiles_again_is_named(tiny):
     _, problems, _ = tiny
     assert about(problems, "specialised_kernel would be compiled again", "n: i32", "constexpr 1")
     assert about(problems, "constant_kernel would be compiled again", "COUNT: constexpr 24 -> constexpr 32")
+
+
+def test_an_option_of_one_kind_of_device_is_a_problem_of_the_other(tiny):
+    usages, problems, _ = tiny
+    assert about(problems, "good_kernel cannot be launched on a hip device", "maxnreg")
+    assert len(usages["kernels.good_kernel", "sm_90"]) == 2 and len(usages["kernels.good_kernel", "gfx942"]) == 1
 
 
 def test_flags_are_a_launchers_choice_and_both_are_compiled(tiny):

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import environment
+from benchmarks.gpu import ceilings, environment, head_bench, peer_bench, token_bench
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.entries import Entry
 from benchmarks.gpu.results import Results, report, value_of
+from benchmarks.gpu.timing import Timer
 from benchmarks.gpu_suite import CutOff, Step, Suite
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +169,114 @@ def test_failed_tests_are_named(tmp_path, monkeypatch):
     summary, failed = suite.results.steps[0]["entries"]
     assert summary["met"] is False and summary["value"] == "1 passed, 1 skipped, 1 failed"
     assert failed["name"].endswith("test_three.py::test_bad")
+
+
+class FakeEvent:
+    """A device whose calls take 5, 1, 2, 9, 3, ... milliseconds, the first of them a warm-up."""
+
+    durations = (5.0, 1.0, 2.0, 9.0, 3.0)
+    made = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.index = FakeEvent.made
+        FakeEvent.made += 1
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        assert end.index == self.index + 1, "from the start to the end of the same call"
+        return self.durations[self.index // 2]
+
+
+def test_a_time_is_the_median_without_the_warm_up(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "made", 0)
+    calls = []
+    seconds = Timer(dry_run=False).once(lambda: calls.append(1), rounds=3, warmup=1)
+    assert seconds == 2e-3 and len(calls) == 4
+
+
+class CountingTimer(Timer):
+    """Instead of a clock: the first call of each comparison takes a millisecond, the next one more, and so on."""
+
+    def __init__(self):
+        super().__init__(dry_run=False)
+
+    def alternate(self, cases, **_):
+        for call in cases.values():
+            call()
+        return {name: 1e-3 * (index + 1) for index, name in enumerate(cases)}
+
+    def replayed(self, calls, **_):
+        return self.alternate({"": calls[0]})[""]
+
+
+class TinyBench(Bench):
+    """Takes itself for a device, at the sizes of a dry run."""
+
+    def size(self, full, tiny):
+        return tiny
+
+    def why_no_cuda(self):
+        return "no device"
+
+    def peak_bytes(self, call):
+        call()
+        return 10**9
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """What the benches would say of times that are known."""
+    if torch.cuda.is_available():
+        pytest.skip("on a machine with a GPU Triton does not interpret")
+    bench = TinyBench(torch.device("cpu"), False, CountingTimer(), copy_rate=1e6, matmul_rate=1e9)
+    parts = (
+        ceilings.copy_bandwidth, ceilings.matrix_rate, head_bench.linear_time, head_bench.linear_memory,
+        head_bench.logits_level, token_bench.gae_time, token_bench.rollout_time, peer_bench.gae_peer,
+    )  # fmt: skip
+    return {entry.name: entry for part in parts for entry in part(bench)}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("copy bandwidth", 2 * 2**16 / 1e-3 / 1e12),
+        ("bf16 matrix rate", 2 * 64**3 / 1e-3 / 1e12),
+        ("linear_ppo_loss forward+backward: ours", 3.0),  # the third of four cases
+        ("linear_ppo_loss / three products", 3.0),
+        ("linear_ppo_loss half inactive, compact / none inactive", 4 / 3),
+        ("float32 logits / bf16 logits, the three products", 1 / 2),
+        ("linear_ppo_loss workspace", (1e9 - 2 * (24 * 16 + 160 * 16) - 4 * 160 * 16) / 1e9),
+        ("moving 6NV bytes / logits_ppo_loss forward+backward, triton", 6 * 12 * 300 / 1e6 / 1e-3),
+        ("gae 3x40, triton", 1000.0),
+        ("rollout_advantages 3x40, triton / moving 29 bytes an element", 1e-3 / (29 * 120 / 1e6)),
+        ("rollout_advantages 3x40, whitened, triton / moving 37 bytes an element", 1e-3 / (37 * 120 / 1e6)),
+        ("rollout_advantages 3x40, triton / block copy", 2.0),  # a block is half of what was timed
+        ("gae as a Python loop, 3x40", 1.0),
+    ],
+)
+def test_figures_are_made_of_the_measured_seconds(figures, name, value):
+    assert figures[name].value == pytest.approx(value)
+
+
+def test_rates_are_said_as_fractions_of_the_ceilings(figures):
+    flops = 6 * 24 * 16 * 160 / 3e-3
+    assert f"{flops / 1e9:.3f} of the ceiling" in figures["linear_ppo_loss forward+backward: ours"].note
+    assert f"{17 * 120 / 1e-3 / 1e6:.3f} of the copy's rate" in figures["gae 3x40, triton"].note
+
+
+def test_a_dry_run_times_nothing_and_calls_once():
+    calls = []
+    timer = Timer(dry_run=True)
+    assert timer.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}) == {"a": None, "b": None}
+    assert timer.replayed([lambda: calls.append("c")]) is None
+    assert calls == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.entries import Entry
-
-COPY, MATMUL = "copy bandwidth", "bf16 matrix rate"
+from benchmarks.gpu.entries import COPY, MATMUL, Entry
 
 
 def copy_bandwidth(bench: Bench) -> Iterator[Entry]:

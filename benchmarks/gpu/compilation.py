@@ -57,11 +57,13 @@ def record(package: ModuleType, calls: Mapping[str, tuple[str, Call]], findings:
     """Make every call at every size; take in the forms to compile and what is wrong with them."""
     launched: set[str] = set()
     missing: set[str] = set()
+    refusals: set[str] = set()
     for name, (launcher, call) in calls.items():
         if not hasattr(package, launcher):
             missing.add(launcher)
             continue
         recordings = _launches(package, name, call, findings)
+        refusals |= {refusal for made in recordings for refusal in made.refusals}
         findings.problems += recompilations(name, recordings)
         for kind in BINDING:
             first: dict[Choice, list[Form]] = {}
@@ -71,6 +73,7 @@ def record(package: ModuleType, calls: Mapping[str, tuple[str, Call]], findings:
             for form in (form for forms in first.values() for form in forms):
                 findings.forms.setdefault(kind, {}).setdefault(form.key, (form, name))
             launched |= {kernel for kernel, _ in first}
+    findings.problems += sorted(refusals)
     findings.problems += [f"{package.__name__} has no launcher {launcher}" for launcher in sorted(missing)]
     unreached = sorted(kernels_of(package) - launched)
     findings.problems += [f"{kernel} is launched by no specimen, so it was not compiled" for kernel in unreached]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+COPY, MATMUL = "copy bandwidth", "bf16 matrix rate"
+"""Names of the ceilings, in TB/s and TFLOP/s."""
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -1,17 +1,23 @@
-"""`linear_ppo_loss` beside what other packages offer, at 4096 tokens, whichever of them import here."""
+"""Our ops beside what others offer, whichever of them import here.
+
+Legend: B sequences, T positions, N tokens, V vocabulary, H hidden.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, milliseconds
 from benchmarks.gpu.correctness import FAILURES, reason
 from benchmarks.gpu.entries import Entry
 from benchmarks.gpu.head_bench import make_batch, make_head, stepper
+from benchmarks.peers.gae_loop import gae_loop
 from benchmarks.peers.policy_losses import CLIPRANGE, COMPILING, PEERS, Batch, Loss, clipped_surrogate
-from rlhf_kernels import linear_ppo_loss
+from rlhf_kernels import linear_ppo_loss, logits_ppo_loss
 
 
 def cut_cross_entropy() -> Loss:
@@ -24,6 +30,17 @@ def cut_cross_entropy() -> Loss:
     return loss
 
 
+def verl() -> Loss:
+    """verl's fused kernel, log-probs and entropy from hidden states."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
+        logprobs, _ = linear_cross_entropy(hidden.flatten(0, 1), weight, batch.ids.flatten(), 1.0, "none")
+        return clipped_surrogate(logprobs.view_as(batch.ids), batch)
+
+    return loss
+
+
 def ours() -> Loss:
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
         return linear_ppo_loss(hidden, weight, *batch, cliprange=CLIPRANGE, backend="triton").loss
@@ -31,11 +48,15 @@ def ours() -> Loss:
     return loss
 
 
-def peer(name: str, make: Callable[[], Loss], bench: Bench) -> Iterator[Entry]:
-    """Its time and its peak memory above inputs; a package that is not here is named as missing."""
+DEVICE_ONLY = (*COMPILING, "cut-cross-entropy", "verl")
+"""Left out of a dry run, which starts no compiler and no kernel of others."""
+
+
+def head_peer(name: str, make: Callable[[], Loss], bench: Bench) -> Iterator[Entry]:
+    """The loss from hidden states: time, and peak memory above inputs; a package that is not here is named as missing."""
     n, h, v = bench.size((4096, 4096, 128256), (256, 16, 160))
     title = f"{name}, N={n}"
-    if bench.dry_run and name in (*COMPILING, "cut-cross-entropy"):
+    if bench.dry_run and name in DEVICE_ONLY:
         yield Entry(title, skipped="a dry run starts no compiler and no kernel of others", note="peer")
         return
     hidden, weight = make_head(bench, n, h, v)
@@ -59,14 +80,40 @@ def peer(name: str, make: Callable[[], Loss], bench: Bench) -> Iterator[Entry]:
     yield milliseconds(title, seconds, f"peer{memory}")
 
 
-def _part(name: str, make: Callable[[], Loss]):
-    return lambda bench: peer(name, make, bench)
+def logits_peers(bench: Bench) -> Iterator[Entry]:
+    """The loss from logits, forward and backward: ours, eager, and eager compiled."""
+    n, v = bench.size((4096, 128256), (12, 300))
+    ids, old, advantages, mask = make_batch(bench, n, v)
+    batch = Batch(ids, old, advantages, mask)
+    logits = torch.randn(n, v, device=bench.device, dtype=torch.bfloat16).requires_grad_()
+
+    def eager(x: Tensor) -> Tensor:
+        return clipped_surrogate(x.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1), batch)
+
+    def fused(x: Tensor) -> Tensor:
+        return logits_ppo_loss(x, *batch, cliprange=CLIPRANGE, backend="triton").loss
+
+    losses = {"logits_ppo_loss": fused, "eager": eager}
+    if not bench.dry_run:
+        losses["torch.compile of eager"] = torch.compile(eager, dynamic=False)
+    for name, loss in losses.items():
+        seconds = bench.timer.once(stepper(lambda loss=loss: loss(logits), logits))
+        yield milliseconds(f"from logits, {name}, N={n}", seconds, f"V={v} bf16")
+
+
+def gae_peer(bench: Bench) -> Iterator[Entry]:
+    """The Python loop that trainers have, with its launches."""
+    b, t = bench.size((128, 4096), (3, 40))
+    rewards, values = (torch.randn(b, t, device=bench.device) for _ in range(2))
+    seconds = bench.timer.once(lambda: gae_loop(rewards, values, 1.0, 0.95), rounds=3, warmup=1)
+    yield milliseconds(f"gae as a Python loop, {b}x{t}", seconds, "launches included")
 
 
 _OTHERS = {name: make for name, make in PEERS.items() if name != "CCE torch_compile"}
-_ORDERED = {"ours": ours, "cut-cross-entropy": cut_cross_entropy} | {
+_ORDERED = {"ours": ours, "cut-cross-entropy": cut_cross_entropy, "verl": verl} | {
     name: make for compiles in (False, True) for name, make in _OTHERS.items() if (name in COMPILING) == compiles
 }
 """Those that run a compiler come last: they take the longest to start."""
 
-PARTS = {name: _part(name, make) for name, make in _ORDERED.items()}
+PARTS = {name: partial(head_peer, name, make) for name, make in _ORDERED.items()}
+PARTS |= {"gae as a Python loop": gae_peer, "from logits": logits_peers}

@@ -61,6 +61,8 @@ class Recording:
     """The forms launched inside one `with recording()`, per kind of device, in order."""
 
     forms: dict[str, list[Form]] = field(default_factory=lambda: {kind: [] for kind in BINDING})
+    refusals: list[str] = field(default_factory=list)
+    """Launches whose options a kind of device does not know."""
 
 
 @contextmanager
@@ -70,7 +72,10 @@ def recording() -> Iterator[Recording]:
 
     def run(kernel: JITFunction, *args, grid, warmup, **kwargs):
         for kind, target in BINDING.items():
-            made.forms[kind].append(bind(kernel, make_backend(target), args, kwargs))
+            try:
+                made.forms[kind].append(bind(kernel, make_backend(target), args, kwargs))
+            except KeyError as error:
+                made.refusals.append(f"{label(kernel)} cannot be launched on a {kind} device: {error.args[0]}")
         if callable(grid):
             grid(dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
 
