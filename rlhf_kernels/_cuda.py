@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._native import address
+from ._native import address, floats
+from .rows import LogitRows, PpoRows, RowStats
 
 
 @contextlib.contextmanager
@@ -46,3 +47,40 @@ def rollout_advantages(
             stream,
         )  # fmt: skip
     return advantages, returns, rewards, kl
+
+
+def logits_ppo_loss(
+    x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor, out: Tensor | None
+) -> None:
+    """Fills `stats` and `coefficients` (2, N); writes the gradient of the logits to `out`, for an upstream gradient of 1.
+
+    `coefficients` are dL / d logprob and dL / d entropy of each row, `denominator` a scalar that they are divided by. `out` may
+    be the logits; None: no gradient.
+    """
+    with on_stream(stats.buffer) as stream:
+        args = _one_pass_args(x, ppo, stats, coefficients, denominator, out)
+        extension = _native.extension()
+        extension.cuda_logits_ppo_loss(args, extension.CUDA_ROW_SHARED, stream)
+
+
+def rescale_dlogits(
+    x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, out: Tensor, upstream: Tensor
+) -> None:
+    """Turns what `logits_ppo_loss` wrote to `out` into the gradient for `upstream`, a float32 scalar; no wait for its value.
+
+    The gradient is made again from the logits, unless it lies in their bytes.
+    """
+    with on_stream(stats.buffer) as stream:
+        args = _one_pass_args(x, ppo, stats, coefficients, None, out)
+        _native.extension().cuda_rescale_dlogits(args, floats(upstream), stream)
+
+
+def _one_pass_args(x, ppo, stats, coefficients, denominator, out):
+    packed = out is None or out.is_contiguous()
+    assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
+    assert out is None or out.dtype == x.logits.dtype, "the gradient has the dtype of the logits"
+    per_row = floats(stats.buffer), floats(coefficients), floats(denominator)
+    address_out = 0 if out is None else out.data_ptr()
+    return _native.extension().LogitsPpoArgs(
+        _native.logit_rows(x), _native.ppo_rows(ppo), *per_row, address_out, packed
+    )

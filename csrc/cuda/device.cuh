@@ -31,6 +31,7 @@ void launch(const char* op, void (*kernel)(P...), Launch how, void* stream, P...
     if (how.blocks > 0x7fffffff) throw std::runtime_error(std::string(op) + ": more blocks than a grid has, split the call");
     if (how.shared > 48 * 1024) {
         check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared)));
+        check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(how.blocks));
@@ -103,6 +104,22 @@ static __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_floa
 static __device__ __forceinline__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.raw)); }
 static __device__ __forceinline__ void from_float(float x, bf16* out) { out->raw = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 static __device__ __forceinline__ void from_float(float x, f16* out) { out->raw = __half_as_ushort(__float2half_rn(x)); }
+
+static __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+static __device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
+
+// Two numbers in four bytes, the first one in front.
+static __device__ __forceinline__ uint32_t pair(float a, float b, bf16) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return uint32_t(__bfloat16_as_ushort(v.y)) << 16 | __bfloat16_as_ushort(v.x);
+}
+static __device__ __forceinline__ uint32_t pair(float a, float b, f16) {
+    const __half2 v = __floats2half2_rn(a, b);
+    return uint32_t(__half_as_ushort(__high2half(v))) << 16 | __half_as_ushort(__low2half(v));
+}
+
+// A product that is rounded, never fused into a sum: two passes must see the same number.
+static __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 }  // namespace cuda
 }  // namespace rlhf

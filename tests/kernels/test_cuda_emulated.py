@@ -16,14 +16,9 @@ from .test_rollout_advantages import double, rollout
 TILE = 4096  # tokens (csrc/cuda/ops.h)
 
 
-@pytest.fixture(scope="module")
-def module():
-    return cuda_emulator.load()
-
-
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch, module):
-    with cuda_emulator.emulated(monkeypatch, module):
+def emulated():
+    with cuda_emulator.emulated():
         yield
 
 

@@ -1,6 +1,7 @@
 """The CUDA kernels on the host: compiles csrc/cuda against the emulator, and puts it in the place of the extension."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
+import pytest
 
 from rlhf_kernels import _cuda, _native
 
@@ -51,7 +53,9 @@ def build() -> Path:
     return module
 
 
+@functools.cache
 def load():
+    """The module, with what the bindings of csrc/cuda define."""
     spec = importlib.util.spec_from_file_location("_cuda_emulated", build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -59,9 +63,10 @@ def load():
 
 
 @contextlib.contextmanager
-def emulated(monkeypatch, module) -> Iterator[None]:
+def emulated() -> Iterator[None]:
     """Inside, the launchers of `rlhf_kernels._cuda` take CPU tensors."""
-    with monkeypatch.context() as patch:
+    module = load()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "_C", module)
         patch.setattr(_cuda, "on_stream", lambda x: contextlib.nullcontext(0))
         yield

@@ -45,5 +45,18 @@ static inline void from_float(float x, f16* out) {
     out->raw = y.raw;
 }
 
+static inline float as_float(uint32_t bits) { return emulated::bits<float>(bits); }
+static inline uint32_t as_bits(float x) { return emulated::bits<uint32_t>(x); }
+
+template <class T>
+uint32_t pair(float a, float b, T) {
+    T low, high;
+    from_float(a, &low);
+    from_float(b, &high);
+    return uint32_t(high.raw) << 16 | low.raw;
+}
+
+static inline float rounded_product(float a, float b) { return a * b; }
+
 }  // namespace cuda
 }  // namespace rlhf

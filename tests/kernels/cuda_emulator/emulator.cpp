@@ -13,6 +13,7 @@ unsigned long progress = 0;
 Fiber* running = nullptr;
 Cluster* cluster = nullptr;
 dim3 grid_size, block_size;
+int largest_cluster = 0;
 
 namespace {
 
@@ -75,6 +76,7 @@ void yield() {
 void run(int64_t blocks, int threads, size_t shared, int cluster_size, const std::function<void()>& kernel) {
     if (threads % kWarp || blocks % cluster_size) throw std::runtime_error("emulated launch: whole warps and clusters only");
     body = &kernel;
+    largest_cluster = max(largest_cluster, cluster_size);
     grid_size.x = unsigned(blocks);
     block_size.x = unsigned(threads);
     for (int64_t first = 0; first < blocks; first += cluster_size) {
@@ -117,5 +119,6 @@ PYBIND11_MODULE(_cuda_emulated, m) {
     rlhf::bind_arguments(m);
     rlhf::cuda::bind(m);
     m.def("cuda_architectures", [] { return pybind11::list(); });
+    m.def("largest_cluster", [] { return std::exchange(emulator::largest_cluster, 0); });  // since the last call
     m.def("set_capability", [](int value) { rlhf::cuda::emulated_capability = value; });
 }
