@@ -20,6 +20,7 @@ ROOT = HERE.parents[2]
 FLAGS = [
     "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-psabi", "-Wno-clobbered",
     "-Wno-unknown-pragmas", "-Wno-unused-function", "-DRLHF_CUDA_EMULATOR",
+    "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",
 ]  # fmt: skip
 
 
