@@ -296,3 +296,25 @@ def test_below_sm_90_there_are_no_clusters():
                 check(logits, constants)
     finally:
         module.set_capability(90)
+
+
+def test_registered_op(monkeypatch):
+    seen = []
+    op = torch.ops.rlhf_kernels.logits_ppo_loss.default
+    monkeypatch.setattr(one_pass, "_op", lambda *x: seen.append(x) or op(*x))
+    logits, constants, extra = batch(torch.float32, 33, b=2, t=3)
+    options = {"temperature": extra["temperature"], "values": extra["returns"] + 0.1, "returns": extra["returns"]}
+    logits_ppo_loss(logits.requires_grad_(), **constants, **options)
+    torch.library.opcheck(op, seen[0])
+
+
+def test_compiles_as_one_graph():
+    logits, constants, _ = batch(torch.float32, 33, b=2, t=3)
+
+    def gradient(x):
+        return torch.autograd.grad(1.5 * logits_ppo_loss(x, **constants).loss, x)[0]
+
+    expected = gradient(logits.clone().requires_grad_())
+    compiled = torch.compile(lambda x: logits_ppo_loss(x, **constants).loss, fullgraph=True, backend="aot_eager")
+    x = logits.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(1.5 * compiled(x), x)[0], expected)
