@@ -24,7 +24,7 @@ struct LogitRows {
     const uint8_t* mask;  // (N) or null: all count
     LogitTransform transform;
 
-    int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * row_stride; }
+    RLHF_MEMBER int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * row_stride; }
 };
 
 // What one read of a row leaves behind: p_j = exp((w_j - shift) * factor) * inv_sum, w being the logit before the temperature.

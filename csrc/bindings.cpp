@@ -1,20 +1,17 @@
 // pybind11 module rlhf_kernels._C. Tensors come as addresses (0: absent), sizes and dtype numbers: no torch headers, so one
 // build serves every torch. rlhf_kernels/_native.py is the only caller; it checks what it passes.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
 #include "cpu/ops.h"
+#ifdef RLHF_CUDA
+#include "cuda/bindings.h"
+#endif
 #include "math/philox.h"
 
 namespace py = pybind11;
 using namespace rlhf;
-using Address = std::uintptr_t;
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 enum class Isa { baseline, avx2, avx512 };
 
@@ -57,16 +54,13 @@ void advise_huge_pages(Address begin, std::size_t bytes) {
 #endif
 }
 
-LogitRows logit_rows(Address logits, int dtype, int64_t n, int64_t vocab, int64_t row_stride, int64_t inner,
-                     int64_t outer_stride, Address ids, Address mask, float temperature, Address temperatures, float softcap, float logit_scale) {
-    const LogitTransform transform{temperature, at<const float>(temperatures), softcap, logit_scale};
-    return {at<void>(logits), DType(dtype), n,      vocab, row_stride, inner, outer_stride, at<const int64_t>(ids),
-            at<const uint8_t>(mask),  transform};
-}
-
-RowStats row_stats(Address stats, int64_t n) {
-    float* p = at<float>(stats);
-    return {p, p + n, p + 2 * n, p + 3 * n};
+// What the CUDA kernels were compiled for, as 10 * major + minor; empty for a build without nvcc.
+py::list cuda_architectures() {
+    py::list built;
+#ifdef RLHF_CUDA
+    for (int x : {RLHF_CUDA}) built.append(x);
+#endif
+    return built;
 }
 
 }  // namespace
@@ -77,25 +71,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", isa_name);
     m.def("set_isa", set_isa);
     m.def("advise_huge_pages", advise_huge_pages);
+    m.def("cuda_architectures", cuda_architectures);
     m.def("philox4x32", [](uint32_t k0, uint32_t k1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {  // for tests
         const Philox r = philox4x32(k0, k1, {{c0, c1, c2, c3}});
         return py::make_tuple(r.w[0], r.w[1], r.w[2], r.w[3]);
     });
 
-    py::class_<PpoScalars>(m, "PpoScalars")
-        .def(py::init([](int objective, int kl_estimator, float low, float high, float dual_clip, float clamp, float old_kl_coef,
-                         float kl_coef, float entropy_coef, float cliprange_value) {
-            return PpoScalars{Objective(objective), KlEstimator(kl_estimator), low, high, dual_clip, clamp, old_kl_coef, kl_coef,
-                              entropy_coef, cliprange_value};
-        }));
-    py::class_<LogitRows>(m, "LogitRows").def(py::init(&logit_rows));
-    py::class_<PpoRows>(m, "PpoRows")
-        .def(py::init([](const PpoScalars& scalars, Address old_logprobs, Address advantages, Address weights,
-                         Address ref_logprobs, Address row_weight) {
-            return PpoRows{scalars, at<const float>(old_logprobs), at<const float>(advantages), at<const float>(weights),
-                           at<const float>(ref_logprobs), at<const float>(row_weight)};
-        }));
-
+    bind_arguments(m);
     m.def("token_logprobs_forward",
           [](const LogitRows& x, Address stats) { RLHF_CPU(token_logprobs_forward(x, row_stats(stats, x.n))); }, unlocked);
     m.def("token_logprobs_backward",
@@ -141,14 +123,6 @@ PYBIND11_MODULE(_C, m) {
           [](Address x, int from, Address out, int to, int64_t n, float scale) {
               RLHF_CPU(scale_cast(at<const void>(x), DType(from), at<void>(out), DType(to), n, scale));
           }, unlocked);
-    py::class_<GaeArgs>(m, "GaeArgs")
-        .def(py::init([](int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, Address rewards, Address values,
-                         Address mask, Address bootstrap, float gamma, float lam, bool skip_holes, Address advantages,
-                         Address returns) {
-            return GaeArgs{n, {sequences, length, at<const int32_t>(cu_seqlens)}, at<const float>(rewards),
-                           at<const float>(values), at<const uint8_t>(mask), at<const float>(bootstrap), gamma, lam, skip_holes,
-                           at<float>(advantages), at<float>(returns)};
-        }));
     m.def("gae", [](const GaeArgs& a) { RLHF_CPU(gae(a)); }, unlocked);
     m.def("rollout_advantages",
           [](const GaeArgs& gae, Address scores, Address logprobs, Address ref_logprobs, Address score_index, int kl_estimator,
@@ -189,4 +163,7 @@ PYBIND11_MODULE(_C, m) {
           [](Address scores, Address groups, int64_t n, int kind, Address out) {
               RLHF_CPU(group_advantages(at<float>(scores), at<int64_t>(groups), n, GroupKind(kind), at<float>(out)));
           }, unlocked);
+#ifdef RLHF_CUDA
+    cuda::bind(m);
+#endif
 }

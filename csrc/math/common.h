@@ -5,7 +5,9 @@
 
 #ifdef __CUDACC__
 #define RLHF_HD static __host__ __device__ __forceinline__
+#define RLHF_MEMBER __host__ __device__ __forceinline__
 #else
+#define RLHF_MEMBER
 // Internal linkage: the file is compiled once per instruction set, and the linker must not merge those copies.
 #define RLHF_HD static inline __attribute__((always_inline))
 #endif

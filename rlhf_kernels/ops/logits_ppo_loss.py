@@ -8,6 +8,7 @@ from .. import reference
 from ..backend import resolve
 from ..types import PPOLoss
 from . import checks
+from .one_pass import one_pass_ppo_loss, serves
 from .ppo_arguments import PPOArguments
 from .ppo_loss import fused_ppo_loss
 from .token_logprobs import check_logits, fused_token_logprobs
@@ -45,6 +46,11 @@ def logits_ppo_loss(
         return reference.logits_ppo_loss(
             logits, ids.long(), old_logprobs, advantages, mask, **transform, **args.options()
         )
+    if chosen == "cuda":
+        rows = logits, ids, temperature, softcap, logit_scale
+        if serves(args, logits, inplace):
+            return one_pass_ppo_loss(*rows, args, old_logprobs, advantages, mask, inplace=inplace)
+        chosen = "triton"  # whose gradient is made in backward
     rows = logits, ids, temperature, softcap, logit_scale, mask
     taken = fused_token_logprobs(*rows, chosen, entropy=True, inplace=inplace)
     return fused_ppo_loss(taken.logprobs, taken.entropy, args, old_logprobs, advantages, mask, chosen)

@@ -1,0 +1,49 @@
+// The CUDA launchers' part of rlhf_kernels._C: addresses on the device, the stream's number, a workspace's address.
+#include "bindings.h"
+
+#include "../bindings.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace rlhf {
+namespace cuda {
+
+namespace {
+
+LogitsPpoArgs logits_ppo_args(const LogitRows& x, const PpoRows& ppo, Address stats, Address coefficients, Address denominator,
+                              Address dlogits, bool packed) {
+    return {x, ppo, row_stats(stats, x.n), at<float>(coefficients), at<const float>(denominator), at<void>(dlogits), packed};
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+    const py::call_guard<py::gil_scoped_release> unlocked;
+    m.def("cuda_gae_workspace", [](const GaeArgs& a) { return gae_workspace(a.n, a.sequences); });
+    m.def("cuda_gae",
+          [](const GaeArgs& a, Address workspace, Address stream) { gae(a, at<void>(workspace), at<void>(stream)); }, unlocked);
+    m.def("cuda_rollout_workspace", [](const GaeArgs& a) { return rollout_workspace(a.n, a.sequences); });
+    m.def("cuda_rollout_advantages",
+          [](const GaeArgs& gae, Address scores, Address logprobs, Address ref_logprobs, Address score_index, int kl_estimator,
+             float kl_coef, float score_clip, bool whiten_rewards, bool whiten_advantages, Address rewards, Address kl,
+             Address workspace, Address stream) {
+              const RolloutArgs args{gae, at<const float>(scores), at<const float>(logprobs), at<const float>(ref_logprobs),
+                                     at<const int64_t>(score_index), KlEstimator(kl_estimator), kl_coef, score_clip,
+                                     whiten_rewards, whiten_advantages, at<float>(rewards), at<float>(kl)};
+              rollout_advantages(args, at<void>(workspace), at<void>(stream));
+          }, unlocked);
+    m.attr("CUDA_ROW_SHARED") = kRowShared;
+    py::class_<LogitsPpoArgs>(m, "LogitsPpoArgs", py::module_local()).def(py::init(&logits_ppo_args));
+    m.def("cuda_logits_ppo_loss",
+          [](const LogitsPpoArgs& a, int64_t shared_limit, Address stream) {
+              logits_ppo_loss(a, shared_limit, at<void>(stream));
+          }, unlocked);
+    m.def("cuda_rescale_dlogits",
+          [](const LogitsPpoArgs& a, Address upstream, Address stream) {
+              rescale_dlogits(a, at<const float>(upstream), at<void>(stream));
+          }, unlocked);
+}
+
+}  // namespace cuda
+}  // namespace rlhf

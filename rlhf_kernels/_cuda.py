@@ -1,0 +1,86 @@
+"""Launchers of the CUDA C++ kernels, on the current stream; `backend.Kernels` says what each of them does."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._native import address, floats
+from .rows import LogitRows, PpoRows, RowStats
+
+
+@contextlib.contextmanager
+def on_stream(x: Tensor) -> Iterator[int]:
+    """The current stream of the tensor's device, which is the current device inside."""
+    with torch.cuda.device(x.device):
+        yield torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _workspace(size: int, like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(rewards), torch.empty_like(rewards)
+    args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
+    with on_stream(rewards) as stream:
+        workspace = _workspace(_native.extension().cuda_gae_workspace(args), rewards)
+        _native.extension().cuda_gae(args, workspace.data_ptr(), stream)
+    return out
+
+
+def rollout_advantages(
+    scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
+    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
+    recursion = _native.gae_args(
+        rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns
+    )
+    with on_stream(logprobs) as stream:
+        workspace = _workspace(_native.extension().cuda_rollout_workspace(recursion), logprobs)
+        _native.extension().cuda_rollout_advantages(
+            recursion, address(scores), address(logprobs), address(ref_logprobs), address(score_index), kl_estimator,
+            kl_coef, score_clip, whiten_rewards, whiten_advantages, address(rewards), address(kl), workspace.data_ptr(),
+            stream,
+        )  # fmt: skip
+    return advantages, returns, rewards, kl
+
+
+def logits_ppo_loss(
+    x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor, out: Tensor | None
+) -> None:
+    """Fills `stats` and `coefficients` (2, N); writes the gradient of the logits to `out`, for an upstream gradient of 1.
+
+    `coefficients` are dL / d logprob and dL / d entropy of each row, `denominator` a scalar that they are divided by. `out` may
+    be the logits; None: no gradient.
+    """
+    with on_stream(stats.buffer) as stream:
+        args = _one_pass_args(x, ppo, stats, coefficients, denominator, out)
+        extension = _native.extension()
+        extension.cuda_logits_ppo_loss(args, extension.CUDA_ROW_SHARED, stream)
+
+
+def rescale_dlogits(
+    x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, out: Tensor, upstream: Tensor
+) -> None:
+    """Turns what `logits_ppo_loss` wrote to `out` into the gradient for `upstream`, a float32 scalar; no wait for its value.
+
+    The gradient is made again from the logits, unless it lies in their bytes.
+    """
+    with on_stream(stats.buffer) as stream:
+        args = _one_pass_args(x, ppo, stats, coefficients, None, out)
+        _native.extension().cuda_rescale_dlogits(args, floats(upstream), stream)
+
+
+def _one_pass_args(x, ppo, stats, coefficients, denominator, out):
+    packed = out is None or out.is_contiguous()
+    assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
+    assert out is None or out.dtype == x.logits.dtype, "the gradient has the dtype of the logits"
+    per_row = floats(stats.buffer), floats(coefficients), floats(denominator)
+    address_out = 0 if out is None else out.data_ptr()
+    return _native.extension().LogitsPpoArgs(
+        _native.logit_rows(x), _native.ppo_rows(ppo), *per_row, address_out, packed
+    )

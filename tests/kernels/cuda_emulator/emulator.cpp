@@ -1,0 +1,124 @@
+// The emulator's scheduler, and the module that the tests load in place of rlhf_kernels._C.
+#include "emulator.h"
+
+#include <exception>
+#include <utility>
+
+#include "bindings.h"
+#include "cuda/bindings.h"
+
+namespace emulator {
+
+unsigned long progress = 0;
+Fiber* running = nullptr;
+Cluster* cluster = nullptr;
+dim3 grid_size, block_size;
+int largest_cluster = 0;
+
+namespace {
+
+jmp_buf scheduler;
+ucontext_t outside;
+const std::function<void()>* body = nullptr;
+std::exception_ptr failure;
+
+void enter() {
+    try {
+        (*body)();
+    } catch (const std::exception&) {
+        failure = std::current_exception();
+    }
+    Fiber& self = *running;
+    self.done = true;
+    progress++;
+    self.warp().barrier.leave();
+    self.block->barrier.leave();
+    cluster->barrier.leave();
+    _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& f) {
+    running = &f;
+    if (_setjmp(scheduler)) return;
+    if (f.started) _longjmp(f.place, 1);
+    f.started = true;
+    getcontext(&f.start);
+    f.stack.reset(new unsigned char[kStack]);
+    f.start.uc_stack.ss_sp = f.stack.get();
+    f.start.uc_stack.ss_size = kStack;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, enter, 0);
+    swapcontext(&outside, &f.start);
+}
+
+// The order turns around after every round, so that a missing barrier does not pass by luck.
+void run_cluster(std::vector<Fiber>& fibers) {
+    for (bool forward = true;; forward = !forward) {
+        const unsigned long before = progress;
+        size_t left = 0;
+        for (size_t i = 0; i < fibers.size(); i++) {
+            Fiber& f = fibers[forward ? i : fibers.size() - 1 - i];
+            if (!f.done) resume(f);
+            left += !f.done;
+        }
+        if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+        if (!left) return;
+        if (progress == before) throw std::runtime_error("emulated kernel: threads wait at different barriers");
+    }
+}
+
+}  // namespace
+
+void yield() {
+    if (!_setjmp(running->place)) _longjmp(scheduler, 1);
+}
+
+void run(int64_t blocks, int threads, size_t shared, int cluster_size, const std::function<void()>& kernel) {
+    if (threads % kWarp || blocks % cluster_size) throw std::runtime_error("emulated launch: whole warps and clusters only");
+    body = &kernel;
+    largest_cluster = max(largest_cluster, cluster_size);
+    grid_size.x = unsigned(blocks);
+    block_size.x = unsigned(threads);
+    for (int64_t first = 0; first < blocks; first += cluster_size) {
+        Cluster group;
+        cluster = &group;
+        group.barrier.expected = cluster_size * threads;
+        group.blocks.resize(size_t(cluster_size));
+        std::vector<Fiber> fibers(size_t(cluster_size) * threads);
+        for (int rank = 0; rank < cluster_size; rank++) {
+            Block& b = group.blocks[size_t(rank)];
+            b.index.x = unsigned(first + rank);
+            b.barrier.expected = threads;
+            b.warps.resize(size_t(threads) / kWarp);
+            for (Warp& w : b.warps) w.barrier.expected = kWarp;
+            b.shared.assign(shared + kCanary, 0xff);  // NaN: what is read before it is written shows
+            for (int t = 0; t < threads; t++) {
+                Fiber& f = fibers[size_t(rank) * threads + t];
+                f.block = &b;
+                f.thread.x = unsigned(t);
+            }
+        }
+        run_cluster(fibers);
+        for (const Block& b : group.blocks) {
+            for (size_t i = 0; i < kCanary; i++) {
+                if (b.shared[shared + i] != 0xff) throw std::runtime_error("emulated kernel: wrote behind its shared memory");
+            }
+        }
+    }
+}
+
+}  // namespace emulator
+
+namespace rlhf {
+namespace cuda {
+int emulated_capability = 90;
+}
+}  // namespace rlhf
+
+PYBIND11_MODULE(_cuda_emulated, m) {
+    rlhf::bind_arguments(m);
+    rlhf::cuda::bind(m);
+    m.def("cuda_architectures", [] { return pybind11::list(); });
+    m.def("largest_cluster", [] { return std::exchange(emulator::largest_cluster, 0); });  // since the last call
+    m.def("set_capability", [](int value) { rlhf::cuda::emulated_capability = value; });
+}

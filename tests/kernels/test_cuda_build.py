@@ -1,0 +1,117 @@
+"""What the build makes of csrc/cuda: with nvcc, without it, and what the result needs to load."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from setuptools import Distribution
+
+from rlhf_kernels import _native, backend
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_extension_says_what_it_was_built_for():
+    built = _native.extension().cuda_architectures()
+    assert built in ([], [80, 90, 100])
+    assert bool(built) == hasattr(_native.extension(), "cuda_gae")
+
+
+def test_it_loads_without_a_driver():
+    """No library of a driver or a toolkit is asked for: one file serves machines with and without a GPU."""
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf")
+    dynamic = subprocess.run(
+        ["readelf", "-d", _native.extension().__file__], capture_output=True, text=True, check=True
+    )
+    needed = [line for line in dynamic.stdout.splitlines() if "NEEDED" in line]
+    assert needed and not any("cuda" in line or "nvidia" in line for line in needed), needed
+
+
+def test_every_chip_is_in_the_file():
+    if not _native.extension().cuda_architectures():
+        pytest.skip("built without nvcc")
+    code = Path(_native.extension().__file__).read_bytes()
+    for chip in (b"sm_80", b"sm_90a", b"sm_100"):
+        assert chip in code, chip
+
+
+@pytest.fixture
+def build():
+    """setup.py as a module; its last line would run."""
+    text = (ROOT / "setup.py").read_text().rpartition("\nsetup(")[0]
+    spec = importlib.util.spec_from_loader("build", loader=None)
+    module = importlib.util.module_from_spec(spec)
+    before = os.getcwd()
+    os.chdir(ROOT)
+    exec(compile(text, "setup.py", "exec"), module.__dict__)
+    yield module
+    os.chdir(before)
+
+
+def test_where_nvcc_is_looked_for(build, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.find_nvcc() is None
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_nvcc() == str(nvcc)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert build.find_nvcc() == str(nvcc)
+
+
+def test_chips_of_the_build(build):
+    *older, newest = build.cuda_targets()
+    assert older == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+    assert newest == "-gencode=arch=compute_100,code=[sm_100,compute_100]"
+
+
+@pytest.fixture
+def command(build, monkeypatch):
+    """The build command with compilers that only say what they were given."""
+    made = []
+    monkeypatch.setattr(build.build_ext, "build_extension", lambda self, ext: made.append(ext))
+    monkeypatch.setattr(build.BuildKernels, "_compile", lambda self, source, isa, flags: [f"{isa}/{source}"])
+    monkeypatch.setattr(build.BuildKernels, "_compile_cuda", lambda self, nvcc, source: [str(source)])
+    monkeypatch.setattr(build, "cuda_libraries", lambda nvcc: "/toolkit/lib64")
+    run = build.BuildKernels(Distribution())
+    return lambda: run.build_extension(build.extension) or made[-1]
+
+
+def test_a_build_without_nvcc_says_so_and_goes_on(build, command, monkeypatch, capsys):
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    made = command()
+    assert capsys.readouterr().err.splitlines() == [
+        "nvcc was not found on the PATH or in CUDA_HOME: building without CUDA kernels"
+    ]
+    assert made.sources == ["csrc/bindings.cpp"] and not made.libraries
+    assert "RLHF_CUDA" not in dict(made.define_macros)
+    assert made.extra_objects and not any(x.endswith(".cu") for x in made.extra_objects)
+
+
+def test_a_build_with_nvcc_has_every_kernel(build, command, monkeypatch, capsys):
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    made = command()
+    assert not capsys.readouterr().err
+    assert dict(made.define_macros)["RLHF_CUDA"] == "80,90,100"
+    assert {Path(x).stem for x in made.extra_objects if x.endswith(".cu")} == set(backend.CUDA_OPS)
+    assert "csrc/cuda/bindings.cpp" in made.sources and made.library_dirs == ["/toolkit/lib64"]
+
+
+def test_a_build_without_nvcc_is_explained(monkeypatch):
+    class Bare:
+        cuda_architectures = staticmethod(list)
+
+    monkeypatch.setattr(_native, "_C", Bare)
+    backend.why_no_cuda.cache_clear()
+    assert "built without nvcc; install the CUDA toolkit" in backend.why_no_cuda(torch.device("cuda"))
+    backend.why_no_cuda.cache_clear()

@@ -1,0 +1,175 @@
+"""The CUDA C++ kernels of GAE and rollouts, run on the host by an emulator: what they compute, not how fast."""
+
+import itertools
+
+import pytest
+import torch
+
+from rlhf_kernels import _cuda, reference
+from rlhf_kernels.rows import KL_ESTIMATORS
+
+from . import cuda_emulator
+from .bounds import check_error
+from .test_gae import INF, MASKS, batch
+from .test_rollout_advantages import double, rollout
+
+TILE = 4096  # tokens (csrc/cuda/ops.h)
+
+
+@pytest.fixture(autouse=True)
+def emulated():
+    with cuda_emulator.emulated():
+        yield
+
+
+def run_gae(rewards, values, mask, gamma=1.0, lam=0.95, bootstrap=None, holes="skip", cu_seqlens=None):
+    return _cuda.gae(rewards, values, mask, gamma, lam, bootstrap, holes == "skip", cu_seqlens)
+
+
+def check_gae(rewards, values, m, **options):
+    got = run_gae(rewards, values, m, **options)
+    eager = reference.gae(rewards, values, m, **options)
+    wide = options | {"bootstrap": None if options.get("bootstrap") is None else options["bootstrap"].double()}
+    exact = reference.gae(rewards.double(), values.double(), m, **wide)
+    for x, name in zip(got, exact._fields, strict=True):
+        check_error(name, x, getattr(eager, name), getattr(exact, name))
+    return got
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (5, 33), (3, 130), (2, 700)])
+def test_gae(mask, holes, b, t):
+    rewards, values, m = batch(b, t, mask)
+    discounts = ((1.0, 0.95), (0.9, 0.0), (1.0, 1.0), (0.0, 0.5)) if t < 100 else ((0.99, 0.95),)
+    for (gamma, lam), bootstrap in itertools.product(discounts, (None, torch.arange(b) - 1.5)):
+        check_gae(rewards, values, m, gamma=gamma, lam=lam, holes=holes, bootstrap=bootstrap)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+@pytest.mark.parametrize("t", [2 * TILE + 5, 3 * TILE])
+def test_gae_in_tiles(mask, holes, t):
+    """One launch for the tiles, one for the carries, one that writes."""
+    rewards, values, m = batch(2, t, mask)
+    for bootstrap in (None, torch.tensor([3.0, -2.0])):
+        check_gae(rewards, values, m, gamma=0.999, lam=0.99, holes=holes, bootstrap=bootstrap)
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_a_block_walks_the_tiles_of_a_long_sequence(holes):
+    """Many short sequences and a long one: no launch for tiles, the same result."""
+    lengths = torch.tensor([3, TILE + 77, 0, *[9] * 20])
+    cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    n = int(cu[-1])
+    rewards, values, m = (x[0] for x in batch(1, n, "holes"))
+    got = check_gae(rewards, values, m, lam=0.99, holes=holes, bootstrap=torch.arange(len(lengths)) / 4, cu_seqlens=cu)
+    assert all(map(torch.equal, got, run_gae(rewards, values, m, 1.0, 0.99, torch.arange(len(lengths)) / 4, holes, cu)))
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+@pytest.mark.parametrize("lengths", [[0, 1, 130, 17, 0, 129], [TILE + 3, 0, 2 * TILE, TILE + 1]])
+def test_packed_gives_the_bits_of_padded(holes, lengths):
+    b, t = len(lengths), max(lengths)
+    lengths = torch.tensor(lengths)
+    rewards, values, m = batch(b, t, "holes")
+    inside = torch.arange(t) < lengths[:, None]
+    m = m & inside
+    cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    options = {"bootstrap": torch.arange(b) / 4, "holes": holes}
+    padded = run_gae(rewards, values, m, **options)
+    packed = check_gae(rewards[inside], values[inside], m[inside], **options, cu_seqlens=cu)
+    for x, y in zip(packed, padded, strict=True):
+        assert torch.equal(x, y[inside])
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_gae_of_unaligned_memory(shift):
+    rewards, values, m = batch(3, 40, "holes")
+
+    def moved(x):
+        return torch.empty(x.numel() + shift, dtype=x.dtype)[shift:].view(x.shape).copy_(x)
+
+    got = run_gae(moved(rewards), moved(values), moved(m))
+    assert all(map(torch.equal, got, run_gae(rewards, values, m)))
+
+
+@pytest.mark.parametrize(("b", "t"), [(0, 5), (3, 0), (0, 0)])
+def test_empty(b, t):
+    x = torch.zeros(b, t)
+    assert run_gae(x, x, x.bool())[0].shape == (b, t)
+    assert run_rollout(torch.zeros(b), x, x, x, x.bool(), kl_coef=0.1, whiten_rewards=True)[0].shape == (b, t)
+
+
+def run_rollout(
+    scores, logprobs, ref_logprobs, values, mask, *, kl_coef, kl_estimator="k1", gamma=1.0, lam=0.95, score_clip=None,
+    score_index=None, bootstrap=None, holes="skip", whiten_rewards=False, whiten_advantages=True, cu_seqlens=None,
+):  # fmt: skip
+    return _cuda.rollout_advantages(
+        scores, logprobs, ref_logprobs, values, mask, kl_coef, KL_ESTIMATORS.index(kl_estimator), gamma, lam,
+        INF if score_clip is None else score_clip, score_index, bootstrap, holes == "skip", whiten_rewards,
+        whiten_advantages, cu_seqlens,
+    )  # fmt: skip
+
+
+def check_rollout(data, **options):
+    got = run_rollout(**data, **options)
+    eager = reference.rollout_advantages(**data, **options)
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    exact = reference.rollout_advantages(**double(data), **wide)
+    for x, name in zip(got, exact._fields, strict=True):
+        check_error(name, x, getattr(eager, name), getattr(exact, name))
+    return got
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("b", "t", "kl_estimator"),
+    [(1, 1, "k1"), (3, 17, "k1"), (3, 17, "k2"), (3, 17, "k3"), (3, 17, "abs"), (2, 600, "k3")],
+)
+def test_rollout(mask, b, t, kl_estimator):
+    data = rollout(b, t, mask)
+    for holes, rewards, advantages in itertools.product(("skip", "zero"), (False, True), (False, True)):
+        check_rollout(
+            data, kl_coef=0.1, kl_estimator=kl_estimator, gamma=0.99, holes=holes, score_clip=1.5,
+            whiten_rewards=rewards, whiten_advantages=advantages, bootstrap=torch.arange(b) / 2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_rollout_in_tiles(mask, whiten_rewards):
+    data = rollout(2, 2 * TILE + 3, mask)
+    check_rollout(data, kl_coef=0.1, holes="zero", whiten_rewards=whiten_rewards, bootstrap=torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+@pytest.mark.parametrize("score_index", [None, [0, 0, 999, 3, 0, 700]])
+def test_packed_rollout(whiten_rewards, score_index):
+    """Where the score goes: the last action, or a place that may be masked."""
+    b, t = 6, 1000
+    lengths = torch.tensor([0, 1, t, 17, 0, 801])
+    inside = torch.arange(t) < lengths[:, None]
+    data = rollout(b, t, "holes")
+    data["mask"] = data["mask"] & inside
+    options = {"kl_coef": 0.2, "whiten_rewards": whiten_rewards}
+    options["score_index"] = None if score_index is None else torch.tensor(score_index)
+    padded = run_rollout(**data, **options)
+    tokens = {k: v if k == "scores" else v[inside] for k, v in data.items()}
+    cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    packed = check_rollout(tokens, **options, cu_seqlens=cu)
+    for x, y in zip(packed, padded, strict=True):
+        torch.testing.assert_close(x, y[inside], rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, packed, run_rollout(**tokens, **options, cu_seqlens=cu)))
+
+
+def test_many_sequences_fold_their_sums():
+    """More sequences than every block of the whitening launch would add up again."""
+    check_rollout(rollout(2100, 3, "holes"), kl_coef=0.1)
+
+
+def test_a_score_behind_the_sequence_is_dropped():
+    data = rollout(2, 9, "all")
+    index = torch.tensor([9, -1])
+    got = run_rollout(**data, kl_coef=0.0, score_index=index)
+    assert got[2].abs().max() == 0
