@@ -1,6 +1,7 @@
 // The emulator's scheduler, and the module that the tests load in place of rlhf_kernels._C.
 #include "emulator.h"
 
+#include <algorithm>
 #include <exception>
 #include <utility>
 
@@ -51,19 +52,38 @@ void resume(Fiber& f) {
     swapcontext(&outside, &f.start);
 }
 
-// The order turns around after every round, so that a missing barrier does not pass by luck.
+// Every fiber of [begin, end), each until it waits; how many are not done.
+size_t round(std::vector<Fiber>& fibers, size_t begin, size_t end, size_t without) {
+    size_t left = 0;
+    for (size_t i = begin; i < end; i++) {
+        if (fibers[i].done || i / kWarp == without) continue;
+        resume(fibers[i]);
+        left += !fibers[i].done;
+    }
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+    return left;
+}
+
+// One warp is kept back until all the others wait for it, then another one: what only a barrier that is missing would order
+// comes in the wrong order.
 void run_cluster(std::vector<Fiber>& fibers) {
-    for (bool forward = true;; forward = !forward) {
-        const unsigned long before = progress;
-        size_t left = 0;
-        for (size_t i = 0; i < fibers.size(); i++) {
-            Fiber& f = fibers[forward ? i : fibers.size() - 1 - i];
-            if (!f.done) resume(f);
-            left += !f.done;
-        }
-        if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
-        if (!left) return;
-        if (progress == before) throw std::runtime_error("emulated kernel: threads wait at different barriers");
+    const size_t warps = fibers.size() / kWarp;
+    for (uint32_t draw = 1;;) {
+        const size_t slow = (draw >> 16) % warps;
+        draw = draw * 1664525 + 1013904223;
+        const unsigned long start = progress;
+        unsigned long before;
+        size_t left;
+        do {
+            before = progress;
+            left = round(fibers, 0, fibers.size(), slow);
+        } while (left && progress != before);
+        do {
+            before = progress;
+            left = round(fibers, slow * kWarp, (slow + 1) * kWarp, warps);
+        } while (left && progress != before);
+        if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; })) return;
+        if (progress == start) throw std::runtime_error("emulated kernel: threads wait at different barriers");
     }
 }
 

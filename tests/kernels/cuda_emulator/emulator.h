@@ -1,5 +1,5 @@
 // Runs CUDA C++ on the host: every thread of a block is a fiber, the blocks of a cluster run together, clusters one after the
-// other. Slow, and enough to check what a kernel computes; it says nothing about races that the fixed order hides.
+// other. Slow, and enough to check what a kernel computes; of all the orders that threads can run in it tries a few.
 // Built with -fsanitize=alignment: a 16-byte access that a device would refuse ends the process.
 #pragma once
 #include <csetjmp>
