@@ -1,8 +1,17 @@
-"""Set before anything imports Triton: without a GPU its kernels are tested through its interpreter."""
+"""What tests do without a GPU: Triton's kernels run through its interpreter, which is chosen before anything imports Triton."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` have nothing to run on without a device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA device"))

@@ -36,7 +36,8 @@ def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     assert x.is_contiguous() and scale.numel() == 1
     out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     if x.numel():
-        _scale_cast[blocks(x.numel())](x, scale, out, x.numel(), BLOCK, num_warps=WARPS)
+        with torch.cuda.device_of(x):
+            _scale_cast[blocks(x.numel())](x, scale, out, x.numel(), BLOCK, num_warps=WARPS)
     return out
 
 
@@ -65,9 +66,10 @@ def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, es
 def _kl_terms(grad: Tensor | None, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
     out, n = torch.empty_like(logprobs), logprobs.numel()
     if n:
-        _kl_penalty[blocks(n)](
-            grad, logprobs, ref_logprobs, out, n, estimator, grad is not None, BLOCK, num_warps=WARPS
-        )
+        with torch.cuda.device_of(logprobs):
+            _kl_penalty[blocks(n)](
+                grad, logprobs, ref_logprobs, out, n, estimator, grad is not None, BLOCK, num_warps=WARPS
+            )
     return out
 
 
@@ -100,5 +102,6 @@ def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.cons
 def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
     out, b = torch.empty_like(scores), scores.numel()
     if b:
-        _group_advantages[(b,)](scores, groups, out, b, kind, BLOCK=GROUP_BLOCK, num_warps=GROUP_WARPS)
+        with torch.cuda.device_of(scores):
+            _group_advantages[(b,)](scores, groups, out, b, kind, BLOCK=GROUP_BLOCK, num_warps=GROUP_WARPS)
     return out

@@ -235,18 +235,20 @@ def ppo_loss(
     partials = torch.empty(NUM_SUMS, segments, dtype=torch.float64, device=logprobs.device)
     sums = torch.empty(NUM_SUMS, dtype=torch.float64, device=logprobs.device)
     if segments:
-        _partials[(segments,)](
-            mask, logprobs, ppo.old_logprobs, ppo.advantages, ppo.weights, ppo.ref_logprobs, ppo.row_weight, entropy,
-            value_mask, values, old_values, returns, value_row_weight, sequences.cu_seqlens,
-            slope, value_slope, partials, n, sequences.length, segments,
-            s.cliprange, s.cliprange_high, s.dual_clip, s.log_ratio_clamp, s.old_kl_coef, s.kl_coef, s.entropy_coef,
-            s.cliprange_value if old_values is not None else math.inf,
-            OBJECTIVE=OBJECTIVES.index(s.objective), ESTIMATOR=KL_ESTIMATORS.index(s.kl_estimator),
-            SEQUENCE_LEVEL=sequence_level, PACKED=packed,
-            HAS_WEIGHTS=ppo.weights is not None, HAS_REF=ppo.ref_logprobs is not None,
-            HAS_ROW_WEIGHT=ppo.row_weight is not None, HAS_ENTROPY=entropy is not None,
-            HAS_VALUES=values is not None, HAS_OLD_VALUES=old_values is not None,
-            HAS_VALUE_ROW_WEIGHT=value_row_weight is not None, num_warps=WARPS,
-        )  # fmt: skip
-    _add_up[(NUM_SUMS,)](partials, sums, segments, num_warps=WARPS)
+        with torch.cuda.device_of(logprobs):
+            _partials[(segments,)](
+                mask, logprobs, ppo.old_logprobs, ppo.advantages, ppo.weights, ppo.ref_logprobs, ppo.row_weight, entropy,
+                value_mask, values, old_values, returns, value_row_weight, sequences.cu_seqlens,
+                slope, value_slope, partials, n, sequences.length, segments,
+                s.cliprange, s.cliprange_high, s.dual_clip, s.log_ratio_clamp, s.old_kl_coef, s.kl_coef, s.entropy_coef,
+                s.cliprange_value if old_values is not None else math.inf,
+                OBJECTIVE=OBJECTIVES.index(s.objective), ESTIMATOR=KL_ESTIMATORS.index(s.kl_estimator),
+                SEQUENCE_LEVEL=sequence_level, PACKED=packed,
+                HAS_WEIGHTS=ppo.weights is not None, HAS_REF=ppo.ref_logprobs is not None,
+                HAS_ROW_WEIGHT=ppo.row_weight is not None, HAS_ENTROPY=entropy is not None,
+                HAS_VALUES=values is not None, HAS_OLD_VALUES=old_values is not None,
+                HAS_VALUE_ROW_WEIGHT=value_row_weight is not None, num_warps=WARPS,
+            )  # fmt: skip
+    with torch.cuda.device_of(logprobs):
+        _add_up[(NUM_SUMS,)](partials, sums, segments, num_warps=WARPS)
     return slope, value_slope, sums

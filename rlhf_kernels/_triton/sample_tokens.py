@@ -161,10 +161,11 @@ def sample_tokens(
     b, v = logits.shape
     out = [torch.empty(b, dtype=dtype, device=logits.device) for dtype in (torch.int64, torch.float32, torch.float32)]
     if b:
-        _sample[(b,)](
-            logits, temperatures, sequence, position, *out, v, logits.stride(0),
-            temperature, top_k, top_p, math.log(min_p) if min_p else 0.0, seed,
-            HAS_TEMPERATURES=temperatures is not None, HAS_TOP_K=0 < top_k < v, HAS_TOP_P=top_p < 1, HAS_MIN_P=min_p > 0,
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):
+            _sample[(b,)](
+                logits, temperatures, sequence, position, *out, v, logits.stride(0),
+                temperature, top_k, top_p, math.log(min_p) if min_p else 0.0, seed,
+                HAS_TEMPERATURES=temperatures is not None, HAS_TOP_K=0 < top_k < v, HAS_TOP_P=top_p < 1, HAS_MIN_P=min_p > 0,
+                BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
     return tuple(out)

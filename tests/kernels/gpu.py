@@ -5,10 +5,7 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs an NVIDIA device")]
-"""Marks of a test that has nothing to run on without a device."""
-
-BACKENDS = ["triton", pytest.param("cuda", marks=needs_gpu)]
+BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 """Of the ops that have a kernel in both."""
 
 

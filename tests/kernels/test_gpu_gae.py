@@ -9,7 +9,7 @@ from rlhf_kernels import gae, reference
 from rlhf_kernels._triton import scan
 
 from .bounds import check_error
-from .gpu import DEVICE, needs_gpu, to_device
+from .gpu import DEVICE, to_device
 from .test_gae import INF, MASKS, NAN, batch
 
 
@@ -134,8 +134,7 @@ def test_not_a_number_stays_where_it_is_looked_at(small_tiles):
     assert torch.equal(got.advantages[0], clean.advantages[0])
 
 
-@needs_gpu[0]
-@needs_gpu[1]
+@pytest.mark.gpu
 @pytest.mark.parametrize(("b", "t"), [(3, 70_000), (2, 131_072)])
 def test_rows_longer_than_a_grid_axis(b, t):
     rewards, values, m = batch(b, t, "response with a hole")
@@ -146,8 +145,7 @@ def test_rows_longer_than_a_grid_axis(b, t):
         check_error(name, getattr(got, name), getattr(eager, name), getattr(exact, name))
 
 
-@needs_gpu[0]
-@needs_gpu[1]
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_tokens():
     b, t = 2**11 + 1, 2**20
     if torch.cuda.mem_get_info()[1] < 60e9:
@@ -160,8 +158,7 @@ def test_more_than_two_to_the_31_tokens():
         assert all(torch.equal(x[row][None], y) for x, y in zip(got, alone, strict=True))
 
 
-@needs_gpu[0]
-@needs_gpu[1]
+@pytest.mark.gpu
 def test_graph_capture():
     rewards, values, m = to_device(batch(4, 3000, "holes"))
     expected = gae(rewards, values, m, backend="triton")

@@ -7,7 +7,7 @@ from rlhf_kernels import masked_mean, masked_whiten
 from rlhf_kernels._triton import masked
 
 from .bounds import check_error
-from .gpu import DEVICE, needs_gpu, to_device
+from .gpu import DEVICE, to_device
 from .test_masked import NAN, batch
 
 OPS = (masked_mean, masked_whiten)
@@ -81,8 +81,7 @@ def test_half_precision_strides_and_repetition(tiles, op, dtype):
         assert torch.equal(other, expected)
 
 
-@needs_gpu[0]
-@needs_gpu[1]
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_more_than_two_to_the_31_entries_and_graph_capture(op):
     if torch.cuda.mem_get_info()[1] < 60e9:

@@ -9,7 +9,7 @@ from rlhf_kernels import reference, rollout_advantages
 from rlhf_kernels._triton import scan
 
 from .bounds import check_error
-from .gpu import DEVICE, needs_gpu, to_device
+from .gpu import DEVICE, to_device
 from .test_gae import INF, MASKS, NAN
 from .test_rollout_advantages import double, rollout
 
@@ -200,8 +200,7 @@ def test_whole_numbers_are_numbers(small_tiles):
     assert all(map(torch.equal, whole, expected))
 
 
-@needs_gpu[0]
-@needs_gpu[1]
+@pytest.mark.gpu
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_long_rows_and_graph_capture(whiten_rewards):
     data = rollout(3, 70_000, "response with a hole")
