@@ -167,6 +167,14 @@ def test_many_sequences_fold_their_sums():
     check_rollout(rollout(2100, 3, "holes"), kl_coef=0.1)
 
 
+def test_whitened_rewards_of_sequences_shorter_than_a_lane():
+    """Four tokens of one lane lie in two or three sequences, each with a score of its own."""
+    check_rollout(rollout(50, 3, "holes"), kl_coef=0.1, whiten_rewards=True)
+    cu = torch.tensor([0, 1, 1, 3, 4, 4, 9], dtype=torch.int32)
+    tokens = {k: v if k == "scores" else v[0] for k, v in rollout(1, 9, "all").items()}
+    check_rollout(tokens | {"scores": torch.arange(6) - 2.5}, kl_coef=0.1, whiten_rewards=True, cu_seqlens=cu)
+
+
 def test_a_score_behind_the_sequence_is_dropped():
     data = rollout(2, 9, "all")
     index = torch.tensor([9, -1])
