@@ -218,7 +218,7 @@ def test_usage_errors_are_exit_code_two(arguments, message, capsys):
 def test_it_refuses_to_check_what_is_interpreted(tmp_path):
     surroundings = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "benchmarks.compile_check"]
-    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
 
 
