@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.c*' -o -name '*.h')
 
-.PHONY: demo test lint bench bench-env build clean
+.PHONY: demo test lint compile-check bench bench-env build clean
 
 demo: build
 	$(BIN)/rlhf demo --output runs/demo
@@ -15,6 +15,10 @@ test: build lint
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every GPU kernel compiled for real chips, on a machine that has none: registers, spills, stack frames.
+compile-check: build
+	$(BIN)/python -m benchmarks.compile_check
 
 bench: bench-env
 	$(BIN)/python -m benchmarks

@@ -16,9 +16,11 @@ from torch import Tensor
 from .._native import NUM_SUMS
 from ..rows import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
 from .math import expm1_minus_x, kl_slope, kl_value, surrogate, value_term
+from .scan import registers
 
-# 2 tokens a thread: some twenty numbers are alive of each, and with more of them ptxas spills to fit another program.
+# 2 tokens a thread: some twenty numbers are alive of each. Left alone, ptxas spills a few to fit another program.
 TILE, WARPS = 1024, 16
+LAUNCH = {"num_warps": WARPS, **registers(80)}
 # The order of the sums is that of csrc/args.h, PpoSum.
 _POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM = map(tl.constexpr, range(4))
 _ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(
@@ -247,7 +249,7 @@ def ppo_loss(
                 HAS_WEIGHTS=ppo.weights is not None, HAS_REF=ppo.ref_logprobs is not None,
                 HAS_ROW_WEIGHT=ppo.row_weight is not None, HAS_ENTROPY=entropy is not None,
                 HAS_VALUES=values is not None, HAS_OLD_VALUES=old_values is not None,
-                HAS_VALUE_ROW_WEIGHT=value_row_weight is not None, num_warps=WARPS,
+                HAS_VALUE_ROW_WEIGHT=value_row_weight is not None, **LAUNCH,
             )  # fmt: skip
     with torch.cuda.device_of(logprobs):
         _add_up[(NUM_SUMS,)](partials, sums, segments, num_warps=WARPS)

@@ -18,9 +18,9 @@ from .math import EXP2_LOW, LN2, LOG2E, factor_of, kl_slope, surrogate, warp, wa
 
 @triton.jit
 def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr):
-    """Where a row begins, in elements; see LogitRows.layout."""
-    if NESTED:
-        start = row // inner * outer_stride + row % inner * row_stride
+    """Where a row begins, in elements; see LogitRows.layout. NESTED: 0, or what the outer stride is a multiple of."""
+    if NESTED > 0:
+        start = row // inner * tl.multiple_of(outer_stride, NESTED) + row % inner * row_stride
     else:
         start = row * row_stride
     return start
@@ -124,7 +124,7 @@ def _put(stats, row, n, logprob, entropy, shift, inv_sum):
 
 
 # N and T come and go from call to call: nothing is compiled again for them, or for a coefficient.
-_VARYING = ["n", "inner", "temperature", "softcap", "logit_scale"]
+_VARYING = ["n", "inner", "outer_stride", "temperature", "softcap", "logit_scale"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -148,7 +148,7 @@ def _forward_kernel(
         _put(stats, row, n, 0.0, 0.0, 0.0, 0.0)
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "out_inner"])
+@triton.jit(do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride"])
 def _backward_kernel(
     logits, ids, mask, temperatures, stats, grad_logprobs, grad_entropy, out, n, vocab, row_stride, inner, outer_stride,
     out_row_stride, out_inner, out_outer_stride, temperature, softcap, logit_scale,
@@ -183,7 +183,7 @@ def _backward_kernel(
 _SCALARS = ["cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_kl_coef", "kl_coef", "entropy_coef"]
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "out_inner", *_SCALARS])
+@triton.jit(do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride", *_SCALARS])
 def _ppo_kernel(
     logits, ids, mask, temperatures, stats, old_logprobs, advantages, weights, ref_logprobs, row_weight, out, active,
     n, vocab, row_stride, inner, outer_stride, out_row_stride, out_inner, out_outer_stride, temperature, softcap,
@@ -244,11 +244,13 @@ def _launch_shape(x: LogitRows) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, 8 * block // most), "num_stages": 1}
 
 
-def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
-    """Row, inner and outer stride, and whether the latter two matter."""
+def _layout(x: LogitRows) -> tuple[tuple[int, int, int], int]:
+    """Row, inner and outer stride, and NESTED of `_row_start`."""
     n, _, row_stride, inner, outer_stride = x.layout()
-    nested = n > inner and outer_stride != inner * row_stride
-    return (row_stride, inner, outer_stride if nested else 0), nested
+    if n <= inner or outer_stride == inner * row_stride:
+        return (row_stride, inner, 0), 0
+    # Decided by the vocabulary: an odd one makes an even stride for some T only, which would be another kernel.
+    return (row_stride, inner, outer_stride), 16 if row_stride % 16 == 0 and outer_stride % 16 == 0 else 1
 
 
 def _transform(x: LogitRows) -> tuple[Tensor | None, tuple[float, float, float]]:

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Few rows are under way at once, often fewer than there are multiprocessors: 8 elements a thread of 16 warps keep one busy,
-# and their three float64 sums of the search still fit the registers.
-BLOCK, WARPS = 4096, 16
+# Few rows are under way at once, often fewer than there are multiprocessors, so a program has 16 warps. 4 elements a thread:
+# the three sums of the search, in float64, would spill with 8.
+BLOCK, WARPS = 2048, 16
 
 
 @triton.jit
