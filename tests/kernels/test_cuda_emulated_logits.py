@@ -241,10 +241,11 @@ def test_inplace_marks_the_logits_as_changed():
 
 def test_without_a_gradient_the_logits_stay():
     logits, constants, _ = batch(torch.float32)
-    before = logits.clone()
+    before, version = logits.clone(), logits._version
     with torch.no_grad():
         result = logits_ppo_loss(logits.requires_grad_(), **constants, inplace=True)
-    assert torch.equal(logits, before) and not result.loss.requires_grad
+    assert torch.equal(logits, before) and logits._version == version
+    assert not result.loss.requires_grad
 
 
 @pytest.mark.parametrize("split", ["eight", "two passes"])
@@ -260,7 +261,7 @@ def test_a_slice_is_read_where_it_lies(split):
     assert (got[:, -1] == 0).all()
     rows = logits.clone()
     with room(split):
-        y = logits_ppo_loss(rows.requires_grad_()[:, :-1] * 1, **cut, inplace=True).loss
+        y = logits_ppo_loss((rows.requires_grad_() * 1)[:, :-1], **cut, inplace=True).loss
         torch.testing.assert_close(torch.autograd.grad(y, rows)[0][:, :-1], expected)
 
 
@@ -291,11 +292,13 @@ def test_no_rows():
 def test_below_sm_90_there_are_no_clusters():
     logits, constants, _ = batch(torch.float32)
     module = cuda_emulator.load()
+    module.largest_cluster()
     module.set_capability(80)
     try:
         for split in ("one block", "eight"):  # the second one takes two passes then
             with room(split):
                 check(logits, constants)
+        assert module.largest_cluster() == 1
     finally:
         module.set_capability(90)
 

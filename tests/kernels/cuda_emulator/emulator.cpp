@@ -35,6 +35,9 @@ void enter() {
     self.warp().barrier.leave();
     self.block->barrier.leave();
     cluster->barrier.leave();
+    if (self.block->barrier.expected == 0) {  // gone: what another block reads of it from now on is NaN
+        std::fill(self.block->shared.begin(), self.block->shared.end() - kCanary, 0xff);
+    }
     _longjmp(scheduler, 1);
 }
 
