@@ -59,9 +59,18 @@ def find_nvcc():
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
 
 
-def cuda_targets():
+def known_architectures(nvcc):
+    """Those of CUDA_ARCHITECTURES that this nvcc compiles for; the others are named on stderr."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = {chip: code for chip, code in CUDA_ARCHITECTURES.items() if f"sm_{chip}" in listed}
+    for chip in sorted(CUDA_ARCHITECTURES.keys() - known.keys()):
+        print(f"{nvcc} does not know sm_{chip}: building without it", file=sys.stderr)
+    return known
+
+
+def cuda_targets(architectures):
     """nvcc's options for every chip."""
-    *older, newest = CUDA_ARCHITECTURES.values()
+    *older, newest = architectures.values()
     codes = [f"arch=compute_{x},code=sm_{x}" for x in older]
     return [f"-gencode={x}" for x in (*codes, f"arch=compute_{newest},code=[sm_{newest},compute_{newest}]")]
 
@@ -74,7 +83,9 @@ def cuda_libraries(nvcc):
     for line in said.splitlines():
         if line.startswith("#$ LIBRARIES="):
             folders = [x.strip('"').removeprefix("-L") for x in line.removeprefix("#$ LIBRARIES=").split()]
-            return next(x for x in folders if os.path.exists(os.path.join(x, "libcudart_static.a")))
+            for folder in folders:
+                if os.path.exists(os.path.join(folder, "libcudart_static.a")):
+                    return folder
     raise FileNotFoundError(f"libcudart_static.a: {nvcc} names no folder that has it")
 
 
@@ -86,26 +97,32 @@ class BuildKernels(build_ext):
         if not cpu_sources:
             raise FileNotFoundError("csrc/cpu: no .cpp file, expected the kernels' sources")
         nvcc = find_nvcc()
-        jobs = [lambda s=s: self._compile_cuda(nvcc, s) for s in sorted(Path("csrc/cuda").glob("*.cu")) if nvcc]
+        architectures = known_architectures(nvcc) if nvcc else {}
+        jobs = [
+            lambda s=s: self._compile_cuda(nvcc, architectures, s)
+            for s in sorted(Path("csrc/cuda").glob("*.cu"))
+            if nvcc
+        ]
         jobs += [lambda s=s, i=i: self._compile(s, *i) for s in cpu_sources for i in INSTRUCTION_SETS.items()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = [o for objects in pool.map(lambda job: job(), jobs) for o in objects]
         if nvcc:
-            self._link_cuda(ext, nvcc)
+            self._link_cuda(ext, nvcc, architectures)
         else:
             print("nvcc was not found on the PATH or in CUDA_HOME: building without CUDA kernels", file=sys.stderr)
         super().build_extension(ext)
 
-    def _link_cuda(self, ext, nvcc):
+    def _link_cuda(self, ext, nvcc, architectures):
         ext.sources = [*ext.sources, "csrc/cuda/bindings.cpp"]
-        ext.define_macros = [*ext.define_macros, ("RLHF_CUDA", ",".join(map(str, CUDA_ARCHITECTURES)))]
+        ext.define_macros = [*ext.define_macros, ("RLHF_CUDA", ",".join(map(str, architectures)))]
         ext.library_dirs = [cuda_libraries(nvcc)]
         ext.libraries = ["cudart_static", "pthread", "dl", "rt"]
 
-    def _compile_cuda(self, nvcc, source):
+    def _compile_cuda(self, nvcc, architectures, source):
         target = Path(self.build_temp, "cuda", f"{source.stem}.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([nvcc, *NVCC_FLAGS, *cuda_targets(), "-Icsrc", "-c", str(source), "-o", str(target)], check=True)
+        options = [*NVCC_FLAGS, *cuda_targets(architectures), "-Icsrc"]
+        subprocess.run([nvcc, *options, "-c", str(source), "-o", str(target)], check=True)
         return [str(target)]
 
     def _compile(self, source, isa, flags):

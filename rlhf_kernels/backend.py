@@ -129,10 +129,14 @@ def interprets() -> bool:
 
 
 @cache
-def why_no_cuda(device: torch.device) -> str:
-    """Why the CUDA C++ kernels cannot run on this device; empty when they can."""
+def why_no_cuda(op: str, device: torch.device) -> str:
+    """Why the CUDA C++ kernel of `op` cannot run on this device; empty when it can."""
+    if op == "logits_ppo_loss" and why_no_triton():
+        return f"the sums of its loss are Triton's: {why_no_triton()}"
     if not _native.AVAILABLE:
         return _native.why_missing()
+    if torch.version.hip:
+        return "its kernels are for NVIDIA devices"
     built = _native.extension().cuda_architectures()
     if not built:
         return "the extension was built without nvcc; install the CUDA toolkit and build again"
@@ -151,7 +155,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("cpu", "C++ kernels") if _native.AVAILABLE else Choice("reference", _native.why_missing())
     if device.type != "cuda":
         return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
-    if op in CUDA_OPS and not why_no_cuda(device):
+    if op in CUDA_OPS and not why_no_cuda(op, device):
         return Choice("cuda", "CUDA C++ kernels")
     return Choice("reference", why_no_triton()) if why_no_triton() else Choice("triton", "Triton kernels")
 
@@ -182,7 +186,9 @@ def _why_not(op: str, backend: str, tensor: Tensor) -> str:
     if backend == "cuda":
         if op not in CUDA_OPS:
             return f"{op} has no CUDA C++ kernel, only {', '.join(CUDA_OPS)} do; use backend='triton'"
-        return why_no_cuda(device) if device.type == "cuda" else f"the tensors are on {device}, expected CUDA tensors"
+        return (
+            why_no_cuda(op, device) if device.type == "cuda" else f"the tensors are on {device}, expected CUDA tensors"
+        )
     if why_no_triton():
         return why_no_triton()
     if device.type == "cpu" and not interprets():

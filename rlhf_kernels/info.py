@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import _native, ops
-from .backend import NATIVE_DTYPES, choose
+from .backend import NATIVE_DTYPES, choose, why_no_triton
 
 
 def openmp_runtimes() -> list[str]:
@@ -41,7 +41,14 @@ def build() -> list[tuple[str, str]]:
         own = "not installed (run from a source tree)"
     state = f"loaded, instruction set {_native.extension().isa()}" if _native.AVAILABLE else _native.why_missing()
     rows = [("rlhf-kernels", own), ("python", sys.version.split()[0]), ("torch", torch.__version__)]
-    rows += [("extension", state), ("threads", str(torch.get_num_threads()))]
+    chips = _native.extension().cuda_architectures() if _native.AVAILABLE else []
+    gpu = ", ".join(f"sm_{chip}" for chip in chips) or "none: it was built without nvcc"
+    rows += [
+        ("extension", state),
+        ("CUDA C++ for", gpu),
+        ("Triton", why_no_triton() or "can be imported"),
+        ("threads", str(torch.get_num_threads())),
+    ]
     if sys.platform == "linux":
         rows.append(("OpenMP runtimes", ", ".join(openmp_runtimes()) or "none"))
     return rows

@@ -222,7 +222,7 @@ class TinyBench(Bench):
     def size(self, full, tiny):
         return tiny
 
-    def why_no_cuda(self):
+    def why_no_cuda(self, op):
         return "no device"
 
     def peak_bytes(self, call):

@@ -33,12 +33,12 @@ class Bench:
 
     def backends(self, op: str) -> Iterator[str]:
         yield "triton"
-        if op in CUDA_OPS and not self.why_no_cuda():
+        if op in CUDA_OPS and not self.why_no_cuda(op):
             yield "cuda"
 
-    def why_no_cuda(self) -> str:
-        """Why the CUDA C++ kernels cannot run here; empty when they can."""
-        return "a dry run has no device" if self.dry_run else why_no_cuda(self.device)
+    def why_no_cuda(self, op: str) -> str:
+        """Why the CUDA C++ kernel of `op` cannot run here; empty when it can."""
+        return "a dry run has no device" if self.dry_run else why_no_cuda(op, self.device)
 
     def moved(self, count: float, seconds: float | None) -> str:
         """`seconds` beside the time that moving `count` bytes takes at the copy's rate."""

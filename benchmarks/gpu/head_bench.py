@@ -158,8 +158,8 @@ def logits_level(bench: Bench) -> Iterator[Entry]:
             elif not inplace:
                 floor = bench.copy_seconds(6 * n * v)
                 yield Entry(f"moving 6NV bytes / {name}", ratio(floor, seconds), bound=0.85, at_least=True)
-    if bench.why_no_cuda():
-        yield Entry("logits_ppo_loss, cuda", bound=1.2, skipped=bench.why_no_cuda())
+    if bench.why_no_cuda("logits_ppo_loss"):
+        yield Entry("logits_ppo_loss, cuda", bound=1.2, skipped=bench.why_no_cuda("logits_ppo_loss"))
 
 
 PARTS = {

@@ -24,6 +24,9 @@ BINDING = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 
 """Arguments are specialised per kind of device, not per architecture; one of each kind stands for the others."""
 
 
+NVIDIA_OPTIONS = ("maxnreg",)
+
+
 @dataclass(frozen=True)
 class Form:
     """One form of a kernel that a compiler has to make: what Triton's cache would have one entry for."""
@@ -72,8 +75,10 @@ def recording() -> Iterator[Recording]:
 
     def run(kernel: JITFunction, *args, grid, warmup, **kwargs):
         for kind, target in BINDING.items():
+            # On an AMD device the launchers themselves leave these out (rlhf_kernels/_triton/scan.py).
+            known = {name: value for name, value in kwargs.items() if kind == "cuda" or name not in NVIDIA_OPTIONS}
             try:
-                made.forms[kind].append(bind(kernel, make_backend(target), args, kwargs))
+                made.forms[kind].append(bind(kernel, make_backend(target), args, known))
             except KeyError as error:
                 made.refusals.append(f"{label(kernel)} cannot be launched on a {kind} device: {error.args[0]}")
         if callable(grid):

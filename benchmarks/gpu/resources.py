@@ -59,10 +59,7 @@ def triton_usage(form: Form, specimen: str, target: str) -> Usage:
     """Compile one form of a Triton kernel for one target."""
     source = ASTSource(form.kernel, form.signature, form.constexprs, form.attributes)
     try:
-        # A launcher on an AMD device leaves this option out (rlhf_kernels/_triton/scan.py).
-        unknown = {"maxnreg"} if target.startswith("gfx") else set()
-        options = {name: value for name, value in form.options.items() if name not in unknown}
-        made = compile(source, target=TARGETS[target], options=options)
+        made = compile(source, target=TARGETS[target], options=form.options)
     except (TritonError, RuntimeError) as error:
         return Usage(form.name, specimen, target, error=f"{type(error).__name__}: {last_line(str(error))}")
     if target.startswith("gfx"):
@@ -90,6 +87,8 @@ def _spilled(made) -> int:
         source.write_text(made.asm["ptx"])
         for assembler in ("ptxas-blackwell", "ptxas"):  # which of the two is the newer one has changed
             flags = ["-v", f"--gpu-name={architecture}", str(source), "-o", f"{folder}/kernel.cubin"]
+            if not Path(_bundled(assembler)).exists():
+                continue
             done = subprocess.run([_bundled(assembler), *flags], capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 break

@@ -45,8 +45,8 @@ def gae_time(bench: Bench) -> Iterator[Entry]:
             yield microseconds(
                 f"gae {b}x{t}, {backend}", seconds, f"17 bytes an element{bench.moved(moved, seconds)}", bound=bound
             )
-    if bench.why_no_cuda():
-        yield Entry("gae, cuda", skipped=bench.why_no_cuda())
+    if bench.why_no_cuda("gae"):
+        yield Entry("gae, cuda", skipped=bench.why_no_cuda("gae"))
 
 
 def rollout_time(bench: Bench) -> Iterator[Entry]:
@@ -72,8 +72,8 @@ def rollout_time(bench: Bench) -> Iterator[Entry]:
             yield Entry(f"{name} / moving {count} bytes an element", share, bound=1.25)
             note = f"a copy that reads {count} bytes an element and writes as many"
             yield Entry(f"{name} / block copy", ratio(seconds, block), note=note)
-    if bench.why_no_cuda():
-        yield Entry("rollout_advantages, cuda", skipped=bench.why_no_cuda())
+    if bench.why_no_cuda("rollout_advantages"):
+        yield Entry("rollout_advantages, cuda", skipped=bench.why_no_cuda("rollout_advantages"))
 
 
 def logprobs_time(bench: Bench) -> Iterator[Entry]:

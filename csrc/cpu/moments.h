@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 
+#include "../math/moments.h"
 #include "simd.h"
 
 namespace rlhf {
@@ -37,10 +38,6 @@ struct LaneSums {
         for (int i = 0; i < W / 2; i++) s += high[i];
         return s;
     }
-};
-
-struct Moments {
-    double count, sum, squares;
 };
 
 // W tokens of `v` where the mask counts them, else 0. Selected, not multiplied: a masked entry may hold anything.
@@ -84,31 +81,16 @@ RLHF_HD void add_moments(const float* x, const uint8_t* mask, int n, Moments& m)
 RLHF_HD Moments total(const Moments* parts, int64_t count) {
     Moments m{};
     for (int64_t i = 0; i < count; i++) {
-        m.count += parts[i].count;
-        m.sum += parts[i].sum;
-        m.squares += parts[i].squares;
+        m = m + parts[i];
     }
     return m;
-}
-
-RLHF_HD double mean_of(const Moments& m) { return m.sum / (m.count > 1 ? m.count : 1); }
-
-struct Whitening {
-    float mean, scale, offset;
-};
-
-// One entry, or none, has variance 0. Without `shift_mean` the mean is put back.
-RLHF_HD Whitening whitening(const Moments& m, bool shift_mean, bool unbiased) {
-    const double mean = mean_of(m), residual = m.squares - mean * m.sum;
-    const double degrees = m.count - unbiased, variance = (residual < 0 ? 0 : residual) / (degrees > 1 ? degrees : 1);
-    return {float(mean), float(1 / sqrt(variance + 1e-8)), shift_mean ? 0.f : float(mean)};
 }
 
 RLHF_HD void whiten(const float* x, const uint8_t* mask, int64_t n, const Whitening& w, float* out) {
     int64_t i = 0;
     for (; i + W <= n; i += W) store(out + i, where(mask + i, (load(x + i) - w.mean) * w.scale + w.offset));
     for (; i < n; i++) {
-        const float y = (x[i] - w.mean) * w.scale + w.offset;
+        const float y = whitened(x[i], w);
         out[i] = mask[i] ? y : 0.f;
     }
 }

@@ -26,12 +26,14 @@ struct f16 {
     uint16_t raw;
 };
 
-// How a kernel is launched; `shared` counts dynamic shared memory of a block in bytes.
+// How a kernel is launched; `shared` counts dynamic shared memory of a block in bytes, `shared_limit` the most that any
+// launch of this kernel takes: the limit is the kernel's, so threads that set one each would take each other's away.
 struct Launch {
     int64_t blocks;
     int threads;
     size_t shared = 0;
     int cluster = 1;
+    size_t shared_limit = 0;
 };
 
 }  // namespace cuda

@@ -29,8 +29,8 @@ template <class... P>
 void launch(const char* op, void (*kernel)(P...), Launch how, void* stream, P... arguments) {
     if (how.blocks == 0) return;
     if (how.blocks > 0x7fffffff) throw std::runtime_error(std::string(op) + ": more blocks than a grid has, split the call");
-    if (how.shared > 48 * 1024) {
-        check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared)));
+    if (how.shared_limit > 48 * 1024) {
+        check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_limit)));
         check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     }
     cudaLaunchConfig_t config = {};

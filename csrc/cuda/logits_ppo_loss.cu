@@ -151,7 +151,12 @@ __global__ void __launch_bounds__(kThreads, kResident) ppo_rows(LogitsPpoArgs a,
         cluster_wait();  // or another block's sums would be read before they are written
     }
     if (thread_id() < kWarp) {
-        const Sums s = CHIP ? sum_cluster(front, ranks, f) : front.mine;
+        Sums s{};
+        if (CHIP) {
+            s = sum_cluster(front, ranks, f);
+        } else if (thread_id() == 0) {
+            s = front.mine;  // thread 0's own; nothing has told the other lanes that it is there
+        }
         if (thread_id() == 0) front.gradient = finish_row(a, r, s, warp<CAP>(taken, f), f, first);
     }
     __syncthreads();  // or the gradient's coefficients would be read before they are written
@@ -220,7 +225,8 @@ void run(const LogitsPpoArgs& a, int64_t shared_limit, void* stream) {
     const char* op = "logits_ppo_loss";
     const Split split = split_of(a.x.vocab, sizeof(T), shared_limit);
     if (split.ranks) {
-        const Launch how{a.x.n * split.ranks, kThreads, sizeof(Front) + size_t(split.per) * 16, split.ranks};
+        const Launch how{a.x.n * split.ranks, kThreads, sizeof(Front) + size_t(split.per) * 16, split.ranks,
+                         size_t(shared_limit)};
         launch(op, ppo_rows<T, CAP, true>, how, stream, a, split.ranks, split.per);
     } else {
         launch(op, ppo_rows<T, CAP, false>, Launch{a.x.n, kThreads, sizeof(Front)}, stream, a, 1, int(a.x.vocab));

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) shape_rewards(RolloutArgs a, const i
 #pragma unroll
             for (int i = 0; i < kLane; i++) {
                 if (!(mask >> i & 1)) continue;
-                while (at + i >= span.begin + span.length) span = span_of(a.gae.sequences, ++b);
+                while (at + i >= span.begin + span.length && b + 1 < a.gae.sequences.count) span = span_of(a.gae.sequences, ++b);
                 const int64_t lands = a.score_index ? a.score_index[b] : last[b];
                 if (at + i - span.begin == lands) reward[i] += clipped_score(a, b);
                 const double x = reward[i];

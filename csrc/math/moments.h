@@ -12,6 +12,8 @@ RLHF_HD Moments operator+(const Moments& a, const Moments& b) {
     return {a.count + b.count, a.sum + b.sum, a.squares + b.squares};
 }
 
+RLHF_HD double mean_of(const Moments& m) { return m.sum / (m.count > 1 ? m.count : 1); }
+
 // y = (x - mean) * scale + offset
 struct Whitening {
     float mean, scale, offset;
@@ -19,7 +21,7 @@ struct Whitening {
 
 // One entry, or none, has variance 0. Without `shift_mean` the mean is put back.
 RLHF_HD Whitening whitening(const Moments& m, bool shift_mean, bool unbiased) {
-    const double mean = m.sum / (m.count > 1 ? m.count : 1), residual = m.squares - mean * m.sum;
+    const double mean = mean_of(m), residual = m.squares - mean * m.sum;
     const double degrees = m.count - unbiased, variance = (residual < 0 ? 0 : residual) / (degrees > 1 ? degrees : 1);
     return {float(mean), float(1 / sqrt(variance + 1e-8)), shift_mean ? 0.f : float(mean)};
 }

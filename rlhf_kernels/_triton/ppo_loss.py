@@ -20,7 +20,7 @@ from .scan import registers
 
 # 2 tokens a thread: some twenty numbers are alive of each. Left alone, ptxas spills a few to fit another program.
 TILE, WARPS = 1024, 16
-LAUNCH = {"num_warps": WARPS, **registers(80)}
+LAUNCH = {"num_warps": WARPS, **registers(128)}
 # The order of the sums is that of csrc/args.h, PpoSum.
 _POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM = map(tl.constexpr, range(4))
 _ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(
@@ -128,11 +128,19 @@ def _values(
     return sums
 
 
+# Rows of statistics are among them, and begin at any multiple of N.
+_TOKENS = [
+    "mask", "logprobs", "old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight", "entropy", "value_mask",
+    "values", "old_values", "returns", "value_row_weight",
+]  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=[
         "n", "length", "segments", "cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_kl_coef", "kl_coef",
         "entropy_coef", "cliprange_value",
-    ]
+    ],
+    do_not_specialize_on_alignment=_TOKENS,
 )  # fmt: skip
 def _partials(
     mask, logprobs, old_logprobs, advantages, weights, ref_logprobs, row_weight, entropy,

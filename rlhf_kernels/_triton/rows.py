@@ -17,10 +17,12 @@ from .math import EXP2_LOW, LN2, LOG2E, factor_of, kl_slope, surrogate, warp, wa
 
 
 @triton.jit
-def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr):
-    """Where a row begins, in elements; see LogitRows.layout. NESTED: 0, or what the outer stride is a multiple of."""
-    if NESTED > 0:
-        start = row // inner * tl.multiple_of(outer_stride, NESTED) + row % inner * row_stride
+def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where a row begins, in elements; see LogitRows.layout."""
+    if NESTED:
+        if ALIGNED:
+            outer_stride = tl.multiple_of(outer_stride, 16)
+        start = row // inner * outer_stride + row % inner * row_stride
     else:
         start = row * row_stride
     return start
@@ -59,7 +61,8 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
             w = tl.where(start + tl.arange(0, BLOCK) < vocab, w, float("-inf"))  # tanh made -softcap of the filler
         high = tl.maximum(shift, tl.max(w, 0))
         # Nothing but -inf so far has no distance: -inf - -inf is NaN. A sum that is NaN stays.
-        move = tl.where(total > 0, (shift - high) * rate, 0.0)
+        # Bounded, for logits that were masked with the lowest number are so far below that 0 * -inf would follow.
+        move = tl.where(total > 0, tl.maximum((shift - high) * rate, -1000.0), 0.0)
         scale = tl.exp2(move)
         weighted = scale * (weighted + move * total)
         total = scale * total
@@ -124,13 +127,15 @@ def _put(stats, row, n, logprob, entropy, shift, inv_sum):
 
 
 # N and T come and go from call to call: nothing is compiled again for them, or for a coefficient.
+# Views of longer tensors begin anywhere, and each of their numbers is read alone.
+_PER_ROW = ["ids", "mask", "temperatures", "stats"]
 _VARYING = ["n", "inner", "outer_stride", "temperature", "softcap", "logit_scale"]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PER_ROW)
 def _forward_kernel(
     logits, ids, mask, temperatures, stats, n, vocab, row_stride, inner, outer_stride, temperature, softcap, logit_scale,
-    NESTED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     counts = True
@@ -139,7 +144,7 @@ def _forward_kernel(
     if counts:
         if temperatures is not None:
             temperature = tl.load(temperatures + row)
-        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
+        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED, ALIGNED)
         logprob, entropy, shift, inv_sum = _stats(
             u, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, HAS_CAP, BLOCK
         )
@@ -148,11 +153,14 @@ def _forward_kernel(
         _put(stats, row, n, 0.0, 0.0, 0.0, 0.0)
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride"])
+@triton.jit(
+    do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride"],
+    do_not_specialize_on_alignment=[*_PER_ROW, "grad_logprobs", "grad_entropy"],
+)
 def _backward_kernel(
     logits, ids, mask, temperatures, stats, grad_logprobs, grad_entropy, out, n, vocab, row_stride, inner, outer_stride,
     out_row_stride, out_inner, out_outer_stride, temperature, softcap, logit_scale,
-    NESTED: tl.constexpr, OUT_NESTED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, OUT_NESTED: tl.constexpr, ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     g, h = 0.0, 0.0
@@ -164,11 +172,11 @@ def _backward_kernel(
             g = tl.load(grad_logprobs + row)
         if grad_entropy is not None:
             h = tl.load(grad_entropy + row)
-    out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED)
+    out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED, ALIGNED)
     if (g != 0) | (h != 0):
         if temperatures is not None:
             temperature = tl.load(temperatures + row)
-        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
+        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED, ALIGNED)
         entropy = tl.load(stats + n.to(tl.int64) + row)
         shift = tl.load(stats + n.to(tl.int64) * 2 + row)
         inv_sum = tl.load(stats + n.to(tl.int64) * 3 + row)
@@ -180,19 +188,23 @@ def _backward_kernel(
         _write_zeros(out, vocab, BLOCK)
 
 
+_PPO_ROWS = ["old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight"]
 _SCALARS = ["cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_kl_coef", "kl_coef", "entropy_coef"]
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride", *_SCALARS])
+@triton.jit(
+    do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride", *_SCALARS],
+    do_not_specialize_on_alignment=[*_PER_ROW, *_PPO_ROWS, "active"],
+)
 def _ppo_kernel(
     logits, ids, mask, temperatures, stats, old_logprobs, advantages, weights, ref_logprobs, row_weight, out, active,
     n, vocab, row_stride, inner, outer_stride, out_row_stride, out_inner, out_outer_stride, temperature, softcap,
     logit_scale, cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, kl_coef, entropy_coef,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, NESTED: tl.constexpr, OUT_NESTED: tl.constexpr,
-    HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED)
+    out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED, ALIGNED)
     live = False
     counts = True
     if mask is not None:
@@ -200,7 +212,7 @@ def _ppo_kernel(
     if counts:
         if temperatures is not None:
             temperature = tl.load(temperatures + row)
-        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED)
+        u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED, ALIGNED)
         id = _id(ids, row, vocab)
         logprob, entropy, shift, inv_sum = _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP, BLOCK)
         _put(stats, row, n, logprob, entropy, shift, inv_sum)
@@ -209,6 +221,7 @@ def _ppo_kernel(
             logprob - tl.load(old_logprobs + row), logprob, tl.load(advantages + row), cliprange, cliprange_high,
             dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
         )  # fmt: skip
+        g = tl.where(logprob == logprob, g, float("nan"))  # of an id that does not exist, whatever the objective
         if weights is not None:
             g *= tl.load(weights + row)
         if ref_logprobs is not None:
@@ -244,13 +257,20 @@ def _launch_shape(x: LogitRows) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, 8 * block // most), "num_stages": 1}
 
 
-def _layout(x: LogitRows) -> tuple[tuple[int, int, int], int]:
-    """Row, inner and outer stride, and NESTED of `_row_start`."""
+def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
+    """Row, inner and outer stride, and whether the latter two matter."""
     n, _, row_stride, inner, outer_stride = x.layout()
     if n <= inner or outer_stride == inner * row_stride:
-        return (row_stride, inner, 0), 0
-    # Decided by the vocabulary: an odd one makes an even stride for some T only, which would be another kernel.
-    return (row_stride, inner, outer_stride), 16 if row_stride % 16 == 0 and outer_stride % 16 == 0 else 1
+        return (row_stride, inner, 0), False
+    return (row_stride, inner, outer_stride), True
+
+
+def _flags(x: LogitRows, nested: bool) -> dict[str, bool]:
+    # Whether strides are multiples of 16 is for the vocabulary to decide: an odd one has such a stride for some T only, and
+    # those would be another kernel.
+    (row_stride, _, outer_stride), _ = _layout(x)
+    aligned = row_stride % 16 == 0 and outer_stride % 16 == 0
+    return {"NESTED": nested, "ALIGNED": aligned, "HAS_CAP": x.transform.softcap is not None}
 
 
 def _transform(x: LogitRows) -> tuple[Tensor | None, tuple[float, float, float]]:
@@ -272,7 +292,7 @@ def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
     with torch.cuda.device_of(x.logits):
         _forward_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, n, vocab, *strides, *transform,
-            NESTED=nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(x),
+            **_flags(x, nested), **_launch_shape(x),
         )  # fmt: skip
 
 
@@ -288,7 +308,7 @@ def token_logprobs_backward(
     with torch.cuda.device_of(x.logits):
         _backward_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, grad_logprobs, grad_entropy, out, n, vocab, *strides,
-            *out_strides, *transform, NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None,
+            *out_strides, *transform, OUT_NESTED=out_nested, **_flags(x, nested),
             **_launch_shape(x),
         )  # fmt: skip
 
@@ -308,6 +328,6 @@ def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Te
             ppo.ref_logprobs, ppo.row_weight, out, active, n, vocab, *strides, *out_strides, *transform,
             *(float(getattr(p, name)) for name in _SCALARS),
             OBJECTIVE=OBJECTIVES.index(p.objective), KL=KL_ESTIMATORS.index(p.kl_estimator), ENTROPY=p.entropy_coef != 0,
-            NESTED=nested, OUT_NESTED=out_nested, HAS_CAP=x.transform.softcap is not None, **_launch_shape(x),
+            OUT_NESTED=out_nested, **_flags(x, nested), **_launch_shape(x),
         )  # fmt: skip
     return active

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .scan import registers
+
 # Few rows are under way at once, often fewer than there are multiprocessors, so a program has 16 warps. 4 elements a thread:
-# the three sums of the search, in float64, would spill with 8.
-BLOCK, WARPS = 2048, 16
+# the three sums of the search, in float64, would spill with 8, and with the registers that ptxas takes of its own accord.
+LAUNCH = {"BLOCK": 2048, "num_warps": 16, **registers(128)}
 
 
 @triton.jit
@@ -120,7 +122,7 @@ def _sample(
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     row = logits + r * row_stride
-    factor = tl.div_rn(1.0, tl.load(temperatures + r) if HAS_TEMPERATURES else tl.to_tensor(temperature).to(tl.float32))
+    factor = tl.div_rn(1.0, tl.load(temperatures + r) if HAS_TEMPERATURES else tl.cast(temperature, tl.float32))
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, vocab, BLOCK):
         tops = tl.maximum(tops, _logits(row, start + tl.arange(0, BLOCK), vocab))
@@ -166,6 +168,6 @@ def sample_tokens(
                 logits, temperatures, sequence, position, *out, v, logits.stride(0),
                 temperature, top_k, top_p, math.log(min_p) if min_p else 0.0, seed,
                 HAS_TEMPERATURES=temperatures is not None, HAS_TOP_K=0 < top_k < v, HAS_TOP_P=top_p < 1, HAS_MIN_P=min_p > 0,
-                BLOCK=BLOCK, num_warps=WARPS,
+                **LAUNCH,
             )  # fmt: skip
     return tuple(out)

@@ -100,7 +100,10 @@ class HeadGradients:
             product(dlogits, self.head.weight, self.hidden[rows])
         elif self.hidden is not None:
             target = rows if self.rows.index is None else self.rows.index[rows]
-            self.hidden[target] = torch.mm(dlogits, self.head.weight).float()
+            dtype = torch.float32 if self.wide else dlogits.dtype
+            part = torch.empty(len(dlogits), self.hidden.shape[1], dtype=dtype, device=dlogits.device)
+            product(dlogits, self.head.weight, part)
+            self.hidden[target] = part.float()
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=torch.float32)
 

@@ -10,7 +10,7 @@ from . import checks
 from .ppo_arguments import PPOArguments
 from .ppo_terms import Terms, as_loss, flat
 from .registry import define, refuse, schema_of
-from .token_logprobs import as_rows
+from .token_logprobs import as_rows, overwritable
 
 
 def one_pass_ppo_loss(
@@ -28,7 +28,7 @@ def one_pass_ppo_loss(
         rows,
         values,
         needs,
-        inplace and needs[0] and _overwritable(rows),
+        inplace and needs[0] and overwritable(rows),
         ids.reshape(-1).long(),
         per_row,
         1.0 if per_row is not None else float(temperature),
@@ -47,10 +47,6 @@ def serves(args: PPOArguments, logits: Tensor, inplace: bool) -> bool:
     Over the logits in float16 it cannot: what a loss scale would lift is 0 by then, and the logits are gone.
     """
     return args.ratio_level == "token" and not (inplace and logits.dtype == torch.float16)
-
-
-def _overwritable(logits: Tensor) -> bool:
-    return checks.is_eager(logits) and logits.stride(-2) >= logits.shape[-1]
 
 
 def _forward(
@@ -131,7 +127,8 @@ class OnePass(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         saved = [x for x in rest if isinstance(x, Tensor)]
         ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in rest]
-        ctx.save_for_backward(logits, gradient, stats, coefficients, value_slope, *saved)
+        # Saved once: hooks that store tensors elsewhere would bring back two of what is one.
+        ctx.save_for_backward(None if ctx.inplace else logits, gradient, stats, coefficients, value_slope, *saved)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -144,6 +141,7 @@ class OnePass(torch.autograd.Function):
         if torch.is_grad_enabled() and checks.is_eager(grad_loss):
             refuse(ctx)  # create_graph=True: the gradients are no function here
         logits, gradient, stats, coefficients, value_slope, *saved = ctx.saved_tensors
+        logits = gradient if logits is None else logits
         tensors = iter(saved)
         rest = [next(tensors) if x is None else x[0] for x in ctx.rest]
         if ctx.needs[0]:

@@ -75,6 +75,14 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
 
 
+def overwritable(logits: Tensor) -> bool:
+    """Whether each row has bytes of its own for its gradient, which those of an expanded tensor do not have."""
+    rows_apart = logits.stride(-2) >= logits.shape[-1]
+    if logits.dim() == 3 and logits.shape[0] > 1:
+        rows_apart = rows_apart and logits.stride(0) >= logits.shape[1] * logits.stride(1)
+    return checks.is_eager(logits) and rows_apart
+
+
 def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, logit_scale, mask) -> None:
     checks.floating("logits", logits, dims=tuple(range(1, 8)), what="[..., V]")
     rows = logits.shape[:-1]
@@ -158,8 +166,7 @@ def _differentiate(ctx, grad_logprobs, grad_entropy, _):
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
         return None, *nothing
     stats, logits, *rest = ctx.saved_tensors
-    # Rows that share bytes, of an expanded tensor, cannot hold a gradient each.
-    if ctx.inplace and checks.is_eager(logits) and logits.stride(-2) >= logits.shape[-1]:
+    if ctx.inplace and overwritable(logits):
         with torch.no_grad():
             _write_gradient(logits, grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars)
         # The version tells autograd that the logits are gone, so that a second use of them raises.

@@ -70,9 +70,18 @@ def test_where_nvcc_is_looked_for(build, tmp_path, monkeypatch):
 
 
 def test_chips_of_the_build(build):
-    *older, newest = build.cuda_targets()
+    *older, newest = build.cuda_targets(build.CUDA_ARCHITECTURES)
     assert older == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
     assert newest == "-gencode=arch=compute_100,code=[sm_100,compute_100]"
+
+
+def test_a_chip_that_nvcc_does_not_know_is_left_out_and_named(build, tmp_path, capsys):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'sm_75\\nsm_80\\nsm_90\\n'\n")
+    nvcc.chmod(0o755)
+    assert build.known_architectures(str(nvcc)) == {80: "80", 90: "90a"}
+    assert capsys.readouterr().err.splitlines() == [f"{nvcc} does not know sm_100: building without it"]
+    assert build.cuda_targets({80: "80", 90: "90a"})[-1] == "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"
 
 
 @pytest.fixture
@@ -81,8 +90,9 @@ def command(build, monkeypatch):
     made = []
     monkeypatch.setattr(build.build_ext, "build_extension", lambda self, ext: made.append(ext))
     monkeypatch.setattr(build.BuildKernels, "_compile", lambda self, source, isa, flags: [f"{isa}/{source}"])
-    monkeypatch.setattr(build.BuildKernels, "_compile_cuda", lambda self, nvcc, source: [str(source)])
+    monkeypatch.setattr(build.BuildKernels, "_compile_cuda", lambda self, nvcc, chips, source: [str(source)])
     monkeypatch.setattr(build, "cuda_libraries", lambda nvcc: "/toolkit/lib64")
+    monkeypatch.setattr(build, "known_architectures", lambda nvcc: build.CUDA_ARCHITECTURES)
     run = build.BuildKernels(Distribution())
     return lambda: run.build_extension(build.extension) or made[-1]
 
@@ -113,5 +123,5 @@ def test_a_build_without_nvcc_is_explained(monkeypatch):
 
     monkeypatch.setattr(_native, "_C", Bare)
     backend.why_no_cuda.cache_clear()
-    assert "built without nvcc; install the CUDA toolkit" in backend.why_no_cuda(torch.device("cuda"))
+    assert "built without nvcc; install the CUDA toolkit" in backend.why_no_cuda("gae", torch.device("cuda"))
     backend.why_no_cuda.cache_clear()

@@ -230,6 +230,18 @@ def test_inplace(split, upstream, dtype):
         assert torch.equal(torch.autograd.grad(loss, rows)[0], expected)
 
 
+def test_inplace_where_saved_tensors_are_stored_elsewhere():
+    """Hooks that offload bring back copies: the logits' bytes must not come back as something else than the gradient's."""
+    logits, constants, _ = batch(torch.bfloat16)
+    gradients = []
+    for pack in (lambda x: x, lambda x: x.clone()):
+        rows = logits.clone().requires_grad_() * 1
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = logits_ppo_loss(rows, **constants, inplace=True).loss
+        gradients.append(torch.autograd.grad(0.37 * loss, rows)[0])
+    assert torch.equal(*gradients)
+
+
 def test_inplace_marks_the_logits_as_changed():
     logits, constants, _ = batch(torch.float32)
     rows = logits.requires_grad_() * 1

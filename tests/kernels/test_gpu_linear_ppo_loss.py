@@ -91,6 +91,8 @@ def test_compaction_and_chunks(dtype, options, compact, chunk_tokens):
         leaves, constants, extra = batch(seed, dtype)
         constants["advantages"][:, ::3] = 0
         chosen = chosen_of("everything", options, extra) | ({"entropy_coef": 0.0} if options == "softcap" else {})
+        # k3 of a token far from the reference multiplies the error of its log-prob, in eager as here.
+        chosen = {k: v for k, v in chosen.items() if not k.startswith(("kl_", "ref_"))}
         results = [run(reference_loss, leaves, constants, chosen, kind) for kind in (dtype, torch.float64)]
         how = {"compact": compact, "chunk_tokens": chunk_tokens}
         draws.append((run(fused, leaves, constants, chosen | how, dtype), *results))

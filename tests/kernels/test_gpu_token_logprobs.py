@@ -105,10 +105,11 @@ def test_small_logits_under_a_wide_softcap():
     compare(1e-3 * torch.randn(5, 77), torch.randint(0, 77, (5,)), softcap=1000.0)
 
 
-def test_masked_columns():
+@pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
+def test_masked_columns(lowest):
     """A logit of -inf has probability 0, takes no part and gets no gradient; it must not turn 0 * inf into NaN."""
     logits = torch.randn(3, 20000, device=DEVICE)
-    logits[:, :9000] = -torch.inf  # a whole block and a part
+    logits[:, :9000] = lowest  # a whole block and a part
     logits.requires_grad_()
     out = token_logprobs(logits, torch.full((3,), 12000, device=DEVICE), entropy=True, backend="triton")
     cut = logits.detach()[:, 9000:].double().requires_grad_()
@@ -263,6 +264,16 @@ def epilogue(x, constants, scalars=SCALARS, out=None, **optional):
     out = torch.empty_like(x.logits) if out is None else out
     active = kernels("triton").ppo_epilogue(x, stats, PpoRows(scalars, *constants, *fields.values()), out)
     return stats, out, active
+
+
+def test_an_unknown_id_without_an_advantage_is_still_no_number():
+    """The slope of a policy gradient does not look at the log-prob."""
+    x = rows_of(2, 300)
+    x.ids[1] = 300
+    zeros = torch.zeros(2, device=DEVICE)
+    scalars = PpoScalars("policy_gradient", "k3", 0.2, 0.2, math.inf, math.inf, 0.0, 0.0, 0.0, math.inf)
+    _, out, active = epilogue(x, (zeros, zeros), scalars)
+    assert active.tolist() == [False, True] and out.isnan().all(1).tolist() == [False, True]
 
 
 def test_the_epilogue_is_the_forward_and_the_backward_of_the_rows_that_count():

@@ -144,16 +144,16 @@ def test_inplace_gradient_takes_the_logits_bytes():
     assert torch.equal(gradient, expected)
 
 
-def test_inplace_leaves_rows_that_share_bytes_alone():
+@pytest.mark.parametrize(("own", "shared"), [((1, 40), (5, 40)), ((1, 3, 40), (2, 3, 40))])
+def test_inplace_leaves_rows_that_share_bytes_alone(own, shared):
     from rlhf_kernels import logits_ppo_loss
 
-    row = torch.randn(1, 40).requires_grad_()
-    ids, mask = torch.arange(5), torch.ones(5, dtype=torch.bool)
+    row, tokens = torch.randn(own).requires_grad_(), shared[:-1]
+    ids, mask = torch.arange(math.prod(tokens)).view(tokens), torch.ones(tokens, dtype=torch.bool)
     gradients = []
     for inplace in (False, True):
-        loss = logits_ppo_loss(
-            (row * 1).expand(5, 40), ids, torch.full((5,), -3.5), torch.ones(5), mask, inplace=inplace
-        ).loss
+        logits = (row * 1).expand(shared)
+        loss = logits_ppo_loss(logits, ids, torch.full(tokens, -3.5), torch.ones(tokens), mask, inplace=inplace).loss
         gradients.append(torch.autograd.grad(loss, row)[0])
     assert torch.equal(*gradients)
 
