@@ -53,6 +53,9 @@ _MAY_CHANGE = {
     "ppo.updates",
     "ppo.checkpoint_every",
     "sft",
+    "eval",
+    "iterate",
+    "figure",
     "demo",
 }
 """Keys and sections that a resumed run may have otherwise: places, the length of the run, and what PPO does not read."""

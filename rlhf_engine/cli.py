@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
+from rlhf_engine.commands.options import ConfigOption, SetOption, quiet, read_config
+from rlhf_engine.commands.settings import config_app
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see rlhf_engine/demo/demo.yaml.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, such as ppo.kl_coef=0.05; repeatable.")]
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
+app.add_typer(config_app, name="config")
 
 
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.
@@ -63,7 +64,7 @@ def demo(
     overrides: SetOption = None,
 ) -> None:
     """Runs the miniature InstructGPT: SFT, reward model, PPO, and a judged comparison (minutes, no GPU, no network)."""
-    _quiet()
+    quiet()
     from rlhf_engine.demo.run import run_demo
 
     typer.echo("\n" + run_demo(output, seed, tuple(overrides or ()), typer.echo))
@@ -71,19 +72,10 @@ def demo(
 
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
-    _quiet()
+    quiet()
     from rlhf_engine import stages
-    from rlhf_engine.config import load_config
 
-    return getattr(stages, stage)(load_config(config, overrides or ()), **options)
-
-
-def _quiet() -> None:
-    """Turns off the bars and tables that transformers prints as it loads: what is wrong there, we refuse in one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    return getattr(stages, stage)(read_config(config, overrides), **options)
 
 
 def main(arguments: list[str] | None = None) -> None:

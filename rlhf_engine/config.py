@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from rlhf_engine.config_eval import EvalConfig, FigureConfig, IterateConfig
 from rlhf_engine.schema import (
     Count,
     LearningRate,
@@ -265,8 +266,14 @@ class RunConfig(Section):
     """Sampling."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Reinforcement learning."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """A contest of two models."""
+    iterate: IterateConfig = field(default_factory=IterateConfig)
+    """Rounds of the whole procedure."""
+    figure: FigureConfig = field(default_factory=FigureConfig)
+    """Used by `rlhf figure` alone."""
     demo: DemoConfig = field(default_factory=DemoConfig)
-    """Used by `rlhf demo` alone."""
+    """Used by `rlhf demo` and `rlhf figure` alone."""
 
     def check(self) -> None:
         """Weights are float32: an update is often smaller than the spacing of bfloat16 or float16 around a weight."""

@@ -29,7 +29,9 @@ KERNEL_LAYERS = {
 # Lower to higher: a module or package of the engine imports from those before it, and from itself.
 ENGINE_LAYERS = (
     "schema",
+    "config_eval",
     "config",
+    "describe",
     "files",
     "data",
     "metrics",
@@ -40,7 +42,9 @@ ENGINE_LAYERS = (
     "plots",
     "checkpoint",
     "stages",
+    "pipelines",
     "demo",
+    "commands",
     "cli",
 )
 
