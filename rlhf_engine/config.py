@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf_engine.config_eval import EvalConfig, FigureConfig, IterateConfig
+from rlhf_engine.eval_config import EvalConfig, FigureConfig, IterateConfig
 from rlhf_engine.schema import (
     Count,
     LearningRate,

@@ -7,12 +7,12 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from rlhf_engine import demo, examples
+import rlhf_engine
 from rlhf_engine.cli import main
 from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.describe import field_docs
 
-SHIPPED = [Path(package.__path__[0]) / name for package, name in ((demo, "demo.yaml"), (examples, "one_gpu_7b.yaml"))]
+SHIPPED = [Path(rlhf_engine.__path__[0]) / name for name in ("demo/demo.yaml", "examples/one_gpu_7b.yaml")]
 
 
 def show(capsys, *arguments):
