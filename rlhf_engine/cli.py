@@ -12,11 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_engine.commands import evaluate
 from rlhf_engine.commands.options import ConfigOption, SetOption, quiet, read_config
 from rlhf_engine.commands.settings import config_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
 app.add_typer(config_app, name="config")
+app.command()(evaluate.generate)
+app.command("eval")(evaluate.evaluate)
 
 
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.
