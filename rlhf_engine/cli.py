@@ -20,6 +20,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from de
 app.add_typer(config_app, name="config")
 app.command()(evaluate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.iterate)
 
 
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.

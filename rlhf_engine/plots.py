@@ -68,6 +68,35 @@ def plot_win_rates(rates: Mapping[str, WinRate], baseline: str, path: str | Path
     _save(figure, path)
 
 
+def plot_win_rate_lines(
+    series: Mapping[str, Sequence[tuple[float, WinRate]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    baseline: str,
+    log_x: bool = False,
+) -> None:
+    """Win rates of several contestants over a number, such as the model's size, with 95% intervals."""
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, points) in zip(_COLOURS, series.items(), strict=False):
+        xs, rates = zip(*points, strict=True)
+        middle = [rate.rate for rate in rates]
+        errors = [[rate.rate - rate.low for rate in rates], [rate.high - rate.rate for rate in rates]]
+        axes.errorbar(xs, middle, yerr=errors, color=colour, label=name, marker="o", markersize=4, capsize=3)
+    axes.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    ticks = sorted({x for points in series.values() for x, _ in points})
+    if log_x:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.set(ylim=(0, 1), xlabel=x_label, ylabel=f"win rate against {baseline} (ties count half)")
+    axes.grid(alpha=0.25)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def plot_curves(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     path: str | Path,

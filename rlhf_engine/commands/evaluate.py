@@ -35,3 +35,11 @@ def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:
     from rlhf_engine.pipelines.contest import run_eval
 
     typer.echo(run_eval(read_config(config, overrides))[1])
+
+
+def iterate(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Rounds of generate, rank, reward model and PPO from model.path; does what OUTPUT_DIR does not have yet."""
+    quiet()
+    from rlhf_engine.pipelines.iterate import run_iterate
+
+    typer.echo(run_iterate(read_config(config, overrides), typer.echo).table())

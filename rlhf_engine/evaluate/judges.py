@@ -161,16 +161,29 @@ def rank(judge: Judge, prompts: Texts, completions: Sequence[Texts]) -> list[tup
     Everyone meets everyone (Copeland's method); a judge with scores gives the order of the scores.
     """
     games = [(row, i, j) for row, said in enumerate(completions) for i in range(len(said)) for j in range(i)]
-    preferences = judge.compare(
-        [prompts[row] for row, _, _ in games],
-        [completions[row][i] for row, i, _ in games],
-        [completions[row][j] for row, _, j in games],
-    ).tolist()
+    preferences = _play(judge, prompts, completions, games).tolist()
     wins = [[0.0] * len(said) for said in completions]
     for (row, i, j), preference in zip(games, preferences, strict=True):
         wins[row][i] += preference
         wins[row][j] += 1.0 - preference
     return [tuple(max(won) - one for one in won) for won in wins]
+
+
+def _play(
+    judge: Judge, prompts: Texts, completions: Sequence[Texts], games: Sequence[tuple[int, int, int]]
+) -> Tensor:  # (games,) float64
+    """Preferences of games (row, one, other); a reward model reads every completion once, however many games it plays."""
+    if not isinstance(judge, RewardJudge):
+        return judge.compare(
+            [prompts[row] for row, _, _ in games],
+            [completions[row][i] for row, i, _ in games],
+            [completions[row][j] for row, _, j in games],
+        )
+    every = ((row, i) for row, said in enumerate(completions) for i in range(len(said)))
+    places = {place: number for number, place in enumerate(every)}
+    scores = judge.scores([prompts[row] for row, _ in places], [completions[row][i] for row, i in places])
+    first = scores[torch.tensor([places[row, i] for row, i, _ in games])]
+    return score_preferences(first - scores[torch.tensor([places[row, j] for row, _, j in games])], judge.margin)
 
 
 def _as_list(said: Any) -> list[Any]:
