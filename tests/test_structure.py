@@ -29,6 +29,7 @@ KERNEL_LAYERS = {
 # Lower to higher: a module or package of the engine imports from those before it, and from itself.
 ENGINE_LAYERS = (
     "schema",
+    "ppo_config",
     "config",
     "files",
     "data",

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from rlhf_engine import config
+from rlhf_engine import config, ppo_config
 from rlhf_engine.config import OptimConfig, PPOConfig, RunConfig, load_config, save_config
 
 
@@ -94,8 +94,9 @@ def test_sections_made_in_python_are_checked_too():
         PPOConfig(kl_coef=-1)
 
 
-def test_every_field_has_a_docstring():
-    for section in ast.parse(inspect.getsource(config)).body:
+@pytest.mark.parametrize("module", [config, ppo_config])
+def test_every_field_has_a_docstring(module):
+    for section in ast.parse(inspect.getsource(module)).body:
         if isinstance(section, ast.ClassDef):
             for statement, following in zip(section.body, [*section.body[1:], ast.Pass()], strict=True):
                 if isinstance(statement, ast.AnnAssign):
