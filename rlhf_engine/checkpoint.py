@@ -30,16 +30,6 @@ VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "config.yaml",
 )
 
-_STATE = {
-    "updates_done": int,
-    "optimizer_steps": int,
-    "kl_coef": float,
-    "seed": int,
-    "optimizer_tensors": int,
-    "reference": str,
-}
-"""What `trainer.json` holds."""
-
 _MAY_CHANGE = {
     "output_dir",
     "device",
@@ -83,10 +73,7 @@ def save_checkpoint(
 ) -> None:
     """Write all that `resume` needs to go on with the same numbers, whole or not at all."""
     tensors, _ = _flatten_optimizer(trainer.optimizer)
-    state = {
-        "updates_done": trainer.updates_done,
-        "optimizer_steps": trainer.optimizer_steps,
-        "kl_coef": trainer.kl_coef,
+    state = trainer.state() | {
         "seed": trainer.seed,
         "optimizer_tensors": len(tensors),
         "reference": fingerprint(trainer.reference.model),
@@ -111,7 +98,8 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
     folder = Path(folder)
     recover(folder)
     require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG)
-    state = _read_state(folder / TRAINER)
+    kinds = {name: type(value) for name, value in trainer.state().items()}
+    state = _read_state(folder / TRAINER, kinds | {"seed": int, "optimizer_tensors": int, "reference": str})
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     _check_config(load_config(folder / CONFIG), config, folder / CONFIG)
@@ -126,8 +114,7 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
         )
     _read_weights(folder, trainer.policy)
     _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
-    trainer.updates_done, trainer.optimizer_steps = state["updates_done"], state["optimizer_steps"]
-    trainer.kl_coef = state["kl_coef"]
+    trainer.load_state(state)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -164,9 +151,10 @@ def _read_weights(folder: Path, policy: ActorCritic) -> None:
             parameter.copy_(theirs[name])
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the first of `kinds` that it lacks or has of another type."""
     state = read_json(path)
-    for name, kind in _STATE.items():
+    for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: got {state.get(name)!r} for {name}, expected {kind.__name__}")
     return state

@@ -45,7 +45,15 @@ class PPOConfig(Section):
     ppo_epochs: Count = 1
     """Passes over the rollout batch."""
     kl_coef: NonNegative = 0.02
-    """beta, the weight of KL(policy || reference) in every token's reward."""
+    """beta, the weight of KL(policy || reference) in every token's reward; the first one where `kl_control` adapts it."""
+    kl_control: Literal["fixed", "adaptive"] = "fixed"
+    """Fixed beta (InstructGPT), or one that follows the measured KL towards `kl_target` (Ziegler et al. 2019)."""
+    kl_target: Positive | None = None
+    """KL that adaptive control aims at, in nats a `kl_unit`; OpenAI's runs took 6 a sequence."""
+    kl_unit: Literal["sequence", "token"] = "sequence"
+    """Whether `kl_target` is of a whole response (OpenAI's) or of a token, which does not grow with the length."""
+    kl_horizon: Count = 10_000
+    """Sequences over which adaptive control corrects an error in full; OpenAI's value."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """Estimator of that KL."""
     gamma: Share = 1.0
@@ -71,7 +79,12 @@ class PPOConfig(Section):
     log_ratio_clamp: Positive | None = None
     """Log-ratios are clamped to [-log_ratio_clamp, log_ratio_clamp]; None leaves them alone."""
     old_kl_coef: NonNegative = 0.0
-    """Weight of KL(old || new) in the objective `kl_penalty`."""
+    """Weight of KL(old || new) in the objective `kl_penalty`; the first one where `old_kl_target` is set."""
+    old_kl_target: Positive | None = None
+    """KL(old || new) a token at which an update aims; its weight doubles above 1.5 of it and halves below (PPO paper, eq. 8).
+    None keeps the weight: the adaptation costs one more forward pass an update."""
+    stop_kl: Positive | None = None
+    """No further epoch over the batch once KL(old || new) a token was above this in an epoch's last minibatch; None: never."""
     ratio_level: Literal["token", "sequence"] = "token"
     """Whether a ratio belongs to a token or (length-normalised) to its sequence."""
     cliprange_value: Positive | None = 0.2
@@ -101,14 +114,38 @@ class PPOConfig(Section):
             raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError(f"dual_clip: got {self.dual_clip}, expected a number above 1")
-        # An option that the objective would not read is a mistake, not a detail.
-        for name, unused, objective in (
-            ("cliprange_high", None, "clip"),
-            ("dual_clip", None, "clip"),
-            ("old_kl_coef", 0.0, "kl_penalty"),
-        ):
+        # An option that nothing would read is a mistake, not a detail.
+        for name, unused, reader, read in self._readers():
             value = getattr(self, name)
-            if value != unused and self.objective != objective:
+            if value != unused and not read:
+                raise ValueError(f"{name}: got {value!r}, expected {unused!r}; only {reader} reads it")
+        self._check_control()
+
+    def _readers(self) -> tuple[tuple[str, object, str, bool], ...]:
+        """(option, value of an option that is not used, what reads it, whether that is on)."""
+        clip, penalty = self.objective == "clip", self.objective == "kl_penalty"
+        adaptive = self.kl_control == "adaptive"
+        return (
+            ("cliprange_high", None, "objective 'clip'", clip),
+            ("dual_clip", None, "objective 'clip'", clip),
+            ("old_kl_coef", 0.0, "objective 'kl_penalty'", penalty),
+            ("old_kl_target", None, "objective 'kl_penalty'", penalty),
+            ("kl_target", None, "kl_control 'adaptive'", adaptive),
+            ("kl_unit", "sequence", "kl_control 'adaptive'", adaptive),
+            ("kl_horizon", 10_000, "kl_control 'adaptive'", adaptive),
+            ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
+        )
+
+    def _check_control(self) -> None:
+        if self.kl_control == "adaptive":
+            if self.kl_target is None:
+                raise ValueError("kl_target: got None, expected a number for kl_control 'adaptive' to aim at")
+            if self.kl_coef == 0.0:
+                raise ValueError("kl_coef: got 0.0, expected a number above 0, which kl_control 'adaptive' multiplies")
+            if 0.2 * self.rollout_batch >= self.kl_horizon:
                 raise ValueError(
-                    f"{name}: got {value} with objective {self.objective!r}, expected {unused}; only {objective!r} reads it"
+                    f"kl_horizon: got {self.kl_horizon}, expected more than {0.2 * self.rollout_batch:g}, a fifth of "
+                    "rollout_batch, so that the coefficient stays above 0"
                 )
+        if self.old_kl_target is not None and self.old_kl_coef == 0.0:
+            raise ValueError("old_kl_coef: got 0.0, expected a number above 0, which old_kl_target doubles and halves")

@@ -19,6 +19,7 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator, Rollout, score_rollout
+from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
 from rlhf_kernels import rollout_advantages
 
@@ -118,11 +119,17 @@ def advantages(
 
 
 def minibatch_backward(
-    policy: ActorCritic, experience: Experience, sequences: Tensor, config: PPOConfig, temperature: float
+    policy: ActorCritic,
+    experience: Experience,
+    sequences: Tensor,
+    config: PPOConfig,
+    temperature: float,
+    **changing: float,
 ) -> dict[str, Tensor]:
     """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; returns its metrics.
 
-    The denominators are the minibatch's, so the gradient does not depend on how it is cut.
+    The denominators are the minibatch's, so the gradient does not depend on how it is cut. `changing` are coefficients that
+    are not the config's any more.
     """
     rollout, totals = experience.rollout, MetricSum()
     num_tokens = int(rollout.response_lengths[sequences].sum())
@@ -147,11 +154,19 @@ def minibatch_backward(
             num_sequences=len(sequences),
             cu_seqlens=batch.cu_seqlens,
             temperature=temperature,
-            **loss_options(config),
+            **loss_options(config) | changing,
         )
         result.loss.backward()
         totals.add(result.metrics)
     return totals.total()
+
+
+def old_policy_kl(policy: ActorCritic, experience: Experience, microbatch: int, temperature: float) -> float:
+    """Mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
+    rollout = experience.rollout
+    logprobs, _ = score_rollout(policy, rollout, microbatch=microbatch, temperature=temperature)
+    log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
+    return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
 
 
 def loss_options(config: PPOConfig) -> dict[str, object]:
@@ -164,7 +179,7 @@ def loss_options(config: PPOConfig) -> dict[str, object]:
 
 
 class PPOTrainer:
-    """Holds what changes from update to update: the weights, the optimiser and three counters.
+    """Holds what changes from update to update: the weights, the optimiser and a few numbers.
 
     All randomness is a function of `seed` and the counters, so a resumed run draws the same numbers. `prompts(first, count)`
     gives the prompts number `first` to `first + count` of an endless stream.
@@ -184,9 +199,19 @@ class PPOTrainer:
         self.policy, self.reference, self.generator = policy, reference, generator
         self.prompts, self.reward_fn, self.config, self.seed = prompts, reward_fn, config, seed
         self.optimizer = build_optimizer(policy, config.optim)
-        self.kl_coef = config.kl_coef
+        self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = 0
         self.optimizer_steps = 0
+
+    def state(self) -> dict[str, int | float]:
+        """The numbers that a resumed run needs."""
+        names = ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state(self, state: dict[str, int | float]) -> None:
+        """Go on from what `state` gave."""
+        for name in ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef"):
+            setattr(self, name, state[name])
 
     def train(self, on_update: Callable[[int, dict[str, float]], object] | None = None) -> None:
         """Run until `config.updates` are done; `on_update(number, metrics)` follows each."""
@@ -206,26 +231,59 @@ class PPOTrainer:
         scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature)
         experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
         clock.append(time.perf_counter())
-        log |= self.update(experience, temperature)
+        log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
+        log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())
         self.updates_done += 1
         seconds = dict(zip(("collect", "score", "update"), (b - a for a, b in pairwise(clock)), strict=True))
         log |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
         log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
-        return log | {"kl_coef": self.kl_coef, "peak_rss_mb": peak_rss_mb()}
+        return log | {"peak_rss_mb": peak_rss_mb()}
 
     def update(self, experience: Experience, temperature: float) -> dict[str, float]:
-        """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each."""
-        config, sums = self.config, MetricSum()
-        total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
+        """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each; fewer after `stop_kl`."""
+        config, sums, device = self.config, MetricSum(), self.policy.device
+        per_epoch = config.rollout_batch // config.minibatch
         for epoch in range(config.ppo_epochs):
-            for sequences in self._shuffled(epoch).to(self.policy.device).split(config.minibatch):
-                metrics = minibatch_backward(self.policy, experience, sequences, config, temperature)
-                norm, rate = optimizer_step(self.optimizer, config.optim, self.optimizer_steps, total_steps)
-                self.optimizer_steps += 1
-                sums.add(metrics | {"grad_norm": norm})
-        return sums.mean() | {"lr": rate}
+            # The schedule counts the steps that `stop_kl` left out as well, so that it ends where the run does.
+            place = (self.updates_done * config.ppo_epochs + epoch) * per_epoch
+            for number, sequences in enumerate(self._shuffled(epoch).to(device).split(config.minibatch), place):
+                metrics, rate = self._optimise(experience, sequences, temperature, number)
+                sums.add(metrics)
+            if config.stop_kl is not None and float(metrics["kl_k3"]) > config.stop_kl:
+                break
+        return sums.mean() | {"lr": rate, "epochs": epoch + 1}
+
+    def _optimise(
+        self, experience: Experience, sequences: Tensor, temperature: float, number: int
+    ) -> tuple[dict[str, Tensor], float]:
+        """Optimiser step `number` of the run, on a minibatch; its metrics and its learning rate."""
+        config = self.config
+        changing = {"old_kl_coef": self.old_kl_coef}
+        metrics = minibatch_backward(self.policy, experience, sequences, config, temperature, **changing)
+        total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
+        norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)
+        self.optimizer_steps += 1
+        return metrics | {"grad_norm": norm}, rate
+
+    def _adapt(self, experience: Experience, log: dict[str, float], temperature: float) -> dict[str, float]:
+        """Move the KL coefficients to where this update's KLs want them; returns what was measured for it."""
+        config, found = self.config, {}
+        if config.kl_control == "adaptive":
+            kl = log["kl"] if config.kl_unit == "sequence" else log["kl_per_token"]
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                kl,
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                sequences=len(experience.rollout),
+            )
+        if config.old_kl_target is not None:
+            old_kl = old_policy_kl(self.policy, experience, config.microbatch, temperature)
+            found = {"old_kl": old_kl, "old_kl_coef": self.old_kl_coef}
+            self.old_kl_coef = adapted_old_kl_coef(self.old_kl_coef, old_kl, target=config.old_kl_target)
+        return found
 
     def _shuffled(self, epoch: int) -> Tensor:
         # One stream for each (seed, update, epoch): nothing to save, nothing that another draw could shift.
