@@ -38,6 +38,8 @@ class DataConfig(Section):
     """JSONL of prompt, completions, ranking ("D > C > A = B")."""
     prompts: str | None = None
     """JSONL of prompt, user_id and, if wanted, split."""
+    pretrain: str | None = None
+    """Plain text, documents parted by blank lines, for PPO-ptx."""
     prompt_template: str = "{prompt}\n"
     """Frame of a prompt; `{prompt}` stands for its text."""
     max_response_tokens: Count = 512

@@ -93,6 +93,11 @@ class PPOConfig(Section):
     """Weight of the value loss."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
+    ptx_coef: NonNegative = 0.0
+    """gamma of PPO-ptx, the weight of the mean log-prob of pretraining tokens in every optimiser step; 0 turns it off.
+    InstructGPT's is 27.8, on losses whose normalisation the paper does not give; here both are means over tokens."""
+    ptx_ratio: Positive = 1.0
+    """Pretraining sequences of an optimiser step for each sequence of its minibatch; InstructGPT took 8."""
     aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"] = "token_mean"
     """How per-token losses of a minibatch become one number."""
     old_logprobs: Literal["sampled", "rescored"] = "sampled"
@@ -133,10 +138,13 @@ class PPOConfig(Section):
             ("kl_target", None, "kl_control 'adaptive'", adaptive),
             ("kl_unit", "sequence", "kl_control 'adaptive'", adaptive),
             ("kl_horizon", 10_000, "kl_control 'adaptive'", adaptive),
+            ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
             ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
         )
 
     def _check_control(self) -> None:
+        if round(self.ptx_ratio * self.minibatch) < 1:
+            raise ValueError(f"ptx_ratio: got {self.ptx_ratio}, expected at least one sequence to a minibatch")
         if self.kl_control == "adaptive":
             if self.kl_target is None:
                 raise ValueError("kl_target: got None, expected a number for kl_control 'adaptive' to aim at")

@@ -21,6 +21,7 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator, Rollout, score_rollout
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
+from rlhf_engine.train.ptx import PretrainStream, ptx_backward
 from rlhf_kernels import rollout_advantages
 
 RewardFunction = Callable[[Rollout], Tensor]
@@ -178,6 +179,9 @@ def loss_options(config: PPOConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in names.split()}
 
 
+_NUMBERS = ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef")
+
+
 class PPOTrainer:
     """Holds what changes from update to update: the weights, the optimiser and a few numbers.
 
@@ -195,9 +199,14 @@ class PPOTrainer:
         config: PPOConfig,
         *,
         seed: int,
+        pretrain: PretrainStream | None = None,
     ) -> None:
+        if (pretrain is None) != (config.ptx_coef == 0.0):
+            got = "none" if pretrain is None else "one"
+            raise ValueError(f"pretrain: got {got} with ptx_coef {config.ptx_coef}, expected one where it is above 0")
         self.policy, self.reference, self.generator = policy, reference, generator
         self.prompts, self.reward_fn, self.config, self.seed = prompts, reward_fn, config, seed
+        self.pretrain = pretrain
         self.optimizer = build_optimizer(policy, config.optim)
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = 0
@@ -205,13 +214,15 @@ class PPOTrainer:
 
     def state(self) -> dict[str, int | float]:
         """The numbers that a resumed run needs."""
-        names = ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef")
-        return {name: getattr(self, name) for name in names}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        return numbers if self.pretrain is None else numbers | {"ptx_position": self.pretrain.position}
 
     def load_state(self, state: dict[str, int | float]) -> None:
         """Go on from what `state` gave."""
-        for name in ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef"):
+        for name in _NUMBERS:
             setattr(self, name, state[name])
+        if self.pretrain is not None:
+            self.pretrain.position = state["ptx_position"]
 
     def train(self, on_update: Callable[[int, dict[str, float]], object] | None = None) -> None:
         """Run until `config.updates` are done; `on_update(number, metrics)` follows each."""
@@ -262,6 +273,9 @@ class PPOTrainer:
         config = self.config
         changing = {"old_kl_coef": self.old_kl_coef}
         metrics = minibatch_backward(self.policy, experience, sequences, config, temperature, **changing)
+        if self.pretrain is not None:
+            batch = self.pretrain.take(round(config.ptx_ratio * len(sequences)))
+            metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, microbatch=config.microbatch)
         total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
         norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)
         self.optimizer_steps += 1

@@ -17,7 +17,9 @@ def target_share(rollout):
     return ((rollout.response_ids == 5) & rollout.mask).sum(1) / rollout.response_lengths
 
 
-def make_trainer(family="llama", *, seed=1, model_seed=0, rollout=ROLLOUT, reward=target_share, **settings):
+def make_trainer(
+    family="llama", *, seed=1, model_seed=0, rollout=ROLLOUT, reward=target_share, pretrain=None, **settings
+):
     generator = torch.Generator().manual_seed(5)
     head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2)
     policy = ActorCritic(tiny(family, seed=model_seed, initializer_range=0.1), head)
@@ -32,6 +34,7 @@ def make_trainer(family="llama", *, seed=1, model_seed=0, rollout=ROLLOUT, rewar
         reward,
         config,
         seed=seed,
+        pretrain=pretrain,
     )
 
 
