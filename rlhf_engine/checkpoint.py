@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, written aside, synced and renamed, so that a folder is whole or absent.
 
 A folder holds the policy and its tokenizer as transformers saves them (`AutoModelForCausalLM.from_pretrained` reads it), and
-beside them `value_head.safetensors`, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`. Random numbers need
-no state of their own: they are functions of the seed and the counters in `trainer.json`.
+beside them `value_head.safetensors`, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`; a run that averages
+its weights has the average in `ema`, a folder of the same kind. Random numbers need no state of their own: they are functions
+of the seed and the counters in `trainer.json`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from rlhf_engine.files import read_json, read_tensors, recover, require, with_ne
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.train.ppo import PPOTrainer
+
+EMA = "ema"
+"""Folder inside a checkpoint of the averaged weights, a model like the checkpoint itself."""
 
 VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "value_head.safetensors",
@@ -81,6 +85,9 @@ def save_checkpoint(
 
     def write(new: Path) -> None:
         _write_policy(new, trainer.policy, tokenizer)
+        if trainer.average is not None:
+            (new / EMA).mkdir()
+            _write_policy(new / EMA, trainer.average.average, tokenizer)
         save_file(tensors, new / OPTIMIZER)
         write_json(new / TRAINER, state)
         save_config(config, new / CONFIG)
@@ -113,6 +120,9 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
             f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected the {state['optimizer_tensors']} of {TRAINER}"
         )
     _read_weights(folder, trainer.policy)
+    if trainer.average is not None:
+        require(folder / EMA, "config.json", VALUE_HEAD)
+        _read_weights(folder / EMA, trainer.average.average)
     _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
     trainer.load_state(state)
 

@@ -62,12 +62,23 @@ class PPOConfig(Section):
     """lambda of generalised advantage estimation."""
     score_clip: Positive | None = None
     """Scores are clipped to [-score_clip, score_clip]; None leaves them alone."""
+    score_scale: Literal["none", "batch", "first", "running"] = "none"
+    """Moments by which scores are moved to mean 0 and deviation 1 before they are clipped: none (InstructGPT centres the
+    reward model instead), this rollout's, the first rollout's (OpenAI 2019), or those of all rollouts so far."""
     missing_eos_penalty: NonNegative = 0.0
     """Taken off the score of a response that ran out of budget before EOS."""
+    missing_eos_score: float | None = None
+    """Score of such a response in place of the reward function's, which then never sees it; OpenAI's is -1. None: it is
+    scored like any other."""
+    nonfinite_scores: Literal["stop", "skip"] = "stop"
+    """Whether a score that is NaN or infinite ends the run, or its response is left out and counted in `scores_skipped`."""
     whiten_rewards: bool = False
     """Divide the rewards of the batch by their standard deviation."""
     whiten_advantages: bool = True
-    """Give the advantages of the batch mean 0 and variance 1."""
+    """Give the advantages mean 0 and variance 1."""
+    whiten_scope: Literal["batch", "minibatch"] = "batch"
+    """Whose mean and variance that takes: the rollout's, which gives a token the same advantage in every epoch, or its
+    minibatch's (OpenAI 2019)."""
     objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient"] = "clip"
     """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, or plain policy gradient."""
     cliprange: Positive = 0.2
@@ -104,6 +115,9 @@ class PPOConfig(Section):
     """Whose log-probs are the old policy's: those of sampling, or of one more forward pass of the learner."""
     importance_cap: Positive | None = None
     """Cap of the weight pi / pi_sampling of a token when top_k, top_p or min_p is set; None gives every token 1."""
+    ema_decay: Share | None = None
+    """Decay of a moving average of the weights, one step of it an optimiser step; InstructGPT's is 0.992. It is saved as a
+    model of its own in the folder `ema` of the checkpoint. None: no average, which saves a copy of the weights."""
     checkpoint_every: WholeNumber = 0
     """Updates between checkpoints; 0 writes one at the end only."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
@@ -131,6 +145,7 @@ class PPOConfig(Section):
         clip, penalty = self.objective == "clip", self.objective == "kl_penalty"
         adaptive = self.kl_control == "adaptive"
         return (
+            ("missing_eos_penalty", 0.0, "missing_eos_score None", self.missing_eos_score is None),
             ("cliprange_high", None, "objective 'clip'", clip),
             ("dual_clip", None, "objective 'clip'", clip),
             ("old_kl_coef", 0.0, "objective 'kl_penalty'", penalty),
@@ -138,11 +153,14 @@ class PPOConfig(Section):
             ("kl_target", None, "kl_control 'adaptive'", adaptive),
             ("kl_unit", "sequence", "kl_control 'adaptive'", adaptive),
             ("kl_horizon", 10_000, "kl_control 'adaptive'", adaptive),
+            ("whiten_scope", "batch", "whiten_advantages", self.whiten_advantages),
             ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
             ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
         )
 
     def _check_control(self) -> None:
+        if self.missing_eos_score is not None and not abs(self.missing_eos_score) < float("inf"):
+            raise ValueError(f"missing_eos_score: got {self.missing_eos_score}, expected a finite number")
         if round(self.ptx_ratio * self.minibatch) < 1:
             raise ValueError(f"ptx_ratio: got {self.ptx_ratio}, expected at least one sequence to a minibatch")
         if self.kl_control == "adaptive":

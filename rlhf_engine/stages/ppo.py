@@ -28,9 +28,10 @@ from rlhf_engine.stages.loading import (
     read_records,
     stage_metrics,
 )
-from rlhf_engine.train.ppo import PPOTrainer, RewardFunction
+from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream, pack_text
 from rlhf_engine.train.reward_model import score_examples
+from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.streams import shuffled_stream
 
 

@@ -19,13 +19,12 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator, Rollout, score_rollout
+from rlhf_engine.train.ema import WeightAverage
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
 from rlhf_engine.train.ptx import PretrainStream, ptx_backward
-from rlhf_kernels import rollout_advantages
-
-RewardFunction = Callable[[Rollout], Tensor]
-"""Gives one float score for each sequence of a rollout, [B]."""
+from rlhf_engine.train.scores import RewardFunction, ScoreScale, score_answers
+from rlhf_kernels import masked_whiten, rollout_advantages
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,11 @@ def score(
     reward_fn: RewardFunction,
     config: PPOConfig,
     temperature: float,
+    scale: ScoreScale | None = None,
+    first: int = 0,
 ) -> Scored:
-    """Score every response and get the log-probs of the old policy and of the reference.
-
-    A response without EOS loses `missing_eos_penalty`. Raises ValueError unless `reward_fn` gives B finite scores.
-    """
-    scores = reward_fn(rollout)
-    if scores.shape != (len(rollout),) or not bool(torch.isfinite(scores).all()):
-        raise ValueError(f"reward_fn: got {scores}, expected {len(rollout)} finite scores")
-    scores = scores.to(rollout.mask.device, torch.float32) - config.missing_eos_penalty * ~rollout.ended
+    """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference."""
+    rollout, scores = score_answers(rollout, reward_fn, config, scale or ScoreScale(config.score_scale), first)
     size = {"microbatch": config.microbatch, "temperature": temperature}
     ref_logprobs, _ = score_rollout(reference, rollout, **size)
     old_logprobs, old_values = rollout.logprobs, rollout.values
@@ -97,7 +92,7 @@ def advantages(
         lam=config.lam,
         score_clip=config.score_clip,
         whiten_rewards=config.whiten_rewards,
-        whiten_advantages=config.whiten_advantages,
+        whiten_advantages=config.whiten_advantages and config.whiten_scope == "batch",
         backend=backend,
     )
     weights = None
@@ -133,7 +128,10 @@ def minibatch_backward(
     are not the config's any more.
     """
     rollout, totals = experience.rollout, MetricSum()
-    num_tokens = int(rollout.response_lengths[sequences].sum())
+    num_tokens, scaled = int(rollout.response_lengths[sequences].sum()), experience.advantages
+    if config.whiten_advantages and config.whiten_scope == "minibatch":
+        scaled = torch.zeros_like(scaled)
+        scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
     for members in rollout.by_length(sequences, config.microbatch):
         batch = rollout.batch(members)
 
@@ -145,7 +143,7 @@ def minibatch_backward(
             batch.rows,
             batch.ids,
             actions(experience.old_logprobs),
-            actions(experience.advantages),
+            actions(scaled),
             torch.ones_like(batch.ids, dtype=torch.bool),
             old_values=actions(experience.old_values),
             returns=actions(experience.returns),
@@ -208,19 +206,22 @@ class PPOTrainer:
         self.prompts, self.reward_fn, self.config, self.seed = prompts, reward_fn, config, seed
         self.pretrain = pretrain
         self.optimizer = build_optimizer(policy, config.optim)
+        self.scale = ScoreScale(config.score_scale)
+        self.average = None if config.ema_decay is None else WeightAverage(policy, config.ema_decay)
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = 0
         self.optimizer_steps = 0
 
     def state(self) -> dict[str, int | float]:
         """The numbers that a resumed run needs."""
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        numbers = {name: getattr(self, name) for name in _NUMBERS} | self.scale.state()
         return numbers if self.pretrain is None else numbers | {"ptx_position": self.pretrain.position}
 
     def load_state(self, state: dict[str, int | float]) -> None:
         """Go on from what `state` gave."""
         for name in _NUMBERS:
             setattr(self, name, state[name])
+        self.scale.load_state(state)
         if self.pretrain is not None:
             self.pretrain.position = state["ptx_position"]
 
@@ -239,9 +240,11 @@ class PPOTrainer:
         sequence = torch.arange(first, first + config.rollout_batch)
         rollout = collect(self.generator, self.prompts(first, config.rollout_batch), sequence)
         clock.append(time.perf_counter())
-        scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature)
+        scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature, self.scale, first)
         experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
         clock.append(time.perf_counter())
+        if config.nonfinite_scores == "skip":
+            log["scores_skipped"] = len(rollout) - len(scored.rollout)
         log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
         log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())
@@ -258,8 +261,9 @@ class PPOTrainer:
         per_epoch = config.rollout_batch // config.minibatch
         for epoch in range(config.ppo_epochs):
             # The schedule counts the steps that `stop_kl` left out as well, so that it ends where the run does.
+            order = self._shuffled(epoch, len(experience.rollout))
             place = (self.updates_done * config.ppo_epochs + epoch) * per_epoch
-            for number, sequences in enumerate(self._shuffled(epoch).to(device).split(config.minibatch), place):
+            for number, sequences in enumerate(order.to(device).split(config.minibatch), place):
                 metrics, rate = self._optimise(experience, sequences, temperature, number)
                 sums.add(metrics)
             if config.stop_kl is not None and float(metrics["kl_k3"]) > config.stop_kl:
@@ -279,6 +283,8 @@ class PPOTrainer:
         total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
         norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)
         self.optimizer_steps += 1
+        if self.average is not None:
+            self.average.update()
         return metrics | {"grad_norm": norm}, rate
 
     def _adapt(self, experience: Experience, log: dict[str, float], temperature: float) -> dict[str, float]:
@@ -299,8 +305,8 @@ class PPOTrainer:
             self.old_kl_coef = adapted_old_kl_coef(self.old_kl_coef, old_kl, target=config.old_kl_target)
         return found
 
-    def _shuffled(self, epoch: int) -> Tensor:
+    def _shuffled(self, epoch: int, sequences: int) -> Tensor:
         # One stream for each (seed, update, epoch): nothing to save, nothing that another draw could shift.
         number = self.updates_done * self.config.ppo_epochs + epoch
         stream = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-        return torch.randperm(self.config.rollout_batch, generator=stream)
+        return torch.randperm(sequences, generator=stream)
