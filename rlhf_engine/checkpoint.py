@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, written aside, synced and renamed, so that a folder is whole or absent.
 
 A folder holds the policy and its tokenizer as transformers saves them (`AutoModelForCausalLM.from_pretrained` reads it), and
-beside them `value_head.safetensors`, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`. Random numbers need
-no state of their own: they are functions of the seed and the counters in `trainer.json`.
+beside them `value_head.safetensors`, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`; a run that averages
+its weights has the average in `ema`, a folder of the same kind. Random numbers need no state of their own: they are functions
+of the seed and the counters in `trainer.json`.
 """
 
 from __future__ import annotations
@@ -23,22 +24,15 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.train.ppo import PPOTrainer
 
+EMA = "ema"
+"""Folder inside a checkpoint of the averaged weights, a model like the checkpoint itself."""
+
 VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "value_head.safetensors",
     "optimizer.safetensors",
     "trainer.json",
     "config.yaml",
 )
-
-_STATE = {
-    "updates_done": int,
-    "optimizer_steps": int,
-    "kl_coef": float,
-    "seed": int,
-    "optimizer_tensors": int,
-    "reference": str,
-}
-"""What `trainer.json` holds."""
 
 _MAY_CHANGE = {
     "output_dir",
@@ -86,10 +80,7 @@ def save_checkpoint(
 ) -> None:
     """Write all that `resume` needs to go on with the same numbers, whole or not at all."""
     tensors, _ = _flatten_optimizer(trainer.optimizer)
-    state = {
-        "updates_done": trainer.updates_done,
-        "optimizer_steps": trainer.optimizer_steps,
-        "kl_coef": trainer.kl_coef,
+    state = trainer.state() | {
         "seed": trainer.seed,
         "optimizer_tensors": len(tensors),
         "reference": fingerprint(trainer.reference.model),
@@ -97,6 +88,9 @@ def save_checkpoint(
 
     def write(new: Path) -> None:
         _write_policy(new, trainer.policy, tokenizer)
+        if trainer.average is not None:
+            (new / EMA).mkdir()
+            _write_policy(new / EMA, trainer.average.average, tokenizer)
         save_file(tensors, new / OPTIMIZER)
         write_json(new / TRAINER, state)
         save_config(config, new / CONFIG)
@@ -114,7 +108,8 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
     folder = Path(folder)
     recover(folder)
     require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG)
-    state = _read_state(folder / TRAINER)
+    kinds = {name: type(value) for name, value in trainer.state().items()}
+    state = _read_state(folder / TRAINER, kinds | {"seed": int, "optimizer_tensors": int, "reference": str})
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     _check_config(load_config(folder / CONFIG), config, folder / CONFIG)
@@ -128,9 +123,11 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
             f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected the {state['optimizer_tensors']} of {TRAINER}"
         )
     _read_weights(folder, trainer.policy)
+    if trainer.average is not None:
+        require(folder / EMA, "config.json", VALUE_HEAD)
+        _read_weights(folder / EMA, trainer.average.average)
     _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
-    trainer.updates_done, trainer.optimizer_steps = state["updates_done"], state["optimizer_steps"]
-    trainer.kl_coef = state["kl_coef"]
+    trainer.load_state(state)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -167,9 +164,10 @@ def _read_weights(folder: Path, policy: ActorCritic) -> None:
             parameter.copy_(theirs[name])
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the first of `kinds` that it lacks or has of another type."""
     state = read_json(path)
-    for name, kind in _STATE.items():
+    for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: got {state.get(name)!r} for {name}, expected {kind.__name__}")
     return state

@@ -15,17 +15,8 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_engine.eval_config import EvalConfig, FigureConfig, IterateConfig
-from rlhf_engine.schema import (
-    Count,
-    LearningRate,
-    NonNegative,
-    Positive,
-    PositiveShare,
-    Section,
-    Seed,
-    Share,
-    WholeNumber,
-)
+from rlhf_engine.ppo_config import OptimConfig, PPOConfig
+from rlhf_engine.schema import Count, Positive, PositiveShare, Section, Seed, Share, WholeNumber
 
 
 @dataclass(frozen=True)
@@ -39,28 +30,6 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
-class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
-
-    lr: LearningRate = 1e-5
-    """Peak learning rate; AdamW moves a weight by about this much a step."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of the first and second moments."""
-    eps: Positive = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
-    warmup_steps: WholeNumber = 0
-    """Optimiser steps over which the learning rate climbs linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after the warm-up, down to `final_lr_share` at the last step."""
-    final_lr_share: Share = 0.1
-    """Share of `lr` left at the last step of a linear or cosine schedule."""
-    max_grad_norm: Positive | None = 1.0
-    """Global gradient norm above which gradients are scaled down; None leaves them alone."""
-
-
-@dataclass(frozen=True)
 class DataConfig(Section):
     """Where the records come from."""
 
@@ -70,6 +39,8 @@ class DataConfig(Section):
     """JSONL of prompt, completions, ranking ("D > C > A = B")."""
     prompts: str | None = None
     """JSONL of prompt, user_id and, if wanted, split."""
+    pretrain: str | None = None
+    """Plain text, documents parted by blank lines, for PPO-ptx."""
     prompt_template: str = "{prompt}\n"
     """Frame of a prompt; `{prompt}` stands for its text."""
     max_response_tokens: Count = 512
@@ -132,90 +103,6 @@ class RolloutConfig(Section):
     """Sample among tokens at least this share as likely as the likeliest; None keeps all."""
     batch_size: Count = 64
     """Most sequences that are decoded together."""
-
-
-@dataclass(frozen=True)
-class PPOConfig(Section):
-    """PPO on a token-level environment with the score at the end (InstructGPT, section 3.5)."""
-
-    updates: Count = 100
-    """Outer iterations: collect, score, advantages, update."""
-    rollout_batch: Count = 512
-    """Sequences collected for one update."""
-    minibatch: Count = 64
-    """Sequences of one optimiser step."""
-    microbatch: Count = 16
-    """Sequences of one forward and backward pass; changes memory and speed, not the gradient."""
-    ppo_epochs: Count = 1
-    """Passes over the rollout batch."""
-    kl_coef: NonNegative = 0.02
-    """beta, the weight of KL(policy || reference) in every token's reward."""
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """Estimator of that KL."""
-    gamma: Share = 1.0
-    """Discount of rewards."""
-    lam: Share = 0.95
-    """lambda of generalised advantage estimation."""
-    score_clip: Positive | None = None
-    """Scores are clipped to [-score_clip, score_clip]; None leaves them alone."""
-    missing_eos_penalty: NonNegative = 0.0
-    """Taken off the score of a response that ran out of budget before EOS."""
-    whiten_rewards: bool = False
-    """Divide the rewards of the batch by their standard deviation."""
-    whiten_advantages: bool = True
-    """Give the advantages of the batch mean 0 and variance 1."""
-    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient"] = "clip"
-    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, or plain policy gradient."""
-    cliprange: Positive = 0.2
-    """epsilon of the clipped surrogate."""
-    cliprange_high: Positive | None = None
-    """Upper epsilon where it differs from `cliprange`."""
-    dual_clip: Positive | None = None
-    """Bound c > 1 on the ratio's loss when the advantage is negative; None turns it off."""
-    log_ratio_clamp: Positive | None = None
-    """Log-ratios are clamped to [-log_ratio_clamp, log_ratio_clamp]; None leaves them alone."""
-    old_kl_coef: NonNegative = 0.0
-    """Weight of KL(old || new) in the objective `kl_penalty`."""
-    ratio_level: Literal["token", "sequence"] = "token"
-    """Whether a ratio belongs to a token or (length-normalised) to its sequence."""
-    cliprange_value: Positive | None = 0.2
-    """Clip of the new value around the old one; None turns it off."""
-    vf_coef: NonNegative = 0.1
-    """Weight of the value loss."""
-    entropy_coef: NonNegative = 0.0
-    """Weight of the entropy bonus."""
-    aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"] = "token_mean"
-    """How per-token losses of a minibatch become one number."""
-    old_logprobs: Literal["sampled", "rescored"] = "sampled"
-    """Whose log-probs are the old policy's: those of sampling, or of one more forward pass of the learner."""
-    importance_cap: Positive | None = None
-    """Cap of the weight pi / pi_sampling of a token when top_k, top_p or min_p is set; None gives every token 1."""
-    checkpoint_every: WholeNumber = 0
-    """Updates between checkpoints; 0 writes one at the end only."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
-    """Optimiser of this stage."""
-
-    def check(self) -> None:
-        """Batches divide each other, so that every optimiser step sees the same number of sequences."""
-        if self.rollout_batch % self.minibatch:
-            raise ValueError(
-                f"minibatch: got {self.minibatch}, expected a divisor of rollout_batch {self.rollout_batch}"
-            )
-        if self.microbatch > self.minibatch:
-            raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
-        if self.dual_clip is not None and self.dual_clip <= 1.0:
-            raise ValueError(f"dual_clip: got {self.dual_clip}, expected a number above 1")
-        # An option that the objective would not read is a mistake, not a detail.
-        for name, unused, objective in (
-            ("cliprange_high", None, "clip"),
-            ("dual_clip", None, "clip"),
-            ("old_kl_coef", 0.0, "kl_penalty"),
-        ):
-            value = getattr(self, name)
-            if value != unused and self.objective != objective:
-                raise ValueError(
-                    f"{name}: got {value} with objective {self.objective!r}, expected {unused}; only {objective!r} reads it"
-                )
 
 
 @dataclass(frozen=True)

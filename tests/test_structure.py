@@ -30,6 +30,7 @@ KERNEL_LAYERS = {
 ENGINE_LAYERS = (
     "schema",
     "eval_config",
+    "ppo_config",
     "config",
     "describe",
     "files",

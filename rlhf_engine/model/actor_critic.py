@@ -130,6 +130,29 @@ class ActorCritic(nn.Module):
             **options,
         )
 
+    def language_model_loss(
+        self,
+        input_ids: Tensor,  # (B, S), whole sequences without padding
+        *,
+        num_tokens: int,
+    ) -> Tensor:  # ()
+        """`-sum log pi(x_s | x_<s) / num_tokens` over all tokens but the first of each sequence, at temperature 1."""
+        hidden, ids = self.hidden(input_ids[:, :-1]).flatten(0, 1), input_ids[:, 1:].flatten()
+        # -A log pi with an advantage of 1: the gradient is made in the forward pass, and no [N, V] tensor exists.
+        ones = torch.ones(len(ids), device=ids.device)
+        result = linear_ppo_loss(
+            hidden,
+            self.lm_weight,
+            ids,
+            torch.zeros_like(ones),
+            ones,
+            torch.ones_like(ids, dtype=torch.bool),
+            objective="policy_gradient",
+            num_tokens=num_tokens,
+            **self._head_options(),
+        )
+        return result.loss
+
     def forward(
         self,
         input_ids: Tensor,  # (B, S), padded on the right

@@ -10,36 +10,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
 from rlhf_engine.config import ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
 from rlhf_engine.files import with_new_folder
-from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
-from rlhf_engine.rollout import Generator
-from rlhf_engine.train.ppo import PPOTrainer, Scored, advantages, minibatch_backward, score
-from tests.engine.tiny_models import VOCABULARY, tiny
-
-ROLLOUT = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16)
-SETTINGS = {"updates": 2, "rollout_batch": 16, "minibatch": 8, "microbatch": 4, "ppo_epochs": 2, "kl_coef": 0.05}
-
-
-def target_share(rollout):
-    """Share of the response that is token 5: easy to learn."""
-    return ((rollout.response_ids == 5) & rollout.mask).sum(1) / rollout.response_lengths
-
-
-def make_trainer(family="llama", *, seed=1, model_seed=0, rollout=ROLLOUT, reward=target_share, **settings):
-    generator = torch.Generator().manual_seed(5)
-    head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2)
-    policy = ActorCritic(tiny(family, seed=model_seed, initializer_range=0.1), head)
-    stream = torch.Generator().manual_seed(9)
-    prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
-    config = PPOConfig(**{**SETTINGS, "optim": OptimConfig(lr=1e-3), **settings})
-    return PPOTrainer(
-        policy,
-        frozen_copy(policy),
-        Generator(policy, rollout, eos_token_ids=(2, 7), pad_token_id=0, seed=seed),
-        lambda first, count: [prompts[n % 40] for n in range(first, first + count)],
-        reward,
-        config,
-        seed=seed,
-    )
+from rlhf_engine.train.ppo import Scored, advantages, minibatch_backward, score
+from tests.engine.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
 
 
 def make_experience(trainer, **settings):
@@ -171,7 +143,7 @@ def test_training_raises_the_reward():
 def test_every_epoch_has_an_order_of_its_own():
     trainer, orders = make_trainer(), []
     for trainer.updates_done in (0, 1):
-        orders += [trainer._shuffled(epoch).tolist() for epoch in (0, 1)]
+        orders += [trainer._shuffled(epoch, 16).tolist() for epoch in (0, 1)]
     assert all(sorted(order) == list(range(16)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
@@ -184,16 +156,6 @@ def test_sequences_are_numbered_through_the_run():
     trainer.train()
     assert asked == [(0, 16), (16, 16)]
     assert sampled == list(range(32))
-
-
-def test_bad_scores_are_refused():
-    for reward in (lambda r: torch.zeros(3), lambda r: torch.full((16,), torch.nan)):
-        with pytest.raises(ValueError, match=r"reward_fn: got .*expected 16 finite scores"):
-            make_trainer(reward=reward).step()
-
-
-def weights_of(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied", "gemma2"])

@@ -128,6 +128,22 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run, capsys):
     assert code == 0 and "nothing left to do" in shown
 
 
+def test_s9_ptx_runs_from_a_text_file(run, capsys):
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    options = [f"reward.path={run / 'out' / 'rm'}", "ppo.ptx_coef=27.8", "ppo.ptx_ratio=2"]
+    arguments = ["--config", run / "run.yaml", *(part for option in options for part in ("--set", option))]
+    code, _, shown = rlhf(capsys, "ppo", *arguments)
+    assert code == 2 and "data.pretrain: got nothing, expected a path" in shown
+    (run / "text.txt").write_text("I do not know")
+    arguments += ["--set", f"data.pretrain={run / 'text.txt'}"]
+    code, _, shown = rlhf(capsys, "ppo", *arguments)
+    assert code == 2 and f"data.pretrain: {run / 'text.txt'}: got " in shown and "expected at least 14" in shown
+    (run / "text.txt").write_text("\n\n".join(["I do not know"] * 30))
+    assert rlhf(capsys, "ppo", *arguments)[0] == 0
+    rows = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ptx_loss"] > 0 for row in rows if row["stage"] == "ppo"] == [True, True]
+
+
 def test_resuming_without_a_checkpoint_is_refused(run, capsys):
     assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
     options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")
