@@ -21,6 +21,7 @@ app.add_typer(config_app, name="config")
 app.command()(evaluate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.iterate)
+app.command()(evaluate.figure)
 
 
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.

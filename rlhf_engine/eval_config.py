@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_engine.schema import Count, NonNegative, Section
+from rlhf_engine.schema import Count, NonNegative, Positive, Section
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class FigureConfig(Section):
     """Answers to each test prompt by each model."""
     prompts: Count | None = None
     """Answer the first so many test prompts; null answers all."""
-    ptx_coef: NonNegative = 0.0
-    """ppo.ptx_coef of the PPO-ptx policy."""
+    ptx_coef: Positive = 1.0
+    """ppo.ptx_coef of the PPO-ptx policy; the PPO policy next to it has the config's own."""
 
     def check(self) -> None:
         """Attention heads tile the hidden state."""

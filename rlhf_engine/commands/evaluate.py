@@ -37,6 +37,20 @@ def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:
     typer.echo(run_eval(read_config(config, overrides))[1])
 
 
+def figure(
+    output: Annotated[Path, typer.Option(help="Folder for models, plot, table and numbers.")] = Path("runs/figure"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Next to no training: does it run?")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Win rate over model size for base, prompted base, SFT, PPO and PPO-ptx; does what OUTPUT does not have yet."""
+    quiet()
+    from rlhf_engine.demo.figure import run_figure
+
+    typer.echo("\n" + run_figure(output, seed, tuple(overrides or ()), quick=quick, say=typer.echo))
+    typer.echo(f"\nplot and numbers: {output / 'figure.png'}, {output / 'figure.json'}")
+
+
 def iterate(config: ConfigOption, overrides: SetOption = None) -> None:
     """Rounds of generate, rank, reward model and PPO from model.path; does what OUTPUT_DIR does not have yet."""
     quiet()

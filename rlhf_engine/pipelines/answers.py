@@ -20,7 +20,7 @@ from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout import Generator
-from rlhf_engine.stages import load_model, make_generator
+from rlhf_engine.stages.loading import encode_records, load_model, make_generator
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,7 @@ class Answerer:
         self, source: str | None, records: Sequence[PromptRecord], samples: int, first: int = 0
     ) -> list[Answers]:
         """S answers to each record; `first` is the number of the first one, `source` names their file in an error."""
-        prompts = []
-        for record in records:
-            try:
-                prompts.append(torch.tensor(self.codec.encode_prompt(record.prompt)))
-            except ValueError as error:
-                raise ValueError(f"{source}:{record.line}: {error}") from None
+        prompts = encode_records(source, records, lambda record: torch.tensor(self.codec.encode_prompt(record.prompt)))
         rows = [prompt for prompt in prompts for _ in range(samples)]
         rollout = self.generator.generate(rows, torch.arange(len(rows)) + first * samples)
         lengths, ended = rollout.response_lengths.tolist(), rollout.ended.tolist()

@@ -30,6 +30,7 @@ from rlhf_engine.evaluate import (
 from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
 from rlhf_engine.pipelines.answers import Answerer, Answers, answer_all
 from rlhf_engine.plots import plot_win_rates
+from rlhf_engine.stages.loading import given
 
 BY_HAND = "file"
 """The value of eval.judge that means people, or a program, with a file."""
@@ -161,9 +162,7 @@ def _prefix(config: RunConfig, role: str) -> str:
 
 
 def _records(config: RunConfig) -> Iterator[PromptRecord]:
-    if config.data.prompts is None:
-        raise ValueError("data.prompts: got nothing, expected a path")
-    return read_prompts(config.data.prompts, config.eval.split)
+    return read_prompts(given(config.data.prompts, "data.prompts"), config.eval.split)
 
 
 def _contest(config: RunConfig, said: Said, preferences: torch.Tensor) -> Contest:
