@@ -100,6 +100,16 @@ class PPOConfig(Section):
     """Whether a ratio belongs to a token or (length-normalised) to its sequence."""
     cliprange_value: Positive | None = 0.2
     """Clip of the new value around the old one; None turns it off."""
+    value_model: Literal["head", "backbone"] = "head"
+    """Where values come from: a head on the policy's hidden states, which costs nothing, or a trunk of its own (InstructGPT's),
+    which the policy's gradients leave alone."""
+    value_init: Literal["reward_model", "zero"] = "reward_model"
+    """Start of the value function: the reward model's weights (InstructGPT), or a head of zeros, on the policy's trunk where it
+    is a backbone."""
+    value_warmup: WholeNumber = 0
+    """First updates, in which only the value function learns and the policy stays what it was."""
+    baseline: Literal["value", "none"] = "value"
+    """What is taken off the returns: the values, or nothing (REINFORCE); without values there is nothing to train."""
     vf_coef: NonNegative = 0.1
     """Weight of the value loss."""
     entropy_coef: NonNegative = 0.0
@@ -154,11 +164,17 @@ class PPOConfig(Section):
             ("kl_unit", "sequence", "kl_control 'adaptive'", adaptive),
             ("kl_horizon", 10_000, "kl_control 'adaptive'", adaptive),
             ("whiten_scope", "batch", "whiten_advantages", self.whiten_advantages),
+            ("value_model", "head", "baseline 'value'", self.baseline == "value"),
+            ("value_init", "reward_model", "baseline 'value'", self.baseline == "value"),
+            ("value_warmup", 0, "baseline 'value'", self.baseline == "value"),
+            ("vf_coef", 0.0, "baseline 'value'", self.baseline == "value"),
             ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
             ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
         )
 
     def _check_control(self) -> None:
+        if self.value_warmup >= self.updates:
+            raise ValueError(f"value_warmup: got {self.value_warmup}, expected fewer than updates {self.updates}")
         if self.missing_eos_score is not None and not abs(self.missing_eos_score) < float("inf"):
             raise ValueError(f"missing_eos_score: got {self.missing_eos_score}, expected a finite number")
         if round(self.ptx_ratio * self.minibatch) < 1:
