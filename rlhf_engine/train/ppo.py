@@ -102,6 +102,9 @@ def advantages(
     weights = None
     if config.importance_cap is not None:
         weights = (scored.old_logprobs - rollout.sampling_logprobs).exp().clamp(max=config.importance_cap)
+    if config.discount_gradient:
+        discounts = gradient_discounts(rollout.mask, config.gamma)
+        weights = discounts if weights is None else weights * discounts
     lengths = rollout.response_lengths.float()
     log = {
         "score_mean": scored.scores.mean(),
@@ -116,6 +119,11 @@ def advantages(
     }
     experience = Experience(rollout, scored.old_logprobs, scored.old_values, result.advantages, result.returns, weights)
     return experience, {name: float(value) for name, value in log.items()}
+
+
+def gradient_discounts(mask: Tensor, gamma: float) -> Tensor:  # (B, T) -> (B, T)
+    """gamma^t of action number t of its sequence (Sutton & Barto 2018, section 13.3)."""
+    return gamma ** (mask.cumsum(1) - 1).clamp(min=0).float()
 
 
 def minibatch_backward(
