@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON, written aside, synced and renamed, so that a folder is whole or absent.
 
 A folder holds the policy and its tokenizer as transformers saves them (`AutoModelForCausalLM.from_pretrained` reads it), and
-beside them `value_head.safetensors`, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`; a run that averages
-its weights has the average in `ema`, a folder of the same kind. Random numbers need no state of their own: they are functions
-of the seed and the counters in `trainer.json`.
+beside them `value_head.safetensors` or the folder `value_model`, `optimizer.safetensors`, `trainer.json` and the run's
+`config.yaml`; a run that averages its weights has the average in `ema`, a folder of the same kind. Random numbers need no
+state of their own: they are functions of the seed and the counters in `trainer.json`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from rlhf_engine.config import ModelConfig, RunConfig, load_config, save_config
 from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
+from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.train.ppo import PPOTrainer
 
-EMA = "ema"
-"""Folder inside a checkpoint of the averaged weights, a model like the checkpoint itself."""
+EMA, VALUE_MODEL = "ema", "value_model"
+"""Folders inside a checkpoint: the averaged weights, a model like the checkpoint itself, and a value model."""
 
 VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "value_head.safetensors",
@@ -69,10 +70,13 @@ def load_policy(
     """
     folder = Path(folder)
     model = load_pretrained(AutoModelForCausalLM, folder, attention=config.attention, dtype=dtype, device=device)
-    head = None
-    if (folder / VALUE_HEAD).is_file():
+    head = value_model = None
+    if (folder / VALUE_MODEL).is_dir():
+        where = {"attention": config.attention, "dtype": dtype, "device": device}
+        value_model = RewardModel.load(folder / VALUE_MODEL, **where)
+    elif (folder / VALUE_HEAD).is_file():
         head = load_head(folder / VALUE_HEAD, model.get_output_embeddings().weight.shape[1]).to(device)
-    return ActorCritic(model, head, backend=backend)
+    return ActorCritic(model, head, value_model=value_model, backend=backend)
 
 
 def save_checkpoint(
@@ -107,7 +111,8 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
     """
     folder = Path(folder)
     recover(folder)
-    require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG)
+    heads = () if trainer.policy.value_head is None else (VALUE_HEAD,)
+    require(folder, "config.json", *heads, OPTIMIZER, TRAINER, CONFIG)
     kinds = {name: type(value) for name, value in trainer.state().items()}
     state = _read_state(folder / TRAINER, kinds | {"seed": int, "optimizer_tensors": int, "reference": str})
     if state["seed"] != trainer.seed:
@@ -124,7 +129,7 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
         )
     _read_weights(folder, trainer.policy)
     if trainer.average is not None:
-        require(folder / EMA, "config.json", VALUE_HEAD)
+        require(folder / EMA, "config.json", *heads)
         _read_weights(folder / EMA, trainer.average.average)
     _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
     trainer.load_state(state)
@@ -141,10 +146,12 @@ def fingerprint(model: nn.Module) -> str:
 
 def _write_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
     policy.model.save_pretrained(folder)
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in policy.value_head.state_dict().items()},
-        folder / VALUE_HEAD,
-    )
+    if policy.value_model is not None:
+        (folder / VALUE_MODEL).mkdir()
+        policy.value_model.save(folder / VALUE_MODEL)
+    if policy.value_head is not None:
+        head = policy.value_head.state_dict()
+        save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, folder / VALUE_HEAD)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -72,7 +72,10 @@ class RewardConfig(Section):
     """Training of the reward model on rankings."""
 
     path: str | None = None
-    """Folder of a trained reward model, which PPO scores with."""
+    """Folder of a trained reward model, which PPO scores with; it may be smaller than the policy."""
+    function: str | None = None
+    """Python function in its place, as module:function or file.py:function. It takes a list of prompts and a list of
+    answers, texts both, and gives a list of floats."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8
@@ -83,6 +86,11 @@ class RewardConfig(Section):
     """Optimiser steps between validations; 0 validates at the end only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
+
+    def check(self) -> None:
+        """One reward, not two."""
+        if self.path is not None and self.function is not None:
+            raise ValueError(f"function: got {self.function!r} beside path {self.path!r}, expected one of the two")
 
 
 @dataclass(frozen=True)

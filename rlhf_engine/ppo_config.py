@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 from rlhf_engine.schema import Count, LearningRate, NonNegative, Positive, Section, Share, WholeNumber
 
@@ -30,10 +30,29 @@ class OptimConfig(Section):
     """Global gradient norm above which gradients are scaled down; None leaves them alone."""
 
 
+_POLICY_GRADIENT = {
+    "objective": "policy_gradient",
+    "ppo_epochs": 1,
+    "whiten_advantages": False,
+    "discount_gradient": True,
+    "aggregation": "seq_mean_token_sum",
+}
+PRESETS: dict[str, dict[str, object]] = {
+    "reinforce": _POLICY_GRADIENT | {"lam": 1.0, "baseline": "none", "vf_coef": 0.0},
+    "reinforce_baseline": _POLICY_GRADIENT | {"lam": 1.0, "cliprange_value": None},
+    "actor_critic": _POLICY_GRADIENT | {"lam": 0.0, "cliprange_value": None},
+}
+"""Sutton & Barto 2018, chapter 13: what each algorithm fixes. Everything else stays a choice."""
+
+
 @dataclass(frozen=True)
 class PPOConfig(Section):
     """PPO on a token-level environment with the score at the end (InstructGPT, section 3.5)."""
 
+    preset: Literal["reinforce", "reinforce_baseline", "actor_critic"] | None = None
+    """An older policy gradient in place of PPO, all samples on the policy: REINFORCE `gamma^t G grad log pi`, with baseline
+    `G - v(s)`, or one-step actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`), and
+    refuses other values of them."""
     updates: Count = 100
     """Outer iterations: collect, score, advantages, update."""
     rollout_batch: Count = 512
@@ -60,6 +79,9 @@ class PPOConfig(Section):
     """Discount of rewards."""
     lam: Share = 0.95
     """lambda of generalised advantage estimation."""
+    discount_gradient: bool = False
+    """Weight token t's policy term by gamma^t, as the policy-gradient theorem does for the discounted return from the start,
+    and nearly no implementation."""
     score_clip: Positive | None = None
     """Scores are clipped to [-score_clip, score_clip]; None leaves them alone."""
     score_scale: Literal["none", "batch", "first", "running"] = "none"
@@ -100,6 +122,16 @@ class PPOConfig(Section):
     """Whether a ratio belongs to a token or (length-normalised) to its sequence."""
     cliprange_value: Positive | None = 0.2
     """Clip of the new value around the old one; None turns it off."""
+    value_model: Literal["head", "backbone"] = "head"
+    """Where values come from: a head on the policy's hidden states, which costs nothing, or a trunk of its own (InstructGPT's),
+    which the policy's gradients leave alone."""
+    value_init: Literal["reward_model", "zero"] = "reward_model"
+    """Start of the value function: the reward model's weights (InstructGPT), or a head of zeros, on the policy's trunk where it
+    is a backbone."""
+    value_warmup: WholeNumber = 0
+    """First updates, in which only the value function learns and the policy stays what it was."""
+    baseline: Literal["value", "none"] = "value"
+    """What is taken off the returns: the values, or nothing (REINFORCE); without values there is nothing to train."""
     vf_coef: NonNegative = 0.1
     """Weight of the value loss."""
     entropy_coef: NonNegative = 0.0
@@ -123,6 +155,12 @@ class PPOConfig(Section):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
     """Optimiser of this stage."""
 
+    @classmethod
+    def from_dict(cls, given: dict[str, Any], key: str = "") -> Self:
+        """As any section; a preset's options need not be given."""
+        name = given.get("preset") if isinstance(given, dict) else None
+        return super().from_dict(PRESETS[name] | given if isinstance(name, str) and name in PRESETS else given, key)
+
     def check(self) -> None:
         """Batches divide each other, so that every optimiser step sees the same number of sequences."""
         if self.rollout_batch % self.minibatch:
@@ -133,6 +171,9 @@ class PPOConfig(Section):
             raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError(f"dual_clip: got {self.dual_clip}, expected a number above 1")
+        for name, value in PRESETS.get(self.preset or "", {}).items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {value!r} with preset {self.preset!r}")
         # An option that nothing would read is a mistake, not a detail.
         for name, unused, reader, read in self._readers():
             value = getattr(self, name)
@@ -154,11 +195,17 @@ class PPOConfig(Section):
             ("kl_unit", "sequence", "kl_control 'adaptive'", adaptive),
             ("kl_horizon", 10_000, "kl_control 'adaptive'", adaptive),
             ("whiten_scope", "batch", "whiten_advantages", self.whiten_advantages),
+            ("value_model", "head", "baseline 'value'", self.baseline == "value"),
+            ("value_init", "reward_model", "baseline 'value'", self.baseline == "value"),
+            ("value_warmup", 0, "baseline 'value'", self.baseline == "value"),
+            ("vf_coef", 0.0, "baseline 'value'", self.baseline == "value"),
             ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
             ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
         )
 
     def _check_control(self) -> None:
+        if self.value_warmup >= self.updates:
+            raise ValueError(f"value_warmup: got {self.value_warmup}, expected fewer than updates {self.updates}")
         if self.missing_eos_score is not None and not abs(self.missing_eos_score) < float("inf"):
             raise ValueError(f"missing_eos_score: got {self.missing_eos_score}, expected a finite number")
         if round(self.ptx_ratio * self.minibatch) < 1:

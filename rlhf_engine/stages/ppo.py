@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_engine.checkpoint import resume as resume_trainer
@@ -30,6 +31,7 @@ from rlhf_engine.stages.loading import (
 )
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream, pack_text
+from rlhf_engine.train.reward_function import import_function, text_reward
 from rlhf_engine.train.reward_model import score_examples
 from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.streams import shuffled_stream
@@ -41,20 +43,27 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     With `resume` it goes on from the checkpoint in that folder, drawing the numbers that an unbroken run would draw.
     """
     records = read_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
-    reward_model = load_reward_model(config)
+    function = None
+    if config.reward.function is not None:
+        function = import_function(config.reward.function, "reward.function")
+    reward_model = load_reward_model(config) if function is None else None
     model, codec = load_model(config)
     _check_fit(config, model, codec, reward_model)
     prompts = encode_records(
         config.data.prompts, records, lambda record: torch.tensor(codec.encode_prompt(record.prompt))
     )
-    value_head = ValueHead.from_weights(reward_model.head.weight.detach(), reward_model.head.bias.detach())
-    policy = ActorCritic(model, value_head, backend=config.backend)
+    policy = make_policy(config, model, reward_model)
+    if function is None:
+        reward = reward_function(reward_model, codec)
+    else:
+        texts = {tuple(ids.tolist()): record.prompt for ids, record in zip(prompts, records, strict=True)}
+        reward = text_reward(function, texts, codec)
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
         make_generator(policy, codec, config, config.seed),
         prompt_stream(prompts, config.seed),
-        reward_function(reward_model, codec),
+        reward,
         config.ppo,
         seed=config.seed,
         pretrain=pretrain_stream(config, codec),
@@ -77,6 +86,31 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
         trainer.train(on_update)
     plot(config, "ppo", "update")
     return history
+
+
+def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
+    """The policy and its value function as `ppo.value_model` and `ppo.value_init` want them."""
+    ppo, backend = config.ppo, config.backend
+    from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
+    if from_reward and reward_model is None:
+        raise ValueError(
+            "ppo.value_init: got 'reward_model' with a reward.function, expected 'zero': a function has no weights"
+        )
+    if ppo.value_model == "backbone":
+        value_model = copy.deepcopy(reward_model) if from_reward else RewardModel.from_causal_lm(model, config.seed)
+        if not from_reward:
+            nn.init.zeros_(value_model.head.weight)
+        return ActorCritic(model, value_model=value_model, backend=backend)
+    if not from_reward:
+        return ActorCritic(model, backend=backend)
+    head = reward_model.head
+    theirs, ours = head.weight.numel(), model.get_output_embeddings().weight.shape[1]
+    if theirs != ours:
+        raise ValueError(
+            f"ppo.value_init: got 'reward_model', whose hidden size is {theirs}, for a head on the policy's trunk, whose "
+            f"hidden size is {ours}; expected ppo.value_init 'zero' or ppo.value_model 'backbone'"
+        )
+    return ActorCritic(model, ValueHead.from_weights(head.weight.detach(), head.bias.detach()), backend=backend)
 
 
 def prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:
@@ -118,8 +152,23 @@ def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
     return examples
 
 
-def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel) -> None:
-    """The reward model reads the policy's token ids, and both have room for the longest response."""
+def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel | None) -> None:
+    """A reward model reads the policy's token ids, and both have room for the longest response."""
+    rooms = [(max_positions(model), 0)]
+    if reward_model is not None:
+        _check_ids(config, model, codec, reward_model)
+        # A response that runs out of budget is scored with an EOS behind it.
+        rooms.append((max_positions(reward_model.trunk), 1))
+    rollout = config.rollout
+    room = min((positions - spare for positions, spare in rooms if positions is not None), default=None)
+    if room is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > room:
+        raise ValueError(
+            f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
+            f"{rollout.max_response_tokens}, expected at most {room} together, the models' positions"
+        )
+
+
+def _check_ids(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel) -> None:
     theirs, ours = load_tokenizer(config.reward.path), codec.tokenizer
     folders = f"{config.reward.path} (reward.path) and {config.model.path} (model.path)"
     if theirs.get_vocab() != ours.get_vocab() or theirs.eos_token_id != ours.eos_token_id:
@@ -129,11 +178,3 @@ def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_m
     rows = [found.get_input_embeddings().weight.shape[0] for found in (reward_model.trunk, model)]
     if rows[0] < rows[1]:
         raise ValueError(f"{folders}: got {rows[0]} and {rows[1]} embeddings, expected no fewer in the reward model")
-    # A response that runs out of budget is scored with an EOS behind it.
-    rollout, rooms = config.rollout, [(max_positions(model), 0), (max_positions(reward_model.trunk), 1)]
-    room = min((positions - spare for positions, spare in rooms if positions is not None), default=None)
-    if room is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > room:
-        raise ValueError(
-            f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
-            f"{rollout.max_response_tokens}, expected at most {room} together, the models' positions"
-        )

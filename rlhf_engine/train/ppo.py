@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout import Generator, Rollout, score_rollout
+from rlhf_engine.rollout import Generator, Rollout, score_rollout, value_rollout
 from rlhf_engine.train.ema import WeightAverage
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
@@ -72,6 +72,10 @@ def score(
     old_logprobs, old_values = rollout.logprobs, rollout.values
     if config.old_logprobs == "rescored":
         old_logprobs, old_values = score_rollout(policy, rollout, values=True, **size)
+    elif policy.value_model is not None:
+        old_values = value_rollout(policy, rollout, microbatch=config.microbatch)
+    if config.baseline == "none":
+        old_values = torch.zeros_like(old_values)
     return Scored(rollout, scores, old_logprobs, old_values, ref_logprobs)
 
 
@@ -98,6 +102,9 @@ def advantages(
     weights = None
     if config.importance_cap is not None:
         weights = (scored.old_logprobs - rollout.sampling_logprobs).exp().clamp(max=config.importance_cap)
+    if config.discount_gradient:
+        discounts = gradient_discounts(rollout.mask, config.gamma)
+        weights = discounts if weights is None else weights * discounts
     lengths = rollout.response_lengths.float()
     log = {
         "score_mean": scored.scores.mean(),
@@ -112,6 +119,11 @@ def advantages(
     }
     experience = Experience(rollout, scored.old_logprobs, scored.old_values, result.advantages, result.returns, weights)
     return experience, {name: float(value) for name, value in log.items()}
+
+
+def gradient_discounts(mask: Tensor, gamma: float) -> Tensor:  # (B, T) -> (B, T)
+    """gamma^t of action number t of its sequence (Sutton & Barto 2018, section 13.3)."""
+    return gamma ** (mask.cumsum(1) - 1).clamp(min=0).float()
 
 
 def minibatch_backward(
@@ -166,6 +178,14 @@ def old_policy_kl(policy: ActorCritic, experience: Experience, microbatch: int, 
     logprobs, _ = score_rollout(policy, rollout, microbatch=microbatch, temperature=temperature)
     log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
     return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
+
+
+def keep_value_gradients(policy: ActorCritic) -> None:
+    """Drop every gradient but the value function's: the optimiser leaves a parameter without one as it is."""
+    values = {id(parameter) for parameter in policy.value_parameters()}
+    for parameter in policy.parameters():
+        if id(parameter) not in values:
+            parameter.grad = None
 
 
 def loss_options(config: PPOConfig) -> dict[str, object]:
@@ -277,7 +297,9 @@ class PPOTrainer:
         config = self.config
         changing = {"old_kl_coef": self.old_kl_coef}
         metrics = minibatch_backward(self.policy, experience, sequences, config, temperature, **changing)
-        if self.pretrain is not None:
+        if self._warming_up:
+            keep_value_gradients(self.policy)
+        elif self.pretrain is not None:
             batch = self.pretrain.take(round(config.ptx_ratio * len(sequences)))
             metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, microbatch=config.microbatch)
         total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
@@ -290,6 +312,8 @@ class PPOTrainer:
     def _adapt(self, experience: Experience, log: dict[str, float], temperature: float) -> dict[str, float]:
         """Move the KL coefficients to where this update's KLs want them; returns what was measured for it."""
         config, found = self.config, {}
+        if self._warming_up:
+            return found
         if config.kl_control == "adaptive":
             kl = log["kl"] if config.kl_unit == "sequence" else log["kl_per_token"]
             self.kl_coef = adapted_kl_coef(
@@ -304,6 +328,10 @@ class PPOTrainer:
             found = {"old_kl": old_kl, "old_kl_coef": self.old_kl_coef}
             self.old_kl_coef = adapted_old_kl_coef(self.old_kl_coef, old_kl, target=config.old_kl_target)
         return found
+
+    @property
+    def _warming_up(self) -> bool:
+        return self.updates_done < self.config.value_warmup
 
     def _shuffled(self, epoch: int, sequences: int) -> Tensor:
         # One stream for each (seed, update, epoch): nothing to save, nothing that another draw could shift.

@@ -144,6 +144,96 @@ def test_s9_ptx_runs_from_a_text_file(run, capsys):
     assert [row["ptx_loss"] > 0 for row in rows if row["stage"] == "ppo"] == [True, True]
 
 
+def options(*overrides):
+    return [part for override in overrides for part in ("--set", override)]
+
+
+REWARD = """
+def longest(prompts, answers):
+    assert all(prompt.startswith("q") and len(prompt) == 2 for prompt in prompts), prompts
+    return [float(len(answer)) for answer in answers]
+
+def broken(prompts, answers):
+    return [float("nan") if i == 2 else 1.0 for i in range(len(answers))]
+
+def short(prompts, answers):
+    return [0.0]
+
+def words(prompts, answers):
+    return ["good"] * len(answers)
+
+def raises(prompts, answers):
+    raise ZeroDivisionError("judge")
+
+number = 3
+"""
+
+
+def test_s6_a_python_function_is_the_reward(run, capsys):
+    (run / "rewards.py").write_text(REWARD)
+    arguments = ("ppo", "--config", run / "run.yaml", "--set")
+    function = f"reward.function={run / 'rewards.py'}"
+    code, _, shown = rlhf(capsys, *arguments, f"{function}:longest")
+    assert code == 2 and "ppo.value_init: got 'reward_model' with a reward.function, expected 'zero'" in shown
+    zero = options("ppo.value_init=zero")
+    assert rlhf(capsys, *arguments, f"{function}:longest", *zero)[0] == 0
+    rows = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["score_mean"] >= 0 for row in rows)
+    before = load_file(run / "out" / "ppo" / "model.safetensors")
+    more = [*zero, *options("ppo.updates=3"), "--resume"]
+    code, _, shown = rlhf(capsys, *arguments, f"{function}:broken", *more)
+    assert code == 2 and "reward_fn: got nan for sample 10 of the run (1 of 4" in shown
+    after = load_file(run / "out" / "ppo" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name, message in (
+        ("short", "reward.function: got 1 scores, expected 4, one an answer"),
+        ("words", "reward.function: got 'good' for answer 0 of the rollout, expected a number"),
+        ("number", "reward.function: got int under the name 'number'"),
+        ("nothing", "reward.function: got nothing under the name 'nothing'"),
+    ):
+        code, _, shown = rlhf(capsys, *arguments, f"{function}:{name}", *more)
+        assert code == 2 and message in shown
+    with pytest.raises(ZeroDivisionError, match="judge") as caught:
+        main([str(argument) for argument in (*arguments, f"{function}:raises", *more)])
+    assert caught.value.__notes__ == ["while the reward function scored 4 answers"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["reward.function=rewards"], "reward.function: got 'rewards', expected module:function or file.py:function"),
+        (["reward.function=no_such_module:f"], "reward.function: No module named 'no_such_module'"),
+        (["reward.function=nowhere.py:f"], "reward.function: nowhere.py: no such file"),
+        (["reward.function=a:b", "reward.path=c"], "function: got 'a:b' beside path 'c', expected one of the two"),
+    ],
+)
+def test_s6_a_function_that_is_not_there_is_named(run, capsys, overrides, message):
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*overrides))
+    assert code == 2 and message in shown
+
+
+def test_s22_a_reward_model_smaller_than_the_policy(run, capsys):
+    """One layer and half the width against two: it scores, and its weights are those of the value model."""
+    small = new_base(run / "small", hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=4)
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml", "--set", small)[0] == 0
+    reward = f"reward.path={run / 'out' / 'rm'}"
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(reward))
+    assert code == 2 and "whose hidden size is 16, for a head on the policy's trunk, whose hidden size is 32" in shown
+    assert not (run / "out" / "ppo").exists()
+    zero = options(reward, "ppo.value_init=zero")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *zero)[0] == 0
+    backbone = options(reward, "ppo.value_model=backbone", f"output_dir={run / 'own'}")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *backbone)[0] == 0
+    values, rewards = (RewardModel.load(path) for path in (run / "own" / "ppo" / "value_model", run / "out" / "rm"))
+    assert values.trunk.config.hidden_size == 16 and len(values.trunk.layers) == 1
+    assert not torch.equal(values.head.weight, rewards.head.weight)
+    torch.testing.assert_close(
+        values.head.weight, rewards.head.weight, rtol=0, atol=0.02
+    )  # from there, four small steps
+    more = [*backbone, *options("ppo.updates=3"), "--resume"]
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *more)[0] == 0
+
+
 def test_resuming_without_a_checkpoint_is_refused(run, capsys):
     assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
     options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")

@@ -18,11 +18,20 @@ def target_share(rollout):
 
 
 def make_trainer(
-    family="llama", *, seed=1, model_seed=0, rollout=ROLLOUT, reward=target_share, pretrain=None, **settings
+    family="llama",
+    *,
+    seed=1,
+    model_seed=0,
+    rollout=ROLLOUT,
+    reward=target_share,
+    pretrain=None,
+    value_model=None,
+    **settings,
 ):
     generator = torch.Generator().manual_seed(5)
     head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2)
-    policy = ActorCritic(tiny(family, seed=model_seed, initializer_range=0.1), head)
+    model = tiny(family, seed=model_seed, initializer_range=0.1)
+    policy = ActorCritic(model, head) if value_model is None else ActorCritic(model, value_model=value_model)
     stream = torch.Generator().manual_seed(9)
     prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
     config = PPOConfig(**{**SETTINGS, "optim": OptimConfig(lr=1e-3), **settings})
