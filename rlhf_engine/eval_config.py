@@ -23,7 +23,9 @@ class EvalConfig(Section):
     stop: str | None = None
     """Text at which an answer is cut, such as the blank line before a next few-shot example; null cuts nothing."""
     judge: str | None = None
-    """Who compares two answers: a reward model's folder, a Python function as `module:function`, or `file` for people."""
+    """Who compares two answers: a reward model's folder, a Python function as `module:function` or `file.py:function`, or
+    `file` for people. A function takes lists of prompts, of answers A and of answers B; it gives a list of preferences for A
+    in [0, 1], or two lists of scores."""
     judge_batch: Count = 64
     """Pairs of answers that a Python function gets at a time."""
     split: Literal["train", "validation", "test"] = "test"
@@ -49,7 +51,7 @@ class IterateConfig(Section):
     start: Literal["previous", "sft"] = "previous"
     """Model that a round's PPO starts from, and that its KL is measured to: the policy of the round before, or model.path."""
     judge: str | None = None
-    """Who ranks the new answers: a reward model's folder, a Python function as `module:function`, or `file` to wait for one."""
+    """Who ranks the new answers: a judge as in `eval.judge`, or `file` to wait for somebody's rankings."""
     prompts: Count = 64
     """Prompts of the training split that are answered and ranked in a round, other ones in each."""
     completions: Count = 4

@@ -5,11 +5,8 @@ Legend: M pairs of answers, each with its prompt.
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +19,12 @@ from rlhf_engine.data import Codec
 from rlhf_engine.evaluate.win_rate import score_preferences
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.train.reward_function import import_function
 from rlhf_engine.train.reward_model import score_examples
 
 Texts = Sequence[str]
 
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_FUNCTION = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
 _NO_LIMIT = 2**31
 
 
@@ -84,18 +82,8 @@ class FunctionJudge:
 
     @classmethod
     def load(cls, name: str, *, batch: int = 64, margin: float = 0.0) -> FunctionJudge:
-        """From `module:function`; a module may lie in the working directory. ValueError if there is no such function."""
-        module_name, _, function_name = name.partition(":")
-        here = os.getcwd()
-        if here not in sys.path:
-            sys.path.append(here)
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"judge: got {name!r}, which does not load: {error}") from None
-        if not callable(function):
-            raise ValueError(f"judge: got {name!r}, a {type(function).__name__}, expected a function")
-        return cls(function, name, batch=batch, margin=margin)
+        """From `module:function` or `file.py:function`; ValueError if there is no such function."""
+        return cls(import_function(name, "judge"), name, batch=batch, margin=margin)
 
     def compare(self, prompts: Texts, first: Texts, second: Texts) -> Tensor:
         """See `Judge`; ValueError naming the first sample on which the function raises or answers no number."""
@@ -146,7 +134,7 @@ class FunctionJudge:
 def load_judge(
     name: str, *, prompt_template: str, batch: int = 64, margin: float = 0.0, **placement: Any
 ) -> RewardJudge | FunctionJudge:
-    """The judge that a config names: `module:function`, or a reward model's folder."""
+    """The judge that a config names: `module:function`, `file.py:function`, or a reward model's folder."""
     if _FUNCTION.fullmatch(name) and not Path(name).exists():
         return FunctionJudge.load(name, batch=batch, margin=margin)
     try:

@@ -107,6 +107,7 @@ def _check(config: RunConfig) -> None:
         ("eval.candidate", config.eval.candidate),
         ("eval.baseline", config.eval.baseline),
         ("reward.path", config.reward.path),
+        ("reward.function", config.reward.function),
     ):
         if value is not None:
             raise ValueError(f"{key}: got {value!r}, expected null: the rounds decide it")

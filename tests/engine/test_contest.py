@@ -44,7 +44,7 @@ def evaluate(capsys, run, models, judge, *more):
 def write_judge(run, name, body):
     """A module in the working directory, as a user's own judge would be; returns its name."""
     (run / f"{name}.py").write_text(f"def judge(prompts, a, b):\n    {body}\n")
-    return f"{name}:judge"
+    return f"{name}.py:judge"
 
 
 def test_s20_win_rate_under_a_function(run, models, capsys):
@@ -141,7 +141,7 @@ def test_s20_people_judge_through_a_file(run, models, capsys):
 def test_s20_a_judge_that_fails_leaves_what_was_there(run, models, capsys, body, message):
     (run / "out" / "eval").mkdir(parents=True)
     (run / "out" / "eval" / "report.json").write_text("before")
-    judge = write_judge(run, f"judge_{abs(hash(body))}", body)
+    judge = write_judge(run, "judge_broken", body)
     code, _, shown = evaluate(capsys, run, models, judge)
     assert code == 2 and shown == f"rlhf: judge {judge}: {message}\n"
     assert [path.name for path in (run / "out").iterdir()] == ["eval"]

@@ -26,8 +26,8 @@ def run(tmp_path, base, monkeypatch):
     return new_run(tmp_path, base)
 
 
-def sets(*more, judge="judge_by_length:judge"):
-    return [f"iterate.judge={judge}", "eval.judge=judge_by_length:judge", "iterate.prompts=4", *more]
+def sets(*more, judge="judge_by_length.py:judge"):
+    return [f"iterate.judge={judge}", "eval.judge=judge_by_length.py:judge", "iterate.prompts=4", *more]
 
 
 def config_of(run, *more, **options):
@@ -147,9 +147,10 @@ def test_s21_it_waits_for_a_file_of_rankings(run, capsys):
         ("eval.judge=file", "eval.judge: got 'file', expected a judge that rates"),
         ("eval.candidate=x", "eval.candidate: got 'x', expected null: the rounds decide it"),
         ("reward.path=x", "reward.path: got 'x', expected null"),
+        ("reward.function=x:y", "reward.function: got 'x:y', expected null"),
         ("iterate.completions=1", "completions: got 1, expected at least 2"),
         ("model.path=null", "model.path: got nothing"),
-        ("iterate.judge=judge_by_length:nothing", "which does not load"),
+        ("iterate.judge=judge_by_length.py:nothing", "judge: got nothing under the name 'nothing'"),
         ("rollout.temperature=0.0001", "gave no prompt two answers to compare"),
     ],
 )

@@ -94,9 +94,10 @@ def test_an_interrupt_passes_through():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("no_such_module:f", "'no_such_module:f', which does not load: No module named"),
-        ("math:no_such", "'math:no_such', which does not load: module 'math' has no attribute"),
-        ("math:pi", "'math:pi', a float, expected a function"),
+        ("no_such_module:f", "judge: No module named 'no_such_module'; expected a module"),
+        ("math:no_such", "judge: got nothing under the name 'no_such' in math, expected a function"),
+        ("math:pi", "judge: got float under the name 'pi' in math, expected a function"),
+        ("no_such.py:f", r"judge: no_such\.py: no such file"),
         ("nowhere", "judge: nowhere: no such folder"),
     ],
 )
