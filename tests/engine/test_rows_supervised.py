@@ -1,4 +1,4 @@
-"""Rows S2 to S5 of the InstructGPT table: the reward model, by what the paper says of it."""
+"""Rows S1 to S5 of the InstructGPT table: SFT and the reward model, by what the paper says of them."""
 
 import json
 import math
@@ -9,10 +9,12 @@ import torch
 
 from rlhf_engine.config import load_config
 from rlhf_engine.data import Example, rank_batch, read_demonstrations
+from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.stages import load_model, run_rm
 from rlhf_engine.train.reward_model import RankedPrompt, evaluate_rankings, ranking_loss, score_examples
+from rlhf_engine.train.sft import evaluate_nll
 from tests.engine.cli_run import new_model, new_run
 from tests.engine.tiny_models import tiny
 
@@ -20,6 +22,17 @@ K = 9
 COMPLETIONS = tuple(Example((5, 6, 9), (*range(7, 8 + length), 2)) for length in range(1, K + 1))
 RANKS = (3, 1, 2, 2, 0, 5, 4, 4, 8)
 PAIRS = tuple((i, j) for i in range(K) for j in range(K) if RANKS[i] < RANKS[j])
+
+
+@torch.no_grad()
+def test_s1_the_loss_is_that_of_the_demonstrations_tokens_and_of_no_others():
+    lm = tiny()
+    examples = (Example((5, 6, 7, 8, 9), (10, 11, 2)), Example((5,), (12, 2)))
+    nll = []
+    for one in examples:
+        logits = lm(torch.tensor([one.prompt + one.response])).logits[0, len(one.prompt) - 1 : -1]
+        nll += (-logits.log_softmax(1)[range(len(one.response)), list(one.response)]).tolist()
+    assert evaluate_nll(ActorCritic(lm), examples, 2, pad_id=0) == pytest.approx(sum(nll) / 5, rel=1e-4)
 
 
 def forward_rows(model):
