@@ -79,8 +79,11 @@ def plot_win_rate_lines(
     """Win rates of several contestants over a number, such as the model's size, with 95% intervals."""
     figure = Figure(figsize=(6.5, 4.4), layout="constrained")
     axes = figure.subplots()
-    for colour, (name, points) in zip(_COLOURS, series.items(), strict=False):
+    for number, (colour, (name, points)) in enumerate(zip(_COLOURS, series.items(), strict=False)):
         xs, rates = zip(*points, strict=True)
+        # Side by side, so that one interval does not hide another.
+        aside = number - (len(series) - 1) / 2
+        xs = [x * 1.03**aside if log_x else x + 0.03 * aside for x in xs]
         middle = [rate.rate for rate in rates]
         errors = [[rate.rate - rate.low for rate in rates], [rate.high - rate.rate for rate in rates]]
         axes.errorbar(xs, middle, yerr=errors, color=colour, label=name, marker="o", markersize=4, capsize=3)
