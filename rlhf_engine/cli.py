@@ -14,6 +14,9 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
 
+data_app = typer.Typer(no_args_is_help=True, help="Cleans and checks data sets.")
+app.add_typer(data_app, name="data")
+
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see rlhf_engine/demo/demo.yaml.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, such as ppo.kl_coef=0.05; repeatable.")]
 
@@ -68,6 +71,28 @@ def demo(
 
     typer.echo("\n" + run_demo(output, seed, tuple(overrides or ()), typer.echo))
     typer.echo(f"\nreport, answers and plots: {output}")
+
+
+@data_app.command()
+def clean(
+    source: Annotated[Path, typer.Option("--in", help="Prompts: JSONL, or a folder that save_to_disk wrote.")],
+    output: Annotated[Path, typer.Option("--out", help="New folder for prompts.jsonl and report.json.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; data.hygiene counts.")] = None,
+    overrides: SetOption = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Truncate to its rollout.max_prompt_tokens tokens.")] = None,
+) -> None:
+    """Deduplicates prompts, limits them per user, splits them by user, and filters personal information out of train."""
+    _quiet()
+    from rlhf_engine.config import load_config
+    from rlhf_engine.data.hygiene import clean_prompts
+
+    settings, codec = load_config(config, overrides or ()), None
+    if tokenizer is not None:
+        from rlhf_engine.data import Codec
+        from rlhf_engine.model.pretrained import load_tokenizer
+
+        codec = Codec(load_tokenizer(tokenizer), settings.data.prompt_template, settings.rollout.max_prompt_tokens)
+    typer.echo(clean_prompts(source, output, settings.data.hygiene, codec).table())
 
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:

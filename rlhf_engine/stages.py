@@ -58,7 +58,7 @@ def run_sft(config: RunConfig) -> FitReport:
         report = fit_language_model(
             actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
         )
-    save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report))
+    save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report) | _truncated(codec))
     _plot(config, "sft", "optimiser step")
     return report
 
@@ -83,7 +83,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
         codec.tokenizer.save_pretrained(folder)
         write_json(
             folder / "report.json",
-            {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift},
+            {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift} | _truncated(codec),
         )
 
     with_new_folder(Path(config.output_dir) / "rm", write)
@@ -121,6 +121,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
         def on_update(number: int, log: dict[str, float]) -> None:
+            log |= _truncated(codec)
             metrics.write(number, log)
             history.append(log)
             bar.update()
@@ -149,7 +150,7 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     _check_vocabulary(model, tokenizer, folder)
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
-    codec = Codec(tokenizer, data.prompt_template, *limits)
+    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts)
     return model, codec
 
 
@@ -250,6 +251,11 @@ def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_m
             f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
             f"{rollout.max_response_tokens}, expected at most {room} together, the models' positions"
         )
+
+
+def _truncated(codec: Codec) -> dict[str, int]:
+    """How many prompts lost their beginning, for reports and metrics."""
+    return {"truncated_prompts": codec.truncated.count}
 
 
 def _given(value: str | None, key: str) -> str:

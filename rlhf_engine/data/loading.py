@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_engine.data.records import Comparison, Demonstration, PromptRecord, parse_messages, parse_ranking
+from rlhf_engine.data.records import (
+    Comparison,
+    Demonstration,
+    PretrainingText,
+    PromptRecord,
+    parse_messages,
+    parse_ranking,
+)
 from rlhf_engine.data.sources import Row, read_rows
 
 Record = TypeVar("Record")
@@ -49,6 +56,20 @@ def read_prompts(path: str | Path, split: str | None = None, on_bad: OnBad | Non
         path, ("prompt", "user_id"), ("split",), lambda given, line: PromptRecord(**given, line=line), on_bad
     )
     return (record for record in records if split is None or record.split == split)
+
+
+def read_texts(path: str | Path) -> Iterator[PretrainingText]:
+    """Documents of a text file with blank lines between them, of JSONL with a field `text`, or of a data set's folder.
+
+    Raises:
+        ValueError: no such file, or a bad line, named as `file:line`.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".jsonl", ".json"):
+        return _read(path, ("text",), (), lambda given, line: PretrainingText(**given, line=line))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return _documents(path)
 
 
 def _comparison(given: dict[str, Any], line: int) -> Comparison:
@@ -117,3 +138,21 @@ def _with_prompt(given: dict[str, Any], answered: bool) -> dict[str, Any]:
             raise ValueError(f"messages: got {messages[-1].role!r} as the last role, expected 'assistant', who answers")
         return {"prompt": messages[:-1], "response": messages[-1].content, **others}
     return {"prompt": messages, **others}
+
+
+def _documents(path: Path) -> Iterator[PretrainingText]:
+    first, lines = 0, []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid UTF-8: {error}") from None
+            if line.strip():
+                first = first or number
+                lines.append(line)
+            elif lines:
+                yield PretrainingText("".join(lines).rstrip("\r\n"), line=first)
+                first, lines = 0, []
+    if lines:
+        yield PretrainingText("".join(lines).rstrip("\r\n"), line=first)

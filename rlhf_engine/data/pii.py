@@ -30,6 +30,8 @@ _IPV6 = re.compile(
     r"(?<![\w:.])[\da-f]{0,4}(?::[\da-f]{0,4}){2,7}(?:(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:])", re.IGNORECASE
 )
 _PHONE = re.compile(r"\+?\(?\d(?:[^\w\n,;:]{0,3}\d){6,}")
+# The commonest runs of digits that are no phone number; the library, which is slow, need not see them.
+_DATE_OR_DECIMAL = re.compile(r"\d{4}-\d\d-\d\d(?: \d\d)?|(?=(?:\d\.?){7,9}\Z)\d+\.\d+")
 # Initials are part of a name: "Dr. J. R. Smith".
 _UPPER, _LETTERS = "[A-ZÀ-ÖØ-Þ]", r"(?:[^\W\d_]|['’-](?=[^\W\d_]))"
 _HONORIFIC = (
@@ -83,6 +85,8 @@ class PiiFinder:
 
     def _phones(self, text: str) -> Iterator[tuple[int, int]]:
         for candidate in _PHONE.finditer(text):
+            if _DATE_OR_DECIMAL.fullmatch(candidate[0]):
+                continue
             first = max(0, candidate.start() - _PHONE_MARGIN)
             window = text[first : candidate.end() + _PHONE_MARGIN]
             for region in self._regions:
