@@ -91,7 +91,10 @@ class PiiFinder:
             window = text[first : candidate.end() + _PHONE_MARGIN]
             for region in self._regions:
                 matches = list(phonenumbers.PhoneNumberMatcher(window, region, max_tries=_PHONE_TRIES))
-                yield from ((first + match.start, first + match.end) for match in matches)
+                for match in matches:
+                    # The bracket of "(020 7946 0958)" is not the one of "(020) 7946 0958".
+                    bracket = match.raw_string.startswith("(") and ")" not in match.raw_string
+                    yield first + match.start + bracket, first + match.end
                 if matches:
                     break
 

@@ -127,6 +127,8 @@ def parse_messages(given: object) -> tuple[Message, ...]:
     messages = []
     for index, item in enumerate(given):
         name = f"messages[{index}]"
+        # A data set on disk gives every message the fields that any of them has, null where one has none.
+        item = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
         if not isinstance(item, dict) or set(item) != {"role", "content"}:
             raise ValueError(f"{name}: got {item!r}, expected an object with role and content")
         for key in ("role", "content"):
