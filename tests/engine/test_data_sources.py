@@ -92,7 +92,9 @@ def test_s3_ranks_that_are_no_numbers_are_named_with_their_line(tmp_path, ranks)
 
 @WRITERS
 def test_s19_demonstrations_and_prompts_are_read(tmp_path, write):
-    demonstrations = write(tmp_path / "demonstrations", [{"prompt": "p", "response": "é"}, {"prompt": "q", "response": "s"}])
+    demonstrations = write(
+        tmp_path / "demonstrations", [{"prompt": "p", "response": "é"}, {"prompt": "q", "response": "s"}]
+    )
     assert list(read_demonstrations(demonstrations)) == [Demonstration("p", "é"), Demonstration("q", "s")]
     rows = [{"prompt": "p", "user_id": "u", "split": "test"}, {"prompt": "q", "user_id": "v"}]
     prompts = write(tmp_path / "prompts", rows)
@@ -120,7 +122,10 @@ def test_s19_conversations_are_read(tmp_path, write):
         ({"messages": [], "user_id": "u"}, r"messages: got \[\]"),
         ({"messages": ["hi"], "user_id": "u"}, r"messages\[0\]: got 'hi'"),
         ({"messages": [{"role": "user"}], "user_id": "u"}, r"messages\[0\]: got {'role': 'user'}"),
-        ({"messages": [{"role": "user", "content": ""}], "user_id": "u"}, r"messages\[0\].content: got an empty string"),
+        (
+            {"messages": [{"role": "user", "content": ""}], "user_id": "u"},
+            r"messages\[0\].content: got an empty string",
+        ),
         ({"messages": [{"role": "assistant", "content": "a"}], "user_id": "u"}, "messages: got none to answer"),
     ],
 )
@@ -143,10 +148,10 @@ def test_s19_folders_that_hold_no_single_data_set_are_refused(tmp_path):
     datasets = pytest.importorskip("datasets")
     part = datasets.Dataset.from_list([{"prompt": "p", "user_id": "u"}])
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "both")
-    with pytest.raises(ValueError, match="both: got several data sets, expected one of .*both/test, .*both/train"):
+    with pytest.raises(ValueError, match=r"both: got several data sets, expected one of .*both/test, .*both/train"):
         read_prompts(tmp_path / "both")
     assert len(list(read_prompts(tmp_path / "both" / "train"))) == 1
-    with pytest.raises(ValueError, match="a folder without state.json"):
+    with pytest.raises(ValueError, match=r"a folder without state\.json"):
         read_prompts(tmp_path)
     next((tmp_path / "both" / "test").glob("*.arrow")).write_bytes(b"no arrow")
     with pytest.raises(ValueError, match="both/test: not a whole data set"):
@@ -218,7 +223,9 @@ def test_s19_long_conversations_lose_their_oldest_turns_first(codec):
     assert cut(whole - 1) == "<system>be kind\n<user>three\n<assistant>"
     last = len(codec.encode_prompt((TALK[0], TALK[3])))
     shorter = cut(last - 1)
-    assert shorter.startswith("<system>be kind\n<user>") and shorter.endswith("e\n<assistant>") and "three" not in shorter
+    assert (
+        shorter.startswith("<system>be kind\n<user>") and shorter.endswith("e\n<assistant>") and "three" not in shorter
+    )
 
 
 @WRITERS
@@ -242,7 +249,9 @@ def test_s19_pretraining_rows_are_full_and_documents_end_with_eos(tmp_path, code
     one, three = (codec.tokenizer(text)["input_ids"] + [codec.eos_id] for text in ("one two", "three"))
     stream = (one + three) * 9
     rows = list(packed_sequences(path, codec, 7))
-    assert [token for row in rows for token in row] == stream[: len(stream) // 7 * 7] and {len(row) for row in rows} == {7}
+    assert [token for row in rows for token in row] == stream[: len(stream) // 7 * 7] and {
+        len(row) for row in rows
+    } == {7}
 
 
 def test_s19_a_pretraining_file_shorter_than_one_sequence_is_refused(tmp_path, codec):
