@@ -95,6 +95,18 @@ def clean(
     typer.echo(clean_prompts(source, output, settings.data.hygiene, codec).table())
 
 
+@data_app.command()
+def check(
+    kind: Annotated[str, typer.Argument(help="demonstrations, comparisons, prompts or pretraining.")],
+    path: Annotated[Path, typer.Argument(help="The file, or a folder that save_to_disk wrote.")],
+) -> None:
+    """Reads every record of a file and counts; the first bad one is named with its line."""
+    _quiet()
+    from rlhf_engine.data.summary import summarise
+
+    typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path).items()))
+
+
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
     _quiet()
     from rlhf_engine import stages

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from rlhf_engine.cli import main
 from rlhf_engine.data import (
     Codec,
     Comparison,
@@ -261,3 +262,35 @@ def test_s19_a_pretraining_file_shorter_than_one_sequence_is_refused(tmp_path, c
     assert len(list(packed_sequences(path, codec, tokens))) == 1
     with pytest.raises(ValueError, match=rf"pretrain.txt: got {tokens} tokens, expected at least {tokens + 1}"):
         list(packed_sequences(path, codec, tokens + 1))
+
+
+def check(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "check", *map(str, arguments)])
+    shown = capsys.readouterr()
+    return stopped.value.code or 0, shown.out + shown.err
+
+
+def test_s3_rankings_are_counted_after_a_check(tmp_path, capsys):
+    rows = [("A > B > C", 3), ("A = B", 2), ("B > A", 2)]
+    given = [{"prompt": "p", "completions": ["x"] * k, "ranking": ranking} for ranking, k in rows]
+    code, shown = check(capsys, "comparisons", jsonl(tmp_path / "data", given))
+    ties = ["all tied, so without use: 1"]
+    sizes = ["with 2 completions: 2", "with 3 completions: 1"]
+    assert code == 0
+    assert sorted(shown.splitlines()) == [*ties, "completions: 7", "pairs: 4", "records: 3", *sizes]
+
+
+def test_s19_files_are_counted_after_a_check(tmp_path, capsys):
+    rows = [{"prompt": "p", "user_id": "u"}, {"prompt": "q", "user_id": "v", "split": "test"}]
+    path = jsonl(tmp_path / "data", rows)
+    assert check(capsys, "prompts", path) == (0, "records: 2\ntrain: 1\ntest: 1\nusers: 2\n")
+    jsonl(path, [*rows, {"prompt": "r", "user_id": "v"}])
+    code, shown = check(capsys, "prompts", path)
+    assert code == 2 and "data:3: split: got 'train' for user_id 'v', whose prompts above are in 'test'" in shown
+    assert check(capsys, "demonstrations", jsonl(path, [{"prompt": "p", "response": "r"}])) == (0, "records: 1\n")
+    (tmp_path / "text").write_text("one\n\nthree\n")
+    assert check(capsys, "pretraining", tmp_path / "text") == (0, "records: 2\ncharacters: 8\n")
+    assert check(capsys, "letters", path)[0] == 2
+    path.write_text("\n")
+    assert check(capsys, "prompts", path) == (2, f"rlhf: {path}: got no prompts, expected at least one record\n")
