@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -76,12 +77,13 @@ class PiiFinder:
         if _DIGIT.search(text):
             searches += [("iban", _ibans), ("card", _cards), ("ip", _addresses), ("phone", self._phones)]
         searches.append(("name", _names))
-        found: list[Finding] = []
+        spans: list[tuple[int, int, str]] = []  # in their order
         for kind, search in searches:
             for start, end in search(text):
-                if all(end <= other.start or other.end <= start for other in found):
-                    found.append(Finding(kind, start, end))
-        return sorted(found, key=lambda finding: finding.start)
+                at = bisect(spans, (start,))
+                if (at == 0 or spans[at - 1][1] <= start) and (at == len(spans) or end <= spans[at][0]):
+                    spans.insert(at, (start, end, kind))
+        return [Finding(kind, start, end) for start, end, kind in spans]
 
     def _phones(self, text: str) -> Iterator[tuple[int, int]]:
         for candidate in _PHONE.finditer(text):

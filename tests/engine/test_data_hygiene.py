@@ -48,7 +48,7 @@ def test_s19_prompts_with_a_long_common_prefix_count_as_one(tmp_path):
         "ABC DEFGH",
         "abc \n defgh and more",  # the same but for case and white space
         "abcdefg",
-        "ﬁve six",
+        "ｆｉｖｅ six",
         "five six",  # the same in NFKC
         "Straße",
         "STRASSE",

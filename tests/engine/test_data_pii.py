@@ -88,6 +88,14 @@ def test_s19_what_follows_a_number_is_not_part_of_it():
     assert found("ab12 DE89 3704 0044 0532 0130 00") == [("iban", "DE89 3704 0044 0532 0130 00")]
 
 
+def test_s19_of_two_kinds_that_overlap_the_surer_stands():
+    assert found("4155550132@example.com") == [("email", "4155550132@example.com")]
+    assert found("Mr Al4155550132@example.com, Dr. Smith") == [
+        ("email", "Al4155550132@example.com"),
+        ("name", "Dr. Smith"),
+    ]
+
+
 def test_s19_redaction_leaves_a_mark_and_the_rest():
     text = "Dr. Smith (joe@example.com, 415-555-0132) paid with 4111 1111 1111 1111."
     assert redact(text, FINDER.find(text)) == "[NAME] ([EMAIL], [PHONE]) paid with [CARD]."
@@ -101,3 +109,9 @@ def test_s19_no_text_takes_quadratic_time(piece):
     started = time.process_time()
     FINDER.find(piece * (20_000 // len(piece)))
     assert time.process_time() - started < 5  # milliseconds to half a second; quadratic would be minutes
+
+
+def test_s19_many_findings_do_not_take_quadratic_time():
+    started = time.process_time()
+    assert len(FINDER.find("a@b.co " * 20_000)) == 20_000
+    assert time.process_time() - started < 5
