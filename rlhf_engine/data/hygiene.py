@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sqlite3
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -119,6 +120,7 @@ def clean_prompts(
     Raises:
         ValueError: a bad line, named as `file:line`, unless `settings.bad_lines` is "skip"; no prompt at all; a
             `folder` with other files in it, which would be lost.
+        OSError: a full disk.
     """
     folder, given = Path(folder), Path(source)
     if folder.resolve() in given.resolve().parents:
@@ -133,8 +135,10 @@ def clean_prompts(
     def write(new: Path) -> None:
         try:
             _write(new, records, settings, report, codec, given)
-        except (ValueError, OSError):
+        except (ValueError, OSError, sqlite3.Error) as error:
             shutil.rmtree(new)  # half of the prompts are of no use
+            if isinstance(error, sqlite3.Error):
+                raise OSError(f"{new}: the index on disk fails: {error}") from None
             raise
 
     with_new_folder(folder, write)

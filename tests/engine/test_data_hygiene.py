@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import sqlite3
 import tracemalloc
 from collections import Counter
 from itertools import islice
@@ -13,6 +14,7 @@ from rlhf_engine.cli import main
 from rlhf_engine.config import HygieneConfig, load_config
 from rlhf_engine.data import Codec, Message, read_prompts, train_tokenizer
 from rlhf_engine.data.hygiene import clean_prompts, prefix_key, split_of
+from rlhf_engine.data.kept_index import KeptIndex
 
 
 def jsonl(path, rows):
@@ -205,6 +207,16 @@ def test_s19_no_files_of_others_are_replaced(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").exists()
     with pytest.raises(ValueError, match="holds the prompts to read"):
         clean_prompts(source, tmp_path, HygieneConfig())
+
+
+def test_s19_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, key):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(KeptIndex, "add_key", full)
+    with pytest.raises(OSError, match="disk is full"):
+        clean(tmp_path, [{"prompt": "p", "user_id": ANN}])
+    assert [item.name for item in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_s19_memory_does_not_grow_with_the_file(tmp_path):
