@@ -22,6 +22,8 @@ app.command()(evaluate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.iterate)
 app.command()(evaluate.figure)
+data_app = typer.Typer(no_args_is_help=True, help="Cleans and checks data sets.")
+app.add_typer(data_app, name="data")
 
 
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.
@@ -74,6 +76,39 @@ def demo(
 
     typer.echo("\n" + run_demo(output, seed, tuple(overrides or ()), typer.echo))
     typer.echo(f"\nreport, answers and plots: {output}")
+
+
+@data_app.command()
+def clean(
+    source: Annotated[Path, typer.Option("--in", help="Prompts: JSONL, or a folder that save_to_disk wrote.")],
+    output: Annotated[Path, typer.Option("--out", help="New folder for prompts.jsonl and report.json.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; data.hygiene counts.")] = None,
+    overrides: SetOption = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Truncate to its rollout.max_prompt_tokens tokens.")] = None,
+) -> None:
+    """Deduplicates prompts, limits them per user, splits them by user, and filters personal information out of train."""
+    quiet()
+    from rlhf_engine.data.hygiene import clean_prompts
+
+    settings, codec = read_config(config, overrides), None
+    if tokenizer is not None:
+        from rlhf_engine.data import Codec
+        from rlhf_engine.model.pretrained import load_tokenizer
+
+        codec = Codec(load_tokenizer(tokenizer), settings.data.prompt_template, settings.rollout.max_prompt_tokens)
+    typer.echo(clean_prompts(source, output, settings.data.hygiene, codec).table())
+
+
+@data_app.command()
+def check(
+    kind: Annotated[str, typer.Argument(help="demonstrations, comparisons, prompts or pretraining.")],
+    path: Annotated[Path, typer.Argument(help="The file, or a folder that save_to_disk wrote.")],
+) -> None:
+    """Reads every record of a file and counts; the first bad one is named with its line."""
+    quiet()
+    from rlhf_engine.data.summary import summarise
+
+    typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path).items()))
 
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:

@@ -30,6 +30,36 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
+class HygieneConfig(Section):
+    """What `rlhf data clean` does to prompts (InstructGPT, section 3.2); see rlhf_engine/data/hygiene.py."""
+
+    prefix_chars: Count = 128
+    """Two prompts whose first characters, this many, are the same count as one; shorter ones must be the same."""
+    user_limit: Count = 200
+    """Most prompts of one user."""
+    validation_share: Share = 0.1
+    """Share of the users whose prompts are for validation."""
+    test_share: Share = 0.1
+    """Share of the users whose prompts are for the test."""
+    split_seed: Seed = 0
+    """Another seed gives another split."""
+    pii: Literal["drop", "redact", "keep"] = "drop"
+    """Training prompts with personal information are dropped, lose it to a mark such as [EMAIL], or stay."""
+    phone_regions: tuple[str, ...] = ("US", "GB")
+    """Countries that a phone number without a country code may be of."""
+    bad_lines: Literal["refuse", "skip"] = "refuse"
+    """A line that holds no prompt with a user id stops the run, or is skipped and counted."""
+
+    def check(self) -> None:
+        """Something is left to train on."""
+        if self.validation_share + self.test_share >= 1.0:
+            raise ValueError(
+                f"test_share: got {self.test_share} beside validation_share {self.validation_share}, expected less than 1 "
+                "together"
+            )
+
+
+@dataclass(frozen=True)
 class DataConfig(Section):
     """Where the records come from."""
 
@@ -43,10 +73,14 @@ class DataConfig(Section):
     """Plain text, documents parted by blank lines, for PPO-ptx."""
     prompt_template: str = "{prompt}\n"
     """Frame of a prompt; `{prompt}` stands for its text."""
+    long_prompts: Literal["refuse", "truncate"] = "refuse"
+    """What happens to a prompt longer than rollout.max_prompt_tokens: refused, or cut on the left and counted."""
     max_response_tokens: Count = 512
     """Longest answer in the files, EOS included; a longer one is refused."""
     validation_share: PositiveShare = 0.1
     """Share of the demonstrations and of the rankings that is held out for validation."""
+    hygiene: HygieneConfig = field(default_factory=HygieneConfig)
+    """Cleaning of prompts, before any training."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +132,7 @@ class RolloutConfig(Section):
     """How responses are sampled."""
 
     max_prompt_tokens: Count = 512
-    """Longest prompt; a longer one is refused, never cut in silence."""
+    """Longest prompt, its frame included; data.long_prompts says what happens to a longer one."""
     max_response_tokens: Count = 256
     """Token budget of a response, EOS included."""
     temperature: Positive = 1.0

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_engine.data.records import Prompt
+from rlhf_engine.evaluate.prompt_lines import prompt_field
 from rlhf_engine.files import with_new_file
 
 _PREFERENCES = ("A", "B", "tie")
@@ -25,7 +27,7 @@ _PREFERENCES = ("A", "B", "tie")
 class Pair:
     """A prompt and two models' answers to it."""
 
-    prompt: str
+    prompt: Prompt
     first: str
     second: str
 
@@ -86,7 +88,7 @@ def _judged(line: str, pairs: Sequence[Pair], seed: int) -> tuple[int, float]:
 
 def _line(index: int, pair: Pair, seed: int) -> dict[str, Any]:
     a, b = (pair.second, pair.first) if _swapped(index, seed) else (pair.first, pair.second)
-    return {"id": index, "prompt": pair.prompt, "A": a, "B": b}
+    return {"id": index, **prompt_field(pair.prompt), "A": a, "B": b}
 
 
 def _swapped(index: int, seed: int) -> bool:

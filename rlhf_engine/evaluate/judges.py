@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.data import Codec
+from rlhf_engine.data.records import Prompt
+from rlhf_engine.evaluate.prompt_lines import plain
 from rlhf_engine.evaluate.win_rate import score_preferences
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.train.reward_function import import_function
 from rlhf_engine.train.reward_model import score_examples
 
+Prompts = Sequence[Prompt]
 Texts = Sequence[str]
 
 _FUNCTION = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
@@ -31,7 +34,7 @@ _NO_LIMIT = 2**31
 class Judge(Protocol):
     """Compares answers, M pairs a call."""
 
-    def compare(self, prompts: Texts, first: Texts, second: Texts) -> Tensor:
+    def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
         """(M,) float64: 1 where the first answer is better, 0 where the second one is, 1/2 for a tie."""
 
 
@@ -49,11 +52,11 @@ class RewardJudge:
         longest = _NO_LIMIT if limit is None else limit
         return cls(model, Codec(load_tokenizer(folder), prompt_template, longest, longest, limit), margin)
 
-    def compare(self, prompts: Texts, first: Texts, second: Texts) -> Tensor:
+    def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
         """See `Judge`."""
         return score_preferences(self.scores(prompts, first) - self.scores(prompts, second), self.margin)
 
-    def scores(self, prompts: Texts, answers: Texts) -> Tensor:
+    def scores(self, prompts: Prompts, answers: Texts) -> Tensor:
         """(M,) float64 scores; ValueError naming the sample that is too long for the model or whose score is no number."""
         examples = []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -71,6 +74,8 @@ class RewardJudge:
 class FunctionJudge:
     """A Python function `judge(prompts, answers_a, answers_b)` on lists of strings of one length.
 
+    A prompt that is a conversation comes as a list of objects with role and content.
+
     It returns either one number a pair, the preference for A in [0, 1] with 1/2 for a tie, or two lists of scores, those of
     the answers A and those of the answers B.
     """
@@ -85,15 +90,16 @@ class FunctionJudge:
         """From `module:function` or `file.py:function`; ValueError if there is no such function."""
         return cls(import_function(name, "judge"), name, batch=batch, margin=margin)
 
-    def compare(self, prompts: Texts, first: Texts, second: Texts) -> Tensor:
+    def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
         """See `Judge`; ValueError naming the first sample on which the function raises or answers no number."""
         parts = [torch.empty(0, dtype=torch.float64)]
         for start in range(0, len(prompts), self.batch):
             stop = min(start + self.batch, len(prompts))
-            parts.append(self._ask(start, [list(texts[start:stop]) for texts in (prompts, first, second)]))
+            asked = [plain(prompt) for prompt in prompts[start:stop]]
+            parts.append(self._ask(start, [asked, list(first[start:stop]), list(second[start:stop])]))
         return torch.cat(parts)
 
-    def _ask(self, start: int, texts: list[list[str]]) -> Tensor:
+    def _ask(self, start: int, texts: list[list[Any]]) -> Tensor:
         size = len(texts[0])
         try:
             with _Telling(self.name, start, size):
@@ -143,7 +149,7 @@ def load_judge(
         raise ValueError(f"judge: {error}") from None
 
 
-def rank(judge: Judge, prompts: Texts, completions: Sequence[Texts]) -> list[tuple[float, ...]]:
+def rank(judge: Judge, prompts: Prompts, completions: Sequence[Texts]) -> list[tuple[float, ...]]:
     """Ranks of K completions of each prompt, 0 for the best: how many wins each has fewer than the best one.
 
     Everyone meets everyone (Copeland's method); a judge with scores gives the order of the scores.
@@ -158,7 +164,7 @@ def rank(judge: Judge, prompts: Texts, completions: Sequence[Texts]) -> list[tup
 
 
 def _play(
-    judge: Judge, prompts: Texts, completions: Sequence[Texts], games: Sequence[tuple[int, int, int]]
+    judge: Judge, prompts: Prompts, completions: Sequence[Texts], games: Sequence[tuple[int, int, int]]
 ) -> Tensor:  # (games,) float64
     """Preferences of games (row, one, other); a reward model reads every completion once, however many games it plays."""
     if not isinstance(judge, RewardJudge):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_engine.data import Codec, Example
+from rlhf_engine.data import Codec, Example, read_texts
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.train.sft import evaluate_nll
 
@@ -21,21 +21,14 @@ def perplexity(actor: ActorCritic, examples: Sequence[Example], *, pad_id: int, 
 
 
 def read_documents(path: str | Path, codec: Codec) -> list[Example]:
-    """The documents of a text file, apart by blank lines, each with EOS and in pieces that the model's positions hold.
+    """The documents that `read_texts` finds, each with EOS and in pieces that the model's positions hold.
 
     Raises:
         ValueError: no such file, or no text in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
     pieces = []
-    for document in filter(None, (part.strip() for part in text.split("\n\n"))):
-        ids = (*codec.tokenizer(document, add_special_tokens=False)["input_ids"], codec.eos_id)
+    for document in read_texts(path):
+        ids = (*codec.tokenizer(document.text.strip(), add_special_tokens=False)["input_ids"], codec.eos_id)
         size = codec.max_tokens or len(ids)
         pieces += [Example((), ids[at : at + size]) for at in range(0, len(ids), size)]
     # The first token of a piece has nothing before it, so a piece of one token says nothing.

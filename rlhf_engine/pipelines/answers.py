@@ -15,6 +15,7 @@ import torch
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
+from rlhf_engine.evaluate.prompt_lines import prompt_field
 from rlhf_engine.files import with_new_file
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
@@ -47,6 +48,7 @@ class Answerer:
             raise ValueError("prefix: got a text with {prompt} in it, expected examples written out")
         model, codec = load_model(replace(config, model=replace(config.model, path=folder)))
         _check_room(config, folder, max_positions(model))
+        self.prefix = prefix
         self.codec: Codec = replace(codec, prompt_template=prefix + codec.prompt_template)
         self.stop, self.batch_size = stop, config.rollout.batch_size
         self.actor = ActorCritic(model, backend=config.backend)
@@ -56,7 +58,7 @@ class Answerer:
         self, source: str | None, records: Sequence[PromptRecord], samples: int, first: int = 0
     ) -> list[Answers]:
         """S answers to each record; `first` is the number of the first one, `source` names their file in an error."""
-        prompts = encode_records(source, records, lambda record: torch.tensor(self.codec.encode_prompt(record.prompt)))
+        prompts = encode_records(source, records, self._encode)
         rows = [prompt for prompt in prompts for _ in range(samples)]
         rollout = self.generator.generate(rows, torch.arange(len(rows)) + first * samples)
         lengths, ended = rollout.response_lengths.tolist(), rollout.ended.tolist()
@@ -68,6 +70,11 @@ class Answerer:
             Answers(cut[start : start + samples], ended[start : start + samples])
             for start in range(0, len(cut), samples)
         ]
+
+    def _encode(self, record: PromptRecord) -> torch.Tensor:
+        if self.prefix and not isinstance(record.prompt, str):
+            raise ValueError("messages: got a conversation to put a prefix in front of, expected a prompt")
+        return torch.tensor(self.codec.encode_prompt(record.prompt))
 
     def _cut(self, text: str) -> str:
         return text if self.stop is None else text.partition(self.stop)[0].strip()
@@ -104,7 +111,7 @@ def generate_file(config: RunConfig, source: Path, target: Path, samples: int, s
         nonlocal count
         with new.open("w", encoding="utf-8") as file, progress(0, "generate", unit="prompt") as bar:
             for record, said in answer_all(answerer, str(source), records, samples):
-                line = {"prompt": record.prompt, "answers": said.texts, "ended": said.ended}
+                line = prompt_field(record.prompt) | {"answers": said.texts, "ended": said.ended}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
                 bar.update()

@@ -16,6 +16,7 @@ import torch
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import PromptRecord, read_prompts
+from rlhf_engine.data.records import Prompt
 from rlhf_engine.evaluate import (
     Judge,
     Pair,
@@ -27,6 +28,7 @@ from rlhf_engine.evaluate import (
     read_preferences,
     write_pairs,
 )
+from rlhf_engine.evaluate.prompt_lines import prompt_field, prompt_of
 from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
 from rlhf_engine.pipelines.answers import Answerer, Answers, answer_all
 from rlhf_engine.plots import plot_win_rates
@@ -45,7 +47,7 @@ _ANSWERS, _CONTEST, _PAIRS, _JUDGED = "answers.jsonl", "contest.json", "pairs.js
 class Said:
     """What both models answered, and how well each knows the pretraining text."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     """M prompts."""
     answers: dict[str, list[list[str]]]
     """candidate, baseline -> M lists of S answers."""
@@ -117,8 +119,8 @@ def configured_judge(config: RunConfig, name: str) -> Judge:
 def ask_both(config: RunConfig) -> Said:
     """Both models' answers to the prompts of the split, one model in memory at a time."""
     setting = config.eval
-    if setting.text is not None and not Path(setting.text).is_file():
-        raise ValueError(f"eval.text: {setting.text}: no such file")
+    if setting.text is not None and not Path(setting.text).exists():
+        raise ValueError(f"eval.text: {setting.text}: no such file or folder")
     prefixes = {role: _prefix(config, role) for role in _SEEDS}
     records = list(islice(_records(config), setting.limit))
     if not records:
@@ -210,13 +212,13 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
             )
     lines = [json.loads(line) for line in (folder / _ANSWERS).read_text(encoding="utf-8").splitlines()]
     answers = {role: [line[role] for line in lines] for role in _SEEDS}
-    return Said([line["prompt"] for line in lines], answers, kept["ended"], kept["perplexity"])
+    return Said([prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"])
 
 
 def _write_answers(folder: Path, said: Said) -> None:
     with (folder / _ANSWERS).open("w", encoding="utf-8") as file:
         for prompt, candidate, baseline in zip(said.prompts, *said.answers.values(), strict=True):
-            line = {"prompt": prompt, "candidate": candidate, "baseline": baseline}
+            line = prompt_field(prompt) | {"candidate": candidate, "baseline": baseline}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

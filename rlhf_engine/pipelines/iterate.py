@@ -13,8 +13,9 @@ from random import Random
 from typing import Any
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import PromptRecord, read_comparisons, read_prompts
+from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_prompts
 from rlhf_engine.evaluate import WinRate, rank
+from rlhf_engine.evaluate.prompt_lines import prompt_field, prompt_of
 from rlhf_engine.files import with_new_file
 from rlhf_engine.pipelines.answers import Answerer, answer_all
 from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, run_eval
@@ -126,7 +127,7 @@ def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict
         if len(completions) < 2:
             skipped += 1
             continue
-        lines.append({"prompt": record.prompt, "completions": completions, "ranking": None})
+        lines.append(prompt_field(record.prompt) | {"completions": completions, "ranking": None})
     if not lines:
         raise ValueError(
             f"{policy}: gave no prompt two answers to compare, expected different answers to the same prompt"
@@ -148,7 +149,7 @@ def _prompts_of(config: RunConfig, number: int) -> list[PromptRecord]:
 def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
     lines = _read_lines(folder / "completions.jsonl")
     judge = configured_judge(config, config.iterate.judge)
-    ranks = rank(judge, [line["prompt"] for line in lines], [line["completions"] for line in lines])
+    ranks = rank(judge, [prompt_of(line) for line in lines], [line["completions"] for line in lines])
     ranked = [line | {"ranking": list(given)} for line, given in zip(lines, ranks, strict=True)]
     _write_lines(folder / "rankings.jsonl", ranked)
     return {"rankings": len(ranked)}
@@ -157,7 +158,7 @@ def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
 def _check_rankings(folder: Path) -> dict[str, int]:
     """Somebody's rankings: of the answers that were written, and of no others; not all of them need be there."""
     path = folder / "rankings.jsonl"
-    written = {(line["prompt"], tuple(line["completions"])) for line in _read_lines(folder / "completions.jsonl")}
+    written = {(prompt_of(line), tuple(line["completions"])) for line in _read_lines(folder / "completions.jsonl")}
     count = 0
     for comparison in read_comparisons(path):
         if (comparison.prompt, comparison.completions) not in written:
@@ -176,9 +177,14 @@ def _train_rm(config: RunConfig, folder: Path, number: int) -> dict[str, float]:
     rounds = [folder.parent / f"round_{earlier}" / "rankings.jsonl" for earlier in range(1, number + 1)]
     sources = [*([] if config.data.comparisons is None else [Path(config.data.comparisons)]), *rounds]
     everything = folder / "comparisons.jsonl"
-    _write_lines(everything, [line for source in sources for line in _read_lines(source)])
+    _write_lines(everything, [_line(found) for source in sources for found in read_comparisons(source)])
     found = run_rm(replace(config, data=replace(config.data, comparisons=str(everything)), output_dir=str(folder)))[-1]
     return {"accuracy": found.accuracy, "loss": found.loss}
+
+
+def _line(comparison: Comparison) -> dict[str, Any]:
+    named = {"completions": list(comparison.completions), "ranking": list(comparison.ranks)}
+    return prompt_field(comparison.prompt) | named
 
 
 def _train_policy(config: RunConfig, policy: str, folder: Path, number: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     _check_vocabulary(model, tokenizer, folder)
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
-    codec = Codec(tokenizer, data.prompt_template, *limits)
+    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts)
     return model, codec
 
 
@@ -99,6 +99,11 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         raise ValueError(
             f"{folder}: got token id {largest} in its tokenizer, expected ids below {rows}, its embeddings"
         )
+
+
+def truncated(codec: Codec) -> dict[str, int]:
+    """How many prompts lost their beginning, for reports and metrics."""
+    return {"truncated_prompts": codec.truncated.count}
 
 
 def given(value: str | None, key: str) -> str:

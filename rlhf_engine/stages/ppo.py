@@ -28,6 +28,7 @@ from rlhf_engine.stages.loading import (
     plot,
     read_records,
     stage_metrics,
+    truncated,
 )
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream, pack_text
@@ -76,6 +77,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
         def on_update(number: int, log: dict[str, float]) -> None:
+            log |= truncated(codec)
             metrics.write(number, log)
             history.append(log)
             bar.update()

@@ -11,7 +11,16 @@ from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
-from rlhf_engine.stages.loading import encode_records, load_model, plot, read_records, save_model, split, stage_metrics
+from rlhf_engine.stages.loading import (
+    encode_records,
+    load_model,
+    plot,
+    read_records,
+    save_model,
+    split,
+    stage_metrics,
+    truncated,
+)
 from rlhf_engine.train.reward_model import (
     RankingEvaluation,
     centre_on_demonstrations,
@@ -32,7 +41,7 @@ def run_sft(config: RunConfig) -> FitReport:
         report = fit_language_model(
             actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
         )
-    save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report))
+    save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report) | truncated(codec))
     plot(config, "sft", "optimiser step")
     return report
 
@@ -59,7 +68,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
         codec.tokenizer.save_pretrained(folder)
         write_json(
             folder / "report.json",
-            {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift},
+            {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift} | truncated(codec),
         )
 
     with_new_folder(Path(config.output_dir) / "rm", write)

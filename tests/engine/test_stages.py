@@ -103,6 +103,22 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     assert all((out / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
+def test_s19_long_prompts_are_cut_and_counted_by_every_stage(run, capsys):
+    for name in ("demonstrations", "comparisons", "prompts"):
+        path = run / f"{name}.jsonl"
+        path.write_text(path.read_text().replace('"q0"', '"a very long prompt"'))
+    code, _, message = rlhf(capsys, "sft", "--config", run / "run.yaml")
+    assert code == 2 and "demonstrations.jsonl:1: prompt: got" in message
+    out, cut = run / "out", ("--set", "data.long_prompts=truncate", "--set", "ppo.updates=1")
+    assert rlhf(capsys, "sft", "--config", run / "run.yaml", *cut)[0] == 0
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml", *cut)[0] == 0
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *cut, "--set", f"reward.path={out / 'rm'}")[0] == 0
+    reports = [json.loads((out / stage / "report.json").read_text())["truncated_prompts"] for stage in ("sft", "rm")]
+    assert reports == [1, 2]  # the reward model reads the demonstrations as well
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["stage"] == "ppo" and last["truncated_prompts"] == 1
+
+
 def test_a_stage_run_again_replaces_its_own_numbers(run, capsys):
     for _ in range(2):
         assert rlhf(capsys, "sft", "--config", run / "run.yaml")[0] == 0
