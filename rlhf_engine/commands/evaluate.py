@@ -25,8 +25,8 @@ def generate(
     from rlhf_engine.pipelines.answers import generate_file
 
     short = [f"rollout.temperature={temperature}"] * (temperature is not None) + [f"seed={seed}"] * (seed is not None)
-    count = generate_file(read_config(config, [*(overrides or []), *short]), prompts, output, samples, split)
-    typer.echo(f"{count} prompts, {samples} answers each: {output}")
+    count, cut = generate_file(read_config(config, [*(overrides or []), *short]), prompts, output, samples, split)
+    typer.echo(f"{count} prompts, {cut} of them cut on the left, {samples} answers each: {output}")
 
 
 def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:

@@ -92,8 +92,12 @@ def answer_all(
         done += len(part)
 
 
-def generate_file(config: RunConfig, source: Path, target: Path, samples: int, split: str | None = None) -> int:
-    """Answers of `model.path` to the prompts of a JSONL file, as lines of prompt, answers and ended; returns the prompts.
+def generate_file(
+    config: RunConfig, source: Path, target: Path, samples: int, split: str | None = None
+) -> tuple[int, int]:
+    """Answers of `model.path` to the prompts of a JSONL file, as lines of prompt, answers and ended.
+
+    Returns how many prompts there were and how many of them lost their beginning.
 
     Prompts are read and answers written as they come; `target` is whole or not there.
 
@@ -119,7 +123,7 @@ def generate_file(config: RunConfig, source: Path, target: Path, samples: int, s
             raise ValueError(f"{source}: got no prompts{f' of split {split}' if split else ''}, expected at least one")
 
     with_new_file(target, write)
-    return count
+    return count, answerer.codec.truncated.count
 
 
 def _check_room(config: RunConfig, folder: str | None, positions: int | None) -> None:

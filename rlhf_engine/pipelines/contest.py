@@ -55,6 +55,8 @@ class Said:
     """Share of each model's answers that came to their end."""
     perplexity: dict[str, float] | None
     """Of each model on eval.text; None without one."""
+    truncated: dict[str, int]
+    """How many prompts lost their beginning, by model."""
 
     def pairs(self) -> list[Pair]:
         """M * S of them: the k-th answers to each prompt."""
@@ -126,19 +128,21 @@ def ask_both(config: RunConfig) -> Said:
     if not records:
         raise ValueError(f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}")
     found = {role: _ask(config, role, prefix, records) for role, prefix in prefixes.items()}
-    answers = {role: said for role, (said, _) in found.items()}
+    answers = {role: said for role, (said, *_) in found.items()}
     flat = {role: [end for one in said for end in one.ended] for role, said in answers.items()}
     return Said(
         [record.prompt for record in records],
         {role: [one.texts for one in said] for role, said in answers.items()},
         {role: sum(ends) / len(ends) for role, ends in flat.items()},
-        None if setting.text is None else {role: known for role, (_, known) in found.items()},
+        None if setting.text is None else {role: known for role, (_, known, _) in found.items()},
+        {role: cut for role, (*_, cut) in found.items()},
     )
 
 
 def _ask(
     config: RunConfig, role: str, prefix: str, records: Sequence[PromptRecord]
-) -> tuple[list[Answers], float | None]:
+) -> tuple[list[Answers], float | None, int]:
+    """Answers, perplexity and how many prompts were cut."""
     setting = config.eval
     try:
         answerer = Answerer(
@@ -150,7 +154,8 @@ def _ask(
     if setting.text is not None:
         documents = read_documents(setting.text, answerer.codec)
         known = perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id)
-    return [said for _, said in answer_all(answerer, config.data.prompts, records, setting.samples)], known
+    said = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
+    return said, known, answerer.codec.truncated.count
 
 
 def _prefix(config: RunConfig, role: str) -> str:
@@ -180,7 +185,8 @@ def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
         def write(new: Path) -> None:
             _write_answers(new, said)
             write_pairs(new / _PAIRS, said.pairs(), config.seed)
-            write_json(new / _CONTEST, _identity(config) | {"ended": said.ended, "perplexity": said.perplexity})
+            found = {"ended": said.ended, "perplexity": said.perplexity, "truncated_prompts": said.truncated}
+            write_json(new / _CONTEST, _identity(config) | found)
 
         with_new_folder(folder, write)
     said = _read_said(config, folder)
@@ -212,7 +218,9 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
             )
     lines = [json.loads(line) for line in (folder / _ANSWERS).read_text(encoding="utf-8").splitlines()]
     answers = {role: [line[role] for line in lines] for role in _SEEDS}
-    return Said([prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"])
+    return Said(
+        [prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"], kept["truncated_prompts"]
+    )
 
 
 def _write_answers(folder: Path, said: Said) -> None:
@@ -228,6 +236,7 @@ def _write_report(folder: Path, config: RunConfig, contest: Contest) -> None:
         "win_rate": asdict(contest.win_rate),
         "perplexity": said.perplexity,
         "ended": said.ended,
+        "truncated_prompts": said.truncated,
         "seed": config.seed,
         "eval": asdict(setting),
         "rollout": asdict(config.rollout),
