@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from rlhf_engine.schema import Count, LearningRate, NonNegative, Positive, Section, Share, WholeNumber
+from rlhf_engine.schema import Count, LearningRate, NonNegative, Positive, PositiveShare, Section, Share, WholeNumber
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,24 @@ class OptimConfig(Section):
     """Share of `lr` left at the last step of a linear or cosine schedule."""
     max_grad_norm: Positive | None = 1.0
     """Global gradient norm above which gradients are scaled down; None leaves them alone."""
+
+
+@dataclass(frozen=True)
+class TRPOConfig(Section):
+    """The constrained step of objective "trpo": eager attention, models of up to about 50 million parameters."""
+
+    max_kl: Positive = 0.01
+    """delta, the largest mean KL(old || new) of a step, in nats a token; the paper's value."""
+    cg_iterations: Count = 10
+    """Iterations of conjugate gradient, one Fisher-vector product each; the paper's value."""
+    cg_tolerance: Share = 1e-5
+    """Residual, as a share of the gradient's norm, at which they stop."""
+    damping: NonNegative = 0.1
+    """Added to the diagonal of the Fisher matrix, which has fewer states than weights and is singular."""
+    backtracks: Count = 10
+    """Steps tried along the direction, each `shrink` times the one before."""
+    shrink: PositiveShare = 0.5
+    """Factor between them."""
 
 
 _POLICY_GRADIENT = {
@@ -101,8 +119,11 @@ class PPOConfig(Section):
     whiten_scope: Literal["batch", "minibatch"] = "batch"
     """Whose mean and variance that takes: the rollout's, which gives a token the same advantage in every epoch, or its
     minibatch's (OpenAI 2019)."""
-    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient"] = "clip"
-    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, or plain policy gradient."""
+    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient", "trpo"] = "clip"
+    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, plain policy gradient, or TRPO, one constrained
+    step on the whole rollout after the optimiser's steps, which are the value function's alone."""
+    trpo: TRPOConfig = field(default_factory=TRPOConfig)
+    """The step of objective "trpo"."""
     cliprange: Positive = 0.2
     """epsilon of the clipped surrogate."""
     cliprange_high: Positive | None = None
@@ -190,6 +211,16 @@ class PPOConfig(Section):
             ("cliprange_high", None, "objective 'clip'", clip),
             ("dual_clip", None, "objective 'clip'", clip),
             ("old_kl_coef", 0.0, "objective 'kl_penalty'", penalty),
+            ("trpo", TRPOConfig(), "objective 'trpo'", self.objective == "trpo"),
+            ("entropy_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("ptx_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("aggregation", "token_mean", "an objective other than 'trpo'", self.objective != "trpo"),
+            ("ratio_level", "token", "an objective other than 'trpo'", self.objective != "trpo"),
+            ("importance_cap", None, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("discount_gradient", False, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("log_ratio_clamp", None, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("stop_kl", None, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("whiten_scope", "batch", "an objective other than 'trpo'", self.objective != "trpo"),
             ("old_kl_target", None, "objective 'kl_penalty'", penalty),
             ("kl_target", None, "kl_control 'adaptive'", adaptive),
             ("kl_unit", "sequence", "kl_control 'adaptive'", adaptive),

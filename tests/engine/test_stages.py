@@ -234,6 +234,17 @@ def test_s22_a_reward_model_smaller_than_the_policy(run, capsys):
     assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *more)[0] == 0
 
 
+def test_s15_trpo_wants_attention_that_can_be_differentiated_twice(run, capsys):
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    arguments = options(f"reward.path={run / 'out' / 'rm'}", "ppo.objective=trpo")
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments)
+    assert code == 2 and "model.attention: got 'sdpa' with ppo.objective 'trpo', expected 'eager'" in shown
+    eager = options("model.attention=eager", "ppo.trpo.max_kl=0.05")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments, *eager)[0] == 0
+    rows = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["trpo_kl"] <= 0.05 for row in rows if row["stage"] == "ppo")
+
+
 def test_resuming_without_a_checkpoint_is_refused(run, capsys):
     assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
     options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")
