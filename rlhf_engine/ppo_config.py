@@ -1,4 +1,13 @@
-"""Settings of the optimiser and of reinforcement learning, apart from the rest of `config.py`."""
+"""Settings of the optimiser and of reinforcement learning, apart from the rest of `config.py`.
+
+Where the options are that "The N implementation details of RLHF with PPO" (Huang et al. 2024) counts, with OpenAI's values of
+2019 where ours differ: learning-rate annealing `optim.schedule` (linear to 0); normalised reward `score_scale` (first);
+temperature `rollout.temperature` (0.7), which divides the logits wherever they are read; a value head of zeros `value_init`
+(zero); answers that do not end `missing_eos_score` (-1); no discount `gamma`; epochs and minibatches `ppo_epochs` (4),
+`minibatch`; KL a token `kl_coef` (0.15), `kl_estimator`; whitening `whiten_rewards` (on), `whiten_advantages`, `whiten_scope`
+(minibatch); clipped values `cliprange_value`; an adaptive coefficient `kl_control`, `kl_target` (6), `kl_horizon`; Adam's
+epsilon `optim.eps`, which PyTorch adds after the bias correction and TensorFlow before it.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +77,9 @@ class PPOConfig(Section):
     """PPO on a token-level environment with the score at the end (InstructGPT, section 3.5)."""
 
     preset: Literal["reinforce", "reinforce_baseline", "actor_critic"] | None = None
-    """An older policy gradient in place of PPO, all samples on the policy: REINFORCE `gamma^t G grad log pi`, with baseline
-    `G - v(s)`, or one-step actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`), and
-    refuses other values of them."""
+    """An older policy gradient in place of PPO: REINFORCE `gamma^t G grad log pi`, with baseline `G - v(s)`, or one-step
+    actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`) and refuses other values of them;
+    every sample is the present policy's where `minibatch` is `rollout_batch`."""
     updates: Count = 100
     """Outer iterations: collect, score, advantages, update."""
     rollout_batch: Count = 512

@@ -63,9 +63,14 @@ class TrustRegionProblem:
 def trpo_step(problem: TrustRegionProblem, config: TRPOConfig) -> dict[str, float]:
     """Move the policy's weights by one constrained step, or leave them where no step along the direction is allowed.
 
-    Returns the KL and the gain of the surrogate after the step, and the share of the full step that was taken (0: none).
+    Returns the KL and the gain of the surrogate after the step, and the share of the full step that was taken (0: none). Raises
+    FloatingPointError, with the weights as they were, if the gradient is not finite.
     """
     gradient, before = surrogate_gradient(problem)
+    if not bool(gradient.isfinite().all()):
+        raise FloatingPointError(
+            "training diverged: got a surrogate whose gradient is not finite, expected a finite one"
+        )
     direction = conjugate_gradient(
         lambda v: fisher_product(problem, v, config.damping), gradient, config.cg_iterations, config.cg_tolerance
     )
