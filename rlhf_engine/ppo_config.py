@@ -6,7 +6,7 @@ temperature `rollout.temperature` (0.7), which divides the logits wherever they 
 (zero); answers that do not end `missing_eos_score` (-1); no discount `gamma`; epochs and minibatches `ppo_epochs` (4),
 `minibatch`; KL a token `kl_coef` (0.15), `kl_estimator`; whitening `whiten_rewards` (on), `whiten_advantages`, `whiten_scope`
 (minibatch); clipped values `cliprange_value`; an adaptive coefficient `kl_control`, `kl_target` (6), `kl_horizon`; Adam's
-epsilon `optim.eps`, which PyTorch adds after the bias correction and TensorFlow before it.
+epsilon `optim.eps`, `optim.eps_form` (raw).
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class OptimConfig(Section):
     """Decay of the first and second moments."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
+    eps_form: Literal["corrected", "raw"] = "corrected"
+    """Whether that moment has its bias correction already (the Adam paper's algorithm and PyTorch) or not yet (TensorFlow, so
+    OpenAI 2019), which makes epsilon larger and the first steps smaller."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
     warmup_steps: WholeNumber = 0
