@@ -276,6 +276,18 @@ def test_s8_the_value_function_starts_as_the_reward_model(run):
     assert all(torch.equal(weight, ours[name]) for name, weight in zero.trunk.named_parameters())
 
 
+@pytest.mark.parametrize("preset", ["reinforce", "reinforce_baseline", "actor_critic"])
+def test_s16_s17_s18_presets_run_from_the_command_line(run, capsys, preset):
+    (run / "rewards.py").write_text(REWARD)
+    arguments = [f"reward.function={run / 'rewards.py'}:longest", f"ppo.preset={preset}", "ppo.gamma=0.9"]
+    if preset != "reinforce":
+        arguments.append("ppo.value_init=zero")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments))[0] == 0
+    assert load_config(run / "out" / "ppo" / "config.yaml").ppo.preset == preset
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments, "ppo.objective=clip"))
+    assert code == 2 and f"objective: got 'clip', expected 'policy_gradient' with preset '{preset}'" in shown
+
+
 def test_resuming_without_a_checkpoint_is_refused(run, capsys):
     assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
     options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")
