@@ -30,6 +30,7 @@ PANELS: dict[str, dict[str, dict[str, str]]] = {
         "tokens a response": {"length": "response_length"},
         "value: explained variance": {"explained variance": "explained_variance"},
         "clipped share of tokens": {"clipped": "clipfrac"},
+        "pretraining loss, nats a token": {"ptx": "ptx_loss"},
         "policy loss": {"policy loss": "policy_loss"},
         "value loss": {"value loss": "value_loss"},
         "gradient norm": {"gradient norm": "grad_norm"},

@@ -1,11 +1,20 @@
-"""Settings of the optimiser and of reinforcement learning, apart from the rest of `config.py`."""
+"""Settings of the optimiser and of reinforcement learning, apart from the rest of `config.py`.
+
+Where the options are that "The N implementation details of RLHF with PPO" (Huang et al. 2024) counts, with OpenAI's values of
+2019 where ours differ: learning-rate annealing `optim.schedule` (linear to 0); normalised reward `score_scale` (first);
+temperature `rollout.temperature` (0.7), which divides the logits wherever they are read; a value head of zeros `value_init`
+(zero); answers that do not end `missing_eos_score` (-1); no discount `gamma`; epochs and minibatches `ppo_epochs` (4),
+`minibatch`; KL a token `kl_coef` (0.15), `kl_estimator`; whitening `whiten_rewards` (on), `whiten_advantages`, `whiten_scope`
+(minibatch); clipped values `cliprange_value`; an adaptive coefficient `kl_control`, `kl_target` (6), `kl_horizon`; Adam's
+epsilon `optim.eps`, `optim.eps_form` (raw).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from rlhf_engine.schema import Count, LearningRate, NonNegative, Positive, Section, Share, WholeNumber
+from rlhf_engine.schema import Count, LearningRate, NonNegative, Positive, PositiveShare, Section, Share, WholeNumber
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,9 @@ class OptimConfig(Section):
     """Decay of the first and second moments."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
+    eps_form: Literal["corrected", "raw"] = "corrected"
+    """Whether that moment has its bias correction already (the Adam paper's algorithm and PyTorch) or not yet (TensorFlow, so
+    OpenAI 2019), which makes epsilon larger and the first steps smaller."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
     warmup_steps: WholeNumber = 0
@@ -28,6 +40,24 @@ class OptimConfig(Section):
     """Share of `lr` left at the last step of a linear or cosine schedule."""
     max_grad_norm: Positive | None = 1.0
     """Global gradient norm above which gradients are scaled down; None leaves them alone."""
+
+
+@dataclass(frozen=True)
+class TRPOConfig(Section):
+    """The constrained step of objective "trpo": eager attention, models of up to about 50 million parameters."""
+
+    max_kl: Positive = 0.01
+    """delta, the largest mean KL(old || new) of a step, in nats a token; the paper's value."""
+    cg_iterations: Count = 10
+    """Iterations of conjugate gradient, one Fisher-vector product each; the paper's value."""
+    cg_tolerance: Share = 1e-5
+    """Residual, as a share of the gradient's norm, at which they stop."""
+    damping: NonNegative = 0.1
+    """Added to the diagonal of the Fisher matrix, which has fewer states than weights and is singular."""
+    backtracks: Count = 10
+    """Steps tried along the direction, each `shrink` times the one before."""
+    shrink: PositiveShare = 0.5
+    """Factor between them."""
 
 
 _POLICY_GRADIENT = {
@@ -50,9 +80,9 @@ class PPOConfig(Section):
     """PPO on a token-level environment with the score at the end (InstructGPT, section 3.5)."""
 
     preset: Literal["reinforce", "reinforce_baseline", "actor_critic"] | None = None
-    """An older policy gradient in place of PPO, all samples on the policy: REINFORCE `gamma^t G grad log pi`, with baseline
-    `G - v(s)`, or one-step actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`), and
-    refuses other values of them."""
+    """An older policy gradient in place of PPO: REINFORCE `gamma^t G grad log pi`, with baseline `G - v(s)`, or one-step
+    actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`) and refuses other values of them;
+    every sample is the present policy's where `minibatch` is `rollout_batch`."""
     updates: Count = 100
     """Outer iterations: collect, score, advantages, update."""
     rollout_batch: Count = 512
@@ -101,8 +131,11 @@ class PPOConfig(Section):
     whiten_scope: Literal["batch", "minibatch"] = "batch"
     """Whose mean and variance that takes: the rollout's, which gives a token the same advantage in every epoch, or its
     minibatch's (OpenAI 2019)."""
-    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient"] = "clip"
-    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, or plain policy gradient."""
+    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient", "trpo"] = "clip"
+    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, plain policy gradient, or TRPO, one constrained
+    step on the whole rollout after the optimiser's steps, which are the value function's alone."""
+    trpo: TRPOConfig = field(default_factory=TRPOConfig)
+    """The step of objective "trpo"."""
     cliprange: Positive = 0.2
     """epsilon of the clipped surrogate."""
     cliprange_high: Positive | None = None
@@ -190,6 +223,16 @@ class PPOConfig(Section):
             ("cliprange_high", None, "objective 'clip'", clip),
             ("dual_clip", None, "objective 'clip'", clip),
             ("old_kl_coef", 0.0, "objective 'kl_penalty'", penalty),
+            ("trpo", TRPOConfig(), "objective 'trpo'", self.objective == "trpo"),
+            ("entropy_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("ptx_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("aggregation", "token_mean", "an objective other than 'trpo'", self.objective != "trpo"),
+            ("ratio_level", "token", "an objective other than 'trpo'", self.objective != "trpo"),
+            ("importance_cap", None, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("discount_gradient", False, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("log_ratio_clamp", None, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("stop_kl", None, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("whiten_scope", "batch", "an objective other than 'trpo'", self.objective != "trpo"),
             ("old_kl_target", None, "objective 'kl_penalty'", penalty),
             ("kl_target", None, "kl_control 'adaptive'", adaptive),
             ("kl_unit", "sequence", "kl_control 'adaptive'", adaptive),

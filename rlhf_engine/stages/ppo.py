@@ -93,6 +93,11 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
 def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
     """The policy and its value function as `ppo.value_model` and `ppo.value_init` want them."""
     ppo, backend = config.ppo, config.backend
+    if ppo.objective == "trpo" and config.model.attention != "eager":
+        raise ValueError(
+            f"model.attention: got {config.model.attention!r} with ppo.objective 'trpo', expected 'eager', which can be "
+            "differentiated twice"
+        )
     from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
     if from_reward and reward_model is None:
         raise ValueError(

@@ -24,6 +24,7 @@ from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
 from rlhf_engine.train.ptx import PretrainStream, ptx_backward
 from rlhf_engine.train.scores import RewardFunction, ScoreScale, score_answers
+from rlhf_engine.train.trpo import TrustRegionProblem, trpo_step
 from rlhf_kernels import masked_whiten, rollout_advantages
 
 
@@ -194,7 +195,9 @@ def loss_options(config: PPOConfig) -> dict[str, object]:
         "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
         "entropy_coef aggregation"
     )
-    return {name: getattr(config, name) for name in names.split()}
+    options = {name: getattr(config, name) for name in names.split()}
+    # TRPO's surrogate; its gradient is not the optimiser's to follow.
+    return options | {"objective": "ratio"} if config.objective == "trpo" else options
 
 
 _NUMBERS = ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef")
@@ -288,7 +291,24 @@ class PPOTrainer:
                 sums.add(metrics)
             if config.stop_kl is not None and float(metrics["kl_k3"]) > config.stop_kl:
                 break
-        return sums.mean() | {"lr": rate, "epochs": epoch + 1}
+        log = sums.mean() | {"lr": rate, "epochs": epoch + 1}
+        if config.objective == "trpo" and not self._warming_up:
+            log |= self._constrained_step(experience, temperature)
+        return log
+
+    def _constrained_step(self, experience: Experience, temperature: float) -> dict[str, float]:
+        problem = TrustRegionProblem(
+            self.policy,
+            experience.rollout,
+            experience.old_logprobs,
+            experience.advantages,
+            temperature,
+            self.config.microbatch,
+        )
+        found = trpo_step(problem, self.config.trpo)
+        if self.average is not None:
+            self.average.update()
+        return found
 
     def _optimise(
         self, experience: Experience, sequences: Tensor, temperature: float, number: int
@@ -297,7 +317,7 @@ class PPOTrainer:
         config = self.config
         changing = {"old_kl_coef": self.old_kl_coef}
         metrics = minibatch_backward(self.policy, experience, sequences, config, temperature, **changing)
-        if self._warming_up:
+        if self._warming_up or config.objective == "trpo":
             keep_value_gradients(self.policy)
         elif self.pretrain is not None:
             batch = self.pretrain.take(round(config.ptx_ratio * len(sequences)))

@@ -219,7 +219,7 @@ def test_s10_s16_s17_s18_without_a_kl_the_optimum_of_a_bandit_is_reached(preset)
         reward=arm,
         preset=preset,
         **settings
-        | {"updates": 30, "rollout_batch": 128, "minibatch": 64, "microbatch": 64, "kl_coef": 0.0}
+        | {"updates": 30, "rollout_batch": 128, "minibatch": 128, "microbatch": 128, "kl_coef": 0.0}
         | {"optim": OptimConfig(lr=1e-2)},
     )
     scores = []

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rlhf_engine.demo.run import run_demo
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.stages import load_model, reward_function, rollout_examples
+from rlhf_engine.stages.ppo import make_policy
 from tests.engine.tiny_models import CONFIGS
 
 ANSWERS = ["yes", "no", "maybe so", "I do not know"]
@@ -248,6 +250,58 @@ def test_s22_a_reward_model_smaller_than_the_policy(run, capsys):
     )  # from there, four small steps
     more = [*backbone, *options("ppo.updates=3"), "--resume"]
     assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *more)[0] == 0
+
+
+def test_s15_trpo_wants_attention_that_can_be_differentiated_twice(run, capsys):
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    arguments = options(f"reward.path={run / 'out' / 'rm'}", "ppo.objective=trpo")
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments)
+    assert code == 2 and "model.attention: got 'sdpa' with ppo.objective 'trpo', expected 'eager'" in shown
+    eager = options("model.attention=eager", "ppo.trpo.max_kl=0.05")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments, *eager)[0] == 0
+    rows = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["trpo_kl"] <= 0.05 for row in rows if row["stage"] == "ppo")
+
+
+def test_s8_the_value_function_starts_as_the_reward_model(run):
+    """Head on the policy's trunk or backbone of its own: a copy of the reward model's weights, or zeros where asked."""
+
+    def policy(**ppo):
+        config = load_config(run / "run.yaml")
+        config = replace(config, ppo=replace(config.ppo, **ppo))
+        model, _ = load_model(config)
+        return make_policy(config, model, reward_model)
+
+    model, _ = load_model(load_config(run / "run.yaml"))
+    reward_model = RewardModel.from_causal_lm(model, seed=1)
+    reward_model.centre(0.7)
+    with torch.no_grad():
+        for parameter in reward_model.trunk.parameters():
+            parameter.add_(0.01)
+    head = policy().value_head
+    assert torch.equal(head.weight, reward_model.head.weight) and torch.equal(head.bias, reward_model.head.bias)
+    own = policy(value_model="backbone").value_model
+    theirs = dict(reward_model.named_parameters())
+    assert all(torch.equal(weight, theirs[name]) for name, weight in own.named_parameters())
+    assert all(weight.data_ptr() != theirs[name].data_ptr() for name, weight in own.named_parameters())
+    assert head.weight.data_ptr() != reward_model.head.weight.data_ptr()
+    assert not policy(value_init="zero").value_head.weight.any()
+    zero = policy(value_init="zero", value_model="backbone").value_model
+    ours = dict(model.base_model.named_parameters())
+    assert not zero.head.weight.any()
+    assert all(torch.equal(weight, ours[name]) for name, weight in zero.trunk.named_parameters())
+
+
+@pytest.mark.parametrize("preset", ["reinforce", "reinforce_baseline", "actor_critic"])
+def test_s16_s17_s18_presets_run_from_the_command_line(run, capsys, preset):
+    (run / "rewards.py").write_text(REWARD)
+    arguments = [f"reward.function={run / 'rewards.py'}:longest", f"ppo.preset={preset}", "ppo.gamma=0.9"]
+    if preset != "reinforce":
+        arguments.append("ppo.value_init=zero")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments))[0] == 0
+    assert load_config(run / "out" / "ppo" / "config.yaml").ppo.preset == preset
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments, "ppo.objective=clip"))
+    assert code == 2 and f"objective: got 'clip', expected 'policy_gradient' with preset '{preset}'" in shown
 
 
 def test_resuming_without_a_checkpoint_is_refused(run, capsys):

@@ -8,8 +8,9 @@ from rlhf_engine.config import ModelConfig, OptimConfig, RunConfig
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
 from tests.engine.test_ppo import gradients, make_experience
+from tests.engine.test_ptx import make_stream
 from tests.engine.tiny_models import tiny
-from tests.engine.tiny_trainer import make_trainer, weights_of
+from tests.engine.tiny_trainer import make_trainer, target_share, weights_of
 
 
 def make_value_model(hidden_size=16):
@@ -106,6 +107,53 @@ def test_s8_a_run_resumed_in_its_warm_up_has_the_same_bits(tmp_path, backbone):
     assert (tmp_path / "checkpoint" / "value_model").is_dir() == backbone
     loaded = load_policy(tmp_path / "checkpoint", ModelConfig())
     assert (loaded.value_model is not None) == backbone
+
+
+def test_s10_a_run_with_everything_on_is_resumed_with_the_same_bits(tmp_path):
+    """All that changes from update to update at once: whatever a checkpoint forgot would show."""
+
+    def reward(rollout):
+        return torch.where(rollout.response_lengths == 3, torch.nan, target_share(rollout))
+
+    def make():
+        return make_trainer(
+            value_model=make_value_model(),
+            pretrain=make_stream(),
+            reward=reward,
+            objective="kl_penalty",
+            old_kl_coef=1.0,
+            old_kl_target=1e-6,
+            kl_control="adaptive",
+            kl_target=0.5,
+            kl_horizon=32,
+            score_scale="running",
+            nonfinite_scores="skip",
+            missing_eos_score=-1.0,
+            whiten_scope="minibatch",
+            ppo_epochs=3,
+            stop_kl=1e-5,
+            ptx_coef=1.0,
+            ptx_ratio=0.5,
+            ema_decay=0.9,
+            updates=4,
+            optim=OptimConfig(lr=3e-3, schedule="cosine", eps_form="raw", warmup_steps=3),
+        )
+
+    straight, first, second = make(), make(), make()
+    logs = [straight.step() for _ in range(4)]
+    assert sum(log["scores_skipped"] for log in logs) > 0
+    first.step(), first.step()
+    save_checkpoint(tmp_path / "checkpoint", first, None, RunConfig())
+    resume(tmp_path / "checkpoint", second, RunConfig())
+    assert second.state() == first.state()
+    for log in logs[2:]:
+        resumed = second.step()
+        for name in log:
+            assert "second" in name or name == "peak_rss_mb" or resumed[name] == log[name], name
+    assert second.state() == straight.state()
+    for ours, theirs in ((second.policy, straight.policy), (second.average.average, straight.average.average)):
+        expected = dict(theirs.named_parameters())
+        assert all(torch.equal(weight, expected[name]) for name, weight in ours.named_parameters())
 
 
 def test_s8_the_reference_takes_no_value_model_along():

@@ -26,11 +26,14 @@ def make_trainer(
     reward=target_share,
     pretrain=None,
     value_model=None,
+    attention=None,
     **settings,
 ):
     generator = torch.Generator().manual_seed(5)
     head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2)
     model = tiny(family, seed=model_seed, initializer_range=0.1)
+    if attention is not None:
+        model.set_attn_implementation(attention)
     policy = ActorCritic(model, head) if value_model is None else ActorCritic(model, value_model=value_model)
     stream = torch.Generator().manual_seed(9)
     prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
