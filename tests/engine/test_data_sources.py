@@ -112,6 +112,12 @@ def test_s19_conversations_are_read(tmp_path, write):
     assert list(read_prompts(prompts)) == [PromptRecord(TALK, "u")]
 
 
+def test_s19_what_a_data_set_fills_up_with_nulls_is_left_out(tmp_path):
+    turns = [{"role": "user", "content": "Hi", "name": None}]
+    path = on_disk(tmp_path / "data", [{"messages": turns, "user_id": "u", "split": None}])
+    assert list(read_prompts(path)) == [PromptRecord((Message("user", "Hi"),), "u")]
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -133,6 +139,13 @@ def test_s19_conversations_are_read(tmp_path, write):
 def test_s19_a_bad_prompt_is_named_with_its_line(tmp_path, row, message):
     path = jsonl(tmp_path / "data", [{"prompt": "p", "user_id": "u"}, row])
     with pytest.raises(ValueError, match=rf"data:2: {message}"):
+        list(read_prompts(path))
+
+
+def test_s19_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "data"
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ValueError, match="data:1: not valid JSON: nested too deeply"):
         list(read_prompts(path))
 
 
