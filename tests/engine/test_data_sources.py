@@ -218,10 +218,11 @@ def test_s19_long_prompts_lose_their_beginning_and_are_counted(codec):
     text = text_of(cutting, cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz"))
     start, rest, end = text[:3], text[3:-3], text[-3:]
     assert (start, end) == ("Q: ", "\nA:") and "abcdefghijklmnopqrstuvwxyz".endswith(rest) and "xyz" in rest
-    assert len(cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz")) == 12  # no token to spare
-    assert cutting.truncated.count == 2
+    for length in range(14, 27):
+        assert len(cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz"[:length])) == 12  # no token to spare
+    assert cutting.truncated.count == 14
     cutting.encode_prompt("xyz")
-    assert cutting.truncated.count == 2
+    assert cutting.truncated.count == 14
     with pytest.raises(ValueError, match="a frame that leaves it no room in max_prompt_tokens=3"):
         replace(cutting, max_prompt_tokens=3).encode_prompt("abc")
     with pytest.raises(ValueError, match="expected at most max_prompt_tokens=12"):
