@@ -218,15 +218,18 @@ def test_s19_long_prompts_lose_their_beginning_and_are_counted(codec):
     text = text_of(cutting, cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz"))
     start, rest, end = text[:3], text[3:-3], text[-3:]
     assert (start, end) == ("Q: ", "\nA:") and "abcdefghijklmnopqrstuvwxyz".endswith(rest) and "xyz" in rest
+    refusing = replace(cutting, long_prompts="refuse")
     for length in range(14, 27):
-        assert len(cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz"[:length])) == 12  # no token to spare
-    assert cutting.truncated.count == 14
+        long = "abcdefghijklmnopqrstuvwxyz"[:length]
+        part = cutting.fit_prompt(long)
+        assert long.endswith(part) and len(refusing.encode_prompt(part)) <= 12
+        with pytest.raises(ValueError, match="expected at most max_prompt_tokens=12"):
+            refusing.encode_prompt(long[-len(part) - 1 :])  # one character more
+    assert cutting.truncated.count == 1
     cutting.encode_prompt("xyz")
-    assert cutting.truncated.count == 14
+    assert cutting.truncated.count == 1
     with pytest.raises(ValueError, match="a frame that leaves it no room in max_prompt_tokens=3"):
         replace(cutting, max_prompt_tokens=3).encode_prompt("abc")
-    with pytest.raises(ValueError, match="expected at most max_prompt_tokens=12"):
-        replace(cutting, long_prompts="refuse").encode_prompt("abcdefghijklmnopqrstuvwxyz")
 
 
 def test_s19_long_conversations_lose_their_oldest_turns_first(codec):
