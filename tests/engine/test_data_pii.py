@@ -89,6 +89,7 @@ def test_s19_what_follows_a_number_is_not_part_of_it():
 
 
 def test_s19_of_two_kinds_that_overlap_the_surer_stands():
+    assert found("me@example.Mr Smith") == [("email", "me@example.Mr")]
     assert found("4155550132@example.com") == [("email", "4155550132@example.com")]
     assert found("Mr Al4155550132@example.com, Dr. Smith") == [
         ("email", "Al4155550132@example.com"),

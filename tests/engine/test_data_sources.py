@@ -112,6 +112,12 @@ def test_s19_conversations_are_read(tmp_path, write):
     assert list(read_prompts(prompts)) == [PromptRecord(TALK, "u")]
 
 
+def test_s19_what_a_data_set_fills_up_with_nulls_is_left_out(tmp_path):
+    turns = [{"role": "user", "content": "Hi", "name": None}]
+    path = on_disk(tmp_path / "data", [{"messages": turns, "user_id": "u", "split": None}])
+    assert list(read_prompts(path)) == [PromptRecord((Message("user", "Hi"),), "u")]
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -133,6 +139,13 @@ def test_s19_conversations_are_read(tmp_path, write):
 def test_s19_a_bad_prompt_is_named_with_its_line(tmp_path, row, message):
     path = jsonl(tmp_path / "data", [{"prompt": "p", "user_id": "u"}, row])
     with pytest.raises(ValueError, match=rf"data:2: {message}"):
+        list(read_prompts(path))
+
+
+def test_s19_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "data"
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ValueError, match="data:1: not valid JSON: nested too deeply"):
         list(read_prompts(path))
 
 
@@ -205,14 +218,18 @@ def test_s19_long_prompts_lose_their_beginning_and_are_counted(codec):
     text = text_of(cutting, cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz"))
     start, rest, end = text[:3], text[3:-3], text[-3:]
     assert (start, end) == ("Q: ", "\nA:") and "abcdefghijklmnopqrstuvwxyz".endswith(rest) and "xyz" in rest
-    assert len(cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz")) == 12  # no token to spare
-    assert cutting.truncated.count == 2
+    refusing = replace(cutting, long_prompts="refuse")
+    for length in range(14, 27):
+        long = "abcdefghijklmnopqrstuvwxyz"[:length]
+        part = cutting.fit_prompt(long)
+        assert long.endswith(part) and len(refusing.encode_prompt(part)) <= 12
+        with pytest.raises(ValueError, match="expected at most max_prompt_tokens=12"):
+            refusing.encode_prompt(long[-len(part) - 1 :])  # one character more
+    assert cutting.truncated.count == 1
     cutting.encode_prompt("xyz")
-    assert cutting.truncated.count == 2
+    assert cutting.truncated.count == 1
     with pytest.raises(ValueError, match="a frame that leaves it no room in max_prompt_tokens=3"):
         replace(cutting, max_prompt_tokens=3).encode_prompt("abc")
-    with pytest.raises(ValueError, match="expected at most max_prompt_tokens=12"):
-        replace(cutting, long_prompts="refuse").encode_prompt("abcdefghijklmnopqrstuvwxyz")
 
 
 def test_s19_long_conversations_lose_their_oldest_turns_first(codec):
