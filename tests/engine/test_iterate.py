@@ -195,5 +195,4 @@ def test_s21_a_reward_model_ranks_and_reads_every_completion_once(run):
     )
     ranks = rank(judge, ["q", "q"], completions)
     assert sum(rows) == 5
-    order = sorted(range(3), key=lambda i: ranks[0][i])
-    assert order == one_by_one.argsort(descending=True).tolist()
+    assert [ranks[0][i] for i in one_by_one.argsort(descending=True).tolist()] == [0.0, 1.0, 2.0]
