@@ -123,7 +123,7 @@ def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict
     for record, said in answer_all(
         answerer, config.data.prompts, _prompts_of(config, number), config.iterate.completions
     ):
-        completions = list(dict.fromkeys(text for text in said.texts if text.strip()))
+        completions = list(dict.fromkeys(text for text in said.texts if text))
         if len(completions) < 2:
             skipped += 1
             continue

@@ -7,6 +7,7 @@ import pytest
 from rlhf_engine.config import load_config
 from rlhf_engine.evaluate import RewardJudge, load_judge, rank
 from rlhf_engine.pipelines import iterate
+from rlhf_engine.pipelines.answers import Answers
 from rlhf_engine.pipelines.iterate import run_iterate
 from rlhf_engine.stages import run_rm
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf, write_lines
@@ -100,6 +101,21 @@ def test_s21_a_broken_run_goes_on_where_it_was(run, monkeypatch, broken):
     assert run_iterate(config, said.append) == found and said == []
 
 
+def test_s21_identical_and_empty_answers_are_left_out_and_counted(run, monkeypatch):
+    said = [["yes", "yes", "", "no"], ["no", "no", "no", ""], ["a", "b", "c", "b"]]
+
+    def answers(answerer, source, records, samples):
+        return zip(records, [Answers(texts, [True] * samples) for texts in said], strict=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(iterate, "answer_all", answers)
+        run_iterate(config_of(run, judge="file"), lambda text: None)
+    lines = read_lines(run / "out" / "round_1" / "completions.jsonl")
+    assert [line["completions"] for line in lines] == [["yes", "no"], ["a", "b", "c"]]
+    steps = json.loads((run / "out" / "state.json").read_text())["steps"]
+    assert steps == {"round 1: generate": {"prompts": 2, "skipped": 1}}
+
+
 def test_s21_ppo_goes_on_from_its_checkpoint(run, monkeypatch):
     real, calls = iterate.run_ppo, []
 
@@ -179,5 +195,4 @@ def test_s21_a_reward_model_ranks_and_reads_every_completion_once(run):
     )
     ranks = rank(judge, ["q", "q"], completions)
     assert sum(rows) == 5
-    order = sorted(range(3), key=lambda i: ranks[0][i])
-    assert order == one_by_one.argsort(descending=True).tolist()
+    assert [ranks[0][i] for i in one_by_one.argsort(descending=True).tolist()] == [0.0, 1.0, 2.0]
