@@ -69,6 +69,12 @@ def test_s6_scores_that_are_all_the_same_become_zero():
         assert float(ScoreScale("batch")(torch.full((7,), value)).abs().max()) <= 1e-6 * max(1, value)
 
 
+def test_s6_rounding_is_no_difference():
+    scores = torch.full((7,), 7.3)
+    scores[0] = torch.nextafter(scores[0], torch.tensor(8.0))
+    assert float(ScoreScale("batch")(scores).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("value, words", [(torch.nan, "nan"), (torch.inf, "inf")])
 def test_s6_a_score_that_is_no_number_stops_the_run_by_name(tmp_path, value, words):
     def reward(rollout):

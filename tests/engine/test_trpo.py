@@ -43,20 +43,33 @@ def direction_of(problem, seed=0):
     return flat(parts)
 
 
-def test_s15_gradient_is_that_of_the_policy_gradient():
-    """At the old policy the surrogate's gradient is the mean of A grad log pi, by the model's own logits."""
-    problem = make_problem()
-    found, value = surrogate_gradient(problem)
-    mask = problem.rollout.mask
-    assert value == pytest.approx(float((problem.advantages * mask).sum() / mask.sum()), abs=1e-5)
-    total = 0.0
+def by_hand(problem):
+    """Mean of `exp(log pi - log pi_old) A` over the actions, from the model's own logits."""
+    rollout, total = problem.rollout, 0.0
     for row in range(16):
-        ids = problem.rollout.input_ids[row, problem.rollout.attention_mask[row].bool()][None]
-        p, n = int(problem.rollout.prompt_lengths[row]), int(problem.rollout.response_lengths[row])
-        logprobs = problem.policy.model(input_ids=ids).logits.log_softmax(-1)[0, p - 1 : -1]
-        total = total + (logprobs.gather(-1, ids[0, p:, None])[:, 0] * problem.advantages[row, :n]).sum()
-    expected = flat(torch.autograd.grad(total / mask.sum(), problem.parameters()))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+        logits = problem.policy.model(input_ids=ids).logits[0, p - 1 : -1] / problem.temperature
+        taken = logits.log_softmax(-1).gather(-1, ids[0, p:, None])[:, 0]
+        total = total + ((taken - problem.old_logprobs[row, :n]).exp() * problem.advantages[row, :n]).sum()
+    return total / rollout.mask.sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_s15_surrogate_and_gradient_are_those_of_the_formula(temperature):
+    """At the old policy, where the value is the mean advantage, and away from it."""
+    problem = make_problem(temperature=temperature)
+    mask, old = problem.rollout.mask, frozen_copy(problem.policy)
+    assert surrogate_gradient(problem)[1] == pytest.approx(float(problem.advantages[mask].mean()), abs=1e-5)
+    for moved in (False, True):
+        if moved:
+            assign(problem.parameters(), flat(problem.parameters()).detach() + 0.03 * direction_of(problem))
+        found, value = surrogate_gradient(problem)
+        surrogate = by_hand(problem)
+        assert value == pytest.approx(float(surrogate.detach()), rel=1e-3, abs=1e-5)
+        assert measure(problem, old)[0] == pytest.approx(value, rel=1e-4, abs=1e-5)
+        expected = flat(torch.autograd.grad(surrogate, problem.parameters()))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -124,19 +137,22 @@ def test_s15_a_step_gains_more_than_the_gradient_does_at_the_same_kl():
     assert found["trpo_gain"] > 1.2 * (surrogate - before) > 0
 
 
+class Impossible(TrustRegionProblem):
+    """No step is small enough."""
+
+    def kl(self, old, new):
+        return super().kl(old, new) + (0.0 if torch.is_grad_enabled() else torch.inf)
+
+
 def test_s15_no_step_where_none_is_allowed():
-    """A constraint that nothing meets leaves the weights; so does an advantage of zero."""
-    problem = make_problem()
+    """A constraint that nothing meets leaves the weights; so do advantages of zero, and NaN, which is told."""
+    problem, nothing = make_problem(), {"trpo_kl": 0.0, "trpo_gain": 0.0, "trpo_step": 0.0}
     start = flat(problem.parameters()).detach().clone()
-    impossible = trpo_step(problem, TRPOConfig(max_kl=1e-2, damping=0.0, backtracks=1, cg_iterations=1, shrink=1.0))
-    flat_problem = replace(problem, advantages=torch.zeros_like(problem.advantages))
-    nothing = trpo_step(flat_problem, TRPOConfig())
-    assert nothing == {"trpo_kl": 0.0, "trpo_gain": 0.0, "trpo_step": 0.0}
-    assert impossible["trpo_step"] in (0.0, 1.0) and impossible["trpo_kl"] <= 1e-2
-    if impossible["trpo_step"] == 0.0:
-        assert torch.equal(flat(problem.parameters()), start)
+    impossible = Impossible(**vars(problem))
+    assert trpo_step(impossible, TRPOConfig(backtracks=3)) == nothing
+    assert torch.equal(flat(problem.parameters()), start)
+    assert trpo_step(replace(problem, advantages=torch.zeros_like(problem.advantages)), TRPOConfig()) == nothing
     broken = replace(problem, advantages=torch.full_like(problem.advantages, torch.nan))
-    start = flat(problem.parameters()).detach().clone()
     with pytest.raises(FloatingPointError, match="training diverged"):
         trpo_step(broken, TRPOConfig())
     assert torch.equal(flat(problem.parameters()), start)
