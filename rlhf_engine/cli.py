@@ -18,10 +18,6 @@ from rlhf_engine.commands.settings import config_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
 app.add_typer(config_app, name="config")
-app.command()(evaluate.generate)
-app.command("eval")(evaluate.evaluate)
-app.command()(evaluate.iterate)
-app.command()(evaluate.figure)
 
 
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.
@@ -74,6 +70,12 @@ def demo(
 
     typer.echo("\n" + run_demo(output, seed, tuple(overrides or ()), typer.echo))
     typer.echo(f"\nreport, answers and plots: {output}")
+
+
+app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.iterate)
+app.command()(evaluate.generate)
+app.command()(evaluate.figure)
 
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
