@@ -18,10 +18,6 @@ from rlhf_engine.commands.settings import config_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
 app.add_typer(config_app, name="config")
-app.command()(evaluate.generate)
-app.command("eval")(evaluate.evaluate)
-app.command()(evaluate.iterate)
-app.command()(evaluate.figure)
 data_app = typer.Typer(no_args_is_help=True, help="Cleans and checks data sets.")
 app.add_typer(data_app, name="data")
 
@@ -109,6 +105,12 @@ def check(
     from rlhf_engine.data.summary import summarise
 
     typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path).items()))
+
+
+app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.iterate)
+app.command()(evaluate.generate)
+app.command()(evaluate.figure)
 
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
