@@ -42,7 +42,7 @@ def sft(config: ConfigOption, overrides: SetOption = None) -> None:
 def rm(config: ConfigOption, overrides: SetOption = None) -> None:
     """Trains a reward model from model.path on data.comparisons; writes OUTPUT_DIR/rm."""
     last = _run("run_rm", config, overrides)[-1]
-    typer.echo(f"held-out accuracy {last.accuracy:.4f}, loss {last.loss:.4f}")
+    typer.echo(f"held-out accuracy {last.accuracy:.4f}, margin {last.margin:.4f}, loss {last.loss:.4f}")
 
 
 @app.command()

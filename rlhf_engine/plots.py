@@ -21,6 +21,8 @@ PANELS: dict[str, dict[str, dict[str, str]]] = {
     "rm": {
         "loss, nats a pair": {"training": "loss", "held out": "validation_loss"},
         "held-out accuracy": {"accuracy": "accuracy"},
+        "held-out margin of the better answer": {"margin": "margin"},
+        "held-out calibration error": {"calibration error": "calibration_error"},
         "gradient norm": {"gradient norm": "grad_norm"},
     },
     "ppo": {

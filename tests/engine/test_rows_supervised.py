@@ -93,6 +93,8 @@ def test_s4_the_loss_is_the_bradley_terry_likelihood():
     found = evaluate_rankings(model, [RankedPrompt(COMPLETIONS, PAIRS)], pad_id=0)
     assert found.loss == pytest.approx(-sum(map(math.log, chances)) / len(PAIRS), rel=1e-4)
     assert found.accuracy == pytest.approx(sum(chance > 0.5 for chance in chances) / len(PAIRS))
+    assert found.margin == pytest.approx(sum(scores[i] - scores[j] for i, j in PAIRS) / len(PAIRS), rel=1e-4)
+    assert abs(found.margin) > 0.01
 
 
 def test_s5_the_demonstrations_score_zero_on_average(tmp_path):
