@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.c*' -o -name '*.h')
 
-.PHONY: demo test lint compile-check bench bench-env build clean
+.PHONY: demo figure test lint compile-check bench bench-env build clean
 
 demo: build
 	$(BIN)/rlhf demo --output runs/demo
+
+figure: build
+	$(BIN)/rlhf figure --output runs/figure
 
 test: build lint
 	$(BIN)/python -m pytest

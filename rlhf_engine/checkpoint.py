@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, written aside, synced and renamed, so that a folder is whole or absent.
 
 A folder holds the policy and its tokenizer as transformers saves them (`AutoModelForCausalLM.from_pretrained` reads it), and
-beside them `value_head.safetensors`, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`. Random numbers need
-no state of their own: they are functions of the seed and the counters in `trainer.json`.
+beside them `value_head.safetensors` or the folder `value_model`, `optimizer.safetensors`, `trainer.json` and the run's
+`config.yaml`; a run that averages its weights has the average in `ema`, a folder of the same kind. Random numbers need no
+state of their own: they are functions of the seed and the counters in `trainer.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from rlhf_engine.config import ModelConfig, RunConfig, load_config, save_config
 from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
+from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.train.ppo import PPOTrainer
+
+EMA, VALUE_MODEL = "ema", "value_model"
+"""Folders inside a checkpoint: the averaged weights, a model like the checkpoint itself, and a value model."""
 
 VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "value_head.safetensors",
@@ -29,16 +34,6 @@ VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
     "trainer.json",
     "config.yaml",
 )
-
-_STATE = {
-    "updates_done": int,
-    "optimizer_steps": int,
-    "kl_coef": float,
-    "seed": int,
-    "optimizer_tensors": int,
-    "reference": str,
-}
-"""What `trainer.json` holds."""
 
 _MAY_CHANGE = {
     "output_dir",
@@ -53,6 +48,9 @@ _MAY_CHANGE = {
     "ppo.updates",
     "ppo.checkpoint_every",
     "sft",
+    "eval",
+    "iterate",
+    "figure",
     "demo",
 }
 """Keys and sections that a resumed run may have otherwise: places, the length of the run, and what PPO does not read."""
@@ -72,10 +70,13 @@ def load_policy(
     """
     folder = Path(folder)
     model = load_pretrained(AutoModelForCausalLM, folder, attention=config.attention, dtype=dtype, device=device)
-    head = None
-    if (folder / VALUE_HEAD).is_file():
+    head = value_model = None
+    if (folder / VALUE_MODEL).is_dir():
+        where = {"attention": config.attention, "dtype": dtype, "device": device}
+        value_model = RewardModel.load(folder / VALUE_MODEL, **where)
+    elif (folder / VALUE_HEAD).is_file():
         head = load_head(folder / VALUE_HEAD, model.get_output_embeddings().weight.shape[1]).to(device)
-    return ActorCritic(model, head, backend=backend)
+    return ActorCritic(model, head, value_model=value_model, backend=backend)
 
 
 def save_checkpoint(
@@ -83,10 +84,7 @@ def save_checkpoint(
 ) -> None:
     """Write all that `resume` needs to go on with the same numbers, whole or not at all."""
     tensors, _ = _flatten_optimizer(trainer.optimizer)
-    state = {
-        "updates_done": trainer.updates_done,
-        "optimizer_steps": trainer.optimizer_steps,
-        "kl_coef": trainer.kl_coef,
+    state = trainer.state() | {
         "seed": trainer.seed,
         "optimizer_tensors": len(tensors),
         "reference": fingerprint(trainer.reference.model),
@@ -94,6 +92,9 @@ def save_checkpoint(
 
     def write(new: Path) -> None:
         _write_policy(new, trainer.policy, tokenizer)
+        if trainer.average is not None:
+            (new / EMA).mkdir()
+            _write_policy(new / EMA, trainer.average.average, tokenizer)
         save_file(tensors, new / OPTIMIZER)
         write_json(new / TRAINER, state)
         save_config(config, new / CONFIG)
@@ -110,8 +111,10 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
     """
     folder = Path(folder)
     recover(folder)
-    require(folder, "config.json", VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG)
-    state = _read_state(folder / TRAINER)
+    heads = () if trainer.policy.value_head is None else (VALUE_HEAD,)
+    require(folder, "config.json", *heads, OPTIMIZER, TRAINER, CONFIG)
+    kinds = {name: type(value) for name, value in trainer.state().items()}
+    state = _read_state(folder / TRAINER, kinds | {"seed": int, "optimizer_tensors": int, "reference": str})
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     _check_config(load_config(folder / CONFIG), config, folder / CONFIG)
@@ -125,9 +128,11 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
             f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected the {state['optimizer_tensors']} of {TRAINER}"
         )
     _read_weights(folder, trainer.policy)
+    if trainer.average is not None:
+        require(folder / EMA, "config.json", *heads)
+        _read_weights(folder / EMA, trainer.average.average)
     _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
-    trainer.updates_done, trainer.optimizer_steps = state["updates_done"], state["optimizer_steps"]
-    trainer.kl_coef = state["kl_coef"]
+    trainer.load_state(state)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -141,10 +146,12 @@ def fingerprint(model: nn.Module) -> str:
 
 def _write_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
     policy.model.save_pretrained(folder)
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in policy.value_head.state_dict().items()},
-        folder / VALUE_HEAD,
-    )
+    if policy.value_model is not None:
+        (folder / VALUE_MODEL).mkdir()
+        policy.value_model.save(folder / VALUE_MODEL)
+    if policy.value_head is not None:
+        head = policy.value_head.state_dict()
+        save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, folder / VALUE_HEAD)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -164,9 +171,10 @@ def _read_weights(folder: Path, policy: ActorCritic) -> None:
             parameter.copy_(theirs[name])
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the first of `kinds` that it lacks or has of another type."""
     state = read_json(path)
-    for name, kind in _STATE.items():
+    for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: got {state.get(name)!r} for {name}, expected {kind.__name__}")
     return state

@@ -12,10 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
+from rlhf_engine.commands import evaluate
+from rlhf_engine.commands.options import ConfigOption, SetOption, quiet, read_config
+from rlhf_engine.commands.settings import config_app
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see rlhf_engine/demo/demo.yaml.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, such as ppo.kl_coef=0.05; repeatable.")]
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
+app.add_typer(config_app, name="config")
+data_app = typer.Typer(no_args_is_help=True, help="Cleans and checks data sets.")
+app.add_typer(data_app, name="data")
 
 
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.
@@ -38,7 +42,7 @@ def sft(config: ConfigOption, overrides: SetOption = None) -> None:
 def rm(config: ConfigOption, overrides: SetOption = None) -> None:
     """Trains a reward model from model.path on data.comparisons; writes OUTPUT_DIR/rm."""
     last = _run("run_rm", config, overrides)[-1]
-    typer.echo(f"held-out accuracy {last.accuracy:.4f}, loss {last.loss:.4f}")
+    typer.echo(f"held-out accuracy {last.accuracy:.4f}, margin {last.margin:.4f}, loss {last.loss:.4f}")
 
 
 @app.command()
@@ -63,27 +67,57 @@ def demo(
     overrides: SetOption = None,
 ) -> None:
     """Runs the miniature InstructGPT: SFT, reward model, PPO, and a judged comparison (minutes, no GPU, no network)."""
-    _quiet()
+    quiet()
     from rlhf_engine.demo.run import run_demo
 
     typer.echo("\n" + run_demo(output, seed, tuple(overrides or ()), typer.echo))
     typer.echo(f"\nreport, answers and plots: {output}")
 
 
+@data_app.command()
+def clean(
+    source: Annotated[Path, typer.Option("--in", help="Prompts: JSONL, or a folder that save_to_disk wrote.")],
+    output: Annotated[Path, typer.Option("--out", help="New folder for prompts.jsonl and report.json.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; data.hygiene counts.")] = None,
+    overrides: SetOption = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Truncate to its rollout.max_prompt_tokens tokens.")] = None,
+) -> None:
+    """Deduplicates prompts, limits them per user, splits them by user, and filters personal information out of train."""
+    quiet()
+    from rlhf_engine.data.hygiene import clean_prompts
+
+    settings, codec = read_config(config, overrides), None
+    if tokenizer is not None:
+        from rlhf_engine.data import Codec
+        from rlhf_engine.model.pretrained import load_tokenizer
+
+        codec = Codec(load_tokenizer(tokenizer), settings.data.prompt_template, settings.rollout.max_prompt_tokens)
+    typer.echo(clean_prompts(source, output, settings.data.hygiene, codec).table())
+
+
+@data_app.command()
+def check(
+    kind: Annotated[str, typer.Argument(help="demonstrations, comparisons, prompts or pretraining.")],
+    path: Annotated[Path, typer.Argument(help="The file, or a folder that save_to_disk wrote.")],
+) -> None:
+    """Reads every record of a file and counts; the first bad one is named with its line."""
+    quiet()
+    from rlhf_engine.data.summary import summarise
+
+    typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path).items()))
+
+
+app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.iterate)
+app.command()(evaluate.generate)
+app.command()(evaluate.figure)
+
+
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
-    _quiet()
+    quiet()
     from rlhf_engine import stages
-    from rlhf_engine.config import load_config
 
-    return getattr(stages, stage)(load_config(config, overrides or ()), **options)
-
-
-def _quiet() -> None:
-    """Turns off the bars and tables that transformers prints as it loads: what is wrong there, we refuse in one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    return getattr(stages, stage)(read_config(config, overrides), **options)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,17 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf_engine.schema import (
-    Count,
-    LearningRate,
-    NonNegative,
-    Positive,
-    PositiveShare,
-    Section,
-    Seed,
-    Share,
-    WholeNumber,
-)
+from rlhf_engine.eval_config import EvalConfig, FigureConfig, IterateConfig
+from rlhf_engine.ppo_config import OptimConfig, PPOConfig
+from rlhf_engine.schema import Count, Positive, PositiveShare, Section, Seed, Share, WholeNumber
 
 
 @dataclass(frozen=True)
@@ -38,25 +30,33 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
-class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+class HygieneConfig(Section):
+    """What `rlhf data clean` does to prompts (InstructGPT, section 3.2); see rlhf_engine/data/hygiene.py."""
 
-    lr: LearningRate = 1e-5
-    """Peak learning rate; AdamW moves a weight by about this much a step."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of the first and second moments."""
-    eps: Positive = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
-    warmup_steps: WholeNumber = 0
-    """Optimiser steps over which the learning rate climbs linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after the warm-up, down to `final_lr_share` at the last step."""
-    final_lr_share: Share = 0.1
-    """Share of `lr` left at the last step of a linear or cosine schedule."""
-    max_grad_norm: Positive | None = 1.0
-    """Global gradient norm above which gradients are scaled down; None leaves them alone."""
+    prefix_chars: Count = 128
+    """Two prompts whose first characters, this many, are the same count as one; shorter ones must be the same."""
+    user_limit: Count = 200
+    """Most prompts of one user."""
+    validation_share: Share = 0.1
+    """Share of the users whose prompts are for validation."""
+    test_share: Share = 0.1
+    """Share of the users whose prompts are for the test."""
+    split_seed: Seed = 0
+    """Another seed gives another split."""
+    pii: Literal["drop", "redact", "keep"] = "drop"
+    """Training prompts with personal information are dropped, lose it to a mark such as [EMAIL], or stay."""
+    phone_regions: tuple[str, ...] = ("US", "GB")
+    """Countries that a phone number without a country code may be of."""
+    bad_lines: Literal["refuse", "skip"] = "refuse"
+    """A line that holds no prompt with a user id stops the run, or is skipped and counted."""
+
+    def check(self) -> None:
+        """Something is left to train on."""
+        if self.validation_share + self.test_share >= 1.0:
+            raise ValueError(
+                f"test_share: got {self.test_share} beside validation_share {self.validation_share}, expected less than 1 "
+                "together"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,18 @@ class DataConfig(Section):
     """JSONL of prompt, completions, ranking ("D > C > A = B")."""
     prompts: str | None = None
     """JSONL of prompt, user_id and, if wanted, split."""
+    pretrain: str | None = None
+    """Plain text, documents parted by blank lines, for PPO-ptx."""
     prompt_template: str = "{prompt}\n"
     """Frame of a prompt; `{prompt}` stands for its text."""
+    long_prompts: Literal["refuse", "truncate"] = "refuse"
+    """What happens to a prompt longer than rollout.max_prompt_tokens: refused, or cut on the left and counted."""
     max_response_tokens: Count = 512
     """Longest answer in the files, EOS included; a longer one is refused."""
     validation_share: PositiveShare = 0.1
     """Share of the demonstrations and of the rankings that is held out for validation."""
+    hygiene: HygieneConfig = field(default_factory=HygieneConfig)
+    """Cleaning of prompts, before any training."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,10 @@ class RewardConfig(Section):
     """Training of the reward model on rankings."""
 
     path: str | None = None
-    """Folder of a trained reward model, which PPO scores with."""
+    """Folder of a trained reward model, which PPO scores with; it may be smaller than the policy."""
+    function: str | None = None
+    """Python function in its place, as module:function or file.py:function. It takes a list of prompts and a list of
+    answers, texts both, and gives a list of floats."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8
@@ -112,13 +121,18 @@ class RewardConfig(Section):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
 
+    def check(self) -> None:
+        """One reward, not two."""
+        if self.path is not None and self.function is not None:
+            raise ValueError(f"function: got {self.function!r} beside path {self.path!r}, expected one of the two")
+
 
 @dataclass(frozen=True)
 class RolloutConfig(Section):
     """How responses are sampled."""
 
     max_prompt_tokens: Count = 512
-    """Longest prompt; a longer one is refused, never cut in silence."""
+    """Longest prompt, its frame included; data.long_prompts says what happens to a longer one."""
     max_response_tokens: Count = 256
     """Token budget of a response, EOS included."""
     temperature: Positive = 1.0
@@ -131,90 +145,6 @@ class RolloutConfig(Section):
     """Sample among tokens at least this share as likely as the likeliest; None keeps all."""
     batch_size: Count = 64
     """Most sequences that are decoded together."""
-
-
-@dataclass(frozen=True)
-class PPOConfig(Section):
-    """PPO on a token-level environment with the score at the end (InstructGPT, section 3.5)."""
-
-    updates: Count = 100
-    """Outer iterations: collect, score, advantages, update."""
-    rollout_batch: Count = 512
-    """Sequences collected for one update."""
-    minibatch: Count = 64
-    """Sequences of one optimiser step."""
-    microbatch: Count = 16
-    """Sequences of one forward and backward pass; changes memory and speed, not the gradient."""
-    ppo_epochs: Count = 1
-    """Passes over the rollout batch."""
-    kl_coef: NonNegative = 0.02
-    """beta, the weight of KL(policy || reference) in every token's reward."""
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """Estimator of that KL."""
-    gamma: Share = 1.0
-    """Discount of rewards."""
-    lam: Share = 0.95
-    """lambda of generalised advantage estimation."""
-    score_clip: Positive | None = None
-    """Scores are clipped to [-score_clip, score_clip]; None leaves them alone."""
-    missing_eos_penalty: NonNegative = 0.0
-    """Taken off the score of a response that ran out of budget before EOS."""
-    whiten_rewards: bool = False
-    """Divide the rewards of the batch by their standard deviation."""
-    whiten_advantages: bool = True
-    """Give the advantages of the batch mean 0 and variance 1."""
-    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient"] = "clip"
-    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, or plain policy gradient."""
-    cliprange: Positive = 0.2
-    """epsilon of the clipped surrogate."""
-    cliprange_high: Positive | None = None
-    """Upper epsilon where it differs from `cliprange`."""
-    dual_clip: Positive | None = None
-    """Bound c > 1 on the ratio's loss when the advantage is negative; None turns it off."""
-    log_ratio_clamp: Positive | None = None
-    """Log-ratios are clamped to [-log_ratio_clamp, log_ratio_clamp]; None leaves them alone."""
-    old_kl_coef: NonNegative = 0.0
-    """Weight of KL(old || new) in the objective `kl_penalty`."""
-    ratio_level: Literal["token", "sequence"] = "token"
-    """Whether a ratio belongs to a token or (length-normalised) to its sequence."""
-    cliprange_value: Positive | None = 0.2
-    """Clip of the new value around the old one; None turns it off."""
-    vf_coef: NonNegative = 0.1
-    """Weight of the value loss."""
-    entropy_coef: NonNegative = 0.0
-    """Weight of the entropy bonus."""
-    aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"] = "token_mean"
-    """How per-token losses of a minibatch become one number."""
-    old_logprobs: Literal["sampled", "rescored"] = "sampled"
-    """Whose log-probs are the old policy's: those of sampling, or of one more forward pass of the learner."""
-    importance_cap: Positive | None = None
-    """Cap of the weight pi / pi_sampling of a token when top_k, top_p or min_p is set; None gives every token 1."""
-    checkpoint_every: WholeNumber = 0
-    """Updates between checkpoints; 0 writes one at the end only."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
-    """Optimiser of this stage."""
-
-    def check(self) -> None:
-        """Batches divide each other, so that every optimiser step sees the same number of sequences."""
-        if self.rollout_batch % self.minibatch:
-            raise ValueError(
-                f"minibatch: got {self.minibatch}, expected a divisor of rollout_batch {self.rollout_batch}"
-            )
-        if self.microbatch > self.minibatch:
-            raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
-        if self.dual_clip is not None and self.dual_clip <= 1.0:
-            raise ValueError(f"dual_clip: got {self.dual_clip}, expected a number above 1")
-        # An option that the objective would not read is a mistake, not a detail.
-        for name, unused, objective in (
-            ("cliprange_high", None, "clip"),
-            ("dual_clip", None, "clip"),
-            ("old_kl_coef", 0.0, "kl_penalty"),
-        ):
-            value = getattr(self, name)
-            if value != unused and self.objective != objective:
-                raise ValueError(
-                    f"{name}: got {value} with objective {self.objective!r}, expected {unused}; only {objective!r} reads it"
-                )
 
 
 @dataclass(frozen=True)
@@ -265,8 +195,14 @@ class RunConfig(Section):
     """Sampling."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Reinforcement learning."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """A contest of two models."""
+    iterate: IterateConfig = field(default_factory=IterateConfig)
+    """Rounds of the whole procedure."""
+    figure: FigureConfig = field(default_factory=FigureConfig)
+    """Used by `rlhf figure` alone."""
     demo: DemoConfig = field(default_factory=DemoConfig)
-    """Used by `rlhf demo` alone."""
+    """Used by `rlhf demo` and `rlhf figure` alone."""
 
     def check(self) -> None:
         """Weights are float32: an update is often smaller than the spacing of bfloat16 or float16 around a weight."""

@@ -1,4 +1,4 @@
-"""Files that a run reads and writes: folders that are whole or absent, and errors that name the file."""
+"""Files that a run reads and writes: files and folders that are whole or absent, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
         return load_file(path, device=device)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def with_new_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write(new)` on a path beside `path`, sync the file and put it in `path`'s place: whole or not at all."""
+    path = Path(path)
+    new, _ = _beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(new)
+        _sync(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    _sync(path.parent)
 
 
 def with_new_folder(folder: str | Path, write: Callable[[Path], object]) -> None:

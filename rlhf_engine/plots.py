@@ -21,6 +21,8 @@ PANELS: dict[str, dict[str, dict[str, str]]] = {
     "rm": {
         "loss, nats a pair": {"training": "loss", "held out": "validation_loss"},
         "held-out accuracy": {"accuracy": "accuracy"},
+        "held-out margin of the better answer": {"margin": "margin"},
+        "held-out calibration error": {"calibration error": "calibration_error"},
         "gradient norm": {"gradient norm": "grad_norm"},
     },
     "ppo": {
@@ -30,6 +32,7 @@ PANELS: dict[str, dict[str, dict[str, str]]] = {
         "tokens a response": {"length": "response_length"},
         "value: explained variance": {"explained variance": "explained_variance"},
         "clipped share of tokens": {"clipped": "clipfrac"},
+        "pretraining loss, nats a token": {"ptx": "ptx_loss"},
         "policy loss": {"policy loss": "policy_loss"},
         "value loss": {"value loss": "value_loss"},
         "gradient norm": {"gradient norm": "grad_norm"},
@@ -65,6 +68,38 @@ def plot_win_rates(rates: Mapping[str, WinRate], baseline: str, path: str | Path
         axes.text(0.01, row, name, va="center", color="white")
     axes.axvline(0.5, color="grey", linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1.08), yticks=[], xlabel=f"win rate against {baseline} (ties count half, 95% interval)")
+    _save(figure, path)
+
+
+def plot_win_rate_lines(
+    series: Mapping[str, Sequence[tuple[float, WinRate]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    baseline: str,
+    log_x: bool = False,
+) -> None:
+    """Win rates of several contestants over a number, such as the model's size, with 95% intervals."""
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for number, (colour, (name, points)) in enumerate(zip(_COLOURS, series.items(), strict=False)):
+        xs, rates = zip(*points, strict=True)
+        # Side by side, so that one interval does not hide another.
+        aside = number - (len(series) - 1) / 2
+        xs = [x * 1.03**aside if log_x else x + 0.03 * aside for x in xs]
+        middle = [rate.rate for rate in rates]
+        errors = [[rate.rate - rate.low for rate in rates], [rate.high - rate.rate for rate in rates]]
+        axes.errorbar(xs, middle, yerr=errors, color=colour, label=name, marker="o", markersize=4, capsize=3)
+    axes.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    ticks = sorted({x for points in series.values() for x, _ in points})
+    if log_x:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.set(ylim=(0, 1), xlabel=x_label, ylabel=f"win rate against {baseline} (ties count half)")
+    axes.grid(alpha=0.25)
+    if len(series) > 1:
+        axes.legend(frameon=False)
     _save(figure, path)
 
 

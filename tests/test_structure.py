@@ -30,7 +30,10 @@ KERNEL_LAYERS = {
 # Lower to higher: a module or package of the engine imports from those before it, and from itself.
 ENGINE_LAYERS = (
     "schema",
+    "eval_config",
+    "ppo_config",
     "config",
+    "describe",
     "files",
     "data",
     "metrics",
@@ -41,7 +44,9 @@ ENGINE_LAYERS = (
     "plots",
     "checkpoint",
     "stages",
+    "pipelines",
     "demo",
+    "commands",
     "cli",
 )
 

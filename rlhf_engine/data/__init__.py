@@ -1,8 +1,9 @@
 """Records of the three data sets, their files, their tokens and their batches."""
 
 from rlhf_engine.data.batching import Example, LanguageBatch, RankedBatch, length_batches, pad_sequences, rank_batch
-from rlhf_engine.data.loading import read_comparisons, read_demonstrations, read_prompts
-from rlhf_engine.data.records import Comparison, Demonstration, PromptRecord, parse_ranking
+from rlhf_engine.data.loading import read_comparisons, read_demonstrations, read_prompts, read_texts
+from rlhf_engine.data.pretraining import packed_sequences
+from rlhf_engine.data.records import Comparison, Demonstration, Message, PretrainingText, PromptRecord, parse_ranking
 from rlhf_engine.data.tokenize import Codec, train_tokenizer
 
 __all__ = [
@@ -11,14 +12,18 @@ __all__ = [
     "Demonstration",
     "Example",
     "LanguageBatch",
+    "Message",
+    "PretrainingText",
     "PromptRecord",
     "RankedBatch",
     "length_batches",
+    "packed_sequences",
     "pad_sequences",
     "parse_ranking",
     "rank_batch",
     "read_comparisons",
     "read_demonstrations",
     "read_prompts",
+    "read_texts",
     "train_tokenizer",
 ]

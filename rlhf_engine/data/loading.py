@@ -1,41 +1,75 @@
-"""JSONL files to records, a line at a time; whatever is wrong is said with its file and line."""
+"""Files and folders to records, one at a time; whatever is wrong is said with its file and line."""
 
-import json
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_engine.data.records import Comparison, Demonstration, PromptRecord, parse_ranking
+from rlhf_engine.data.records import (
+    Comparison,
+    Demonstration,
+    PretrainingText,
+    PromptRecord,
+    parse_messages,
+    parse_ranking,
+)
+from rlhf_engine.data.sources import Row, read_rows
 
 Record = TypeVar("Record")
+OnBad = Callable[[ValueError], None]
 
 
 def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
-    """Records of lines such as `{"prompt": "...", "response": "..."}`.
+    """Records of lines such as `{"prompt": "...", "response": "..."}`, or of a data set's folder with these columns.
+
+    `"messages": [{"role": "user", "content": "..."}, ...]` may stand for the prompt, and for the response as well if the
+    last of them is the assistant's.
 
     Raises:
         ValueError: no such file, or a bad line, named as `file:line`.
     """
-    return _read(Path(path), ("prompt", "response"), (), lambda given, line: Demonstration(**given, line=line))
+    return _read(path, ("prompt", "response"), (), lambda given, line: Demonstration(**given, line=line))
 
 
 def read_comparisons(path: str | Path) -> Iterator[Comparison]:
     """Records of lines such as `{"prompt": "...", "completions": ["...", ...], "ranking": "D > C > A = B"}`.
 
+    `messages` may stand for the prompt, and a data set's folder with these columns for the file.
+
     Raises:
         ValueError: no such file, or a bad line, named as `file:line`.
     """
-    return _read(Path(path), ("prompt", "completions", "ranking"), (), _comparison)
+    return _read(path, ("prompt", "completions", "ranking"), (), _comparison)
 
 
-def read_prompts(path: str | Path, split: str | None = None) -> Iterator[PromptRecord]:
+def read_prompts(path: str | Path, split: str | None = None, on_bad: OnBad | None = None) -> Iterator[PromptRecord]:
     """Records of lines such as `{"prompt": "...", "user_id": "...", "split": "test"}`; `split` keeps one split only.
 
+    `messages` may stand for the prompt, and a data set's folder with these columns for the file. With `on_bad` a bad
+    line is skipped, and `on_bad` told what would have been raised.
+
     Raises:
         ValueError: no such file, or a bad line, named as `file:line`.
     """
-    records = _read(Path(path), ("prompt", "user_id"), ("split",), lambda given, line: PromptRecord(**given, line=line))
+    records = _read(
+        path, ("prompt", "user_id"), ("split",), lambda given, line: PromptRecord(**given, line=line), on_bad
+    )
     return (record for record in records if split is None or record.split == split)
+
+
+def read_texts(path: str | Path) -> Iterator[PretrainingText]:
+    """Documents of a text file with blank lines between them, of JSONL with a field `text`, or of a data set's folder.
+
+    Raises:
+        ValueError: no such file, or a bad line, named as `file:line`.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".jsonl", ".json"):
+        return _read(path, ("text",), (), lambda given, line: PretrainingText(**given, line=line))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return _documents(path)
 
 
 def _comparison(given: dict[str, Any], line: int) -> Comparison:
@@ -47,35 +81,43 @@ def _comparison(given: dict[str, Any], line: int) -> Comparison:
 
 
 def _read(
-    path: Path, required: tuple[str, ...], optional: tuple[str, ...], make: Callable[[dict[str, Any], int], Record]
+    path: str | Path,
+    required: tuple[str, ...],
+    optional: tuple[str, ...],
+    make: Callable[[dict[str, Any], int], Record],
+    on_bad: OnBad | None = None,
 ) -> Iterator[Record]:
     # Not a generator itself, so that a missing file is reported by the call and not by the first `next`.
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    return _records(path, required, optional, make)
+    return _records(Path(path), read_rows(path), required, optional, make, on_bad)
 
 
 def _records(
-    path: Path, required: tuple[str, ...], optional: tuple[str, ...], make: Callable[[dict[str, Any], int], Record]
+    path: Path,
+    rows: Iterator[Row],
+    required: tuple[str, ...],
+    optional: tuple[str, ...],
+    make: Callable[[dict[str, Any], int], Record],
+    on_bad: OnBad | None,
 ) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = make(_fields(line, required, optional), number)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+    for number, given in rows:
+        try:
+            record = make(_fields(given, required, optional), number)
+        except ValueError as error:
+            named = ValueError(f"{path}:{number}: {error}")
+            if on_bad is None:
+                raise named from None
+            on_bad(named)
+        else:
             yield record
 
 
-def _fields(line: bytes, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        given = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+def _fields(given: object, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
+    if isinstance(given, ValueError):
+        raise given
     if not isinstance(given, dict):
         raise ValueError(f"got {type(given).__name__}, expected an object with {', '.join(required)}")
+    if "messages" in given and "prompt" in required:
+        given = _with_prompt(given, "response" in required)
     for name in required:
         if name not in given:
             raise ValueError(f"no field {name!r}, expected {', '.join(required)}")
@@ -83,3 +125,34 @@ def _fields(line: bytes, required: tuple[str, ...], optional: tuple[str, ...]) -
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}, expected {', '.join(required + optional)}")
     return given
+
+
+def _with_prompt(given: dict[str, Any], answered: bool) -> dict[str, Any]:
+    """The row with its messages as the prompt, and as the response too if it is to be `answered` and has none."""
+    if "prompt" in given:
+        raise ValueError("got both prompt and messages, expected one of them")
+    messages = parse_messages(given["messages"])
+    others = {name: value for name, value in given.items() if name != "messages"}
+    if answered and "response" not in given:
+        if messages[-1].role != "assistant":
+            raise ValueError(f"messages: got {messages[-1].role!r} as the last role, expected 'assistant', who answers")
+        return {"prompt": messages[:-1], "response": messages[-1].content, **others}
+    return {"prompt": messages, **others}
+
+
+def _documents(path: Path) -> Iterator[PretrainingText]:
+    first, lines = 0, []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid UTF-8: {error}") from None
+            if line.strip():
+                first = first or number
+                lines.append(line)
+            elif lines:
+                yield PretrainingText("".join(lines).rstrip("\r\n"), line=first)
+                first, lines = 0, []
+    if lines:
+        yield PretrainingText("".join(lines).rstrip("\r\n"), line=first)

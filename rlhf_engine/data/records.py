@@ -1,4 +1,4 @@
-"""The three kinds of records that RLHF learns from, checked where they are made."""
+"""The kinds of records that RLHF learns from, checked where they are made."""
 
 import math
 import string
@@ -18,10 +18,31 @@ def _check_text(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """Who speaks: user, assistant, system, or whom else the tokenizer's chat template knows."""
+    content: str
+    """What is said."""
+
+
+Prompt = str | tuple[Message, ...]
+"""What is answered: a text, or a conversation whose next turn is the assistant's."""
+
+
+def _check_prompt(prompt: object) -> None:
+    if not isinstance(prompt, tuple):
+        _check_text("prompt", prompt)
+    elif not prompt or prompt[-1].role == "assistant":
+        raise ValueError("messages: got none to answer, expected the last to be another's than the assistant's")
+
+
+@dataclass(frozen=True)
 class Demonstration:
     """A prompt and the answer that a labeler wrote for it."""
 
-    prompt: str
+    prompt: Prompt
     """What the user typed."""
     response: str
     """What the labeler answered."""
@@ -29,7 +50,7 @@ class Demonstration:
     """Line of the file that it came from; 0 if none."""
 
     def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
+        _check_prompt(self.prompt)
         _check_text("response", self.response)
 
 
@@ -37,7 +58,7 @@ class Demonstration:
 class Comparison:
     """A prompt, K completions of it and one labeler's ranking of them, ties allowed."""
 
-    prompt: str
+    prompt: Prompt
     """What the user typed."""
     completions: tuple[str, ...]
     """K >= 2 answers."""
@@ -47,7 +68,7 @@ class Comparison:
     """Line of the file that it came from; 0 if none."""
 
     def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
+        _check_prompt(self.prompt)
         if len(self.completions) < 2:
             raise ValueError(f"completions: got {len(self.completions)}, expected at least 2 to compare")
         for index, completion in enumerate(self.completions):
@@ -70,7 +91,7 @@ class Comparison:
 class PromptRecord:
     """A prompt to answer, with whom it came from and which split that person belongs to."""
 
-    prompt: str
+    prompt: Prompt
     """What the user typed."""
     user_id: str
     """Who typed it."""
@@ -80,10 +101,52 @@ class PromptRecord:
     """Line of the file that it came from; 0 if none."""
 
     def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
+        _check_prompt(self.prompt)
         _check_text("user_id", self.user_id)
         if self.split not in ("train", "validation", "test"):
             raise ValueError(f"split: got {self.split!r}, expected 'train', 'validation' or 'test'")
+
+
+@dataclass(frozen=True)
+class PretrainingText:
+    """A document of the text that the model was, or could have been, pretrained on."""
+
+    text: str
+    """The document."""
+    line: int = field(default=0, compare=False, kw_only=True)
+    """Line of the file that it began at; 0 if none."""
+
+    def __post_init__(self) -> None:
+        _check_text("text", self.text)
+
+
+def parse_messages(given: object) -> tuple[Message, ...]:
+    """Messages of a list such as `[{"role": "user", "content": "Hi"}]`; ValueError naming the wrong one."""
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"messages: got {given!r}, expected a list of objects with role and content")
+    messages = []
+    for index, item in enumerate(given):
+        name = f"messages[{index}]"
+        # A data set on disk gives every message the fields that any of them has, null where one has none.
+        item = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
+        if not isinstance(item, dict) or set(item) != {"role", "content"}:
+            raise ValueError(f"{name}: got {item!r}, expected an object with role and content")
+        for key in ("role", "content"):
+            _check_text(f"{name}.{key}", item[key])
+        messages.append(Message(**item))
+    return tuple(messages)
+
+
+def prompt_texts(prompt: Prompt) -> list[str]:
+    """What people may have typed in `prompt`: the text, or the content of every message."""
+    return [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+
+
+def with_texts(prompt: Prompt, texts: Sequence[str]) -> Prompt:
+    """`prompt` with `texts` in the places of those that `prompt_texts` gives."""
+    if isinstance(prompt, str):
+        return texts[0]
+    return tuple(Message(message.role, text) for message, text in zip(prompt, texts, strict=True))
 
 
 def parse_ranking(ranking: object, count: int) -> tuple[float, ...]:

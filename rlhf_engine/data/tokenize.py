@@ -1,16 +1,25 @@
 """Text to token ids and back: one place that knows the prompt's frame and where EOS goes."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_engine.data.batching import Example
-from rlhf_engine.data.records import Demonstration
+from rlhf_engine.data.framing import cut_left, render
+from rlhf_engine.data.records import Demonstration, Prompt
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass
+class Truncations:
+    """How many prompts a codec has cut so far, for the report."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,13 +29,17 @@ class Codec:
     tokenizer: PreTrainedTokenizerBase
     """Any Hugging Face tokenizer with an EOS token."""
     prompt_template: str = "{prompt}\n"
-    """Frame of a prompt; `{prompt}` stands for its text."""
+    """Frame of a prompt; `{prompt}` stands for its text. Messages come in the tokenizer's chat template instead."""
     max_prompt_tokens: int = 512
-    """Longest prompt; a longer one is refused."""
+    """Longest prompt, its frame included."""
     max_response_tokens: int = 256
     """Longest response, EOS included; a longer one is refused."""
     max_tokens: int | None = None
     """Longest prompt and response together, the positions of the model that reads them; None if it has no such limit."""
+    long_prompts: Literal["refuse", "truncate"] = "refuse"
+    """What happens to a longer prompt: an error, or it loses its beginning and is counted in `truncated`."""
+    truncated: Truncations = field(default_factory=Truncations, compare=False)
+    """Counts the prompts that `encode_prompt` has cut."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -45,14 +58,38 @@ class Codec:
         pad = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else pad
 
-    def encode_prompt(self, prompt: str) -> list[int]:
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids of the framed prompt, with the special tokens that the tokenizer puts in front of a text."""
-        ids = self.tokenizer(self.prompt_template.replace("{prompt}", prompt))["input_ids"]
+        ids = self._frame(prompt)
+        if len(ids) > self.max_prompt_tokens and self.long_prompts == "truncate":
+            ids = self._frame(self.fit_prompt(prompt))
+            self.truncated.count += 1
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"prompt: got {len(ids)} tokens, expected at most max_prompt_tokens={self.max_prompt_tokens}"
             )
         return ids
+
+    def fit_prompt(self, prompt: Prompt) -> Prompt:
+        """`prompt` itself if `max_prompt_tokens` hold it in its frame, otherwise as much of its end as they hold."""
+
+        def fits(part: Prompt) -> bool:
+            return len(self._frame(part)) <= self.max_prompt_tokens
+
+        if fits(prompt):
+            return prompt
+        rest = cut_left(prompt, fits)
+        if rest is None:
+            raise ValueError(
+                f"prompt: got a frame that leaves it no room in max_prompt_tokens={self.max_prompt_tokens}"
+            )
+        return rest
+
+    def _frame(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(self.prompt_template.replace("{prompt}", prompt))["input_ids"]
+        # The chat template writes the special tokens itself.
+        return self.tokenizer(render(prompt, self.tokenizer), add_special_tokens=False)["input_ids"]
 
     def encode_response(self, response: str) -> list[int]:
         """Ids of the response and EOS."""

@@ -84,8 +84,8 @@ def _table(
     lines += [
         f"| SFT validation minimum | {minimum.validation_loss:.3f} nats a token at step {minimum.step} "
         f"of {fits['sft'].history[-1].step} |",
-        f"| reward model on held-out rankings | accuracy {rm[-1].accuracy:.3f}, calibration error "
-        f"{rm[-1].calibration_error:.3f} |",
+        f"| reward model on held-out rankings | accuracy {rm[-1].accuracy:.3f}, margin {rm[-1].margin:.2f}, calibration "
+        f"error {rm[-1].calibration_error:.3f} |",
         f"| PPO tokens a second | {sampled:.0f} sampling, {whole:.0f} whole update |",
         f"| peak memory (RSS) | {peak_rss_mb():.0f} MB |",
         f"| seconds | {', '.join(f'{name} {spent:.0f}' for name, spent in seconds.items())}; "

@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 HERE = Path(__file__).parent
 DATA = HERE / "data"
 CONFIG = HERE / "demo.yaml"
+POSITIONS = 256
+"""Longest sequence of the models made here."""
 
 
 def run_demo(
@@ -100,7 +102,7 @@ def new_model(config: RunConfig, codec: Codec) -> LlamaForCausalLM:
             num_hidden_layers=demo.layers,
             num_attention_heads=demo.heads,
             num_key_value_heads=demo.heads,
-            max_position_embeddings=256,
+            max_position_embeddings=POSITIONS,
             tie_word_embeddings=True,
             # 1 / sqrt(hidden size): at the usual 0.02 a model this narrow starts three times too quiet and learns slower.
             initializer_range=demo.hidden_size**-0.5,

@@ -56,12 +56,36 @@ def win_rate(
     if len(first) != len(second):
         raise ValueError(f"second: got {len(second)} prompts, expected {len(first)} as in first")
     gap = first[:, :, None] - second[:, None, :]
-    tied = (gap.abs() <= margin).double()
-    per_prompt = ((gap > margin).double() + 0.5 * tied).mean((1, 2))  # (M,)
+    return preference_rate(score_preferences(gap, margin).flatten(1), resamples=resamples, seed=seed)
+
+
+def score_preferences(gap: Tensor, margin: float = 0.0) -> Tensor:
+    """What a gap between two scores says of the first: 1 for better, 0 for worse, 1/2 where they are within `margin`."""
+    return (gap > margin).double() + 0.5 * (gap.abs() <= margin).double()
+
+
+def preference_rate(
+    preferences: Tensor,  # (M, A), for each comparison 1 where the first won, 0 where it lost, 1/2 for a tie
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> WinRate:
+    """The mean of preferences, prompts weighing the same, with the percentile bootstrap over prompts.
+
+    Raises:
+        ValueError: no comparisons, or a preference outside [0, 1].
+    """
+    if preferences.dim() != 2 or 0 in preferences.shape:
+        raise ValueError(
+            f"preferences: got shape {tuple(preferences.shape)}, expected [prompts, comparisons], neither of them 0"
+        )
+    if not ((preferences >= 0) & (preferences <= 1)).all():
+        raise ValueError("preferences: got one outside [0, 1], expected 1 for a win, 0 for a loss, 0.5 for a tie")
+    per_prompt = preferences.double().mean(1)  # (M,)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(per_prompt), (resamples, len(per_prompt)), generator=generator)
     low, high = per_prompt[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return WinRate(float(per_prompt.mean()), low, high, float(tied.mean()), len(per_prompt))
+    return WinRate(float(per_prompt.mean()), low, high, float((preferences == 0.5).double().mean()), len(per_prompt))
 
 
 def best_of_n(scores: Tensor, rewards: Tensor) -> Tensor:  # (M, N), (M, N) -> (M, 1)

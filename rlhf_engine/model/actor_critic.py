@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rlhf_engine.model.heads import HeadTransform, ValueHead
+from rlhf_engine.model.reward_model import RewardModel
 from rlhf_kernels import PPOLoss, TokenLogprobs, linear_ppo_loss, linear_token_logprobs
 
 _PROBE_LOGIT = 60.0
@@ -21,13 +22,20 @@ _PROBE_LOGIT = 60.0
 
 
 class ActorCritic(nn.Module):
-    """A causal language model as policy, with a value head on the same hidden states.
+    """A causal language model as policy, with a value head on the same hidden states or a value model beside it.
 
     On construction the log-probs of a few tokens are compared with the model's own; ValueError if they differ. The trunk
     stays in evaluation mode: dropout would make the ratio of one policy with itself differ from 1.
     """
 
-    def __init__(self, model: PreTrainedModel, value_head: ValueHead | None = None, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        value_head: ValueHead | None = None,
+        *,
+        value_model: RewardModel | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         if model.get_output_embeddings() is None:
             raise ValueError(f"model: got {type(model).__name__}, which has no output embeddings; expected a causal LM")
@@ -36,8 +44,13 @@ class ActorCritic(nn.Module):
         self.transform = HeadTransform.from_config(model.config)
         self.backend = backend
         hidden_size = self.lm_weight.shape[1]
-        self.value_head = value_head or ValueHead(hidden_size, self.lm_weight.device)
-        if self.value_head.weight.shape != (hidden_size,):
+        if value_model is not None and value_head is not None:
+            raise ValueError("value_model: got one beside a value_head, expected one of the two")
+        self.value_model = value_model
+        self.value_head = value_head
+        if value_head is None and value_model is None:
+            self.value_head = ValueHead(hidden_size, self.lm_weight.device)
+        if self.value_head is not None and self.value_head.weight.shape != (hidden_size,):
             got = tuple(self.value_head.weight.shape)
             raise ValueError(f"value_head: got a weight of shape {got}, expected ({hidden_size},), the hidden size")
         self.eval()
@@ -64,6 +77,8 @@ class ActorCritic(nn.Module):
         """Set the mode of the heads; the trunk keeps evaluation mode (no dropout), which does not stop gradients."""
         super().train(mode)
         self.model.eval()
+        if self.value_model is not None:
+            self.value_model.eval()
         return self
 
     def hidden(
@@ -95,8 +110,23 @@ class ActorCritic(nn.Module):
         return self.transform(nn.functional.linear(hidden, self.lm_weight, self.lm_bias))
 
     def values(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...), float32
-        """V of every state."""
+        """V of every state as the value head has it; 0 where the value function is a model of its own."""
+        if self.value_head is None:
+            return hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
         return self.value_head(hidden)
+
+    def state_values(
+        self,
+        input_ids: Tensor,  # (B, S), padded on the right
+        rows: Tensor,  # (N,), the states in the flattened (B * S) positions
+        hidden: Tensor | None,  # (N, H), the policy's there; not read where the value function is a model of its own
+    ) -> Tensor:  # (N,), float32
+        """V of chosen states, whoever has the value function."""
+        return self.values(hidden) if self.value_model is None else self.value_model.values(input_ids, rows)
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Those of the value function alone."""
+        return list((self.value_head if self.value_model is None else self.value_model).parameters())
 
     def token_logprobs(
         self,
@@ -117,6 +147,8 @@ class ActorCritic(nn.Module):
         **options: Any,
     ) -> PPOLoss:
         """`rlhf_kernels.linear_ppo_loss` with this model's two heads; `options` are that function's."""
+        if self.value_head is not None:
+            options |= {"value_weight": self.value_head.weight, "value_bias": self.value_head.bias}
         return linear_ppo_loss(
             hidden,
             self.lm_weight,
@@ -124,11 +156,32 @@ class ActorCritic(nn.Module):
             old_logprobs,
             advantages,
             mask,
-            value_weight=self.value_head.weight,
-            value_bias=self.value_head.bias,
             **self._head_options(),
             **options,
         )
+
+    def language_model_loss(
+        self,
+        input_ids: Tensor,  # (B, S), whole sequences without padding
+        *,
+        num_tokens: int,
+    ) -> Tensor:  # ()
+        """`-sum log pi(x_s | x_<s) / num_tokens` over all tokens but the first of each sequence, at temperature 1."""
+        hidden, ids = self.hidden(input_ids[:, :-1]).flatten(0, 1), input_ids[:, 1:].flatten()
+        # -A log pi with an advantage of 1: the gradient is made in the forward pass, and no [N, V] tensor exists.
+        ones = torch.ones(len(ids), device=ids.device)
+        result = linear_ppo_loss(
+            hidden,
+            self.lm_weight,
+            ids,
+            torch.zeros_like(ones),
+            ones,
+            torch.ones_like(ids, dtype=torch.bool),
+            objective="policy_gradient",
+            num_tokens=num_tokens,
+            **self._head_options(),
+        )
+        return result.loss
 
     def forward(
         self,
@@ -142,6 +195,8 @@ class ActorCritic(nn.Module):
     ) -> PPOLoss:
         """Trunk and loss in one call, so that a sharded root holds every weight, the tied head's too, where it is read."""
         hidden = self.hidden(input_ids).flatten(0, 1).index_select(0, rows)
+        if self.value_model is not None:
+            options["values"] = self.value_model.values(input_ids, rows)
         return self.ppo_loss(hidden, ids, old_logprobs, advantages, mask, **options)
 
     def _head_options(self) -> dict[str, Any]:

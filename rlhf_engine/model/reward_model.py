@@ -53,6 +53,15 @@ class RewardModel(nn.Module):
         hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
         return self.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
 
+    def values(
+        self,
+        ids: Tensor,  # (B, S), padded on the right
+        rows: Tensor,  # (N,), places in the flattened (B * S)
+    ) -> Tensor:  # (N,) float32
+        """The head at chosen tokens instead of the last: a value function that starts as the reward (InstructGPT's)."""
+        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        return self.head(hidden.flatten(0, 1).index_select(0, rows))
+
     def score_rows(
         self,
         ids: Tensor,  # (B, S), padded on the right

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -39,6 +39,12 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def take(self, sequences: Tensor) -> Rollout:
+        """A rollout of these sequences alone."""
+        taken = {item.name: getattr(self, item.name)[sequences] for item in fields(self)}
+        width = self.response_ids.shape[1]
+        return Rollout(**taken | {"response_ids": taken["input_ids"][:, -width:]})
 
     def batch(self, sequences: Tensor) -> TokenBatch:
         """The sequences of a micro-batch as a forward pass reads them."""

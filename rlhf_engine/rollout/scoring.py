@@ -29,5 +29,15 @@ def score_rollout(
         hidden = model.hidden(batch.input_ids).flatten(0, 1)[batch.rows]
         logprobs.view(-1)[batch.source] = model.token_logprobs(hidden, batch.ids, temperature=temperature).logprobs
         if scored is not None:
-            scored.view(-1)[batch.source] = model.values(hidden)
+            scored.view(-1)[batch.source] = model.state_values(batch.input_ids, batch.rows, hidden)
     return logprobs, scored
+
+
+@torch.no_grad()
+def value_rollout(model: ActorCritic, rollout: Rollout, *, microbatch: int) -> Tensor:  # (B, T)
+    """Values of a rollout's states by a value model of its own, float32 and 0 outside the mask."""
+    values = torch.zeros_like(rollout.values)
+    for sequences in rollout.by_length(torch.arange(len(rollout), device=rollout.mask.device), microbatch):
+        batch = rollout.batch(sequences)
+        values.view(-1)[batch.source] = model.value_model.values(batch.input_ids, batch.rows)
+    return values

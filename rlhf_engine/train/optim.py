@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,6 +60,20 @@ def optimizer_step(
     rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
+        if config.eps_form == "raw":
+            group["eps"] = raw_eps(optimizer, group, config)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, rate
+
+
+def raw_eps(optimizer: torch.optim.Optimizer, group: dict[str, Any], config: OptimConfig) -> float:
+    """The epsilon that, added after the bias correction, does what `config.eps` does before it, in the step to come.
+
+        m_hat / (sqrt(v_hat) + e'),  e' = eps / sqrt(1 - beta_2^t),  is  m sqrt(1 - beta_2^t) / (1 - beta_1^t) / (sqrt(v) + eps)
+
+    t is that of the group's first parameter with a gradient. Source: Kingma & Ba 2015, end of section 2.
+    """
+    first = next((parameter for parameter in group["params"] if parameter.grad is not None), None)
+    done = 0.0 if first is None else float(optimizer.state.get(first, {}).get("step", 0.0))
+    return config.eps / math.sqrt(1.0 - config.betas[1] ** (done + 1.0))

@@ -18,12 +18,14 @@ from torch import Tensor
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout import Generator, Rollout, score_rollout
+from rlhf_engine.rollout import Generator, Rollout, score_rollout, value_rollout
+from rlhf_engine.train.ema import WeightAverage
+from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
-from rlhf_kernels import rollout_advantages
-
-RewardFunction = Callable[[Rollout], Tensor]
-"""Gives one float score for each sequence of a rollout, [B]."""
+from rlhf_engine.train.ptx import PretrainStream, ptx_backward
+from rlhf_engine.train.scores import RewardFunction, ScoreScale, score_answers
+from rlhf_engine.train.trpo import TrustRegionProblem, trpo_step
+from rlhf_kernels import masked_whiten, rollout_advantages
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,20 @@ def score(
     reward_fn: RewardFunction,
     config: PPOConfig,
     temperature: float,
+    scale: ScoreScale | None = None,
+    first: int = 0,
 ) -> Scored:
-    """Score every response and get the log-probs of the old policy and of the reference.
-
-    A response without EOS loses `missing_eos_penalty`. Raises ValueError unless `reward_fn` gives B finite scores.
-    """
-    scores = reward_fn(rollout)
-    if scores.shape != (len(rollout),) or not bool(torch.isfinite(scores).all()):
-        raise ValueError(f"reward_fn: got {scores}, expected {len(rollout)} finite scores")
-    scores = scores.to(rollout.mask.device, torch.float32) - config.missing_eos_penalty * ~rollout.ended
+    """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference."""
+    rollout, scores = score_answers(rollout, reward_fn, config, scale or ScoreScale(config.score_scale), first)
     size = {"microbatch": config.microbatch, "temperature": temperature}
     ref_logprobs, _ = score_rollout(reference, rollout, **size)
     old_logprobs, old_values = rollout.logprobs, rollout.values
     if config.old_logprobs == "rescored":
         old_logprobs, old_values = score_rollout(policy, rollout, values=True, **size)
+    elif policy.value_model is not None:
+        old_values = value_rollout(policy, rollout, microbatch=config.microbatch)
+    if config.baseline == "none":
+        old_values = torch.zeros_like(old_values)
     return Scored(rollout, scores, old_logprobs, old_values, ref_logprobs)
 
 
@@ -95,12 +97,15 @@ def advantages(
         lam=config.lam,
         score_clip=config.score_clip,
         whiten_rewards=config.whiten_rewards,
-        whiten_advantages=config.whiten_advantages,
+        whiten_advantages=config.whiten_advantages and config.whiten_scope == "batch",
         backend=backend,
     )
     weights = None
     if config.importance_cap is not None:
         weights = (scored.old_logprobs - rollout.sampling_logprobs).exp().clamp(max=config.importance_cap)
+    if config.discount_gradient:
+        discounts = gradient_discounts(rollout.mask, config.gamma)
+        weights = discounts if weights is None else weights * discounts
     lengths = rollout.response_lengths.float()
     log = {
         "score_mean": scored.scores.mean(),
@@ -117,15 +122,29 @@ def advantages(
     return experience, {name: float(value) for name, value in log.items()}
 
 
+def gradient_discounts(mask: Tensor, gamma: float) -> Tensor:  # (B, T) -> (B, T)
+    """gamma^t of action number t of its sequence (Sutton & Barto 2018, section 13.3)."""
+    return gamma ** (mask.cumsum(1) - 1).clamp(min=0).float()
+
+
 def minibatch_backward(
-    policy: ActorCritic, experience: Experience, sequences: Tensor, config: PPOConfig, temperature: float
+    policy: ActorCritic,
+    experience: Experience,
+    sequences: Tensor,
+    config: PPOConfig,
+    temperature: float,
+    **changing: float,
 ) -> dict[str, Tensor]:
     """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; returns its metrics.
 
-    The denominators are the minibatch's, so the gradient does not depend on how it is cut.
+    The denominators are the minibatch's, so the gradient does not depend on how it is cut. `changing` are coefficients that
+    are not the config's any more.
     """
     rollout, totals = experience.rollout, MetricSum()
-    num_tokens = int(rollout.response_lengths[sequences].sum())
+    num_tokens, scaled = int(rollout.response_lengths[sequences].sum()), experience.advantages
+    if config.whiten_advantages and config.whiten_scope == "minibatch":
+        scaled = torch.zeros_like(scaled)
+        scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
     for members in rollout.by_length(sequences, config.microbatch):
         batch = rollout.batch(members)
 
@@ -137,7 +156,7 @@ def minibatch_backward(
             batch.rows,
             batch.ids,
             actions(experience.old_logprobs),
-            actions(experience.advantages),
+            actions(scaled),
             torch.ones_like(batch.ids, dtype=torch.bool),
             old_values=actions(experience.old_values),
             returns=actions(experience.returns),
@@ -147,11 +166,27 @@ def minibatch_backward(
             num_sequences=len(sequences),
             cu_seqlens=batch.cu_seqlens,
             temperature=temperature,
-            **loss_options(config),
+            **loss_options(config) | changing,
         )
         result.loss.backward()
         totals.add(result.metrics)
     return totals.total()
+
+
+def old_policy_kl(policy: ActorCritic, experience: Experience, microbatch: int, temperature: float) -> float:
+    """Mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
+    rollout = experience.rollout
+    logprobs, _ = score_rollout(policy, rollout, microbatch=microbatch, temperature=temperature)
+    log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
+    return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
+
+
+def keep_value_gradients(policy: ActorCritic) -> None:
+    """Drop every gradient but the value function's: the optimiser leaves a parameter without one as it is."""
+    values = {id(parameter) for parameter in policy.value_parameters()}
+    for parameter in policy.parameters():
+        if id(parameter) not in values:
+            parameter.grad = None
 
 
 def loss_options(config: PPOConfig) -> dict[str, object]:
@@ -160,11 +195,16 @@ def loss_options(config: PPOConfig) -> dict[str, object]:
         "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
         "entropy_coef aggregation"
     )
-    return {name: getattr(config, name) for name in names.split()}
+    options = {name: getattr(config, name) for name in names.split()}
+    # TRPO's surrogate; its gradient is not the optimiser's to follow.
+    return options | {"objective": "ratio"} if config.objective == "trpo" else options
+
+
+_NUMBERS = ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef")
 
 
 class PPOTrainer:
-    """Holds what changes from update to update: the weights, the optimiser and three counters.
+    """Holds what changes from update to update: the weights, the optimiser and a few numbers.
 
     All randomness is a function of `seed` and the counters, so a resumed run draws the same numbers. `prompts(first, count)`
     gives the prompts number `first` to `first + count` of an endless stream.
@@ -180,13 +220,33 @@ class PPOTrainer:
         config: PPOConfig,
         *,
         seed: int,
+        pretrain: PretrainStream | None = None,
     ) -> None:
+        if (pretrain is None) != (config.ptx_coef == 0.0):
+            got = "none" if pretrain is None else "one"
+            raise ValueError(f"pretrain: got {got} with ptx_coef {config.ptx_coef}, expected one where it is above 0")
         self.policy, self.reference, self.generator = policy, reference, generator
         self.prompts, self.reward_fn, self.config, self.seed = prompts, reward_fn, config, seed
+        self.pretrain = pretrain
         self.optimizer = build_optimizer(policy, config.optim)
-        self.kl_coef = config.kl_coef
+        self.scale = ScoreScale(config.score_scale)
+        self.average = None if config.ema_decay is None else WeightAverage(policy, config.ema_decay)
+        self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = 0
         self.optimizer_steps = 0
+
+    def state(self) -> dict[str, int | float]:
+        """The numbers that a resumed run needs."""
+        numbers = {name: getattr(self, name) for name in _NUMBERS} | self.scale.state()
+        return numbers if self.pretrain is None else numbers | {"ptx_position": self.pretrain.position}
+
+    def load_state(self, state: dict[str, int | float]) -> None:
+        """Go on from what `state` gave."""
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+        self.scale.load_state(state)
+        if self.pretrain is not None:
+            self.pretrain.position = state["ptx_position"]
 
     def train(self, on_update: Callable[[int, dict[str, float]], object] | None = None) -> None:
         """Run until `config.updates` are done; `on_update(number, metrics)` follows each."""
@@ -203,32 +263,98 @@ class PPOTrainer:
         sequence = torch.arange(first, first + config.rollout_batch)
         rollout = collect(self.generator, self.prompts(first, config.rollout_batch), sequence)
         clock.append(time.perf_counter())
-        scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature)
+        scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature, self.scale, first)
         experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
         clock.append(time.perf_counter())
-        log |= self.update(experience, temperature)
+        if config.nonfinite_scores == "skip":
+            log["scores_skipped"] = len(rollout) - len(scored.rollout)
+        log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
+        log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())
         self.updates_done += 1
         seconds = dict(zip(("collect", "score", "update"), (b - a for a, b in pairwise(clock)), strict=True))
         log |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
         log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
-        return log | {"kl_coef": self.kl_coef, "peak_rss_mb": peak_rss_mb()}
+        return log | {"peak_rss_mb": peak_rss_mb()}
 
     def update(self, experience: Experience, temperature: float) -> dict[str, float]:
-        """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each."""
-        config, sums = self.config, MetricSum()
-        total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
+        """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each; fewer after `stop_kl`."""
+        config, sums, device = self.config, MetricSum(), self.policy.device
+        per_epoch = config.rollout_batch // config.minibatch
         for epoch in range(config.ppo_epochs):
-            for sequences in self._shuffled(epoch).to(self.policy.device).split(config.minibatch):
-                metrics = minibatch_backward(self.policy, experience, sequences, config, temperature)
-                norm, rate = optimizer_step(self.optimizer, config.optim, self.optimizer_steps, total_steps)
-                self.optimizer_steps += 1
-                sums.add(metrics | {"grad_norm": norm})
-        return sums.mean() | {"lr": rate}
+            # The schedule counts the steps that `stop_kl` left out as well, so that it ends where the run does.
+            order = self._shuffled(epoch, len(experience.rollout))
+            place = (self.updates_done * config.ppo_epochs + epoch) * per_epoch
+            for number, sequences in enumerate(order.to(device).split(config.minibatch), place):
+                metrics, rate = self._optimise(experience, sequences, temperature, number)
+                sums.add(metrics)
+            if config.stop_kl is not None and float(metrics["kl_k3"]) > config.stop_kl:
+                break
+        log = sums.mean() | {"lr": rate, "epochs": epoch + 1}
+        if config.objective == "trpo" and not self._warming_up:
+            log |= self._constrained_step(experience, temperature)
+        return log
 
-    def _shuffled(self, epoch: int) -> Tensor:
+    def _constrained_step(self, experience: Experience, temperature: float) -> dict[str, float]:
+        problem = TrustRegionProblem(
+            self.policy,
+            experience.rollout,
+            experience.old_logprobs,
+            experience.advantages,
+            temperature,
+            self.config.microbatch,
+        )
+        found = trpo_step(problem, self.config.trpo)
+        if self.average is not None:
+            self.average.update()
+        return found
+
+    def _optimise(
+        self, experience: Experience, sequences: Tensor, temperature: float, number: int
+    ) -> tuple[dict[str, Tensor], float]:
+        """Optimiser step `number` of the run, on a minibatch; its metrics and its learning rate."""
+        config = self.config
+        changing = {"old_kl_coef": self.old_kl_coef}
+        metrics = minibatch_backward(self.policy, experience, sequences, config, temperature, **changing)
+        if self._warming_up or config.objective == "trpo":
+            keep_value_gradients(self.policy)
+        elif self.pretrain is not None:
+            batch = self.pretrain.take(round(config.ptx_ratio * len(sequences)))
+            metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, microbatch=config.microbatch)
+        total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
+        norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)
+        self.optimizer_steps += 1
+        if self.average is not None:
+            self.average.update()
+        return metrics | {"grad_norm": norm}, rate
+
+    def _adapt(self, experience: Experience, log: dict[str, float], temperature: float) -> dict[str, float]:
+        """Move the KL coefficients to where this update's KLs want them; returns what was measured for it."""
+        config, found = self.config, {}
+        if self._warming_up:
+            return found
+        if config.kl_control == "adaptive":
+            kl = log["kl"] if config.kl_unit == "sequence" else log["kl_per_token"]
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                kl,
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                sequences=len(experience.rollout),
+            )
+        if config.old_kl_target is not None:
+            old_kl = old_policy_kl(self.policy, experience, config.microbatch, temperature)
+            found = {"old_kl": old_kl, "old_kl_coef": self.old_kl_coef}
+            self.old_kl_coef = adapted_old_kl_coef(self.old_kl_coef, old_kl, target=config.old_kl_target)
+        return found
+
+    @property
+    def _warming_up(self) -> bool:
+        return self.updates_done < self.config.value_warmup
+
+    def _shuffled(self, epoch: int, sequences: int) -> Tensor:
         # One stream for each (seed, update, epoch): nothing to save, nothing that another draw could shift.
         number = self.updates_done * self.config.ppo_epochs + epoch
         stream = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-        return torch.randperm(self.config.rollout_batch, generator=stream)
+        return torch.randperm(sequences, generator=stream)

@@ -39,6 +39,8 @@ class RankingEvaluation:
     """Mean of the K-way loss over prompts, in nats a pair."""
     accuracy: float
     """Share of untied pairs that are ordered as the labeler did; equal scores count half."""
+    margin: float
+    """Mean of `r_better - r_worse` over untied pairs."""
     calibration_error: float
     """Mean gap between `sigmoid(r_1 - r_2)` and the share of pairs where 1 was preferred, over ten equal bins."""
     bins: tuple[tuple[float, float, int], ...]
@@ -106,6 +108,7 @@ def fit_reward_model(
                         {
                             "validation_loss": found.loss,
                             "accuracy": found.accuracy,
+                            "margin": found.margin,
                             "calibration_error": found.calibration_error,
                         },
                     )
@@ -116,7 +119,7 @@ def fit_reward_model(
 def evaluate_rankings(
     model: RewardModel, prompts: Sequence[RankedPrompt], pad_id: int, step: int = 0
 ) -> RankingEvaluation:
-    """Loss, accuracy and calibration on rankings."""
+    """Loss, accuracy, margin and calibration on rankings."""
     loss, gaps = 0.0, []
     for start in range(0, len(prompts), 16):
         part = prompts[start : start + 16]
@@ -128,7 +131,7 @@ def evaluate_rankings(
     bins = _reliability(gap)
     error = sum(abs(predicted - seen) * count for predicted, seen, count in bins) / sum(count for *_, count in bins)
     accuracy = float((gap > 0).double().mean() + 0.5 * (gap == 0).double().mean())
-    return RankingEvaluation(step, loss / len(prompts), accuracy, error, bins)
+    return RankingEvaluation(step, loss / len(prompts), accuracy, float(gap.mean()), error, bins)
 
 
 @torch.no_grad()

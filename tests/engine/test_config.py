@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from rlhf_engine import config
+from rlhf_engine import config, ppo_config
 from rlhf_engine.config import OptimConfig, PPOConfig, RunConfig, load_config, save_config
 
 
@@ -51,9 +51,29 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("dtype: float16", ["dtype: got 'float16'", "'float32'", "master weights"]),
         ("backend: triton", ["backend", "'triton'", "'cpu'"]),
         ("backend: cuda", ["backend", "'cuda'", "'cpu'"]),
-        ("ppo: {old_kl_coef: 0.1}", ["old_kl_coef: got 0.1 with objective 'clip'", "'kl_penalty'"]),
-        ("ppo: {objective: ratio, dual_clip: 3}", ["dual_clip: got 3.0 with objective 'ratio'", "'clip'"]),
-        ("ppo: {objective: kl_penalty, cliprange_high: 0.3}", ["cliprange_high: got 0.3", "'kl_penalty'", "'clip'"]),
+        ("ppo: {old_kl_coef: 0.1}", ["old_kl_coef: got 0.1", "only objective 'kl_penalty'"]),
+        ("ppo: {objective: ratio, dual_clip: 3}", ["dual_clip: got 3.0", "only objective 'clip'"]),
+        ("ppo: {objective: kl_penalty, cliprange_high: 0.3}", ["cliprange_high: got 0.3", "only objective 'clip'"]),
+        ("ppo: {kl_target: 6}", ["kl_target: got 6.0", "only kl_control 'adaptive'"]),
+        ("ppo: {kl_control: adaptive}", ["kl_target: got None", "a number"]),
+        ("ppo: {kl_control: adaptive, kl_target: 6, kl_coef: 0}", ["kl_coef: got 0.0", "above 0"]),
+        ("ppo: {kl_control: adaptive, kl_target: 6, kl_horizon: 100}", ["kl_horizon: got 100", "102.4"]),
+        ("ppo: {objective: kl_penalty, old_kl_target: 0.01}", ["old_kl_coef: got 0.0", "old_kl_target"]),
+        ("ppo: {trpo: {max_kl: 0.1}}", ["trpo: got TRPOConfig(max_kl=0.1", "only objective 'trpo'"]),
+        ("ppo: {objective: trpo, entropy_coef: 0.1}", ["entropy_coef: got 0.1", "other than 'trpo'"]),
+        ("ppo: {objective: trpo, ptx_coef: 1}", ["ptx_coef: got 1.0", "other than 'trpo'"]),
+        ("ppo: {ptx_ratio: 2}", ["ptx_ratio: got 2.0", "only ptx_coef above 0"]),
+        ("ppo: {ptx_coef: 1, ptx_ratio: 0.001}", ["ptx_ratio: got 0.001", "one sequence"]),
+        ("ppo: {baseline: none}", ["vf_coef: got 0.1", "only baseline 'value'"]),
+        ("ppo: {value_warmup: 100}", ["value_warmup: got 100", "fewer than updates 100"]),
+        (
+            "ppo: {missing_eos_score: -1, missing_eos_penalty: 2}",
+            ["missing_eos_penalty: got 2.0", "missing_eos_score None"],
+        ),
+        ("ppo: {missing_eos_score: .nan}", ["missing_eos_score", "nan", "finite"]),
+        ("ppo: {whiten_advantages: false, whiten_scope: minibatch}", ["whiten_scope: got 'minibatch'"]),
+        ("ppo: {preset: reinforce, objective: clip}", ["objective: got 'clip'", "preset 'reinforce'"]),
+        ("ppo: {stop_kl: 0.1}", ["stop_kl: got 0.1", "only ppo_epochs above 1"]),
         ("ppo: {objective: clop}", ["ppo.objective", "'clop'", "'clip'"]),
         ("ppo: {optim: {betas: [0.9]}}", ["ppo.optim.betas", "1 values", "2"]),
         ("ppo: 3", ["ppo", "3 (int)", "mapping"]),
@@ -94,8 +114,9 @@ def test_sections_made_in_python_are_checked_too():
         PPOConfig(kl_coef=-1)
 
 
-def test_every_field_has_a_docstring():
-    for section in ast.parse(inspect.getsource(config)).body:
+@pytest.mark.parametrize("module", [config, ppo_config])
+def test_every_field_has_a_docstring(module):
+    for section in ast.parse(inspect.getsource(module)).body:
         if isinstance(section, ast.ClassDef):
             for statement, following in zip(section.body, [*section.body[1:], ast.Pass()], strict=True):
                 if isinstance(statement, ast.AnnAssign):

@@ -10,41 +10,13 @@ from transformers import AutoModelForCausalLM
 from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
 from rlhf_engine.config import ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
 from rlhf_engine.files import with_new_folder
-from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
-from rlhf_engine.rollout import Generator
-from rlhf_engine.train.ppo import PPOTrainer, Scored, advantages, minibatch_backward, score
-from tests.engine.tiny_models import VOCABULARY, tiny
-
-ROLLOUT = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16)
-SETTINGS = {"updates": 2, "rollout_batch": 16, "minibatch": 8, "microbatch": 4, "ppo_epochs": 2, "kl_coef": 0.05}
+from rlhf_engine.train.ppo import Scored, advantages, minibatch_backward, score
+from tests.engine.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
 
 
-def target_share(rollout):
-    """Share of the response that is token 5: easy to learn."""
-    return ((rollout.response_ids == 5) & rollout.mask).sum(1) / rollout.response_lengths
-
-
-def make_trainer(family="llama", *, seed=1, model_seed=0, rollout=ROLLOUT, reward=target_share, **settings):
-    generator = torch.Generator().manual_seed(5)
-    head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2)
-    policy = ActorCritic(tiny(family, seed=model_seed, initializer_range=0.1), head)
-    stream = torch.Generator().manual_seed(9)
-    prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
-    config = PPOConfig(**{**SETTINGS, "optim": OptimConfig(lr=1e-3), **settings})
-    return PPOTrainer(
-        policy,
-        frozen_copy(policy),
-        Generator(policy, rollout, eos_token_ids=(2, 7), pad_token_id=0, seed=seed),
-        lambda first, count: [prompts[n % 40] for n in range(first, first + count)],
-        reward,
-        config,
-        seed=seed,
-    )
-
-
-def make_experience(trainer, **settings):
+def make_experience(trainer, temperature=1.0):
     rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
-    scored = score(rollout, trainer.policy, trainer.reference, trainer.reward_fn, trainer.config, 1.0)
+    scored = score(rollout, trainer.policy, trainer.reference, trainer.reward_fn, trainer.config, temperature)
     return advantages(scored, trainer.config, trainer.kl_coef)[0]
 
 
@@ -65,7 +37,7 @@ def gradients(trainer, experience, microbatch, **settings):
         {"aggregation": "token_sum", "objective": "kl_penalty", "old_kl_coef": 0.5},
     ],
 )
-def test_micro_batches_add_up_to_the_minibatch(family, settings):
+def test_s10_micro_batches_add_up_to_the_minibatch(family, settings):
     trainer = make_trainer(family)
     experience = make_experience(trainer)
     # Move the policy off the one that sampled, so that ratios and clips matter.
@@ -84,7 +56,7 @@ def test_micro_batches_add_up_to_the_minibatch(family, settings):
             torch.testing.assert_close(part_metrics[name], metrics[name], rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_is_that_of_the_formula():
+def test_s11_s12_gradient_is_that_of_the_formula():
     """Clipped surrogate plus half the squared value error, from the model's own logits, in float64."""
     trainer = make_trainer()
     experience = make_experience(trainer)
@@ -117,7 +89,7 @@ def test_gradient_is_that_of_the_formula():
         torch.testing.assert_close(ours[name].double(), parameter.grad, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
 
 
-def test_rewards_carry_the_penalties():
+def test_s6_s7_rewards_carry_the_penalties():
     trainer = make_trainer(missing_eos_penalty=3.0, kl_coef=0.5)
     rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
     assert 0 < int(rollout.ended.sum()) < 16
@@ -129,7 +101,7 @@ def test_rewards_carry_the_penalties():
     assert log["reward_mean"] == pytest.approx(log["score_mean"] - 0.5 * log["kl"], rel=1e-4, abs=1e-4)
 
 
-def test_first_minibatch_has_ratio_one_and_no_kl():
+def test_s10_first_minibatch_has_ratio_one_and_no_kl():
     log = make_trainer(rollout_batch=16, minibatch=16, ppo_epochs=1, updates=1).step()
     assert log["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert log["ratio_max"] == pytest.approx(1.0, abs=1e-4)
@@ -140,6 +112,27 @@ def test_first_minibatch_has_ratio_one_and_no_kl():
 def test_rescored_logprobs_have_ratio_one_exactly():
     log = make_trainer(minibatch=16, microbatch=16, ppo_epochs=1, updates=1, old_logprobs="rescored").step()
     assert log["ratio_max"] == 1.0
+
+
+def test_s13_entropy_bonus_is_the_mean_entropy_of_the_states():
+    """What the coefficient adds to the gradient is `-c2 grad mean_t H(pi(. | s_t))`, from the model's own logits."""
+    trainer = make_trainer()
+    experience = make_experience(trainer)
+    with_bonus, metrics = gradients(trainer, experience, 4, entropy_coef=5.0)
+    without, _ = gradients(trainer, experience, 4)
+    rollout, policy, total = experience.rollout, trainer.policy, 0.0
+    policy.zero_grad()
+    for row in range(16):
+        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        logprobs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, int(rollout.prompt_lengths[row]) - 1 : -1]
+        total = total - (logprobs.exp() * logprobs).sum()
+    entropy = total / rollout.mask.sum()
+    (-5.0 * entropy).backward()
+    assert float(metrics["entropy"]) == pytest.approx(float(entropy.detach()), rel=1e-4)
+    for name, parameter in policy.model.named_parameters():
+        found = with_bonus[f"model.{name}"] - without[f"model.{name}"]
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(found, parameter.grad, rtol=5e-3, atol=1e-3 * scale + 1e-7, msg=name)
 
 
 def test_temperature_and_kept_set_enter_the_loss():
@@ -158,7 +151,7 @@ def test_temperature_and_kept_set_enter_the_loss():
     assert (weights <= 1.0 + 1e-5).all() and weights.min() < 0.9
 
 
-def test_training_raises_the_reward():
+def test_s10_training_raises_the_reward():
     trainer = make_trainer(
         updates=25, rollout_batch=64, minibatch=32, microbatch=32, kl_coef=0.0, optim=OptimConfig(lr=4e-3)
     )
@@ -171,7 +164,7 @@ def test_training_raises_the_reward():
 def test_every_epoch_has_an_order_of_its_own():
     trainer, orders = make_trainer(), []
     for trainer.updates_done in (0, 1):
-        orders += [trainer._shuffled(epoch).tolist() for epoch in (0, 1)]
+        orders += [trainer._shuffled(epoch, 16).tolist() for epoch in (0, 1)]
     assert all(sorted(order) == list(range(16)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
@@ -184,16 +177,6 @@ def test_sequences_are_numbered_through_the_run():
     trainer.train()
     assert asked == [(0, 16), (16, 16)]
     assert sampled == list(range(32))
-
-
-def test_bad_scores_are_refused():
-    for reward in (lambda r: torch.zeros(3), lambda r: torch.full((16,), torch.nan)):
-        with pytest.raises(ValueError, match=r"reward_fn: got .*expected 16 finite scores"):
-            make_trainer(reward=reward).step()
-
-
-def weights_of(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied", "gemma2"])

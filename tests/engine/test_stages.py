@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rlhf_engine.demo.run import run_demo
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.stages import load_model, reward_function, rollout_examples
+from rlhf_engine.stages.ppo import make_policy
 from tests.engine.tiny_models import CONFIGS
 
 ANSWERS = ["yes", "no", "maybe so", "I do not know"]
@@ -103,6 +105,22 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     assert all((out / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
+def test_s19_long_prompts_are_cut_and_counted_by_every_stage(run, capsys):
+    for name in ("demonstrations", "comparisons", "prompts"):
+        path = run / f"{name}.jsonl"
+        path.write_text(path.read_text().replace('"q0"', '"a very long prompt"'))
+    code, _, message = rlhf(capsys, "sft", "--config", run / "run.yaml")
+    assert code == 2 and "demonstrations.jsonl:1: prompt: got" in message
+    out, cut = run / "out", ("--set", "data.long_prompts=truncate", "--set", "ppo.updates=1")
+    assert rlhf(capsys, "sft", "--config", run / "run.yaml", *cut)[0] == 0
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml", *cut)[0] == 0
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *cut, "--set", f"reward.path={out / 'rm'}")[0] == 0
+    reports = [json.loads((out / stage / "report.json").read_text())["truncated_prompts"] for stage in ("sft", "rm")]
+    assert reports == [1, 2]  # the reward model reads the demonstrations as well
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["stage"] == "ppo" and last["truncated_prompts"] == 1
+
+
 def test_a_stage_run_again_replaces_its_own_numbers(run, capsys):
     for _ in range(2):
         assert rlhf(capsys, "sft", "--config", run / "run.yaml")[0] == 0
@@ -126,6 +144,164 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run, capsys):
     assert torch.equal(*ends)
     code, shown, _ = rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments)
     assert code == 0 and "nothing left to do" in shown
+
+
+def test_s9_ptx_runs_from_a_text_file(run, capsys):
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    options = [f"reward.path={run / 'out' / 'rm'}", "ppo.ptx_coef=27.8", "ppo.ptx_ratio=2"]
+    arguments = ["--config", run / "run.yaml", *(part for option in options for part in ("--set", option))]
+    code, _, shown = rlhf(capsys, "ppo", *arguments)
+    assert code == 2 and "data.pretrain: got nothing, expected a path" in shown
+    (run / "text.txt").write_text("I do not know")
+    arguments += ["--set", f"data.pretrain={run / 'text.txt'}"]
+    code, _, shown = rlhf(capsys, "ppo", *arguments)
+    assert code == 2 and f"data.pretrain: {run / 'text.txt'}: got " in shown and "expected at least 14" in shown
+    (run / "text.txt").write_text("\n\n".join(["I do not know"] * 30))
+    assert rlhf(capsys, "ppo", *arguments)[0] == 0
+    rows = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ptx_loss"] > 0 for row in rows if row["stage"] == "ppo"] == [True, True]
+
+
+def options(*overrides):
+    return [part for override in overrides for part in ("--set", override)]
+
+
+REWARD = """
+def longest(prompts, answers):
+    assert all(prompt.startswith("q") and len(prompt) == 2 for prompt in prompts), prompts
+    return [float(len(answer)) for answer in answers]
+
+def broken(prompts, answers):
+    return [float("nan") if i == 2 else 1.0 for i in range(len(answers))]
+
+def short(prompts, answers):
+    return [0.0]
+
+def words(prompts, answers):
+    return ["good"] * len(answers)
+
+def raises(prompts, answers):
+    raise ZeroDivisionError("judge")
+
+number = 3
+"""
+
+
+def test_s6_a_python_function_is_the_reward(run, capsys):
+    (run / "rewards.py").write_text(REWARD)
+    arguments = ("ppo", "--config", run / "run.yaml", "--set")
+    function = f"reward.function={run / 'rewards.py'}"
+    code, _, shown = rlhf(capsys, *arguments, f"{function}:longest")
+    assert code == 2 and "ppo.value_init: got 'reward_model' with a reward.function, expected 'zero'" in shown
+    zero = options("ppo.value_init=zero")
+    assert rlhf(capsys, *arguments, f"{function}:longest", *zero)[0] == 0
+    rows = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["score_mean"] >= 0 for row in rows)
+    before = load_file(run / "out" / "ppo" / "model.safetensors")
+    more = [*zero, *options("ppo.updates=3"), "--resume"]
+    code, _, shown = rlhf(capsys, *arguments, f"{function}:broken", *more)
+    assert code == 2 and "reward_fn: got nan for sample 10 of the run (1 of 4" in shown
+    after = load_file(run / "out" / "ppo" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name, message in (
+        ("short", "reward.function: got 1 scores, expected 4, one an answer"),
+        ("words", "reward.function: got 'good' for answer 0 of the rollout, expected a number"),
+        ("number", "reward.function: got int under the name 'number'"),
+        ("nothing", "reward.function: got nothing under the name 'nothing'"),
+    ):
+        code, _, shown = rlhf(capsys, *arguments, f"{function}:{name}", *more)
+        assert code == 2 and message in shown
+    with pytest.raises(ZeroDivisionError, match="judge") as caught:
+        main([str(argument) for argument in (*arguments, f"{function}:raises", *more)])
+    assert caught.value.__notes__ == ["while the reward function scored 4 answers"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["reward.function=rewards"], "reward.function: got 'rewards', expected module:function or file.py:function"),
+        (["reward.function=no_such_module:f"], "reward.function: No module named 'no_such_module'"),
+        (["reward.function=nowhere.py:f"], "reward.function: nowhere.py: no such file"),
+        (["reward.function=a:b", "reward.path=c"], "function: got 'a:b' beside path 'c', expected one of the two"),
+    ],
+)
+def test_s6_a_function_that_is_not_there_is_named(run, capsys, overrides, message):
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*overrides))
+    assert code == 2 and message in shown
+
+
+def test_s22_a_reward_model_smaller_than_the_policy(run, capsys):
+    """One layer and half the width against two: it scores, and its weights are those of the value model."""
+    small = new_base(run / "small", hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=4)
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml", "--set", small)[0] == 0
+    reward = f"reward.path={run / 'out' / 'rm'}"
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(reward))
+    assert code == 2 and "whose hidden size is 16, for a head on the policy's trunk, whose hidden size is 32" in shown
+    assert not (run / "out" / "ppo").exists()
+    zero = options(reward, "ppo.value_init=zero")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *zero)[0] == 0
+    backbone = options(reward, "ppo.value_model=backbone", f"output_dir={run / 'own'}")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *backbone)[0] == 0
+    values, rewards = (RewardModel.load(path) for path in (run / "own" / "ppo" / "value_model", run / "out" / "rm"))
+    assert values.trunk.config.hidden_size == 16 and len(values.trunk.layers) == 1
+    assert not torch.equal(values.head.weight, rewards.head.weight)
+    torch.testing.assert_close(
+        values.head.weight, rewards.head.weight, rtol=0, atol=0.02
+    )  # from there, four small steps
+    more = [*backbone, *options("ppo.updates=3"), "--resume"]
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *more)[0] == 0
+
+
+def test_s15_trpo_wants_attention_that_can_be_differentiated_twice(run, capsys):
+    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
+    arguments = options(f"reward.path={run / 'out' / 'rm'}", "ppo.objective=trpo")
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments)
+    assert code == 2 and "model.attention: got 'sdpa' with ppo.objective 'trpo', expected 'eager'" in shown
+    eager = options("model.attention=eager", "ppo.trpo.max_kl=0.05")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments, *eager)[0] == 0
+    rows = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["trpo_kl"] <= 0.05 for row in rows if row["stage"] == "ppo")
+
+
+def test_s8_the_value_function_starts_as_the_reward_model(run):
+    """Head on the policy's trunk or backbone of its own: a copy of the reward model's weights, or zeros where asked."""
+
+    def policy(**ppo):
+        config = load_config(run / "run.yaml")
+        config = replace(config, ppo=replace(config.ppo, **ppo))
+        model, _ = load_model(config)
+        return make_policy(config, model, reward_model)
+
+    model, _ = load_model(load_config(run / "run.yaml"))
+    reward_model = RewardModel.from_causal_lm(model, seed=1)
+    reward_model.centre(0.7)
+    with torch.no_grad():
+        for parameter in reward_model.trunk.parameters():
+            parameter.add_(0.01)
+    head = policy().value_head
+    assert torch.equal(head.weight, reward_model.head.weight) and torch.equal(head.bias, reward_model.head.bias)
+    own = policy(value_model="backbone").value_model
+    theirs = dict(reward_model.named_parameters())
+    assert all(torch.equal(weight, theirs[name]) for name, weight in own.named_parameters())
+    assert all(weight.data_ptr() != theirs[name].data_ptr() for name, weight in own.named_parameters())
+    assert head.weight.data_ptr() != reward_model.head.weight.data_ptr()
+    assert not policy(value_init="zero").value_head.weight.any()
+    zero = policy(value_init="zero", value_model="backbone").value_model
+    ours = dict(model.base_model.named_parameters())
+    assert not zero.head.weight.any()
+    assert all(torch.equal(weight, ours[name]) for name, weight in zero.trunk.named_parameters())
+
+
+@pytest.mark.parametrize("preset", ["reinforce", "reinforce_baseline", "actor_critic"])
+def test_s16_s17_s18_presets_run_from_the_command_line(run, capsys, preset):
+    (run / "rewards.py").write_text(REWARD)
+    arguments = [f"reward.function={run / 'rewards.py'}:longest", f"ppo.preset={preset}", "ppo.gamma=0.9"]
+    if preset != "reinforce":
+        arguments.append("ppo.value_init=zero")
+    assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments))[0] == 0
+    assert load_config(run / "out" / "ppo" / "config.yaml").ppo.preset == preset
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments, "ppo.objective=clip"))
+    assert code == 2 and f"objective: got 'clip', expected 'policy_gradient' with preset '{preset}'" in shown
 
 
 def test_resuming_without_a_checkpoint_is_refused(run, capsys):

@@ -1,0 +1,38 @@
+"""`rlhf config`: what can be set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_engine.commands.options import SetOption, read_config
+
+config_app = typer.Typer(no_args_is_help=True, help="What can be set, and what a file sets.")
+
+
+@config_app.command()
+def show(
+    section: Annotated[
+        str, typer.Argument(help="Section to show, such as ppo or ppo.optim; all of them if none.")
+    ] = "",
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Show this file's values.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Prints every field with its docstring, type and default, as YAML that every command reads back."""
+    from rlhf_engine.describe import describe
+    from rlhf_engine.schema import Section, unknown_key_message
+
+    shown, defaults = read_config(config, overrides), read_config(None, None)
+    for depth, name in enumerate(section.split(".") if section else []):
+        known = [key for key, value in vars(shown).items() if isinstance(value, Section)]
+        if name not in known:
+            raise ValueError(unknown_key_message(".".join(section.split(".")[: depth + 1]), name, known))
+        shown, defaults = getattr(shown, name), getattr(defaults, name)
+    typer.echo(describe(shown, defaults), nl=False)
+
+
+@config_app.callback()
+def _group() -> None:
+    """Keeps `show` a subcommand: an app with one command would run it by the group's name."""

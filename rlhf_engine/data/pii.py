@@ -1,0 +1,154 @@
+"""Personally identifiable information in a text: where it is, of which kind, and the text without it.
+
+Cheap regular expressions propose, and a check that knows the format decides: Luhn's digit for cards, the country's
+layout and mod 97 for IBANs, the world's numbering plans for phones, `ipaddress` for IP addresses. In doubt a text counts
+as personal: a serial number may well be a valid phone number.
+What is left out on purpose: postal addresses and names without an honorific, which need a model of language.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import phonenumbers
+from stdnum import iban, luhn
+
+_EMAIL = re.compile(r"(?<![\w.+%-])[\w+%-][\w.+%'-]{0,63}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
+# Two letters and two digits, then anything that could belong to it; how much of it does, the check finds out. The
+# candidate sits in a lookahead, so that a wrong start does not swallow the right one behind it.
+_IBAN = re.compile(r"(?<!\w)(?=([A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z\d]){11,30}))")
+# Unbroken, or in the groups that are printed on cards: not every row of small numbers is a candidate. Three more digits
+# behind four groups are the end of a long number, or the card's verification code.
+_CARD = re.compile(
+    r"(?<![\w.])((?:[2-6]\d{12,18}|[2-6]\d{3}([ -])\d{4}\2\d{4}\2\d{4}|3\d{3}([ -])\d{6}\3\d{4,5}))(?!\w)(?:([ -]\d{3})(?!\w))?"
+)
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
+_IPV6 = re.compile(
+    r"(?<![\w:.])[\da-f]{0,4}(?::[\da-f]{0,4}){2,7}(?:(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:])", re.IGNORECASE
+)
+_PHONE = re.compile(r"\+?\(?\d(?:[^\w\n,;:]{0,3}\d){6,}")
+# The commonest runs of digits that are no phone number; the library, which is slow, need not see them.
+_DATE_OR_DECIMAL = re.compile(r"\d{4}-\d\d-\d\d(?: \d\d)?|(?=(?:\d\.?){7,9}\Z)\d+\.\d+")
+# Initials are part of a name: "Dr. J. R. Smith".
+_UPPER, _LETTERS = "[A-ZÀ-ÖØ-Þ]", r"(?:[^\W\d_]|['’-](?=[^\W\d_]))"
+_HONORIFIC = (
+    "Mrs?|Ms|Miss|Mx|Dr|Prof|Professor|Rev|Reverend|Sir|Dame|Herr|Frau|Monsieur|Madame|Mme|Mlle|Señora?|Sra|Signora?"
+)
+_NAME = re.compile(
+    rf"(?<!\w)(?:{_HONORIFIC})\b\.?[ \t]{{1,3}}(?:{_UPPER}{_LETTERS}{{0,30}}\.?[ \t]{{1,3}}){{0,3}}{_UPPER}{_LETTERS}{{1,30}}"
+)
+_DIGIT = re.compile(r"\d")
+_PHONE_MARGIN = 12  # characters around a candidate that the library sees: what touches it, and an extension behind it
+_PHONE_TRIES = 100  # wrong candidates that the library looks at in one run of digits
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One piece of personal information in a text."""
+
+    kind: str
+    """email, iban, card, ip, phone or name."""
+    start: int
+    """Index of its first character."""
+    end: int
+    """Index behind its last."""
+
+
+class PiiFinder:
+    """Finds personal information; phones without a country code are read as in one of `phone_regions`."""
+
+    def __init__(self, phone_regions: tuple[str, ...] = ("US", "GB")) -> None:
+        """`phone_regions` are two-letter country codes; ValueError for one without a numbering plan."""
+        unknown = [region for region in phone_regions if region not in phonenumbers.SUPPORTED_REGIONS]
+        if unknown:
+            raise ValueError(f"phone_regions: got {unknown[0]!r}, expected two-letter country codes such as 'US'")
+        # None reads numbers with a country code alone; any region reads those as well.
+        self._regions = phone_regions or (None,)
+
+    def find(self, text: str) -> list[Finding]:
+        """Everything personal in `text`, in its order and without overlaps: of two, the surer kind stands."""
+        searches: list[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]] = []
+        if "@" in text:
+            searches.append(("email", _emails))
+        if _DIGIT.search(text):
+            searches += [("iban", _ibans), ("card", _cards), ("ip", _addresses), ("phone", self._phones)]
+        searches.append(("name", _names))
+        spans: list[tuple[int, int, str]] = []  # in their order
+        for kind, search in searches:
+            for start, end in search(text):
+                at = bisect(spans, (start,))
+                if (at == 0 or spans[at - 1][1] <= start) and (at == len(spans) or end <= spans[at][0]):
+                    spans.insert(at, (start, end, kind))
+        return [Finding(kind, start, end) for start, end, kind in spans]
+
+    def _phones(self, text: str) -> Iterator[tuple[int, int]]:
+        for candidate in _PHONE.finditer(text):
+            if _DATE_OR_DECIMAL.fullmatch(candidate[0]):
+                continue
+            first = max(0, candidate.start() - _PHONE_MARGIN)
+            window = text[first : candidate.end() + _PHONE_MARGIN]
+            for region in self._regions:
+                matches = list(phonenumbers.PhoneNumberMatcher(window, region, max_tries=_PHONE_TRIES))
+                for match in matches:
+                    # The bracket of "(020 7946 0958)" is not the one of "(020) 7946 0958".
+                    bracket = match.raw_string.startswith("(") and ")" not in match.raw_string
+                    yield first + match.start + bracket, first + match.end
+                if matches:
+                    break
+
+
+def redact(text: str, findings: list[Finding]) -> str:
+    """`text` with a mark such as [EMAIL] in the place of every finding; they come in order, as `find` gives them."""
+    pieces, at = [], 0
+    for finding in findings:
+        pieces += [text[at : finding.start], f"[{finding.kind.upper()}]"]
+        at = finding.end
+    return "".join([*pieces, text[at:]])
+
+
+def _emails(text: str) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in _EMAIL.finditer(text))
+
+
+def _names(text: str) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in _NAME.finditer(text))
+
+
+def _ibans(text: str) -> Iterator[tuple[int, int]]:
+    for match in _IBAN.finditer(text):
+        start, candidate = match.start(1), match[1]
+        # The words behind an IBAN look like more of it, so the longest valid beginning counts.
+        for length in range(len(candidate), 14, -1):
+            if candidate[length - 1].isalnum() and iban.is_valid(candidate[:length]):
+                yield start, start + length
+                break
+
+
+def _cards(text: str) -> Iterator[tuple[int, int]]:
+    for match in _CARD.finditer(text):
+        for number in filter(None, (match[1], match[4] and match[1] + match[4])):
+            if luhn.is_valid(re.sub(r"\D", "", number)):
+                yield match.start(), match.start() + len(number)
+                break
+
+
+def _addresses(text: str) -> Iterator[tuple[int, int]]:
+    if text.count(".") >= 3:
+        yield from (match.span() for match in _IPV4.finditer(text) if _is_address(match[0]))
+    if text.count(":") >= 2:
+        # The slice [1::2] of Python is a valid address as well; those that machines have show three groups or more.
+        long = (match for match in _IPV6.finditer(text) if sum(map(bool, re.split("[:.]", match[0]))) >= 3)
+        yield from (match.span() for match in long if _is_address(match[0]))
+
+
+def _is_address(text: str) -> bool:
+    """Whether it is an IP address that could be someone's: 127.0.0.1, 0.0.0.0 and broadcasts are no one's."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return not (address.is_loopback or address.is_unspecified or address.is_multicast or int(address) == 2**32 - 1)

@@ -1,0 +1,66 @@
+"""What a file holds, after every record of it has been checked: for `rlhf data check`, before hours of training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from rlhf_engine.data.loading import read_comparisons, read_demonstrations, read_prompts, read_texts
+
+
+def summarise(kind: str, path: str | Path) -> dict[str, int]:
+    """Counts of a file of `kind`: demonstrations, comparisons, prompts or pretraining.
+
+    Raises:
+        ValueError: an unknown kind; a bad line or a user in two splits, named as `file:line`; no records.
+    """
+    if kind not in _SUMMARIES:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(_SUMMARIES)}")
+    counts = _SUMMARIES[kind](Path(path))
+    if not counts["records"]:
+        raise ValueError(f"{path}: got no {kind}, expected at least one record")
+    return counts
+
+
+def _demonstrations(path: Path) -> dict[str, int]:
+    return {"records": sum(1 for _ in read_demonstrations(path))}
+
+
+def _comparisons(path: Path) -> dict[str, int]:
+    counts: Counter[str] = Counter(records=0)
+    for record in read_comparisons(path):
+        pairs = len(record.pairs())
+        counts.update(records=1, completions=len(record.completions), pairs=pairs)
+        counts["all tied, so without use"] += not pairs
+        counts[f"with {len(record.completions)} completions"] += 1
+    return dict(counts)
+
+
+def _prompts(path: Path) -> dict[str, int]:
+    counts: Counter[str] = Counter(records=0)
+    splits: dict[str, str] = {}
+    for record in read_prompts(path):
+        counts.update(["records", record.split])
+        before = splits.setdefault(record.user_id, record.split)
+        if before != record.split:
+            raise ValueError(
+                f"{path}:{record.line}: split: got {record.split!r} for user_id {record.user_id!r}, whose prompts above are "
+                f"in {before!r}; expected one split a user"
+            )
+    return {**counts, "users": len(splits)}
+
+
+def _pretraining(path: Path) -> dict[str, int]:
+    counts: Counter[str] = Counter(records=0)
+    for record in read_texts(path):
+        counts.update(records=1, characters=len(record.text))
+    return dict(counts)
+
+
+_SUMMARIES: dict[str, Callable[[Path], dict[str, int]]] = {
+    "demonstrations": _demonstrations,
+    "comparisons": _comparisons,
+    "prompts": _prompts,
+    "pretraining": _pretraining,
+}

@@ -1,0 +1,248 @@
+"""The paper's figure in miniature (Ouyang et al. 2022, figure 1): win rates of every stage over the size of the model.
+
+All contestants meet one fixed baseline, the SFT model of the largest size, on the test prompts of the demo, under the demo's
+judge. Every step is done once: a run that was broken off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rlhf_engine.config import RunConfig, load_config
+from rlhf_engine.data import PromptRecord, read_demonstrations, read_prompts
+from rlhf_engine.demo.judge import score
+from rlhf_engine.demo.run import CONFIG, DATA, POSITIONS, make_base, starting_from, with_shipped_data
+from rlhf_engine.evaluate import WinRate, perplexity, read_documents, win_rate
+from rlhf_engine.files import with_new_file, write_json
+from rlhf_engine.pipelines.answers import Answerer, answer_all
+from rlhf_engine.pipelines.steps import Steps
+from rlhf_engine.plots import plot_win_rate_lines
+from rlhf_engine.stages import run_ppo, run_rm, run_sft
+
+QUICK = (
+    "figure.widths=[16, 32]",
+    "figure.head_size=8",
+    "figure.shots=1",
+    "figure.samples=1",
+    "figure.prompts=12",
+    "demo.vocab_size=600",
+    "demo.layers=1",
+    "demo.pretrain.epochs=1",
+    "demo.pretrain.batch_size=256",
+    "sft.epochs=1",
+    "sft.batch_size=256",
+    "data.max_response_tokens=200",
+    "reward.batch_size=128",
+    "rollout.max_response_tokens=16",
+    "ppo.updates=1",
+    "ppo.rollout_batch=8",
+    "ppo.minibatch=8",
+    "ppo.microbatch=8",
+)
+"""Overrides with next to no training: whether everything runs, not what it gives."""
+
+CONTESTANTS = ("base", "base, prompted", "SFT", "PPO", "PPO-ptx")
+_FOLDERS = {"base": "base", "base, prompted": "base", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ptx/ppo"}
+_MAY_CHANGE = frozenset({"output_dir", "device"})
+_DECIDED = {f"demo.{name}" for name in ("hidden_size", "intermediate_size", "heads", "samples", "opponents")}
+_SEED = 400
+_BETWEEN = "\n\n"
+"""What parts one few-shot example from the next, and ends an answer to a prompt behind them."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contestant at one size."""
+
+    width: int
+    """Hidden size."""
+    parameters: int
+    """Weights of the model."""
+    marks: list[list[float]]
+    """The judge's, answers by prompt."""
+    ended: float
+    """Share of answers that came to their end."""
+    perplexity: float
+    """On documents that pretraining held out."""
+    seconds: float
+    """Time to answer and to be judged."""
+
+
+def run_figure(
+    output: str | Path,
+    seed: int = 0,
+    overrides: tuple[str, ...] = (),
+    *,
+    quick: bool = False,
+    say: Callable[[str], object] = print,
+) -> str:
+    """Trains and judges everything into `output`: figure.png, figure.json, figure.md; returns the table."""
+    for override in overrides:
+        if override.partition("=")[0] in _DECIDED:
+            raise ValueError(
+                f"override {override!r}: the section figure decides this, expected figure.widths or its others"
+            )
+    config = load_config(CONFIG, (*(QUICK if quick else ()), *overrides))
+    config = with_shipped_data(config, output, seed)
+    root = Path(output)
+    root.mkdir(parents=True, exist_ok=True)
+    steps = Steps(root / "state.json", config, _MAY_CHANGE)
+    held_out, rest = _split_text(root)
+    config = replace(config, data=replace(config.data, pretrain=str(rest)))
+    baseline_width = config.figure.widths[-1]
+    results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
+    for width in config.figure.widths:
+        sized = _sized(config, width)
+        _train(sized, width, steps, say)
+        for index, name in enumerate(CONTESTANTS):
+            judged = _once(steps, f"{width}: {name}", partial(_judge, sized, name, index, held_out), say)
+            results[name].append(Result(**judged))
+    sized = _sized(config, baseline_width)
+    baseline = Result(**_once(steps, "baseline", partial(_judge, sized, "SFT", len(CONTESTANTS), held_out), say))
+    return _report(root, config, results, baseline, _seconds(steps))
+
+
+def _train(config: RunConfig, width: int, steps: Steps, say: Callable[[str], object]) -> None:
+    """Base, SFT, reward model, PPO and PPO-ptx of one size."""
+    root = Path(config.output_dir)
+    sft = starting_from(config, root / "sft")
+    ppo = replace(sft, reward=replace(config.reward, path=str(root / "rm")))
+    ptx = replace(ppo, ppo=replace(ppo.ppo, ptx_coef=config.figure.ptx_coef), output_dir=str(root / "ptx"))
+    stages: dict[str, Callable[[], object]] = {
+        "pretrain": lambda: make_base(config),
+        "sft": lambda: run_sft(starting_from(config, root / "base")),
+        "reward model": lambda: run_rm(sft),
+        "ppo": lambda: run_ppo(ppo, resume=(root / "ppo").is_dir()),
+        "ppo-ptx": lambda: run_ppo(ptx, resume=(root / "ptx" / "ppo").is_dir()),
+    }
+    for name, run in stages.items():
+        _once(steps, f"{width}: train {name}", partial(_timed, run), say)
+
+
+def _timed(run: Callable[[], object]) -> dict[str, float]:
+    start = time.perf_counter()
+    run()
+    return {"seconds": time.perf_counter() - start}
+
+
+def _once(steps: Steps, name: str, run: Callable[[], dict[str, Any]], say: Callable[[str], object]) -> dict[str, Any]:
+    if name in steps:
+        return steps.once(name, run)
+    say(f"{name} ...")
+    result = steps.once(name, run)
+    say(f"{name}: {result['seconds']:.0f} s")
+    return result
+
+
+def _seconds(steps: Steps) -> float:
+    return sum(result["seconds"] for result in steps.results.values())
+
+
+def _sized(config: RunConfig, width: int) -> RunConfig:
+    """The config of the models of one size, feed-forward layers 11/4 as wide as the rest."""
+    heads = width // config.figure.head_size
+    demo = replace(config.demo, hidden_size=width, intermediate_size=width * 11 // 4, heads=heads)
+    return replace(config, demo=demo, output_dir=str(Path(config.output_dir) / f"width_{width}"))
+
+
+def _judge(config: RunConfig, name: str, index: int, held_out: Path) -> dict[str, Any]:
+    """Lets a contestant answer the test prompts; `index` gives it random numbers of its own."""
+    start = time.perf_counter()
+    setting, prefix = config.figure, ""
+    if name == "base, prompted":
+        prefix = few_shot_prefix(config)
+        room = POSITIONS - config.rollout.max_response_tokens
+        config = replace(config, rollout=replace(config.rollout, max_prompt_tokens=room))
+    folder = Path(config.output_dir) / _FOLDERS[name]
+    seed = config.seed * 1_000 + _SEED + index
+    answerer = Answerer(config, str(folder), seed=seed, prefix=prefix, stop=_BETWEEN if prefix else None)
+    records: list[PromptRecord] = list(read_prompts(config.data.prompts, "test"))[: setting.prompts]
+    said = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
+    marks = [
+        [score(record.prompt, text) for text in answers.texts] for record, answers in zip(records, said, strict=True)
+    ]
+    ends = [end for answers in said for end in answers.ended]
+    documents = read_documents(held_out, answerer.codec)
+    result = Result(
+        width=config.demo.hidden_size,
+        parameters=sum(parameter.numel() for parameter in answerer.actor.model.parameters()),
+        marks=marks,
+        ended=sum(ends) / len(ends),
+        perplexity=perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id),
+        seconds=time.perf_counter() - start,
+    )
+    return asdict(result)
+
+
+def few_shot_prefix(config: RunConfig) -> str:
+    """Short demonstrations, drawn by the seed, as the prompts of the config are framed."""
+    short = [record for record in read_demonstrations(config.data.demonstrations) if len(record.response) < 100]
+    chosen = Random(config.seed).sample(short, config.figure.shots)
+    frame = config.data.prompt_template
+    return "".join(frame.replace("{prompt}", one.prompt) + one.response + _BETWEEN for one in chosen)
+
+
+def _split_text(root: Path) -> tuple[Path, Path]:
+    """The documents that `make_base` holds out, and the others, as files."""
+    documents = (DATA / "pretrain.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    count = len(documents) // 20
+    paths = root / "held_out.txt", root / "pretrain.txt"
+    for path, part in zip(paths, (documents[:count], documents[count:]), strict=True):
+        text = "\n\n".join(part) + "\n"
+        with_new_file(path, lambda new, text=text: new.write_text(text, encoding="utf-8"))
+    return paths
+
+
+def _report(root: Path, config: RunConfig, results: dict[str, list[Result]], baseline: Result, seconds: float) -> str:
+    rates = {
+        name: [win_rate(one.marks, baseline.marks, seed=config.seed) for one in of_size]
+        for name, of_size in results.items()
+    }
+    table = _table(results, rates, baseline, seconds)
+    numbers = {
+        "seed": config.seed,
+        "prompts": len(baseline.marks),
+        "seconds": seconds,
+        "contestants": {
+            name: [
+                {key: value for key, value in asdict(one).items() if key != "marks"} | {"win_rate": asdict(rate)}
+                for one, rate in zip(results[name], rates[name], strict=True)
+            ]
+            for name in results
+        },
+    }
+    with_new_file(root / "figure.json", lambda new: write_json(new, numbers))
+    with_new_file(root / "figure.md", lambda new: new.write_text(table + "\n", encoding="utf-8"))
+    lines = {
+        name: [(float(one.parameters), rate) for one, rate in zip(results[name], rates[name], strict=True)]
+        for name in results
+    }
+    plot_win_rate_lines(
+        lines,
+        root / "figure.png",
+        x_label="parameters",
+        baseline=f"SFT, {baseline.parameters:,} parameters",
+        log_x=True,
+    )
+    return table
+
+
+def _table(results: dict[str, list[Result]], rates: dict[str, list[WinRate]], baseline: Result, seconds: float) -> str:
+    sizes = [f"{one.parameters:,}" for one in next(iter(results.values()))]
+    lines = [
+        f"Win rate over the SFT model of {baseline.parameters:,} parameters by the judge, {len(baseline.marks)} held-out "
+        f"prompts, and perplexity on held-out text ({seconds:.0f} s in all):",
+        "",
+        f"| | {' | '.join(f'{size} parameters | perplexity' for size in sizes)} |",
+        "|---" * (1 + 2 * len(sizes)) + "|",
+    ]
+    for name, of_size in results.items():
+        cells = [f"{rate} | {one.perplexity:.2f}" for rate, one in zip(rates[name], of_size, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Pairs of answers for people, or another program, to judge: a file that does not say which model wrote which answer.
+
+A line is `{"id": 3, "prompt": ..., "A": ..., "B": ..., "preference": null}`; whoever judges puts "A", "B" or "tie" in the place
+of null. Which model is A is drawn for each pair by the seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.data.records import Prompt
+from rlhf_engine.evaluate.prompt_lines import prompt_field
+from rlhf_engine.files import with_new_file
+
+_PREFERENCES = ("A", "B", "tie")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and two models' answers to it."""
+
+    prompt: Prompt
+    first: str
+    second: str
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair], seed: int) -> None:
+    """Writes the file that is to be judged, whole or not at all."""
+    lines = [
+        json.dumps(_line(index, pair, seed) | {"preference": None}, ensure_ascii=False) + "\n"
+        for index, pair in enumerate(pairs)
+    ]
+    with_new_file(path, lambda new: new.write_text("".join(lines), encoding="utf-8"))
+
+
+def read_preferences(path: Path, pairs: Sequence[Pair], seed: int) -> Tensor:
+    """(M,) float64 in the order of `pairs`: 1 where the first answer was preferred, 0 the second, 1/2 a tie.
+
+    Lines may come in any order.
+
+    Raises:
+        ValueError: naming `file:line` for a line that is not one of those written, or judged twice or not at all.
+    """
+    found: dict[int, float] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            index, preference = _judged(line, pairs, seed)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if index in found:
+            raise ValueError(f"{path}:{number}: got id {index} a second time, expected every pair once")
+        found[index] = preference
+    missing = [index for index in range(len(pairs)) if index not in found]
+    if missing:
+        raise ValueError(f"{path}: id {missing[0]} is missing ({len(missing)} missing in all)")
+    return torch.tensor([found[index] for index in range(len(pairs))], dtype=torch.float64)
+
+
+def _judged(line: str, pairs: Sequence[Pair], seed: int) -> tuple[int, float]:
+    """Index of a judged line's pair and its preference for the first answer."""
+    try:
+        given = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    index = given.get("id") if isinstance(given, dict) else None
+    if not isinstance(index, int) or not 0 <= index < len(pairs):
+        raise ValueError(f"id: got {index!r}, expected one of 0 to {len(pairs) - 1}")
+    for name, written in _line(index, pairs[index], seed).items():
+        if given.get(name) != written:
+            raise ValueError(f"{name}: got {given.get(name)!r}, expected {written!r}, as it was written for id {index}")
+    said = given.get("preference")
+    if said not in _PREFERENCES:
+        raise ValueError(f"preference: got {said!r}, expected 'A', 'B' or 'tie'")
+    if said == "tie":
+        return index, 0.5
+    return index, float((said == "A") != _swapped(index, seed))
+
+
+def _line(index: int, pair: Pair, seed: int) -> dict[str, Any]:
+    a, b = (pair.second, pair.first) if _swapped(index, seed) else (pair.first, pair.second)
+    return {"id": index, **prompt_field(pair.prompt), "A": a, "B": b}
+
+
+def _swapped(index: int, seed: int) -> bool:
+    return Random(f"{seed} {index}").random() < 0.5

@@ -1,0 +1,206 @@
+"""Judges: who says which of two answers to a prompt is the better one.
+
+Legend: M pairs of answers, each with its prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.data import Codec
+from rlhf_engine.data.records import Prompt
+from rlhf_engine.evaluate.prompt_lines import plain
+from rlhf_engine.evaluate.win_rate import score_preferences
+from rlhf_engine.model.pretrained import load_tokenizer, max_positions
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.train.reward_function import import_function
+from rlhf_engine.train.reward_model import score_examples
+
+Prompts = Sequence[Prompt]
+Texts = Sequence[str]
+
+_FUNCTION = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*")
+_NO_LIMIT = 2**31
+
+
+class Judge(Protocol):
+    """Compares answers, M pairs a call."""
+
+    def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
+        """(M,) float64: 1 where the first answer is better, 0 where the second one is, 1/2 for a tie."""
+
+
+class RewardJudge:
+    """A reward model with its own tokenizer: the better answer has the higher score."""
+
+    def __init__(self, model: RewardModel, codec: Codec, margin: float = 0.0) -> None:
+        self.model, self.codec, self.margin = model, codec, margin
+
+    @classmethod
+    def load(cls, folder: str | Path, *, prompt_template: str, margin: float = 0.0, **placement: Any) -> RewardJudge:
+        """From a reward model's folder; ValueError naming what it lacks."""
+        model = RewardModel.load(folder, **placement)
+        limit = max_positions(model.trunk)
+        longest = _NO_LIMIT if limit is None else limit
+        return cls(model, Codec(load_tokenizer(folder), prompt_template, longest, longest, limit), margin)
+
+    def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
+        """See `Judge`."""
+        return score_preferences(self.scores(prompts, first) - self.scores(prompts, second), self.margin)
+
+    def scores(self, prompts: Prompts, answers: Texts) -> Tensor:
+        """(M,) float64 scores; ValueError naming the sample that is too long for the model or whose score is no number."""
+        examples = []
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            try:
+                examples.append(self.codec.join(self.codec.encode_prompt(prompt), answer))
+            except ValueError as error:
+                raise ValueError(f"judge: sample {index}: {error}") from None
+        scores = score_examples(self.model, examples, self.codec.pad_id).double()
+        if not scores.isfinite().all():
+            index = int((~scores.isfinite()).nonzero()[0])
+            raise ValueError(f"judge: sample {index}: got the score {float(scores[index])}, expected a finite number")
+        return scores
+
+
+class FunctionJudge:
+    """A Python function `judge(prompts, answers_a, answers_b)` on lists of strings of one length.
+
+    A prompt that is a conversation comes as a list of objects with role and content.
+
+    It returns either one number a pair, the preference for A in [0, 1] with 1/2 for a tie, or two lists of scores, those of
+    the answers A and those of the answers B.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], name: str = "judge", *, batch: int = 64, margin: float = 0.0
+    ) -> None:
+        self.function, self.name, self.batch, self.margin = function, name, batch, margin
+
+    @classmethod
+    def load(cls, name: str, *, batch: int = 64, margin: float = 0.0) -> FunctionJudge:
+        """From `module:function` or `file.py:function`; ValueError if there is no such function."""
+        return cls(import_function(name, "judge"), name, batch=batch, margin=margin)
+
+    def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
+        """See `Judge`; ValueError naming the first sample on which the function raises or answers no number."""
+        parts = [torch.empty(0, dtype=torch.float64)]
+        for start in range(0, len(prompts), self.batch):
+            stop = min(start + self.batch, len(prompts))
+            asked = [plain(prompt) for prompt in prompts[start:stop]]
+            parts.append(self._ask(start, [asked, list(first[start:stop]), list(second[start:stop])]))
+        return torch.cat(parts)
+
+    def _ask(self, start: int, texts: list[list[Any]]) -> Tensor:
+        size = len(texts[0])
+        try:
+            with _Telling(self.name, start, size):
+                said = self.function(*texts)
+        except ValueError:
+            # One by one it shows which of them the function cannot take; if each alone goes well, the batch is named.
+            for index in range(size if size > 1 else 0):
+                with _Telling(self.name, start + index, 1):
+                    self.function(*([column[index]] for column in texts))
+            raise
+        said = [column.tolist() if isinstance(column, Tensor) else column for column in _as_list(said)]
+        scored = len(said) == 2 and all(isinstance(column, Sequence | Tensor) for column in said)
+        columns = said if scored else [said]
+        numbers = torch.stack([self._numbers(column, start, size) for column in columns])
+        if scored:
+            return score_preferences(numbers[0] - numbers[1], self.margin)
+        outside = ((numbers[0] < 0) | (numbers[0] > 1)).nonzero()
+        if len(outside):
+            index = int(outside[0])
+            raise ValueError(
+                f"judge {self.name}: sample {start + index}: got the preference {float(numbers[0, index])}, expected one in "
+                "[0, 1]; scores come as two lists"
+            )
+        return numbers[0]
+
+    def _numbers(self, column: Any, start: int, size: int) -> Tensor:
+        if not isinstance(column, Sequence) or isinstance(column, str) or len(column) != size:
+            got = f"{len(column)} values" if isinstance(column, Sequence) else type(column).__name__
+            raise ValueError(
+                f"judge {self.name}: samples {start} to {start + size - 1}: got {got}, expected {size}, one a pair"
+            )
+        for index, value in enumerate(column):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"judge {self.name}: sample {start + index}: got {value!r}, expected a finite number")
+        return torch.tensor(column, dtype=torch.float64)
+
+
+def load_judge(
+    name: str, *, prompt_template: str, batch: int = 64, margin: float = 0.0, **placement: Any
+) -> RewardJudge | FunctionJudge:
+    """The judge that a config names: `module:function`, `file.py:function`, or a reward model's folder."""
+    if _FUNCTION.fullmatch(name) and not Path(name).exists():
+        return FunctionJudge.load(name, batch=batch, margin=margin)
+    try:
+        return RewardJudge.load(name, prompt_template=prompt_template, margin=margin, **placement)
+    except ValueError as error:
+        raise ValueError(f"judge: {error}") from None
+
+
+def rank(judge: Judge, prompts: Prompts, completions: Sequence[Texts]) -> list[tuple[float, ...]]:
+    """Ranks of K completions of each prompt, 0 for the best: how many wins each has fewer than the best one.
+
+    Everyone meets everyone (Copeland's method); a judge with scores gives the order of the scores.
+    """
+    games = [(row, i, j) for row, said in enumerate(completions) for i in range(len(said)) for j in range(i)]
+    preferences = _play(judge, prompts, completions, games).tolist()
+    wins = [[0.0] * len(said) for said in completions]
+    for (row, i, j), preference in zip(games, preferences, strict=True):
+        wins[row][i] += preference
+        wins[row][j] += 1.0 - preference
+    return [tuple(max(won) - one for one in won) for won in wins]
+
+
+def _play(
+    judge: Judge, prompts: Prompts, completions: Sequence[Texts], games: Sequence[tuple[int, int, int]]
+) -> Tensor:  # (games,) float64
+    """Preferences of games (row, one, other); a reward model reads every completion once, however many games it plays."""
+    if not isinstance(judge, RewardJudge):
+        return judge.compare(
+            [prompts[row] for row, _, _ in games],
+            [completions[row][i] for row, i, _ in games],
+            [completions[row][j] for row, _, j in games],
+        )
+    every = ((row, i) for row, said in enumerate(completions) for i in range(len(said)))
+    places = {place: number for number, place in enumerate(every)}
+    scores = judge.scores([prompts[row] for row, _ in places], [completions[row][i] for row, i in places])
+    first = scores[torch.tensor([places[row, i] for row, i, _ in games])]
+    return score_preferences(first - scores[torch.tensor([places[row, j] for row, _, j in games])], judge.margin)
+
+
+def _as_list(said: Any) -> list[Any]:
+    if isinstance(said, Tensor):
+        return said.tolist()
+    return list(said) if isinstance(said, list | tuple) else [said]
+
+
+class _Telling:
+    """Turns whatever a user's function raises into a ValueError that names the function and the samples it was given.
+
+    A context manager, because what a stranger's code may raise cannot be listed.
+    """
+
+    def __init__(self, name: str, start: int, size: int) -> None:
+        self.samples = f"sample {start}" if size == 1 else f"samples {start} to {start + size - 1}"
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            raise ValueError(f"judge {self.name}: {self.samples}: it raised {kind.__name__}: {error}") from error

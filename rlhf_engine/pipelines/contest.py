@@ -1,0 +1,266 @@
+"""A contest: two models answer the same prompts, a judge compares, and the win rate comes with its interval.
+
+Legend: M prompts, S answers to each by each model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data import PromptRecord, read_prompts
+from rlhf_engine.data.records import Prompt
+from rlhf_engine.evaluate import (
+    Judge,
+    Pair,
+    WinRate,
+    load_judge,
+    perplexity,
+    preference_rate,
+    read_documents,
+    read_preferences,
+    write_pairs,
+)
+from rlhf_engine.evaluate.prompt_lines import prompt_field, prompt_of
+from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
+from rlhf_engine.pipelines.answers import Answerer, Answers, answer_all
+from rlhf_engine.plots import plot_win_rates
+from rlhf_engine.stages.loading import given
+
+BY_HAND = "file"
+"""The value of eval.judge that means people, or a program, with a file."""
+
+_SEEDS = {"candidate": 201, "baseline": 202}
+"""Added to 1,000 times the run's seed: a model that meets itself is asked twice and does not say the same."""
+
+_ANSWERS, _CONTEST, _PAIRS, _JUDGED = "answers.jsonl", "contest.json", "pairs.jsonl", "judged.jsonl"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What both models answered, and how well each knows the pretraining text."""
+
+    prompts: list[Prompt]
+    """M prompts."""
+    answers: dict[str, list[list[str]]]
+    """candidate, baseline -> M lists of S answers."""
+    ended: dict[str, float]
+    """Share of each model's answers that came to their end."""
+    perplexity: dict[str, float] | None
+    """Of each model on eval.text; None without one."""
+    truncated: dict[str, int]
+    """How many prompts lost their beginning, by model."""
+
+    def pairs(self) -> list[Pair]:
+        """M * S of them: the k-th answers to each prompt."""
+        columns = zip(self.prompts, self.answers["candidate"], self.answers["baseline"], strict=True)
+        return [Pair(prompt, *two) for prompt, a, b in columns for two in zip(a, b, strict=True)]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The result."""
+
+    win_rate: WinRate
+    """Of the candidate over the baseline."""
+    said: Said
+    """What was judged."""
+
+
+def run_eval(config: RunConfig) -> tuple[Contest | None, str]:
+    """`rlhf eval`: the contest of `config.eval` and its table, in OUTPUT_DIR/eval.
+
+    With judge `file` it writes pairs to judge into OUTPUT_DIR/judging and returns no contest but what to do; when the judged
+    file is there, it reads it. Raises ValueError for a setting that is missing, or a judge that fails, and writes nothing.
+    """
+    setting = config.eval
+    for name in ("candidate", "baseline", "judge"):
+        if getattr(setting, name) is None:
+            raise ValueError(f"eval.{name}: got nothing, expected {'a judge' if name == 'judge' else 'a path'}")
+    if setting.judge == BY_HAND:
+        return _by_hand(config)
+    contest = judged_by(config, configured_judge(config, setting.judge))
+
+    def write(new: Path) -> None:
+        _write_answers(new, contest.said)
+        _write_report(new, config, contest)
+
+    with_new_folder(Path(config.output_dir) / "eval", write)
+    return contest, table(config, contest)
+
+
+def judged_by(config: RunConfig, judge: Judge) -> Contest:
+    """The contest of `config.eval` under a judge that answers at once."""
+    said = ask_both(config)
+    pairs = said.pairs()
+    preferences = judge.compare(
+        [pair.prompt for pair in pairs], [pair.first for pair in pairs], [pair.second for pair in pairs]
+    )
+    return _contest(config, said, preferences)
+
+
+def configured_judge(config: RunConfig, name: str) -> Judge:
+    """The judge of a config: a function, or a reward model on the config's device."""
+    setting = config.eval
+    return load_judge(
+        name,
+        prompt_template=config.data.prompt_template,
+        batch=setting.judge_batch,
+        margin=setting.margin,
+        device=config.device,
+    )
+
+
+def ask_both(config: RunConfig) -> Said:
+    """Both models' answers to the prompts of the split, one model in memory at a time."""
+    setting = config.eval
+    if setting.text is not None and not Path(setting.text).exists():
+        raise ValueError(f"eval.text: {setting.text}: no such file or folder")
+    prefixes = {role: _prefix(config, role) for role in _SEEDS}
+    records = list(islice(_records(config), setting.limit))
+    if not records:
+        raise ValueError(f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}")
+    found = {role: _ask(config, role, prefix, records) for role, prefix in prefixes.items()}
+    answers = {role: said for role, (said, *_) in found.items()}
+    flat = {role: [end for one in said for end in one.ended] for role, said in answers.items()}
+    return Said(
+        [record.prompt for record in records],
+        {role: [one.texts for one in said] for role, said in answers.items()},
+        {role: sum(ends) / len(ends) for role, ends in flat.items()},
+        None if setting.text is None else {role: known for role, (_, known, _) in found.items()},
+        {role: cut for role, (*_, cut) in found.items()},
+    )
+
+
+def _ask(
+    config: RunConfig, role: str, prefix: str, records: Sequence[PromptRecord]
+) -> tuple[list[Answers], float | None, int]:
+    """Answers, perplexity and how many prompts were cut."""
+    setting = config.eval
+    try:
+        answerer = Answerer(
+            config, getattr(setting, role), seed=config.seed * 1_000 + _SEEDS[role], prefix=prefix, stop=setting.stop
+        )
+    except ValueError as error:
+        raise ValueError(f"eval.{role}: {str(error).removeprefix('model.path: ')}") from None
+    known = None
+    if setting.text is not None:
+        documents = read_documents(setting.text, answerer.codec)
+        known = perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id)
+    said = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
+    return said, known, answerer.codec.truncated.count
+
+
+def _prefix(config: RunConfig, role: str) -> str:
+    path = getattr(config.eval, f"{role}_prefix")
+    if path is None:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"eval.{role}_prefix: {path}: {error}") from None
+
+
+def _records(config: RunConfig) -> Iterator[PromptRecord]:
+    return read_prompts(given(config.data.prompts, "data.prompts"), config.eval.split)
+
+
+def _contest(config: RunConfig, said: Said, preferences: torch.Tensor) -> Contest:
+    per_prompt = preferences.view(len(said.prompts), -1)
+    return Contest(preference_rate(per_prompt, resamples=config.eval.resamples, seed=config.seed), said)
+
+
+def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
+    folder = Path(config.output_dir) / "judging"
+    if not (folder / _CONTEST).is_file():
+        said = ask_both(config)
+
+        def write(new: Path) -> None:
+            _write_answers(new, said)
+            write_pairs(new / _PAIRS, said.pairs(), config.seed)
+            found = {"ended": said.ended, "perplexity": said.perplexity, "truncated_prompts": said.truncated}
+            write_json(new / _CONTEST, _identity(config) | found)
+
+        with_new_folder(folder, write)
+    said = _read_said(config, folder)
+    if not (folder / _JUDGED).is_file():
+        return None, (
+            f'{len(said.pairs())} pairs to judge in {folder / _PAIRS}: put "A", "B" or "tie" in the place of null, save it as '
+            f"{folder / _JUDGED} and run this command again"
+        )
+    contest = _contest(config, said, read_preferences(folder / _JUDGED, said.pairs(), config.seed))
+    _write_report(folder, config, contest)
+    return contest, table(config, contest)
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What the answers to be judged depend on."""
+    setting = asdict(config.eval)
+    for name in ("judge", "judge_batch", "margin", "resamples"):
+        del setting[name]
+    return {"seed": config.seed, "prompts": config.data.prompts, "eval": setting, "rollout": asdict(config.rollout)}
+
+
+def _read_said(config: RunConfig, folder: Path) -> Said:
+    kept = read_json(folder / _CONTEST)
+    for name, value in _identity(config).items():
+        if kept.get(name) != value:
+            raise ValueError(
+                f"{folder}: its answers were made with {name} {kept.get(name)!r}, got {value!r}; judge them first, or move "
+                "the folder away"
+            )
+    lines = [json.loads(line) for line in (folder / _ANSWERS).read_text(encoding="utf-8").splitlines()]
+    answers = {role: [line[role] for line in lines] for role in _SEEDS}
+    return Said(
+        [prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"], kept["truncated_prompts"]
+    )
+
+
+def _write_answers(folder: Path, said: Said) -> None:
+    with (folder / _ANSWERS).open("w", encoding="utf-8") as file:
+        for prompt, candidate, baseline in zip(said.prompts, *said.answers.values(), strict=True):
+            line = prompt_field(prompt) | {"candidate": candidate, "baseline": baseline}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _write_report(folder: Path, config: RunConfig, contest: Contest) -> None:
+    setting, said = config.eval, contest.said
+    report = {
+        "win_rate": asdict(contest.win_rate),
+        "perplexity": said.perplexity,
+        "ended": said.ended,
+        "truncated_prompts": said.truncated,
+        "seed": config.seed,
+        "eval": asdict(setting),
+        "rollout": asdict(config.rollout),
+    }
+    text = table(config, contest) + "\n"
+    with_new_file(folder / "report.json", lambda new: write_json(new, report))
+    with_new_file(folder / "report.md", lambda new: new.write_text(text, encoding="utf-8"))
+    plot_win_rates({str(setting.candidate): contest.win_rate}, str(setting.baseline), folder / "win_rate.png")
+
+
+def table(config: RunConfig, contest: Contest) -> str:
+    """The result as a Markdown table."""
+    setting, rate, said = config.eval, contest.win_rate, contest.said
+    lines = [
+        f"Win rate of {setting.candidate} over {setting.baseline} by {setting.judge}, {rate.prompts} prompts (ties half):",
+        "",
+        "| | win rate | 95% interval | ties | answers ended | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    back = replace(rate, rate=1 - rate.rate, low=1 - rate.high, high=1 - rate.low)
+    for role, found in (("candidate", rate), ("baseline", back)):
+        known = "" if said.perplexity is None else f"{said.perplexity[role]:.2f}"
+        lines.append(
+            f"| {role} | {found.rate:.3f} | {found.low:.3f} to {found.high:.3f} | {found.ties:.2f} | {said.ended[role]:.2f} "
+            f"| {known} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,216 @@
+"""Rounds of InstructGPT: the policy answers, its answers are ranked, the reward model learns from all rankings, PPO goes on.
+
+Every round has a folder: completions.jsonl, rankings.jsonl, rm/, ppo/, eval/. A run that is called again does what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_prompts
+from rlhf_engine.evaluate import WinRate, rank
+from rlhf_engine.evaluate.prompt_lines import prompt_field, prompt_of
+from rlhf_engine.files import with_new_file
+from rlhf_engine.pipelines.answers import Answerer, answer_all
+from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, run_eval
+from rlhf_engine.pipelines.steps import Steps
+from rlhf_engine.plots import plot_win_rate_lines
+from rlhf_engine.stages import run_ppo, run_rm
+
+_MAY_CHANGE = frozenset({"output_dir", "device", "iterate.rounds", "ppo.checkpoint_every", "demo", "figure", "sft"})
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """How far the rounds have come."""
+
+    win_rates: list[WinRate]
+    """Of every finished round's policy over model.path."""
+    waiting: str | None
+    """What has to be done before the next round can go on; None if nothing."""
+
+    def table(self) -> str:
+        """As Markdown, with what is waited for below it."""
+        lines = ["| round | win rate over the SFT model | 95% interval | ties |", "|---|---|---|---|"]
+        lines += [
+            f"| {number} | {rate.rate:.3f} | {rate.low:.3f} to {rate.high:.3f} | {rate.ties:.2f} |"
+            for number, rate in enumerate(self.win_rates, start=1)
+        ]
+        return "\n".join([*(lines if self.win_rates else []), *([self.waiting] if self.waiting else [])])
+
+
+def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iteration:
+    """`rlhf iterate`: `iterate.rounds` rounds that begin with the SFT model `model.path`, in OUTPUT_DIR.
+
+    Raises ValueError for settings that are missing or that no round reads, or that are not those that the run began with.
+    """
+    _check(config)
+    root = Path(config.output_dir)
+    steps, rates, waiting = Steps(root / _STATE, config, _MAY_CHANGE), [], None
+    policy = str(config.model.path)
+    for number in range(1, config.iterate.rounds + 1):
+        folder = root / f"round_{number}"
+        waiting = _round(config, steps, policy, folder, number, say)
+        if waiting is not None:
+            break
+        rates.append(WinRate(**steps.results[f"round {number}: eval"]))
+        policy = str(folder / "ppo")
+    if rates:
+        points = {"policy": [(float(number), rate) for number, rate in enumerate(rates, start=1)]}
+        plot_win_rate_lines(points, root / "plots" / "iterate.png", x_label="round", baseline="the SFT model")
+    return Iteration(rates, waiting)
+
+
+def _round(
+    config: RunConfig, steps: Steps, policy: str, folder: Path, number: int, say: Callable[[str], object]
+) -> str | None:
+    """The steps of one round; returns what it waits for, None when it is finished."""
+
+    def step(name: str, run: Callable[[], Any]) -> Any:
+        name = f"round {number}: {name}"
+        if name not in steps:
+            say(f"{name} ...")
+        return steps.once(name, run)
+
+    step("generate", lambda: _generate(config, policy, folder, number))
+    if f"round {number}: rank" not in steps and config.iterate.judge == BY_HAND:
+        if not (folder / "rankings.jsonl").is_file():
+            return (
+                f'{folder / "completions.jsonl"}: put a ranking such as "B > A = C" in the place of null, save it as '
+                f"{folder / 'rankings.jsonl'} and run this command again"
+            )
+        step("rank", lambda: _check_rankings(folder))
+    else:
+        step("rank", lambda: _rank(config, folder))
+    step("rm", lambda: _train_rm(config, folder, number))
+    step("ppo", lambda: _train_policy(config, policy, folder, number))
+    step("eval", lambda: _evaluate(config, folder))
+    return None
+
+
+def _check(config: RunConfig) -> None:
+    if config.model.path is None:
+        raise ValueError("model.path: got nothing, expected the folder of the SFT model")
+    if config.data.prompts is None:
+        raise ValueError("data.prompts: got nothing, expected a path")
+    if config.iterate.judge is None:
+        raise ValueError(f"iterate.judge: got nothing, expected a judge, or {BY_HAND!r}")
+    if config.eval.judge in (None, BY_HAND):
+        raise ValueError(f"eval.judge: got {config.eval.judge!r}, expected a judge that rates a round's policy at once")
+    for key, value in (
+        ("eval.candidate", config.eval.candidate),
+        ("eval.baseline", config.eval.baseline),
+        ("reward.path", config.reward.path),
+        ("reward.function", config.reward.function),
+    ):
+        if value is not None:
+            raise ValueError(f"{key}: got {value!r}, expected null: the rounds decide it")
+
+
+def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict[str, int]:
+    """Writes distinct answers of the policy to this round's prompts; those with fewer than two are skipped and counted."""
+    if (folder / "rm").exists():
+        raise ValueError(f"{folder}: it holds a round that {folder.parent / _STATE} does not know; move it away")
+    answerer = Answerer(config, policy, seed=config.seed * 1_000 + 300 + number)
+    lines, skipped = [], 0
+    for record, said in answer_all(
+        answerer, config.data.prompts, _prompts_of(config, number), config.iterate.completions
+    ):
+        completions = list(dict.fromkeys(text for text in said.texts if text))
+        if len(completions) < 2:
+            skipped += 1
+            continue
+        lines.append(prompt_field(record.prompt) | {"completions": completions, "ranking": None})
+    if not lines:
+        raise ValueError(
+            f"{policy}: gave no prompt two answers to compare, expected different answers to the same prompt"
+        )
+    _write_lines(folder / "completions.jsonl", lines)
+    return {"prompts": len(lines), "skipped": skipped}
+
+
+def _prompts_of(config: RunConfig, number: int) -> list[PromptRecord]:
+    """This round's share of the training prompts in the seed's order, from the start again when all had their turn."""
+    records = list(read_prompts(config.data.prompts, "train"))
+    if not records:
+        raise ValueError(f"data.prompts: got no prompts of split train in {config.data.prompts}")
+    Random(config.seed).shuffle(records)
+    count = min(config.iterate.prompts, len(records))
+    return [records[((number - 1) * count + index) % len(records)] for index in range(count)]
+
+
+def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
+    lines = _read_lines(folder / "completions.jsonl")
+    judge = configured_judge(config, config.iterate.judge)
+    ranks = rank(judge, [prompt_of(line) for line in lines], [line["completions"] for line in lines])
+    ranked = [line | {"ranking": list(given)} for line, given in zip(lines, ranks, strict=True)]
+    _write_lines(folder / "rankings.jsonl", ranked)
+    return {"rankings": len(ranked)}
+
+
+def _check_rankings(folder: Path) -> dict[str, int]:
+    """Somebody's rankings: of the answers that were written, and of no others; not all of them need be there."""
+    path = folder / "rankings.jsonl"
+    written = {(prompt_of(line), tuple(line["completions"])) for line in _read_lines(folder / "completions.jsonl")}
+    count = 0
+    for comparison in read_comparisons(path):
+        if (comparison.prompt, comparison.completions) not in written:
+            raise ValueError(
+                f"{path}:{comparison.line}: got a prompt and completions that are not in completions.jsonl, expected a line "
+                "of it with a ranking"
+            )
+        count += 1
+    if not count:
+        raise ValueError(f"{path}: got no rankings, expected at least one")
+    return {"rankings": count}
+
+
+def _train_rm(config: RunConfig, folder: Path, number: int) -> dict[str, float]:
+    """A reward model from the SFT model on the rankings of data.comparisons, if any, and of all rounds so far."""
+    rounds = [folder.parent / f"round_{earlier}" / "rankings.jsonl" for earlier in range(1, number + 1)]
+    sources = [*([] if config.data.comparisons is None else [Path(config.data.comparisons)]), *rounds]
+    everything = folder / "comparisons.jsonl"
+    _write_lines(everything, [_line(found) for source in sources for found in read_comparisons(source)])
+    found = run_rm(replace(config, data=replace(config.data, comparisons=str(everything)), output_dir=str(folder)))[-1]
+    return {"accuracy": found.accuracy, "loss": found.loss}
+
+
+def _line(comparison: Comparison) -> dict[str, Any]:
+    named = {"completions": list(comparison.completions), "ranking": list(comparison.ranks)}
+    return prompt_field(comparison.prompt) | named
+
+
+def _train_policy(config: RunConfig, policy: str, folder: Path, number: int) -> dict[str, float]:
+    start = policy if config.iterate.start == "previous" else config.model.path
+    stage = replace(
+        config,
+        # A seed of its own: no round samples with the random numbers of another.
+        seed=(config.seed * 1_000 + number) % 2**32,
+        model=replace(config.model, path=start),
+        reward=replace(config.reward, path=str(folder / "rm")),
+        output_dir=str(folder),
+    )
+    history = run_ppo(stage, resume=(folder / "ppo").is_dir())
+    return {name: history[-1][name] for name in ("score_mean", "kl")} if history else {}
+
+
+def _evaluate(config: RunConfig, folder: Path) -> dict[str, Any]:
+    setting = replace(config.eval, candidate=str(folder / "ppo"), baseline=config.model.path)
+    contest, _ = run_eval(replace(config, eval=setting, output_dir=str(folder)))
+    return asdict(contest.win_rate)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with_new_file(path, lambda new: new.write_text(text, encoding="utf-8"))

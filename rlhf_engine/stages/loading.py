@@ -1,0 +1,141 @@
+"""What every stage does around its learning: models, records, folders, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord
+from rlhf_engine.files import with_new_folder, write_json
+from rlhf_engine.metrics import MetricsWriter, read_metrics
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.plots import PANELS, plot_stage
+from rlhf_engine.rollout import Generator
+
+Item = TypeVar("Item", Demonstration, Comparison, PromptRecord)
+Made = TypeVar("Made")
+
+
+def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
+    """The causal LM and the tokenizer of `config.model.path`.
+
+    Raises ValueError for no path, a file or a weight that is missing or broken, or a tokenizer with more tokens than the
+    model has embeddings.
+    """
+    folder = Path(given(config.model.path, "model.path"))
+    where = placement(config)
+    try:
+        model = load_pretrained(AutoModelForCausalLM, folder, **where)
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
+    _check_vocabulary(model, tokenizer, folder)
+    data = config.data
+    limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
+    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts)
+    return model, codec
+
+
+def load_reward_model(config: RunConfig) -> RewardModel:
+    """The reward model of `config.reward.path`; ValueError if there is none, or a file of it is missing or broken."""
+    folder = given(config.reward.path, "reward.path")
+    where = placement(config)
+    try:
+        return RewardModel.load(folder, **where)
+    except ValueError as error:
+        raise ValueError(f"reward.path: {error}") from None
+
+
+def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[str, Any]) -> None:
+    """Writes what `AutoModelForCausalLM` and `AutoTokenizer` read, and report.json beside it; whole or not at all."""
+
+    def write(new: Path) -> None:
+        model.save_pretrained(new)
+        codec.tokenizer.save_pretrained(new)
+        write_json(new / "report.json", report)
+
+    with_new_folder(folder, write)
+
+
+def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: int) -> Generator:
+    """A sampler with the config's rollout settings."""
+    return Generator(policy, config.rollout, eos_token_ids=codec.eos_id, pad_token_id=codec.pad_id, seed=seed)
+
+
+def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter:
+    """The writer of one stage's numbers in `output_dir`; those after step `done` of an earlier run are replaced."""
+    return MetricsWriter(config.output_dir, stage, resume_after=done)
+
+
+def plot(config: RunConfig, stage: str, x_label: str) -> None:
+    """The curves of a stage, those of the run that it resumed among them, as `output_dir/plots/<stage>.png`."""
+    rows = [row for row in read_metrics(config.output_dir) if row["stage"] == stage]
+    plot_stage(rows, PANELS[stage], Path(config.output_dir) / "plots" / f"{stage}.png", x_label=x_label)
+
+
+def placement(config: RunConfig) -> dict[str, Any]:
+    """Arguments of loading that say where and how a model lives."""
+    try:
+        # A device that cannot hold and give back a number fails here, not in the middle of a stage.
+        torch.zeros(1, device=config.device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: got {config.device!r}, which torch cannot use here: {reason}") from None
+    return {"attention": config.model.attention, "dtype": getattr(torch, config.dtype), "device": config.device}
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Every token has an embedding; spare embeddings, which fill a matrix up to a round size, are no mistake."""
+    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"{folder}: got token id {largest} in its tokenizer, expected ids below {rows}, its embeddings"
+        )
+
+
+def truncated(codec: Codec) -> dict[str, int]:
+    """How many prompts lost their beginning, for reports and metrics."""
+    return {"truncated_prompts": codec.truncated.count}
+
+
+def given(value: str | None, key: str) -> str:
+    if value is None:
+        raise ValueError(f"{key}: got nothing, expected a path")
+    return value
+
+
+def read_records(path: str | None, key: str, reader: Callable[[str], Iterator[Item]]) -> list[Item]:
+    records = list(reader(given(path, key)))
+    if not records:
+        raise ValueError(f"{key}: got no records to train on in {path}, expected at least one")
+    return records
+
+
+def encode_records(path: str | None, records: Sequence[Item], encode: Callable[[Item], Made]) -> list[Made]:
+    encoded = []
+    for record in records:
+        try:
+            encoded.append(encode(record))
+        except ValueError as error:
+            raise ValueError(f"{path}:{record.line}: {error}") from None
+    return encoded
+
+
+def split(items: Sequence[Made], config: RunConfig) -> tuple[list[Made], list[Made]]:
+    """Training and validation parts, drawn by the seed; both have at least one item if there are two."""
+    order = list(range(len(items)))
+    Random(config.seed).shuffle(order)
+    if len(items) < 2:
+        raise ValueError(
+            f"data: got {len(items)} usable records, expected at least 2, to train on one and validate on one"
+        )
+    held_out = min(len(items) - 1, max(1, round(config.data.validation_share * len(items))))
+    return [items[i] for i in order[held_out:]], [items[i] for i in order[:held_out]]

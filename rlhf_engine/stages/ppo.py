@@ -1,0 +1,187 @@
+"""The third stage: prompts and a reward to a policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_engine.checkpoint import resume as resume_trainer
+from rlhf_engine.checkpoint import save_checkpoint
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data import Codec, Example, read_prompts
+from rlhf_engine.metrics import progress
+from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.model.pretrained import load_tokenizer, max_positions
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.rollout import Rollout
+from rlhf_engine.stages.loading import (
+    encode_records,
+    given,
+    load_model,
+    load_reward_model,
+    make_generator,
+    plot,
+    read_records,
+    stage_metrics,
+    truncated,
+)
+from rlhf_engine.train.ppo import PPOTrainer
+from rlhf_engine.train.ptx import PretrainStream, pack_text
+from rlhf_engine.train.reward_function import import_function, text_reward
+from rlhf_engine.train.reward_model import score_examples
+from rlhf_engine.train.scores import RewardFunction
+from rlhf_engine.train.streams import shuffled_stream
+
+
+def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]]:
+    """Prompts and a reward model to a policy in `output_dir/ppo`; returns the numbers of every update of this call.
+
+    With `resume` it goes on from the checkpoint in that folder, drawing the numbers that an unbroken run would draw.
+    """
+    records = read_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
+    function = None
+    if config.reward.function is not None:
+        function = import_function(config.reward.function, "reward.function")
+    reward_model = load_reward_model(config) if function is None else None
+    model, codec = load_model(config)
+    _check_fit(config, model, codec, reward_model)
+    prompts = encode_records(
+        config.data.prompts, records, lambda record: torch.tensor(codec.encode_prompt(record.prompt))
+    )
+    policy = make_policy(config, model, reward_model)
+    if function is None:
+        reward = reward_function(reward_model, codec)
+    else:
+        texts = {tuple(ids.tolist()): record.prompt for ids, record in zip(prompts, records, strict=True)}
+        reward = text_reward(function, texts, codec)
+    trainer = PPOTrainer(
+        policy,
+        frozen_copy(policy),
+        make_generator(policy, codec, config, config.seed),
+        prompt_stream(prompts, config.seed),
+        reward,
+        config.ppo,
+        seed=config.seed,
+        pretrain=pretrain_stream(config, codec),
+    )
+    folder = Path(config.output_dir) / "ppo"
+    if resume:
+        resume_trainer(folder, trainer, config)
+    history: list[dict[str, float]] = []
+    done, updates = trainer.updates_done, config.ppo.updates
+    with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
+
+        def on_update(number: int, log: dict[str, float]) -> None:
+            log |= truncated(codec)
+            metrics.write(number, log)
+            history.append(log)
+            bar.update()
+            bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
+            if number == updates or (config.ppo.checkpoint_every and number % config.ppo.checkpoint_every == 0):
+                save_checkpoint(folder, trainer, codec.tokenizer, config)
+
+        trainer.train(on_update)
+    plot(config, "ppo", "update")
+    return history
+
+
+def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
+    """The policy and its value function as `ppo.value_model` and `ppo.value_init` want them."""
+    ppo, backend = config.ppo, config.backend
+    if ppo.objective == "trpo" and config.model.attention != "eager":
+        raise ValueError(
+            f"model.attention: got {config.model.attention!r} with ppo.objective 'trpo', expected 'eager', which can be "
+            "differentiated twice"
+        )
+    from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
+    if from_reward and reward_model is None:
+        raise ValueError(
+            "ppo.value_init: got 'reward_model' with a reward.function, expected 'zero': a function has no weights"
+        )
+    if ppo.value_model == "backbone":
+        value_model = copy.deepcopy(reward_model) if from_reward else RewardModel.from_causal_lm(model, config.seed)
+        if not from_reward:
+            nn.init.zeros_(value_model.head.weight)
+        return ActorCritic(model, value_model=value_model, backend=backend)
+    if not from_reward:
+        return ActorCritic(model, backend=backend)
+    head = reward_model.head
+    theirs, ours = head.weight.numel(), model.get_output_embeddings().weight.shape[1]
+    if theirs != ours:
+        raise ValueError(
+            f"ppo.value_init: got 'reward_model', whose hidden size is {theirs}, for a head on the policy's trunk, whose "
+            f"hidden size is {ours}; expected ppo.value_init 'zero' or ppo.value_model 'backbone'"
+        )
+    return ActorCritic(model, ValueHead.from_weights(head.weight.detach(), head.bias.detach()), backend=backend)
+
+
+def prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:
+    """Prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
+    take = shuffled_stream(len(prompts), seed)
+    return lambda first, count: [prompts[index] for index in take(first, count)]
+
+
+def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
+    """The text of `data.pretrain` in sequences as long as a rollout's longest; None without PPO-ptx."""
+    if config.ppo.ptx_coef == 0.0:
+        return None
+    path = given(config.data.pretrain, "data.pretrain")
+    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    try:
+        return PretrainStream(pack_text(path, codec.tokenizer, length), config.seed)
+    except ValueError as error:
+        raise ValueError(f"data.pretrain: {error}") from None
+
+
+def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
+    """Scores whole answers as a labeler sees them: one that ran out of budget is read as ending where it breaks off."""
+
+    def scores(rollout: Rollout) -> Tensor:
+        return score_examples(model, rollout_examples(rollout, codec), codec.pad_id)
+
+    return scores
+
+
+def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
+    """Prompt and response of every sequence of a rollout, each response with EOS at its end."""
+    prompt_lengths, lengths = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
+    prompts, responses = rollout.prompt_ids.tolist(), rollout.response_ids.tolist()
+    examples = []
+    for row, ended in enumerate(rollout.ended.tolist()):
+        prompt = prompts[row][len(prompts[row]) - prompt_lengths[row] :]
+        response = responses[row][: lengths[row]] + ([] if ended else [codec.eos_id])
+        examples.append(Example(tuple(prompt), tuple(response)))
+    return examples
+
+
+def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel | None) -> None:
+    """A reward model reads the policy's token ids, and both have room for the longest response."""
+    rooms = [(max_positions(model), 0)]
+    if reward_model is not None:
+        _check_ids(config, model, codec, reward_model)
+        # A response that runs out of budget is scored with an EOS behind it.
+        rooms.append((max_positions(reward_model.trunk), 1))
+    rollout = config.rollout
+    room = min((positions - spare for positions, spare in rooms if positions is not None), default=None)
+    if room is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > room:
+        raise ValueError(
+            f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
+            f"{rollout.max_response_tokens}, expected at most {room} together, the models' positions"
+        )
+
+
+def _check_ids(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel) -> None:
+    theirs, ours = load_tokenizer(config.reward.path), codec.tokenizer
+    folders = f"{config.reward.path} (reward.path) and {config.model.path} (model.path)"
+    if theirs.get_vocab() != ours.get_vocab() or theirs.eos_token_id != ours.eos_token_id:
+        raise ValueError(
+            f"the tokenizers of {folders} differ; expected a reward model that reads the policy's token ids"
+        )
+    rows = [found.get_input_embeddings().weight.shape[0] for found in (reward_model.trunk, model)]
+    if rows[0] < rows[1]:
+        raise ValueError(f"{folders}: got {rows[0]} and {rows[1]} embeddings, expected no fewer in the reward model")

@@ -1,0 +1,96 @@
+"""From answers to the scores that PPO learns from: who is scored, what is not a number, on which scale.
+
+The order is that of "The N implementation details of RLHF with PPO" (Huang et al. 2024): the reward function's scores are
+normalised first, then what an answer without EOS gets takes its place or is taken off. Shapes: B sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.config import PPOConfig
+from rlhf_engine.rollout import Rollout
+
+RewardFunction = Callable[[Rollout], Tensor]
+"""Gives one float score for each sequence of a rollout, [B]."""
+
+
+class ScoreScale:
+    """Moves the reward function's scores to mean 0 and standard deviation 1, by the moments that `kind` says.
+
+    batch: those of this rollout. first: those of the run's first rollout, which the reference policy wrote (OpenAI's
+    normalisation of the reward model before training). running: those of all rollouts so far. none: nothing is moved.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def __call__(self, scores: Tensor) -> Tensor:  # (B,) -> (B,)
+        if self.kind == "none" or not len(scores):
+            return scores
+        if self.kind == "batch" or (self.kind == "first" and not self.count):
+            self.count, self.mean, self.squares = 0, 0.0, 0.0
+        if self.kind != "first" or not self.count:
+            self._add(scores.double())
+        spread = math.sqrt(self.squares / self.count)
+        # Scores that are all the same say nothing, and their spread is rounding.
+        return (scores - self.mean) / spread if spread > 1e-6 * max(1.0, abs(self.mean)) else scores - self.mean
+
+    def _add(self, scores: Tensor) -> None:
+        """Join the moments of `scores` to those so far (Chan et al. 1979)."""
+        count, mean = len(scores), float(scores.mean())
+        squares = float((scores - mean).square().sum())
+        total, gap = self.count + count, mean - self.mean
+        self.squares += squares + gap * gap * self.count * count / total
+        self.mean += gap * count / total
+        self.count = total
+
+    def state(self) -> dict[str, int | float]:
+        """The moments, under the names that a checkpoint knows them by."""
+        return {"score_count": self.count, "score_mean": self.mean, "score_squares": self.squares}
+
+    def load_state(self, state: dict[str, int | float]) -> None:
+        """Go on from what `state` gave."""
+        self.count, self.mean, self.squares = (state[f"score_{name}"] for name in ("count", "mean", "squares"))
+
+
+def score_answers(
+    rollout: Rollout, reward_fn: RewardFunction, config: PPOConfig, scale: ScoreScale, first: int = 0
+) -> tuple[Rollout, Tensor]:
+    """Scores [B] of the answers that stay in the rollout, and that rollout.
+
+    With `missing_eos_score` an answer without EOS gets that, and `reward_fn` never sees it; otherwise it loses
+    `missing_eos_penalty`. An answer whose score is not finite leaves the rollout if `nonfinite_scores` is "skip"; if not, or
+    if none is left, ValueError, which names it by its number in the run (`first` is that of the rollout's first) and leaves
+    all state as it was. ValueError too unless there is one score an answer.
+    """
+    scored = rollout.ended if config.missing_eos_score is not None else torch.ones_like(rollout.ended)
+    rows = scored.nonzero()[:, 0]
+    raw = torch.zeros(len(rollout), device=rollout.mask.device)
+    if len(rows):
+        seen = rollout if len(rows) == len(rollout) else rollout.take(rows)
+        found = reward_fn(seen)
+        if found.shape != (len(rows),):
+            raise ValueError(f"reward_fn: got scores of shape {tuple(found.shape)}, expected {len(rows)} finite scores")
+        raw[rows] = found.to(raw)
+    finite = raw.isfinite()
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()[:, 0].tolist()
+        if config.nonfinite_scores == "stop" or len(bad) == len(rollout):
+            numbers = ", ".join(str(first + row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"reward_fn: got {float(raw[bad[0]])} for sample {numbers} of the run ({len(bad)} of {len(rollout)} in "
+                f"this rollout), expected {len(rows)} finite scores; ppo.nonfinite_scores=skip leaves such samples out"
+            )
+        kept = finite.nonzero()[:, 0]
+        rollout, raw, scored = rollout.take(kept), raw[kept], scored[kept]
+    scores = raw.clone()
+    scores[scored] = scale(raw[scored])
+    if config.missing_eos_score is not None:
+        scores[~scored] = config.missing_eos_score
+    return rollout, scores - config.missing_eos_penalty * ~rollout.ended

@@ -1,0 +1,70 @@
+"""`rlhf config show`: every field with its words, and text that reads back."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+import rlhf_engine
+from rlhf_engine.cli import main
+from rlhf_engine.config import RunConfig, load_config
+from rlhf_engine.describe import field_docs
+
+SHIPPED = [Path(rlhf_engine.__path__[0]) / name for name in ("demo/demo.yaml", "examples/one_gpu_7b.yaml")]
+
+
+def show(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(["config", "show", *map(str, arguments)])
+    shown = capsys.readouterr()
+    return exit_.value.code or 0, shown.out, shown.err
+
+
+def sections(kind=RunConfig):
+    """Every section of the config, the nested ones too."""
+    yield kind
+    for item in fields(kind):
+        hint = get_type_hints(kind)[item.name]
+        if is_dataclass(hint):
+            yield from sections(hint)
+
+
+def test_every_field_of_every_section_has_a_docstring():
+    for section in sections():
+        assert set(field_docs(section)) == {item.name for item in fields(section)}, section.__name__
+
+
+def test_what_is_shown_reads_back_to_the_defaults(capsys, tmp_path):
+    code, shown, _ = show(capsys)
+    (tmp_path / "all.yaml").write_text(shown)
+    assert code == 0 and load_config(tmp_path / "all.yaml") == RunConfig()
+    for section in sections():
+        for words in field_docs(section).values():
+            assert words.split(" ")[0] in shown
+
+
+def test_a_field_is_shown_with_docstring_type_and_default(capsys):
+    _, shown, _ = show(capsys, "ppo.optim", "--set", "ppo.optim.lr=0.5")
+    lines = shown.splitlines()
+    assert lines[0].startswith("# Peak learning rate; AdamW moves a weight by about this much a step.")
+    # The default of the optimiser of this stage, not of any optimiser.
+    assert "(float above 0 and at most 1; default 9.0e-06)" in " ".join(lines[:3]).replace(" # ", " ")
+    assert yaml.safe_load(shown)["lr"] == 0.5
+
+
+def test_null_is_said_in_yamls_words(capsys):
+    _, shown, _ = show(capsys)
+    assert "None" not in shown
+
+
+def test_an_unknown_section_is_refused(capsys):
+    code, _, shown = show(capsys, "ppo.optin")
+    assert code == 2 and shown == "rlhf: unknown key 'ppo.optin'; did you mean 'optim'?\n"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_example_configs_load(capsys, path):
+    code, shown, _ = show(capsys, "--config", path)
+    assert code == 0 and yaml.safe_load(shown) == load_config(path).to_dict()
