@@ -135,6 +135,28 @@ def test_s13_entropy_bonus_is_the_mean_entropy_of_the_states():
         torch.testing.assert_close(found, parameter.grad, rtol=5e-3, atol=1e-3 * scale + 1e-7, msg=name)
 
 
+def test_s12_value_loss_is_half_the_mean_squared_error():
+    """What its coefficient adds to the gradient is `c1 grad mean_t 1/2 (V(s_t) - R_t)^2`, for policy and value alike."""
+    trainer = make_trainer()
+    experience = make_experience(trainer)
+    with_values, metrics = gradients(trainer, experience, 4, vf_coef=3.0, cliprange_value=None)
+    without, _ = gradients(trainer, experience, 4, vf_coef=0.0, cliprange_value=None)
+    rollout, policy, total = experience.rollout, trainer.policy, 0.0
+    policy.zero_grad()
+    for row in range(16):
+        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        values = policy.values(policy.hidden(ids))[0, int(rollout.prompt_lengths[row]) - 1 : -1]
+        total = total + (values - experience.returns[row, : len(values)]).square().sum() / 2
+    loss = total / rollout.mask.sum()
+    (3.0 * loss).backward()
+    assert float(metrics["value_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+    for name, parameter in policy.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max())
+            found = with_values[name] - without[name]
+            torch.testing.assert_close(found, parameter.grad, rtol=5e-3, atol=1e-3 * scale + 1e-7, msg=name)
+
+
 def test_temperature_and_kept_set_enter_the_loss():
     rollout = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16, temperature=0.6, top_p=0.7)
     trainer = make_trainer(rollout=rollout, minibatch=16, ppo_epochs=1, importance_cap=2.0)
