@@ -6,11 +6,11 @@ import torch
 from rlhf_kernels import gae, logits_ppo_loss, reference, rollout_advantages
 
 from .bounds import check_error
-from .gpu import DEVICE, needs_gpu, to_device
+from .gpu import DEVICE, to_device
 from .test_gae import batch
 from .test_rollout_advantages import double, rollout
 
-pytestmark = needs_gpu
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(("b", "t"), [(128, 4096), (64, 512), (33, 8192), (3, 8191), (2, 131072), (300, 5000)])

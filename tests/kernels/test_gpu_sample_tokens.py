@@ -31,14 +31,14 @@ FILTERS = [
 
 
 LAUNCHER = sys.modules["rlhf_kernels._triton.sample_tokens"]  # the package has the function of that name in its place
-LARGE = LAUNCHER.BLOCK
+LARGE = LAUNCHER.LAUNCH["BLOCK"]
 BLOCK = 256 if DEVICE.type == "cpu" else LARGE
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """The interpreter takes its time by the lane: there most tests get small blocks, and short rows have several."""
-    monkeypatch.setattr(LAUNCHER, "BLOCK", BLOCK)
+    monkeypatch.setitem(LAUNCHER.LAUNCH, "BLOCK", BLOCK)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def test_the_ids_of_the_cpu_kernel(dtype, filters):
 
 @pytest.mark.parametrize("filters", [{}, FILTERS[-1]], ids=str)
 def test_rows_of_several_whole_blocks(filters, monkeypatch):
-    monkeypatch.setattr(LAUNCHER, "BLOCK", LARGE)
+    monkeypatch.setitem(LAUNCHER.LAUNCH, "BLOCK", LARGE)
     logits, numbers = rows(3, 2 * LARGE + 37, seed=1, spread=1.0, dtype=torch.bfloat16)
     options = filters | {"temperature": 0.7}
     compare(draw(logits, numbers, **options), sample_tokens(logits, **numbers, **options, backend="cpu"))
