@@ -70,7 +70,7 @@ class DataConfig(Section):
     prompts: str | None = None
     """JSONL of prompt, user_id and, if wanted, split."""
     pretrain: str | None = None
-    """Plain text, documents parted by blank lines, for PPO-ptx."""
+    """Text for PPO-ptx: .txt with blank lines between documents, JSONL with a field `text`, or a data set's folder."""
     prompt_template: str = "{prompt}\n"
     """Frame of a prompt; `{prompt}` stands for its text."""
     long_prompts: Literal["refuse", "truncate"] = "refuse"

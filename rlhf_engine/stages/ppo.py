@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.checkpoint import save_checkpoint
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import Codec, Example, read_prompts
+from rlhf_engine.data import Codec, Example, packed_sequences, read_prompts
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
@@ -31,7 +31,7 @@ from rlhf_engine.stages.loading import (
     truncated,
 )
 from rlhf_engine.train.ppo import PPOTrainer
-from rlhf_engine.train.ptx import PretrainStream, pack_text
+from rlhf_engine.train.ptx import PretrainStream
 from rlhf_engine.train.reward_function import import_function, text_reward
 from rlhf_engine.train.reward_model import score_examples
 from rlhf_engine.train.scores import RewardFunction
@@ -133,7 +133,7 @@ def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
     path = given(config.data.pretrain, "data.pretrain")
     length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     try:
-        return PretrainStream(pack_text(path, codec.tokenizer, length), config.seed)
+        return PretrainStream(torch.tensor(list(packed_sequences(path, codec, length))), config.seed)
     except ValueError as error:
         raise ValueError(f"data.pretrain: {error}") from None
 

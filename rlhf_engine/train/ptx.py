@@ -9,13 +9,8 @@ Shapes: M sequences in all, B of a step, L tokens of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain, islice
-from pathlib import Path
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.train.streams import shuffled_stream
@@ -48,37 +43,3 @@ def ptx_backward(policy: ActorCritic, sequences: Tensor, *, coef: float, microba
         (coef * nll).backward()
         loss += nll.detach()
     return {"ptx_loss": loss}
-
-
-def pack_text(path: str | Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:  # (M, L)
-    """The documents of a text file, which blank lines part, one after the other and cut every `length` tokens.
-
-    Each document ends with EOS; what is left at the file's end and fills no sequence is not used. Raises ValueError naming
-    a file that is missing, is not UTF-8 or has fewer than `length` tokens.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    pieces = [torch.empty(0, dtype=torch.int64)]
-    try:
-        documents = _documents(path)
-        while part := list(islice(documents, 1024)):
-            encoded = tokenizer(part, add_special_tokens=False)["input_ids"]
-            pieces.append(torch.tensor(list(chain.from_iterable([*ids, tokenizer.eos_token_id] for ids in encoded))))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-    tokens = torch.cat(pieces)
-    if len(tokens) < length:
-        raise ValueError(f"{path}: got {len(tokens)} tokens, expected at least {length}, one sequence of pretraining")
-    return tokens[: len(tokens) // length * length].view(-1, length)
-
-
-def _documents(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        for line in chain(file, [""]):
-            if line.strip():
-                lines.append(line)
-            elif lines:
-                yield "".join(lines).strip()
-                lines.clear()

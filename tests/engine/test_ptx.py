@@ -5,10 +5,9 @@ import torch
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, RunConfig
-from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.train.ppo import minibatch_backward
-from rlhf_engine.train.ptx import PretrainStream, pack_text, ptx_backward
+from rlhf_engine.train.ptx import PretrainStream, ptx_backward
 from tests.engine.test_ppo import make_experience
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of
@@ -91,29 +90,6 @@ def test_s9_a_resumed_run_goes_on_in_the_text(tmp_path):
     assert second.step()["ptx_loss"] == log["ptx_loss"]
     for name, parameter in weights_of(straight).items():
         assert torch.equal(parameter, weights_of(second)[name]), name
-
-
-def test_s9_text_is_packed_whole(tmp_path):
-    tokenizer = train_tokenizer(["one two three four five six"], 300)
-    documents = ["one two\nthree", "four", "five six"]
-    (tmp_path / "text.txt").write_text("\n\n" + documents[0] + "\n\n\n" + documents[1] + "\n \n" + documents[2])
-    ids = []
-    for document in documents:
-        ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
-    packed = pack_text(tmp_path / "text.txt", tokenizer, 4)
-    assert packed.flatten().tolist() == ids[: len(ids) // 4 * 4] and packed.shape[1] == 4
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [(b"one\n", r"text\.txt: got 3 tokens, expected at least 40"), (b"", "got 0 tokens"), (b"\xff\xfe", "not UTF-8")],
-)
-def test_s9_a_text_that_fills_no_sequence_is_refused(tmp_path, content, message):
-    (tmp_path / "text.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        pack_text(tmp_path / "text.txt", train_tokenizer(["one one one"], 259), 40)
-    with pytest.raises(ValueError, match=r"nowhere\.txt: no such file"):
-        pack_text(tmp_path / "nowhere.txt", train_tokenizer(["one"], 259), 40)
 
 
 def test_s9_coefficient_and_stream_come_together():
