@@ -109,7 +109,8 @@ class RewardConfig(Section):
     """Folder of a trained reward model, which PPO scores with; it may be smaller than the policy."""
     function: str | None = None
     """Python function in its place, as module:function or file.py:function. It takes a list of prompts and a list of
-    answers, texts both, and gives a list of floats."""
+    answers and gives a list of floats. Answers are texts, and so are prompts, except that a conversation comes as its list of
+    messages, each an object with role and content."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8

@@ -27,14 +27,14 @@ import sqlite3
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_engine.config import HygieneConfig
 from rlhf_engine.data.kept_index import KeptIndex
 from rlhf_engine.data.loading import read_prompts
-from rlhf_engine.data.records import Prompt, PromptRecord, prompt_texts, with_texts
+from rlhf_engine.data.records import Prompt, PromptRecord, prompt_field, prompt_texts, with_texts
 from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.files import with_new_folder, write_json
 
@@ -258,8 +258,4 @@ def _with_prompt(record: PromptRecord, prompt: Prompt) -> PromptRecord:
 
 def _fields(record: PromptRecord) -> dict[str, Any]:
     """What `read_prompts` reads back as `record`."""
-    if isinstance(record.prompt, str):
-        prompt: dict[str, Any] = {"prompt": record.prompt}
-    else:
-        prompt = {"messages": [asdict(message) for message in record.prompt]}
-    return {**prompt, "user_id": record.user_id, "split": record.split}
+    return {**prompt_field(record.prompt), "user_id": record.user_id, "split": record.split}

@@ -3,7 +3,8 @@
 import math
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 def _check_text(name: str, value: object) -> None:
@@ -147,6 +148,21 @@ def with_texts(prompt: Prompt, texts: Sequence[str]) -> Prompt:
     if isinstance(prompt, str):
         return texts[0]
     return tuple(Message(message.role, text) for message, text in zip(prompt, texts, strict=True))
+
+
+def plain(prompt: Prompt) -> str | list[dict[str, str]]:
+    """What JSON, or a user's function, gets for a prompt: its text, or its messages with role and content."""
+    return prompt if isinstance(prompt, str) else [asdict(message) for message in prompt]
+
+
+def prompt_field(prompt: Prompt) -> dict[str, Any]:
+    """The field of a line that holds a prompt, as the readers of data sets expect it."""
+    return {"prompt" if isinstance(prompt, str) else "messages": plain(prompt)}
+
+
+def prompt_of(line: dict[str, Any]) -> Prompt:
+    """The prompt of a line that `prompt_field` wrote."""
+    return line["prompt"] if "prompt" in line else parse_messages(line["messages"])
 
 
 def parse_ranking(ranking: object, count: int) -> tuple[float, ...]:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_engine.data.records import Prompt
-from rlhf_engine.evaluate.prompt_lines import prompt_field
+from rlhf_engine.data.records import Prompt, prompt_field
 from rlhf_engine.files import with_new_file
 
 _PREFERENCES = ("A", "B", "tie")

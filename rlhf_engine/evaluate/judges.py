@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.data import Codec
-from rlhf_engine.data.records import Prompt
-from rlhf_engine.evaluate.prompt_lines import plain
+from rlhf_engine.data.records import Prompt, plain
 from rlhf_engine.evaluate.win_rate import score_preferences
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel

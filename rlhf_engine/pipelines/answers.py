@@ -15,7 +15,7 @@ import torch
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
-from rlhf_engine.evaluate.prompt_lines import prompt_field
+from rlhf_engine.data.records import prompt_field
 from rlhf_engine.files import with_new_file
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic

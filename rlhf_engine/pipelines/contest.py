@@ -16,7 +16,7 @@ import torch
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import PromptRecord, read_prompts
-from rlhf_engine.data.records import Prompt
+from rlhf_engine.data.records import Prompt, prompt_field, prompt_of
 from rlhf_engine.evaluate import (
     Judge,
     Pair,
@@ -28,7 +28,6 @@ from rlhf_engine.evaluate import (
     read_preferences,
     write_pairs,
 )
-from rlhf_engine.evaluate.prompt_lines import prompt_field, prompt_of
 from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
 from rlhf_engine.pipelines.answers import Answerer, Answers, answer_all
 from rlhf_engine.plots import plot_win_rates

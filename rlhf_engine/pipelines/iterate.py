@@ -14,8 +14,8 @@ from typing import Any
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_prompts
+from rlhf_engine.data.records import prompt_field, prompt_of
 from rlhf_engine.evaluate import WinRate, rank
-from rlhf_engine.evaluate.prompt_lines import prompt_field, prompt_of
 from rlhf_engine.files import with_new_file
 from rlhf_engine.pipelines.answers import Answerer, answer_all
 from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, run_eval

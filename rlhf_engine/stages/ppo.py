@@ -14,6 +14,7 @@ from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.checkpoint import save_checkpoint
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, packed_sequences, read_prompts
+from rlhf_engine.data.records import plain
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
@@ -57,8 +58,8 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     if function is None:
         reward = reward_function(reward_model, codec)
     else:
-        texts = {tuple(ids.tolist()): record.prompt for ids, record in zip(prompts, records, strict=True)}
-        reward = text_reward(function, texts, codec)
+        asked = {tuple(ids.tolist()): plain(record.prompt) for ids, record in zip(prompts, records, strict=True)}
+        reward = text_reward(function, asked, codec)
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),

@@ -1,4 +1,4 @@
-"""A user's own reward: a Python function of texts."""
+"""A user's own reward: a Python function of prompts and answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from rlhf_engine.data import Codec
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.train.scores import RewardFunction
 
-TextReward = Callable[[list[str], list[str]], Sequence[float]]
+PlainPrompt = str | list[dict[str, str]]
+"""A prompt as `plain` gives it: its text, or a conversation's messages with role and content."""
+
+TextReward = Callable[[list[PlainPrompt], list[str]], Sequence[float]]
 """Gives one number for each (prompt, answer)."""
 
 
@@ -32,10 +35,10 @@ def import_function(name: str, key: str) -> TextReward:
     return function
 
 
-def text_reward(function: TextReward, prompts: Mapping[tuple[int, ...], str], codec: Codec) -> RewardFunction:
-    """`function` of a rollout's texts: all prompts and all answers in one call.
+def text_reward(function: TextReward, prompts: Mapping[tuple[int, ...], PlainPrompt], codec: Codec) -> RewardFunction:
+    """`function` of a rollout's prompts and answers: all of them in one call.
 
-    `prompts` are the texts of prompts by their ids, as they were before the prompt's frame. Raises ValueError unless there is
+    `prompts` are the prompts by their ids, as they were before the prompt's frame. Raises ValueError unless there is
     one number an answer; one that is not finite is told by `score_answers`, which knows where in the run the sample is.
     """
 
