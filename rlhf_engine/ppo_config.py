@@ -116,7 +116,8 @@ class PPOConfig(Section):
     """Scores are clipped to [-score_clip, score_clip]; None leaves them alone."""
     score_scale: Literal["none", "batch", "first", "running"] = "none"
     """Moments by which scores are moved to mean 0 and deviation 1 before they are clipped: none (InstructGPT centres the
-    reward model instead), this rollout's, the first rollout's (OpenAI 2019), or those of all rollouts so far."""
+    reward model instead), this rollout's, the first rollout's (OpenAI 2019), or those of all rollouts so far. The log has
+    both: `score_mean` as the reward function gave it, `scaled_score_mean` as PPO learns from it."""
     missing_eos_penalty: NonNegative = 0.0
     """Taken off the score of a response that ran out of budget before EOS."""
     missing_eos_score: float | None = None

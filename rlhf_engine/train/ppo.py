@@ -30,10 +30,11 @@ from rlhf_kernels import masked_whiten, rollout_advantages
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout with what its reward is made of. All but `scores` are (B, T), float32, 0 where the mask is False."""
+    """A rollout with what its reward is made of. All but scores are (B, T), float32, 0 where the mask is False."""
 
     rollout: Rollout
     scores: Tensor  # (B,)
+    raw_scores: Tensor  # (B,), before any scale or penalty
     old_logprobs: Tensor
     old_values: Tensor
     ref_logprobs: Tensor
@@ -67,7 +68,8 @@ def score(
     first: int = 0,
 ) -> Scored:
     """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference."""
-    rollout, scores = score_answers(rollout, reward_fn, config, scale or ScoreScale(config.score_scale), first)
+    scale = scale or ScoreScale(config.score_scale)
+    rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
     size = {"microbatch": config.microbatch, "temperature": temperature}
     ref_logprobs, _ = score_rollout(reference, rollout, **size)
     old_logprobs, old_values = rollout.logprobs, rollout.values
@@ -77,7 +79,7 @@ def score(
         old_values = value_rollout(policy, rollout, microbatch=config.microbatch)
     if config.baseline == "none":
         old_values = torch.zeros_like(old_values)
-    return Scored(rollout, scores, old_logprobs, old_values, ref_logprobs)
+    return Scored(rollout, scores, raw_scores, old_logprobs, old_values, ref_logprobs)
 
 
 def advantages(
@@ -108,8 +110,9 @@ def advantages(
         weights = discounts if weights is None else weights * discounts
     lengths = rollout.response_lengths.float()
     log = {
-        "score_mean": scored.scores.mean(),
-        "score_std": scored.scores.std(correction=0),
+        "score_mean": scored.raw_scores.mean(),
+        "score_std": scored.raw_scores.std(correction=0),
+        "scaled_score_mean": scored.scores.mean(),
         "kl": result.kl.sum(1).mean(),
         "kl_per_token": result.kl.sum() / lengths.sum(),
         "reward_mean": result.rewards.sum(1).mean(),

@@ -61,8 +61,8 @@ class ScoreScale:
 
 def score_answers(
     rollout: Rollout, reward_fn: RewardFunction, config: PPOConfig, scale: ScoreScale, first: int = 0
-) -> tuple[Rollout, Tensor]:
-    """Scores [B] of the answers that stay in the rollout, and that rollout.
+) -> tuple[Rollout, Tensor, Tensor]:
+    """The answers that stay in the rollout, the scores [B] that PPO learns from, and those before any scale or penalty [B].
 
     With `missing_eos_score` an answer without EOS gets that, and `reward_fn` never sees it; otherwise it loses
     `missing_eos_penalty`. An answer whose score is not finite leaves the rollout if `nonfinite_scores` is "skip"; if not, or
@@ -89,8 +89,8 @@ def score_answers(
             )
         kept = finite.nonzero()[:, 0]
         rollout, raw, scored = rollout.take(kept), raw[kept], scored[kept]
+    if config.missing_eos_score is not None:
+        raw[~scored] = config.missing_eos_score
     scores = raw.clone()
     scores[scored] = scale(raw[scored])
-    if config.missing_eos_score is not None:
-        scores[~scored] = config.missing_eos_score
-    return rollout, scores - config.missing_eos_penalty * ~rollout.ended
+    return rollout, scores - config.missing_eos_penalty * ~rollout.ended, raw

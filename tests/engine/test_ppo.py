@@ -95,10 +95,11 @@ def test_s6_s7_rewards_carry_the_penalties():
     assert 0 < int(rollout.ended.sum()) < 16
     scored = score(rollout, trainer.policy, trainer.reference, target_share, trainer.config, 1.0)
     torch.testing.assert_close(scored.scores, target_share(rollout) - 3.0 * (~rollout.ended).float())
-    shifted = Scored(rollout, scored.scores, rollout.logprobs, rollout.values, rollout.logprobs - 0.25 * rollout.mask)
+    ref_logprobs = rollout.logprobs - 0.25 * rollout.mask
+    shifted = Scored(rollout, scored.scores, scored.raw_scores, rollout.logprobs, rollout.values, ref_logprobs)
     _, log = advantages(shifted, trainer.config, 0.5)
     assert log["kl"] == pytest.approx(0.25 * log["response_length"], rel=1e-5)
-    assert log["reward_mean"] == pytest.approx(log["score_mean"] - 0.5 * log["kl"], rel=1e-4, abs=1e-4)
+    assert log["reward_mean"] == pytest.approx(log["scaled_score_mean"] - 0.5 * log["kl"], rel=1e-4, abs=1e-4)
 
 
 def test_s10_first_minibatch_has_ratio_one_and_no_kl():

@@ -17,7 +17,7 @@ def rollout():
 
 def scores_of(rollout, reward=target_share, scale=None, **settings):
     config = PPOConfig(**SETTINGS, **settings)
-    return score_answers(rollout, reward, config, scale or ScoreScale(config.score_scale))
+    return score_answers(rollout, reward, config, scale or ScoreScale(config.score_scale))[:2]
 
 
 def test_s6_a_fixed_score_in_place_of_the_reward_of_what_does_not_end(rollout):
@@ -109,7 +109,7 @@ def test_s6_skipping_leaves_the_sample_out_and_counts_it():
 
     trainer = make_trainer(reward=reward, nonfinite_scores="skip")
     rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
-    kept, scores = score_answers(rollout, reward, trainer.config, trainer.scale)
+    kept, scores, _ = score_answers(rollout, reward, trainer.config, trainer.scale)
     others = [row for row in range(16) if row != 3]
     assert torch.equal(kept.input_ids, rollout.input_ids[others])
     torch.testing.assert_close(scores, target_share(rollout)[others])
@@ -120,6 +120,26 @@ def test_s6_skipping_leaves_the_sample_out_and_counts_it():
         make_trainer(reward=lambda r: torch.full((16,), torch.nan), nonfinite_scores="skip").step()
 
 
+@pytest.mark.parametrize("kind", ["none", "batch", "first"])
+def test_s6_the_log_has_the_scores_as_the_reward_function_gave_them(kind):
+    """A normalised score says nothing about progress: its mean is 0 in every update of the kind `batch`."""
+    seen = []
+
+    def reward(rollout):
+        seen.append(target_share(rollout) * 3 + 5)
+        return seen[-1]
+
+    trainer = make_trainer(reward=reward, score_scale=kind, missing_eos_penalty=0.5)
+    for _ in range(2):
+        log = trainer.step()
+        assert log["score_mean"] == pytest.approx(float(seen[-1].mean()), rel=1e-6)
+        assert log["score_std"] == pytest.approx(float(seen[-1].std(correction=0)), rel=1e-5)
+        if kind == "batch":
+            assert log["scaled_score_mean"] == pytest.approx(0.5 * log["ended"] - 0.5, abs=1e-5)
+        elif kind == "none":
+            assert log["scaled_score_mean"] == pytest.approx(log["score_mean"] + 0.5 * log["ended"] - 0.5, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["first", "running"])
 def test_s6_a_resumed_run_has_the_moments(tmp_path, kind):
     straight, first, second = (make_trainer(score_scale=kind) for _ in range(3))
@@ -128,7 +148,7 @@ def test_s6_a_resumed_run_has_the_moments(tmp_path, kind):
     first.step()
     save_checkpoint(tmp_path / "checkpoint", first, None, RunConfig())
     resume(tmp_path / "checkpoint", second, RunConfig())
-    assert second.step()["score_mean"] == log["score_mean"]
+    assert second.step()["scaled_score_mean"] == log["scaled_score_mean"]
     assert second.state() == straight.state()
 
 
