@@ -206,11 +206,20 @@ class RunConfig(Section):
     """Used by `rlhf demo` and `rlhf figure` alone."""
 
     def check(self) -> None:
-        """Weights are float32: an update is often smaller than the spacing of bfloat16 or float16 around a weight."""
+        """Weights are float32: an update is often smaller than the spacing of bfloat16 or float16 around a weight.
+
+        An option that nothing would read is refused, across sections as well.
+        """
         if self.dtype != "float32":
             raise ValueError(
                 f"dtype: got {self.dtype!r}, expected 'float32'; training in {self.dtype} needs float32 master weights, "
                 "which are not there yet"
+            )
+        filters = (self.rollout.top_k, self.rollout.top_p, self.rollout.min_p)
+        if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and filters == (None,) * 3:
+            raise ValueError(
+                f"ppo.importance_cap: got {self.ppo.importance_cap}, expected None without rollout.top_k, top_p or min_p, "
+                "where every weight is 1; ppo.old_logprobs 'rescored' reads it too"
             )
 
 

@@ -57,7 +57,12 @@ class TRPOConfig(Section):
     backtracks: Count = 10
     """Steps tried along the direction, each `shrink` times the one before."""
     shrink: PositiveShare = 0.5
-    """Factor between them."""
+    """Factor between them, below 1."""
+
+    def check(self) -> None:
+        """Every step tried is a smaller one."""
+        if self.shrink == 1.0:
+            raise ValueError("shrink: got 1.0, expected a number below 1: every try would be the same")
 
 
 _POLICY_GRADIENT = {
@@ -221,6 +226,7 @@ class PPOConfig(Section):
         adaptive = self.kl_control == "adaptive"
         return (
             ("missing_eos_penalty", 0.0, "missing_eos_score None", self.missing_eos_score is None),
+            ("cliprange", 0.2, "objective 'clip'", clip),
             ("cliprange_high", None, "objective 'clip'", clip),
             ("dual_clip", None, "objective 'clip'", clip),
             ("old_kl_coef", 0.0, "objective 'kl_penalty'", penalty),
@@ -228,7 +234,7 @@ class PPOConfig(Section):
             ("entropy_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
             ("ptx_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
             ("aggregation", "token_mean", "an objective other than 'trpo'", self.objective != "trpo"),
-            ("ratio_level", "token", "an objective other than 'trpo'", self.objective != "trpo"),
+            ("ratio_level", "token", "an objective with a ratio", self.objective not in ("policy_gradient", "trpo")),
             ("importance_cap", None, "an objective other than 'trpo'", self.objective != "trpo"),
             ("discount_gradient", False, "an objective other than 'trpo'", self.objective != "trpo"),
             ("log_ratio_clamp", None, "an objective other than 'trpo'", self.objective != "trpo"),
@@ -243,6 +249,7 @@ class PPOConfig(Section):
             ("value_init", "reward_model", "baseline 'value'", self.baseline == "value"),
             ("value_warmup", 0, "baseline 'value'", self.baseline == "value"),
             ("vf_coef", 0.0, "baseline 'value'", self.baseline == "value"),
+            ("cliprange_value", 0.2, "baseline 'value'", self.baseline == "value" or self.cliprange_value is None),
             ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
             ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
         )
@@ -264,5 +271,9 @@ class PPOConfig(Section):
                     f"kl_horizon: got {self.kl_horizon}, expected more than {0.2 * self.rollout_batch:g}, a fifth of "
                     "rollout_batch, so that the coefficient stays above 0"
                 )
-        if self.old_kl_target is not None and self.old_kl_coef == 0.0:
-            raise ValueError("old_kl_coef: got 0.0, expected a number above 0, which old_kl_target doubles and halves")
+        if self.objective == "kl_penalty" and self.old_kl_coef == 0.0:
+            multiplied = "" if self.old_kl_target is None else ", which old_kl_target doubles and halves"
+            raise ValueError(
+                f"old_kl_coef: got 0.0, expected a number above 0 for objective 'kl_penalty'{multiplied}; without a "
+                "penalty that is objective 'ratio'"
+            )

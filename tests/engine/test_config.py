@@ -74,6 +74,15 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {whiten_advantages: false, whiten_scope: minibatch}", ["whiten_scope: got 'minibatch'"]),
         ("ppo: {preset: reinforce, objective: clip}", ["objective: got 'clip'", "preset 'reinforce'"]),
         ("ppo: {stop_kl: 0.1}", ["stop_kl: got 0.1", "only ppo_epochs above 1"]),
+        *(
+            (f"ppo: {{objective: {objective}, cliprange: 0.1, old_kl_coef: {coef}}}", ["cliprange: got 0.1", "'clip'"])
+            for objective, coef in (("ratio", 0), ("policy_gradient", 0), ("kl_penalty", 1), ("trpo", 0))
+        ),
+        ("ppo: {baseline: none, vf_coef: 0, cliprange_value: 0.3}", ["cliprange_value: got 0.3", "baseline 'value'"]),
+        ("ppo: {objective: kl_penalty}", ["old_kl_coef: got 0.0", "above 0", "objective 'kl_penalty'"]),
+        ("ppo: {importance_cap: 2}", ["ppo.importance_cap: got 2.0", "rollout.top_k", "'rescored'"]),
+        ("ppo: {objective: trpo, trpo: {shrink: 1}}", ["ppo.trpo: shrink: got 1.0", "below 1"]),
+        ("ppo: {objective: policy_gradient, ratio_level: sequence}", ["ratio_level: got 'sequence'", "a ratio"]),
         ("ppo: {objective: clop}", ["ppo.objective", "'clop'", "'clip'"]),
         ("ppo: {optim: {betas: [0.9]}}", ["ppo.optim.betas", "1 values", "2"]),
         ("ppo: 3", ["ppo", "3 (int)", "mapping"]),
@@ -102,6 +111,13 @@ def test_a_bad_override_is_refused(tmp_path, override, word):
 def test_options_go_with_the_objective_that_reads_them():
     assert PPOConfig(cliprange_high=0.3, dual_clip=3.0).objective == "clip"
     assert PPOConfig(objective="kl_penalty", old_kl_coef=0.1).old_kl_coef == 0.1
+
+
+def test_an_option_at_its_default_is_no_mistake_where_nothing_reads_it():
+    assert PPOConfig(objective="ratio", cliprange=0.2).cliprange == 0.2
+    assert PPOConfig(baseline="none", vf_coef=0.0, cliprange_value=None).cliprange_value is None
+    for more in (["rollout.top_k=5"], ["rollout.top_p=0.9"], ["rollout.min_p=0.1"], ["ppo.old_logprobs=rescored"]):
+        assert load_config(None, ["ppo.importance_cap=2", *more]).ppo.importance_cap == 2.0
 
 
 def test_a_missing_file_is_named(tmp_path):
