@@ -11,7 +11,7 @@ epsilon `optim.eps`, `optim.eps_form` (raw).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from rlhf_engine.schema import Count, LearningRate, NonNegative, Positive, PositiveShare, Section, Share, WholeNumber
@@ -86,7 +86,8 @@ class PPOConfig(Section):
 
     preset: Literal["reinforce", "reinforce_baseline", "actor_critic"] | None = None
     """An older policy gradient in place of PPO: REINFORCE `gamma^t G grad log pi`, with baseline `G - v(s)`, or one-step
-    actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`) and refuses other values of them;
+    actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`) and refuses other values of them,
+    but for their defaults, as a file of all options has them;
     every sample is the present policy's where `minibatch` is `rollout_batch`."""
     updates: Count = 100
     """Outer iterations: collect, score, advantages, update."""
@@ -196,9 +197,21 @@ class PPOConfig(Section):
 
     @classmethod
     def from_dict(cls, given: dict[str, Any], key: str = "") -> Self:
-        """As any section; a preset's options need not be given."""
+        """As any section; a preset's options need not be given, and give way to it where they have their default.
+
+        So a preset goes over a file that `rlhf config show` wrote, which says nothing about what was chosen.
+        """
         name = given.get("preset") if isinstance(given, dict) else None
-        return super().from_dict(PRESETS[name] | given if isinstance(name, str) and name in PRESETS else given, key)
+        if not isinstance(name, str) or name not in PRESETS:
+            return super().from_dict(given, key)
+        defaults = {item.name: item.default for item in fields(cls)}
+        # `True == 1`, so the type counts as well.
+        chosen = {
+            option: value
+            for option, value in given.items()
+            if option not in PRESETS[name] or value != defaults[option] or type(value) is not type(defaults[option])
+        }
+        return super().from_dict(PRESETS[name] | chosen, key)
 
     def check(self) -> None:
         """Batches divide each other, so that every optimiser step sees the same number of sequences."""

@@ -72,7 +72,7 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ),
         ("ppo: {missing_eos_score: .nan}", ["missing_eos_score", "nan", "finite"]),
         ("ppo: {whiten_advantages: false, whiten_scope: minibatch}", ["whiten_scope: got 'minibatch'"]),
-        ("ppo: {preset: reinforce, objective: clip}", ["objective: got 'clip'", "preset 'reinforce'"]),
+        ("ppo: {preset: reinforce, objective: ratio}", ["objective: got 'ratio'", "preset 'reinforce'"]),
         ("ppo: {stop_kl: 0.1}", ["stop_kl: got 0.1", "only ppo_epochs above 1"]),
         *(
             (f"ppo: {{objective: {objective}, cliprange: 0.1, old_kl_coef: {coef}}}", ["cliprange: got 0.1", "'clip'"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, load_config
+from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
+from rlhf_engine.describe import describe
 from rlhf_engine.ppo_config import PRESETS
 from rlhf_engine.train.ppo import gradient_discounts, loss_options
 from rlhf_kernels import gae, ppo_loss
@@ -199,6 +200,18 @@ def test_s16_s17_s18_a_preset_is_its_options(tmp_path, preset):
         load_config(None, [f"ppo.preset={preset}", "ppo.lam=0.5"])
     with pytest.raises(ValueError, match="preset: got 'sarsa'"):
         load_config(None, ["ppo.preset=sarsa"])
+
+
+@pytest.mark.parametrize("preset", list(ROWS))
+def test_s16_s17_s18_a_preset_goes_over_a_file_of_defaults(tmp_path, preset):
+    """`rlhf config show` writes every option, and none of them is a choice against the preset."""
+    path = tmp_path / "shown.yaml"
+    path.write_text(describe(RunConfig(), RunConfig()))
+    assert load_config(path, [f"ppo.preset={preset}"]) == load_config(None, [f"ppo.preset={preset}"])
+    with pytest.raises(ValueError, match=rf"lam: got 0\.5, expected .* with preset '{preset}'"):
+        load_config(path, [f"ppo.preset={preset}", "ppo.lam=0.5"])
+    with pytest.raises(ValueError, match=r"ppo_epochs: got True \(bool\), expected int"):
+        load_config(path, [f"ppo.preset={preset}", "ppo.ppo_epochs=true"])
 
 
 BEST = 17

@@ -300,8 +300,8 @@ def test_s16_s17_s18_presets_run_from_the_command_line(run, capsys, preset):
         arguments.append("ppo.value_init=zero")
     assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments))[0] == 0
     assert load_config(run / "out" / "ppo" / "config.yaml").ppo.preset == preset
-    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments, "ppo.objective=clip"))
-    assert code == 2 and f"objective: got 'clip', expected 'policy_gradient' with preset '{preset}'" in shown
+    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*arguments, "ppo.objective=ratio"))
+    assert code == 2 and f"objective: got 'ratio', expected 'policy_gradient' with preset '{preset}'" in shown
 
 
 def test_resuming_without_a_checkpoint_is_refused(run, capsys):
