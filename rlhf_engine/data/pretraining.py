@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from rlhf_engine.data.loading import read_texts
 from rlhf_engine.data.records import PretrainingText
 from rlhf_engine.data.tokenize import Codec
 
+_BATCH = 1024
+"""Documents that are tokenized together: enough for a tokenizer's threads, and all that exists as Python integers at a time."""
 
-def packed_sequences(path: str | Path, codec: Codec, length: int) -> Iterator[tuple[int, ...]]:
-    """Rows of `length` token ids from the documents of `read_texts`; what does not fill the last row is left out.
+
+def packed_sequences(path: str | Path, codec: Codec, length: int) -> Tensor:  # (M, length), int64
+    """Rows of token ids from the documents of `read_texts`; what does not fill the last row is left out.
 
     Raises:
         ValueError: as `read_texts`; no text for one row, named with the file.
     """
-    return _pack(Path(path), read_texts(path), codec, length)
-
-
-def _pack(path: Path, texts: Iterator[PretrainingText], codec: Codec, length: int) -> Iterator[tuple[int, ...]]:
-    waiting: list[int] = []
-    rows = 0
-    for record in texts:
-        waiting += [*codec.tokenizer(record.text, add_special_tokens=False)["input_ids"], codec.eos_id]
+    blocks, waiting = [], torch.empty(0, dtype=torch.int64)
+    for tokens in _token_blocks(read_texts(path), codec):
+        waiting = torch.cat([waiting, tokens])
         full = len(waiting) - len(waiting) % length
-        for start in range(0, full, length):
-            rows += 1
-            yield tuple(waiting[start : start + length])
-        del waiting[:full]
-    if not rows:
+        blocks.append(waiting[:full].view(-1, length))
+        waiting = waiting[full:]
+    if not any(map(len, blocks)):
         raise ValueError(f"{path}: got {len(waiting)} tokens, expected at least {length}, one sequence")
+    return torch.cat(blocks)
+
+
+def _token_blocks(texts: Iterator[PretrainingText], codec: Codec) -> Iterator[Tensor]:
+    """The ids of `_BATCH` documents at a time, EOS behind each document."""
+    while batch := [record.text for record in islice(texts, _BATCH)]:
+        encoded = codec.tokenizer(batch, add_special_tokens=False)["input_ids"]
+        yield torch.tensor([token for ids in encoded for token in (*ids, codec.eos_id)])

@@ -134,7 +134,7 @@ def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
     path = given(config.data.pretrain, "data.pretrain")
     length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     try:
-        return PretrainStream(torch.tensor(list(packed_sequences(path, codec, length))), config.seed)
+        return PretrainStream(packed_sequences(path, codec, length), config.seed)
     except ValueError as error:
         raise ValueError(f"data.pretrain: {error}") from None
 

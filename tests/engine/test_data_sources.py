@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rlhf_engine.cli import main
 from rlhf_engine.data import (
@@ -270,6 +271,26 @@ def test_s19_pretraining_rows_are_full_and_documents_end_with_eos(tmp_path, code
     assert [token for row in rows for token in row] == stream[: len(stream) // 7 * 7] and {
         len(row) for row in rows
     } == {7}
+
+
+def test_s19_pretraining_documents_are_tokenized_in_batches(tmp_path, codec):
+    """A tokenizer works on a batch in parallel, and rows are a tensor, not a Python object for every token."""
+
+    class Counting:
+        eos_token_id = codec.eos_id
+
+        def __call__(self, texts, **options):
+            batches.append(len(texts))
+            return codec.tokenizer(texts, **options)
+
+    batches, path = [], tmp_path / "pretrain.txt"
+    path.write_text("one two\n\nthree\n\n" * 1250, encoding="utf-8")
+    rows = packed_sequences(path, replace(codec, tokenizer=Counting()), 7)
+    assert batches == [1024, 1024, 452]
+    assert torch.is_tensor(rows) and rows.dtype == torch.int64
+    stream = [token for text in ("one two", "three") for token in [*codec.tokenizer(text)["input_ids"], codec.eos_id]]
+    stream *= 1250
+    assert rows.flatten().tolist() == stream[: len(stream) // 7 * 7]
 
 
 def test_s19_a_pretraining_file_shorter_than_one_sequence_is_refused(tmp_path, codec):
