@@ -76,7 +76,7 @@ class FunctionJudge:
     A prompt that is a conversation comes as a list of objects with role and content.
 
     It returns either one number a pair, the preference for A in [0, 1] with 1/2 for a tie, or two lists of scores, those of
-    the answers A and those of the answers B.
+    the answers A and those of the answers B; a tensor or an array is as good as a list.
     """
 
     def __init__(
@@ -109,8 +109,9 @@ class FunctionJudge:
                 with _Telling(self.name, start + index, 1):
                     self.function(*([column[index]] for column in texts))
             raise
-        said = [column.tolist() if isinstance(column, Tensor) else column for column in _as_list(said)]
-        scored = len(said) == 2 and all(isinstance(column, Sequence | Tensor) for column in said)
+        said = _plain(said)
+        said = said if isinstance(said, list) else [said]
+        scored = len(said) == 2 and all(isinstance(column, list) for column in said)
         columns = said if scored else [said]
         numbers = torch.stack([self._numbers(column, start, size) for column in columns])
         if scored:
@@ -124,16 +125,17 @@ class FunctionJudge:
             )
         return numbers[0]
 
-    def _numbers(self, column: Any, start: int, size: int) -> Tensor:
-        if not isinstance(column, Sequence) or isinstance(column, str) or len(column) != size:
-            got = f"{len(column)} values" if isinstance(column, Sequence) else type(column).__name__
+    def _numbers(self, column: list[Any], start: int, size: int) -> Tensor:
+        if len(column) != size:
             raise ValueError(
-                f"judge {self.name}: samples {start} to {start + size - 1}: got {got}, expected {size}, one a pair"
+                f"judge {self.name}: samples {start} to {start + size - 1}: got {len(column)} values, expected {size}, one "
+                "a pair"
             )
-        for index, value in enumerate(column):
-            if not isinstance(value, int | float) or not math.isfinite(value):
+        numbers = [_number(value) for value in column]
+        for index, (number, value) in enumerate(zip(numbers, column, strict=True)):
+            if not math.isfinite(number):
                 raise ValueError(f"judge {self.name}: sample {start + index}: got {value!r}, expected a finite number")
-        return torch.tensor(column, dtype=torch.float64)
+        return torch.tensor(numbers, dtype=torch.float64)
 
 
 def load_judge(
@@ -179,10 +181,21 @@ def _play(
     return score_preferences(first - scores[torch.tensor([places[row, j] for row, _, j in games])], judge.margin)
 
 
-def _as_list(said: Any) -> list[Any]:
-    if isinstance(said, Tensor):
+def _plain(said: Any) -> Any:
+    """Lists and numbers of what a user's function gives: tensors, arrays and columns of a table have a `tolist`."""
+    if hasattr(said, "tolist"):
         return said.tolist()
-    return list(said) if isinstance(said, list | tuple) else [said]
+    return [_plain(part) for part in said] if isinstance(said, list | tuple) else said
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number; a text is none, even where `float` would read one in it."""
+    if isinstance(value, str | bytes):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 class _Telling:

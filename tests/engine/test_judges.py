@@ -2,8 +2,10 @@
 
 import math
 import sys
+from fractions import Fraction
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,7 +30,21 @@ def lengths(prompts, a, b):
 TEXTS = (["p"] * 3, ["aa", "b", "cc"], ["a", "bb", "dd"])
 
 
-@pytest.mark.parametrize("function", [longer, lengths, lambda *texts: torch.tensor(longer(*texts))])
+@pytest.mark.parametrize(
+    "function",
+    [
+        longer,
+        lengths,
+        lambda *texts: torch.tensor(longer(*texts)),
+        lambda *texts: np.array(longer(*texts), dtype=np.float32),
+        lambda *texts: np.array(lengths(*texts)),
+        lambda *texts: tuple(np.array(column) for column in lengths(*texts)),
+        lambda *texts: [np.float32(value) for value in longer(*texts)],
+        lambda *texts: [torch.tensor(value) for value in longer(*texts)],
+        lambda *texts: [Fraction(value) for value in longer(*texts)],
+        lambda *texts: tuple(torch.tensor(column) for column in lengths(*texts)),
+    ],
+)
 @pytest.mark.parametrize("batch", [1, 2, 64])
 def test_s20_a_function_gives_preferences_or_scores(function, batch):
     assert FunctionJudge(function, batch=batch).compare(*TEXTS).tolist() == [1.0, 0.0, 0.5]
@@ -73,6 +89,12 @@ def tired(prompts, a, b):
             r"sample 5: got the preference 7\.0.*two lists",
         ),
         (lambda p, a, b: ([1.0] * len(a), [math.inf if t == "bad" else 1.0 for t in a]), r"sample 5: got inf"),
+        (lambda p, a, b: [[1.0] if text == "bad" else 1.0 for text in a], r"sample 5: got \[1\.0\], expected a finite"),
+        (lambda p, a, b: ["1.0"] * len(a), r"sample 0: got '1\.0', expected a finite number"),
+        (lambda p, a, b: [10**400] * len(a), r"sample 0: got 10+, expected a finite number"),
+        (lambda p, a, b: "good", r"samples 0 to 3: got 1 values, expected 4"),
+        (lambda p, a, b: ("good", "evil"), r"samples 0 to 3: got 2 values, expected 4"),
+        (lambda p, a, b: np.float64(0.5), r"samples 0 to 3: got 1 values, expected 4"),
         (lambda p, a, b: [1.0], r"samples 0 to 3: got 1 values, expected 4"),
         (lambda p, a, b: None, r"samples 0 to 3: got 1 values, expected 4"),
     ],
