@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.checkpoint import save_checkpoint
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import Codec, Example, packed_sequences, read_prompts
+from rlhf_engine.data import Codec, Example, PromptRecord, packed_sequences, read_prompts
 from rlhf_engine.data.records import plain
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
@@ -33,7 +33,7 @@ from rlhf_engine.stages.loading import (
 )
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
-from rlhf_engine.train.reward_function import import_function, text_reward
+from rlhf_engine.train.reward_function import PlainPrompt, import_function, text_reward
 from rlhf_engine.train.reward_model import score_examples
 from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.streams import shuffled_stream
@@ -58,8 +58,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     if function is None:
         reward = reward_function(reward_model, codec)
     else:
-        asked = {tuple(ids.tolist()): plain(record.prompt) for ids, record in zip(prompts, records, strict=True)}
-        reward = text_reward(function, asked, codec)
+        reward = text_reward(function, prompts_by_ids(config.data.prompts, prompts, records), codec)
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
@@ -125,6 +124,25 @@ def prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], list
     """Prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
     take = shuffled_stream(len(prompts), seed)
     return lambda first, count: [prompts[index] for index in take(first, count)]
+
+
+def prompts_by_ids(
+    path: str | None, prompts: list[Tensor], records: list[PromptRecord]
+) -> dict[tuple[int, ...], PlainPrompt]:
+    """What a reward function is told for the ids of each prompt.
+
+    Raises ValueError, naming both lines of `path`, where two different prompts have the same ids, as prompts may have that
+    were cut: the policy cannot tell them apart, and the function would judge an answer to the one as an answer to the other.
+    """
+    first: dict[tuple[int, ...], PromptRecord] = {}
+    for ids, record in zip(prompts, records, strict=True):
+        other = first.setdefault(tuple(ids.tolist()), record)
+        if other.prompt != record.prompt:
+            raise ValueError(
+                f"{path}:{record.line}: prompt: got the tokens of line {other.line}, whose text is another, expected "
+                "prompts that differ in their tokens where a reward.function reads their texts"
+            )
+    return {ids: plain(record.prompt) for ids, record in first.items()}
 
 
 def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:

@@ -41,3 +41,17 @@ def test_s6_a_reward_function_gets_plain_text_and_plain_messages(run, capsys):
     assert ppo(run, capsys, prompts)[0] == 0
     asked = [json.dumps(prompt) for prompt in read_lines(run / "told.jsonl")]
     assert set(asked) == {json.dumps("q"), json.dumps(prompts[1]["messages"])}
+
+
+def test_s6_prompts_that_encode_alike_need_the_same_text(run, capsys):
+    """The function would be asked about one prompt with an answer to the other."""
+    prompts = [
+        {"prompt": "first words " * 9 + "and then yes"},
+        {"prompt": "q"},
+        {"prompt": "other " * 30 + "and then yes"},
+    ]
+    cut = ("rollout.max_prompt_tokens=8", "data.long_prompts=truncate")
+    code, _, shown = ppo(run, capsys, prompts, *cut)
+    assert code == 2 and f"{run / 'prompts.jsonl'}:3: prompt: got the tokens of line 1, whose text is another" in shown
+    assert not (run / "told.jsonl").exists()
+    assert ppo(run, capsys, [prompts[0], prompts[1], prompts[0]], *cut)[0] == 0
