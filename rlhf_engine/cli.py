@@ -1,4 +1,4 @@
-"""The command `rlhf`: one stage of training, or the whole demo. A user's mistake is one line on stderr and exit code 2.
+"""The command `rlhf`: data, training, evaluation, settings, the demo. A user's mistake is one line on stderr and exit code 2.
 
 Training that diverges is one line and exit code 1.
 """
@@ -51,7 +51,7 @@ def ppo(
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUTPUT_DIR/ppo.")] = False,
 ) -> None:
-    """Trains model.path with PPO on data.prompts against reward.path; writes OUTPUT_DIR/ppo."""
+    """Trains model.path with PPO on data.prompts against reward.path or reward.function; writes OUTPUT_DIR/ppo."""
     history = _run("run_ppo", config, overrides, resume=resume)
     if not history:
         typer.echo("nothing left to do: the checkpoint has all of ppo.updates")

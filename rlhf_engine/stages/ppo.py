@@ -122,7 +122,7 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
 
 def prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:
     """Prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
-    take = shuffled_stream(len(prompts), seed)
+    take = shuffled_stream(len(prompts), seed, "prompts")
     return lambda first, count: [prompts[index] for index in take(first, count)]
 
 

@@ -24,6 +24,7 @@ from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
 from rlhf_engine.train.ptx import PretrainStream, ptx_backward
 from rlhf_engine.train.scores import RewardFunction, ScoreScale, score_answers
+from rlhf_engine.train.streams import shuffled
 from rlhf_engine.train.trpo import TrustRegionProblem, trpo_step
 from rlhf_kernels import masked_whiten, rollout_advantages
 
@@ -357,7 +358,4 @@ class PPOTrainer:
         return self.updates_done < self.config.value_warmup
 
     def _shuffled(self, epoch: int, sequences: int) -> Tensor:
-        # One stream for each (seed, update, epoch): nothing to save, nothing that another draw could shift.
-        number = self.updates_done * self.config.ppo_epochs + epoch
-        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-        return torch.randperm(sequences, generator=stream)
+        return shuffled(sequences, self.seed, "minibatches", self.updates_done * self.config.ppo_epochs + epoch)

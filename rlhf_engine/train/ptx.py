@@ -21,7 +21,7 @@ class PretrainStream:
 
     def __init__(self, sequences: Tensor, seed: int) -> None:  # (M, L), int64
         self.sequences, self.position = sequences, 0
-        self._take = shuffled_stream(len(sequences), seed)
+        self._take = shuffled_stream(len(sequences), seed, "pretraining")
 
     def take(self, count: int) -> Tensor:  # (B, L)
         """The next `count` sequences."""

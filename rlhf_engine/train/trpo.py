@@ -11,6 +11,7 @@ weights four times more, and the old policy once. Shapes: n actions of a micro-b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def trpo_step(problem: TrustRegionProblem, config: TRPOConfig) -> dict[str, floa
     """Move the policy's weights by one constrained step, or leave them where no step along the direction is allowed.
 
     Returns the KL and the gain of the surrogate after the step, and the share of the full step that was taken (0: none). Raises
-    FloatingPointError, with the weights as they were, if the gradient is not finite.
+    FloatingPointError, with the weights as they were, if the gradient or the curvature along the step is not finite.
     """
     gradient, before = surrogate_gradient(problem)
     if not bool(gradient.isfinite().all()):
@@ -75,6 +76,11 @@ def trpo_step(problem: TrustRegionProblem, config: TRPOConfig) -> dict[str, floa
         lambda v: fisher_product(problem, v, config.damping), gradient, config.cg_iterations, config.cg_tolerance
     )
     curvature = float(direction @ fisher_product(problem, direction, config.damping))
+    if not math.isfinite(curvature):
+        raise FloatingPointError(
+            f"training diverged: got the curvature {curvature} along the step, expected a finite number; a larger "
+            "ppo.trpo.damping keeps the Fisher matrix from being singular"
+        )
     if not curvature > 0.0:  # a gradient of zero has no direction
         return {"trpo_kl": 0.0, "trpo_gain": 0.0, "trpo_step": 0.0}
     full = direction * (2.0 * config.max_kl / curvature) ** 0.5

@@ -6,6 +6,7 @@ import torch
 from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, RunConfig
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.stages.ppo import prompt_stream
 from rlhf_engine.train.ppo import minibatch_backward
 from rlhf_engine.train.ptx import PretrainStream, ptx_backward
 from tests.engine.test_ppo import make_experience
@@ -72,6 +73,16 @@ def test_s9_every_pass_has_an_order_of_its_own():
     rows = [sorted(map(tuple, taken.tolist())) for taken in passes]
     assert rows[0] == rows[1] == sorted(map(tuple, stream.sequences.tolist()))
     assert not torch.equal(*passes) and stream.position == 48
+
+
+def test_s9_every_stream_of_a_run_has_an_order_of_its_own():
+    """With one seed: as many prompts as sequences of text as answers in a rollout, the same number of each so far."""
+    prompts = prompt_stream([torch.tensor([number]) for number in range(24)], 1)(0, 24)
+    text = PretrainStream(torch.arange(24)[:, None], 1).take(24)
+    answers = make_trainer()._shuffled(0, 24)
+    orders = [torch.cat(prompts).tolist(), text[:, 0].tolist(), answers.tolist()]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
 
 
 def test_s9_a_resumed_run_goes_on_in_the_text(tmp_path):

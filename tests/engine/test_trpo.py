@@ -158,6 +158,21 @@ def test_s15_no_step_where_none_is_allowed():
     assert torch.equal(flat(problem.parameters()), start)
 
 
+class Broken(TrustRegionProblem):
+    """A KL whose curvature is no number, under a surrogate that is one."""
+
+    def kl(self, old, new):
+        return super().kl(old, new) * torch.nan
+
+
+def test_s15_a_curvature_that_is_no_number_is_told():
+    problem = make_problem()
+    start = flat(problem.parameters()).detach().clone()
+    with pytest.raises(FloatingPointError, match=r"training diverged: got the curvature nan .*ppo\.trpo\.damping"):
+        trpo_step(Broken(**vars(problem)), TRPOConfig())
+    assert torch.equal(flat(problem.parameters()), start)
+
+
 def test_s15_training_reaches_the_optimum_of_a_bandit():
     rollout = RolloutConfig(max_prompt_tokens=8, max_response_tokens=1, batch_size=128)
     trainer = make_trainer(
@@ -166,7 +181,7 @@ def test_s15_training_reaches_the_optimum_of_a_bandit():
         attention="eager",
         objective="trpo",
         trpo=TRPOConfig(max_kl=0.2, damping=1e-2, cg_iterations=5),
-        **{"updates": 20, "rollout_batch": 128, "minibatch": 128, "microbatch": 128, "kl_coef": 0.0, "ppo_epochs": 1},
+        **{"updates": 30, "rollout_batch": 128, "minibatch": 128, "microbatch": 128, "kl_coef": 0.0, "ppo_epochs": 1},
         optim=OptimConfig(lr=1e-2),
     )
     trainer.prompts = lambda first, count: [torch.tensor([4, 9])] * count
