@@ -69,10 +69,10 @@ def known_architectures(nvcc):
 
 
 def cuda_targets(architectures):
-    """nvcc's options for every chip."""
-    *older, newest = architectures.values()
-    codes = [f"arch=compute_{x},code=sm_{x}" for x in older]
-    return [f"-gencode={x}" for x in (*codes, f"arch=compute_{newest},code=[sm_{newest},compute_{newest}]")]
+    """nvcc's options for every chip, and for the PTX that later ones run: without the letter, which one chip alone knows."""
+    codes = [f"arch=compute_{code},code=sm_{code}" for code in architectures.values()]
+    newest = max(architectures)
+    return [f"-gencode={x}" for x in (*codes, f"arch=compute_{newest},code=compute_{newest}")]
 
 
 def cuda_libraries(nvcc):

@@ -12,9 +12,10 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rlhf_kernels.backend import why_no_triton
 
 if TYPE_CHECKING:  # they import Triton, which is looked for first
     from benchmarks.gpu.compilation import Findings
@@ -28,13 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 1 with problems, or 2 when it cannot start."""
     options = _parse(arguments)
     compilation = importlib.import_module("benchmarks.gpu.compilation")
+    why_no_nvcc = importlib.import_module("benchmarks.gpu.resources").why_no_nvcc
     findings = compilation.check(importlib.import_module(PACKAGE), options.arch)
     print("\n".join(table(findings.usages)))
     for line in findings.notes:
         print(f"note: {line}")
     for line in findings.problems:
         print(f"FAIL: {line}")
-    print(f"{len(findings.usages)} forms compiled for {', '.join(options.arch)}; {len(findings.problems)} problems")
+    unchecked = f" ({why_no_nvcc()}: CUDA C++ was not checked)" if why_no_nvcc() else ""
+    print(
+        f"{len(findings.usages)} forms compiled for {', '.join(options.arch)}; {len(findings.problems)} problems{unchecked}"
+    )
     if options.json:
         options.json.write_text(json.dumps(_as_json(findings, options.arch), indent=1) + "\n")
     return 1 if findings.problems else 0
@@ -51,8 +56,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--arch: got {', '.join(unknown)}, expected some of {', '.join(ARCHITECTURES)}")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: {options.json.parent} is not a folder")
-    if find_spec("triton") is None:
-        parser.error("triton is not installed; install triton >= 3.5")
+    if why_no_triton():
+        parser.error(why_no_triton())
     if importlib.import_module("triton").knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so that kernels would be interpreted, not compiled; unset it")
     return options

@@ -245,12 +245,13 @@ STEPS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 when it came to its end, whatever was found; 2 when it cannot start."""
+    """Exit code: 0, or 1 where a test or a check failed (figures are then no figures of kernels that work), or 2."""
     options = _parse(arguments)
     suite = Suite(options.out, dry_run=options.dry_run, minutes=options.minutes)
     suite.run([step for step in STEPS if step.name in options.only])
     print((options.out / "report.md").read_text())
-    return 0
+    steps = [step for step in suite.results.steps if step["name"] in ("tests", "correctness", "memcheck", "racecheck")]
+    return 1 if any(entry.get("met") is False for step in steps for entry in step["entries"]) else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -274,15 +275,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--out: {options.out} is a file, expected a folder")
     if not options.out.exists() and not options.out.parent.is_dir():
         parser.error(f"--out: the folder {options.out.parent} does not exist")
-    for package in ("torch", "triton"):
-        if find_spec(package) is None:
-            parser.error(f"{package} is not installed")
+    if find_spec("torch") is None:
+        parser.error("torch is not installed")
     if options.dry_run:
         # Before anything imports Triton, here or in a step's process; a GPU, where there is one, stays unused.
         os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, so that nothing would run on the GPU; unset it")
     import torch  # after the choice above
+
+    from rlhf_kernels.backend import why_no_triton
+
+    if why_no_triton():
+        parser.error(why_no_triton())
 
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use; --dry-run goes through the steps on a CPU")

@@ -21,6 +21,7 @@ CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
 """Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
 
 MIN_TRITON = (3, 5)
+_MIN_TRITON = ".".join(map(str, MIN_TRITON))
 
 
 class Kernels(Protocol):
@@ -116,10 +117,10 @@ def kernels(backend: str) -> Kernels:
 def why_no_triton() -> str:
     """Why Triton kernels cannot run on CUDA tensors here; empty when they can."""
     if find_spec("triton") is None:
-        return "triton is not installed; install triton >= 3.5"
+        return f"triton is not installed; install triton >= {_MIN_TRITON}"
     found = importlib.import_module("triton").__version__
     if tuple(map(int, found.split(".")[:2])) < MIN_TRITON:
-        return f"triton {found} is too old; install triton >= 3.5"
+        return f"triton {found} is too old; install triton >= {_MIN_TRITON}"
     return ""
 
 
@@ -157,7 +158,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
     if op in CUDA_OPS and not why_no_cuda(op, device):
         return Choice("cuda", "CUDA C++ kernels")
-    return Choice("reference", why_no_triton()) if why_no_triton() else Choice("triton", "Triton kernels")
+    if why_no_triton():
+        return Choice("reference", why_no_triton())
+    missing = f"; no CUDA C++ kernel: {why_no_cuda(op, device)}" if op in CUDA_OPS else ""
+    return Choice("triton", f"Triton kernels{missing}")
 
 
 def resolve(op: str, backend: str, tensor: Tensor) -> str:

@@ -42,7 +42,8 @@ def build() -> list[tuple[str, str]]:
     state = f"loaded, instruction set {_native.extension().isa()}" if _native.AVAILABLE else _native.why_missing()
     rows = [("rlhf-kernels", own), ("python", sys.version.split()[0]), ("torch", torch.__version__)]
     chips = _native.extension().cuda_architectures() if _native.AVAILABLE else []
-    gpu = ", ".join(f"sm_{chip}" for chip in chips) or "none: it was built without nvcc"
+    nothing = "none: it was built without nvcc" if _native.AVAILABLE else "none: the extension does not load"
+    gpu = ", ".join(f"sm_{chip}" for chip in chips) or nothing
     rows += [
         ("extension", state),
         ("CUDA C++ for", gpu),

@@ -78,13 +78,17 @@ def flagged(size):
 
 
 def optioned(size):
-    good_kernel[(1,)](torch.empty(64), size.n, BLOCK=32, maxnreg=64)
+    good_kernel[(1,)](torch.empty(64), size.n, BLOCK=32, waves_per_eu=2)
+
+
+def capped(size):
+    good_kernel[(1,)](torch.empty(64), size.n, BLOCK=16, maxnreg=64)
 
 
 def refusing(size):
     assert size.n > 1, "one token is too few"
 """
-CALLS = ("good", "spilling", "specialised", "constant", "flagged", "optioned", "refusing", "absent")
+CALLS = ("good", "spilling", "specialised", "constant", "flagged", "optioned", "capped", "refusing", "absent")
 PROGRAM = f"""
 import json, tiny
 from benchmarks.gpu import compilation
@@ -135,7 +139,15 @@ def test_a_spill_is_a_problem(tiny):
     (usage,) = usages["kernels.spilling_kernel", "sm_90"]
     assert usage["spills"] > 0 and usage["stack"] > 0 and not usage["clean"], usage
     assert about(problems, "spilling_kernel on sm_90", "spilled", "stack frame")
-    assert about(problems, "spilling_kernel on gfx942"), "AMD's figures come from the assembly"
+
+
+def test_amd_figures_come_from_the_assembly():
+    """Scalar registers that lie in vector registers are told; only what goes to memory is a spill."""
+    lines = {"group_segment_fixed_size": 64, "private_segment_fixed_size": 16, "sgpr_count": 100, "sgpr_spill_count": 5}
+    lines |= {"vgpr_count": 128, "vgpr_spill_count": 3}
+    numbers = resources._amd_numbers("".join(f"    .{name}:     {value}\n" for name, value in lines.items()))
+    assert (numbers["registers"], numbers["shared"], numbers["spills"], numbers["stack"]) == (128, 64, 3, 16)
+    assert numbers["note"].startswith("5 scalar registers")
 
 
 def test_an_argument_that_compiles_again_is_named(tiny):
@@ -146,8 +158,12 @@ def test_an_argument_that_compiles_again_is_named(tiny):
 
 def test_an_option_of_one_kind_of_device_is_a_problem_of_the_other(tiny):
     usages, problems, _ = tiny
-    assert about(problems, "good_kernel cannot be launched on a hip device", "maxnreg")
-    assert len(usages["kernels.good_kernel", "sm_90"]) == 2 and len(usages["kernels.good_kernel", "gfx942"]) == 1
+    assert about(problems, "good_kernel cannot be launched on a cuda device", "waves_per_eu")
+    assert len(usages["kernels.good_kernel", "sm_90"]) == 2 and len(usages["kernels.good_kernel", "gfx942"]) == 3
+
+
+def test_an_option_that_launchers_leave_out_on_amd_is_left_out(tiny):
+    assert not about(tiny[1], "maxnreg")
 
 
 def test_flags_are_a_launchers_choice_and_both_are_compiled(tiny):

@@ -1,7 +1,8 @@
 """The fused head's one loop: logits of some rows by the vendor's matrix library, an epilogue kernel that owns
 everything element-wise, then the two backward products while they are still there.
 
-Only rows that count come in; only rows with a gradient enter the backward products. Legend: M rows, V vocabulary, H hidden.
+On CPU, and on a GPU where `compact` asks for it, only rows that count come in and only rows with a gradient enter the
+backward products; otherwise they are zeros there. Legend: M rows, V vocabulary, H hidden.
 """
 
 from collections.abc import Callable, Iterator

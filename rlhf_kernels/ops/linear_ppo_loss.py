@@ -51,7 +51,7 @@ def linear_ppo_loss(
     without `entropy`; `values=` is for a value model of its own and excludes `value_weight`.
 
     Raises:
-        ValueError: as `linear_token_logprobs` and `ppo_loss`.
+        ValueError: as `linear_token_logprobs` and `ppo_loss`; `compact=True` while a CUDA graph is captured, `False` on CPU.
     """
     temperature = checks.constant(temperature)
     args = PPOArguments.parse("linear_ppo_loss", options)
@@ -60,6 +60,8 @@ def linear_ppo_loss(
     made = {"value_head": value_weight is not None, "entropy_made": True}
     args.check(ids, old_logprobs, advantages, mask, name="ids", **made)
     check_value_head(hidden, value_weight, value_bias)
+    if compact not in (None, True, False):
+        raise ValueError(f"compact: got {compact!r}, expected None, True or False")
     chosen = resolve("linear_ppo_loss", backend, hidden)
     if chosen == "reference":
         return reference.linear_ppo_loss(
@@ -100,9 +102,9 @@ def linear_ppo_loss(
 
 def check_compact(compact: bool | None, hidden: Tensor, backend: str) -> bool:
     """Whether rows without a gradient are left out of the products."""
-    if compact not in (None, True, False):
-        raise ValueError(f"compact: got {compact!r}, expected None, True or False")
     if backend == "cpu":
+        if compact is False:
+            raise ValueError("compact: got False, expected None or True: on CPU those rows are always left out")
         return True
     if compact and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError("compact: got True while a CUDA graph is captured, expected None: it waits for the device")

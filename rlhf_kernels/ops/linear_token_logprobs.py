@@ -30,8 +30,9 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """`token_logprobs` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
 
-    The rows under a True mask are taken in chunks of `chunk_tokens` (None: chosen from the sizes); backward makes each
-    chunk's logits again. Differentiable in `hidden`, `weight` and `bias`.
+    The rows under a True mask (on a GPU all rows, since counting those would wait for it) are taken in chunks of
+    `chunk_tokens` (None: chosen from the sizes); backward makes each chunk's logits again. Differentiable in `hidden`,
+    `weight` and `bias`.
 
     Raises:
         ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.

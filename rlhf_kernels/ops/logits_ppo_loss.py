@@ -8,7 +8,7 @@ from .. import reference
 from ..backend import resolve
 from ..types import PPOLoss
 from . import checks
-from .one_pass import one_pass_ppo_loss, serves
+from .one_pass import one_pass_ppo_loss, why_two_passes
 from .ppo_arguments import PPOArguments
 from .ppo_loss import fused_ppo_loss
 from .token_logprobs import check_logits, fused_token_logprobs
@@ -30,8 +30,9 @@ def logits_ppo_loss(
 ) -> PPOLoss:
     """`ppo_loss` of `token_logprobs(logits, ids)`, with the entropy of the same read of the logits.
 
-    `inplace=True` lets the gradient take the bytes of `logits`, whose values are lost. `options` are those of `ppo_loss`,
-    without `entropy`.
+    `inplace=True` lets the gradient take the bytes of `logits`, whose values are lost. The CUDA kernel makes the gradient in
+    the forward pass; for sequence-level ratios, and over float16 logits, `"auto"` takes Triton's. `options` are those of
+    `ppo_loss`, without `entropy`.
 
     Raises:
         ValueError: as `token_logprobs` and `ppo_loss`.
@@ -48,8 +49,11 @@ def logits_ppo_loss(
         )
     if chosen == "cuda":
         rows = logits, ids, temperature, softcap, logit_scale
-        if serves(args, logits, inplace):
+        refused = why_two_passes(args, logits, inplace)
+        if not refused:
             return one_pass_ppo_loss(*rows, args, old_logprobs, advantages, mask, inplace=inplace)
+        if backend == "cuda":
+            raise ValueError(f"backend: 'cuda' cannot serve this call: {refused}; use 'triton' or 'auto'")
         chosen = "triton"  # whose gradient is made in backward
     rows = logits, ids, temperature, softcap, logit_scale, mask
     taken = fused_token_logprobs(*rows, chosen, entropy=True, inplace=inplace)

@@ -41,12 +41,16 @@ def one_pass_ppo_loss(
     return as_loss(loss, metrics)
 
 
-def serves(args: PPOArguments, logits: Tensor, inplace: bool) -> bool:
-    """Whether a row's own log-prob decides its gradient, and that can be made before the upstream gradient is known.
-
-    Over the logits in float16 it cannot: what a loss scale would lift is 0 by then, and the logits are gone.
-    """
-    return args.ratio_level == "token" and not (inplace and logits.dtype == torch.float16)
+def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
+    """Why the gradient cannot be made before the upstream gradient is known; empty when it can."""
+    if args.ratio_level != "token":
+        return (
+            f"got ratio_level={args.ratio_level!r}, expected 'token', where a row's own log-prob decides its gradient"
+        )
+    if inplace and logits.dtype == torch.float16:
+        # What a loss scale would lift is 0 by then, and the logits are gone.
+        return "got inplace=True with float16 logits, expected inplace=False"
+    return ""
 
 
 def _forward(

@@ -335,3 +335,16 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(lambda x: logits_ppo_loss(x, **constants).loss, fullgraph=True, backend="aot_eager")
     x = logits.clone().requires_grad_()
     torch.testing.assert_close(torch.autograd.grad(1.5 * compiled(x), x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        (torch.float32, {"ratio_level": "sequence"}, "got ratio_level='sequence', expected 'token'"),
+        (torch.float16, {"inplace": True}, "got inplace=True with float16 logits, expected inplace=False"),
+    ],
+)
+def test_a_backend_asked_for_by_name_is_not_replaced(dtype, options, message):
+    logits, constants, _ = batch(dtype)
+    with pytest.raises(ValueError, match=f"backend: 'cuda' cannot serve this call: {message}.*; use 'triton' or 'auto'"):
+        logits_ppo_loss(logits, **constants, **options, backend="cuda")

@@ -439,3 +439,10 @@ def test_compiles_as_one_graph(dtype):
     assert torch.equal(eager, got) and torch.equal(eager_entropy, entropy)
     for name, gradient in gradients.items():
         torch.testing.assert_close(compiled[name], gradient)
+
+
+@pytest.mark.parametrize("compact", [False, "yes", 2])
+def test_compact_is_not_ignored(compact):
+    leaves, constants, _ = make(22)
+    with pytest.raises(ValueError, match=f"compact: got {compact!r}, expected None"):
+        linear_ppo_loss(leaves["hidden"], leaves["weight"], **constants, compact=compact)
