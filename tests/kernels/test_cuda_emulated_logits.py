@@ -346,5 +346,7 @@ def test_compiles_as_one_graph():
 )
 def test_a_backend_asked_for_by_name_is_not_replaced(dtype, options, message):
     logits, constants, _ = batch(dtype)
-    with pytest.raises(ValueError, match=f"backend: 'cuda' cannot serve this call: {message}.*; use 'triton' or 'auto'"):
+    with pytest.raises(
+        ValueError, match=f"backend: 'cuda' cannot serve this call: {message}.*; use 'triton' or 'auto'"
+    ):
         logits_ppo_loss(logits, **constants, **options, backend="cuda")
