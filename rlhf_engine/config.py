@@ -182,8 +182,8 @@ class RunConfig(Section):
     """torch device of the models, such as cpu or cuda:0."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; training needs float32."""
-    backend: Literal["auto", "reference", "cpu"] = "auto"
-    """Backend of the rlhf_kernels operations."""
+    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Backend of the rlhf_kernels operations; `auto` picks one for each of them and the device."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
     data: DataConfig = field(default_factory=DataConfig)
