@@ -49,7 +49,7 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         (f"ppo: {{kl_coef: 1{'0' * 400}}}", ["ppo.kl_coef", "bits", "float"]),
         ("dtype: bfloat16", ["dtype: got 'bfloat16'", "'float32'", "master weights"]),
         ("dtype: float16", ["dtype: got 'float16'", "'float32'", "master weights"]),
-        ("backend: triton", ["backend", "'triton'", "'cpu'"]),
+        ("backend: metal", ["backend", "'metal'", "'triton'"]),
         ("backend: cuda", ["backend", "'cuda'", "'cpu'"]),
         ("ppo: {old_kl_coef: 0.1}", ["old_kl_coef: got 0.1", "only objective 'kl_penalty'"]),
         ("ppo: {objective: ratio, dual_clip: 3}", ["dual_clip: got 3.0", "only objective 'clip'"]),
