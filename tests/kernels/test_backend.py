@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+import triton
 
-from rlhf_kernels import _native, gae, info
+from rlhf_kernels import _native, backend, gae, info
 from rlhf_kernels.backend import choose, resolve
 
 
@@ -68,3 +69,34 @@ def test_a_missing_extension_is_explained():
     )
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(lines) == 2 and all("rlhf_kernels._C does not load" in line and "make build" in line for line in lines)
+
+
+@pytest.fixture
+def fresh_reasons():
+    """Why a backend cannot run is found once a process; here it is found anew."""
+    for reason in (backend.why_no_triton, backend.why_no_cuda):
+        reason.cache_clear()
+    yield
+    for reason in (backend.why_no_triton, backend.why_no_cuda):
+        reason.cache_clear()
+
+
+def test_an_old_triton_is_refused(monkeypatch, fresh_reasons):
+    monkeypatch.setattr(triton, "__version__", "3.4.2")
+    with pytest.raises(
+        ValueError, match=r"'triton' cannot serve this call: triton 3\.4\.2 is too old; install triton >= 3\.5"
+    ):
+        resolve("gae", "triton", torch.zeros(2))
+
+
+def test_an_old_chip_is_refused(monkeypatch, fresh_reasons):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(_native, "_C", type("Built", (), {"cuda_architectures": staticmethod(lambda: [80, 90, 100])}))
+    reason = backend.why_no_cuda("gae", torch.device("cuda"))
+    assert reason == "its kernels are built for sm_80, sm_90, sm_100, this device is sm_75"
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_tensors_on_another_device_are_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot serve this call: the tensors are on meta"):
+        resolve("gae", name, torch.zeros(2, device="meta"))
