@@ -10,21 +10,28 @@ constexpr int kBlock = 1024;  // elements held as floats in L1 while a block is 
 
 // w = u, factor = logit_scale / T without a softcap; w = softcap * tanh(logit_scale * u / softcap), factor = 1 / T with one.
 struct Factor {
-    float factor;
+    double exact;
+    float factor;  // rounded
     float softcap;
     float inner;  // logit_scale / softcap
     float logit_scale;
 };
 
 RLHF_HD Factor factor_of(const LogitTransform& t, int64_t row) {
-    const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
-    if (t.softcap > 0.f) return {1.f / temperature, t.softcap, t.logit_scale / t.softcap, t.logit_scale};
-    return {t.logit_scale / temperature, 0.f, 0.f, t.logit_scale};
+    const bool cap = t.softcap > 0.f;
+    const double exact = (cap ? 1.0 : t.logit_scale) / double(t.temperatures ? t.temperatures[row] : t.temperature);
+    return {exact, float(exact), t.softcap, cap ? t.logit_scale / t.softcap : 0.f, t.logit_scale};
 }
 
 template <bool CAP>
 RLHF_HD vf warp(vf u, const Factor& f) {
     return CAP ? rounded(f.softcap * vtanh(rounded(u * f.inner))) : u;
+}
+
+// dz / du
+template <bool CAP>
+RLHF_HD vf slope_at(vf u, const Factor& f) {
+    return CAP ? f.factor * f.logit_scale * vtanh_slope(u * f.inner) : splat(f.factor);
 }
 
 struct Stats {
@@ -85,9 +92,10 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
         weighted += hsum(z0 + z1);
     }
     const float taken = id >= 0 && id < vocab ? warp<CAP>(splat(to_float(u[id])), f)[0] : kNaN;
-    const double log_sum = log(sum);
-    const double logprob = (double(taken) - double(shift)) * f.factor - log_sum;
-    return {float(logprob), float(log_sum - weighted / sum), shift, float(1 / sum)};
+    const double log_sum = log(sum), mean = weighted / sum;
+    // Every exponent was made with the rounded factor; to first order that error moves the log-sum as it moves their mean.
+    const double logprob = (double(taken) - double(shift)) * f.exact - log_sum - (f.exact / f.factor - 1) * mean;
+    return {float(logprob), float(log_sum - mean), shift, float(1 / sum)};
 }
 
 // dL/du_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) * dz_j/du_j, written over `out`, which may be `u` itself.
@@ -102,9 +110,7 @@ RLHF_HD void row_gradient(const T* u, T* out, int64_t vocab, int64_t id, const F
         vf dz = -g * p;
         if (ENTROPY) dz -= h * p * (vmax(splat(kExpLow), t) + level);
         if (taken) dz += g;
-        if (!CAP) return dz * f.factor;
-        const vf th = w / f.softcap;
-        return dz * (f.factor * f.logit_scale) * (1.f - th * th);
+        return dz * slope_at<CAP>(x, f);
     };
     const int64_t whole = vocab / W * W;
     int64_t i = 0;

@@ -186,7 +186,7 @@ RLHF_HD vf vexp(vf x) {
 // e^x for any x; inf above 88, which is short of where float32 ends.
 RLHF_HD vf vexp_any(vf x) { return x > 88.f ? splat(kInf) : vexp(x); }
 
-// Accurate near 0, where (1 - e^-2x) / (1 + e^-2x) would cancel.
+// Accurate near 0, where 1 - 2 e^-2x / (1 + e^-2x) would cancel.
 RLHF_HD vf vtanh(vf x) {
     const vf ax = x < 0.f ? -x : x;
     const vf x2 = x * x;
@@ -197,9 +197,16 @@ RLHF_HD vf vtanh(vf x) {
     p = p * x2 + -3.33332819422e-1f;
     const vf small = p * x2 * x + x;
     const vf e = vexp(-(ax + ax));
-    const vf big = (1.f - e) / (1.f + e);
+    const vf big = 1.f - 2.f * e / (1.f + e);
     const vf signed_big = x < 0.f ? -big : big;
     return ax < 0.625f ? small : signed_big;
+}
+
+// tanh'(x); 1 - tanh^2 would cancel where tanh is near 1.
+RLHF_HD vf vtanh_slope(vf x) {
+    const vf ax = x < 0.f ? -x : x;
+    const vf e = vexp(-(ax + ax));
+    return 4.f * e / ((1.f + e) * (1.f + e));
 }
 
 }  // namespace RLHF_ISA

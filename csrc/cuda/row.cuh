@@ -10,7 +10,7 @@
 namespace rlhf {
 namespace cuda {
 
-constexpr float kLog2e = 1.44269504088896f, kLn2 = 0.693147180559945f;
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kLowest = -1000.f;  // 2^-1000 is 0, and 0 * -1000 is too: 0 * -inf would be NaN
 
 template <class T>
@@ -94,10 +94,15 @@ struct Factor {
     float factor, binary, softcap, inner, logit_scale;
 };
 
+// z / w before its rounding.
+static __device__ __forceinline__ double exact_factor(const LogitTransform& t, int64_t row) {
+    return (t.softcap > 0.f ? 1.0 : t.logit_scale) / double(t.temperatures ? t.temperatures[row] : t.temperature);
+}
+
 static __device__ __forceinline__ Factor factor_of(const LogitTransform& t, int64_t row) {
     const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
     const float factor = (t.softcap > 0.f ? 1.f : t.logit_scale) / temperature;
-    return {factor, factor * kLog2e, t.softcap, t.softcap > 0.f ? t.logit_scale / t.softcap : 0.f, t.logit_scale};
+    return {factor, factor * float(kLog2e), t.softcap, t.softcap > 0.f ? t.logit_scale / t.softcap : 0.f, t.logit_scale};
 }
 
 template <bool CAP>
@@ -143,7 +148,7 @@ static __device__ __forceinline__ RowCurve gradient_from(const Factor& f, float 
                                                          float h) {
     const float level = h != 0.f ? float(double(entropy) + log(double(inv_sum))) : 0.f;  // log p + H = t ln 2 + level
     const float outer = f.softcap > 0.f ? f.factor * f.logit_scale : f.factor;
-    return {shift, -outer * inv_sum * (g + h * level), -outer * inv_sum * h * kLn2, outer * g};
+    return {shift, -outer * inv_sum * (g + h * level), -outer * inv_sum * h * float(kLn2), outer * g};
 }
 
 // `extra` is added before the softcap's derivative.
@@ -152,8 +157,9 @@ __device__ __forceinline__ float gradient_at(float u, const Factor& f, const Row
     const float w = warp<CAP>(u, f), t = (w - c.shift) * f.binary, e = fast_exp2(t);
     const float y = e * (bends ? c.slope + c.bend * fmaxf(kLowest, t) : c.slope) + extra;
     if (!CAP) return y;
-    const float th = w / f.softcap;
-    return y * (1.f - th * th);
+    // tanh' = 4 e^-2x / (1 + e^-2x)^2; 1 - tanh^2 would cancel where tanh is near 1.
+    const float decay = fast_exp2(-2.f * float(kLog2e) * fabsf(u * f.inner));
+    return y * (4.f * decay / ((1.f + decay) * (1.f + decay)));
 }
 
 // Writes a block's part of the gradient; `packs` are the row's, in shared memory or where they lie.

@@ -48,21 +48,18 @@ def warp(u, softcap, logit_scale, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def factor_of(temperature, logit_scale, HAS_CAP: tl.constexpr):
-    """z / w."""
-    if HAS_CAP:
-        factor = tl.div_rn(1.0, temperature)
-    else:
-        factor = tl.div_rn(logit_scale, temperature)
-    return factor
+    """z / w, float64."""
+    scale = 1.0 if HAS_CAP else logit_scale
+    return scale / (temperature + tl.zeros([], tl.float64))
 
 
 @triton.jit
-def warp_slope(w, softcap, logit_scale, factor, HAS_CAP: tl.constexpr):
-    """dz / du, from w."""
+def warp_slope(u, softcap, logit_scale, factor, HAS_CAP: tl.constexpr):
+    """dz / du; `1 - tanh^2` would cancel where tanh is near 1."""
     slope = factor
     if HAS_CAP:
-        th = w / softcap
-        slope = factor * logit_scale * (1.0 - th * th)
+        e = tl.exp(-2.0 * tl.abs(u * (logit_scale / softcap)))
+        slope = factor * logit_scale * (4.0 * e / ((1.0 + e) * (1.0 + e)))
     return slope
 
 

@@ -49,7 +49,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
     """
     taken = tl.load(u + tl.maximum(id, 0)).to(tl.float32)
     factor = factor_of(temperature, logit_scale, HAS_CAP)
-    rate = factor * LOG2E
+    rate = (factor * LOG2E).to(tl.float32)
     # Sums of 2^t and t 2^t, t = (w - shift) * rate.
     shift, total, weighted = float("-inf"), 0.0, 0.0
     # The next block is under way while the warps wait for each other in the reductions of this one.
@@ -74,9 +74,10 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
     taken = tl.where(id >= 0, warp(taken, softcap, logit_scale, HAS_CAP), float("nan"))
     # float64: near 0 the hardware's float32 logarithm has an absolute error of 2^-22.
     log_sum = tl.log(total.to(tl.float64))
-    logprob = (taken.to(tl.float64) - shift) * factor - log_sum
-    entropy = log_sum - weighted.to(tl.float64) / total * LN2
-    return logprob.to(tl.float32), entropy.to(tl.float32), shift, tl.div_rn(1.0, total)
+    mean = weighted.to(tl.float64) / total * LN2
+    # Every exponent was made with the rounded rate; to first order that error moves the log-sum as it moves their mean.
+    logprob = (taken.to(tl.float64) - shift) * factor - log_sum - (factor * LOG2E / rate - 1.0) * mean
+    return logprob.to(tl.float32), (log_sum - mean).to(tl.float32), shift, tl.div_rn(1.0, total)
 
 
 @triton.jit
@@ -85,8 +86,8 @@ def _write_gradient(
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` may be `u`, or lie in the front of its bytes."""
-    factor = factor_of(temperature, logit_scale, HAS_CAP)
-    rate = factor * LOG2E
+    exact = factor_of(temperature, logit_scale, HAS_CAP)
+    factor, rate = exact.to(tl.float32), (exact * LOG2E).to(tl.float32)
     g = tl.where(id >= 0, g, float("nan"))
     level = 0.0  # log p + H = t ln 2 + level
     if ENTROPY:
@@ -96,7 +97,8 @@ def _write_gradient(
     ahead = _load(u, 0, vocab, 0.0, BLOCK)
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
         cols = start + tl.arange(0, BLOCK)
-        w = warp(ahead.to(tl.float32), softcap, logit_scale, HAS_CAP)
+        raw = ahead.to(tl.float32)
+        w = warp(raw, softcap, logit_scale, HAS_CAP)
         ahead = _load(u, start + BLOCK, vocab, 0.0, BLOCK)
         # All warps have read their parts before one of them writes: a narrower `out` lies in bytes that other warps read,
         # and without the barrier those would take gradients for logits.
@@ -107,7 +109,7 @@ def _write_gradient(
         if ENTROPY:
             slope = g + h * (tl.maximum(t, EXP2_LOW) * LN2 + level)
         dz = tl.where(cols == id, g, 0.0) - p * slope
-        du = dz * warp_slope(w, softcap, logit_scale, factor, HAS_CAP)
+        du = dz * warp_slope(raw, softcap, logit_scale, factor, HAS_CAP)
         tl.store(out + cols, du.to(out.dtype.element_ty), mask=cols < vocab)
 
 

@@ -1,25 +1,38 @@
 """The error bound of every kernel test."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def check_error(name: str, got: Tensor, eager: Tensor, exact: Tensor, scale: float = 0.0) -> None:
+def check_error(name: str, got: Tensor, eager: Tensor | Sequence[Tensor], exact: Tensor, scale: float = 0.0) -> None:
     """The largest error is at most twice that of eager PyTorch in the same dtype, plus 2 eps of the output's scale.
 
-    `exact` is the float64 reference; the output's scale is its largest value, or `scale` where that is more (a sum of terms
-    that cancel has the scale of its terms). A failure says where the values lie and what they are.
+    `exact` is the float64 reference; of several eager results the worst counts. The output's scale is its largest value, or
+    `scale` where that is more (a sum of terms that cancel has the scale of its terms). A failure says where the values lie
+    and what they are.
     """
+    eagers = (eager,) if isinstance(eager, Tensor) else eager
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     if not exact.numel():
         return
     wide, truth = got.detach().double(), exact.detach().double()
-    error, allowed = (wide - truth).abs(), (eager.detach().double() - truth).abs().max()
+    error = (wide - truth).abs()
+    allowed = max((x.detach().double() - truth).abs().max() for x in eagers)
     bound = 2 * allowed + 2 * torch.finfo(got.dtype).eps * truth.abs().max().clamp(min=scale)
     if not bool((error <= bound).all()):
         worst = int(torch.nan_to_num(error, nan=torch.inf).argmax())
         place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)) if error.dim() else ()
+        got, exact, *eagers = (x.flatten()[worst].item() for x in (wide, truth, *eagers))
         raise AssertionError(
-            f"{name}: error {error.flatten()[worst]:.3e} at {place}, bound {bound:.3e}; "
-            f"got {wide.flatten()[worst]!r}, exact {truth.flatten()[worst]!r}, eager {eager.flatten()[worst]!r}"
+            f"{name}: error {error.max():.3e} at {place}, bound {bound:.3e}; got {got!r}, exact {exact!r}, eager {eagers}"
         )
+
+
+def check_rounded_once(name: str, got: Tensor, exact: Tensor) -> None:
+    """Each float32 is within 1.5 eps of half a unit of its own last place from `exact`: nothing but its rounding is seen."""
+    rounded = exact.float().abs()
+    half_unit = (rounded.nextafter(torch.tensor(torch.inf, device=rounded.device)) - rounded).double() / 2
+    excess = ((got.double() - exact).abs() - half_unit).max() / torch.finfo(torch.float32).eps
+    assert excess <= 1.5, f"{name}: {excess:.2f} eps beyond the rounding"

@@ -10,7 +10,7 @@ from rlhf_kernels.backend import kernels
 from rlhf_kernels.ops.head import front_of
 from rlhf_kernels.rows import LogitRows, PpoRows, PpoScalars, RowStats, Transform
 
-from .bounds import check_error
+from .bounds import check_error, check_rounded_once
 from .gpu import DEVICE, to_device
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,6 +70,18 @@ def test_hand_computed():
     torch.testing.assert_close(out.entropy.cpu(), torch.tensor([1.5 * math.log(2)]))
     out.logprobs.backward()
     torch.testing.assert_close(logits.grad.cpu(), torch.tensor([[0.5, -0.25, -0.25]]))
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7}], ids=str)
+def test_a_temperature_of_each_row_costs_no_accuracy(options):
+    """1 / T is rounded, and a log-prob of -15 would move by it as a whole; ratios and k3 multiply what is lost here."""
+    torch.manual_seed(0)
+    logits, ids, temperature = to_device(
+        (2 * torch.randn(400, 203), torch.randint(0, 203, (400,)), torch.rand(400) + 0.5)
+    )
+    got = token_logprobs(logits, ids, temperature=temperature, backend="triton", **options).logprobs
+    exact = reference.token_logprobs(logits.double(), ids, temperature=temperature.double(), **options).logprobs
+    check_rounded_once("logprobs", got, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

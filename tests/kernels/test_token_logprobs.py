@@ -7,7 +7,7 @@ import torch
 
 from rlhf_kernels import reference, token_logprobs
 
-from .bounds import check_error
+from .bounds import check_error, check_rounded_once
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -53,6 +53,16 @@ def test_matches_float64(isa, dtype, vocabulary, options):
     if options.get("temperature") == "row":
         options = options | {"temperature": torch.rand(rows) + 0.5}
     compare((3 * torch.randn(rows, vocabulary)).to(dtype), torch.randint(0, vocabulary, (rows,)), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7}], ids=str)
+def test_a_temperature_of_each_row_costs_no_accuracy(isa, options):
+    """1 / T is rounded, and a log-prob of -15 would move by it as a whole; ratios and k3 multiply what is lost here."""
+    torch.manual_seed(0)
+    logits, ids, temperature = 2 * torch.randn(400, 203), torch.randint(0, 203, (400,)), torch.rand(400) + 0.5
+    got = token_logprobs(logits, ids, temperature=temperature, **options).logprobs
+    exact = reference.token_logprobs(logits.double(), ids, temperature=temperature.double(), **options).logprobs
+    check_rounded_once("logprobs", got, exact)
 
 
 def test_hand_computed():

@@ -1,0 +1,116 @@
+"""`linear_ppo_loss` beside what it is measured by: options, eager and float64 twins, the error bound for all it returns."""
+
+from functools import partial
+
+import torch
+
+from rlhf_kernels import METRICS, reference
+
+from .bounds import check_error
+from .heads import differentiate, widen
+
+FLAGS = {
+    "plain": (),
+    "values": ("returns", "old_values"),
+    "everything": ("returns", "old_values", "ref_logprobs", "weights", "temperature"),
+}
+OPTIONS = {
+    "clip": {},
+    "clip_higher_dual": {"cliprange_high": 0.4, "dual_clip": 1.3, "log_ratio_clamp": 0.5},
+    "entropy_kl": {"entropy_coef": 0.02, "kl_coef": 0.1},
+    "kl_penalty": {"objective": "kl_penalty", "old_kl_coef": 0.5, "aggregation": "seq_mean_token_sum"},
+    "policy_gradient": {"objective": "policy_gradient", "aggregation": "token_sum"},
+    "ratio": {"objective": "ratio", "kl_coef": 0.1, "kl_estimator": "k1", "log_ratio_clamp": 0.3},
+    "k2": {"kl_coef": 0.1, "kl_estimator": "k2", "aggregation": "seq_mean_token_mean", "entropy_coef": 0.02},
+    "abs": {"kl_coef": 0.1, "kl_estimator": "abs", "num_tokens": 77, "dual_clip": 1.3},
+    "sequence": {
+        "ratio_level": "sequence",
+        "aggregation": "seq_mean_token_mean",
+        "entropy_coef": 0.02,
+        "kl_coef": 0.05,
+    },
+    "softcap": {"softcap": 3.0, "logit_scale": 0.7, "entropy_coef": 0.02, "temperature": 0.8},
+}
+_TRANSFORM = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
+
+
+def chosen_of(flags: str, options: str, extra: dict) -> dict:
+    """Arguments for a choice of FLAGS and of OPTIONS."""
+    chosen = {k: extra[k] for k in FLAGS[flags]} | OPTIONS[options]
+    if "kl_coef" in chosen:
+        chosen["ref_logprobs"] = extra["ref_logprobs"]
+    if chosen.get("objective") == "policy_gradient":
+        chosen.pop("weights", None)
+    return chosen
+
+
+def run(function, leaves, constants, options, dtype, upstream=0.37):
+    """The result and the gradients of the leaves. Only the head's own arithmetic is in a half dtype."""
+    x = {k: v.to(dtype).clone().requires_grad_() for k, v in leaves.items()}
+    if "returns" not in options:
+        x = {k: v for k, v in x.items() if not k.startswith("value")}
+    wide = torch.promote_types(dtype, torch.float32)
+    constants, options = ({k: widen(v, wide) for k, v in tensors.items()} for tensors in (constants, options))
+    result = function(**x, **constants, **options)
+    return result, differentiate(result.loss, x, upstream)
+
+
+def reference_loss(**arguments):
+    arguments["ids"] = arguments["ids"].long()
+    first = [arguments.pop(k) for k in ("hidden", "weight", "ids", "old_logprobs", "advantages", "mask")]
+    return reference.linear_ppo_loss(*first, **(_TRANSFORM | arguments))
+
+
+def moved_loss(units, hidden, weight, ids, old_logprobs, advantages, mask, bias=None, **arguments):
+    """`reference_loss` with every log-prob moved by a part of the unit in its last float32 place."""
+    if (value_weight := arguments.pop("value_weight", None)) is not None:
+        arguments["values"] = hidden @ value_weight + arguments.pop("value_bias")
+    transform = {k: arguments.pop(k, default) for k, default in _TRANSFORM.items()}
+    taken = reference.linear_token_logprobs(hidden, weight, ids, bias=bias, mask=mask, entropy=True, **transform)
+    rounded = taken.logprobs.detach().float()
+    unit = rounded.abs().nextafter(torch.tensor(torch.inf)) - rounded.abs()
+    logprobs = taken.logprobs + units * unit
+    return reference.ppo_loss(logprobs, old_logprobs, advantages, mask, entropy=taken.entropy, **arguments)
+
+
+def in_order(seed: int, leaves, constants, options, dtype):
+    """Eager's result with the vocabulary and the hidden units in another order, which is the same to the formula."""
+    g = torch.Generator().manual_seed(seed)
+    v, h = (torch.randperm(n, generator=g).to(leaves["weight"].device) for n in leaves["weight"].shape)
+    places = {"hidden": (..., h), "weight": (v[:, None], h), "bias": (v,), "value_weight": (h,), "value_bias": (...,)}
+    moved = {k: x[places[k]] for k, x in leaves.items()}
+    result, gradients = run(reference_loss, moved, constants | {"ids": v.argsort()[constants["ids"]]}, options, dtype)
+    for k, x in gradients.items():
+        gradients[k] = torch.empty_like(x)
+        gradients[k][places[k]] = x
+    return result, gradients
+
+
+def eager_results(leaves, constants, options, dtype):
+    """Eager's, and as often as not its roundings cancel where a single token rules the result: so in several orders of its
+    sums, and with log-probs that are exact but for the half unit which float32 takes of them.
+    """
+    yield run(reference_loss, leaves, constants, options, dtype)
+    yield from (in_order(seed, leaves, constants, options, dtype) for seed in range(7))
+    for units in (-0.5, 0.5):
+        yield run(partial(moved_loss, units), leaves, constants, options, torch.float64)
+
+
+def check_loss(function, leaves, constants, options, dtype, how=None):
+    """`function` holds the bound for the loss, every metric and every gradient, on these very numbers."""
+    got, gradients = run(function, leaves, constants, options | (how or {}), dtype)
+    exact, exact_gradients = run(reference_loss, leaves, constants, options, torch.float64)
+    eager, eager_gradients = zip(*eager_results(leaves, constants, options, dtype), strict=True)
+    terms = {
+        "seq_mean_token_sum": constants["mask"].shape[1],
+        "token_sum": constants["mask"].numel(),
+    }  # of order 1 each
+    check_error("loss", got.loss, [x.loss for x in eager], exact.loss, terms.get(options.get("aggregation"), 1))
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        # The value head's bias sums what its weight sums times hidden states of order 1; one number alone shows no scale.
+        scale = float(exact_gradients["value_weight"].abs().max()) if name == "value_bias" else 0.0
+        check_error(f"gradient of {name}", gradient, [x[name] for x in eager_gradients], exact_gradients[name], scale)
+    for name in METRICS:
+        allowed = 2 * (eager[0].metrics[name] - exact.metrics[name]).abs() + 2e-5 * (1 + exact.metrics[name].abs())
+        assert (got.metrics[name] - exact.metrics[name]).abs() <= allowed, name
