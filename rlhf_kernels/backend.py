@@ -19,6 +19,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
 """Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
+LONGEST_ROW = 2**30
+"""Logits of a row whose places, and those of the blocks read ahead of it, fit in the 32 bits that GPU kernels count in."""
 
 MIN_TRITON = (3, 5)
 _MIN_TRITON = ".".join(map(str, MIN_TRITON))
@@ -164,8 +166,18 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     return Choice("triton", f"Triton kernels{missing}")
 
 
-def resolve(op: str, backend: str, tensor: Tensor) -> str:
-    """The backend that serves `tensor`; ValueError when the one asked for cannot."""
+def resolve(op: str, backend: str, tensor: Tensor, vocabulary: int = 0) -> str:
+    """The backend that serves `tensor`, and rows of `vocabulary` logits; ValueError when the one asked for cannot."""
+    chosen = _resolve(op, backend, tensor)
+    if chosen in ("triton", "cuda") and vocabulary > LONGEST_ROW:
+        raise ValueError(
+            f"{op}: got a vocabulary of {vocabulary}, expected at most {LONGEST_ROW}: the {chosen} kernels count the logits "
+            "of a row in 32 bits; backend='reference' takes longer ones"
+        )
+    return chosen
+
+
+def _resolve(op: str, backend: str, tensor: Tensor) -> str:
     if backend == "reference":
         return backend
     if backend == "auto" and tensor.is_cpu and tensor.dtype in NATIVE_DTYPES and _native.AVAILABLE:

@@ -62,7 +62,7 @@ def linear_ppo_loss(
     check_value_head(hidden, value_weight, value_bias)
     if compact not in (None, True, False):
         raise ValueError(f"compact: got {compact!r}, expected None, True or False")
-    chosen = resolve("linear_ppo_loss", backend, hidden)
+    chosen = resolve("linear_ppo_loss", backend, hidden, len(weight))
     if chosen == "reference":
         return reference.linear_ppo_loss(
             hidden,

@@ -40,7 +40,7 @@ def linear_token_logprobs(
     temperature = checks.constant(temperature)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
-    chosen = resolve("linear_token_logprobs", backend, hidden)
+    chosen = resolve("linear_token_logprobs", backend, hidden, len(weight))
     if chosen == "reference":
         return reference.linear_token_logprobs(
             hidden,

@@ -41,7 +41,7 @@ def logits_ppo_loss(
     args = PPOArguments.parse("logits_ppo_loss", options)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
     args.check(ids, old_logprobs, advantages, mask, name="ids", entropy_made=True)
-    chosen = resolve("logits_ppo_loss", backend, logits)
+    chosen = resolve("logits_ppo_loss", backend, logits, logits.shape[-1])
     if chosen == "reference":
         transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
         return reference.logits_ppo_loss(

@@ -48,7 +48,7 @@ def sample_tokens(
     if not isinstance(seed, int):
         raise ValueError(f"seed: got {type(seed).__name__}, expected an integer")
     seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # its low 64 bits, as an int64
-    chosen = resolve("sample_tokens", backend, logits)
+    chosen = resolve("sample_tokens", backend, logits, logits.shape[-1])
     if chosen == "reference":
         return reference.sample_tokens(
             logits.detach(),

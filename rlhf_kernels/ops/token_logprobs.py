@@ -34,7 +34,7 @@ def token_logprobs(
     """
     temperature = checks.constant(temperature)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
-    chosen = resolve("token_logprobs", backend, logits)
+    chosen = resolve("token_logprobs", backend, logits, logits.shape[-1])
     if chosen == "reference":
         return reference.token_logprobs(
             logits,

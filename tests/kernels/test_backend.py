@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 
+import rlhf_kernels
 from rlhf_kernels import _native, backend, gae, info
 from rlhf_kernels.backend import choose, resolve
 
@@ -32,6 +33,32 @@ def test_a_named_backend_serves_or_raises():
         resolve("gae", "cpu", x)
     with pytest.raises(ValueError, match="backend: got 'cuda9', expected 'auto' or one of"):
         gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), backend="cuda9")
+
+
+_ONE, _ID = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+_OBJECTIVE = {"ids": _ID, "old_logprobs": _ONE, "advantages": _ONE, "mask": _ONE.bool()}
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("token_logprobs", {"ids": _ID}),
+        ("linear_token_logprobs", {"ids": _ID}),
+        ("logits_ppo_loss", _OBJECTIVE),
+        ("linear_ppo_loss", _OBJECTIVE),
+        ("sample_tokens", {"seed": 0, "sequence": _ID, "position": _ID}),
+    ],
+)
+def test_a_row_longer_than_the_gpu_kernels_count(op, arguments):
+    """Nothing of its two gigabytes is touched: the error comes before a kernel does."""
+    vocabulary = 2**30 + 1
+    if op.startswith("linear"):
+        rows = (torch.zeros(1, 1, dtype=torch.bfloat16), torch.empty(vocabulary, 1, dtype=torch.bfloat16))
+    else:
+        rows = (torch.empty(1, vocabulary, dtype=torch.bfloat16),)
+    message = f"{op}: got a vocabulary of {vocabulary}, expected at most {2**30}: the triton kernels"
+    with pytest.raises(ValueError, match=message):
+        getattr(rlhf_kernels, op)(*rows, **arguments, backend="triton")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
