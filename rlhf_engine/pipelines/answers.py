@@ -21,7 +21,7 @@ from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout import Generator
-from rlhf_engine.stages.loading import encode_records, load_model, make_generator
+from rlhf_engine.stages.loading import check_room, encode_records, load_model, make_generator
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Answerer:
         if "{prompt}" in prefix:
             raise ValueError("prefix: got a text with {prompt} in it, expected examples written out")
         model, codec = load_model(replace(config, model=replace(config.model, path=folder)))
-        _check_room(config, folder, max_positions(model))
+        check_room(config, max_positions(model), f"the positions of {folder}")
         self.prefix = prefix
         self.codec: Codec = replace(codec, prompt_template=prefix + codec.prompt_template)
         self.stop, self.batch_size = stop, config.rollout.batch_size
@@ -124,12 +124,3 @@ def generate_file(
 
     with_new_file(target, write)
     return count, answerer.codec.truncated.count
-
-
-def _check_room(config: RunConfig, folder: str | None, positions: int | None) -> None:
-    rollout = config.rollout
-    if positions is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > positions:
-        raise ValueError(
-            f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
-            f"{rollout.max_response_tokens}, expected at most {positions} together, the positions of {folder}"
-        )

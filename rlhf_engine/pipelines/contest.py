@@ -204,7 +204,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     setting = asdict(config.eval)
     for name in ("judge", "judge_batch", "margin", "resamples"):
         del setting[name]
-    return {"seed": config.seed, "prompts": config.data.prompts, "eval": setting, "rollout": asdict(config.rollout)}
+    data = {name: getattr(config.data, name) for name in ("prompts", "prompt_template", "long_prompts")}
+    return {"seed": config.seed, "eval": setting, "rollout": asdict(config.rollout)} | data
 
 
 def _read_said(config: RunConfig, folder: Path) -> Said:

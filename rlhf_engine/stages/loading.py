@@ -70,6 +70,16 @@ def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: i
     return Generator(policy, config.rollout, eos_token_ids=codec.eos_id, pad_token_id=codec.pad_id, seed=seed)
 
 
+def check_room(config: RunConfig, positions: int | None, whose: str) -> None:
+    """Raises ValueError unless the longest prompt and its longest response fit into `positions`, None: any number."""
+    rollout = config.rollout
+    if positions is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > positions:
+        raise ValueError(
+            f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
+            f"{rollout.max_response_tokens}, expected at most {positions} together, {whose}"
+        )
+
+
 def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter:
     """The writer of one stage's numbers in `output_dir`; those after step `done` of an earlier run are replaced."""
     return MetricsWriter(config.output_dir, stage, resume_after=done)

@@ -21,6 +21,7 @@ from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.stages.loading import (
+    check_room,
     encode_records,
     given,
     load_model,
@@ -185,13 +186,8 @@ def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_m
         _check_ids(config, model, codec, reward_model)
         # A response that runs out of budget is scored with an EOS behind it.
         rooms.append((max_positions(reward_model.trunk), 1))
-    rollout = config.rollout
     room = min((positions - spare for positions, spare in rooms if positions is not None), default=None)
-    if room is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > room:
-        raise ValueError(
-            f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
-            f"{rollout.max_response_tokens}, expected at most {room} together, the models' positions"
-        )
+    check_room(config, room, "the models' positions")
 
 
 def _check_ids(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel) -> None:
