@@ -125,7 +125,7 @@ def test_s20_people_judge_through_a_file(run, models, capsys):
     assert report["win_rate"]["rate"] == pytest.approx(expected)
     code, _, shown = evaluate(capsys, run, models, "file", "eval.samples=1")
     assert code == 2 and "its answers were made with eval" in shown
-    code, _, shown = evaluate(capsys, run, models, "file", "eval.samples=2", "data.prompt_template=Say: {prompt}")
+    code, _, shown = evaluate(capsys, run, models, "file", "eval.samples=2", "data.prompt_template=Say {prompt}")
     assert code == 2 and "its answers were made with prompt_template" in shown
     assert (folder / "judged.jsonl").exists()
 
