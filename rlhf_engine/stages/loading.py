@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
-from random import Random
 from typing import Any, TypeVar
 
 import torch
@@ -139,13 +139,25 @@ def encode_records(path: str | None, records: Sequence[Item], encode: Callable[[
     return encoded
 
 
-def split(items: Sequence[Made], config: RunConfig) -> tuple[list[Made], list[Made]]:
-    """Training and validation parts, drawn by the seed; both have at least one item if there are two."""
-    order = list(range(len(items)))
-    Random(config.seed).shuffle(order)
-    if len(items) < 2:
+def split(
+    items: Sequence[Made], prompt: Callable[[Made], Sequence[int]], config: RunConfig
+) -> tuple[list[Made], list[Made]]:
+    """Training and validation parts with no prompt in common; `prompt` gives an item's, as token ids.
+
+    Prompts are taken in the order of a hash of the seed and their ids, so that one file's validation prompts are mostly
+    another file's, until `data.validation_share` of the items is held out. Both parts have a prompt.
+    """
+    groups: dict[tuple[int, ...], list[Made]] = {}
+    for item in items:
+        groups.setdefault(tuple(prompt(item)), []).append(item)
+    if len(groups) < 2:
         raise ValueError(
-            f"data: got {len(items)} usable records, expected at least 2, to train on one and validate on one"
+            f"data: got {len(items)} usable records of {len(groups)} prompts, expected at least 2 prompts, to train on one "
+            "and validate on another"
         )
-    held_out = min(len(items) - 1, max(1, round(config.data.validation_share * len(items))))
-    return [items[i] for i in order[held_out:]], [items[i] for i in order[:held_out]]
+    first, *order = sorted(groups, key=lambda ids: blake2b(repr((config.seed, ids)).encode()).digest())
+    wanted, validation, train = config.data.validation_share * len(items), [*groups[first]], []
+    for ids in order:
+        full = len(validation) + len(groups[ids]) / 2 > wanted or (ids == order[-1] and not train)
+        (train if full else validation).extend(groups[ids])
+    return train, validation

@@ -35,7 +35,7 @@ def run_sft(config: RunConfig) -> FitReport:
     demonstrations = read_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
     examples = encode_records(config.data.demonstrations, demonstrations, codec.example)
-    train, validation = split(examples, config)
+    train, validation = split(examples, lambda example: example.prompt, config)
     actor = ActorCritic(model, backend=config.backend)
     with stage_metrics(config, "sft") as metrics:
         report = fit_language_model(
@@ -55,7 +55,8 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     ranked = encode_records(
         config.data.comparisons, comparisons, lambda comparison: encode_comparison(comparison, codec)
     )
-    train, validation = split([prompt for prompt in ranked if prompt is not None], config)
+    kept = [prompt for prompt in ranked if prompt is not None]
+    train, validation = split(kept, lambda one: one.completions[0].prompt, config)
     reward_model = RewardModel.from_causal_lm(model, config.seed)
     with stage_metrics(config, "rm") as metrics:
         history = fit_reward_model(

@@ -1,0 +1,39 @@
+"""What the stages share on their way from files to tensors."""
+
+import pytest
+
+from rlhf_engine.config import DataConfig, RunConfig
+from rlhf_engine.data import Example
+from rlhf_engine.stages.loading import split
+
+
+def config_of(seed=0, share=0.1):
+    return RunConfig(seed=seed, data=DataConfig(validation_share=share))
+
+
+def examples_of(prompts, answers=3):
+    return [Example((prompt,), (answer,)) for answer in range(answers) for prompt in range(prompts)]
+
+
+def parts(items, config):
+    train, validation = split(items, lambda example: example.prompt, config)
+    assert sorted([*train, *validation], key=items.index) == items
+    return [{example.prompt for example in part} for part in (train, validation)]
+
+
+@pytest.mark.parametrize(("prompts", "share", "held_out"), [(40, 0.1, 4), (2, 0.01, 1), (2, 0.99, 1), (7, 0.5, 4)])
+def test_s4_no_prompt_is_trained_and_validated_on(prompts, share, held_out):
+    train, validation = parts(examples_of(prompts), config_of(share=share))
+    assert not train & validation and len(validation) == held_out
+
+
+def test_s4_stages_hold_out_the_same_prompts():
+    """A reward model's base was not fine-tuned on what the reward model is validated on."""
+    few, many = (parts(examples_of(40, answers), config_of())[1] for answers in (1, 5))
+    assert few == many
+    assert parts(examples_of(40), config_of(seed=1))[1] != few
+
+
+def test_one_prompt_cannot_be_split():
+    with pytest.raises(ValueError, match="data: got 3 usable records of 1 prompts, expected at least 2 prompts"):
+        split(examples_of(1), lambda example: example.prompt, config_of())
