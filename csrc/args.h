@@ -8,10 +8,16 @@ namespace rlhf {
 
 // z = softcap * tanh(logit_scale * u / softcap) / temperature
 struct LogitTransform {
-    float temperature = 1.f;
+    double temperature = 1;
     const float* temperatures = nullptr;  // (N) or null
-    float softcap = 0.f;                  // 0: off
-    float logit_scale = 1.f;
+    double softcap = 0;                   // 0: off
+    double logit_scale = 1;
+
+    // z = factor * w, where w = softcap * tanh(inner * u) with a softcap and u without one.
+    RLHF_MEMBER double factor(int64_t row) const {
+        return (softcap > 0 ? 1 : logit_scale) / (temperatures ? temperatures[row] : temperature);
+    }
+    RLHF_MEMBER double inner() const { return softcap > 0 ? logit_scale / softcap : 0; }
 };
 
 // Rows of logits, contiguous along the vocabulary; strides count elements. Row r lies at (r / inner) * outer_stride +

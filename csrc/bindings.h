@@ -19,8 +19,8 @@ static inline RowStats row_stats(Address stats, int64_t n) {
 }
 
 static inline LogitRows logit_rows(Address logits, int dtype, int64_t n, int64_t vocab, int64_t row_stride, int64_t inner,
-                                   int64_t outer_stride, Address ids, Address mask, float temperature, Address temperatures,
-                                   float softcap, float logit_scale) {
+                                   int64_t outer_stride, Address ids, Address mask, double temperature, Address temperatures,
+                                   double softcap, double logit_scale) {
     const LogitTransform transform{temperature, at<const float>(temperatures), softcap, logit_scale};
     return {at<void>(logits), DType(dtype), n, vocab, row_stride, inner, outer_stride, at<const int64_t>(ids),
             at<const uint8_t>(mask), transform};

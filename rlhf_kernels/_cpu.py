@@ -83,6 +83,7 @@ def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+    Sequences.of(rewards, cu_seqlens).check(rewards.numel())
     out = torch.empty_like(rewards), torch.empty_like(rewards)
     args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
     _native.extension().gae(args)
@@ -93,6 +94,7 @@ def rollout_advantages(
     scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
     skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    Sequences.of(logprobs, cu_seqlens).check(logprobs.numel())
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
     recursion = _native.gae_args(
         rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns

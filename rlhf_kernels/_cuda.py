@@ -22,7 +22,15 @@ def _workspace(size: int, like: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
+def _inside(cu_seqlens: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Ends that lie among the tokens and never fall, whatever came: the host does not look at a device's values."""
+    if cu_seqlens is None:
+        return None
+    return cu_seqlens.clamp(0, tokens.numel()).cummax(0).values
+
+
 def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+    cu_seqlens = _inside(cu_seqlens, rewards)
     out = torch.empty_like(rewards), torch.empty_like(rewards)
     args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
     with on_stream(rewards) as stream:
@@ -35,6 +43,7 @@ def rollout_advantages(
     scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
     skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    cu_seqlens = _inside(cu_seqlens, logprobs)
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
     recursion = _native.gae_args(
         rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns

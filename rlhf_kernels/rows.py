@@ -126,6 +126,11 @@ class Sequences:
         if ends[0] != 0 or ends[-1] != n or ends != sorted(ends):
             raise ValueError(f"cu_seqlens: got {ends}, expected 0 <= ... <= {n}, from 0 to N and never falling")
 
+    def check_on_cpu(self, tokens: Tensor) -> None:
+        """`check`, where looking at values waits for no device."""
+        if tokens.device.type == "cpu":
+            self.check(tokens.numel())
+
     def lengths(self, mask: Tensor) -> Tensor:
         """True tokens of each sequence, shape (B,), int64."""
         if self.cu_seqlens is None:

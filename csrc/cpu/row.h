@@ -6,21 +6,19 @@
 namespace rlhf {
 namespace RLHF_ISA {
 
-constexpr int kBlock = 1024;  // elements held as floats in L1 while a block is reduced
+// Elements held as floats in L1 while a block is reduced: 32 for each lane of two sums, whose roundings add up.
+constexpr int kBlock = 64 * W;
 
-// w = u, factor = logit_scale / T without a softcap; w = softcap * tanh(logit_scale * u / softcap), factor = 1 / T with one.
+// The numbers of LogitTransform for one row.
 struct Factor {
     double exact;
     float factor;  // rounded
-    float softcap;
-    float inner;  // logit_scale / softcap
-    float logit_scale;
+    float softcap, inner, logit_scale;
 };
 
 RLHF_HD Factor factor_of(const LogitTransform& t, int64_t row) {
-    const bool cap = t.softcap > 0.f;
-    const double exact = (cap ? 1.0 : t.logit_scale) / double(t.temperatures ? t.temperatures[row] : t.temperature);
-    return {exact, float(exact), t.softcap, cap ? t.logit_scale / t.softcap : 0.f, t.logit_scale};
+    const double exact = t.factor(row);
+    return {exact, float(exact), float(t.softcap), float(t.inner()), float(t.logit_scale)};
 }
 
 template <bool CAP>
@@ -93,8 +91,7 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
     }
     const float taken = id >= 0 && id < vocab ? warp<CAP>(splat(to_float(u[id])), f)[0] : kNaN;
     const double log_sum = log(sum), mean = weighted / sum;
-    // Every exponent was made with the rounded factor; to first order that error moves the log-sum as it moves their mean.
-    const double logprob = (double(taken) - double(shift)) * f.exact - log_sum - (f.exact / f.factor - 1) * mean;
+    const double logprob = taken_logprob(double(taken) - double(shift), f.exact, f.factor, log_sum, mean);
     return {float(logprob), float(log_sum - mean), shift, float(1 / sum)};
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstring>
 
-#include "../math/common.h"
+#include "../math/logits.h"
 #if defined(RLHF_ISA_AVX2) || defined(RLHF_ISA_AVX512)
 #include <immintrin.h>
 #endif
@@ -202,11 +202,9 @@ RLHF_HD vf vtanh(vf x) {
     return ax < 0.625f ? small : signed_big;
 }
 
-// tanh'(x); 1 - tanh^2 would cancel where tanh is near 1.
 RLHF_HD vf vtanh_slope(vf x) {
     const vf ax = x < 0.f ? -x : x;
-    const vf e = vexp(-(ax + ax));
-    return 4.f * e / ((1.f + e) * (1.f + e));
+    return tanh_slope(vexp(-(ax + ax)));
 }
 
 }  // namespace RLHF_ISA

@@ -99,10 +99,9 @@ __device__ __forceinline__ Sums sum_cluster(Front& front, int ranks, const Facto
 // Log-prob, entropy and the coefficients of the gradient from the sums of the row.
 __device__ __forceinline__ RowCurve finish_row(const LogitsPpoArgs& a, int64_t r, const Sums& s, float taken, const Factor& f,
                                                bool write) {
-    const double log_sum = log(s.sum), mean = kLn2 * s.weighted / s.sum, factor = exact_factor(a.x.transform, r);
-    // Every exponent was made with the rounded factor; to first order that error moves the log-sum as it moves their mean.
-    const double moved = (factor * kLog2e / f.binary - 1) * mean;
-    const float logprob = float((double(taken) - double(s.shift)) * factor - log_sum - moved);
+    const double log_sum = log(s.sum), mean = kLn2 * s.weighted / s.sum;
+    const double above = double(taken) - double(s.shift), factor = a.x.transform.factor(r);
+    const float logprob = float(taken_logprob(above, factor, f.binary * kLn2, log_sum, mean));
     const float entropy = float(log_sum - mean), inv_sum = float(1 / s.sum);
     const PpoRows& ppo = a.ppo;
     const float weight = (ppo.row_weight ? ppo.row_weight[r] : 1.f) / *a.denominator;

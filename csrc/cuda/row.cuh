@@ -5,6 +5,7 @@
 #pragma once
 #include <cfloat>
 
+#include "../math/logits.h"
 #include "common.cuh"
 
 namespace rlhf {
@@ -89,20 +90,16 @@ __device__ __forceinline__ int rank_of(const Row<T>& row, int64_t element, int r
     return at < 0 ? 0 : at / kPack<T> >= row.packs ? ranks - 1 : at / kPack<T> / per;
 }
 
-// w = u without a softcap, softcap * tanh(logit_scale * u / softcap) with one; z = factor * w.
+// The numbers of LogitTransform for one row, rounded; `binary` is the factor of exponents of 2.
 struct Factor {
     float factor, binary, softcap, inner, logit_scale;
 };
 
-// z / w before its rounding.
-static __device__ __forceinline__ double exact_factor(const LogitTransform& t, int64_t row) {
-    return (t.softcap > 0.f ? 1.0 : t.logit_scale) / double(t.temperatures ? t.temperatures[row] : t.temperature);
-}
-
+// In float, for every thread of a block does it; chips differ in how dear doubles are.
 static __device__ __forceinline__ Factor factor_of(const LogitTransform& t, int64_t row) {
-    const float temperature = t.temperatures ? t.temperatures[row] : t.temperature;
-    const float factor = (t.softcap > 0.f ? 1.f : t.logit_scale) / temperature;
-    return {factor, factor * float(kLog2e), t.softcap, t.softcap > 0.f ? t.logit_scale / t.softcap : 0.f, t.logit_scale};
+    const float temperature = t.temperatures ? t.temperatures[row] : float(t.temperature), scale = float(t.logit_scale);
+    const float softcap = float(t.softcap), factor = (softcap > 0.f ? 1.f : scale) / temperature;
+    return {factor, factor * float(kLog2e), softcap, softcap > 0.f ? scale / softcap : 0.f, scale};
 }
 
 template <bool CAP>
@@ -157,9 +154,7 @@ __device__ __forceinline__ float gradient_at(float u, const Factor& f, const Row
     const float w = warp<CAP>(u, f), t = (w - c.shift) * f.binary, e = fast_exp2(t);
     const float y = e * (bends ? c.slope + c.bend * fmaxf(kLowest, t) : c.slope) + extra;
     if (!CAP) return y;
-    // tanh' = 4 e^-2x / (1 + e^-2x)^2; 1 - tanh^2 would cancel where tanh is near 1.
-    const float decay = fast_exp2(-2.f * float(kLog2e) * fabsf(u * f.inner));
-    return y * (4.f * decay / ((1.f + decay) * (1.f + decay)));
+    return y * tanh_slope(fast_exp2(-2.f * float(kLog2e) * fabsf(u * f.inner)));
 }
 
 // Writes a block's part of the gradient; `packs` are the row's, in shared memory or where they lie.

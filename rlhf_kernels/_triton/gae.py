@@ -5,17 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rows import Sequences
 from . import scan
 from .scan import filled, gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["n", "length"])
 def _kernel(
-    rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, length, gamma, decay,
+    rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, n, length, gamma, decay,
     SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
-    begin, length = span(cu_seqlens, length, sequence)
+    begin, length = span(cu_seqlens, n, length, sequence)
     behind = 0.0
     if bootstrap is not None:
         behind = gamma * tl.load(bootstrap + sequence)
@@ -51,11 +52,12 @@ def gae(
     skip_holes: bool,
     cu_seqlens: Tensor | None,  # (B + 1,), int32
 ) -> tuple[Tensor, Tensor]:
+    Sequences.of(rewards, cu_seqlens).check_on_cpu(rewards)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
     with torch.cuda.device_of(rewards):
         _kernel[(b,)](
-            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, t, gamma, gamma * lam,
+            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, rewards.numel(), t, gamma, gamma * lam,
             SKIP_HOLES=skip_holes, **scan.GAE_TILE,
         )  # fmt: skip
     return advantages, returns

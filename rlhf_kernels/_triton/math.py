@@ -38,28 +38,43 @@ def tanh(x):
 
 
 @triton.jit
-def warp(u, softcap, logit_scale, HAS_CAP: tl.constexpr):
-    """w: `softcap * tanh(logit_scale * u / softcap)`, or u itself without a softcap; z = w * factor."""
+def warp(u, softcap, inner, HAS_CAP: tl.constexpr):
+    """w: `softcap * tanh(inner * u)`, or u itself without a softcap; z = w * factor."""
     w = u
     if HAS_CAP:
-        w = softcap * tanh(u * (logit_scale / softcap))
+        w = softcap * tanh(u * inner)
     return w
+
+
+@triton.jit
+def wide(x):
+    """A scalar in float64. The interpreter has plain numbers, which a cast would round to float32 on their way."""
+    return x + tl.zeros([], tl.float64)
 
 
 @triton.jit
 def factor_of(temperature, logit_scale, HAS_CAP: tl.constexpr):
     """z / w, float64."""
     scale = 1.0 if HAS_CAP else logit_scale
-    return scale / (temperature + tl.zeros([], tl.float64))
+    return wide(scale) / wide(temperature)
 
 
 @triton.jit
-def warp_slope(u, softcap, logit_scale, factor, HAS_CAP: tl.constexpr):
-    """dz / du; `1 - tanh^2` would cancel where tanh is near 1."""
-    slope = factor
+def cap_of(softcap, logit_scale, HAS_CAP: tl.constexpr):
+    """The softcap and `logit_scale / softcap`, float32."""
+    inner = 0.0
     if HAS_CAP:
-        e = tl.exp(-2.0 * tl.abs(u * (logit_scale / softcap)))
-        slope = factor * logit_scale * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+        inner = (wide(logit_scale) / wide(softcap)).to(tl.float32)
+    return tl.cast(softcap, tl.float32), inner
+
+
+@triton.jit
+def warp_slope(u, inner, outer, HAS_CAP: tl.constexpr):
+    """dz / du, `outer` where tanh' is 1; `1 - tanh^2` would cancel where tanh is near 1."""
+    slope = outer
+    if HAS_CAP:
+        e = tl.exp(-2.0 * tl.abs(u * inner))
+        slope = outer * (4.0 * e / ((1.0 + e) * (1.0 + e)))
     return slope
 
 

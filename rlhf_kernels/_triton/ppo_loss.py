@@ -234,8 +234,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reads `cu_seqlens` on the host only where that waits for nothing; a token of no sequence gets NaN elsewhere."""
     n, s, packed = logprobs.numel(), ppo.scalars, sequences.cu_seqlens is not None
-    if logprobs.device.type == "cpu":
-        sequences.check(n)
+    sequences.check_on_cpu(logprobs)
     slope = torch.empty_like(logprobs)
     value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
     if sequence_level and packed:

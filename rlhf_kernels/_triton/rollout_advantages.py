@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rows import Sequences
 from . import scan
 from .masked import moments, new_parts, statistics_of, store_moments, whiten, whitened
 from .math import K3, kl_value
@@ -41,13 +42,13 @@ def _shape_rewards(logprob, ref, mask, score, landing, kl_coef, KL: tl.constexpr
     return tl.where(mask, reward, 0.0), kl
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["n", "length"])
 def _reward_moments_kernel(
-    scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, length, kl_coef, score_clip,
+    scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, n, length, kl_coef, score_clip,
     KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
-    begin, length = span(cu_seqlens, length, sequence)
+    begin, length = span(cu_seqlens, n, length, sequence)
     score = _clipped_score(scores, sequence, score_clip)
     seen = False
     count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
@@ -67,15 +68,15 @@ def _reward_moments_kernel(
     store_moments(parts, sequence, tl.num_programs(0).to(tl.int64), count, total, squares)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["n", "length"])
 def _kernel(
     scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
-    advantages, returns, rewards, kls, parts, length, kl_coef, score_clip, gamma, decay,
+    advantages, returns, rewards, kls, parts, n, length, kl_coef, score_clip, gamma, decay,
     KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Without `statistics` rewards are not whitened; without `parts` advantages will not be."""
     sequence = tl.program_id(0).to(tl.int64)
-    begin, length = span(cu_seqlens, length, sequence)
+    begin, length = span(cu_seqlens, n, length, sequence)
     score = _clipped_score(scores, sequence, score_clip)
     behind = 0.0
     if bootstrap is not None:
@@ -126,7 +127,9 @@ def rollout_advantages(
     whiten_advantages: bool,
     cu_seqlens: Tensor | None,  # (B + 1,), int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    Sequences.of(logprobs, cu_seqlens).check_on_cpu(logprobs)
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
+    n = logprobs.numel()
     b, t = scores.numel(), logprobs.shape[-1] if cu_seqlens is None else 0
     # A whole number would be another type to the compiler, and 1 a constant.
     kl_coef, score_clip, gamma, decay = map(float, (kl_coef, score_clip, gamma, gamma * lam))
@@ -136,13 +139,13 @@ def rollout_advantages(
     with torch.cuda.device_of(logprobs):
         if whiten_rewards:
             _reward_moments_kernel[(b,)](
-                scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, t, kl_coef, score_clip,
+                scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, n, t, kl_coef, score_clip,
                 KL=kl_estimator, **tile,
             )  # fmt: skip
             statistics = statistics_of(parts, shift_mean=False, unbiased=True)
         _kernel[(b,)](
             scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
-            advantages, returns, rewards, kl, parts if whiten_advantages else None, t, kl_coef, score_clip, gamma, decay,
+            advantages, returns, rewards, kl, parts if whiten_advantages else None, n, t, kl_coef, score_clip, gamma, decay,
             SKIP_HOLES=skip_holes, KL=kl_estimator, **tile,
         )  # fmt: skip
     if whiten_advantages:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows, RowStats
-from .math import EXP2_LOW, LN2, LOG2E, factor_of, kl_slope, surrogate, warp, warp_slope
+from .math import EXP2_LOW, LN2, LOG2E, cap_of, factor_of, kl_slope, surrogate, warp, warp_slope
 
 
 @triton.jit
@@ -49,13 +49,14 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
     """
     taken = tl.load(u + tl.maximum(id, 0)).to(tl.float32)
     factor = factor_of(temperature, logit_scale, HAS_CAP)
-    rate = (factor * LOG2E).to(tl.float32)
+    rate = tl.cast(factor * LOG2E, tl.float32)
+    softcap, inner = cap_of(softcap, logit_scale, HAS_CAP)
     # Sums of 2^t and t 2^t, t = (w - shift) * rate.
     shift, total, weighted = float("-inf"), 0.0, 0.0
     # The next block is under way while the warps wait for each other in the reductions of this one.
     ahead = _load(u, 0, vocab, float("-inf"), BLOCK)
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
-        w = warp(ahead.to(tl.float32), softcap, logit_scale, HAS_CAP)
+        w = warp(ahead.to(tl.float32), softcap, inner, HAS_CAP)
         ahead = _load(u, start + BLOCK, vocab, float("-inf"), BLOCK)
         if HAS_CAP:
             w = tl.where(start + tl.arange(0, BLOCK) < vocab, w, float("-inf"))  # tanh made -softcap of the filler
@@ -71,7 +72,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
         e = tl.exp2(t)
         total += tl.sum(e, 0)
         weighted += tl.sum(e * tl.maximum(t, EXP2_LOW), 0)  # 0 * -inf must be 0
-    taken = tl.where(id >= 0, warp(taken, softcap, logit_scale, HAS_CAP), float("nan"))
+    taken = tl.where(id >= 0, warp(taken, softcap, inner, HAS_CAP), float("nan"))
     # float64: near 0 the hardware's float32 logarithm has an absolute error of 2^-22.
     log_sum = tl.log(total.to(tl.float64))
     mean = weighted.to(tl.float64) / total * LN2
@@ -86,8 +87,10 @@ def _write_gradient(
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` may be `u`, or lie in the front of its bytes."""
-    exact = factor_of(temperature, logit_scale, HAS_CAP)
-    factor, rate = exact.to(tl.float32), (exact * LOG2E).to(tl.float32)
+    factor = factor_of(temperature, logit_scale, HAS_CAP)
+    outer = tl.cast(factor * logit_scale if HAS_CAP else factor, tl.float32)
+    rate = tl.cast(factor * LOG2E, tl.float32)
+    softcap, inner = cap_of(softcap, logit_scale, HAS_CAP)
     g = tl.where(id >= 0, g, float("nan"))
     level = 0.0  # log p + H = t ln 2 + level
     if ENTROPY:
@@ -98,7 +101,7 @@ def _write_gradient(
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
         cols = start + tl.arange(0, BLOCK)
         raw = ahead.to(tl.float32)
-        w = warp(raw, softcap, logit_scale, HAS_CAP)
+        w = warp(raw, softcap, inner, HAS_CAP)
         ahead = _load(u, start + BLOCK, vocab, 0.0, BLOCK)
         # All warps have read their parts before one of them writes: a narrower `out` lies in bytes that other warps read,
         # and without the barrier those would take gradients for logits.
@@ -109,7 +112,7 @@ def _write_gradient(
         if ENTROPY:
             slope = g + h * (tl.maximum(t, EXP2_LOW) * LN2 + level)
         dz = tl.where(cols == id, g, 0.0) - p * slope
-        du = dz * warp_slope(raw, softcap, logit_scale, factor, HAS_CAP)
+        du = dz * warp_slope(raw, inner, outer, HAS_CAP)
         tl.store(out + cols, du.to(out.dtype.element_ty), mask=cols < vocab)
 
 
@@ -136,7 +139,8 @@ _VARYING = ["n", "inner", "outer_stride", "temperature", "softcap", "logit_scale
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PER_ROW)
 def _forward_kernel(
-    logits, ids, mask, temperatures, stats, n, vocab, row_stride, inner, outer_stride, temperature, softcap, logit_scale,
+    logits, ids, mask, temperatures, stats, n, vocab, row_stride, inner, outer_stride,
+    temperature: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
     NESTED: tl.constexpr, ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -145,7 +149,7 @@ def _forward_kernel(
         counts = tl.load(mask + row)
     if counts:
         if temperatures is not None:
-            temperature = tl.load(temperatures + row)
+            temperature = tl.load(temperatures + row).to(tl.float64)
         u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED, ALIGNED)
         logprob, entropy, shift, inv_sum = _stats(
             u, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, HAS_CAP, BLOCK
@@ -161,7 +165,7 @@ def _forward_kernel(
 )
 def _backward_kernel(
     logits, ids, mask, temperatures, stats, grad_logprobs, grad_entropy, out, n, vocab, row_stride, inner, outer_stride,
-    out_row_stride, out_inner, out_outer_stride, temperature, softcap, logit_scale,
+    out_row_stride, out_inner, out_outer_stride, temperature: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
     NESTED: tl.constexpr, OUT_NESTED: tl.constexpr, ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -177,7 +181,7 @@ def _backward_kernel(
     out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED, ALIGNED)
     if (g != 0) | (h != 0):
         if temperatures is not None:
-            temperature = tl.load(temperatures + row)
+            temperature = tl.load(temperatures + row).to(tl.float64)
         u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED, ALIGNED)
         entropy = tl.load(stats + n.to(tl.int64) + row)
         shift = tl.load(stats + n.to(tl.int64) * 2 + row)
@@ -200,8 +204,9 @@ _SCALARS = ["cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_
 )
 def _ppo_kernel(
     logits, ids, mask, temperatures, stats, old_logprobs, advantages, weights, ref_logprobs, row_weight, out, active,
-    n, vocab, row_stride, inner, outer_stride, out_row_stride, out_inner, out_outer_stride, temperature, softcap,
-    logit_scale, cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, kl_coef, entropy_coef,
+    n, vocab, row_stride, inner, outer_stride, out_row_stride, out_inner, out_outer_stride,
+    temperature: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
+    cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, kl_coef, entropy_coef,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, NESTED: tl.constexpr, OUT_NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +218,7 @@ def _ppo_kernel(
         counts = tl.load(mask + row)
     if counts:
         if temperatures is not None:
-            temperature = tl.load(temperatures + row)
+            temperature = tl.load(temperatures + row).to(tl.float64)
         u = logits + _row_start(row, row_stride, inner, outer_stride, NESTED, ALIGNED)
         id = _id(ids, row, vocab)
         logprob, entropy, shift, inv_sum = _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP, BLOCK)

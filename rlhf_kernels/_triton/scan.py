@@ -44,8 +44,9 @@ def compose(later_decay, later_own, decay, own):
 
 
 @triton.jit
-def span(cu_seqlens, length, sequence):
-    """Where a sequence begins, int64, and its length, int32 (int64 only where a padded T is that long).
+def span(cu_seqlens, n, length, sequence):
+    """Where a sequence begins, int64, and its length, int32 (int64 only where a padded T is that long); inside the `n`
+    tokens whatever `cu_seqlens` says.
 
     Places inside a sequence are counted as its length is: in 64 bits, the compiler would keep an address for each token and
     tensor over the whole walk, in twice the registers.
@@ -53,9 +54,9 @@ def span(cu_seqlens, length, sequence):
     if cu_seqlens is None:
         begin = sequence * length
     else:
-        begin = tl.load(cu_seqlens + sequence)
-        length = tl.load(cu_seqlens + sequence + 1) - begin
-        begin = begin.to(tl.int64)
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0).to(tl.int64), n)
+        end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), n)
+        length = tl.maximum(end - begin, 0).to(tl.int32)
     return begin, length
 
 

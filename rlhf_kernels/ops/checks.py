@@ -66,7 +66,7 @@ def number(
     """A finite number within its range; what a compiler traces with instead of a number passes."""
     if (x is None and optional) or (type(x) is not float and isinstance(x, SYMBOLS)):
         return
-    right = type(x) is int or (type(x) is float and not integer)
+    right = isinstance(x, int if integer else (int, float)) and not isinstance(x, bool)  # numpy's float64 is a float
     if not right or not math.isfinite(x):
         raise ValueError(f"{name}: got {x!r}, expected {'an integer' if integer else 'a finite number'}")
     if above is not None and not x > above:
@@ -83,17 +83,25 @@ def denominator(name: str, x: float | Tensor | None) -> None:
         number(name, x, least=0, optional=True)
     elif x.dim() != 0 or x.dtype is torch.bool:
         raise ValueError(f"{name}: got {x.dtype} of shape {shape(x)}, expected a number or a tensor of shape ()")
-    elif values_visible(x) and not bool(x >= 0):
-        raise ValueError(f"{name}: got {x.item()}, expected at least 0")
+    elif values_visible(x) and not bool((x >= 0) & (x < math.inf)):
+        raise ValueError(f"{name}: got {x.item()}, expected a finite number of at least 0")
+
+
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def temperature(x: float | Tensor, *, like: Tensor, expected: tuple[int, ...]) -> None:
     if not isinstance(x, Tensor):
-        number("temperature", x, above=0)
+        number("temperature", x, above=0, least=_SMALLEST, most=1 / _SMALLEST)
         return
     tensor("temperature", x, like=like, expected=expected, what="one temperature a token")
-    if values_visible(x) and not bool((x > 0).all()):
-        raise ValueError(f"temperature: got {x.min().item()} among its values, expected all above 0")
+    if not values_visible(x):
+        return
+    wrong = ~((x >= _SMALLEST) & (x <= 1 / _SMALLEST))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"temperature: got {x[wrong][0].item()} among its values, expected all above 0, with an inverse in float32"
+        )
 
 
 def ids(x: Tensor, *, like: Tensor, expected: tuple[int, ...], vocabulary: int, where: Tensor | None = None) -> None:

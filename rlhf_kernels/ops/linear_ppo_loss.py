@@ -60,7 +60,7 @@ def linear_ppo_loss(
     made = {"value_head": value_weight is not None, "entropy_made": True}
     args.check(ids, old_logprobs, advantages, mask, name="ids", **made)
     check_value_head(hidden, value_weight, value_bias)
-    if compact not in (None, True, False):
+    if not (compact is None or compact is True or compact is False):
         raise ValueError(f"compact: got {compact!r}, expected None, True or False")
     chosen = resolve("linear_ppo_loss", backend, hidden, len(weight))
     if chosen == "reference":

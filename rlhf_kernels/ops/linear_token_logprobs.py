@@ -71,9 +71,12 @@ def linear_token_logprobs(
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The head's inputs in autocast's dtype where it is on, as `torch.nn.functional.linear` would take them."""
+    """The head's inputs in autocast's dtype where it is on, as `torch.nn.functional.linear` would take them.
+
+    As there, float64 stays what it is.
+    """
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -146,6 +149,7 @@ def _backward(
     g, h = (None if x is None else x.float() for x in (grad_logprobs, grad_entropy))
     live = sum(x.abs() for x in (g, h) if x is not None) != 0
     keep = live if mask is None else live & mask
+    g, h = (None if x is None else torch.where(keep, x, 0) for x in (g, h))  # whatever lies in masked rows
     plan = Plan.of(n, len(weight), hidden.dtype, backend, chunk_tokens, None)
     rows = _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale, plan)
     # Relative to the largest coefficient: half-precision gradients of logits would underflow under a small one.

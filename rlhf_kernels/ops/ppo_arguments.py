@@ -104,6 +104,10 @@ class PPOArguments:
         """Nothing that was asked for is ignored."""
         if self.ratio_level == "sequence" and self.objective == "policy_gradient":
             raise ValueError("ratio_level: got 'sequence' with objective='policy_gradient', which has no ratio")
+        if self.log_ratio_clamp is not None and self.objective == "policy_gradient":
+            raise ValueError(
+                f"log_ratio_clamp: got {self.log_ratio_clamp} with objective='policy_gradient', which has no ratio"
+            )
         for name, objective in (("cliprange_high", "clip"), ("dual_clip", "clip"), ("old_kl_coef", "kl_penalty")):
             value = getattr(self, name)
             if value not in (None, 0) and self.objective != objective:

@@ -1,5 +1,6 @@
 """The PPO objective on log-probs that exist already."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -8,7 +9,7 @@ from ..types import METRICS, PPOLoss
 from . import checks
 from .ppo_arguments import PPOArguments
 from .ppo_terms import Terms, as_loss, flat
-from .registry import define, schema_of
+from .registry import define, refuse, schema_of
 
 
 def ppo_loss(
@@ -145,6 +146,8 @@ def _differentiate(ctx, grad_loss, *_):
     nothing = (None,) * 17
     if grad_loss is None:
         return None, None, None, *nothing
+    if torch.is_grad_enabled() and checks.is_eager(grad_loss):
+        refuse(ctx)  # create_graph=True: the slopes are no function here
     slopes = (
         s * grad_loss if needed and s.numel() else None for s, needed in zip(ctx.saved_tensors, inputs, strict=True)
     )

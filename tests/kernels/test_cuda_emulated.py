@@ -55,6 +55,22 @@ def test_gae_in_tiles(mask, holes, bootstrap):
     check_gae(*batch(2, 2 * TILE + 5, mask), gamma=0.999, lam=0.99, holes=holes, bootstrap=bootstrap)
 
 
+@pytest.mark.parametrize("ends", [[0, 8], [-9, 4, 4], [2, 1 << 30], [3, 1, 2, -4], [0, 9 * TILE, 3 * TILE]])
+@pytest.mark.parametrize("tokens", [4, 2 * TILE + 4])
+def test_cu_seqlens_that_lie_read_nothing_outside(ends, tokens):
+    """A device's values are not looked at by the host: what is behind the tokens must not be reached all the same."""
+    x = torch.full((tokens + 2000,), torch.nan)
+    x[:tokens] = 0.5
+    mask, ends = torch.ones(len(x), dtype=torch.bool), torch.tensor(ends, dtype=torch.int32)
+    given = x[:tokens], x[:tokens], mask[:tokens]
+    scores, flags = torch.zeros(len(ends) - 1), (0.1, 0, 1.0, 0.95, torch.inf, None, None, True, True, True)
+    results = (*run_gae(*given, cu_seqlens=ends), *_cuda.rollout_advantages(scores, x[:tokens], *given, *flags, ends))
+    inside = torch.zeros(tokens, dtype=torch.bool)
+    for begin, end in itertools.pairwise(ends.clamp(0, tokens).cummax(0).values.tolist()):
+        inside[begin:end] = True
+    assert all(y.shape == (tokens,) and y[inside].isfinite().all() for y in results)
+
+
 @pytest.mark.parametrize("holes", ["skip", "zero"])
 def test_a_block_walks_the_tiles_of_a_long_sequence(holes):
     """Many short sequences and a long one: no launch for tiles, the same result."""

@@ -13,10 +13,12 @@ import torch
 
 from rlhf_kernels import _cpu, _cuda, _native, logits_ppo_loss, reference
 from rlhf_kernels.ops import one_pass
+from rlhf_kernels.ops.ppo_arguments import PPOArguments
+from rlhf_kernels.ops.ppo_terms import Terms
 from rlhf_kernels.rows import LogitRows, RowStats, Transform
 
 from . import cuda_emulator
-from .bounds import check_error
+from .bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
 from .heads import differentiate, make, widen
 
 REAL = _native._C
@@ -35,7 +37,7 @@ def ppo_loss(*arguments):
 def emulated(monkeypatch):
     launchers = {"cuda": _cuda, "triton": types.SimpleNamespace(ppo_loss=ppo_loss)}
     monkeypatch.setattr(one_pass, "kernels", launchers.__getitem__)
-    monkeypatch.setattr(sys.modules["rlhf_kernels.ops.logits_ppo_loss"], "resolve", lambda op, backend, x: "cuda")
+    monkeypatch.setattr(sys.modules["rlhf_kernels.ops.logits_ppo_loss"], "resolve", lambda *_: "cuda")
     with cuda_emulator.emulated():
         yield
 
@@ -77,6 +79,39 @@ def check(logits, arguments, **how):
     for name, gradient in got[2].items():
         check_error(name, gradient, eager[2][name], exact[2][name])
     return got
+
+
+@pytest.mark.parametrize("kind", TEMPERATURES)
+@pytest.mark.parametrize("split", ["eight", "two passes"])
+def test_a_temperature_costs_no_accuracy(kind, split):
+    """The log-prob shows as the loss of an unclipped policy gradient of advantage -1, a row at a time."""
+    logits, ids, options = temperature_scene(kind)
+    stats = RowStats.empty(len(ids), logits.device)
+    transform = Transform(**options)
+    ones = torch.ones(len(ids))
+    args = PPOArguments(objective="policy_gradient")
+    terms = Terms.of(args, ones, ones, ones.bool())
+    with room(split):
+        rows = LogitRows(logits, ids, transform, terms.mask)
+        _cuda.logits_ppo_loss(rows, terms.ppo, stats, torch.empty(2, len(ids)), terms.denominators[0], None)
+    check_temperature_costs_nothing(stats.logprobs, logits, ids, options)
+
+
+def test_the_softcaps_slope_does_not_cancel():
+    logits = torch.linspace(-7, 7, 141).view(1, 141).requires_grad_()
+    one = torch.ones(1)
+    logits_ppo_loss(
+        logits, torch.tensor([70]), one, one, one.bool(), objective="policy_gradient", softcap=1.0
+    ).loss.backward()
+    x = logits.detach().double()
+    decay = torch.exp(-2 * x.abs())
+    exact = (
+        (torch.tanh(x).softmax(-1) - torch.nn.functional.one_hot(torch.tensor([70]), 141))
+        * 4
+        * decay
+        / (1 + decay).square()
+    )
+    assert ((logits.grad.double() - exact).abs() <= 8 * torch.finfo(torch.float32).eps * exact.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -183,6 +183,16 @@ def test_cu_seqlens_that_do_not_fit(cu):
         gae(x, x, x.bool())
 
 
+def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
+    """Under a compiler the public check sees no values; the kernel must not read or write outside."""
+    x, mask = torch.zeros(8), torch.ones(8, dtype=torch.bool)
+    compiled = torch.compile(lambda ends: gae(x, x, mask, cu_seqlens=ends).advantages, fullgraph=True, backend="eager")
+    assert (compiled(torch.tensor([0, 8], dtype=torch.int32)) == 0).all()
+    for ends in ([0, 50_000_000], [0, 2], [1, 8]):
+        with pytest.raises(ValueError, match="cu_seqlens: got"):
+            compiled(torch.tensor(ends, dtype=torch.int32))
+
+
 def test_registered_op():
     rewards, values, m = batch(3, 20, "holes")
     rewards, values = rewards.nan_to_num(), torch.where(m, values, 0)

@@ -10,7 +10,7 @@ from rlhf_kernels.backend import kernels
 from rlhf_kernels.ops.head import front_of
 from rlhf_kernels.rows import LogitRows, PpoRows, PpoScalars, RowStats, Transform
 
-from .bounds import check_error, check_rounded_once
+from .bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
 from .gpu import DEVICE, to_device
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,16 +72,29 @@ def test_hand_computed():
     torch.testing.assert_close(logits.grad.cpu(), torch.tensor([[0.5, -0.25, -0.25]]))
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7}], ids=str)
-def test_a_temperature_of_each_row_costs_no_accuracy(options):
+@pytest.mark.parametrize("kind", TEMPERATURES)
+def test_a_temperature_costs_no_accuracy(kind):
     """1 / T is rounded, and a log-prob of -15 would move by it as a whole; ratios and k3 multiply what is lost here."""
-    torch.manual_seed(0)
-    logits, ids, temperature = to_device(
-        (2 * torch.randn(400, 203), torch.randint(0, 203, (400,)), torch.rand(400) + 0.5)
+    logits, ids, options = to_device(temperature_scene(kind))
+    check_temperature_costs_nothing(
+        token_logprobs(logits, ids, **options, backend="triton").logprobs, logits, ids, options
     )
-    got = token_logprobs(logits, ids, temperature=temperature, backend="triton", **options).logprobs
-    exact = reference.token_logprobs(logits.double(), ids, temperature=temperature.double(), **options).logprobs
-    check_rounded_once("logprobs", got, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_softcaps_slope_does_not_cancel(dtype):
+    """Far beyond the cap tanh is 1 in float32, and its slope still is not 0: 4 e^-2x / (1 + e^-2x)^2."""
+    x = torch.linspace(-7, 7, 141).repeat(2, 1).to(dtype).to(DEVICE).requires_grad_()
+    x64 = x.detach().double()
+    taken = torch.tensor([70, 0], device=DEVICE)
+    token_logprobs(x, taken, softcap=1.0, backend="triton").logprobs.sum().backward()
+    p = torch.tanh(x64).softmax(-1)
+    decay = torch.exp(-2 * x64.abs())
+    exact = (torch.nn.functional.one_hot(taken, 141) - p) * 4 * decay / (1 + decay).square()
+    assert (
+        (x.grad.double() - exact).abs()
+        <= 8 * torch.finfo(dtype).eps * exact.abs() + 1e-7
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_kernels import METRICS, linear_ppo_loss, linear_token_logprobs, reference
+from rlhf_kernels import METRICS, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import Terms
 
@@ -275,6 +275,10 @@ def test_float64_tensors_beside_float32_hidden_states():
 def test_second_derivatives_are_refused():
     leaves, constants, _ = make(25)
     x = leaves["hidden"].clone().requires_grad_()
+    old, tokens = constants["old_logprobs"], constants["old_logprobs"].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiates once"):
+        loss = ppo_loss(tokens, old, constants["advantages"], constants["mask"]).loss
+        torch.autograd.grad(loss, tokens, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiates once"):
         torch.autograd.grad(linear_ppo_loss(x, leaves["weight"], **constants).loss, x, create_graph=True)
     out = linear_token_logprobs(x, leaves["weight"], constants["ids"]).logprobs.sum()

@@ -54,6 +54,19 @@ def test_rows_without_an_upstream_gradient_enter_no_backward_product(monkeypatch
     assert (hidden.grad[:, 5:] == 0).all() and (hidden.grad[:, :5] != 0).any()
 
 
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan, 1e9])
+def test_an_upstream_gradient_of_masked_rows_is_not_looked_at(upstream):
+    """A function behind the log-probs may have an infinite slope at the 0 of a masked row."""
+    leaves, constants, _ = make(2, torch.float16)
+    mask, grads = constants["mask"], []
+    for masked in (0.0, upstream):
+        x = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "weight")}
+        out = linear_token_logprobs(**x, ids=constants["ids"], mask=mask)
+        out.logprobs.backward(torch.where(mask, 1e-3, masked))
+        grads.append([v.grad for v in x.values()])
+    assert all(torch.equal(a, b) and (a != 0).any() for a, b in zip(*grads, strict=True))
+
+
 def test_tiny_upstream_gradients_survive_half_precision():
     """Gradients of logits near 1e-7 are nothing in float16; they are made relative to the largest coefficient."""
     leaves, constants, _ = make(2, torch.float16)

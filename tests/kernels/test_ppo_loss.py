@@ -293,6 +293,9 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"values": torch.zeros(2, 3)}, "returns: got None"),
         ({"returns": torch.zeros(2, 3)}, "values: got None with returns"),
         ({"ratio_level": "sequence", "objective": "policy_gradient"}, "ratio_level: got 'sequence' with"),
+        ({"log_ratio_clamp": 0.5, "objective": "policy_gradient"}, "log_ratio_clamp: got 0.5 with"),
+        ({"num_tokens": torch.tensor(torch.inf)}, "num_tokens: got inf, expected a finite number"),
+        ({"cliprange": True}, "cliprange: got True, expected a finite number"),
         (
             {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)},
             r"logprobs: got shape \(2, 3\) together with cu_seqlens",

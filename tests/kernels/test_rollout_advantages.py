@@ -219,6 +219,17 @@ def test_mistakes_are_named(name, value):
         rollout_advantages(**(good | {name: value}))
 
 
+def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
+    x, mask, score = torch.zeros(8), torch.ones(8, dtype=torch.bool), torch.zeros(1)
+    compiled = torch.compile(
+        lambda ends: rollout_advantages(score, x, x, x, mask, kl_coef=0.1, cu_seqlens=ends).advantages,
+        fullgraph=True,
+        backend="eager",
+    )
+    with pytest.raises(ValueError, match="cu_seqlens: got"):
+        compiled(torch.tensor([0, 50_000_000], dtype=torch.int32))
+
+
 def test_registered_op():
     d = {k: torch.nan_to_num(v) for k, v in rollout(3, 20, "holes").items()}
     tensors = (d["scores"], d["logprobs"], d["ref_logprobs"], d["values"], d["mask"].bool())

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_kernels import reference, token_logprobs
 
-from .bounds import check_error, check_rounded_once
+from .bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -55,14 +55,27 @@ def test_matches_float64(isa, dtype, vocabulary, options):
     compare((3 * torch.randn(rows, vocabulary)).to(dtype), torch.randint(0, vocabulary, (rows,)), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7}], ids=str)
-def test_a_temperature_of_each_row_costs_no_accuracy(isa, options):
+@pytest.mark.parametrize("kind", TEMPERATURES)
+def test_a_temperature_costs_no_accuracy(isa, kind):
     """1 / T is rounded, and a log-prob of -15 would move by it as a whole; ratios and k3 multiply what is lost here."""
-    torch.manual_seed(0)
-    logits, ids, temperature = 2 * torch.randn(400, 203), torch.randint(0, 203, (400,)), torch.rand(400) + 0.5
-    got = token_logprobs(logits, ids, temperature=temperature, **options).logprobs
-    exact = reference.token_logprobs(logits.double(), ids, temperature=temperature.double(), **options).logprobs
-    check_rounded_once("logprobs", got, exact)
+    logits, ids, options = temperature_scene(kind)
+    check_temperature_costs_nothing(token_logprobs(logits, ids, **options).logprobs, logits, ids, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_softcaps_slope_does_not_cancel(isa, dtype):
+    """Far beyond the cap tanh is 1 in float32, and its slope still is not 0: 4 e^-2x / (1 + e^-2x)^2."""
+    x = torch.linspace(-7, 7, 141).repeat(2, 1).to(dtype).requires_grad_()
+    x64 = x.detach().double()
+    taken = torch.tensor([70, 0])
+    token_logprobs(x, taken, softcap=1.0).logprobs.sum().backward()
+    p = torch.tanh(x64).softmax(-1)
+    decay = torch.exp(-2 * x64.abs())
+    exact = (torch.nn.functional.one_hot(taken, 141) - p) * 4 * decay / (1 + decay).square()
+    assert (
+        (x.grad.double() - exact).abs()
+        <= 8 * torch.finfo(dtype).eps * exact.abs() + 1e-7
+    ).all()
 
 
 def test_hand_computed():
@@ -205,6 +218,9 @@ def test_empty_batch():
         ({"ids": torch.tensor([0.0, 1.0])}, "ids: got dtype torch.float32"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"temperature": torch.tensor([1.0, 0.0])}, "temperature: got 0.0 among"),
+        ({"temperature": torch.tensor([1.0, torch.inf])}, "temperature: got inf among"),
+        ({"temperature": 1e39}, "temperature: got 1e+39, expected at most"),
+        ({"temperature": 1e-50}, "temperature: got 1e-50, expected at least"),
         ({"temperature": torch.ones(3)}, "temperature: got shape"),
         ({"softcap": 0.0}, "softcap: got 0.0"),
         ({"logit_scale": -1.0}, "logit_scale: got -1.0"),
