@@ -1,0 +1,71 @@
+"""`python -m benchmarks.demo_seeds RUN ... --out FOLDER`: finished demo runs of several seeds, side by side.
+
+Each RUN is an `rlhf demo --seed N --output RUN`. Writes `demo_seeds.json`, `.md` and `.png`: win rates of every seed, none left
+out, and whether the bounds hold: every PPO above 0.55 over its SFT model, their median above 0.75.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from rlhf_engine.evaluate import WinRate
+from rlhf_engine.plots import plot_win_rates
+
+LOWEST, MEDIAN = 0.55, 0.75
+_PPO, _BEST, _SELF = "PPO", "SFT, best of 16 by the reward model", "SFT against itself, resampled"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished demo runs")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
+    arguments = parser.parse_args()
+    reports = [json.loads((run / "report.json").read_text(encoding="utf-8")) for run in arguments.runs]
+    reports.sort(key=lambda report: report["seed"])
+    rates = [report["win_rates"][_PPO]["rate"] for report in reports]
+    lowest, median = min(rates), statistics.median(rates)
+    verdict = (
+        f"{len(rates)} seeds: lowest {lowest:.3f} (bound {LOWEST}: {_said(lowest > LOWEST)}), "
+        f"median {median:.3f} (bound {MEDIAN}: {_said(median > MEDIAN)})"
+    )
+    table = "\n".join([_table(reports), "", verdict])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    numbers = {"lowest": lowest, "median": median, "runs": [_numbers(report) for report in reports]}
+    (arguments.out / "demo_seeds.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "demo_seeds.md").write_text(table + "\n", encoding="utf-8")
+    found = {f"seed {report['seed']}": WinRate(**report["win_rates"][_PPO]) for report in reports}
+    plot_win_rates(found, "each seed's SFT model", arguments.out / "demo_seeds.png")
+    print(table)
+    raise SystemExit(0 if lowest > LOWEST and median > MEDIAN else 1)
+
+
+def _said(held: bool) -> str:
+    return "held" if held else "MISSED"
+
+
+def _numbers(report: dict) -> dict:
+    return {
+        "seed": report["seed"],
+        "win_rates": report["win_rates"],
+        "kl": report["judge"]["ppo"]["kl"],
+        "seconds": sum(report["seconds"].values()),
+    }
+
+
+def _table(reports: list[dict]) -> str:
+    lines = [
+        f"| seed | {_PPO} over SFT | {_BEST} | {_SELF} | KL to SFT, nats a sequence |",
+        "|---|---|---|---|---|",
+    ]
+    for report in reports:
+        rates = [report["win_rates"][name] for name in (_PPO, _BEST, _SELF)]
+        cells = [f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" for rate in rates]
+        lines.append(f"| {report['seed']} | {' | '.join(cells)} | {report['judge']['ppo']['kl']:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
