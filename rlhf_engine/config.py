@@ -7,7 +7,7 @@ types and ranges. Defaults are InstructGPT's where the paper gives a value.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -246,6 +246,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         return RunConfig.from_dict(given)
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if source else str(error)) from None
+
+
+def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in nested dictionaries, without the keys and sections of `leave_out`."""
+    for name, value in tree.items():
+        key = prefix + name
+        if key in leave_out:
+            continue
+        if isinstance(value, dict):
+            yield from flat_settings(value, leave_out, key + ".")
+        else:
+            yield key, value
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
