@@ -82,6 +82,11 @@ class DataConfig(Section):
     hygiene: HygieneConfig = field(default_factory=HygieneConfig)
     """Cleaning of prompts, before any training."""
 
+    def check(self) -> None:
+        """A frame has a place for the prompt."""
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected a text with {{prompt}} in it")
+
 
 @dataclass(frozen=True)
 class SFTConfig(Section):
@@ -182,7 +187,7 @@ class RunConfig(Section):
     """torch device of the models, such as cpu or cuda:0."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; training needs float32."""
-    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of the rlhf_kernels operations; `auto` picks one for each of them and the device."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
@@ -215,6 +220,8 @@ class RunConfig(Section):
                 f"dtype: got {self.dtype!r}, expected 'float32'; training in {self.dtype} needs float32 master weights, "
                 "which are not there yet"
             )
+        if not self.output_dir.strip():
+            raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
         filters = (self.rollout.top_k, self.rollout.top_p, self.rollout.min_p)
         if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and filters == (None,) * 3:
             raise ValueError(
@@ -258,6 +265,16 @@ def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix:
             yield from flat_settings(value, leave_out, key + ".")
         else:
             yield key, value
+
+
+def refuse_overrides(overrides: Sequence[str], decided: Collection[str], who: str) -> None:
+    """ValueError for an override of one of the keys that `who` decides."""
+    for override in overrides:
+        tree: dict[str, Any] = {}
+        _apply_override(tree, override)
+        for key, _ in flat_settings(tree):
+            if key in decided:
+                raise ValueError(f"override {override!r}: {who} decides {key}, expected no value for it")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

@@ -23,7 +23,7 @@ class ScoreScale:
     """Moves the reward function's scores to mean 0 and standard deviation 1, by the moments that `kind` says.
 
     batch: those of this rollout. first: those of the run's first rollout, which the reference policy wrote (OpenAI's
-    normalisation of the reward model before training). running: those of all rollouts so far. none: nothing is moved.
+    normalisation of the reward model before training), or of the first whose scores differ at all. running: those of all rollouts so far. none: nothing is moved.
     """
 
     def __init__(self, kind: str) -> None:
@@ -33,13 +33,17 @@ class ScoreScale:
     def __call__(self, scores: Tensor) -> Tensor:  # (B,) -> (B,)
         if self.kind == "none" or not len(scores):
             return scores
-        if self.kind == "batch" or (self.kind == "first" and not self.count):
+        if self.kind == "batch" or (self.kind == "first" and not self._spread()):
             self.count, self.mean, self.squares = 0, 0.0, 0.0
         if self.kind != "first" or not self.count:
             self._add(scores.double())
-        spread = math.sqrt(self.squares / self.count)
-        # Scores that are all the same say nothing, and their spread is rounding.
-        return (scores - self.mean) / spread if spread > 1e-6 * max(1.0, abs(self.mean)) else scores - self.mean
+        spread = self._spread()
+        return (scores - self.mean) / spread if spread else scores - self.mean
+
+    def _spread(self) -> float:
+        """The standard deviation so far; 0 for scores that are all the same, which say nothing: their spread is rounding."""
+        spread = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return spread if spread > 1e-6 * max(1.0, abs(self.mean)) else 0.0
 
     def _add(self, scores: Tensor) -> None:
         """Join the moments of `scores` to those so far (Chan et al. 1979)."""
