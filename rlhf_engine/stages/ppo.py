@@ -34,10 +34,11 @@ from rlhf_engine.stages.loading import (
 )
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
-from rlhf_engine.train.reward_function import PlainPrompt, import_function, text_reward
+from rlhf_engine.train.reward_function import PlainPrompt, text_reward
 from rlhf_engine.train.reward_model import score_examples
 from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.streams import shuffled_stream
+from rlhf_engine.train.user_code import import_function
 
 
 def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]]:
@@ -59,7 +60,8 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     if function is None:
         reward = reward_function(reward_model, codec)
     else:
-        reward = text_reward(function, prompts_by_ids(config.data.prompts, prompts, records), codec)
+        told = prompts_by_ids(config.data.prompts, prompts, records)
+        reward = text_reward(function, told, codec, config.reward.function)
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
