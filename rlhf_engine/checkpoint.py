@@ -9,7 +9,6 @@ state of their own: they are functions of the seed and the counters in `trainer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf_engine.config import ModelConfig, RunConfig, load_config, save_config
+from rlhf_engine.config import ModelConfig, RunConfig, flat_settings, load_config, save_config
 from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
@@ -117,7 +116,7 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
     state = _read_state(folder / TRAINER, kinds | {"seed": int, "optimizer_tensors": int, "reference": str})
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
-    _check_config(load_config(folder / CONFIG), config, folder / CONFIG)
+    check_settings(folder, config)
     if state["reference"] != fingerprint(trainer.reference.model):
         raise ValueError(
             f"{folder}: its reference policy is another model than the one given; expected the model it began with"
@@ -133,6 +132,15 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
         _read_weights(folder / EMA, trainer.average.average)
     _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
     trainer.load_state(state)
+
+
+def check_settings(folder: str | Path, config: RunConfig) -> None:
+    """ValueError naming the first setting that is not what the run of a checkpoint began with, and may not differ."""
+    source = Path(folder) / CONFIG
+    before = dict(flat_settings(load_config(source).to_dict(), _MAY_CHANGE))
+    for key, value in flat_settings(config.to_dict(), _MAY_CHANGE):
+        if value != before[key]:
+            raise ValueError(f"{key}: got {value!r}, expected {before[key]!r} to go on with the run of {source}")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -178,25 +186,6 @@ def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: got {state.get(name)!r} for {name}, expected {kind.__name__}")
     return state
-
-
-def _check_config(saved: RunConfig, given: RunConfig, source: Path) -> None:
-    """ValueError naming the first setting that differs and may not."""
-    before = dict(_settings(saved.to_dict()))
-    for key, value in _settings(given.to_dict()):
-        if value != before[key]:
-            raise ValueError(f"{key}: got {value!r}, expected {before[key]!r} to go on with the run of {source}")
-
-
-def _settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        key = prefix + name
-        if key in _MAY_CHANGE:
-            continue
-        if isinstance(value, dict):
-            yield from _settings(value, key + ".")
-        else:
-            yield key, value
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[nn.Parameter]]:

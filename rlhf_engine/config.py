@@ -7,7 +7,7 @@ types and ranges. Defaults are InstructGPT's where the paper gives a value.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +81,11 @@ class DataConfig(Section):
     """Share of the demonstrations and of the rankings that is held out for validation."""
     hygiene: HygieneConfig = field(default_factory=HygieneConfig)
     """Cleaning of prompts, before any training."""
+
+    def check(self) -> None:
+        """A frame has a place for the prompt."""
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected a text with {{prompt}} in it")
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ class RunConfig(Section):
     """torch device of the models, such as cpu or cuda:0."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; training needs float32."""
-    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of the rlhf_kernels operations; `auto` picks one for each of them and the device."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
@@ -215,6 +220,8 @@ class RunConfig(Section):
                 f"dtype: got {self.dtype!r}, expected 'float32'; training in {self.dtype} needs float32 master weights, "
                 "which are not there yet"
             )
+        if not self.output_dir.strip():
+            raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
         filters = (self.rollout.top_k, self.rollout.top_p, self.rollout.min_p)
         if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and filters == (None,) * 3:
             raise ValueError(
@@ -246,6 +253,28 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         return RunConfig.from_dict(given)
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if source else str(error)) from None
+
+
+def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in nested dictionaries, without the keys and sections of `leave_out`."""
+    for name, value in tree.items():
+        key = prefix + name
+        if key in leave_out:
+            continue
+        if isinstance(value, dict):
+            yield from flat_settings(value, leave_out, key + ".")
+        else:
+            yield key, value
+
+
+def refuse_overrides(overrides: Sequence[str], decided: Collection[str], who: str) -> None:
+    """ValueError for an override of one of the keys that `who` decides."""
+    for override in overrides:
+        tree: dict[str, Any] = {}
+        _apply_override(tree, override)
+        for key, _ in flat_settings(tree):
+            if key in decided:
+                raise ValueError(f"override {override!r}: {who} decides {key}, expected no value for it")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

@@ -78,7 +78,7 @@ class FigureConfig(Section):
     prompts: Count | None = None
     """Answer the first so many test prompts; null answers all."""
     ptx_coef: Positive = 1.0
-    """ppo.ptx_coef of the PPO-ptx policy; the PPO policy next to it has the config's own."""
+    """ppo.ptx_coef of the PPO-ptx policy; the PPO policy next to it has none."""
 
     def check(self) -> None:
         """Attention heads tile the hidden state."""

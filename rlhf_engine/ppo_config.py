@@ -214,7 +214,10 @@ class PPOConfig(Section):
         return super().from_dict(PRESETS[name] | chosen, key)
 
     def check(self) -> None:
-        """Batches divide each other, so that every optimiser step sees the same number of sequences."""
+        """Batches divide each other, so that every optimiser step sees the same number of sequences.
+
+        Where `nonfinite_scores` is "skip" and leaves some out, the last step of an epoch sees fewer.
+        """
         if self.rollout_batch % self.minibatch:
             raise ValueError(
                 f"minibatch: got {self.minibatch}, expected a divisor of rollout_batch {self.rollout_batch}"
@@ -261,6 +264,7 @@ class PPOConfig(Section):
             ("value_model", "head", "baseline 'value'", self.baseline == "value"),
             ("value_init", "reward_model", "baseline 'value'", self.baseline == "value"),
             ("value_warmup", 0, "baseline 'value'", self.baseline == "value"),
+            ("value_warmup", 0, "vf_coef above 0", self.vf_coef > 0),
             ("vf_coef", 0.0, "baseline 'value'", self.baseline == "value"),
             ("cliprange_value", 0.2, "baseline 'value'", self.baseline == "value" or self.cliprange_value is None),
             ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
@@ -270,6 +274,12 @@ class PPOConfig(Section):
     def _check_control(self) -> None:
         if self.value_warmup >= self.updates:
             raise ValueError(f"value_warmup: got {self.value_warmup}, expected fewer than updates {self.updates}")
+        if self.ema_decay == 1.0:
+            raise ValueError("ema_decay: got 1.0, expected a number below 1: the average would never move")
+        if self.objective == "trpo" and self.baseline == "none":
+            raise ValueError(
+                "baseline: got 'none', expected 'value' with objective 'trpo', whose optimiser trains nothing but values"
+            )
         if self.missing_eos_score is not None and not abs(self.missing_eos_score) < float("inf"):
             raise ValueError(f"missing_eos_score: got {self.missing_eos_score}, expected a finite number")
         if round(self.ptx_ratio * self.minibatch) < 1:

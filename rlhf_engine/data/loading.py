@@ -11,6 +11,7 @@ from rlhf_engine.data.records import (
     Demonstration,
     PretrainingText,
     PromptRecord,
+    check_split,
     parse_messages,
     parse_ranking,
 )
@@ -50,8 +51,10 @@ def read_prompts(path: str | Path, split: str | None = None, on_bad: OnBad | Non
     line is skipped, and `on_bad` told what would have been raised.
 
     Raises:
-        ValueError: no such file, or a bad line, named as `file:line`.
+        ValueError: no such split, no such file, or a bad line, named as `file:line`.
     """
+    if split is not None:
+        check_split(split)
     records = _read(
         path, ("prompt", "user_id"), ("split",), lambda given, line: PromptRecord(**given, line=line), on_bad
     )

@@ -18,6 +18,21 @@ def _check_text(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value[error.start]!r}, half of a surrogate pair, expected text") from None
 
 
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def _shown(value: object) -> str:
+    return (
+        f"an integer of {value.bit_length()} bits"
+        if isinstance(value, int) and value.bit_length() > 64
+        else repr(value)
+    )
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation."""
@@ -79,13 +94,27 @@ class Comparison:
                 f"ranking: got {len(self.ranks)} ranks, expected {len(self.completions)}, one a completion"
             )
         for index, rank in enumerate(self.ranks):
-            if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
-                raise ValueError(f"ranking[{index}]: got {rank!r}, expected a finite number")
+            if isinstance(rank, bool) or not isinstance(rank, int | float) or not _is_finite(rank):
+                raise ValueError(f"ranking[{index}]: got {_shown(rank)}, expected a finite number")
+        first: dict[str, int] = {}
+        for index, completion in enumerate(self.completions):
+            other = first.setdefault(completion, index)
+            if self.ranks[other] != self.ranks[index]:
+                raise ValueError(
+                    f"ranking[{index}]: got {self.ranks[index]!r} for the text of completion {other}, whose rank is "
+                    f"{self.ranks[other]!r}, expected equal ranks of equal completions"
+                )
 
     def pairs(self) -> list[tuple[int, int]]:
         """All (better, worse) index pairs; a tied pair is in no order and is left out."""
         count = len(self.ranks)
         return [(i, j) for i in range(count) for j in range(count) if self.ranks[i] < self.ranks[j]]
+
+
+def check_split(split: object) -> None:
+    """ValueError unless `split` is one."""
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split: got {split!r}, expected 'train', 'validation' or 'test'")
 
 
 @dataclass(frozen=True)
@@ -104,8 +133,7 @@ class PromptRecord:
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         _check_text("user_id", self.user_id)
-        if self.split not in ("train", "validation", "test"):
-            raise ValueError(f"split: got {self.split!r}, expected 'train', 'validation' or 'test'")
+        check_split(self.split)
 
 
 @dataclass(frozen=True)
@@ -177,11 +205,11 @@ def parse_ranking(ranking: object, count: int) -> tuple[float, ...]:
         return tuple(ranking)
     if not isinstance(ranking, str):
         raise ValueError(f"ranking: got {ranking!r}, expected a string such as 'D > C > A = B' or a list of numbers")
-    letters = string.ascii_uppercase[:count]
+    letters = tuple(string.ascii_uppercase[:count])
     ranks: dict[str, float] = {}
     for rank, group in enumerate(ranking.split(">")):
         for letter in (part.strip() for part in group.split("=")):
-            if letter not in letters or not letter:
+            if letter not in letters:
                 raise ValueError(f"ranking: got {letter!r} in {ranking!r}, expected one of {', '.join(letters)}")
             if letter in ranks:
                 raise ValueError(f"ranking: got {letter} twice in {ranking!r}, expected every completion once")

@@ -40,7 +40,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # bytes that are not UTF-8 and integers of too many digits among them
         return ValueError(f"not valid JSON: {error}")
     except RecursionError:
         return ValueError("not valid JSON: nested too deeply")

@@ -14,10 +14,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rlhf_engine.config import RunConfig, load_config
+from rlhf_engine.config import RunConfig, load_config, refuse_overrides
 from rlhf_engine.data import PromptRecord, read_demonstrations, read_prompts
 from rlhf_engine.demo.judge import score
-from rlhf_engine.demo.run import CONFIG, DATA, POSITIONS, make_base, starting_from, with_shipped_data
+from rlhf_engine.demo.run import CONFIG, DATA, DECIDED, POSITIONS, make_base, starting_from, with_shipped_data
 from rlhf_engine.evaluate import WinRate, perplexity, read_documents, win_rate
 from rlhf_engine.files import with_new_file, write_json
 from rlhf_engine.pipelines.answers import Answerer, answer_all
@@ -50,7 +50,10 @@ QUICK = (
 CONTESTANTS = ("base", "base, prompted", "SFT", "PPO", "PPO-ptx")
 _FOLDERS = {"base": "base", "base, prompted": "base", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ptx/ppo"}
 _MAY_CHANGE = frozenset({"output_dir", "device"})
-_DECIDED = {f"demo.{name}" for name in ("hidden_size", "intermediate_size", "heads", "samples", "opponents")}
+_DECIDED = (
+    *(f"demo.{name}" for name in ("hidden_size", "intermediate_size", "heads", "samples", "opponents")),
+    *(*DECIDED, "data.pretrain", "ppo.ptx_coef"),
+)
 _SEED = 400
 _BETWEEN = "\n\n"
 """What parts one few-shot example from the next, and ends an answer to a prompt behind them."""
@@ -83,11 +86,7 @@ def run_figure(
     say: Callable[[str], object] = print,
 ) -> str:
     """Trains and judges everything into `output`: figure.png, figure.json, figure.md; returns the table."""
-    for override in overrides:
-        if override.partition("=")[0] in _DECIDED:
-            raise ValueError(
-                f"override {override!r}: the section figure decides this, expected figure.widths or its others"
-            )
+    refuse_overrides(overrides, _DECIDED, "the figure, by its options --seed and --output or by the section figure,")
     config = load_config(CONFIG, (*(QUICK if quick else ()), *overrides))
     config = with_shipped_data(config, output, seed)
     root = Path(output)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_engine.config import RunConfig, load_config
+from rlhf_engine.config import RunConfig, load_config, refuse_overrides
 from rlhf_engine.data import Codec, Example, read_demonstrations, train_tokenizer
 from rlhf_engine.demo.examine import examine
 from rlhf_engine.demo.report import write_report
@@ -23,6 +23,11 @@ Result = TypeVar("Result")
 HERE = Path(__file__).parent
 DATA = HERE / "data"
 CONFIG = HERE / "demo.yaml"
+DECIDED = (
+    *("seed", "output_dir", "model.path", "reward.path", "reward.function"),
+    *("data.demonstrations", "data.comparisons", "data.prompts"),
+)
+"""Settings that the demo fills in."""
 POSITIONS = 256
 """Longest sequence of the models made here."""
 
@@ -34,6 +39,7 @@ def run_demo(
 
     `say` hears of every stage as it begins and ends.
     """
+    refuse_overrides(overrides, DECIDED, "the demo, by its options --seed and --output or by its stages,")
     config = with_shipped_data(load_config(CONFIG, overrides), output, seed)
     root, seconds = Path(output), {}
 

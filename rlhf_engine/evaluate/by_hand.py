@@ -72,7 +72,7 @@ def _judged(line: str, pairs: Sequence[Pair], seed: int) -> tuple[int, float]:
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     index = given.get("id") if isinstance(given, dict) else None
-    if not isinstance(index, int) or not 0 <= index < len(pairs):
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(pairs):
         raise ValueError(f"id: got {index!r}, expected one of 0 to {len(pairs) - 1}")
     for name, written in _line(index, pairs[index], seed).items():
         if given.get(name) != written:

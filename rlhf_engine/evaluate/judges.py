@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +19,8 @@ from rlhf_engine.data.records import Prompt, plain
 from rlhf_engine.evaluate.win_rate import score_preferences
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.train.reward_function import import_function
 from rlhf_engine.train.reward_model import score_examples
+from rlhf_engine.train.user_code import SampleError, ask, import_function, number
 
 Prompts = Sequence[Prompt]
 Texts = Sequence[str]
@@ -100,16 +99,11 @@ class FunctionJudge:
 
     def _ask(self, start: int, texts: list[list[Any]]) -> Tensor:
         size = len(texts[0])
+        samples = f"sample {start}" if size == 1 else f"samples {start} to {start + size - 1}"
         try:
-            with _Telling(self.name, start, size):
-                said = self.function(*texts)
-        except ValueError:
-            # One by one it shows which of them the function cannot take; if each alone goes well, the batch is named.
-            for index in range(size if size > 1 else 0):
-                with _Telling(self.name, start + index, 1):
-                    self.function(*([column[index]] for column in texts))
-            raise
-        said = _plain(said)
+            said = ask(self.function, texts, f"judge {self.name}: {samples}")
+        except SampleError as error:
+            raise ValueError(f"judge {self.name}: sample {start + error.row}: {error}") from error.__cause__
         said = said if isinstance(said, list) else [said]
         scored = len(said) == 2 and all(isinstance(column, list) for column in said)
         columns = said if scored else [said]
@@ -131,9 +125,9 @@ class FunctionJudge:
                 f"judge {self.name}: samples {start} to {start + size - 1}: got {len(column)} values, expected {size}, one "
                 "a pair"
             )
-        numbers = [_number(value) for value in column]
-        for index, (number, value) in enumerate(zip(numbers, column, strict=True)):
-            if not math.isfinite(number):
+        numbers = [number(value) for value in column]
+        for index, (found, value) in enumerate(zip(numbers, column, strict=True)):
+            if found is None or not math.isfinite(found):
                 raise ValueError(f"judge {self.name}: sample {start + index}: got {value!r}, expected a finite number")
         return torch.tensor(numbers, dtype=torch.float64)
 
@@ -179,40 +173,3 @@ def _play(
     scores = judge.scores([prompts[row] for row, _ in places], [completions[row][i] for row, i in places])
     first = scores[torch.tensor([places[row, i] for row, i, _ in games])]
     return score_preferences(first - scores[torch.tensor([places[row, j] for row, _, j in games])], judge.margin)
-
-
-def _plain(said: Any) -> Any:
-    """Lists and numbers of what a user's function gives: tensors, arrays and columns of a table have a `tolist`."""
-    if hasattr(said, "tolist"):
-        return said.tolist()
-    return [_plain(part) for part in said] if isinstance(said, list | tuple) else said
-
-
-def _number(value: Any) -> float:
-    """NaN for what is no number; a text is none, even where `float` would read one in it."""
-    if isinstance(value, str | bytes):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-class _Telling:
-    """Turns whatever a user's function raises into a ValueError that names the function and the samples it was given.
-
-    A context manager, because what a stranger's code may raise cannot be listed.
-    """
-
-    def __init__(self, name: str, start: int, size: int) -> None:
-        self.samples = f"sample {start}" if size == 1 else f"samples {start} to {start + size - 1}"
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None and issubclass(kind, Exception):
-            raise ValueError(f"judge {self.name}: {self.samples}: it raised {kind.__name__}: {error}") from error

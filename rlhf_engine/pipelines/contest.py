@@ -122,7 +122,7 @@ def ask_both(config: RunConfig) -> Said:
     setting = config.eval
     if setting.text is not None and not Path(setting.text).exists():
         raise ValueError(f"eval.text: {setting.text}: no such file or folder")
-    prefixes = {role: _prefix(config, role) for role in _SEEDS}
+    prefixes = {role: prefix_of(config, role) for role in _SEEDS}
     records = list(islice(_records(config), setting.limit))
     if not records:
         raise ValueError(f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}")
@@ -157,7 +157,8 @@ def _ask(
     return said, known, answerer.codec.truncated.count
 
 
-def _prefix(config: RunConfig, role: str) -> str:
+def prefix_of(config: RunConfig, role: str) -> str:
+    """The few-shot examples of a role; ValueError for a file that cannot be read."""
     path = getattr(config.eval, f"{role}_prefix")
     if path is None:
         return ""

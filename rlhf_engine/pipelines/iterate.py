@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from rlhf_engine.checkpoint import check_settings
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_prompts
 from rlhf_engine.data.records import prompt_field, prompt_of
@@ -19,12 +20,29 @@ from rlhf_engine.evaluate import WinRate, rank
 from rlhf_engine.files import with_new_file
 from rlhf_engine.pipelines.answers import Answerer, answer_all
 from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, run_eval
+from rlhf_engine.pipelines.preflight import check_rounds
 from rlhf_engine.pipelines.steps import Steps
 from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.stages import run_ppo, run_rm
 
-_MAY_CHANGE = frozenset({"output_dir", "device", "iterate.rounds", "ppo.checkpoint_every", "demo", "figure", "sft"})
+_MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every")
 _STATE = "state.json"
+
+_ALWAYS = ("seed", "dtype", "backend", "model")
+_PROMPTS = ("data.prompts", "data.prompt_template", "data.long_prompts", "rollout")
+READS = {
+    "generate": (*_ALWAYS, *_PROMPTS, "iterate.prompts", "iterate.completions"),
+    "rank": ("data.prompt_template", "iterate.judge", "eval.judge_batch", "eval.margin"),
+    "rm": (
+        *_ALWAYS,
+        *(f"data.{name}" for name in ("demonstrations", "comparisons", "prompt_template", "long_prompts")),
+        *("data.max_response_tokens", "data.validation_share", "rollout.max_prompt_tokens", "reward"),
+    ),
+    "ppo": (*_ALWAYS, *_PROMPTS, "data.pretrain", "ppo", "iterate.start"),
+    "eval": (*_ALWAYS, *_PROMPTS, "eval"),
+}
+"""Keys and sections of the config that a step depends on. What no finished step has read may change: a smaller learning rate
+after a PPO that diverged, another judge where the first one raised."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +67,13 @@ class Iteration:
 def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iteration:
     """`rlhf iterate`: `iterate.rounds` rounds that begin with the SFT model `model.path`, in OUTPUT_DIR.
 
-    Raises ValueError for settings that are missing or that no round reads, or that are not those that the run began with.
+    Raises ValueError for what a round could not read (see `check_rounds`), before anything is made, or a setting that is not
+    what a finished step has read.
     """
-    _check(config)
     root = Path(config.output_dir)
     steps, rates, waiting = Steps(root / _STATE, config, _MAY_CHANGE), [], None
+    if f"round {config.iterate.rounds}: eval" not in steps:
+        check_rounds(config)
     policy = str(config.model.path)
     for number in range(1, config.iterate.rounds + 1):
         folder = root / f"round_{number}"
@@ -74,10 +94,10 @@ def _round(
     """The steps of one round; returns what it waits for, None when it is finished."""
 
     def step(name: str, run: Callable[[], Any]) -> Any:
-        name = f"round {number}: {name}"
-        if name not in steps:
-            say(f"{name} ...")
-        return steps.once(name, run)
+        full = f"round {number}: {name}"
+        if full not in steps:
+            say(f"{full} ...")
+        return steps.once(full, run, READS[name])
 
     step("generate", lambda: _generate(config, policy, folder, number))
     if f"round {number}: rank" not in steps and config.iterate.judge == BY_HAND:
@@ -90,28 +110,9 @@ def _round(
     else:
         step("rank", lambda: _rank(config, folder))
     step("rm", lambda: _train_rm(config, folder, number))
-    step("ppo", lambda: _train_policy(config, policy, folder, number))
+    step("ppo", lambda: _train_policy(config, policy, folder, number, say))
     step("eval", lambda: _evaluate(config, folder))
     return None
-
-
-def _check(config: RunConfig) -> None:
-    if config.model.path is None:
-        raise ValueError("model.path: got nothing, expected the folder of the SFT model")
-    if config.data.prompts is None:
-        raise ValueError("data.prompts: got nothing, expected a path")
-    if config.iterate.judge is None:
-        raise ValueError(f"iterate.judge: got nothing, expected a judge, or {BY_HAND!r}")
-    if config.eval.judge in (None, BY_HAND):
-        raise ValueError(f"eval.judge: got {config.eval.judge!r}, expected a judge that rates a round's policy at once")
-    for key, value in (
-        ("eval.candidate", config.eval.candidate),
-        ("eval.baseline", config.eval.baseline),
-        ("reward.path", config.reward.path),
-        ("reward.function", config.reward.function),
-    ):
-        if value is not None:
-            raise ValueError(f"{key}: got {value!r}, expected null: the rounds decide it")
 
 
 def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict[str, int]:
@@ -187,7 +188,10 @@ def _line(comparison: Comparison) -> dict[str, Any]:
     return prompt_field(comparison.prompt) | named
 
 
-def _train_policy(config: RunConfig, policy: str, folder: Path, number: int) -> dict[str, float]:
+def _train_policy(
+    config: RunConfig, policy: str, folder: Path, number: int, say: Callable[[str], object]
+) -> dict[str, float]:
+    """The round's PPO, from its checkpoint on if there is one; from its start, said so, where its settings are others now."""
     start = policy if config.iterate.start == "previous" else config.model.path
     stage = replace(
         config,
@@ -197,7 +201,14 @@ def _train_policy(config: RunConfig, policy: str, folder: Path, number: int) -> 
         reward=replace(config.reward, path=str(folder / "rm")),
         output_dir=str(folder),
     )
-    history = run_ppo(stage, resume=(folder / "ppo").is_dir())
+    resume = (folder / "ppo").is_dir()
+    if resume:
+        try:
+            check_settings(folder / "ppo", stage)
+        except ValueError as changed:
+            say(f"ppo begins again: {changed}")
+            resume = False
+    history = run_ppo(stage, resume=resume)
     return {name: history[-1][name] for name in ("score_mean", "kl")} if history else {}
 
 

@@ -1,34 +1,42 @@
-"""Steps of a long run, each done once: what is done, and with which result, is in a JSON file that is whole or absent."""
+"""Steps of a long run, each done once: what is done, with which result and settings, is in a JSON file, whole or absent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from rlhf_engine.config import RunConfig
+from rlhf_engine.config import RunConfig, flat_settings
 from rlhf_engine.files import read_json, with_new_file, write_json
 
 
 class Steps:
     """The steps in `path`; a run that is called again does only those that are missing.
 
-    `may_change` are keys and sections of the config that a later call may have otherwise. Raises ValueError naming the first
-    other setting that is not what the run began with.
+    `may_change` are keys and sections of the config that a later call may have otherwise, whatever is done. Of the others,
+    those that no finished step has read may change too, so that a step that failed can be tried with other settings. Raises
+    ValueError naming the first setting that a finished step has read otherwise.
     """
 
-    def __init__(self, path: Path, config: RunConfig, may_change: frozenset[str]) -> None:
+    def __init__(self, path: Path, config: RunConfig, may_change: Collection[str]) -> None:
         self.path = path
-        self.settings = dict(_settings(config.to_dict(), may_change))
+        self.settings = dict(flat_settings(config.to_dict(), may_change))
+        self.read: dict[str, dict[str, Any]] = {}
         self.results: dict[str, Any] = {}
         if path.is_file():
             self._read()
 
-    def once(self, name: str, run: Callable[[], Any]) -> Any:
-        """The result of step `name`, which must be what JSON can hold; `run` is called only where it has none yet."""
+    def once(self, name: str, run: Callable[[], Any], reads: Collection[str] | None = None) -> Any:
+        """The result of step `name`, which must be what JSON can hold; `run` is called only where it has none yet.
+
+        `reads` are the keys and sections of the config that the step depends on; None: all of them.
+        """
         if name not in self.results:
             self.results[name] = run()
-            content = {"settings": self.settings, "steps": self.results}
+            self.read[name] = {
+                key: value for key, value in self.settings.items() if reads is None or is_among(key, reads)
+            }
+            content = {"settings": self.read, "steps": self.results}
             with_new_file(self.path, lambda new: write_json(new, content))
         return self.results[name]
 
@@ -37,22 +45,19 @@ class Steps:
 
     def _read(self) -> None:
         kept = read_json(self.path)
-        before, self.results = kept.get("settings"), kept.get("steps")
-        if not isinstance(before, dict) or not isinstance(self.results, dict):
-            raise ValueError(f"{self.path}: expected an object with settings and steps")
-        for key, value in self.settings.items():
-            if before.get(key) != value:
-                raise ValueError(
-                    f"{key}: got {value!r}, expected {before.get(key)!r} to go on with the run of {self.path}"
-                )
+        self.read, self.results = kept.get("settings"), kept.get("steps")
+        parts = (self.read, self.results)
+        if not all(isinstance(part, dict) for part in parts) or list(self.read) != list(self.results):
+            raise ValueError(f"{self.path}: expected an object with settings and steps, the settings of each step")
+        for name, settings in self.read.items():
+            for key, value in settings.items():
+                if self.settings.get(key) != value:
+                    raise ValueError(
+                        f"{key}: got {self.settings.get(key)!r}, expected {value!r} to go on with the run of {self.path}, "
+                        f"whose step {name!r} has read it"
+                    )
 
 
-def _settings(tree: dict[str, Any], may_change: frozenset[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        key = prefix + name
-        if key in may_change:
-            continue
-        if isinstance(value, dict):
-            yield from _settings(value, may_change, key + ".")
-        else:
-            yield key, value
+def is_among(key: str, names: Collection[str]) -> bool:
+    """Whether a dotted key is one of `names` or lies in a section that is."""
+    return any(key == name or key.startswith(name + ".") for name in names)

@@ -34,10 +34,11 @@ from rlhf_engine.stages.loading import (
 )
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
-from rlhf_engine.train.reward_function import PlainPrompt, import_function, text_reward
+from rlhf_engine.train.reward_function import PlainPrompt, text_reward
 from rlhf_engine.train.reward_model import score_examples
 from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.streams import shuffled_stream
+from rlhf_engine.train.user_code import import_function
 
 
 def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]]:
@@ -59,7 +60,8 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     if function is None:
         reward = reward_function(reward_model, codec)
     else:
-        reward = text_reward(function, prompts_by_ids(config.data.prompts, prompts, records), codec)
+        told = prompts_by_ids(config.data.prompts, prompts, records)
+        reward = text_reward(function, told, codec, config.reward.function)
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
@@ -94,11 +96,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
 def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
     """The policy and its value function as `ppo.value_model` and `ppo.value_init` want them."""
     ppo, backend = config.ppo, config.backend
-    if ppo.objective == "trpo" and config.model.attention != "eager":
-        raise ValueError(
-            f"model.attention: got {config.model.attention!r} with ppo.objective 'trpo', expected 'eager', which can be "
-            "differentiated twice"
-        )
+    check_attention(config)
     from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
     if from_reward and reward_model is None:
         raise ValueError(
@@ -119,6 +117,15 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
             f"hidden size is {ours}; expected ppo.value_init 'zero' or ppo.value_model 'backbone'"
         )
     return ActorCritic(model, ValueHead.from_weights(head.weight.detach(), head.bias.detach()), backend=backend)
+
+
+def check_attention(config: RunConfig) -> None:
+    """ValueError where TRPO would have to differentiate an attention twice that cannot be."""
+    if config.ppo.objective == "trpo" and config.model.attention != "eager":
+        raise ValueError(
+            f"model.attention: got {config.model.attention!r} with ppo.objective 'trpo', expected 'eager', which can be "
+            "differentiated twice"
+        )
 
 
 def prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:

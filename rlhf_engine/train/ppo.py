@@ -324,7 +324,8 @@ class PPOTrainer:
         if self._warming_up or config.objective == "trpo":
             keep_value_gradients(self.policy)
         elif self.pretrain is not None:
-            batch = self.pretrain.take(round(config.ptx_ratio * len(sequences)))
+            # The last minibatch may be short where `nonfinite_scores` skips.
+            batch = self.pretrain.take(max(1, round(config.ptx_ratio * len(sequences))))
             metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, microbatch=config.microbatch)
         total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
         norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.rollout import Rollout
+from rlhf_engine.train.user_code import SampleError
 
 RewardFunction = Callable[[Rollout], Tensor]
 """Gives one float score for each sequence of a rollout, [B]."""
@@ -23,7 +24,8 @@ class ScoreScale:
     """Moves the reward function's scores to mean 0 and standard deviation 1, by the moments that `kind` says.
 
     batch: those of this rollout. first: those of the run's first rollout, which the reference policy wrote (OpenAI's
-    normalisation of the reward model before training). running: those of all rollouts so far. none: nothing is moved.
+    normalisation of the reward model before training), or of the first whose scores differ at all. running: those of all
+    rollouts so far. none: nothing is moved.
     """
 
     def __init__(self, kind: str) -> None:
@@ -33,13 +35,17 @@ class ScoreScale:
     def __call__(self, scores: Tensor) -> Tensor:  # (B,) -> (B,)
         if self.kind == "none" or not len(scores):
             return scores
-        if self.kind == "batch" or (self.kind == "first" and not self.count):
+        if self.kind == "batch" or (self.kind == "first" and not self._spread()):
             self.count, self.mean, self.squares = 0, 0.0, 0.0
         if self.kind != "first" or not self.count:
             self._add(scores.double())
-        spread = math.sqrt(self.squares / self.count)
-        # Scores that are all the same say nothing, and their spread is rounding.
-        return (scores - self.mean) / spread if spread > 1e-6 * max(1.0, abs(self.mean)) else scores - self.mean
+        spread = self._spread()
+        return (scores - self.mean) / spread if spread else scores - self.mean
+
+    def _spread(self) -> float:
+        """The standard deviation so far; 0 for scores that are all the same, which say nothing: their spread is rounding."""
+        spread = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return spread if spread > 1e-6 * max(1.0, abs(self.mean)) else 0.0
 
     def _add(self, scores: Tensor) -> None:
         """Join the moments of `scores` to those so far (Chan et al. 1979)."""
@@ -67,14 +73,18 @@ def score_answers(
     With `missing_eos_score` an answer without EOS gets that, and `reward_fn` never sees it; otherwise it loses
     `missing_eos_penalty`. An answer whose score is not finite leaves the rollout if `nonfinite_scores` is "skip"; if not, or
     if none is left, ValueError, which names it by its number in the run (`first` is that of the rollout's first) and leaves
-    all state as it was. ValueError too unless there is one score an answer.
+    all state as it was. So is a sample told by `reward_fn` in a SampleError. ValueError too unless there is one score an
+    answer.
     """
     scored = rollout.ended if config.missing_eos_score is not None else torch.ones_like(rollout.ended)
     rows = scored.nonzero()[:, 0]
     raw = torch.zeros(len(rollout), device=rollout.mask.device)
     if len(rows):
         seen = rollout if len(rows) == len(rollout) else rollout.take(rows)
-        found = reward_fn(seen)
+        try:
+            found = reward_fn(seen)
+        except SampleError as error:
+            raise ValueError(f"sample {first + int(rows[error.row])} of the run: {error}") from error.__cause__
         if found.shape != (len(rows),):
             raise ValueError(f"reward_fn: got scores of shape {tuple(found.shape)}, expected {len(rows)} finite scores")
         raw[rows] = found.to(raw)

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_engine import config, ppo_config
 from rlhf_engine.config import OptimConfig, PPOConfig, RunConfig, load_config, save_config
+from rlhf_kernels.backend import BACKENDS
 
 
 def write(tmp_path, text):
@@ -50,7 +51,15 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("dtype: bfloat16", ["dtype: got 'bfloat16'", "'float32'", "master weights"]),
         ("dtype: float16", ["dtype: got 'float16'", "'float32'", "master weights"]),
         ("backend: metal", ["backend", "'metal'", "'triton'"]),
-        ("backend: cuda", ["backend", "'cuda'", "'cpu'"]),
+        ("backend: gpu", ["backend", "'gpu'", "'cuda'"]),
+        ("ppo: {value_warmup: 3, vf_coef: 0}", ["value_warmup: got 3", "only vf_coef above 0"]),
+        ("ppo: {ema_decay: 1}", ["ema_decay: got 1.0", "below 1"]),
+        (
+            "ppo: {objective: trpo, baseline: none, vf_coef: 0}",
+            ["baseline: got 'none', expected 'value' with objective 'trpo'"],
+        ),
+        ("data: {prompt_template: 'User: '}", ["data: prompt_template: got 'User: '", "{prompt}"]),
+        ("output_dir: ''", ["output_dir: got '', expected a folder"]),
         ("ppo: {old_kl_coef: 0.1}", ["old_kl_coef: got 0.1", "only objective 'kl_penalty'"]),
         ("ppo: {objective: ratio, dual_clip: 3}", ["dual_clip: got 3.0", "only objective 'clip'"]),
         ("ppo: {objective: kl_penalty, cliprange_high: 0.3}", ["cliprange_high: got 0.3", "only objective 'clip'"]),
@@ -118,6 +127,11 @@ def test_an_option_at_its_default_is_no_mistake_where_nothing_reads_it():
     assert PPOConfig(baseline="none", vf_coef=0.0, cliprange_value=None).cliprange_value is None
     for more in (["rollout.top_k=5"], ["rollout.top_p=0.9"], ["rollout.min_p=0.1"], ["ppo.old_logprobs=rescored"]):
         assert load_config(None, ["ppo.importance_cap=2", *more]).ppo.importance_cap == 2.0
+
+
+def test_every_backend_of_the_kernels_can_be_chosen():
+    for backend in ("auto", *BACKENDS):
+        assert load_config(None, [f"backend={backend}"]).backend == backend
 
 
 def test_a_missing_file_is_named(tmp_path):

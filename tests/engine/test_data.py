@@ -42,6 +42,7 @@ def test_ranking_with_ties():
         ("A > A", "A twice"),
         ("A", "B not in 'A', so it cannot be compared"),
         ("A > ", "''"),
+        ("AB > A > B", "'AB'.*expected one of A, B"),
         (None, "None, expected a string"),
     ],
 )
@@ -59,6 +60,23 @@ def test_tied_completions_make_no_pair():
 def test_ranks_that_cannot_be_compared_are_refused(ranks):
     with pytest.raises(ValueError, match="ranking"):
         Comparison("p", ("a", "b"), ranks)
+
+
+def test_s19_numbers_that_are_too_large_are_named_with_their_line(tmp_path):
+    line = '{"prompt": "p", "completions": ["a", "b"], "ranking": [0, %s]}'
+    with pytest.raises(
+        ValueError, match=r"jsonl:2: ranking\[1\]: got an integer of 1333 bits, expected a finite number"
+    ):
+        list(read_comparisons(write(tmp_path, line % 1, line % ("1" + "0" * 401))))
+    with pytest.raises(ValueError, match=r"jsonl:2: not valid JSON: .*digits"):
+        list(read_comparisons(write(tmp_path, line % 1, line % ("1" * 5000))))
+
+
+def test_s2_equal_completions_have_equal_ranks(tmp_path):
+    line = '{"prompt": "p", "completions": ["a", "b", "a"], "ranking": "%s"}'
+    assert next(read_comparisons(write(tmp_path, line % "B > A = C"))).ranks == (1, 0, 1)
+    with pytest.raises(ValueError, match=r"jsonl:1: ranking\[2\]: got 1 for the text of completion 0, whose rank is 0"):
+        list(read_comparisons(write(tmp_path, line % "A > C = B")))
 
 
 def test_one_completion_is_no_comparison():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_engine.config import load_config
-from rlhf_engine.demo import figure
+from rlhf_engine.demo import figure, run
 from rlhf_engine.demo.figure import CONTESTANTS, few_shot_prefix, run_figure
 from rlhf_engine.demo.run import CONFIG, with_shipped_data
 from tests.engine.cli_run import read_lines, rlhf
@@ -76,9 +76,26 @@ def test_s20_few_shot_examples_are_demonstrations_in_the_frame_of_a_prompt(tmp_p
     assert few_shot_prefix(with_shipped_data(load_config(CONFIG), tmp_path, 1)) != shots
 
 
+@pytest.mark.parametrize("command", ["demo", "figure"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=1", "output_dir=x", "data.prompts=x", "data.demonstrations=x", "data.comparisons=x"),
+        *("model.path=x", "reward.path=x", "reward.function=x:y", "model={path: x}"),
+    ],
+)
+def test_what_the_demo_and_the_figure_decide_is_refused(tmp_path, capsys, monkeypatch, command, override):
+    monkeypatch.setattr(run, "make_base", None)
+    code, _, shown = rlhf(capsys, command, "--output", tmp_path / "f", sets=[override])
+    assert code == 2 and f"override {override!r}: the {command}, by its options --seed and --output" in shown
+    assert not (tmp_path / "f").exists()
+
+
 def test_s20_what_the_figure_decides_is_refused(tmp_path, capsys):
     code, _, shown = rlhf(capsys, "figure", "--output", tmp_path / "f", sets=["demo.hidden_size=8"])
-    assert code == 2 and "override 'demo.hidden_size=8': the section figure decides this" in shown
+    assert code == 2 and "override 'demo.hidden_size=8': the figure, by its options" in shown
+    code, _, shown = rlhf(capsys, "figure", "--output", tmp_path / "f", sets=["ppo.ptx_coef=2"])
+    assert code == 2 and "section figure, decides ppo.ptx_coef, expected no value for it" in shown
     code, _, shown = rlhf(capsys, "figure", "--output", tmp_path / "f", sets=["figure.widths=[48]"])
     assert code == 2 and "widths: got 48, expected a multiple of head_size 32" in shown
     assert not (tmp_path / "f").exists()

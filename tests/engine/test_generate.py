@@ -55,6 +55,21 @@ def test_a_split_may_be_chosen(run, capsys):
     assert not (run / "b.jsonl").exists()
 
 
+def test_a_split_that_is_none_is_refused_by_the_names_of_the_splits(run, capsys):
+    code, _, shown = generate(capsys, run, "b.jsonl", "--split", "tset")
+    assert code == 2 and "split: got 'tset', expected 'train', 'validation' or 'test'" in shown
+
+
+def test_the_prompts_are_not_overwritten_by_the_answers(run, capsys, monkeypatch):
+    before = (run / "prompts.jsonl").read_bytes()
+    (run / "link.jsonl").symlink_to(run / "prompts.jsonl")
+    monkeypatch.chdir(run)
+    for name in ("prompts.jsonl", "link.jsonl"):
+        code, _, shown = generate(capsys, run, name)
+        assert code == 2 and f"output: got {run / name}, the file of prompts, expected another" in shown
+    assert (run / "prompts.jsonl").read_bytes() == before
+
+
 def test_a_bad_line_leaves_the_file_that_was_there(run, capsys):
     (run / "a.jsonl").write_text("before")
     write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}] * 3 + [{"prompt": "q"}])

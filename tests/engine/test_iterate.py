@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from rlhf_engine.config import load_config
+from rlhf_engine.config import RunConfig, flat_settings, load_config
 from rlhf_engine.evaluate import RewardJudge, load_judge, rank
 from rlhf_engine.pipelines import iterate
 from rlhf_engine.pipelines.answers import Answers
-from rlhf_engine.pipelines.iterate import run_iterate
+from rlhf_engine.pipelines.iterate import READS, run_iterate
+from rlhf_engine.pipelines.steps import is_among
 from rlhf_engine.stages import run_rm
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf, write_lines
 
@@ -173,6 +174,86 @@ def test_s21_it_waits_for_a_file_of_rankings(run, capsys):
 def test_s21_mistakes_are_told_in_one_line(run, capsys, override, message):
     code, _, shown = rlhf(capsys, "iterate", "--config", run / "run.yaml", sets=sets(override))
     assert code == 2 and message in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.demonstrations=null"], "data.demonstrations: got nothing, expected a path"),
+        (["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["data.comparisons=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["eval.split=validation"], "data.prompts: got no prompts of split validation in"),
+        (["data.prompts=test_only.jsonl"], "data.prompts: got no prompts of split train in"),
+        (["data.prompts=long.jsonl"], "long.jsonl:2: prompt: got"),
+        (["ppo.ptx_coef=1"], "data.pretrain: got nothing, expected a path"),
+        (["ppo.ptx_coef=1", "data.pretrain=nowhere.txt"], "nowhere.txt: no such file"),
+        (["iterate.judge=nowhere"], "iterate.judge: nowhere: no such folder"),
+        (["eval.judge=nowhere"], "eval.judge: nowhere: no such folder"),
+        (["eval.judge=judge_by_length.py:nothing"], "eval.judge: got nothing under the name 'nothing'"),
+        (["eval.text=nowhere.txt"], "nowhere.txt: no such file"),
+        (["eval.candidate_prefix=nowhere.txt"], "eval.candidate_prefix: nowhere.txt: "),
+        (["eval.baseline_prefix=judge_by_length.py"], "prompts.jsonl:7: prompt: got"),
+        (["ppo.objective=trpo"], "model.attention: got 'sdpa' with ppo.objective 'trpo', expected 'eager'"),
+        (["rollout.max_prompt_tokens=122"], "expected at most 127 together, the positions of"),
+        (["data.max_response_tokens=6"], "data.max_response_tokens: got 6, expected more than rollout."),
+        (["data.comparisons=null", "iterate.prompts=1"], "iterate.prompts: got 1 of 6 training prompts without"),
+        (["model.path=nowhere"], "model.path: nowhere: no such folder"),
+    ],
+)
+def test_s21_what_a_round_cannot_read_is_refused_before_anything_is_made(run, capsys, overrides, message):
+    write_lines(run / "test_only.jsonl", [{"prompt": "q", "user_id": "u", "split": "test"}])
+    prompts = ("q", "a prompt of too many tokens")
+    lines = [{"prompt": text, "user_id": "u", "split": split} for split in ("train", "test") for text in prompts]
+    write_lines(run / "long.jsonl", lines)
+    code, _, shown = rlhf(capsys, "iterate", "--config", run / "run.yaml", sets=sets(*overrides))
+    assert code == 2 and message in shown and shown.count("\n") == 1
+    assert not (run / "out").exists()
+
+
+def test_s21_what_no_finished_step_has_read_may_change(run):
+    """A PPO that diverges, or a judge that raises, is tried again with other settings; what was made before it stays."""
+    diverging = ("iterate.rounds=1", "ppo.optim.lr=1", "ppo.optim.weight_decay=1e30", "ppo.updates=3")
+    with pytest.raises(FloatingPointError, match="diverged"):
+        run_iterate(config_of(run, *diverging), lambda text: None)
+    with pytest.raises(ValueError, match=r"reward\.epochs: got 2, expected 1 .* whose step 'round 1: rm' has read it"):
+        run_iterate(config_of(run, "reward.epochs=2"), lambda text: None)
+    (run / "broken.py").write_text("def judge(prompts, a, b):\n    raise KeyError('no idea')\n")
+    said = []
+    with pytest.raises(ValueError, match="no idea"):
+        run_iterate(config_of(run, "iterate.rounds=1", "eval.judge=broken.py:judge"), said.append)
+    assert [line for line in said if line.endswith("...")] == ["round 1: ppo ...", "round 1: eval ..."]
+    said.clear()
+    assert len(run_iterate(config_of(run, "iterate.rounds=1"), said.append).win_rates) == 1
+    assert said == ["round 1: eval ..."]
+
+
+def test_s21_a_ppo_with_other_settings_does_not_go_on_from_its_checkpoint(run, monkeypatch):
+    real, resumed = iterate.run_ppo, []
+
+    def break_after(config, *, resume):
+        resumed.append(resume)
+        real(config, resume=resume)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(iterate, "run_ppo", break_after)
+    said = []
+    for rate in (1e-3, 1e-4, 1e-4):
+        with pytest.raises(KeyboardInterrupt):
+            run_iterate(config_of(run, "iterate.rounds=1", f"ppo.optim.lr={rate}"), said.append)
+    assert resumed == [False, False, True]
+    (begins,) = [line for line in said if "again" in line]
+    assert begins.startswith("ppo begins again: ppo.optim.lr: got 0.0001, expected 0.001 to go on with the run of")
+
+
+def test_s21_every_setting_is_some_steps_or_nobodys():
+    """A setting that a step reads and does not say so could change under what the step made."""
+    unread = {
+        key for key, _ in flat_settings(RunConfig().to_dict()) if not any(is_among(key, r) for r in READS.values())
+    }
+    nobodys = ("output_dir", "device", "iterate.rounds", "sft", "data.hygiene", "demo", "figure")
+    assert {key for key in unread if not is_among(key, nobodys)} == set()
+    known = [key for key, _ in flat_settings(RunConfig().to_dict())]
+    assert all(any(is_among(key, [name]) for key in known) for names in READS.values() for name in names)
 
 
 def test_s21_other_settings_are_refused(run):

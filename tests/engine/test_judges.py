@@ -206,6 +206,7 @@ def test_s20_the_order_of_a_and_b_is_shuffled_and_undone(tmp_path):
         (lambda lines: [lines[0] | {"preference": []}], r"judged\.jsonl:1: preference: got \[\], expected 'A'"),
         (lambda lines: [lines[0] | {"A": lines[0]["B"]}], r"judged\.jsonl:1: A: got .* as it was written for id 0"),
         (lambda lines: [lines[0] | {"id": 99}], r"judged\.jsonl:1: id: got 99, expected one of 0 to 39"),
+        (lambda lines: [lines[1] | {"id": True}], r"judged\.jsonl:1: id: got True, expected one of 0 to 39"),
         (lambda lines: [3], r"judged\.jsonl:1: id: got None"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import PPOConfig, RunConfig
 from rlhf_engine.train.scores import ScoreScale, score_answers
+from tests.engine.test_ptx import make_stream
 from tests.engine.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
 
 
@@ -64,6 +65,16 @@ def test_s6_moments_of_each_kind():
             torch.testing.assert_close(scale(batch), expected, rtol=1e-4, atol=1e-4, msg=kind)
 
 
+def test_s6_the_first_moments_are_of_the_first_rollout_that_has_any():
+    """A rollout whose scores are all the same has no deviation to divide by: the next one's is taken."""
+    scale, batches = (
+        ScoreScale("first"),
+        (torch.full((4,), 7.3), torch.tensor([1.0, 3.0]), torch.tensor([9.0, 5.0, 5.0])),
+    )
+    assert float(scale(batches[0]).abs().max()) < 1e-5
+    assert [scale(batch).tolist() for batch in batches[1:]] == [[-1.0, 1.0], [7.0, 3.0, 3.0]]
+
+
 def test_s6_scores_that_are_all_the_same_become_zero():
     for value in (0.0, 7.3, 1e6):
         assert float(ScoreScale("batch")(torch.full((7,), value)).abs().max()) <= 1e-6 * max(1, value)
@@ -118,6 +129,19 @@ def test_s6_skipping_leaves_the_sample_out_and_counts_it():
     assert make_trainer(nonfinite_scores="skip").step()["scores_skipped"] == 0
     with pytest.raises(ValueError, match=r"got nan for sample 0, 1, 2, 3, 4, \.\.\. of the run \(16 of 16"):
         make_trainer(reward=lambda r: torch.full((16,), torch.nan), nonfinite_scores="skip").step()
+
+
+def test_s6_s9_skipping_may_leave_a_short_minibatch():
+    """Nine of sixteen stay: a minibatch of eight and one of a single answer, which has its pretraining sequence too."""
+
+    def reward(rollout):
+        return torch.where(torch.arange(16) < 7, torch.nan, target_share(rollout))
+
+    settings = {"ptx_coef": 1.0, "ptx_ratio": 0.25, "ppo_epochs": 1, "nonfinite_scores": "skip"}
+    trainer = make_trainer(reward=reward, pretrain=make_stream(), **settings)
+    log = trainer.step()
+    assert log["scores_skipped"] == 7 and trainer.optimizer_steps == 2 and trainer.pretrain.position == 2 + 1
+    assert all(weight.isfinite().all() for weight in weights_of(trainer).values())
 
 
 @pytest.mark.parametrize("kind", ["none", "batch", "first"])

@@ -1,0 +1,105 @@
+"""What the rounds of `rlhf iterate` read, read once before anything is made: a late mistake costs the steps before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data import Codec, PromptRecord, read_comparisons, read_demonstrations, read_prompts
+from rlhf_engine.evaluate import read_documents
+from rlhf_engine.model.pretrained import max_positions
+from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, prefix_of
+from rlhf_engine.stages.loading import check_room, encode_records, load_model, read_records
+from rlhf_engine.stages.ppo import check_attention, pretrain_stream
+from rlhf_engine.train.reward_model import encode_comparison
+
+
+def check_rounds(config: RunConfig) -> None:
+    """Raises ValueError for a setting that is missing or out of place, or a file or judge that a round could not read."""
+    _check_given(config)
+    check_attention(config)
+    for name in ("iterate", "eval"):
+        judge = getattr(config, name).judge
+        if judge != BY_HAND:
+            _check_judge(config, name, judge)
+    prompts = {split: _prompts(config, split) for split in ("train", config.eval.split)}
+    model, codec = load_model(config)
+    # A response that runs out of budget is ranked and scored with an EOS behind it.
+    positions = max_positions(model)
+    check_room(config, None if positions is None else positions - 1, f"the positions of {config.model.path} but one")
+    del model
+    encode_records(config.data.prompts, prompts["train"], lambda record: codec.encode_prompt(record.prompt))
+    _check_contest(config, codec, prompts[config.eval.split])
+    _check_rankings(config, codec, len({record.prompt for record in prompts["train"]}))
+    pretrain_stream(config, codec)
+
+
+def _check_given(config: RunConfig) -> None:
+    if config.model.path is None:
+        raise ValueError("model.path: got nothing, expected the folder of the SFT model")
+    if config.data.prompts is None:
+        raise ValueError("data.prompts: got nothing, expected a path")
+    if config.iterate.judge is None:
+        raise ValueError(f"iterate.judge: got nothing, expected a judge, or {BY_HAND!r}")
+    if config.eval.judge in (None, BY_HAND):
+        raise ValueError(f"eval.judge: got {config.eval.judge!r}, expected a judge that rates a round's policy at once")
+    for key, value in (
+        ("eval.candidate", config.eval.candidate),
+        ("eval.baseline", config.eval.baseline),
+        ("reward.path", config.reward.path),
+        ("reward.function", config.reward.function),
+    ):
+        if value is not None:
+            raise ValueError(f"{key}: got {value!r}, expected null: the rounds decide it")
+    longest, kept = config.rollout.max_response_tokens, config.data.max_response_tokens
+    if longest >= kept:
+        raise ValueError(
+            f"data.max_response_tokens: got {kept}, expected more than rollout.max_response_tokens {longest}: the reward "
+            "model learns from what the policy answers, with an EOS behind it"
+        )
+
+
+def _check_judge(config: RunConfig, section: str, name: str) -> None:
+    try:
+        configured_judge(config, name)
+    except ValueError as error:
+        raise ValueError(f"{section}.judge: {str(error).removeprefix('judge: ')}") from None
+
+
+def _prompts(config: RunConfig, split: str) -> list[PromptRecord]:
+    records = list(read_prompts(config.data.prompts, split))
+    if not records:
+        raise ValueError(f"data.prompts: got no prompts of split {split} in {config.data.prompts}")
+    return records
+
+
+def _check_contest(config: RunConfig, codec: Codec, records: list[PromptRecord]) -> None:
+    """Both models' tokenizer is that of `model.path`."""
+    for role in ("candidate", "baseline"):
+        prefix = prefix_of(config, role)
+        framed = replace(codec, prompt_template=prefix + codec.prompt_template)
+        asked = list(islice(records, config.eval.limit))
+        if prefix and not all(isinstance(record.prompt, str) for record in asked):
+            raise ValueError(f"eval.{role}_prefix: got one with conversations in {config.data.prompts}, expected none")
+        encode_records(config.data.prompts, asked, lambda record, framed=framed: framed.encode_prompt(record.prompt))
+    if config.eval.text is not None:
+        read_documents(config.eval.text, codec)
+
+
+def _check_rankings(config: RunConfig, codec: Codec, prompts: int) -> None:
+    """The reward model's demonstrations and rankings, of which it needs two prompts: one to train, one to validate on."""
+    data = config.data
+    encode_records(
+        data.demonstrations,
+        read_records(data.demonstrations, "data.demonstrations", read_demonstrations),
+        codec.example,
+    )
+    if data.comparisons is not None:
+        comparisons = read_records(data.comparisons, "data.comparisons", read_comparisons)
+        encode_records(data.comparisons, comparisons, lambda comparison: encode_comparison(comparison, codec))
+    elif min(prompts, config.iterate.prompts) < 2:
+        raise ValueError(
+            f"iterate.prompts: got {config.iterate.prompts} of {prompts} training prompts without data.comparisons, expected "
+            "at least 2, for the reward model to train on one and be validated on another"
+        )
