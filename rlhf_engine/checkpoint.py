@@ -9,7 +9,9 @@ state of their own: they are functions of the seed and the counters in `trainer.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.train.ppo import PPOTrainer
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 EMA, VALUE_MODEL = "ema", "value_model"
 """Folders inside a checkpoint: the averaged weights, a model like the checkpoint itself, and a value model."""
@@ -38,10 +42,11 @@ _MAY_CHANGE = {
     "output_dir",
     "device",
     "model.path",
-    "reward",
+    *(f"reward.{name}" for name in ("path", "epochs", "batch_size", "microbatch", "evaluate_every", "optim")),
     "data.demonstrations",
     "data.comparisons",
     "data.prompts",
+    "data.pretrain",
     "data.max_response_tokens",
     "data.validation_share",
     "ppo.updates",
@@ -52,7 +57,10 @@ _MAY_CHANGE = {
     "figure",
     "demo",
 }
-"""Keys and sections that a resumed run may have otherwise: places, the length of the run, and what PPO does not read."""
+"""Keys and sections that a resumed run may have otherwise: places, the length of the run, and what PPO does not read.
+
+What lies in the places of prompts, pretraining text and reward model may not change: a checkpoint has its fingerprints.
+"""
 
 
 def load_policy(
@@ -79,14 +87,22 @@ def load_policy(
 
 
 def save_checkpoint(
-    folder: str | Path, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig
+    folder: str | Path,
+    trainer: PPOTrainer,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: RunConfig,
+    data: Mapping[str, str] = _NONE,
 ) -> None:
-    """Write all that `resume` needs to go on with the same numbers, whole or not at all."""
+    """Write all that `resume` needs to go on with the same numbers, whole or not at all.
+
+    `data` are fingerprints of what the run reads, by the key of its place, such as data.prompts.
+    """
     tensors, _ = _flatten_optimizer(trainer.optimizer)
     state = trainer.state() | {
         "seed": trainer.seed,
         "optimizer_tensors": len(tensors),
         "reference": fingerprint(trainer.reference.model),
+        "data": dict(data),
     }
 
     def write(new: Path) -> None:
@@ -101,7 +117,7 @@ def save_checkpoint(
     with_new_folder(folder, write)
 
 
-def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
+def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig, data: Mapping[str, str] = _NONE) -> None:
     """Put weights, optimiser and counters of a checkpoint into `trainer`, which was made from `config`.
 
     Raises ValueError for a file that is missing or broken, another seed, a setting of PPO that is not what the run began
@@ -113,7 +129,8 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
     heads = () if trainer.policy.value_head is None else (VALUE_HEAD,)
     require(folder, "config.json", *heads, OPTIMIZER, TRAINER, CONFIG)
     kinds = {name: type(value) for name, value in trainer.state().items()}
-    state = _read_state(folder / TRAINER, kinds | {"seed": int, "optimizer_tensors": int, "reference": str})
+    kinds |= {"seed": int, "optimizer_tensors": int, "reference": str, "data": dict}
+    state = _read_state(folder / TRAINER, kinds)
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     check_settings(folder, config)
@@ -121,6 +138,9 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig) -> None:
         raise ValueError(
             f"{folder}: its reference policy is another model than the one given; expected the model it began with"
         )
+    for key, value in data.items():
+        if state["data"].get(key) != value:
+            raise ValueError(f"{key}: got another content than the run of {folder} began with, expected the same")
     tensors = read_tensors(folder / OPTIMIZER)
     if len(tensors) != state["optimizer_tensors"]:
         raise ValueError(
@@ -148,7 +168,16 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_rows(rows: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of rows of token ids, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{len(row)} ".encode())
+        digest.update(row.contiguous().numpy().data)
     return digest.hexdigest()
 
 

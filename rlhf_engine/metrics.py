@@ -7,7 +7,7 @@ import resource
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
@@ -59,22 +59,23 @@ class MetricsWriter:
     """Writes each step's numbers as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
 
     Every stage has a board of its own, `tensorboard/<stage>`: where a board begins again it hides all later steps, whatever
-    their names. A resumed run appends, after dropping the lines of steps that it is going to repeat. Use it as a context
-    manager.
+    their names. A resumed run appends, after dropping the lines of steps that it is going to repeat: when it has the first
+    number of its own, so that a run that fails before takes nothing away. Use it as a context manager.
+
+    Raises ValueError, as `read_metrics` does, for a file that is there and broken.
     """
 
     def __init__(self, folder: str | Path, stage: str, *, resume_after: int | None = None) -> None:
-        self.stage, self.folder = stage, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stage, self.folder, self.resume_after = stage, Path(folder), resume_after
         self.path = self.folder / METRICS
-        if self.path.is_file():
-            self._drop_after(resume_after)
-        self.file = self.path.open("a", encoding="utf-8")
-        purge = None if resume_after is None else resume_after + 1
-        self.board = SummaryWriter(str(self.folder / "tensorboard" / stage), purge_step=purge)
+        self.file: IO[str] | None = None
+        self.board: SummaryWriter | None = None
+        read_metrics(self.folder)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the numbers of `step`."""
+        if self.file is None or self.board is None:
+            self.file, self.board = self._open()
         # JSON has no NaN: a number that is not one becomes null.
         clean = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
         self.file.write(json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n")
@@ -84,8 +85,18 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close both."""
-        self.file.close()
-        self.board.close()
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
+
+    def _open(self) -> tuple[IO[str], SummaryWriter]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            self._drop_after(self.resume_after)
+        purge = None if self.resume_after is None else self.resume_after + 1
+        return self.path.open("a", encoding="utf-8"), SummaryWriter(
+            str(self.folder / "tensorboard" / self.stage), purge_step=purge
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -108,12 +119,12 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of `folder`'s `metrics.jsonl`, without a last one that a kill left half-written.
+    """The lines of `folder`'s `metrics.jsonl`, without a last one that a kill left half-written; none where there is no file.
 
     Raises ValueError naming file and line for any other that is not an object with a stage and a step.
     """
     path = Path(folder) / METRICS
-    rows, lines = [], path.read_bytes().splitlines()
+    rows, lines = [], path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -191,7 +191,7 @@ class PPOConfig(Section):
     """Decay of a moving average of the weights, one step of it an optimiser step; InstructGPT's is 0.992. It is saved as a
     model of its own in the folder `ema` of the checkpoint. None: no average, which saves a copy of the weights."""
     checkpoint_every: WholeNumber = 0
-    """Updates between checkpoints; 0 writes one at the end only."""
+    """Updates between checkpoints; 0 writes one at the end only, or where an update fails before it has changed a weight."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
     """Optimiser of this stage."""
 

@@ -37,5 +37,4 @@ def packed_sequences(path: str | Path, codec: Codec, length: int) -> Tensor:  # 
 def _token_blocks(texts: Iterator[PretrainingText], codec: Codec) -> Iterator[Tensor]:
     """The ids of `_BATCH` documents at a time, EOS behind each document."""
     while batch := [record.text for record in islice(texts, _BATCH)]:
-        encoded = codec.tokenizer(batch, add_special_tokens=False)["input_ids"]
-        yield torch.tensor([token for ids in encoded for token in (*ids, codec.eos_id)])
+        yield torch.tensor([token for ids in codec.encode_texts(batch) for token in (*ids, codec.eos_id)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,6 +47,13 @@ class Codec:
             raise ValueError("tokenizer: got one without an EOS token, expected one with")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected a text with {{prompt}} in it")
+        bare, whole = self.encode_texts(["a"])[0], self.tokenizer("a")["input_ids"]
+        behind = whole[whole.index(bare[-1]) + 1 :] if bare and bare[-1] in whole else []
+        if behind:
+            raise ValueError(
+                f"tokenizer: got one that puts {self.tokenizer.decode(behind)!r} behind a prompt, expected none there: the "
+                "answer goes on where the prompt ends (add_eos_token false, or another post-processor)"
+            )
 
     @property
     def eos_id(self) -> int:
@@ -85,15 +93,36 @@ class Codec:
             )
         return rest
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts alone: a special token that somebody wrote in one, such as `<|endoftext|>`, is text and ends nothing."""
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Texts that the tokenizer takes for control tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+
+    def _special_in(self, text: str) -> str | None:
+        return next((token for token in self.special_tokens if token in text), None)
+
     def _frame(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(self.prompt_template.replace("{prompt}", prompt))["input_ids"]
+            # A frame may be made of special tokens; where it is, they cannot be told from those of the prompt.
+            framed = self._special_in(self.prompt_template) is not None
+            if framed and (found := self._special_in(prompt)):
+                raise ValueError(f"prompt: got the special token {found} in it, expected none in a frame that has some")
+            text = self.prompt_template.replace("{prompt}", prompt)
+            return self.tokenizer(text, split_special_tokens=not framed)["input_ids"]
+        for index, message in enumerate(prompt):
+            if found := self._special_in(message.role) or self._special_in(message.content):
+                raise ValueError(f"messages[{index}]: got the special token {found} in it, expected text")
         # The chat template writes the special tokens itself.
         return self.tokenizer(render(prompt, self.tokenizer), add_special_tokens=False)["input_ids"]
 
     def encode_response(self, response: str) -> list[int]:
         """Ids of the response and EOS."""
-        ids = [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self.eos_id]
+        ids = [*self.encode_texts([response])[0], self.eos_id]
         if len(ids) > self.max_response_tokens:
             raise ValueError(
                 f"response: got {len(ids)} tokens, expected at most max_response_tokens={self.max_response_tokens}"

@@ -28,7 +28,7 @@ def read_documents(path: str | Path, codec: Codec) -> list[Example]:
     """
     pieces = []
     for document in read_texts(path):
-        ids = (*codec.tokenizer(document.text.strip(), add_special_tokens=False)["input_ids"], codec.eos_id)
+        ids = (*codec.encode_texts([document.text.strip()])[0], codec.eos_id)
         size = codec.max_tokens or len(ids)
         pieces += [Example((), ids[at : at + size]) for at in range(0, len(ids), size)]
     # The first token of a piece has nothing before it, so a piece of one token says nothing.

@@ -6,6 +6,7 @@ Legend: M prompts, S answers to each by each model.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -38,6 +39,9 @@ BY_HAND = "file"
 
 _SEEDS = {"candidate": 201, "baseline": 202}
 """Added to 1,000 times the run's seed: a model that meets itself is asked twice and does not say the same."""
+
+_UNJUDGED = "unjudged"
+"""Folder of answers whose judge has not finished: a judge that fails does not cost them."""
 
 _ANSWERS, _CONTEST, _PAIRS, _JUDGED = "answers.jsonl", "contest.json", "pairs.jsonl", "judged.jsonl"
 
@@ -77,7 +81,8 @@ def run_eval(config: RunConfig) -> tuple[Contest | None, str]:
     """`rlhf eval`: the contest of `config.eval` and its table, in OUTPUT_DIR/eval.
 
     With judge `file` it writes pairs to judge into OUTPUT_DIR/judging and returns no contest but what to do; when the judged
-    file is there, it reads it. Raises ValueError for a setting that is missing, or a judge that fails, and writes nothing.
+    file is there, it reads it. Raises ValueError for a setting that is missing and writes nothing; for a judge that fails,
+    and keeps the answers in OUTPUT_DIR/unjudged for the next call.
     """
     setting = config.eval
     for name in ("candidate", "baseline", "judge"):
@@ -85,24 +90,47 @@ def run_eval(config: RunConfig) -> tuple[Contest | None, str]:
             raise ValueError(f"eval.{name}: got nothing, expected {'a judge' if name == 'judge' else 'a path'}")
     if setting.judge == BY_HAND:
         return _by_hand(config)
-    contest = judged_by(config, configured_judge(config, setting.judge))
+    judge, unjudged = configured_judge(config, setting.judge), Path(config.output_dir) / _UNJUDGED
+    said = _kept(config, unjudged) or ask_both(config)
+    with_new_folder(unjudged, lambda new: _write_said(new, config, said))
+    contest = judged_by(config, judge, said)
 
     def write(new: Path) -> None:
-        _write_answers(new, contest.said)
+        _write_answers(new, said)
         _write_report(new, config, contest)
 
     with_new_folder(Path(config.output_dir) / "eval", write)
+    shutil.rmtree(unjudged)
     return contest, table(config, contest)
 
 
-def judged_by(config: RunConfig, judge: Judge) -> Contest:
-    """The contest of `config.eval` under a judge that answers at once."""
-    said = ask_both(config)
+def judged_by(config: RunConfig, judge: Judge, said: Said) -> Contest:
+    """The contest of what was said under a judge that answers at once."""
     pairs = said.pairs()
     preferences = judge.compare(
         [pair.prompt for pair in pairs], [pair.first for pair in pairs], [pair.second for pair in pairs]
     )
     return _contest(config, said, preferences)
+
+
+def _kept(config: RunConfig, folder: Path) -> Said | None:
+    """What both said in a call whose judge failed; None if there was none, or models, prompts or settings are others now."""
+    if not (folder / _CONTEST).is_file():
+        return None
+    kept = read_json(folder / _CONTEST)
+    same = all(kept.get(name) == value for name, value in (_identity(config) | _stamps(config)).items())
+    return _read_said(config, folder) if same else None
+
+
+def _stamps(config: RunConfig) -> dict[str, Any]:
+    """Sizes and times of the files that answers come from: nobody asks for those of a model that was trained again since."""
+    setting = config.eval
+    places = (setting.candidate, setting.baseline, setting.candidate_prefix, setting.baseline_prefix, setting.text)
+    roots = [Path(place) for place in (*places, config.data.prompts) if place is not None]
+    files = [
+        file for root in roots for file in ([root] if root.is_file() else sorted(root.glob("*"))) if file.is_file()
+    ]
+    return {"files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
 
 
 def configured_judge(config: RunConfig, name: str) -> Judge:
@@ -183,10 +211,8 @@ def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
         said = ask_both(config)
 
         def write(new: Path) -> None:
-            _write_answers(new, said)
+            _write_said(new, config, said)
             write_pairs(new / _PAIRS, said.pairs(), config.seed)
-            found = {"ended": said.ended, "perplexity": said.perplexity, "truncated_prompts": said.truncated}
-            write_json(new / _CONTEST, _identity(config) | found)
 
         with_new_folder(folder, write)
     said = _read_said(config, folder)
@@ -222,6 +248,13 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
     return Said(
         [prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"], kept["truncated_prompts"]
     )
+
+
+def _write_said(folder: Path, config: RunConfig, said: Said) -> None:
+    """What `_read_said` reads, and what it depends on."""
+    _write_answers(folder, said)
+    found = {"ended": said.ended, "perplexity": said.perplexity, "truncated_prompts": said.truncated}
+    write_json(folder / _CONTEST, _identity(config) | _stamps(config) | found)
 
 
 def _write_answers(folder: Path, said: Said) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_engine.checkpoint import fingerprint, fingerprint_rows, save_checkpoint
 from rlhf_engine.checkpoint import resume as resume_trainer
-from rlhf_engine.checkpoint import save_checkpoint
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, PromptRecord, packed_sequences, read_prompts
 from rlhf_engine.data.records import plain
@@ -62,6 +62,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     else:
         told = prompts_by_ids(config.data.prompts, prompts, records)
         reward = text_reward(function, told, codec, config.reward.function)
+    pretrain = pretrain_stream(config, codec)
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
@@ -70,13 +71,23 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
         reward,
         config.ppo,
         seed=config.seed,
-        pretrain=pretrain_stream(config, codec),
+        pretrain=pretrain,
     )
-    folder = Path(config.output_dir) / "ppo"
+    data = {"data.prompts": fingerprint_rows(prompts)}
+    if pretrain is not None:
+        data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
+    if reward_model is not None:
+        data["reward.path"] = fingerprint(reward_model)
     if resume:
-        resume_trainer(folder, trainer, config)
+        resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
+    return _train(config, trainer, codec, data)
+
+
+def _train(config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str]) -> list[dict[str, float]]:
+    """The updates that are left; where one fails before it has changed a weight, those before it are saved."""
+    folder = Path(config.output_dir) / "ppo"
     history: list[dict[str, float]] = []
-    done, updates = trainer.updates_done, config.ppo.updates
+    done, updates, every = trainer.updates_done, config.ppo.updates, config.ppo.checkpoint_every
     with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
         def on_update(number: int, log: dict[str, float]) -> None:
@@ -85,10 +96,15 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
             history.append(log)
             bar.update()
             bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
-            if number == updates or (config.ppo.checkpoint_every and number % config.ppo.checkpoint_every == 0):
-                save_checkpoint(folder, trainer, codec.tokenizer, config)
+            if number == updates or (every and number % every == 0):
+                save_checkpoint(folder, trainer, codec.tokenizer, config, data)
 
-        trainer.train(on_update)
+        try:
+            trainer.train(on_update)
+        except (ValueError, RuntimeError, FloatingPointError, KeyboardInterrupt):
+            if trainer.whole and trainer.updates_done > done:
+                save_checkpoint(folder, trainer, codec.tokenizer, config, data)
+            raise
     plot(config, "ppo", "update")
     return history
 

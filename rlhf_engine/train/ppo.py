@@ -238,6 +238,9 @@ class PPOTrainer:
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = 0
         self.optimizer_steps = 0
+        self.whole = True
+        """Whether the state is that of `updates_done` updates; False within an update once it has changed a weight."""
+        self.optimizer.register_step_pre_hook(self._changes)
 
     def state(self) -> dict[str, int | float]:
         """The numbers that a resumed run needs."""
@@ -260,7 +263,20 @@ class PPOTrainer:
                 on_update(self.updates_done, log)
 
     def step(self) -> dict[str, float]:
-        """One iteration of Algorithm 1."""
+        """One iteration of Algorithm 1. Whatever breaks it before a weight changes leaves the state as it was."""
+        before, done = self.state(), self.updates_done
+        try:
+            log = self._update_policy()
+        finally:
+            if self.whole and self.updates_done == done:
+                self.load_state(before)
+                self.optimizer.zero_grad(set_to_none=True)
+        return log
+
+    def _changes(self, *_: object) -> None:
+        self.whole = False
+
+    def _update_policy(self) -> dict[str, float]:
         config, temperature = self.config, self.generator.config.temperature
         clock = [time.perf_counter()]
         first = self.updates_done * config.rollout_batch
@@ -276,6 +292,7 @@ class PPOTrainer:
         log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())
         self.updates_done += 1
+        self.whole = True
         seconds = dict(zip(("collect", "score", "update"), (b - a for a, b in pairwise(clock)), strict=True))
         log |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
         log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
@@ -309,6 +326,7 @@ class PPOTrainer:
             temperature,
             self.config.microbatch,
         )
+        self._changes()
         found = trpo_step(problem, self.config.trpo)
         if self.average is not None:
             self.average.update()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_engine.config import load_config
 from rlhf_engine.model.pretrained import load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.pipelines import contest
 from rlhf_engine.pipelines.contest import ask_both
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf, write_lines
 
@@ -146,8 +147,30 @@ def test_s20_a_judge_that_fails_leaves_what_was_there(run, models, capsys, body,
     judge = write_judge(run, "judge_broken", body)
     code, _, shown = evaluate(capsys, run, models, judge)
     assert code == 2 and shown == f"rlhf: judge {judge}: {message}\n"
-    assert [path.name for path in (run / "out").iterdir()] == ["eval"]
+    assert sorted(path.name for path in (run / "out").iterdir()) == ["eval", "unjudged"]
     assert (run / "out" / "eval" / "report.json").read_text() == "before"
+
+
+def test_s20_a_judge_that_failed_is_asked_again_about_the_same_answers(run, models, capsys, monkeypatch):
+    asked, real = [], contest.ask_both
+    monkeypatch.setattr(contest, "ask_both", lambda config: asked.append(1) or real(config))
+    broken, good = (
+        write_judge(run, "judge_broken", "raise KeyError('no idea')"),
+        write_judge(run, "judge_a", "return [1] * len(a)"),
+    )
+    shutil.copytree(models / "a", run / "a")
+    more = [f"eval.candidate={run / 'a'}", "eval.samples=2"]
+    assert evaluate(capsys, run, models, broken, *more)[0] == 2
+    said = (run / "out" / "unjudged" / "answers.jsonl").read_bytes()
+    assert evaluate(capsys, run, models, broken, *more, "eval.margin=1")[0] == 2 and len(asked) == 1
+    assert evaluate(capsys, run, models, good, *more)[0] == 0 and len(asked) == 1
+    assert (run / "out" / "eval" / "answers.jsonl").read_bytes() == said
+    assert [path.name for path in (run / "out").iterdir()] == ["eval"]
+    # Other settings, and a model that is another since, are asked anew.
+    assert evaluate(capsys, run, models, broken, *more)[0] == 2 and len(asked) == 2
+    assert evaluate(capsys, run, models, broken, *more, "eval.samples=1")[0] == 2 and len(asked) == 3
+    new_model(run / "a", 5)
+    assert evaluate(capsys, run, models, good, *more, "eval.samples=1")[0] == 0 and len(asked) == 4
 
 
 @pytest.mark.parametrize(

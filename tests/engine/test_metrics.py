@@ -61,6 +61,22 @@ def test_a_resumed_run_does_not_repeat_lines(tmp_path):
     ]
 
 
+def test_a_run_that_fails_before_its_first_number_takes_none_away(tmp_path):
+    with MetricsWriter(tmp_path, "sft", resume_after=0) as writer:
+        writer.write(1, {"loss": 1.0})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(KeyboardInterrupt), MetricsWriter(tmp_path, "sft", resume_after=0):
+        raise KeyboardInterrupt
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with MetricsWriter(tmp_path, "sft", resume_after=0) as writer:
+        assert len(read_metrics(tmp_path)) == 1
+        writer.write(1, {"loss": 2.0})
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [2.0]
+    with MetricsWriter(tmp_path / "none", "sft", resume_after=0):
+        pass
+    assert read_metrics(tmp_path / "none") == [] and not (tmp_path / "none").exists()
+
+
 def steps_on_the_board(folder, tag):
     boards = EventMultiplexer().AddRunsFromDirectory(str(folder / "tensorboard")).Reload()
     return [
