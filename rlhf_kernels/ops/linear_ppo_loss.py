@@ -47,8 +47,9 @@ def linear_ppo_loss(
     checkpointed region would do the work twice. Masked rows enter no matrix product; rows whose log-prob and entropy
     coefficients are exactly zero (clipped, no advantage) enter none of the backward ones. On a GPU both need
     `compact=True`, since their number has to reach the host: one wait a call and one a chunk, and no graph capture; without
-    it those rows are zeros in the products. On CPU they are always left out. `options` are those of `ppo_loss`,
-    without `entropy`; `values=` is for a value model of its own and excludes `value_weight`.
+    it those rows are zeros in the products. On CPU they are always left out. The reference backend, which makes all logits at
+    once, has no use for `compact` and `chunk_tokens`: they change memory and time, no result. `options` are those of
+    `ppo_loss`, without `entropy`; `values=` is for a value model of its own and excludes `value_weight`.
 
     Raises:
         ValueError: as `linear_token_logprobs` and `ppo_loss`; `compact=True` while a CUDA graph is captured, `False` on CPU.
