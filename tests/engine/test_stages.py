@@ -192,7 +192,9 @@ def test_s6_a_python_function_is_the_reward(run, capsys):
     assert code == 2 and "longest' to go on with the run of" in shown
     # The same function, repaired or broken since.
     (run / "rewards.py").write_text(
-        REWARD.replace("float(len(answer))", 'float("nan") if answer is answers[2] else 1.0')
+        REWARD.replace("float(len(answer)) for", '(i == 2 and float("nan")) for i,').replace(
+            "in answers]", "in enumerate(answers)]"
+        )
     )
     code, _, shown = rlhf(capsys, *arguments, f"{function}:longest", *more)
     assert code == 2 and "reward_fn: got nan for sample 10 of the run (1 of 4" in shown
