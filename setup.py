@@ -98,7 +98,9 @@ class BuildKernels(build_ext):
             raise FileNotFoundError("csrc/cpu: no .cpp file, expected the kernels' sources")
         nvcc = find_nvcc()
         architectures = known_architectures(nvcc) if nvcc else {}
-        nvcc = nvcc if architectures else None  # one that knows none of the chips is as good as none, and has been named
+        nvcc = (
+            nvcc if architectures else None
+        )  # one that knows none of the chips is as good as none, and has been named
         jobs = [
             lambda s=s: self._compile_cuda(nvcc, architectures, s)
             for s in sorted(Path("csrc/cuda").glob("*.cu"))
