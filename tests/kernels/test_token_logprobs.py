@@ -219,7 +219,7 @@ def test_empty_batch():
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"temperature": torch.tensor([1.0, 0.0])}, "temperature: got 0.0 among"),
         ({"temperature": torch.tensor([1.0, torch.inf])}, "temperature: got inf among"),
-        ({"temperature": 1e39}, "temperature: got 1e+39, expected at most"),
+        ({"temperature": 1e39}, r"temperature: got 1e\+39, expected at most"),
         ({"temperature": 1e-50}, "temperature: got 1e-50, expected at least"),
         ({"temperature": torch.ones(3)}, "temperature: got shape"),
         ({"softcap": 0.0}, "softcap: got 0.0"),
