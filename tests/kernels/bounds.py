@@ -58,3 +58,15 @@ def temperature_scene(kind: str) -> tuple[Tensor, Tensor, dict]:
 def check_temperature_costs_nothing(logprobs: Tensor, logits: Tensor, ids: Tensor, options: dict) -> None:
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
     check_rounded_once("logprobs", logprobs, reference.token_logprobs(logits.double(), ids, **wide).logprobs)
+
+
+def check_softcap_slope(token_logprobs, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Far beyond the cap tanh is 1 in float32, and its slope still is not 0: 4 e^-2x / (1 + e^-2x)^2."""
+    x = torch.linspace(-7, 7, 141, device=device).repeat(2, 1).to(dtype).requires_grad_()
+    taken, wide = torch.tensor([70, 0], device=device), x.detach().double()
+    token_logprobs(x, taken, softcap=1.0).logprobs.sum().backward()
+    decay = torch.exp(-2 * wide.abs())
+    exact = torch.nn.functional.one_hot(taken, 141) - torch.tanh(wide).softmax(-1)
+    exact = exact * 4 * decay / (1 + decay).square()
+    info = torch.finfo(dtype)
+    assert ((x.grad.double() - exact).abs() <= 8 * info.eps * exact.abs() + info.tiny * info.eps).all()

@@ -1,6 +1,7 @@
 """`token_logprobs` on a GPU against float64, and the launchers of rows of logits where no public op reaches them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from rlhf_kernels.backend import kernels
 from rlhf_kernels.ops.head import front_of
 from rlhf_kernels.rows import LogitRows, PpoRows, PpoScalars, RowStats, Transform
 
-from .bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
+from .bounds import TEMPERATURES, check_error, check_softcap_slope, check_temperature_costs_nothing, temperature_scene
 from .gpu import DEVICE, to_device
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -83,18 +84,7 @@ def test_a_temperature_costs_no_accuracy(kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_softcaps_slope_does_not_cancel(dtype):
-    """Far beyond the cap tanh is 1 in float32, and its slope still is not 0: 4 e^-2x / (1 + e^-2x)^2."""
-    x = torch.linspace(-7, 7, 141).repeat(2, 1).to(dtype).to(DEVICE).requires_grad_()
-    x64 = x.detach().double()
-    taken = torch.tensor([70, 0], device=DEVICE)
-    token_logprobs(x, taken, softcap=1.0, backend="triton").logprobs.sum().backward()
-    p = torch.tanh(x64).softmax(-1)
-    decay = torch.exp(-2 * x64.abs())
-    exact = (torch.nn.functional.one_hot(taken, 141) - p) * 4 * decay / (1 + decay).square()
-    assert (
-        (x.grad.double() - exact).abs()
-        <= 8 * torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    ).all()
+    check_softcap_slope(partial(token_logprobs, backend="triton"), dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
