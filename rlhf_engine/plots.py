@@ -103,6 +103,22 @@ def plot_win_rate_lines(
     _save(figure, path)
 
 
+def plot_trade_off(points: Mapping[str, tuple[float, WinRate]], path: str | Path, *, x_label: str) -> None:
+    """One named point for each policy: a cost along the axis, its win rate with the 95% interval above it."""
+    figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (x, rate)) in enumerate(points.items()):
+        errors = [[rate.rate - rate.low], [rate.high - rate.rate]]
+        colour = _COLOURS[min(number, 2)]
+        axes.errorbar([x], [rate.rate], yerr=errors, color=colour, marker="o", markersize=5, capsize=3)
+        axes.annotate(name, (x, rate.rate), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    axes.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    axes.margins(x=0.2)
+    axes.set(xlabel=x_label, ylabel="win rate against SFT (ties count half)")
+    axes.grid(alpha=0.25)
+    _save(figure, path)
+
+
 def plot_curves(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     path: str | Path,

@@ -87,50 +87,63 @@ def run_figure(
 ) -> str:
     """Trains and judges everything into `output`: figure.png, figure.json, figure.md; returns the table."""
     refuse_overrides(overrides, _DECIDED, "the figure, by its options --seed and --output or by the section figure,")
-    config = load_config(CONFIG, (*(QUICK if quick else ()), *overrides))
-    config = with_shipped_data(config, output, seed)
     root = Path(output)
-    root.mkdir(parents=True, exist_ok=True)
-    steps = Steps(root / "state.json", config, _MAY_CHANGE)
-    held_out, rest = _split_text(root)
-    config = replace(config, data=replace(config.data, pretrain=str(rest)))
+    config, steps, held_out = prepare(root, seed, (*(QUICK if quick else ()), *overrides))
     baseline_width = config.figure.widths[-1]
     results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
     for width in config.figure.widths:
-        sized = _sized(config, width)
-        _train(sized, width, steps, say)
+        sized = at_width(config, width)
+        train(sized, {"ptx": config.figure.ptx_coef}, steps, say)
         for index, name in enumerate(CONTESTANTS):
-            judged = _once(steps, f"{width}: {name}", partial(_judge, sized, name, index, held_out), say)
+            judged = do_once(
+                steps, f"{width}: {name}", partial(judge, sized, name, _FOLDERS[name], index, held_out), say
+            )
             results[name].append(Result(**judged))
-    sized = _sized(config, baseline_width)
-    baseline = Result(**_once(steps, "baseline", partial(_judge, sized, "SFT", len(CONTESTANTS), held_out), say))
-    return _report(root, config, results, baseline, _seconds(steps))
+    sized = at_width(config, baseline_width)
+    baseline = Result(
+        **do_once(steps, "baseline", partial(judge, sized, "SFT", "sft", len(CONTESTANTS), held_out), say)
+    )
+    return _report(root, config, results, baseline, seconds_of(steps))
 
 
-def _train(config: RunConfig, width: int, steps: Steps, say: Callable[[str], object]) -> None:
-    """Base, SFT, reward model, PPO and PPO-ptx of one size."""
-    root = Path(config.output_dir)
+def prepare(root: Path, seed: int, overrides: tuple[str, ...]) -> tuple[RunConfig, Steps, Path]:
+    """The config of a figure in `root`, what of it is done, and the text that no model is trained on."""
+    config = with_shipped_data(load_config(CONFIG, overrides), root, seed)
+    root.mkdir(parents=True, exist_ok=True)
+    steps = Steps(root / "state.json", config, _MAY_CHANGE)
+    held_out, rest = split_text(root)
+    return replace(config, data=replace(config.data, pretrain=str(rest))), steps, held_out
+
+
+def train(config: RunConfig, ptx: dict[str, float], steps: Steps, say: Callable[[str], object]) -> None:
+    """Base, SFT, reward model and PPO of one size, and a PPO-ptx of each coefficient in the folder that `ptx` names."""
+    root, width = Path(config.output_dir), config.demo.hidden_size
     sft = starting_from(config, root / "sft")
     ppo = replace(sft, reward=replace(config.reward, path=str(root / "rm")))
-    ptx = replace(ppo, ppo=replace(ppo.ppo, ptx_coef=config.figure.ptx_coef), output_dir=str(root / "ptx"))
     stages: dict[str, Callable[[], object]] = {
         "pretrain": lambda: make_base(config),
         "sft": lambda: run_sft(starting_from(config, root / "base")),
         "reward model": lambda: run_rm(sft),
         "ppo": lambda: run_ppo(ppo, resume=(root / "ppo").is_dir()),
-        "ppo-ptx": lambda: run_ppo(ptx, resume=(root / "ptx" / "ppo").is_dir()),
     }
+    for folder, coef in ptx.items():
+        mixed = replace(ppo, ppo=replace(ppo.ppo, ptx_coef=coef), output_dir=str(root / folder))
+        stages[f"ppo-{folder}"] = partial(_train_ptx, mixed)
     for name, run in stages.items():
-        _once(steps, f"{width}: train {name}", partial(_timed, run), say)
+        do_once(steps, f"{width}: train {name}", partial(timed, run), say)
 
 
-def _timed(run: Callable[[], object]) -> dict[str, float]:
+def _train_ptx(config: RunConfig) -> object:
+    return run_ppo(config, resume=(Path(config.output_dir) / "ppo").is_dir())
+
+
+def timed(run: Callable[[], object]) -> dict[str, float]:
     start = time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - start}
 
 
-def _once(steps: Steps, name: str, run: Callable[[], dict[str, Any]], say: Callable[[str], object]) -> dict[str, Any]:
+def do_once(steps: Steps, name: str, run: Callable[[], dict[str, Any]], say: Callable[[str], object]) -> dict[str, Any]:
     if name in steps:
         return steps.once(name, run)
     say(f"{name} ...")
@@ -139,26 +152,26 @@ def _once(steps: Steps, name: str, run: Callable[[], dict[str, Any]], say: Calla
     return result
 
 
-def _seconds(steps: Steps) -> float:
+def seconds_of(steps: Steps) -> float:
     return sum(result["seconds"] for result in steps.results.values())
 
 
-def _sized(config: RunConfig, width: int) -> RunConfig:
+def at_width(config: RunConfig, width: int) -> RunConfig:
     """The config of the models of one size, feed-forward layers 11/4 as wide as the rest."""
     heads = width // config.figure.head_size
     demo = replace(config.demo, hidden_size=width, intermediate_size=width * 11 // 4, heads=heads)
     return replace(config, demo=demo, output_dir=str(Path(config.output_dir) / f"width_{width}"))
 
 
-def _judge(config: RunConfig, name: str, index: int, held_out: Path) -> dict[str, Any]:
-    """Lets a contestant answer the test prompts; `index` gives it random numbers of its own."""
+def judge(config: RunConfig, name: str, model: str, index: int, held_out: Path) -> dict[str, Any]:
+    """Lets the contestant in folder `model` answer the test prompts; `index` gives it random numbers of its own."""
     start = time.perf_counter()
     setting, prefix = config.figure, ""
     if name == "base, prompted":
         prefix = few_shot_prefix(config)
         room = POSITIONS - config.rollout.max_response_tokens
         config = replace(config, rollout=replace(config.rollout, max_prompt_tokens=room))
-    folder = Path(config.output_dir) / _FOLDERS[name]
+    folder = Path(config.output_dir) / model
     seed = config.seed * 1_000 + _SEED + index
     answerer = Answerer(config, str(folder), seed=seed, prefix=prefix, stop=_BETWEEN if prefix else None)
     records: list[PromptRecord] = list(read_prompts(config.data.prompts, "test"))[: setting.prompts]
@@ -187,7 +200,7 @@ def few_shot_prefix(config: RunConfig) -> str:
     return "".join(frame.replace("{prompt}", one.prompt) + one.response + _BETWEEN for one in chosen)
 
 
-def _split_text(root: Path) -> tuple[Path, Path]:
+def split_text(root: Path) -> tuple[Path, Path]:
     """The documents that `make_base` holds out, and the others, as files."""
     documents = (DATA / "pretrain.txt").read_text(encoding="utf-8").strip().split("\n\n")
     count = len(documents) // 20
