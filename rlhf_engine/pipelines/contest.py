@@ -179,7 +179,7 @@ def _ask(
         raise ValueError(f"eval.{role}: {str(error).removeprefix('model.path: ')}") from None
     known = None
     if setting.text is not None:
-        documents = read_documents(setting.text, answerer.codec)
+        documents = read_documents(setting.text, answerer.codec, config.output_dir)
         known = perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id)
     said = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
     return said, known, answerer.codec.truncated.count
