@@ -132,7 +132,7 @@ class PPOConfig(Section):
     nonfinite_scores: Literal["stop", "skip"] = "stop"
     """Whether a score that is NaN or infinite ends the run, or its response is left out and counted in `scores_skipped`."""
     whiten_rewards: bool = False
-    """Divide the rewards of the batch by their standard deviation."""
+    """Give the rewards of the batch variance 1 around the mean that they have."""
     whiten_advantages: bool = True
     """Give the advantages mean 0 and variance 1."""
     whiten_scope: Literal["batch", "minibatch"] = "batch"

@@ -29,7 +29,7 @@ from rlhf_engine.evaluate import (
     read_preferences,
     write_pairs,
 )
-from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
+from rlhf_engine.files import read_json, read_json_lines, with_new_file, with_new_folder, write_json
 from rlhf_engine.pipelines.answers import Answerer, Answers, answer_all
 from rlhf_engine.plots import plot_win_rates
 from rlhf_engine.stages.loading import given
@@ -243,7 +243,7 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
                 f"{folder}: its answers were made with {name} {kept.get(name)!r}, got {value!r}; judge them first, or move "
                 "the folder away"
             )
-    lines = [json.loads(line) for line in (folder / _ANSWERS).read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(folder / _ANSWERS)
     answers = {role: [line[role] for line in lines] for role in _SEEDS}
     return Said(
         [prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"], kept["truncated_prompts"]

@@ -18,7 +18,7 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_prompts
 from rlhf_engine.data.records import prompt_field, prompt_of
 from rlhf_engine.evaluate import WinRate, rank
-from rlhf_engine.files import with_new_file
+from rlhf_engine.files import read_json_lines, with_new_file
 from rlhf_engine.pipelines.answers import Answerer, answer_all
 from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, run_eval
 from rlhf_engine.pipelines.preflight import check_rounds
@@ -155,7 +155,7 @@ def _prompts_of(config: RunConfig, number: int) -> list[PromptRecord]:
 
 
 def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
-    lines = _read_lines(folder / "completions.jsonl")
+    lines = read_json_lines(folder / "completions.jsonl")
     judge = configured_judge(config, config.iterate.judge)
     ranks = rank(judge, [prompt_of(line) for line in lines], [line["completions"] for line in lines])
     ranked = [line | {"ranking": list(given)} for line, given in zip(lines, ranks, strict=True)]
@@ -166,7 +166,7 @@ def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
 def _check_rankings(folder: Path) -> dict[str, int]:
     """Somebody's rankings: of the answers that were written, and of no others; not all of them need be there."""
     path = folder / "rankings.jsonl"
-    written = {(prompt_of(line), tuple(line["completions"])) for line in _read_lines(folder / "completions.jsonl")}
+    written = {(prompt_of(line), tuple(line["completions"])) for line in read_json_lines(folder / "completions.jsonl")}
     count = 0
     for comparison in read_comparisons(path):
         if (comparison.prompt, comparison.completions) not in written:
@@ -223,10 +223,6 @@ def _evaluate(config: RunConfig, folder: Path) -> dict[str, Any]:
     setting = replace(config.eval, candidate=str(folder / "ppo"), baseline=config.model.path)
     contest, _ = run_eval(replace(config, eval=setting, output_dir=str(folder)))
     return asdict(contest.win_rate)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

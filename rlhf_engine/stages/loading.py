@@ -68,7 +68,14 @@ def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[
 
 def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: int) -> Generator:
     """A sampler with the config's rollout settings."""
-    return Generator(policy, config.rollout, eos_token_ids=codec.eos_id, pad_token_id=codec.pad_id, seed=seed)
+    text, stop = config.rollout.stop_token, None
+    if text is not None:
+        ids = codec.encode_texts([text])[0]
+        if len(ids) != 1:
+            raise ValueError(f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one")
+        stop = ids[0]
+    ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
+    return Generator(policy, config.rollout, seed=seed, **ends)
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:

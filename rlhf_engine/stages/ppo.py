@@ -188,10 +188,11 @@ def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
     prompt_lengths, lengths = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
     prompts, responses = rollout.prompt_ids.tolist(), rollout.response_ids.tolist()
     examples = []
-    for row, ended in enumerate(rollout.ended.tolist()):
-        prompt = prompts[row][len(prompts[row]) - prompt_lengths[row] :]
-        response = responses[row][: lengths[row]] + ([] if ended else [codec.eos_id])
-        examples.append(Example(tuple(prompt), tuple(response)))
+    for row, prompt in enumerate(prompts):
+        response = responses[row][: lengths[row]]
+        if response[-1:] != [codec.eos_id]:
+            response.append(codec.eos_id)
+        examples.append(Example(tuple(prompt[len(prompt) - prompt_lengths[row] :]), tuple(response)))
     return examples
 
 

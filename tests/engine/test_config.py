@@ -100,6 +100,8 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {rollout_batch: 100}", ["ppo", "minibatch", "64", "100"]),
         ("- 1", ["run.yaml", "list", "mapping"]),
         ("a: [1", ["run.yaml", "not valid YAML"]),
+        ("sft: {epochs: 1}\nppo: {updates: 1}\nsft: {batch_size: 1}", ["run.yaml", "the key 'sft' twice", "line 3"]),
+        ("ppo: {updates: 1, updates: 2}", ["run.yaml", "the key 'updates' twice"]),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, text, words):

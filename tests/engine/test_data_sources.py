@@ -257,6 +257,8 @@ def test_s19_pretraining_documents_of_a_text_file_end_at_blank_lines(tmp_path):
     path = tmp_path / "pretrain.txt"
     path.write_text("\n\none\ntwo\n \n\nthree\n", encoding="utf-8")
     assert [(record.line, record.text) for record in read_texts(path)] == [(3, "one\ntwo"), (7, "three")]
+    path.write_bytes("\ufeffone\r\n\r\n\ufefftwo".encode())
+    assert [(record.line, record.text) for record in read_texts(path)] == [(1, "one"), (3, "\ufefftwo")]
     path.write_bytes(b"one\n\xff\n")
     with pytest.raises(ValueError, match=r"pretrain.txt:2: not valid UTF-8"):
         list(read_texts(path))

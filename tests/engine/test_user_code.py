@@ -89,6 +89,7 @@ def test_s6_a_reward_function_that_fails_is_one_line(tmp_path, base, capsys, nam
         ("def f(:\n", "it raised SyntaxError: "),
         ("import no_such_module\n", "it raised ModuleNotFoundError: No module named 'no_such_module'"),
         ("1 / 0\n", "it raised ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(0)\n", "it raised SystemExit: 0"),
     ],
 )
 def test_s6_a_file_that_does_not_load_is_one_line(tmp_path, base, capsys, text, message):
