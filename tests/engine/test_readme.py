@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_engine.cli import main
+from rlhf_engine.config import RunConfig, load_config
 from tests.engine.cli_run import new_model, new_run
 
 README = Path(__file__).parents[2] / "README.md"
@@ -103,3 +104,15 @@ def test_every_command_of_the_rows_runs_as_it_stands(command, place, tmp_path, c
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert not end.value.code, capsys.readouterr().err
+
+
+DETAILS = README.read_text().split("## Implementation details")[1].split("\n## ")[0]
+
+
+def test_implementation_details_have_the_defaults_that_the_table_says():
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", DETAILS, re.M)[1:]
+    assert len(rows) == 21 and all(why.strip() for *_, why in rows)
+    options = re.findall(r"`([a-z_.]+)` (\[[^\]]*\]|[\w.-]+)", "; ".join(cell for _, cell, _ in rows))
+    assert len(options) > 30
+    for key, value in options:
+        assert load_config(None, [f"{key}={value}"]) == RunConfig(), (key, value)
