@@ -191,7 +191,7 @@ def prefix_of(config: RunConfig, role: str) -> str:
     if path is None:
         return ""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"eval.{role}_prefix: {path}: {error}") from None
 

@@ -54,8 +54,8 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     reward_model = load_reward_model(config) if function is None else None
     model, codec = load_model(config)
     _check_fit(config, model, codec, reward_model)
-    told = PromptTexts()
-    prompts = encode_prompts(config, codec, None if function is None else told)
+    told = None if function is None else PromptTexts()
+    prompts = encode_prompts(config, codec, told)
     policy = make_policy(config, model, reward_model)
     if function is None:
         reward = reward_function(reward_model, codec)
