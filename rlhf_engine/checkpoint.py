@@ -177,7 +177,7 @@ def fingerprint_rows(rows: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(f"{len(row)} ".encode())
-        digest.update(row.contiguous().numpy().data)
+        digest.update(row.long().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -149,8 +149,21 @@ class RolloutConfig(Section):
     """Sample among the likeliest tokens that hold this probability mass; None keeps all."""
     min_p: Share | None = None
     """Sample among tokens at least this share as likely as the likeliest; None keeps all."""
+    stop_token: str | None = None
+    """Text of a token that ends an answer as EOS does; OpenAI's of 2019 is a period. None: EOS alone, which SFT teaches."""
+    stop_after: WholeNumber = 0
+    """First tokens of an answer, this many, in which `stop_token` ends nothing yet; OpenAI's is 16."""
     batch_size: Count = 64
     """Most sequences that are decoded together."""
+
+    def check(self) -> None:
+        """An option that nothing would read is refused."""
+        if self.stop_after and self.stop_token is None:
+            raise ValueError(f"stop_after: got {self.stop_after}, expected 0; only stop_token reads it")
+        if self.stop_after >= self.max_response_tokens:
+            raise ValueError(
+                f"stop_after: got {self.stop_after}, expected fewer than max_response_tokens {self.max_response_tokens}"
+            )
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,17 @@ class RunConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `1e-5` is a number and not a string."""
+    """YAML 1.1 as PyYAML reads it, except that `1e-5` is a number and not a string, and that a key stands there once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; YAMLError for a key that it has twice, of which the first value would be lost."""
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"got the key {name!r} twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -288,10 +311,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         given = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"{path}: got {type(given).__name__}, expected a mapping of keys to values")
     return given or {}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -301,7 +328,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: not valid YAML: {error}") from None
+        raise ValueError(f"override {override!r}: not valid YAML: {_one_line(error)}") from None
     *parents, name = key.split(".")
     node = tree
     for parent in parents:

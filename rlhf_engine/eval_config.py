@@ -31,7 +31,7 @@ class EvalConfig(Section):
     split: Literal["train", "validation", "test"] = "test"
     """Split of data.prompts that both models answer."""
     limit: Count | None = None
-    """Answer the first so many prompts of the split; null answers all."""
+    """Answer the first so many prompts of the split; null answers all. Prompts and answers stay in memory for the judge."""
     samples: Count = 1
     """Answers to each prompt by each model; the k-th of one is compared with the k-th of the other."""
     margin: NonNegative = 0.0

@@ -34,6 +34,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values in the lines of a file that this package wrote; a line ends at a line feed, not at all that Unicode has."""
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

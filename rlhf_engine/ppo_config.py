@@ -1,12 +1,8 @@
 """Settings of the optimiser and of reinforcement learning, apart from the rest of `config.py`.
 
-Where the options are that "The N implementation details of RLHF with PPO" (Huang et al. 2024) counts, with OpenAI's values of
-2019 where ours differ: learning-rate annealing `optim.schedule` (linear to 0); normalised reward `score_scale` (first);
-temperature `rollout.temperature` (0.7), which divides the logits wherever they are read; a value head of zeros `value_init`
-(zero); answers that do not end `missing_eos_score` (-1); no discount `gamma`; epochs and minibatches `ppo_epochs` (4),
-`minibatch`; KL a token `kl_coef` (0.15), `kl_estimator`; whitening `whiten_rewards` (on), `whiten_advantages`, `whiten_scope`
-(minibatch); clipped values `cliprange_value`; an adaptive coefficient `kl_control`, `kl_target` (6), `kl_horizon`; Adam's
-epsilon `optim.eps`, `optim.eps_form` (raw).
+Each detail that "The N implementation details of RLHF with PPO" (Huang et al. 2024) counts is an option here, in
+`RolloutConfig` or in `DataConfig`, or fixed; README's "Implementation details" has them in a table, each with its default,
+why it is that, and OpenAI's value of 2019.
 """
 
 from __future__ import annotations
@@ -132,7 +128,7 @@ class PPOConfig(Section):
     nonfinite_scores: Literal["stop", "skip"] = "stop"
     """Whether a score that is NaN or infinite ends the run, or its response is left out and counted in `scores_skipped`."""
     whiten_rewards: bool = False
-    """Divide the rewards of the batch by their standard deviation."""
+    """Give the rewards of the batch variance 1 around the mean that they have."""
     whiten_advantages: bool = True
     """Give the advantages mean 0 and variance 1."""
     whiten_scope: Literal["batch", "minibatch"] = "batch"

@@ -62,7 +62,8 @@ class Section:
     def from_dict(cls, given: dict[str, Any], key: str = "") -> Self:
         """Make the section from nested dictionaries; `key` is the dotted path used in messages.
 
-        Raises ValueError for an unknown key (naming the nearest known one), a wrong type or a value out of range.
+        What a section inside leaves out is as it is where the whole of it is left out. Raises ValueError for an unknown key
+        (naming the nearest known one), a wrong type or a value out of range.
         """
         if not isinstance(given, dict):
             raise ValueError(f"{key or 'config'}: got {_describe(given)}, expected a mapping of keys to values")
@@ -73,6 +74,8 @@ class Section:
             path = f"{key}.{name}" if key else str(name)
             if name not in known:
                 raise ValueError(unknown_key_message(path, str(name), known))
+            if is_dataclass(hints[name]) and isinstance(value, dict):
+                value = _own_defaults(cls, name, hints[name]) | value
             values[name] = convert(hints[name], value, path)
         try:
             return cls(**values)
@@ -82,6 +85,13 @@ class Section:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries and lists, ready for YAML or JSON."""
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+
+def _own_defaults(section: type, name: str, inner: type) -> dict[str, Any]:
+    """What the field `name` of `section` has otherwise than its class `inner`: PPO's optimiser is not the others'."""
+    here, usual = next(item.default_factory for item in fields(section) if item.name == name)(), inner()
+    pairs = ((item.name, getattr(here, item.name), getattr(usual, item.name)) for item in fields(inner))
+    return {field: value for field, value, other in pairs if value != other}
 
 
 def unknown_key_message(path: str, name: str, known: list[str]) -> str:

@@ -79,6 +79,8 @@ def _comparison(given: dict[str, Any], line: int) -> Comparison:
     completions = given["completions"]
     if not isinstance(completions, list):
         raise ValueError(f"completions: got {type(completions).__name__}, expected a list of strings")
+    if len(completions) < 2:
+        raise ValueError(f"completions: got {len(completions)}, expected at least 2 to compare")
     ranks = parse_ranking(given["ranking"], len(completions))
     return Comparison(given["prompt"], tuple(completions), ranks, line=line)
 
@@ -148,7 +150,8 @@ def _documents(path: Path) -> Iterator[PretrainingText]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
-                line = raw.decode("utf-8")
+                # A mark of byte order before the first line is no part of it.
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid UTF-8: {error}") from None
             if line.strip():

@@ -1,40 +1,52 @@
-"""Pretraining text to rows of equal length: documents in a row, EOS behind each, cut where a row is full."""
+"""Pretraining text to rows of equal length on disk: documents in a row, EOS behind each, cut where a row is full."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_engine.data.loading import read_texts
 from rlhf_engine.data.records import PretrainingText
+from rlhf_engine.data.stored import mapped
 from rlhf_engine.data.tokenize import Codec
 
-_BATCH = 1024
-"""Documents that are tokenized together: enough for a tokenizer's threads, and all that exists as Python integers at a time."""
+_BATCH, _CHARACTERS = 1024, 2**22
+"""Documents, and characters of them, that are tokenized together: enough for a tokenizer's threads, and all that exists as
+Python integers at a time."""
 
 
-def packed_sequences(path: str | Path, codec: Codec, length: int) -> Tensor:  # (M, length), int64
+def packed_sequences(path: str | Path, codec: Codec, length: int, near: str | Path) -> Tensor:  # (M, length), int32
     """Rows of token ids from the documents of `read_texts`; what does not fill the last row is left out.
+
+    They are a map of a temporary file on the disk of `near`.
 
     Raises:
         ValueError: as `read_texts`; no text for one row, named with the file.
     """
-    blocks, waiting = [], torch.empty(0, dtype=torch.int64)
-    for tokens in _token_blocks(read_texts(path), codec):
-        waiting = torch.cat([waiting, tokens])
-        full = len(waiting) - len(waiting) % length
-        blocks.append(waiting[:full].view(-1, length))
-        waiting = waiting[full:]
-    if not any(map(len, blocks)):
-        raise ValueError(f"{path}: got {len(waiting)} tokens, expected at least {length}, one sequence")
-    return torch.cat(blocks)
+    tokens = torch.from_numpy(mapped(_token_blocks(read_texts(path), codec), near))
+    if len(tokens) < length:
+        raise ValueError(f"{path}: got {len(tokens)} tokens, expected at least {length}, one sequence")
+    return tokens[: len(tokens) - len(tokens) % length].view(-1, length)
 
 
-def _token_blocks(texts: Iterator[PretrainingText], codec: Codec) -> Iterator[Tensor]:
-    """The ids of `_BATCH` documents at a time, EOS behind each document."""
-    while batch := [record.text for record in islice(texts, _BATCH)]:
-        yield torch.tensor([token for ids in codec.encode_texts(batch) for token in (*ids, codec.eos_id)])
+def _token_blocks(texts: Iterator[PretrainingText], codec: Codec) -> Iterator[NDArray[np.int32]]:
+    """The ids of a batch of documents at a time, EOS behind each document."""
+    for batch in _batches(texts):
+        yield np.array([token for ids in codec.encode_texts(batch) for token in (*ids, codec.eos_id)], np.int32)
+
+
+def _batches(texts: Iterator[PretrainingText]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for record in texts:
+        batch.append(record.text)
+        characters += len(record.text)
+        if len(batch) == _BATCH or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -14,6 +14,8 @@ from typing import Any
 Row = tuple[int, Any]
 """A number and what stands there; a ValueError that says what is wrong with it where it cannot be read."""
 
+_GZIP = b"\x1f\x8b"
+
 
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Rows of a JSONL file or of a data set's folder.
@@ -39,11 +41,22 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_object)
     except ValueError as error:  # bytes that are not UTF-8 and integers of too many digits among them
-        return ValueError(f"not valid JSON: {error}")
+        if line.startswith(_GZIP):
+            return ValueError("got a file that gzip compressed, expected text, an object of JSON a line")
+        return ValueError(f"not valid JSON: {error}; expected an object a line")
     except RecursionError:
         return ValueError("not valid JSON: nested too deeply")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"got the field {twice!r} twice")
+    return made
 
 
 def _dataset_rows(folder: Path) -> Iterator[Row]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from rlhf_engine.data.loading import read_comparisons, read_demonstrations, read_prompts, read_texts
@@ -39,16 +41,20 @@ def _comparisons(path: Path) -> dict[str, int]:
 
 def _prompts(path: Path) -> dict[str, int]:
     counts: Counter[str] = Counter(records=0)
-    splits: dict[str, str] = {}
-    for record in read_prompts(path):
-        counts.update(["records", record.split])
-        before = splits.setdefault(record.user_id, record.split)
-        if before != record.split:
-            raise ValueError(
-                f"{path}:{record.line}: split: got {record.split!r} for user_id {record.user_id!r}, whose prompts above are "
-                f"in {before!r}; expected one split a user"
-            )
-    return {**counts, "users": len(splits)}
+    # A temporary file of SQLite's own: memory does not grow with the users.
+    with closing(sqlite3.connect("", isolation_level=None)) as users:
+        users.execute("CREATE TABLE users (user_id TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID")
+        users.execute("BEGIN")
+        for record in read_prompts(path):
+            counts.update(["records", record.split])
+            users.execute("INSERT OR IGNORE INTO users VALUES (?, ?)", (record.user_id, record.split))
+            query = users.execute("SELECT split FROM users WHERE user_id = ?", (record.user_id,))
+            if (before := query.fetchone()[0]) != record.split:
+                raise ValueError(
+                    f"{path}:{record.line}: split: got {record.split!r} for user_id {record.user_id!r}, whose prompts above "
+                    f"are in {before!r}; expected one split a user"
+                )
+        return {**counts, "users": users.execute("SELECT COUNT(*) FROM users").fetchone()[0]}
 
 
 def _pretraining(path: Path) -> dict[str, int]:

@@ -180,7 +180,7 @@ def judge(config: RunConfig, name: str, model: str, index: int, held_out: Path) 
         [score(record.prompt, text) for text in answers.texts] for record, answers in zip(records, said, strict=True)
     ]
     ends = [end for answers in said for end in answers.ended]
-    documents = read_documents(held_out, answerer.codec)
+    documents = read_documents(held_out, answerer.codec, config.output_dir)
     result = Result(
         width=config.demo.hidden_size,
         parameters=sum(parameter.numel() for parameter in answerer.actor.model.parameters()),

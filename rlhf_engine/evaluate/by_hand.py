@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.data.records import Prompt, prompt_field
+from rlhf_engine.data.sources import read_rows
 from rlhf_engine.files import with_new_file
 
 _PREFERENCES = ("A", "B", "tie")
@@ -49,11 +50,9 @@ def read_preferences(path: Path, pairs: Sequence[Pair], seed: int) -> Tensor:
         ValueError: naming `file:line` for a line that is not one of those written, or judged twice or not at all.
     """
     found: dict[int, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, given in read_rows(path):
         try:
-            index, preference = _judged(line, pairs, seed)
+            index, preference = _judged(given, pairs, seed)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         if index in found:
@@ -65,12 +64,10 @@ def read_preferences(path: Path, pairs: Sequence[Pair], seed: int) -> Tensor:
     return torch.tensor([found[index] for index in range(len(pairs))], dtype=torch.float64)
 
 
-def _judged(line: str, pairs: Sequence[Pair], seed: int) -> tuple[int, float]:
+def _judged(given: Any, pairs: Sequence[Pair], seed: int) -> tuple[int, float]:
     """Index of a judged line's pair and its preference for the first answer."""
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+    if isinstance(given, ValueError):
+        raise given
     index = given.get("id") if isinstance(given, dict) else None
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(pairs):
         raise ValueError(f"id: got {index!r}, expected one of 0 to {len(pairs) - 1}")

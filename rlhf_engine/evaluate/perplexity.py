@@ -1,10 +1,10 @@
 """Perplexity of a language model on texts: on the pretraining text, what alignment cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf_engine.data import Codec, Example, read_texts
+from rlhf_engine.data import EXAMPLES, Codec, Example, read_texts, stored
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.train.sft import evaluate_nll
 
@@ -20,19 +20,24 @@ def perplexity(actor: ActorCritic, examples: Sequence[Example], *, pad_id: int, 
     return math.exp(evaluate_nll(actor, examples, batch_size, pad_id))
 
 
-def read_documents(path: str | Path, codec: Codec) -> list[Example]:
+def read_documents(path: str | Path, codec: Codec, near: str | Path) -> Sequence[Example]:
     """The documents that `read_texts` finds, each with EOS and in pieces that the model's positions hold.
+
+    They are in a temporary file on the disk of `near`.
 
     Raises:
         ValueError: no such file, or no text in it.
     """
-    pieces = []
-    for document in read_texts(path):
-        ids = (*codec.encode_texts([document.text.strip()])[0], codec.eos_id)
-        size = codec.max_tokens or len(ids)
-        pieces += [Example((), ids[at : at + size]) for at in range(0, len(ids), size)]
-    # The first token of a piece has nothing before it, so a piece of one token says nothing.
-    pieces = [piece for piece in pieces if len(piece) > 1]
+    pieces = stored(_pieces(path, codec), EXAMPLES, near)
     if not pieces:
         raise ValueError(f"{path}: got no text, expected some")
     return pieces
+
+
+def _pieces(path: str | Path, codec: Codec) -> Iterator[Example]:
+    for document in read_texts(path):
+        ids = (*codec.encode_texts([document.text.strip()])[0], codec.eos_id)
+        size = codec.max_tokens or len(ids)
+        pieces = (Example((), ids[at : at + size]) for at in range(0, len(ids), size))
+        # The first token of a piece has nothing before it, so a piece of one token says nothing.
+        yield from (piece for piece in pieces if len(piece) > 1)

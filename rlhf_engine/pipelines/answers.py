@@ -58,7 +58,7 @@ class Answerer:
         self, source: str | None, records: Sequence[PromptRecord], samples: int, first: int = 0
     ) -> list[Answers]:
         """S answers to each record; `first` is the number of the first one, `source` names their file in an error."""
-        prompts = encode_records(source, records, self._encode)
+        prompts = list(encode_records(source, records, self._encode))
         rows = [prompt for prompt in prompts for _ in range(samples)]
         rollout = self.generator.generate(rows, torch.arange(len(rows)) + first * samples)
         lengths, ended = rollout.response_lengths.tolist(), rollout.ended.tolist()

@@ -29,7 +29,7 @@ from rlhf_engine.evaluate import (
     read_preferences,
     write_pairs,
 )
-from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
+from rlhf_engine.files import read_json, read_json_lines, with_new_file, with_new_folder, write_json
 from rlhf_engine.pipelines.answers import Answerer, Answers, answer_all
 from rlhf_engine.plots import plot_win_rates
 from rlhf_engine.stages.loading import given
@@ -179,7 +179,7 @@ def _ask(
         raise ValueError(f"eval.{role}: {str(error).removeprefix('model.path: ')}") from None
     known = None
     if setting.text is not None:
-        documents = read_documents(setting.text, answerer.codec)
+        documents = read_documents(setting.text, answerer.codec, config.output_dir)
         known = perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id)
     said = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
     return said, known, answerer.codec.truncated.count
@@ -191,7 +191,7 @@ def prefix_of(config: RunConfig, role: str) -> str:
     if path is None:
         return ""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"eval.{role}_prefix: {path}: {error}") from None
 
@@ -243,7 +243,7 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
                 f"{folder}: its answers were made with {name} {kept.get(name)!r}, got {value!r}; judge them first, or move "
                 "the folder away"
             )
-    lines = [json.loads(line) for line in (folder / _ANSWERS).read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(folder / _ANSWERS)
     answers = {role: [line[role] for line in lines] for role in _SEEDS}
     return Said(
         [prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"], kept["truncated_prompts"]

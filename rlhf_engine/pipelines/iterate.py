@@ -6,7 +6,8 @@ Every round has a folder: completions.jsonl, rankings.jsonl, rm/, ppo/, eval/. A
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -17,7 +18,7 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_prompts
 from rlhf_engine.data.records import prompt_field, prompt_of
 from rlhf_engine.evaluate import WinRate, rank
-from rlhf_engine.files import with_new_file
+from rlhf_engine.files import read_json_lines, with_new_file
 from rlhf_engine.pipelines.answers import Answerer, answer_all
 from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, run_eval
 from rlhf_engine.pipelines.preflight import check_rounds
@@ -138,17 +139,23 @@ def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict
 
 
 def _prompts_of(config: RunConfig, number: int) -> list[PromptRecord]:
-    """This round's share of the training prompts in the seed's order, from the start again when all had their turn."""
-    records = list(read_prompts(config.data.prompts, "train"))
-    if not records:
+    """This round's share of the training prompts in the seed's order, from the start again when all had their turn.
+
+    The file is read twice, so that of the others there is no more in memory than a number each.
+    """
+    order = array("q", range(sum(1 for _ in read_prompts(config.data.prompts, "train"))))
+    if not order:
         raise ValueError(f"data.prompts: got no prompts of split train in {config.data.prompts}")
-    Random(config.seed).shuffle(records)
-    count = min(config.iterate.prompts, len(records))
-    return [records[((number - 1) * count + index) % len(records)] for index in range(count)]
+    Random(config.seed).shuffle(order)
+    count = min(config.iterate.prompts, len(order))
+    wanted = [order[((number - 1) * count + index) % len(order)] for index in range(count)]
+    places = set(wanted)
+    found = {place: one for place, one in enumerate(read_prompts(config.data.prompts, "train")) if place in places}
+    return [found[place] for place in wanted]
 
 
 def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
-    lines = _read_lines(folder / "completions.jsonl")
+    lines = read_json_lines(folder / "completions.jsonl")
     judge = configured_judge(config, config.iterate.judge)
     ranks = rank(judge, [prompt_of(line) for line in lines], [line["completions"] for line in lines])
     ranked = [line | {"ranking": list(given)} for line, given in zip(lines, ranks, strict=True)]
@@ -159,7 +166,7 @@ def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
 def _check_rankings(folder: Path) -> dict[str, int]:
     """Somebody's rankings: of the answers that were written, and of no others; not all of them need be there."""
     path = folder / "rankings.jsonl"
-    written = {(prompt_of(line), tuple(line["completions"])) for line in _read_lines(folder / "completions.jsonl")}
+    written = {(prompt_of(line), tuple(line["completions"])) for line in read_json_lines(folder / "completions.jsonl")}
     count = 0
     for comparison in read_comparisons(path):
         if (comparison.prompt, comparison.completions) not in written:
@@ -178,7 +185,7 @@ def _train_rm(config: RunConfig, folder: Path, number: int) -> dict[str, float]:
     rounds = [folder.parent / f"round_{earlier}" / "rankings.jsonl" for earlier in range(1, number + 1)]
     sources = [*([] if config.data.comparisons is None else [Path(config.data.comparisons)]), *rounds]
     everything = folder / "comparisons.jsonl"
-    _write_lines(everything, [_line(found) for source in sources for found in read_comparisons(source)])
+    _write_lines(everything, (_line(found) for source in sources for found in read_comparisons(source)))
     found = run_rm(replace(config, data=replace(config.data, comparisons=str(everything)), output_dir=str(folder)))[-1]
     return {"accuracy": found.accuracy, "loss": found.loss}
 
@@ -218,10 +225,9 @@ def _evaluate(config: RunConfig, folder: Path) -> dict[str, Any]:
     return asdict(contest.win_rate)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    def write(new: Path) -> None:
+        with new.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with_new_file(path, lambda new: new.write_text(text, encoding="utf-8"))
+    with_new_file(path, write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -10,7 +11,7 @@ from rlhf_engine.data import Codec, PromptRecord, read_comparisons, read_demonst
 from rlhf_engine.evaluate import read_documents
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, prefix_of
-from rlhf_engine.stages.loading import check_room, encode_records, load_model, read_records
+from rlhf_engine.stages.loading import Item, check_records, check_room, encode_records, load_model
 from rlhf_engine.stages.ppo import check_attention, pretrain_stream
 from rlhf_engine.train.reward_model import encode_comparison
 
@@ -23,15 +24,18 @@ def check_rounds(config: RunConfig) -> None:
         judge = getattr(config, name).judge
         if judge != BY_HAND:
             _check_judge(config, name, judge)
-    prompts = {split: _prompts(config, split) for split in ("train", config.eval.split)}
+    for split in ("train", config.eval.split):
+        _check_prompts(config, split)
     model, codec = load_model(config)
     # A response that runs out of budget is ranked and scored with an EOS behind it.
     positions = max_positions(model)
     check_room(config, None if positions is None else positions - 1, f"the positions of {config.model.path} but one")
     del model
-    encode_records(config.data.prompts, prompts["train"], lambda record: codec.encode_prompt(record.prompt))
-    _check_contest(config, codec, prompts[config.eval.split])
-    _check_rankings(config, codec, len({record.prompt for record in prompts["train"]}))
+    _check_all(
+        config.data.prompts, read_prompts(config.data.prompts, "train"), lambda one: codec.encode_prompt(one.prompt)
+    )
+    _check_contest(config, codec)
+    _check_rankings(config, codec)
     pretrain_stream(config, codec)
 
 
@@ -67,39 +71,49 @@ def _check_judge(config: RunConfig, section: str, name: str) -> None:
         raise ValueError(f"{section}.judge: {str(error).removeprefix('judge: ')}") from None
 
 
-def _prompts(config: RunConfig, split: str) -> list[PromptRecord]:
-    records = list(read_prompts(config.data.prompts, split))
-    if not records:
+def _check_prompts(config: RunConfig, split: str) -> None:
+    if not sum(1 for _ in read_prompts(config.data.prompts, split)):
         raise ValueError(f"data.prompts: got no prompts of split {split} in {config.data.prompts}")
-    return records
 
 
-def _check_contest(config: RunConfig, codec: Codec, records: list[PromptRecord]) -> None:
+def _check_all(path: str | None, records: Iterable[Item], encode: Callable[[Item], object]) -> None:
+    for _ in encode_records(path, records, encode):
+        pass
+
+
+def _check_contest(config: RunConfig, codec: Codec) -> None:
     """Both models' tokenizer is that of `model.path`."""
     for role in ("candidate", "baseline"):
         prefix = prefix_of(config, role)
         framed = replace(codec, prompt_template=prefix + codec.prompt_template)
-        asked = list(islice(records, config.eval.limit))
-        if prefix and not all(isinstance(record.prompt, str) for record in asked):
+
+        def asked() -> Iterator[PromptRecord]:
+            return islice(read_prompts(config.data.prompts, config.eval.split), config.eval.limit)
+
+        if prefix and not all(isinstance(record.prompt, str) for record in asked()):
             raise ValueError(f"eval.{role}_prefix: got one with conversations in {config.data.prompts}, expected none")
-        encode_records(config.data.prompts, asked, lambda record, framed=framed: framed.encode_prompt(record.prompt))
+        _check_all(config.data.prompts, asked(), lambda record, framed=framed: framed.encode_prompt(record.prompt))
     if config.eval.text is not None:
-        read_documents(config.eval.text, codec)
+        read_documents(config.eval.text, codec, config.output_dir)
 
 
-def _check_rankings(config: RunConfig, codec: Codec, prompts: int) -> None:
+def _check_rankings(config: RunConfig, codec: Codec) -> None:
     """The reward model's demonstrations and rankings, of which it needs two prompts: one to train, one to validate on."""
     data = config.data
-    encode_records(
-        data.demonstrations,
-        read_records(data.demonstrations, "data.demonstrations", read_demonstrations),
-        codec.example,
-    )
+    check_records(data.demonstrations, "data.demonstrations", read_demonstrations)
+    _check_all(data.demonstrations, read_demonstrations(data.demonstrations), codec.example)
     if data.comparisons is not None:
-        comparisons = read_records(data.comparisons, "data.comparisons", read_comparisons)
-        encode_records(data.comparisons, comparisons, lambda comparison: encode_comparison(comparison, codec))
-    elif min(prompts, config.iterate.prompts) < 2:
+        check_records(data.comparisons, "data.comparisons", read_comparisons)
+        _check_all(data.comparisons, read_comparisons(data.comparisons), lambda one: encode_comparison(one, codec))
+    elif config.iterate.prompts < 2 or not _two_prompts(config):
         raise ValueError(
-            f"iterate.prompts: got {config.iterate.prompts} of {prompts} training prompts without data.comparisons, expected "
-            "at least 2, for the reward model to train on one and be validated on another"
+            f"iterate.prompts: got {config.iterate.prompts} of the training prompts of {data.prompts} without "
+            "data.comparisons, expected at least 2 that differ, for the reward model to train on one and be validated on "
+            "another"
         )
+
+
+def _two_prompts(config: RunConfig) -> bool:
+    records = read_prompts(config.data.prompts, "train")
+    first = next(records).prompt
+    return any(record.prompt != first for record in records)

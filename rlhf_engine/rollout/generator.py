@@ -44,10 +44,12 @@ class Generator:
         eos_token_ids: int | Sequence[int],
         pad_token_id: int,
         seed: int,
+        stop_token_id: int | None = None,
     ) -> None:
         self.policy, self.config, self.seed, self.pad_token_id = policy, config, seed, pad_token_id
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
+        self.stop_token_id = stop_token_id
         self._new_decoder(config.batch_size).check()
 
     @torch.no_grad()
@@ -143,6 +145,8 @@ class _Record:
         running.position[here] += 1
         running.step[here] += 1
         stop = torch.isin(taken.ids, self.generator.eos_token_ids)
+        if self.generator.stop_token_id is not None:
+            stop |= (taken.ids == self.generator.stop_token_id) & (step >= config.stop_after)
         self.ended[row] = stop
         self.lengths[row] = step + 1
         self.finished = stop | (step + 1 == config.max_response_tokens)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord
+from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, Selection
 from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model import ActorCritic
@@ -67,7 +68,14 @@ def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[
 
 def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: int) -> Generator:
     """A sampler with the config's rollout settings."""
-    return Generator(policy, config.rollout, eos_token_ids=codec.eos_id, pad_token_id=codec.pad_id, seed=seed)
+    text, stop = config.rollout.stop_token, None
+    if text is not None:
+        ids = codec.encode_texts([text])[0]
+        if len(ids) != 1:
+            raise ValueError(f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one")
+        stop = ids[0]
+    ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
+    return Generator(policy, config.rollout, seed=seed, **ends)
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:
@@ -122,42 +130,53 @@ def given(value: str | None, key: str) -> str:
     return value
 
 
-def read_records(path: str | None, key: str, reader: Callable[[str], Iterator[Item]]) -> list[Item]:
-    records = list(reader(given(path, key)))
-    if not records:
+def check_records(path: str | None, key: str, reader: Callable[[str], Iterator[Item]]) -> None:
+    """Reads every record and keeps none: a bad line is told before a model is loaded.
+
+    Raises ValueError for no path, no file, a bad line, named as `file:line`, or no records.
+    """
+    if not sum(1 for _ in reader(given(path, key))):
         raise ValueError(f"{key}: got no records to train on in {path}, expected at least one")
-    return records
 
 
-def encode_records(path: str | None, records: Sequence[Item], encode: Callable[[Item], Made]) -> list[Made]:
-    encoded = []
+def encode_records(path: str | None, records: Iterable[Item], encode: Callable[[Item], Made]) -> Iterator[Made]:
+    """What `encode` makes of each record, one at a time; its ValueError names the record as `file:line`."""
     for record in records:
         try:
-            encoded.append(encode(record))
+            made = encode(record)
         except ValueError as error:
             raise ValueError(f"{path}:{record.line}: {error}") from None
-    return encoded
+        yield made
 
 
 def split(
     items: Sequence[Made], prompt: Callable[[Made], Sequence[int]], config: RunConfig
-) -> tuple[list[Made], list[Made]]:
+) -> tuple[Sequence[Made], Sequence[Made]]:
     """Training and validation parts with no prompt in common; `prompt` gives an item's, as token ids.
 
     Prompts are taken in the order of a hash of the seed and their ids, so that one file's validation prompts are mostly
     another file's, until `data.validation_share` of the items is held out. Both parts have a prompt.
     """
-    groups: dict[tuple[int, ...], list[Made]] = {}
-    for item in items:
-        groups.setdefault(tuple(prompt(item)), []).append(item)
-    if len(groups) < 2:
+    hashes = np.fromiter((_hash(config.seed, prompt(item)) for item in items), np.uint64, len(items))
+    # Stable: the items of a prompt stay as they came.
+    order = np.argsort(hashes, kind="stable")
+    _, sizes = np.unique(hashes, return_counts=True)
+    if len(sizes) < 2:
         raise ValueError(
-            f"data: got {len(items)} usable records of {len(groups)} prompts, expected at least 2 prompts, to train on one "
+            f"data: got {len(items)} usable records of {len(sizes)} prompts, expected at least 2 prompts, to train on one "
             "and validate on another"
         )
-    first, *order = sorted(groups, key=lambda ids: blake2b(repr((config.seed, ids)).encode()).digest())
-    wanted, validation, train = config.data.validation_share * len(items), [*groups[first]], []
-    for ids in order:
-        full = len(validation) + len(groups[ids]) / 2 > wanted or (ids == order[-1] and not train)
-        (train if full else validation).extend(groups[ids])
-    return train, validation
+    wanted, held, trained = config.data.validation_share * len(items), int(sizes[0]), False
+    held_out = np.zeros(len(sizes), dtype=bool)
+    held_out[0] = True
+    for number, size in enumerate(sizes[1:], start=1):
+        full = held + size / 2 > wanted or (number == len(sizes) - 1 and not trained)
+        held_out[number], trained = not full, trained or full
+        held += 0 if full else int(size)
+    validated = np.repeat(held_out, sizes)
+    return Selection(items, order[~validated]), Selection(items, order[validated])
+
+
+def _hash(seed: int, ids: Sequence[int]) -> int:
+    """Where a prompt stands in the order of a seed; two prompts with one hash, which no data set has, stay together."""
+    return int.from_bytes(blake2b(repr((seed, tuple(ids))).encode()).digest()[:8], "big")

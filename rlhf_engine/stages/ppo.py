@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from rlhf_engine.checkpoint import fingerprint, fingerprint_rows, save_checkpoint
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import Codec, Example, PromptRecord, packed_sequences, read_prompts
-from rlhf_engine.data.records import plain
+from rlhf_engine.data import Codec, Example, Form, PromptRecord, PromptTexts, packed_sequences, read_prompts, stored
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.stages.loading import (
+    check_records,
     check_room,
     encode_records,
     given,
@@ -28,17 +28,18 @@ from rlhf_engine.stages.loading import (
     load_reward_model,
     make_generator,
     plot,
-    read_records,
     stage_metrics,
     truncated,
 )
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
-from rlhf_engine.train.reward_function import PlainPrompt, text_reward
+from rlhf_engine.train.reward_function import text_reward
 from rlhf_engine.train.reward_model import score_examples
 from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.streams import shuffled_stream
 from rlhf_engine.train.user_code import import_function
+
+_PROMPTS: Form[Tensor] = Form(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 
 
 def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]]:
@@ -46,21 +47,19 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
 
     With `resume` it goes on from the checkpoint in that folder, drawing the numbers that an unbroken run would draw.
     """
-    records = read_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
+    check_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
     function = None
     if config.reward.function is not None:
         function = import_function(config.reward.function, "reward.function")
     reward_model = load_reward_model(config) if function is None else None
     model, codec = load_model(config)
     _check_fit(config, model, codec, reward_model)
-    prompts = encode_records(
-        config.data.prompts, records, lambda record: torch.tensor(codec.encode_prompt(record.prompt))
-    )
+    told = None if function is None else PromptTexts()
+    prompts = encode_prompts(config, codec, told)
     policy = make_policy(config, model, reward_model)
     if function is None:
         reward = reward_function(reward_model, codec)
     else:
-        told = prompts_by_ids(config.data.prompts, prompts, records)
         reward = text_reward(function, told, codec, config.reward.function)
     pretrain = pretrain_stream(config, codec)
     trainer = PPOTrainer(
@@ -144,29 +143,23 @@ def check_attention(config: RunConfig) -> None:
         )
 
 
-def prompt_stream(prompts: list[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:
+def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = None) -> Sequence[Tensor]:
+    """The ids of the training prompts, in a file beside `output_dir`; `told` learns what was asked in each."""
+    path = config.data.prompts
+
+    def encode(record: PromptRecord) -> Tensor:
+        ids = codec.encode_prompt(record.prompt)
+        if told is not None:
+            told.add(ids, record)
+        return torch.tensor(ids)
+
+    return stored(encode_records(path, read_prompts(path, "train"), encode), _PROMPTS, config.output_dir)
+
+
+def prompt_stream(prompts: Sequence[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:
     """Prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
     take = shuffled_stream(len(prompts), seed, "prompts")
     return lambda first, count: [prompts[index] for index in take(first, count)]
-
-
-def prompts_by_ids(
-    path: str | None, prompts: list[Tensor], records: list[PromptRecord]
-) -> dict[tuple[int, ...], PlainPrompt]:
-    """What a reward function is told for the ids of each prompt.
-
-    Raises ValueError, naming both lines of `path`, where two different prompts have the same ids, as prompts may have that
-    were cut: the policy cannot tell them apart, and the function would judge an answer to the one as an answer to the other.
-    """
-    first: dict[tuple[int, ...], PromptRecord] = {}
-    for ids, record in zip(prompts, records, strict=True):
-        other = first.setdefault(tuple(ids.tolist()), record)
-        if other.prompt != record.prompt:
-            raise ValueError(
-                f"{path}:{record.line}: prompt: got the tokens of line {other.line}, whose text is another, expected "
-                "prompts that differ in their tokens where a reward.function reads their texts"
-            )
-    return {ids: plain(record.prompt) for ids, record in first.items()}
 
 
 def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
@@ -176,7 +169,7 @@ def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
     path = given(config.data.pretrain, "data.pretrain")
     length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     try:
-        return PretrainStream(packed_sequences(path, codec, length), config.seed)
+        return PretrainStream(packed_sequences(path, codec, length, config.output_dir), config.seed)
     except ValueError as error:
         raise ValueError(f"data.pretrain: {error}") from None
 
@@ -195,10 +188,11 @@ def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
     prompt_lengths, lengths = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
     prompts, responses = rollout.prompt_ids.tolist(), rollout.response_ids.tolist()
     examples = []
-    for row, ended in enumerate(rollout.ended.tolist()):
-        prompt = prompts[row][len(prompts[row]) - prompt_lengths[row] :]
-        response = responses[row][: lengths[row]] + ([] if ended else [codec.eos_id])
-        examples.append(Example(tuple(prompt), tuple(response)))
+    for row, prompt in enumerate(prompts):
+        response = responses[row][: lengths[row]]
+        if response[-1:] != [codec.eos_id]:
+            response.append(codec.eos_id)
+        examples.append(Example(tuple(prompt[len(prompt) - prompt_lengths[row] :]), tuple(response)))
     return examples
 
 

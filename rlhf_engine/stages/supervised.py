@@ -6,22 +6,23 @@ import dataclasses
 from pathlib import Path
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import read_comparisons, read_demonstrations
+from rlhf_engine.data import EXAMPLES, Codec, Example, Stored, read_comparisons, read_demonstrations, stored
 from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
 from rlhf_engine.stages.loading import (
+    check_records,
     encode_records,
     load_model,
     plot,
-    read_records,
     save_model,
     split,
     stage_metrics,
     truncated,
 )
 from rlhf_engine.train.reward_model import (
+    RANKED_PROMPTS,
     RankingEvaluation,
     centre_on_demonstrations,
     encode_comparison,
@@ -32,10 +33,9 @@ from rlhf_engine.train.sft import FitReport, fit_language_model
 
 def run_sft(config: RunConfig) -> FitReport:
     """Demonstrations to a fine-tuned model in `output_dir/sft`."""
-    demonstrations = read_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
+    check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
-    examples = encode_records(config.data.demonstrations, demonstrations, codec.example)
-    train, validation = split(examples, lambda example: example.prompt, config)
+    train, validation = split(_demonstrations(config, codec), lambda example: example.prompt, config)
     actor = ActorCritic(model, backend=config.backend)
     with stage_metrics(config, "sft") as metrics:
         report = fit_language_model(
@@ -48,14 +48,13 @@ def run_sft(config: RunConfig) -> FitReport:
 
 def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     """Rankings to a reward model in `output_dir/rm`, its bias such that the demonstrations score 0 on average."""
-    comparisons = read_records(config.data.comparisons, "data.comparisons", read_comparisons)
-    demonstrations = read_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
+    path = config.data.comparisons
+    check_records(path, "data.comparisons", read_comparisons)
+    check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
-    examples = encode_records(config.data.demonstrations, demonstrations, codec.example)
-    ranked = encode_records(
-        config.data.comparisons, comparisons, lambda comparison: encode_comparison(comparison, codec)
-    )
-    kept = [prompt for prompt in ranked if prompt is not None]
+    examples = _demonstrations(config, codec)
+    ranked = encode_records(path, read_comparisons(path), lambda comparison: encode_comparison(comparison, codec))
+    kept = stored((prompt for prompt in ranked if prompt is not None), RANKED_PROMPTS, config.output_dir)
     train, validation = split(kept, lambda one: one.completions[0].prompt, config)
     reward_model = RewardModel.from_causal_lm(model, config.seed)
     with stage_metrics(config, "rm") as metrics:
@@ -76,3 +75,8 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     plot(config, "rm", "optimiser step")
     plot_calibration(history[-1].bins, history[-1].accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
     return history
+
+
+def _demonstrations(config: RunConfig, codec: Codec) -> Stored[Example]:
+    path = config.data.demonstrations
+    return stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)

@@ -19,15 +19,15 @@ from rlhf_engine.train.streams import shuffled_stream
 class PretrainStream:
     """Sequences of plain text in a random order, a new one each time all have been used; `position` counts those taken."""
 
-    def __init__(self, sequences: Tensor, seed: int) -> None:  # (M, L), int64
+    def __init__(self, sequences: Tensor, seed: int) -> None:  # (M, L), integers
         self.sequences, self.position = sequences, 0
         self._take = shuffled_stream(len(sequences), seed, "pretraining")
 
-    def take(self, count: int) -> Tensor:  # (B, L)
+    def take(self, count: int) -> Tensor:  # (B, L), int64
         """The next `count` sequences."""
         rows = self._take(self.position, count)
         self.position += count
-        return self.sequences[rows]
+        return self.sequences[rows].long()
 
 
 def ptx_backward(policy: ActorCritic, sequences: Tensor, *, coef: float, microbatch: int) -> dict[str, Tensor]:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from rlhf_engine.data import Codec
+from rlhf_engine.data import Codec, PlainPrompt
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.user_code import SampleError, ask, number
-
-PlainPrompt = str | list[dict[str, str]]
-"""A prompt as `plain` gives it: its text, or a conversation's messages with role and content."""
 
 TextReward = Callable[[list[PlainPrompt], list[str]], Sequence[float]]
 """Gives one number for each (prompt, answer)."""
 
 
 def text_reward(
-    function: TextReward, prompts: Mapping[tuple[int, ...], PlainPrompt], codec: Codec, name: str = ""
+    function: TextReward, prompt_of: Callable[[Sequence[int]], PlainPrompt], codec: Codec, name: str = ""
 ) -> RewardFunction:
     """`function` of a rollout's prompts and answers: all of them in one call; `name` is the function's in an error.
 
-    `prompts` are the prompts by their ids, as they were before the prompt's frame. Raises SampleError, with the row of the
+    `prompt_of` gives the prompt of some ids, as it was before its frame. Raises SampleError, with the row of the
     rollout, where the function raises on one answer or gives no number for it; ValueError unless there is one number an
     answer. A number that is not finite is told by `score_answers`.
     """
@@ -32,7 +29,7 @@ def text_reward(
 
     def scores(rollout: Rollout) -> Tensor:
         rows = zip(rollout.prompt_ids.tolist(), rollout.prompt_lengths.tolist(), strict=True)
-        asked = [prompts[tuple(ids[len(ids) - length :])] for ids, length in rows]
+        asked = [prompt_of(ids[len(ids) - length :]) for ids, length in rows]
         rows = zip(rollout.response_ids.tolist(), rollout.response_lengths.tolist(), strict=True)
         answers = [codec.decode_response(ids[:length]) for ids, length in rows]
         try:

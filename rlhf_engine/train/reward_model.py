@@ -5,14 +5,28 @@ Legend: B completions, P pairs.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_engine.config import RewardConfig
-from rlhf_engine.data import Codec, Comparison, Example, RankedBatch, length_batches, pad_sequences, rank_batch
+from rlhf_engine.data import (
+    EXAMPLES,
+    Codec,
+    Comparison,
+    Example,
+    Form,
+    RankedBatch,
+    length_batches,
+    lengths_of,
+    pad_sequences,
+    rank_batch,
+)
 from rlhf_engine.metrics import progress
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
@@ -27,6 +41,25 @@ class RankedPrompt:
     """K of them."""
     pairs: tuple[tuple[int, int], ...]
     """(better, worse) indices of all pairs that are not tied."""
+
+    def __len__(self) -> int:
+        """Tokens of the longest completion with its prompt."""
+        return max(map(len, self.completions))
+
+
+def _pack(ranked: RankedPrompt) -> list[int]:
+    rows = [EXAMPLES.pack(completion) for completion in ranked.completions]
+    return [len(rows), *map(len, rows), *chain(*rows, *ranked.pairs)]
+
+
+def _unpack(row: NDArray[np.int32]) -> RankedPrompt:
+    count = int(row[0])
+    *rows, pairs = np.split(row[1 + count :], np.cumsum(row[1 : 1 + count]))
+    return RankedPrompt(tuple(map(EXAMPLES.unpack, rows)), tuple(map(tuple, pairs.reshape(-1, 2).tolist())))
+
+
+RANKED_PROMPTS: Form[RankedPrompt] = Form(_pack, _unpack)
+"""Prompts with their completions and pairs."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +179,7 @@ def centre_on_demonstrations(model: RewardModel, demonstrations: Sequence[Exampl
 def score_examples(model: RewardModel, examples: Sequence[Example], pad_id: int, chunk: int = 64) -> Tensor:
     """Scores of prompts with responses, [len(examples)] float32 on the CPU, in the order given."""
     scores = torch.empty(len(examples))
-    for indices in length_batches([len(example) for example in examples], chunk):
+    for indices in length_batches(lengths_of(examples), chunk):
         batch = pad_sequences([examples[i] for i in indices], pad_id)
         lengths = batch.attention_mask.sum(1)
         scores[indices] = model(batch.ids.to(model.device), lengths.to(model.device)).cpu()
@@ -162,7 +195,7 @@ def _epochs(
     train: Sequence[RankedPrompt], config: RewardConfig, pad_id: int, rng: Random
 ) -> Iterator[list[tuple[RankedBatch, float]]]:
     """Batches of every epoch, cut into micro-batches, each with its share of the batch's prompts."""
-    lengths = [max(map(len, prompt.completions)) for prompt in train]
+    lengths = lengths_of(train)
     for _ in range(config.epochs):
         for indices in length_batches(lengths, config.batch_size, rng):
             size = config.microbatch or len(indices)

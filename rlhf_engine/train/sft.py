@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_engine.config import SFTConfig
-from rlhf_engine.data import Example, LanguageBatch, length_batches, pad_sequences
+from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of, pad_sequences
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
@@ -130,7 +130,7 @@ class _Minimum:
 def evaluate_nll(actor: ActorCritic, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
     """Mean negative log-likelihood of the response tokens, in nats per token."""
     total, count = 0.0, 0
-    for indices in length_batches([len(example) for example in examples], batch_size):
+    for indices in length_batches(lengths_of(examples), batch_size):
         logprobs = batch_logprobs(actor, pad_sequences([examples[i] for i in indices], pad_id))
         total -= float(logprobs.double().sum())
         count += logprobs.numel()
@@ -145,7 +145,7 @@ def _check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None
 
 def _epochs(train: Sequence[Example], config: SFTConfig, pad_id: int, rng: Random) -> Iterator[list[LanguageBatch]]:
     """Batches of every epoch, each already cut into micro-batches."""
-    lengths = [len(example) for example in train]
+    lengths = lengths_of(train)
     for _ in range(config.epochs):
         for indices in length_batches(lengths, config.batch_size, rng):
             size = config.microbatch or len(indices)

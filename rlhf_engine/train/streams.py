@@ -24,11 +24,11 @@ def shuffled_stream(items: int, seed: int, tag: str) -> Callable[[int, int], lis
     """`take(first, count)`: indices number `first` to `first + count`; a new random order for every pass over the items."""
 
     @lru_cache(maxsize=2)
-    def order(passes: int) -> list[int]:
-        return shuffled(items, seed, tag, passes).tolist()
+    def order(passes: int) -> Tensor:
+        return shuffled(items, seed, tag, passes)
 
     def take(first: int, count: int) -> list[int]:
         places = (divmod(number, items) for number in range(first, first + count))
-        return [order(passes)[place] for passes, place in places]
+        return [int(order(passes)[place]) for passes, place in places]
 
     return take

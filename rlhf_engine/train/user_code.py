@@ -36,7 +36,8 @@ class Telling:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or not issubclass(kind, Exception):
+        # A stranger's exit would end the run without a word.
+        if kind is None or not issubclass(kind, Exception | SystemExit):
             return
         said = f"it raised {kind.__name__}: {' '.join(str(error).split())}"
         if self.row is not None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,14 @@ def test_yaml_round_trip(tmp_path):
 def test_exponent_without_a_dot_is_a_number(tmp_path):
     assert load_config(write(tmp_path, "ppo: {optim: {lr: 3e-6}}")).ppo.optim.lr == 3e-6
     assert load_config(None, ["ppo.optim.lr=3e-6"]).ppo.optim.lr == 3e-6
+
+
+def test_one_key_of_a_section_leaves_the_others_as_they_are_without_it():
+    """PPO's optimiser has a learning rate and an epsilon of its own."""
+    usual, found = RunConfig().ppo.optim, load_config(None, ["ppo.optim.warmup_steps=3"]).ppo.optim
+    assert found == replace(usual, warmup_steps=3) and (found.lr, found.eps) == (9e-6, 1e-5)
+    assert load_config(None, ["ppo.optim.eps=1e-8"]).ppo.optim == replace(usual, eps=1e-8)
+    assert load_config(None, ["sft.optim.warmup_steps=3"]).sft.optim == OptimConfig(warmup_steps=3)
 
 
 def test_overrides_apply_in_order_after_the_file(tmp_path):
@@ -100,6 +109,8 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {rollout_batch: 100}", ["ppo", "minibatch", "64", "100"]),
         ("- 1", ["run.yaml", "list", "mapping"]),
         ("a: [1", ["run.yaml", "not valid YAML"]),
+        ("sft: {epochs: 1}\nppo: {updates: 1}\nsft: {batch_size: 1}", ["run.yaml", "the key 'sft' twice", "line 3"]),
+        ("ppo: {updates: 1, updates: 2}", ["run.yaml", "the key 'updates' twice"]),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, text, words):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_engine.config import load_config
+from rlhf_engine.evaluate import read_preferences, write_pairs
 from rlhf_engine.model.pretrained import load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.pipelines import contest
@@ -101,6 +102,20 @@ def test_s20_a_model_that_meets_itself_does_not_repeat_itself(run, models):
     overrides = [f"eval.candidate={models / 'a'}", f"eval.baseline={models / 'a'}"]
     found = ask_both(load_config(run / "run.yaml", overrides))
     assert found.answers["candidate"] != found.answers["baseline"]
+
+
+def test_s20_prompts_and_answers_hold_any_character(tmp_path):
+    """Unicode has ends of lines that JSON does not escape; people's editors put a mark of byte order in front."""
+    prompt, first, second = "one\u2028two", "a\x85b", "c\u2029d"
+    said = contest.Said([prompt], {"candidate": [[first]], "baseline": [[second]]}, {}, None, {})
+    config = load_config(None)
+    contest._write_said(tmp_path, config, said)
+    assert contest._read_said(config, tmp_path) == said
+    write_pairs(tmp_path / "pairs.jsonl", said.pairs(), 0)
+    line = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").replace("null", '"A"')
+    (tmp_path / "judged.jsonl").write_text(line, encoding="utf-8-sig")
+    expected = [float(json.loads(line)["A"] == first)]
+    assert read_preferences(tmp_path / "judged.jsonl", said.pairs(), 0).tolist() == expected
 
 
 def test_s20_people_judge_through_a_file(run, models, capsys):

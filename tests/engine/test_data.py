@@ -1,5 +1,6 @@
 """Records and files: what is read, what is refused and in which words, and how rows are laid out."""
 
+import gzip
 from dataclasses import replace
 from random import Random
 
@@ -116,6 +117,7 @@ def test_records_know_their_line(tmp_path):
             r"records\.jsonl:2: response: got '\\ud800', half of a surrogate pair",
         ),
         ('{"prompt": "p", "response": "r", "reply": "r"}', r"records\.jsonl:2: unknown field 'reply'"),
+        ('{"prompt": "p", "response": "r", "prompt": "q"}', r"records\.jsonl:2: .*got the field 'prompt' twice"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -129,6 +131,20 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     path.write_bytes(b'{"prompt": "\xff", "response": "r"}\n')
     with pytest.raises(ValueError, match=r"records\.jsonl:1: not valid JSON"):
         list(read_demonstrations(path))
+
+
+def test_a_compressed_file_is_named_as_one(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(gzip.compress(b'{"prompt": "p", "response": "r"}\n'))
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: got a file that gzip compressed"):
+        list(read_demonstrations(path))
+
+
+@pytest.mark.parametrize("completions", ["[]", '["a"]'])
+def test_s3_too_few_completions_are_told_whatever_the_ranking(tmp_path, completions):
+    path = write(tmp_path, f'{{"prompt": "p", "completions": {completions}, "ranking": "A > B"}}')
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: completions: got [01], expected at least 2 to compare"):
+        list(read_comparisons(path))
 
 
 def test_a_missing_file_is_reported_by_the_call(tmp_path):

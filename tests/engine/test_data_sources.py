@@ -257,6 +257,8 @@ def test_s19_pretraining_documents_of_a_text_file_end_at_blank_lines(tmp_path):
     path = tmp_path / "pretrain.txt"
     path.write_text("\n\none\ntwo\n \n\nthree\n", encoding="utf-8")
     assert [(record.line, record.text) for record in read_texts(path)] == [(3, "one\ntwo"), (7, "three")]
+    path.write_bytes("\ufeffone\r\n\r\n\ufefftwo".encode())
+    assert [(record.line, record.text) for record in read_texts(path)] == [(1, "one"), (3, "\ufefftwo")]
     path.write_bytes(b"one\n\xff\n")
     with pytest.raises(ValueError, match=r"pretrain.txt:2: not valid UTF-8"):
         list(read_texts(path))
@@ -267,7 +269,7 @@ def test_s19_pretraining_rows_are_full_and_documents_end_with_eos(tmp_path, code
     path.write_text("one two\n\nthree\n\n" * 9, encoding="utf-8")
     one, three = (codec.tokenizer(text)["input_ids"] + [codec.eos_id] for text in ("one two", "three"))
     stream = (one + three) * 9
-    rows = list(packed_sequences(path, codec, 7))
+    rows = list(packed_sequences(path, codec, 7, tmp_path))
     assert [token for row in rows for token in row] == stream[: len(stream) // 7 * 7] and {
         len(row) for row in rows
     } == {7}
@@ -285,9 +287,9 @@ def test_s19_pretraining_documents_are_tokenized_in_batches(tmp_path, codec):
 
     batches, path = [], tmp_path / "pretrain.txt"
     path.write_text("one two\n\nthree\n\n" * 1250, encoding="utf-8")
-    rows = packed_sequences(path, replace(codec, tokenizer=Counting()), 7)
+    rows = packed_sequences(path, replace(codec, tokenizer=Counting()), 7, tmp_path)
     assert batches[-3:] == [1024, 1024, 452]
-    assert torch.is_tensor(rows) and rows.dtype == torch.int64
+    assert torch.is_tensor(rows) and rows.dtype == torch.int32
     stream = [token for text in ("one two", "three") for token in [*codec.tokenizer(text)["input_ids"], codec.eos_id]]
     stream *= 1250
     assert rows.flatten().tolist() == stream[: len(stream) // 7 * 7]
@@ -297,9 +299,9 @@ def test_s19_a_pretraining_file_shorter_than_one_sequence_is_refused(tmp_path, c
     path = tmp_path / "pretrain.txt"
     path.write_text("one", encoding="utf-8")
     tokens = len(codec.tokenizer("one")["input_ids"]) + 1
-    assert len(list(packed_sequences(path, codec, tokens))) == 1
+    assert len(list(packed_sequences(path, codec, tokens, tmp_path))) == 1
     with pytest.raises(ValueError, match=rf"pretrain.txt: got {tokens} tokens, expected at least {tokens + 1}"):
-        list(packed_sequences(path, codec, tokens + 1))
+        list(packed_sequences(path, codec, tokens + 1, tmp_path))
 
 
 def check(capsys, *arguments):

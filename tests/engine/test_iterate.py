@@ -196,7 +196,7 @@ def test_s21_mistakes_are_told_in_one_line(run, capsys, override, message):
         (["ppo.objective=trpo"], "model.attention: got 'sdpa' with ppo.objective 'trpo', expected 'eager'"),
         (["rollout.max_prompt_tokens=122"], "expected at most 127 together, the positions of"),
         (["data.max_response_tokens=6"], "data.max_response_tokens: got 6, expected more than rollout."),
-        (["data.comparisons=null", "iterate.prompts=1"], "iterate.prompts: got 1 of 6 training prompts without"),
+        (["data.comparisons=null", "iterate.prompts=1"], "iterate.prompts: got 1 of the training prompts of"),
         (["model.path=nowhere"], "model.path: nowhere: no such folder"),
     ],
 )

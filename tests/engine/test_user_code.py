@@ -89,6 +89,7 @@ def test_s6_a_reward_function_that_fails_is_one_line(tmp_path, base, capsys, nam
         ("def f(:\n", "it raised SyntaxError: "),
         ("import no_such_module\n", "it raised ModuleNotFoundError: No module named 'no_such_module'"),
         ("1 / 0\n", "it raised ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(0)\n", "it raised SystemExit: 0"),
     ],
 )
 def test_s6_a_file_that_does_not_load_is_one_line(tmp_path, base, capsys, text, message):
@@ -125,7 +126,7 @@ def test_s6_the_sample_on_which_a_reward_function_raises_is_that_of_the_run():
 
     config = PPOConfig(**SETTINGS, missing_eos_score=-1.0)
     for function, message in ((raises, r"it raised KeyError: 'no\\nidea'"), (spells, "got '0', expected a number")):
-        score = text_reward(function, prompts, Codec, "f.py:f")
+        score = text_reward(function, lambda ids: prompts[tuple(ids)], Codec, "f.py:f")
         with pytest.raises(ValueError, match=rf"^sample {100 + rows[2]} of the run: reward.function f.py:f: {message}"):
             score_answers(rollout, score, config, ScoreScale("none"), 100)
 

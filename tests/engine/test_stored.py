@@ -1,0 +1,215 @@
+"""Records on disk are the records of a list, and memory does not grow with the file that they come from."""
+
+import json
+import tracemalloc
+from hashlib import blake2b
+from random import Random
+
+import pytest
+import torch
+
+from rlhf_engine.checkpoint import fingerprint_rows
+from rlhf_engine.config import load_config
+from rlhf_engine.data import (
+    EXAMPLES,
+    Codec,
+    Comparison,
+    Demonstration,
+    Example,
+    PromptRecord,
+    PromptTexts,
+    length_batches,
+    lengths_of,
+    read_comparisons,
+    read_demonstrations,
+    stored,
+    train_tokenizer,
+)
+from rlhf_engine.data.summary import summarise
+from rlhf_engine.evaluate import read_documents
+from rlhf_engine.pipelines.iterate import _prompts_of
+from rlhf_engine.stages.loading import encode_records, split
+from rlhf_engine.stages.ppo import encode_prompts, pretrain_stream
+from rlhf_engine.train.reward_model import RANKED_PROMPTS, encode_comparison
+
+WORDS = ["yes", "no", "maybe", "so", "I", "do", "not", "know", "what", "that", "is", "called", "in", "the", "north"]
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return Codec(train_tokenizer(WORDS, 300))
+
+
+def text(rng, longest=12):
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+
+def test_s1_stored_examples_are_those_of_a_list(codec, tmp_path):
+    rng = Random(0)
+    examples = [codec.example(Demonstration(text(rng), text(rng))) for _ in range(50)] + [Example((), (3, 4))]
+    found = stored(iter(examples), EXAMPLES, tmp_path / "not" / "there" / "yet")
+    assert list(found) == examples and len(found) == 51
+    assert found[-1] == examples[-1] and found[3:20:4] == examples[3:20:4]
+    with pytest.raises(IndexError):
+        found[51]
+    assert not list(tmp_path.iterdir())
+    assert list(stored([], EXAMPLES, tmp_path)) == []
+
+
+def test_s3_stored_rankings_are_those_of_a_list(codec, tmp_path):
+    rng = Random(1)
+    ranked = [
+        encode_comparison(Comparison(text(rng), tuple(f"{text(rng)} {i}" for i in range(k)), (0, *range(k - 1))), codec)
+        for k in (2, 3, 4, 9, 5)
+        if k > 2
+    ]
+    assert list(stored(ranked, RANKED_PROMPTS, tmp_path)) == ranked
+    assert list(lengths_of(ranked)) == [max(len(one.prompt + one.response) for one in r.completions) for r in ranked]
+
+
+def test_s6_stored_prompts_have_the_fingerprint_of_a_list(codec, tmp_path):
+    """A checkpoint knows the prompts that it began with by it."""
+    lines = [{"prompt": f"{word} {i}", "user_id": "u"} for i, word in enumerate(WORDS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = load_config(None, [f"data.prompts={tmp_path / 'prompts.jsonl'}", f"output_dir={tmp_path / 'out'}"])
+    expected = [torch.tensor(codec.encode_prompt(line["prompt"])) for line in lines]
+    found = encode_prompts(config, codec)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert fingerprint_rows(found) == fingerprint_rows(expected)
+    assert all(ids.dtype == torch.int64 for ids in found)
+    assert fingerprint_rows(torch.stack(expected[:1]).int()) == fingerprint_rows(expected[:1])
+
+
+def slow_split(items, config):
+    """As it is defined: prompts in the order of their hash, held out while that brings the share nearer."""
+    groups = {}
+    for item in items:
+        groups.setdefault(item.prompt, []).append(item)
+    first, *order = sorted(groups, key=lambda ids: blake2b(repr((config.seed, ids)).encode()).digest())
+    train, validation = [], list(groups[first])
+    for ids in order:
+        full = len(validation) + len(groups[ids]) / 2 > config.data.validation_share * len(items)
+        full = full or (ids == order[-1] and not train)
+        (train if full else validation).extend(groups[ids])
+    return train, validation
+
+
+@pytest.mark.parametrize("share", ["0.01", "0.1", "0.6", "0.99"])
+def test_s4_the_split_is_the_same_on_disk_and_in_the_same_order(tmp_path, share):
+    for seed in range(8):
+        rng = Random(seed)
+        config = load_config(None, [f"seed={seed}", f"data.validation_share={share}"])
+        items = [Example((rng.randrange(12), 5), (row,)) for row in range(80)]
+        found = split(stored(items, EXAMPLES, tmp_path), lambda example: example.prompt, config)
+        assert tuple(map(list, found)) == slow_split(items, config)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_batches_are_those_of_python_lists(seed):
+    lengths = [Random(5).randint(1, 9) for _ in range(1)] + [Random(i).randint(1, 9) for i in range(1000)]
+    order = list(range(len(lengths)))
+    rng = None if seed is None else Random(seed)
+    if rng:
+        rng.shuffle(order)
+    span, batches = 16 * 8 if rng else len(order), []
+    for start in range(0, len(order), span):
+        chunk = sorted(order[start : start + span], key=lambda index: lengths[index])
+        batches += [chunk[at : at + 8] for at in range(0, len(chunk), 8)]
+    if rng:
+        rng.shuffle(batches)
+    assert list(length_batches(lengths, 8, None if seed is None else Random(seed))) == batches
+
+
+def test_s6_prompts_are_told_by_their_ids():
+    told = PromptTexts()
+    told.add([1, 2], PromptRecord("é 你", "u", line=1))
+    told.add([1, 2], PromptRecord("é 你", "v", line=2))
+    told.add([1, 2, 0], PromptRecord("other", "v", line=3))
+    assert [told([1, 2]), told([1, 2, 0])] == ["é 你", "other"]
+    with pytest.raises(ValueError, match="prompt: got the tokens of line 1, whose text is another"):
+        told.add([1, 2], PromptRecord("else", "u", line=4))
+
+
+def write(folder, records):
+    """Files of so many records, a quarter of a kilobyte each."""
+    rng, folder = Random(0), folder / str(records)
+    folder.mkdir()
+    lines = {
+        "demonstrations": lambda i: {"prompt": f"{i} {text(rng, 40)}", "response": text(rng, 40)},
+        "comparisons": lambda i: {
+            "prompt": f"{i} {text(rng, 9)}",
+            "completions": [f"{text(rng)} {k}" for k in range(4)],
+            "ranking": "A > B = C > D",
+        },
+        "prompts": lambda i: {"prompt": f"{i} {text(rng, 60)}", "user_id": f"u{i}"},
+    }
+    for name, line in lines.items():
+        with (folder / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps(line(number)) + "\n" for number in range(records))
+    for name, documents, longest in (("few.txt", records, 40), ("many.txt", 16 * records, 3)):
+        with (folder / name).open("w") as file:
+            file.writelines(f"{text(rng, longest)}\n\n" for _ in range(documents))
+    return folder
+
+
+def demonstrations(config, codec):
+    path = config.data.demonstrations
+    examples = stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)
+    train, _ = split(examples, lambda example: example.prompt, config)
+    for batch in length_batches(lengths_of(train), 32, Random(0)):
+        assert [train[number] for number in batch]
+
+
+def comparisons(config, codec):
+    path = config.data.comparisons
+    ranked = encode_records(path, read_comparisons(path), lambda one: encode_comparison(one, codec))
+    train, _ = split(stored(ranked, RANKED_PROMPTS, config.output_dir), lambda one: one.completions[0].prompt, config)
+    for batch in length_batches(lengths_of(train), 8, Random(0)):
+        assert [train[number] for number in batch]
+
+
+def prompts(config, codec):
+    told = PromptTexts()
+    for ids in encode_prompts(config, codec, told):
+        assert told(ids.tolist())
+
+
+def pretraining(config, codec):
+    """Of documents that do not fit one batch of the tokenizer."""
+    stream = pretrain_stream(config, codec)
+    for _ in range(len(stream.sequences)):
+        stream.take(1)
+
+
+def documents(config, codec):
+    pieces = read_documents(config.eval.text, codec, config.output_dir)
+    for batch in length_batches(lengths_of(pieces), 32):
+        assert [pieces[number] for number in batch]
+
+
+def rounds(config, codec):
+    assert len(_prompts_of(config, 3)) == 64
+
+
+def users(config, codec):
+    assert summarise("prompts", config.data.prompts)["users"] in (100, 1000)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return [write(tmp_path_factory.mktemp("files"), records) for records in (100, 1000)]
+
+
+@pytest.mark.parametrize("work", [demonstrations, comparisons, prompts, pretraining, documents, rounds, users])
+def test_s19_memory_does_not_grow_with_the_file(work, codec, files):
+    """A few numbers of eight bytes are kept of a record; as a Python object it has a thousand and more."""
+    peaks = []
+    for folder in files:
+        data = [f"data.{name}={folder / name}.jsonl" for name in ("demonstrations", "comparisons", "prompts")]
+        texts = [f"data.pretrain={folder / 'many.txt'}", f"eval.text={folder / 'few.txt'}"]
+        config = load_config(None, [*data, *texts, f"output_dir={folder}", "ppo.ptx_coef=1"])
+        tracemalloc.start()
+        work(config, codec)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / (1000 - 100) < 128, peaks
