@@ -77,8 +77,8 @@ class FigureConfig(Section):
     """Answers to each test prompt by each model."""
     prompts: Count | None = None
     """Answer the first so many test prompts; null answers all."""
-    ptx_coef: Positive = 1.0
-    """ppo.ptx_coef of the PPO-ptx policy; the PPO policy next to it has none."""
+    ptx_coef: Positive = 0.02
+    """ppo.ptx_coef of the PPO-ptx policy; the PPO policy next to it has none. `python -m benchmarks.ptx_coef` chose it."""
 
     def check(self) -> None:
         """Attention heads tile the hidden state."""
