@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_engine.eval_config import EvalConfig, FigureConfig, IterateConfig
+from rlhf_engine.memory_config import MemoryConfig
 from rlhf_engine.ppo_config import OptimConfig, PPOConfig
 from rlhf_engine.schema import Count, Positive, PositiveShare, Section, Seed, Share, WholeNumber
 
@@ -201,6 +202,8 @@ class RunConfig(Section):
     """Sampling."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Reinforcement learning."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Where the bytes live."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """A contest of two models."""
     iterate: IterateConfig = field(default_factory=IterateConfig)
