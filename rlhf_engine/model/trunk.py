@@ -49,8 +49,8 @@ def last_hidden(
 def products(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
     """Matrix products of float32 factors are made of their `dtype` copies; a weight is copied once in a `with`.
 
-    None leaves the factors as they are. The copies do not follow a weight that changes within the `with`. They carry no gradient where autograd was off when they
-    were made, so that no forward pass that learns may share a `with` with one that does not.
+    None leaves the factors as they are. The copies do not follow a weight that changes within the `with`, and those made
+    while autograd is off carry no gradient: a pass that learns shares no `with` with one that does not.
     """
     if dtype is None:
         yield

@@ -20,7 +20,7 @@ PROMPTS, RESPONSES = (5, 1, 7, 3, 8, 2, 4), (9, 1, 12, 5, 3, 11, 2)  # one of th
 BUDGETS = (1, 13, 17, 30, 1000)
 
 
-def make_rollout() -> Rollout:
+def make_rollout(dtype: torch.dtype = torch.float32) -> Rollout:
     """Seven sequences of odd lengths with random tokens."""
     generator = torch.Generator().manual_seed(3)
     p, t = max(PROMPTS), max(RESPONSES)
@@ -28,7 +28,7 @@ def make_rollout() -> Rollout:
     prompts, responses = torch.tensor(PROMPTS)[:, None], torch.tensor(RESPONSES)[:, None]
     mask = torch.arange(t) < responses
     attention_mask = torch.cat([torch.arange(p) >= p - prompts, mask], 1).long()
-    empty = torch.zeros(len(PROMPTS), t, dtype=torch.float64)
+    empty = torch.zeros(len(PROMPTS), t, dtype=dtype)
     return Rollout(
         input_ids=input_ids * attention_mask,
         attention_mask=attention_mask,
@@ -135,7 +135,7 @@ def test_packed_gives_the_padded_gradient(family):
 
 
 def test_packed_value_model_and_scores():
-    rollout, policy = make_rollout(), make_policy(value_model=True)
+    rollout, policy = make_rollout(torch.float64), make_policy(value_model=True)
     whole = gradients(policy, rollout, microbatch=7)
     logprobs, values = score_rollout(policy, rollout, microbatch=2, values=True)
     policy.packs = True
@@ -184,7 +184,7 @@ def test_only_a_gpu_in_half_precision_packs():
 
 def test_a_softcap_in_attention_is_refused():
     x = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="softcap: got 50.0, expected None"):
+    with pytest.raises(ValueError, match=r"softcap: got 50\.0, expected None"):
         packed_attention(None, x, x, x, torch.tensor([[[[0, 4]]]]), softcap=50.0)
 
 
