@@ -1,9 +1,9 @@
 """One PPO update, prompt to optimiser: our trainer against TRL's PPOTrainer, in turn, each in a process of its own.
 
 A Llama of 7.3M parameters (7,309,568; random weights), 32 prompts of 32 tokens, 64 response tokens each (nothing ends
-earlier), 4 epochs of one minibatch, float32 weights, AdamW with a learning rate of 3e-6, temperature 0.7, kl_coef 0.05, gradients
-not clipped. TRL keeps four models: policy, reference, value model and reward model. Ours keeps the value head on the
-policy's trunk, a frozen copy as reference and a reward model of the same size. Memory is peak RSS above what the process
+earlier), 4 epochs of one minibatch, weights in float32, AdamW with a learning rate of 3e-6, temperature 0.7, kl_coef 0.05,
+gradients not clipped. TRL keeps four models: policy, reference, value model and reward model. Ours keeps the value head on
+the policy's trunk, a frozen copy as reference and a reward model of the same size. Memory is peak RSS above what the process
 holds after its imports. The first update of each is a warm-up.
 
 Both take the same 32 sequences in every optimiser step, cut as each does best: TRL's loss is a mean of each micro-batch's, so

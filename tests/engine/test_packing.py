@@ -1,16 +1,18 @@
 """Micro-batches of a token budget: how they are cut, and that neither cutting nor packing changes the gradient."""
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
+from transformers import LlamaModel
 
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.layout import token_cuts
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.model.trunk import packed_attention, packs, positions, varlen_attention
+from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
 from rlhf_engine.rollout import Rollout, score_rollout, value_rollout
 from rlhf_engine.train.ppo import Experience, minibatch_backward
 from tests.engine.tiny_models import VOCABULARY, tiny
@@ -54,14 +56,15 @@ def make_policy(family="llama", *, value_model=False, **settings) -> ActorCritic
 
 def make_experience(rollout: Rollout) -> Experience:
     generator = torch.Generator().manual_seed(8)
-    noise = torch.randn(4, *rollout.mask.shape, generator=generator) * rollout.mask
+    noise = torch.randn(4, *rollout.mask.shape, generator=generator).to(rollout.mask.device) * rollout.mask
     return Experience(rollout, noise[0] * 0.1 - 4.0, noise[1], noise[2], noise[3], None)
 
 
 def gradients(policy: ActorCritic, rollout: Rollout, **settings) -> dict[str, torch.Tensor]:
     policy.zero_grad()
     config = PPOConfig(**{"rollout_batch": 7, "minibatch": 7, **settings})
-    minibatch_backward(policy, make_experience(rollout), torch.arange(len(rollout)), config, 0.7)
+    everyone = torch.arange(len(rollout), device=policy.device)
+    minibatch_backward(policy, make_experience(rollout), everyone, config, 0.7)
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -175,6 +178,50 @@ def test_the_kernel_gets_what_it_asks_for():
         torch.testing.assert_close(found, expected)
         assert seen["query"].shape == (9, 4, 8) and seen["key"].shape == (9, 2, 8) and seen["enable_gqa"]
         assert (seen["max_q"], seen["max_k"], seen["window_size"]) == (5, 5, (-1 if window is None else 2, 0))
+
+
+class Leaky(LlamaModel):
+    """Every state sees all before it, in whatever sequence, as a recurrent layer's does."""
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.last_hidden_state = output.last_hidden_state.cumsum(1)
+        return output
+
+
+def test_a_trunk_whose_packed_sequences_see_each_other_is_refused():
+    model = tiny()
+    check_packing(model.model, None)
+    with pytest.raises(ValueError, match=r"ppo\.microbatch_tokens: got a budget for Leaky"):
+        check_packing(Leaky(model.config).eval(), None)
+
+
+@pytest.mark.parametrize("value_model", [False, True])
+def test_a_trainer_asks_before_it_packs(value_model):
+    leaky = RewardModel(Leaky(tiny().config), ValueHead(32))
+    policy = ActorCritic(tiny(), value_model=leaky) if value_model else ActorCritic(tiny())
+    policy.check_packing()  # which does not pack here
+    policy.packs = True
+    if value_model:
+        with pytest.raises(ValueError, match="got a budget for Leaky"):
+            policy.check_packing()
+    else:
+        policy.check_packing()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied", "mistral"])
+def test_packed_on_a_gpu_is_near_the_padded_gradient(family):
+    """Both in bfloat16, by torch's kernel for packed sequences and by the one for padded."""
+    rollout = make_rollout()
+    rollout = Rollout(**{item.name: getattr(rollout, item.name).cuda() for item in fields(rollout)})
+    policy = ActorCritic(tiny(family, initializer_range=0.2).cuda(), compute_dtype=torch.bfloat16)
+    assert policy.packs
+    policy.check_packing()
+    whole = gradients(policy, rollout, microbatch=7)
+    found = gradients(policy, rollout, microbatch_tokens=30)
+    for name, gradient in whole.items():
+        assert float((found[name] - gradient).norm()) <= 0.05 * float(gradient.norm()), name
 
 
 def test_only_a_gpu_in_half_precision_packs():
