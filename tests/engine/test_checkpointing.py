@@ -93,6 +93,7 @@ def test_the_value_model_is_checkpointed_as_well():
     rollout, results = make_rollout(), []
     for again in (False, True):
         value_model = RewardModel.from_causal_lm(tiny(), 4).computing(gradient_checkpointing=again)
+        assert value_model.trunk.layers[0].gradient_checkpointing == again
         results.append(gradients(make_policy("llama", value_model), rollout, microbatch=4))
     assert all(torch.equal(results[1][name], gradient) for name, gradient in results[0].items())
 
@@ -102,6 +103,7 @@ def test_a_reward_model_learns_the_same():
     prompts, results = [RankedPrompt(completions, ((0, 1), (2, 1)))], []
     for again in (False, True):
         model = RewardModel.from_causal_lm(tiny(), 4).computing(gradient_checkpointing=again)
+        assert model.trunk.layers[0].gradient_checkpointing == again
         fit_reward_model(model, prompts, prompts, RewardConfig(batch_size=1), pad_id=0, seed=0)
         results.append(model.state_dict())
     assert all(torch.equal(results[1][name], weight) for name, weight in results[0].items())
