@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_engine.eval_config import EvalConfig, FigureConfig, IterateConfig
+from rlhf_engine.memory_config import MemoryConfig
 from rlhf_engine.ppo_config import OptimConfig, PPOConfig
 from rlhf_engine.schema import Count, Positive, PositiveShare, Section, Seed, Share, WholeNumber
 
@@ -98,12 +99,21 @@ class SFTConfig(Section):
     """Demonstrations of one optimiser step."""
     microbatch: WholeNumber = 0
     """Demonstrations of one forward and backward pass; 0 takes the whole batch at once."""
+    microbatch_tokens: Count | None = None
+    """Tokens of one pass, padding counted, in place of `microbatch` demonstrations; a longer one has a pass of its own."""
     evaluate_every: WholeNumber = 0
     """Optimiser steps between validations; 0 validates after each epoch."""
     patience: Count = 2
     """Validations without a new minimum after which the run stops; the weights of the minimum are kept."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
+
+    def check(self) -> None:
+        """One size of a pass, not two."""
+        if self.microbatch and self.microbatch_tokens is not None:
+            raise ValueError(
+                f"microbatch: got {self.microbatch} beside microbatch_tokens {self.microbatch_tokens}, expected one of the two"
+            )
 
 
 @dataclass(frozen=True)
@@ -200,6 +210,10 @@ class RunConfig(Section):
     """torch device of the models, such as cpu or cuda:0."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; training needs float32."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products, of sampling as of learning, where the weights are float32: bfloat16 multiplies rounded
+    copies of weights and activations, and leaves weights, gradients, log-probs, values and optimiser in float32. It pays on
+    GPUs and on processors with bfloat16 instructions; on others it is slower than float32."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of the rlhf_kernels operations; `auto` picks one for each of them and the device."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -214,6 +228,8 @@ class RunConfig(Section):
     """Sampling."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Reinforcement learning."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Where the bytes live."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """A contest of two models."""
     iterate: IterateConfig = field(default_factory=IterateConfig)
@@ -235,6 +251,11 @@ class RunConfig(Section):
             )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
+        if self.compute_dtype == "bfloat16" and self.ppo.objective == "trpo":
+            raise ValueError(
+                "compute_dtype: got 'bfloat16' with ppo.objective 'trpo', expected 'float32': conjugate gradient divides by "
+                "curvatures that bfloat16's rounding would drown"
+            )
         filters = (self.rollout.top_k, self.rollout.top_p, self.rollout.min_p)
         if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and filters == (None,) * 3:
             raise ValueError(

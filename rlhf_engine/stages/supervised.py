@@ -13,6 +13,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
 from rlhf_engine.stages.loading import (
     check_records,
+    computing,
     encode_records,
     load_model,
     plot,
@@ -36,7 +37,7 @@ def run_sft(config: RunConfig) -> FitReport:
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
     train, validation = split(_demonstrations(config, codec), lambda example: example.prompt, config)
-    actor = ActorCritic(model, backend=config.backend)
+    actor = ActorCritic(model, backend=config.backend, **computing(config))
     with stage_metrics(config, "sft") as metrics:
         report = fit_language_model(
             actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
@@ -56,7 +57,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     ranked = encode_records(path, read_comparisons(path), lambda comparison: encode_comparison(comparison, codec))
     kept = stored((prompt for prompt in ranked if prompt is not None), RANKED_PROMPTS, config.output_dir)
     train, validation = split(kept, lambda one: one.completions[0].prompt, config)
-    reward_model = RewardModel.from_causal_lm(model, config.seed)
+    reward_model = RewardModel.from_causal_lm(model, config.seed).computing(**computing(config))
     with stage_metrics(config, "rm") as metrics:
         history = fit_reward_model(
             reward_model, train, validation, config.reward, pad_id=codec.pad_id, seed=config.seed, log=metrics.write

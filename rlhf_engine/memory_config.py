@@ -1,0 +1,38 @@
+"""Settings of where the bytes of a run live, apart from the rest of `config.py`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_engine.schema import Section
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def byte_count(text: str, key: str) -> int:
+    """Bytes of a size such as `24GiB`, `900 MB` or `1073741824`; `key` names it in the ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in _UNITS:
+        raise ValueError(f"{key}: got {text!r}, expected a size such as 24GiB, 900MB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+@dataclass(frozen=True)
+class MemoryConfig(Section):
+    """What a run may take of its device, and what it pays in time to take less."""
+
+    budget: str | None = None
+    """Most bytes on the device, such as 24GiB. The KV pool takes what the plan leaves of it, and a run whose plan does not
+    fit is refused before it starts; None gives every one of rollout.batch_size sequences room for its longest answer."""
+    optimizer_state: Literal["resident", "host", "8bit"] = "resident"
+    """Where the optimiser's moments live: on the device in float32, in host memory, from which they are copied while the
+    policy samples, or on the device in 8 bits (needs torchao)."""
+    gradient_checkpointing: bool = False
+    """Keep the input of each layer alone and run the layer again in the backward pass."""
+
+    def check(self) -> None:
+        """A budget is a size."""
+        if self.budget is not None and byte_count(self.budget, "budget") == 0:
+            raise ValueError(f"budget: got {self.budget!r}, expected more than 0 bytes")
