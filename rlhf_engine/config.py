@@ -187,8 +187,8 @@ class RunConfig(Section):
     device: str = "cpu"
     """torch device of the models, such as cpu or cuda:0."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights. In bfloat16 gradients are summed in float32 and the optimiser steps float32 masters, so that weights,
-    gradients and masters take 10 bytes a parameter and float32 takes 8; what it saves are activations, copies and time."""
+    """Type of the weights. In bfloat16 gradients are summed in float32 and the optimiser steps float32 masters: weights,
+    gradients and masters take 10 bytes a parameter, where float32 takes 8; what is saved are activations, copies and time."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of the rlhf_kernels operations; `auto` picks one for each of them and the device."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -221,12 +221,13 @@ class RunConfig(Section):
         """
         if self.dtype == "float16":
             raise ValueError(
-                "dtype: got 'float16', expected 'float32' or 'bfloat16'; gradients below 6e-8 are 0 in float16, and there is no "
-                "scaling of the loss"
+                "dtype: got 'float16', expected 'float32' or 'bfloat16'; gradients below 6e-8 are 0 in float16, and there is "
+                "no scaling of the loss"
             )
         if self.dtype == "bfloat16" and self.ppo.objective == "trpo":
             raise ValueError(
-                "dtype: got 'bfloat16' with ppo.objective 'trpo', expected 'float32': its line search writes weights without masters"
+                "dtype: got 'bfloat16' with ppo.objective 'trpo', expected 'float32': its line search writes weights and no "
+                "masters"
             )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")

@@ -12,7 +12,6 @@ from rlhf_engine.config import OptimConfig
 from rlhf_engine.train.eight_bit import EightBitAdamW
 from rlhf_engine.train.staged import HALF, StagedAdamW
 
-
 OptimizerState = Literal["resident", "host", "8bit"]
 """Where moments live, `MemoryConfig.optimizer_state`."""
 
