@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -34,15 +35,16 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         given.setdefault(place, {})[name] = (key, tensor)
     if not isinstance(optimizer, StagedAdamW):  # whose state is complete from the start
         (optimizer.inner if isinstance(optimizer, EightBitAdamW) else optimizer).state.clear()
-    for place in sorted(given):
-        room = _new_state(optimizer, parameters[place]) if place < len(parameters) else {}
-        for name, (key, tensor) in given[place].items():
+    missing = []
+    for place, found in given.items():
+        room = _new_state(optimizer, parameters[place], found) if place < len(parameters) else {}
+        for name, (key, tensor) in found.items():
             if name not in room or room[name].shape != tensor.shape:
                 raise ValueError(f"{source}: got {key} of shape {tuple(tensor.shape)}, which fits no trained parameter")
             room[name].copy_(tensor)
-        missing = [name for name in room if name not in given[place]]
-        if missing:
-            raise ValueError(f"{source}: got no {place}.{missing[0]}, expected it beside the others of its parameter")
+        missing += [f"{place}.{name}" for name in room if name not in found]
+    if missing:
+        raise ValueError(f"{source}: got no {missing[0]}, expected it beside the others of its parameter")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -56,10 +58,11 @@ def _state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[st
     return tensors | _parts(optimizer.moments(parameter))
 
 
-def _new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Tensors that a file's are copied into, after which they are the parameter's state."""
+def _new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, found: Collection[str]) -> dict[str, Tensor]:
+    """Tensors that a file's are copied into, after which they are the parameter's state; `found` are the names it has."""
     if isinstance(optimizer, EightBitAdamW):
-        optimizer.new_moments(parameter)
+        if set(found) != {"master"}:  # that of a parameter which was never stepped
+            optimizer.new_moments(parameter)
     elif not isinstance(optimizer, StagedAdamW):
         moments = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | moments
