@@ -90,8 +90,9 @@ def worker(session: Session, *, model: dict, batch: dict) -> None:
     trainer = make_trainer(model, batch)
     session.ready()
     while session.begin():
-        trainer.step()
-        session.end()
+        log = trainer.step()
+        # The phases move the mark that the session reads.
+        session.end(peak_bytes=1e6 * max(log[f"peak_{phase}_mb"] for phase in ("generate", "score", "train")))
 
 
 def measure(micro_batch: int, batch: dict, rounds: int) -> None:

@@ -123,9 +123,10 @@ class Session:
         self._started = time.perf_counter()
         return True
 
-    def end(self) -> None:
+    def end(self, *, peak_bytes: float = 0.0) -> None:
+        """`peak_bytes` is the largest resident set that a step saw before it moved VmHWM down itself."""
         seconds = time.perf_counter() - self._started
-        self.send(seconds=seconds, extra_mb=(_status_bytes("VmHWM") - self._baseline) / MB)
+        self.send(seconds=seconds, extra_mb=(max(_status_bytes("VmHWM"), peak_bytes) - self._baseline) / MB)
 
 
 def _status_bytes(key: str) -> int:

@@ -24,6 +24,7 @@ from rlhf_engine.files import read_json, read_tensors, recover, require, with_ne
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.train.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from rlhf_engine.train.ppo import PPOTrainer
 
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -97,7 +98,7 @@ def save_checkpoint(
 
     `data` are fingerprints of what the run reads, by the key of its place, such as data.prompts.
     """
-    tensors, _ = _flatten_optimizer(trainer.optimizer)
+    tensors = optimizer_tensors(trainer.optimizer)
     state = trainer.state() | {
         "seed": trainer.seed,
         "optimizer_tensors": len(tensors),
@@ -150,7 +151,7 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig, data: Map
     if trainer.average is not None:
         require(folder / EMA, "config.json", *heads)
         _read_weights(folder / EMA, trainer.average.average)
-    _unflatten_optimizer(trainer.optimizer, tensors, folder / OPTIMIZER)
+    load_optimizer_tensors(trainer.optimizer, tensors, folder / OPTIMIZER)
     trainer.load_state(state)
 
 
@@ -215,26 +216,3 @@ def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: got {state.get(name)!r} for {name}, expected {kind.__name__}")
     return state
-
-
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[nn.Parameter]]:
-    """The optimiser's tensors under names `<parameter number>.<name>`, and its parameters in that order."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    tensors = {
-        f"{number}.{name}": value.contiguous()
-        for number, parameter in enumerate(parameters)
-        for name, value in optimizer.state.get(parameter, {}).items()
-    }
-    return tensors, parameters
-
-
-def _unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    _, parameters = _flatten_optimizer(optimizer)
-    optimizer.state.clear()
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        parameter = parameters[int(number)] if number.isdigit() and int(number) < len(parameters) else None
-        if parameter is None or value.shape != (() if name == "step" else parameter.shape):
-            raise ValueError(f"{source}: got {key} of shape {tuple(value.shape)}, which fits no trained parameter")
-        # The step counter stays where it was written; the moments live with their parameter.
-        optimizer.state[parameter][name] = value.to(parameter.device)

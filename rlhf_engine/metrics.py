@@ -19,10 +19,52 @@ from rlhf_kernels import explained_variance
 METRICS = "metrics.jsonl"
 
 
+class _PeakRss:
+    """The system's mark of the largest resident set, which a phase moves down to measure itself, and where it stood before."""
+
+    def __init__(self) -> None:
+        self.before, self.moves = 0.0, False
+
+    def so_far(self) -> float:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return max(self.before, peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)
+
+    def restart(self) -> None:
+        self.before = self.so_far()
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self.moves = True
+        except OSError:
+            self.moves = False
+
+    def since_restart(self) -> float | None:
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        except OSError:
+            return None
+        key = "VmHWM:" if self.moves else "VmRSS:"
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
+
+
+_PEAK = _PeakRss()
+
+
 def peak_rss_mb() -> float:
     """Largest resident set of this process so far, in 10^6 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    return _PEAK.so_far()
+
+
+def start_phase_peak() -> None:
+    """Let `phase_peak_mb` count from here. Whoever reads VmHWM or ru_maxrss of this process from outside sees them fall."""
+    _PEAK.restart()
+
+
+def phase_peak_mb() -> float | None:
+    """Largest resident set since `start_phase_peak`, in 10^6 bytes; None on systems that do not say.
+
+    Linux moves the mark. Where a sandbox forbids that, this is what is resident now.
+    """
+    return _PEAK.since_restart()
 
 
 class MetricSum:

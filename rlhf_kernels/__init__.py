@@ -14,8 +14,9 @@ from .ops import (
     sample_tokens,
     token_logprobs,
 )
+from .ops.products import head_workspace_bytes
 from .types import METRICS, Advantages, PPOLoss, RolloutAdvantages, SampledTokens, TokenLogprobs, explained_variance
-from .workspace import release_workspace
+from .workspace import lend_workspace, release_workspace
 
 __all__ = [
     "METRICS",
@@ -27,7 +28,9 @@ __all__ = [
     "explained_variance",
     "gae",
     "group_advantages",
+    "head_workspace_bytes",
     "kl_penalty",
+    "lend_workspace",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "logits_ppo_loss",

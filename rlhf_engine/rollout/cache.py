@@ -6,11 +6,20 @@ finished sequence's slot is overwritten by the next one, and nothing is ever con
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""Gives the memory of a layer's keys or values: zeros, since columns that the mask excludes are still multiplied by 0."""
+
+
+def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of its own."""
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass
@@ -28,14 +37,14 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, slots: int, columns: int, step: _Step) -> None:
+    def __init__(self, slots: int, columns: int, step: _Step, allocate: Allocate) -> None:
         super().__init__()
-        self.slots, self.columns, self.step = slots, columns, step
+        self.slots, self.columns, self.step, self.allocate = slots, columns, step, allocate
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(states: Tensor) -> Tensor:
-            # Zeros and not `empty`: columns that the mask excludes are still multiplied by 0, and 0 * NaN is NaN.
-            return states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3])
+            shape = (self.slots, states.shape[1], self.columns, states.shape[3])
+            return self.allocate(shape, states.dtype, states.device)
 
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
@@ -70,9 +79,13 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A transformers cache in which every sequence has its own length. `prefill` or `decode` comes before each forward."""
 
-    def __init__(self, layers: int, slots: int, columns: int) -> None:
+    def __init__(self, layers: int, slots: int, columns: int, allocate: Allocate = allocate_zeros) -> None:
         self.step = _Step()
-        super().__init__(layers=[SlotLayer(slots, columns, self.step) for _ in range(layers)])
+        super().__init__(layers=[SlotLayer(slots, columns, self.step, allocate) for _ in range(layers)])
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of the layers that have been used."""
+        return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
     def prefill(self, first: int) -> None:
         """The next forward pass brings whole prompts for slots `first`, `first + 1`, ..."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.cache import SlotCache
+from rlhf_engine.rollout.cache import Allocate, SlotCache, allocate_zeros
 from rlhf_engine.rollout.invariant import InvariantLayers
 
 MIN_ROWS = 16
@@ -36,13 +36,14 @@ class Decoder:
     give what one forward pass over the whole sequence gives.
     """
 
-    def __init__(self, policy: ActorCritic, slots: int, columns: int) -> None:
+    def __init__(self, policy: ActorCritic, slots: int, columns: int, allocate: Allocate = allocate_zeros) -> None:
         self.policy = policy
         self.slots = max(slots, MIN_ROWS)
         self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
-        self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, max(self.columns, MIN_ROWS))
+        layers, columns = self.text_config.num_hidden_layers, max(self.columns, MIN_ROWS)
+        self.cache = SlotCache(layers, self.slots, columns, allocate)
         self.layers = InvariantLayers(policy)
         self.column = torch.arange(self.columns, device=policy.device)
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import RolloutConfig
+from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout.cache import Allocate, allocate_zeros
 from rlhf_engine.rollout.decoder import Decoder, prompt_width
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_kernels import sample_tokens
@@ -50,7 +52,10 @@ class Generator:
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
         self.stop_token_id = stop_token_id
-        self._new_decoder(config.batch_size).check()
+        decoder = self._new_decoder(config.batch_size)
+        decoder.check()
+        self.cache_bytes = sum(room_for(tuple(x.shape), x.dtype) for x in decoder.cache.tensors())
+        """Memory of the keys and values of `batch_size` sequences."""
 
     @torch.no_grad()
     def generate(
@@ -58,10 +63,14 @@ class Generator:
         prompts: Sequence[Tensor | Sequence[int]],
         sequence: Tensor,  # (B,), int64, the number of each sequence in the run: its stream of random numbers
         on_finished: Callable[[int], object] | None = None,
+        allocate: Allocate = allocate_zeros,
     ) -> Rollout:
-        """One response for each prompt. `on_finished` hears how many sequences ended since its last call."""
+        """One response for each prompt. `on_finished` hears how many sequences ended since its last call.
+
+        `allocate` gives the memory of keys and values, at most `cache_bytes`; nothing holds it after the call.
+        """
         prompts = self._check(prompts, sequence)
-        decoder = self._new_decoder(len(prompts))
+        decoder = self._new_decoder(len(prompts), allocate)
         record = _Record(self, prompts, sequence)
         running = _Running(
             *(torch.zeros(decoder.slots, dtype=torch.int64, device=self.policy.device) for _ in range(4))
@@ -90,9 +99,9 @@ class Generator:
         running.count += len(rows)
         return hidden
 
-    def _new_decoder(self, prompts: int) -> Decoder:
+    def _new_decoder(self, prompts: int, allocate: Allocate = allocate_zeros) -> Decoder:
         columns = self.config.max_prompt_tokens + self.config.max_response_tokens
-        return Decoder(self.policy, min(self.config.batch_size, prompts), columns)
+        return Decoder(self.policy, min(self.config.batch_size, prompts), columns, allocate)
 
     def _check(self, prompts: Sequence[Tensor | Sequence[int]], sequence: Tensor) -> list[Tensor]:
         if len(prompts) == 0 or len(sequence) != len(prompts):

@@ -72,6 +72,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
         config.ppo,
         seed=config.seed,
         pretrain=pretrain,
+        memory=config.memory,
     )
     data = {"data.prompts": fingerprint_rows(prompts)}
     if pretrain is not None:

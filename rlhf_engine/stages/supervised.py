@@ -40,7 +40,14 @@ def run_sft(config: RunConfig) -> FitReport:
     actor = ActorCritic(model, backend=config.backend, **computing(config))
     with stage_metrics(config, "sft") as metrics:
         report = fit_language_model(
-            actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
+            actor,
+            train,
+            validation,
+            config.sft,
+            pad_id=codec.pad_id,
+            seed=config.seed,
+            optimizer_state=config.memory.optimizer_state,
+            log=metrics.write,
         )
     save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report) | truncated(codec))
     plot(config, "sft", "optimiser step")
@@ -60,7 +67,14 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     reward_model = RewardModel.from_causal_lm(model, config.seed).computing(**computing(config))
     with stage_metrics(config, "rm") as metrics:
         history = fit_reward_model(
-            reward_model, train, validation, config.reward, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
+            reward_model,
+            train,
+            validation,
+            config.reward,
+            pad_id=codec.pad_id,
+            seed=config.seed,
+            optimizer_state=config.memory.optimizer_state,
+            log=metrics.write,
         )
     shift = centre_on_demonstrations(reward_model, examples, codec.pad_id)
 

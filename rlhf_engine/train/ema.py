@@ -10,12 +10,12 @@ from rlhf_engine.model import ActorCritic, frozen_copy
 class WeightAverage:
     """`average <- decay * average + (1 - decay) * weights` after every optimiser step, from the first weights on.
 
-    Costs the weights once more; its arithmetic is float32's, in which 1 - decay of a weight is not lost.
+    Costs the weights once more, in float32 whatever they are in, where 1 - decay of a weight is not lost.
     """
 
     def __init__(self, policy: ActorCritic, decay: float) -> None:
         self.decay, self.policy = decay, policy
-        self.average = frozen_copy(policy)
+        self.average = frozen_copy(policy).float()
         theirs = dict(policy.named_parameters())
         names = [name for name, _ in self.average.named_parameters()]
         self.pairs = [(self.average.get_parameter(name), theirs[name]) for name in names]
@@ -23,5 +23,5 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the policy's weights as they are now."""
-        averages, weights = map(list, zip(*self.pairs, strict=True))
-        torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+        for average, weight in self.pairs:
+            average.lerp_(weight.float(), 1.0 - self.decay)

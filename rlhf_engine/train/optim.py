@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from rlhf_engine.config import OptimConfig
+from rlhf_engine.train.eight_bit import EightBitAdamW
+from rlhf_engine.train.staged import HALF, StagedAdamW
+
+OptimizerState = Literal["resident", "host", "8bit"]
+"""Where moments live, `MemoryConfig.optimizer_state`."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> torch.optim.Optimizer:
     """Fused AdamW over the parameters that ask for a gradient; only matrices are decayed.
 
+    Half-precision parameters are given gradients in
+    float32, and masters in float32, which are stepped in their place. ValueError for 8 bits where torchao is missing or with
+    `eps_form` "raw", whose epsilon is another one at each step: torchao would compile each of them.
     Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    half = [parameter for parameter in trained if parameter.dtype in HALF]
+    for parameter in half:
+        parameter.grad_dtype = torch.float32
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if state == "8bit":
+        if config.eps_form == "raw":
+            raise ValueError("eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit'")
+        return EightBitAdamW(groups, **options)
+    if state == "host" or half:
+        cuda = torch.cuda if trained[0].is_cuda else None
+        return StagedAdamW(groups, host=state == "host", cuda=cuda, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

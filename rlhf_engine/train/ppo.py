@@ -8,55 +8,35 @@ Shapes: B sequences, T response width, N actions of a micro-batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from rlhf_engine.config import PPOConfig
+from rlhf_engine.config import MemoryConfig, PPOConfig
+from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in, open_arena
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator, Rollout, score_rollout, value_rollout
 from rlhf_engine.train.ema import WeightAverage
+from rlhf_engine.train.experience import Experience, Scored, advantages
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
 from rlhf_engine.train.ptx import PretrainStream, ptx_backward
+from rlhf_engine.train.room import head_bytes, phase_bytes
 from rlhf_engine.train.scores import RewardFunction, ScoreScale, score_answers
+from rlhf_engine.train.staged import StagedAdamW
 from rlhf_engine.train.streams import shuffled
 from rlhf_engine.train.trpo import TrustRegionProblem, trpo_step
-from rlhf_kernels import masked_whiten, rollout_advantages
+from rlhf_kernels import masked_whiten
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A rollout with what its reward is made of. All but scores are (B, T), float32, 0 where the mask is False."""
-
-    rollout: Rollout
-    scores: Tensor  # (B,)
-    raw_scores: Tensor  # (B,), before any scale or penalty
-    old_logprobs: Tensor
-    old_values: Tensor
-    ref_logprobs: Tensor
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What an update learns from. All but `rollout` are (B, T), float32, 0 where the mask is False."""
-
-    rollout: Rollout
-    old_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    weights: Tensor | None
-
-
-def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor) -> Rollout:
-    """Sample one response to each prompt; `sequence` [B] numbers them in the run."""
+def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor, arena: AnyArena) -> Rollout:
+    """Sample one response to each prompt; `sequence` [B] numbers them in the run. Keys and values lie in the arena."""
     with generator.policy.products():  # one copy of the weights for all steps
-        return generator.generate(prompts, sequence)
+        return generator.generate(prompts, sequence, allocate=arena.zeros)
 
 
 def score(
@@ -68,68 +48,27 @@ def score(
     temperature: float,
     scale: ScoreScale | None = None,
     first: int = 0,
+    transients: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Scored:
-    """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference."""
+    """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference.
+
+    `transients` is where forward passes of the models find memory.
+    """
     scale = scale or ScoreScale(config.score_scale)
     rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
     size = microbatch_size(config)
-    ref_logprobs, _ = score_rollout(reference, rollout, temperature=temperature, **size)
-    old_logprobs, old_values = rollout.logprobs, rollout.values
-    if config.old_logprobs == "rescored":
-        old_logprobs, old_values = score_rollout(policy, rollout, temperature=temperature, values=True, **size)
-    elif policy.value_model is not None:
-        old_values = value_rollout(policy, rollout, **size)
-    if config.baseline == "none":
-        old_values = torch.zeros_like(old_values)
-    return Scored(rollout, scores, raw_scores, old_logprobs, old_values, ref_logprobs)
-
-
-def advantages(
-    scored: Scored, config: PPOConfig, kl_coef: float, backend: str = "auto"
-) -> tuple[Experience, dict[str, float]]:
-    """GAE of `-kl_coef * KL_t + [t is last] score`, whitened over the batch, and the numbers worth logging."""
-    rollout = scored.rollout
-    result = rollout_advantages(
-        scored.scores,
-        scored.old_logprobs,
-        scored.ref_logprobs,
-        scored.old_values,
-        rollout.mask,
-        kl_coef=kl_coef,
-        kl_estimator=config.kl_estimator,
-        gamma=config.gamma,
-        lam=config.lam,
-        score_clip=config.score_clip,
-        whiten_rewards=config.whiten_rewards,
-        whiten_advantages=config.whiten_advantages and config.whiten_scope == "batch",
-        backend=backend,
-    )
-    weights = None
-    if config.importance_cap is not None:
-        weights = (scored.old_logprobs - rollout.sampling_logprobs).exp().clamp(max=config.importance_cap)
-    if config.discount_gradient:
-        discounts = gradient_discounts(rollout.mask, config.gamma)
-        weights = discounts if weights is None else weights * discounts
-    lengths = rollout.response_lengths.float()
-    log = {
-        "score_mean": scored.raw_scores.mean(),
-        "score_std": scored.raw_scores.std(correction=0),
-        "scaled_score_mean": scored.scores.mean(),
-        "kl": result.kl.sum(1).mean(),
-        "kl_per_token": result.kl.sum() / lengths.sum(),
-        "reward_mean": result.rewards.sum(1).mean(),
-        "return_mean": result.returns.sum() / lengths.sum(),
-        "value_mean": scored.old_values.sum() / lengths.sum(),
-        "response_length": lengths.mean(),
-        "ended": rollout.ended.float().mean(),
-    }
-    experience = Experience(rollout, scored.old_logprobs, scored.old_values, result.advantages, result.returns, weights)
-    return experience, {name: float(value) for name, value in log.items()}
-
-
-def gradient_discounts(mask: Tensor, gamma: float) -> Tensor:  # (B, T) -> (B, T)
-    """gamma^t of action number t of its sequence (Sutton & Barto 2018, section 13.3)."""
-    return gamma ** (mask.cumsum(1) - 1).clamp(min=0).float()
+    with transients():
+        ref_logprobs, _ = score_rollout(reference, rollout, temperature=temperature, **size)
+        old_logprobs, old_values = rollout.logprobs, rollout.values
+        if config.old_logprobs == "rescored":
+            old_logprobs, old_values = score_rollout(policy, rollout, temperature=temperature, values=True, **size)
+        elif policy.value_model is not None:
+            old_values = value_rollout(policy, rollout, **size)
+        if config.baseline == "none":
+            old_values = torch.zeros_like(old_values)
+    # What survives the phase is copied out of it.
+    made = (old_logprobs.clone(), old_values.clone(), ref_logprobs.clone())
+    return Scored(rollout, scores, raw_scores, *made)
 
 
 def minibatch_backward(
@@ -231,6 +170,7 @@ class PPOTrainer:
         *,
         seed: int,
         pretrain: PretrainStream | None = None,
+        memory: MemoryConfig | None = None,
     ) -> None:
         if (pretrain is None) != (config.ptx_coef == 0.0):
             got = "none" if pretrain is None else "one"
@@ -240,7 +180,12 @@ class PPOTrainer:
         self.policy, self.reference, self.generator = policy, reference, generator
         self.prompts, self.reward_fn, self.config, self.seed = prompts, reward_fn, config, seed
         self.pretrain = pretrain
-        self.optimizer = build_optimizer(policy, config.optim)
+        self.optimizer = build_optimizer(policy, config.optim, (memory or MemoryConfig()).optimizer_state)
+        self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.arena = open_arena(policy.device, phase_bytes(policy, generator, self.optimizer), head_bytes(policy))
+        if isinstance(self.optimizer, StagedAdamW):
+            self.optimizer.take = self.arena.take
+        self.meter = PeakMeter(policy.device)
         self.scale = ScoreScale(config.score_scale)
         self.average = None if config.ema_decay is None else WeightAverage(policy, config.ema_decay)
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
@@ -273,6 +218,7 @@ class PPOTrainer:
     def step(self) -> dict[str, float]:
         """One iteration of Algorithm 1. Whatever breaks it before a weight changes leaves the state as it was."""
         before, done = self.state(), self.updates_done
+        self.arena.reset()
         try:
             log = self._update_policy()
         finally:
@@ -289,14 +235,18 @@ class PPOTrainer:
         clock = [time.perf_counter()]
         first = self.updates_done * config.rollout_batch
         sequence = torch.arange(first, first + config.rollout_batch)
-        rollout = collect(self.generator, self.prompts(first, config.rollout_batch), sequence)
+        with self._phase("generate"):
+            rollout = collect(self.generator, self.prompts(first, config.rollout_batch), sequence, self.arena)
         clock.append(time.perf_counter())
-        scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature, self.scale, first)
+        with self._phase("score"):
+            models = (self.policy, self.reference, self.reward_fn)
+            scored = score(rollout, *models, config, temperature, self.scale, first, self.arena.transients)
         experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
         clock.append(time.perf_counter())
         if config.nonfinite_scores == "skip":
             log["scores_skipped"] = len(rollout) - len(scored.rollout)
-        log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
+        with self._phase("train"), gradients_in(self.arena, self.trained):
+            log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
         log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())
         self.updates_done += 1
@@ -305,7 +255,12 @@ class PPOTrainer:
         log |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
         log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
-        return log | {"peak_rss_mb": peak_rss_mb()}
+        return log | self.meter.log() | {"peak_rss_mb": peak_rss_mb()}
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        with self.arena.phase(name), self.meter.phase(name):  # measured once the phase before has given its bytes back
+            yield
 
     def update(self, experience: Experience, temperature: float) -> dict[str, float]:
         """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each; fewer after `stop_kl`."""
@@ -335,7 +290,8 @@ class PPOTrainer:
             **microbatch_size(self.config),
         )
         self._changes()
-        found = trpo_step(problem, self.config.trpo)
+        with self.arena.transients():
+            found = trpo_step(problem, self.config.trpo)
         if self.average is not None:
             self.average.update()
         return found
@@ -346,13 +302,16 @@ class PPOTrainer:
         """Optimiser step `number` of the run, on a minibatch; its metrics and its learning rate."""
         config = self.config
         changing = {"old_kl_coef": self.old_kl_coef}
-        metrics = minibatch_backward(self.policy, experience, sequences, config, temperature, **changing)
-        if self._warming_up or config.objective == "trpo":
-            keep_value_gradients(self.policy)
-        elif self.pretrain is not None:
-            # The last minibatch may be short where `nonfinite_scores` skips.
-            batch = self.pretrain.take(max(1, round(config.ptx_ratio * len(sequences))))
-            metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, **microbatch_size(config))
+        if isinstance(self.optimizer, StagedAdamW):
+            self.optimizer.prefetch()
+        with self.arena.transients():
+            metrics = minibatch_backward(self.policy, experience, sequences, config, temperature, **changing)
+            if self._warming_up or config.objective == "trpo":
+                keep_value_gradients(self.policy)
+            elif self.pretrain is not None:
+                # The last minibatch may be short where `nonfinite_scores` skips.
+                batch = self.pretrain.take(max(1, round(config.ptx_ratio * len(sequences))))
+                metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, **microbatch_size(config))
         total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
         norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)
         self.optimizer_steps += 1
@@ -375,7 +334,8 @@ class PPOTrainer:
                 sequences=len(experience.rollout),
             )
         if config.old_kl_target is not None:
-            old_kl = old_policy_kl(self.policy, experience, config, temperature)
+            with self._phase("score"), self.arena.transients():
+                old_kl = old_policy_kl(self.policy, experience, config, temperature)
             found = {"old_kl": old_kl, "old_kl_coef": self.old_kl_coef}
             self.old_kl_coef = adapted_old_kl_coef(self.old_kl_coef, old_kl, target=config.old_kl_target)
         return found

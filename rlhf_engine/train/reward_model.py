@@ -29,7 +29,7 @@ from rlhf_engine.data import (
 )
 from rlhf_engine.metrics import progress
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.train.optim import build_optimizer, optimizer_step
+from rlhf_engine.train.optim import OptimizerState, build_optimizer, optimizer_step
 from rlhf_engine.train.sft import Log
 
 
@@ -110,6 +110,7 @@ def fit_reward_model(
     *,
     pad_id: int,
     seed: int,
+    optimizer_state: OptimizerState = "resident",
     log: Log | None = None,
 ) -> tuple[RankingEvaluation, ...]:
     """Trains for `config.epochs` and returns every evaluation on the held-out rankings; the last one is the model's.
@@ -120,7 +121,7 @@ def fit_reward_model(
     for name, prompts in (("train", train), ("validation", validation)):
         if not prompts:
             raise ValueError(f"{name}: got no rankings with an untied pair, expected at least one")
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, optimizer_state)
     total = config.epochs * -(-len(train) // config.batch_size)
     history = []
     with progress(total, "reward model", unit="step") as bar:

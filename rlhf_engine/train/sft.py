@@ -17,7 +17,7 @@ from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of,
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.layout import token_cuts
-from rlhf_engine.train.optim import build_optimizer, optimizer_step
+from rlhf_engine.train.optim import OptimizerState, build_optimizer, optimizer_step
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -66,6 +66,7 @@ def fit_language_model(
     *,
     pad_id: int,
     seed: int,
+    optimizer_state: OptimizerState = "resident",
     log: Log | None = None,
     label: str = "sft",
 ) -> FitReport:
@@ -77,7 +78,7 @@ def fit_language_model(
     _check_sets(train, validation)
     per_epoch = -(-len(train) // config.batch_size)
     total, every = config.epochs * per_epoch, config.evaluate_every or per_epoch
-    optimizer = build_optimizer(actor.model, config.optim)
+    optimizer = build_optimizer(actor.model, config.optim, optimizer_state)
     minimum, losses, tokens = _Minimum(actor.model, config.patience), [], 0
     with progress(total, label, unit="step") as bar:
         for step, batch in enumerate(_epochs(train, config, pad_id, Random(seed))):

@@ -135,8 +135,8 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
 
 def _buffer(head: Head, rows: HeadRows, plan: Plan, *, keep: bool) -> Tensor:
     """Room for a chunk of logits, or for one step where nothing needs to stay."""
-    size = max(min(plan.chunk if keep else plan.step, len(rows.ids)), plan.pad_to)
-    return WORKSPACE.take((size, len(head.weight)), plan.logits_dtype, rows.hidden.device)
+    shape = (plan.rows(len(rows.ids), keep=keep), len(head.weight))
+    return WORKSPACE.take(shape, plan.logits_dtype, rows.hidden.device)
 
 
 def head_stats(kernels: Kernels, head: Head, rows: HeadRows, plan: Plan) -> RowStats:

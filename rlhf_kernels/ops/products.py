@@ -60,3 +60,28 @@ class Plan:
         chunk = max(chunk_tokens or default, MIN_CHUNK)
         one_product = n <= chunk and dtype == torch.bfloat16
         return cls(chunk, min(step, chunk), MIN_CHUNK, dtype, dtype if one_product else torch.float32, False, True)
+
+    def rows(self, n: int | None, *, keep: bool) -> int:
+        """Rows of logits in memory for `n` rows (None: any number) where a chunk's gradients stay, or those of one step."""
+        most = self.chunk if keep else self.step
+        return max(most if n is None else min(most, n), self.pad_to)
+
+
+def head_workspace_bytes(
+    vocab: int,
+    dtype: torch.dtype,
+    *,
+    tokens: int | None = None,
+    gradient: bool = True,
+    backend: str = "cpu",
+    chunk_tokens: int | None = None,
+) -> int:
+    """Bytes of logits that the fused head holds at a time, for `lend_workspace` and for whoever counts memory.
+
+    `tokens` rows that count of hidden states of `dtype`, None for any number; `gradient` whether the weight asks for one;
+    `backend` "cpu", "triton" or "cuda". The reference backend makes all logits at once and takes nothing from the workspace.
+    """
+    if backend not in ("cpu", "triton", "cuda"):
+        raise ValueError(f"backend: got {backend!r}, expected 'cpu', 'triton' or 'cuda'")
+    plan = Plan.of(tokens or 0, vocab, dtype, backend, chunk_tokens, None)
+    return plan.rows(tokens, keep=gradient) * vocab * plan.logits_dtype.itemsize

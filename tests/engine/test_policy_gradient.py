@@ -12,7 +12,8 @@ from torch import nn
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
 from rlhf_engine.describe import describe
 from rlhf_engine.ppo_config import PRESETS
-from rlhf_engine.train.ppo import gradient_discounts, loss_options
+from rlhf_engine.train.experience import gradient_discounts
+from rlhf_engine.train.ppo import loss_options
 from rlhf_kernels import gae, ppo_loss
 from tests.engine.tiny_models import VOCABULARY
 from tests.engine.tiny_trainer import make_trainer

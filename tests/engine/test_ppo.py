@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
 from rlhf_engine.config import ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
 from rlhf_engine.files import with_new_folder
-from rlhf_engine.train.ppo import Scored, advantages, minibatch_backward, score
+from rlhf_engine.train.experience import Scored, advantages
+from rlhf_engine.train.ppo import minibatch_backward, score
 from tests.engine.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
 
 
@@ -196,7 +197,7 @@ def test_sequences_are_numbered_through_the_run():
     trainer, asked, sampled = make_trainer(), [], []
     prompts, generate = trainer.prompts, trainer.generator.generate
     trainer.prompts = lambda first, count: asked.append((first, count)) or prompts(first, count)
-    trainer.generator.generate = lambda p, sequence: sampled.extend(sequence.tolist()) or generate(p, sequence)
+    trainer.generator.generate = lambda p, s, **where: sampled.extend(s.tolist()) or generate(p, s, **where)
     trainer.train()
     assert asked == [(0, 16), (16, 16)]
     assert sampled == list(range(32))

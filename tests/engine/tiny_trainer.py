@@ -27,11 +27,13 @@ def make_trainer(
     pretrain=None,
     value_model=None,
     attention=None,
+    memory=None,
+    dtype=torch.float32,
     **settings,
 ):
     generator = torch.Generator().manual_seed(5)
     head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2)
-    model = tiny(family, seed=model_seed, initializer_range=0.1)
+    model = tiny(family, seed=model_seed, initializer_range=0.1).to(dtype)
     if attention is not None:
         model.set_attn_implementation(attention)
     policy = ActorCritic(model, head) if value_model is None else ActorCritic(model, value_model=value_model)
@@ -47,6 +49,7 @@ def make_trainer(
         config,
         seed=seed,
         pretrain=pretrain,
+        memory=memory,
     )
 
 

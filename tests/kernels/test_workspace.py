@@ -2,9 +2,10 @@
 
 import threading
 
+import pytest
 import torch
 
-from rlhf_kernels import linear_ppo_loss, release_workspace
+from rlhf_kernels import head_workspace_bytes, lend_workspace, linear_ppo_loss, release_workspace
 from rlhf_kernels.workspace import WORKSPACE
 
 from .heads import make
@@ -28,6 +29,45 @@ def test_what_lay_in_the_block_does_not_matter():
     expected = linear_ppo_loss(hidden, weight, **constants).loss
     WORKSPACE._block.fill_(255)  # NaN in every dtype
     assert torch.equal(linear_ppo_loss(hidden, weight, **constants).loss, expected)
+
+
+def test_a_lent_block_serves_and_is_given_back():
+    leaves, constants, _ = make(0)
+    hidden, weight = leaves["hidden"], leaves["weight"]
+    release_workspace()
+    expected = linear_ppo_loss(hidden, weight, **constants).loss
+    size = head_workspace_bytes(len(weight), weight.dtype, tokens=constants["mask"].numel())
+    block = torch.full((size + 64,), 255, dtype=torch.uint8)
+    with lend_workspace(block[:size]):
+        assert WORKSPACE._block is None
+        assert torch.equal(linear_ppo_loss(hidden, weight, **constants).loss, expected)
+        assert WORKSPACE._block is None
+    assert not (block[:size] == 255).all() and (block[size:] == 255).all()
+    with (
+        lend_workspace(block[: size // 2 // 64 * 64]),
+        pytest.raises(ValueError, match="bytes lent, expected at least"),
+    ):
+        linear_ppo_loss(hidden, weight, **constants)
+    linear_ppo_loss(hidden, weight, **constants)
+    assert WORKSPACE._block is not None and WORKSPACE._lent is None
+
+
+def test_the_bytes_of_the_head_follow_from_shapes():
+    """512 rows of float32 logits on a CPU, 2048 of bfloat16, one step of 256 where no gradient stays; 16 at least."""
+    assert head_workspace_bytes(1000, torch.float32) == 512 * 1000 * 4
+    assert head_workspace_bytes(1000, torch.float32, tokens=100) == 100 * 1000 * 4
+    assert head_workspace_bytes(1000, torch.float32, tokens=3) == 16 * 1000 * 4
+    assert head_workspace_bytes(1000, torch.bfloat16) == 2048 * 1000 * 2
+    assert head_workspace_bytes(1000, torch.bfloat16, gradient=False) == 256 * 1000 * 2
+    assert head_workspace_bytes(1000, torch.bfloat16, chunk_tokens=128) == 128 * 1000 * 2
+    with pytest.raises(ValueError, match="backend: got 'reference'"):
+        head_workspace_bytes(1000, torch.float32, backend="reference")
+
+
+@pytest.mark.parametrize("block", [torch.zeros(64), torch.zeros(2, 64).byte(), torch.zeros(128).byte()[1:]], ids=str)
+def test_a_block_that_cannot_be_lent_is_refused(block):
+    with pytest.raises(ValueError, match=r"^block: got"), lend_workspace(block):
+        pass
 
 
 def test_threads_do_not_share_it():

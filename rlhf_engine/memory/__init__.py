@@ -1,0 +1,9 @@
+"""Where the bytes of a run live."""
+
+from rlhf_engine.memory.arena import Arena
+from rlhf_engine.memory.gradients import gradient_bytes, gradients_in
+from rlhf_engine.memory.opening import AnyArena, open_arena
+from rlhf_engine.memory.peaks import PeakMeter
+from rlhf_engine.memory.pool import PoolArena
+
+__all__ = ["AnyArena", "Arena", "PeakMeter", "PoolArena", "gradient_bytes", "gradients_in", "open_arena"]

@@ -1,0 +1,140 @@
+"""One block of bytes that the phases of an update take in turns, on the CPU.
+
+Keys and values while the policy samples; gradients, the head's logits and optimiser state in transit while it learns. What an
+update keeps is never in here. A run pays the largest of its phases and not their sum: a phase that needs less gives the rest of
+the block back to the system before it begins.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import mmap
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import lend_workspace
+
+ALIGNMENT = 64
+"""Bytes to which torch aligns a tensor on the CPU."""
+
+
+def room_for(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes that a tensor takes in an arena, alignment included."""
+    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class _Loan:
+    """Bytes handed out. They are free again when no tensor lies in them: a tensor keeps the memoryview alive, and views it."""
+
+    end: int
+    view: weakref.ref[memoryview]
+    what: str
+
+
+class Arena:
+    """`with arena.phase("train"): tensor = arena.take(shape, dtype)`, at most `sizes["train"]` bytes at a time.
+
+    A tensor may not outlive its phase: RuntimeError, naming those that are still held, where the phase ends. Where an exception
+    ended it, its traceback may hold some; their bytes are then left to them and the next phase maps others, so that nothing is
+    ever written under a tensor that somebody can read. `head_bytes` are those of the fused head's logits (see `transients`).
+    `poison` fills what is handed out with NaN, for tests.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], *, head_bytes: int = 0, poison: bool = False) -> None:
+        self.sizes, self.head_bytes, self.poison = dict(sizes), head_bytes, poison
+        self.open: str | None = None
+        self._block: mmap.mmap | None = None
+        self._loans: list[_Loan] = []
+
+    @property
+    def bytes(self) -> int:
+        """Of the block: those of the largest phase."""
+        return max(self.sizes.values())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Hand the block to `name`, one of `sizes`; one phase at a time."""
+        if self.open is not None:
+            raise RuntimeError(f"arena: got phase {name!r} while {self.open!r} is open, expected one at a time")
+        whole = False
+        try:
+            self._begin(name)
+            yield
+            whole = True
+        finally:
+            self.open = None
+        if whole:
+            self._refuse_held(name)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, *, zero: bool = False) -> Tensor:
+        """A contiguous tensor in the block, its content anything unless `zero`.
+
+        Bytes come back in the order of a stack: those of a tensor that is gone are free once all taken after it are gone too.
+        """
+        if self.open is None:
+            raise RuntimeError("arena: got a request outside of a phase, expected one inside")
+        while self._loans and self._loans[-1].view() is None:
+            self._loans.pop()
+        start = -(-self._loans[-1].end // ALIGNMENT) * ALIGNMENT if self._loans else 0
+        size = math.prod(shape) * dtype.itemsize
+        if start + size > self.sizes[self.open]:
+            raise ValueError(
+                f"arena: got a request for {size} bytes, {dtype} of shape {tuple(shape)}, with {self.sizes[self.open] - start} "
+                f"of the {self.sizes[self.open]} planned for phase {self.open!r} left, expected no more"
+            )
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        view = memoryview(self._block)[start : start + size]
+        self._loans.append(_Loan(start + size, weakref.ref(view), f"{dtype} {tuple(shape)}"))
+        tensor = torch.frombuffer(view, dtype=torch.uint8)
+        if zero:
+            tensor.zero_()
+        elif self.poison:
+            tensor.fill_(255)  # NaN in every floating type
+        return tensor.view(dtype).view(shape)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`take` with the signature that a cache asks for its memory with."""
+        assert device.type == "cpu"
+        return self.take(shape, dtype, zero=True)
+
+    @contextmanager
+    def transients(self) -> Iterator[None]:
+        """What forward and backward passes need besides tensors that are taken by name: here the logits of the fused head."""
+        with lend_workspace(self.take((self.head_bytes,), torch.uint8)):
+            yield
+
+    def reset(self) -> None:
+        """Close a phase that an interrupt left open."""
+        self.open = None
+
+    def _begin(self, name: str) -> None:
+        if self._held():
+            self._block = None
+        self._loans.clear()
+        size = self.sizes[name]
+        if self._block is None and self.bytes:
+            self._block = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        used = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        if used < self.bytes and hasattr(mmap, "MADV_DONTNEED"):
+            self._block.madvise(mmap.MADV_DONTNEED, used, self.bytes - used)
+        self.open = name
+
+    def _held(self) -> list[str]:
+        return [loan.what for loan in self._loans if loan.view() is not None]
+
+    def _refuse_held(self, name: str) -> None:
+        if self._held():
+            gc.collect()  # a cycle is nobody's
+        held = self._held()
+        if held:
+            raise RuntimeError(
+                f"arena: {len(held)} tensors of phase {name!r} are held at its end, such as {held[0]}, expected none"
+            )

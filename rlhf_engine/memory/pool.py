@@ -1,0 +1,110 @@
+"""The same arena on a CUDA device: one memory pool of the caching allocator. **It has not run on a device yet.**
+
+While the policy samples, its keys and values are slices of one allocation in the pool, dropped at the phase change. While it
+scores and learns, all that forward and backward passes allocate comes from the pool (`transients`), so from the bytes that the
+keys and values had, and so do gradients and optimiser state in transit, which are taken by name. Whatever is to survive a phase
+is made outside of `transients` or copied there: moments, sums of metrics, what a user's reward function keeps.
+
+Routing is per thread, and backward passes have threads of their own: `transients` turns those off
+(`set_multithreading_enabled(False)`: "the backward pass runs on the calling thread instead").
+
+A library that keeps a workspace from its first call on, as cuBLAS does, has made it by then, outside of the pool, since
+sampling comes first. A phase that leaves bytes behind all the same is no error: the allocator never hands out bytes twice. It
+is reported as `held_bytes`, since the pool then has to grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.memory.arena import room_for
+
+
+class PoolArena:
+    """`Arena` on a CUDA device. `sizes` bounds the phase "generate" alone: the others take what their operations need.
+
+    `cuda` is torch.cuda; a test brings a stand-in.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], device: torch.device, cuda: ModuleType = torch.cuda) -> None:
+        self.sizes, self.device, self.cuda = dict(sizes), device, cuda
+        self.open: str | None = None
+        self.address: int | None = None
+        """Where keys and values lay in the last phase "generate"; a graph captured at another address must be made again."""
+        self.held_bytes = 0
+        """What the last phase left in the pool."""
+        cuda.empty_cache()  # what checks and loading left behind is not paid beside the pool
+        self._pool = cuda.MemPool()
+        self._routed = False
+        self._block: Tensor | None = None
+        self._used = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Hand the pool to `name`, one of `sizes`; one phase at a time."""
+        if self.open is not None:
+            raise RuntimeError(f"arena: got phase {name!r} while {self.open!r} is open, expected one at a time")
+        whole = False
+        try:
+            if name == "generate":
+                with self._route():
+                    self._block = torch.empty(self.sizes[name], dtype=torch.uint8, device=self.device)
+                self.address, self._used = self._block.data_ptr(), 0
+            self.open = name
+            yield
+            whole = True
+        finally:
+            self.reset()
+        self.held_bytes = sum(segment["allocated_size"] for segment in self._pool.snapshot())
+        if whole and name == "generate" and self.held_bytes >= max(self.sizes[name], 1):
+            raise RuntimeError(
+                f"arena: {self.held_bytes} bytes of phase 'generate' are held at its end, expected no keys and values"
+            )
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, *, zero: bool = False) -> Tensor:
+        """A contiguous tensor in the pool, its content anything unless `zero`."""
+        if self.open is None:
+            raise RuntimeError("arena: got a request outside of a phase, expected one inside")
+        if self._block is None:
+            with nullcontext() if self._routed else self._route():
+                return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
+        start, size = self._used, room_for(shape, dtype)
+        if start + size > self.sizes[self.open]:
+            raise ValueError(
+                f"arena: got a request for {size} bytes, {dtype} of shape {tuple(shape)}, with {self.sizes[self.open] - start} "
+                f"of the {self.sizes[self.open]} planned for phase {self.open!r} left, expected no more"
+            )
+        self._used = start + size
+        count = torch.Size(shape).numel() * dtype.itemsize
+        tensor = self._block[start : start + count].view(dtype).view(shape)
+        return tensor.zero_() if zero else tensor
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`take` with the signature that a cache asks for its memory with."""
+        return self.take(shape, dtype, zero=True)
+
+    @contextmanager
+    def transients(self) -> Iterator[None]:
+        """Everything that this thread and the backward passes it starts allocate comes from the pool."""
+        with torch.autograd.set_multithreading_enabled(False), self._route():
+            yield
+
+    def reset(self) -> None:
+        """Close a phase that an interrupt left open."""
+        self.open, self._block = None, None
+
+    @contextmanager
+    def _route(self) -> Iterator[None]:
+        # The allocator refuses a pool that the thread allocates from already.
+        assert not self._routed
+        self._routed = True
+        try:
+            with self.cuda.use_mem_pool(self._pool, self.device):
+                yield
+        finally:
+            self._routed = False

@@ -1,0 +1,83 @@
+"""From scored answers to what an update learns from. B sequences, T response width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_engine.config import PPOConfig
+from rlhf_engine.rollout import Rollout
+from rlhf_kernels import rollout_advantages
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with what its reward is made of. All but scores are (B, T), float32, 0 where the mask is False."""
+
+    rollout: Rollout
+    scores: Tensor  # (B,)
+    raw_scores: Tensor  # (B,), before any scale or penalty
+    old_logprobs: Tensor
+    old_values: Tensor
+    ref_logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from. All but `rollout` are (B, T), float32, 0 where the mask is False."""
+
+    rollout: Rollout
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor | None
+
+
+def advantages(
+    scored: Scored, config: PPOConfig, kl_coef: float, backend: str = "auto"
+) -> tuple[Experience, dict[str, float]]:
+    """GAE of `-kl_coef * KL_t + [t is last] score`, whitened over the batch, and the numbers worth logging."""
+    rollout = scored.rollout
+    result = rollout_advantages(
+        scored.scores,
+        scored.old_logprobs,
+        scored.ref_logprobs,
+        scored.old_values,
+        rollout.mask,
+        kl_coef=kl_coef,
+        kl_estimator=config.kl_estimator,
+        gamma=config.gamma,
+        lam=config.lam,
+        score_clip=config.score_clip,
+        whiten_rewards=config.whiten_rewards,
+        whiten_advantages=config.whiten_advantages and config.whiten_scope == "batch",
+        backend=backend,
+    )
+    weights = None
+    if config.importance_cap is not None:
+        weights = (scored.old_logprobs - rollout.sampling_logprobs).exp().clamp(max=config.importance_cap)
+    if config.discount_gradient:
+        discounts = gradient_discounts(rollout.mask, config.gamma)
+        weights = discounts if weights is None else weights * discounts
+    lengths = rollout.response_lengths.float()
+    log = {
+        "score_mean": scored.raw_scores.mean(),
+        "score_std": scored.raw_scores.std(correction=0),
+        "scaled_score_mean": scored.scores.mean(),
+        "kl": result.kl.sum(1).mean(),
+        "kl_per_token": result.kl.sum() / lengths.sum(),
+        "reward_mean": result.rewards.sum(1).mean(),
+        "return_mean": result.returns.sum() / lengths.sum(),
+        "value_mean": scored.old_values.sum() / lengths.sum(),
+        "response_length": lengths.mean(),
+        "ended": rollout.ended.float().mean(),
+    }
+    experience = Experience(rollout, scored.old_logprobs, scored.old_values, result.advantages, result.returns, weights)
+    return experience, {name: float(value) for name, value in log.items()}
+
+
+def gradient_discounts(mask: Tensor, gamma: float) -> Tensor:  # (B, T) -> (B, T)
+    """gamma^t of action number t of its sequence (Sutton & Barto 2018, section 13.3)."""
+    return gamma ** (mask.cumsum(1) - 1).clamp(min=0).float()

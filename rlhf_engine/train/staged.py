@@ -1,0 +1,248 @@
+"""AdamW whose moments live in host memory, and whose half-precision weights have float32 masters.
+
+An update of a bfloat16 weight is often smaller than the spacing of bfloat16 around it, so the sum of updates is kept in a
+float32 master, and the weight is its rounding. Masters are optimiser state like the moments.
+
+State in host memory goes to the device bucket by bucket and back. Two buckets have room there: while one is stepped, a stream
+of its own copies the next in and the one before out. The first two are copied while the minibatch runs forward and backward
+(`prefetch`), which hides them as well as sampling would and takes no room from its keys and values. On the CPU, where host and
+device are one memory, the copies are made all the same and nothing is saved: it is how they are tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+HALF = (torch.bfloat16, torch.float16)
+"""Types of weights whose updates need a master."""
+
+BUCKET_BYTES = 64 * 2**20
+"""Of state that is copied at a time: long enough for the copy to run at full speed, short beside what it is a part of."""
+_UNIT = 4096
+"""A tensor is cut at multiples of this many elements, so that vector code meets the same ends as in the whole tensor."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one parameter."""
+
+    parameter: nn.Parameter
+    group: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of something that is shaped like the parameter."""
+        return tensor.detach().view(-1)[self.start : self.stop]
+
+
+def buckets(groups: Sequence[dict[str, Any]], most: int, each: Callable[[nn.Parameter], int]) -> list[list[Piece]]:
+    """The parameters of all groups in order, cut so that a bucket holds at most `most` bytes; an element of a parameter has
+    `each` of them."""
+    made: list[list[Piece]] = [[]]
+    left = most
+    assert most >= _UNIT * 12  # of a bucket that is empty something always fits
+    for group, content in enumerate(groups):
+        for parameter in content["params"]:
+            start, size = 0, each(parameter)
+            while start < parameter.numel():
+                room = min(parameter.numel() - start, left // size)
+                if room < parameter.numel() - start:
+                    room = room // _UNIT * _UNIT
+                if room == 0:
+                    made.append([])
+                    left = most
+                    continue
+                made[-1].append(Piece(parameter, group, start, start + room))
+                start, left = start + room, left - room * size
+    return made
+
+
+class StagedAdamW(torch.optim.AdamW):
+    """Fused AdamW, element by element what `torch.optim.AdamW` does, whose state is where `host` says.
+
+    Masters start as the weights that are there at construction; whoever writes weights later writes the masters as well. Each
+    half-precision weight needs a float32 `grad_dtype`. `take` gives a float32 vector on the device for state in transit;
+    `cuda` is torch.cuda, None for a device without streams.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        host: bool,
+        cuda: ModuleType | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups, fused=True, **options)
+        self.host, self.cuda = host, cuda
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = self._new_state(parameter)
+        self.buckets = buckets(self.param_groups, bucket_bytes, self._bytes_of_element)
+        self.take: Callable[[tuple[int, ...], torch.dtype], Tensor] = self._allocate
+        self._transit: _Transit | None = None
+        self._stream = cuda.Stream() if host and cuda is not None else None
+
+    @property
+    def transit_bytes(self) -> int:
+        """Room that the state in transit takes on the device."""
+        return 4 * sum(self._bucket_sizes()) if self.host else 0
+
+    def prefetch(self) -> None:
+        """Start to copy the first buckets to the device, where something can run meanwhile."""
+        if self._stream is not None:
+            self._transit = self._new_transit()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Step every parameter that has a gradient."""
+        if self.host:
+            transit, self._transit = self._transit or self._new_transit(), None
+            for number, bucket in enumerate(self.buckets):
+                self._step(bucket, transit.arrived(number))
+                transit.leave(number)
+        else:
+            for bucket in self.buckets:
+                self._step(bucket, [self._parts(piece) for piece in bucket])
+        for parameter, state in self.state.items():
+            if parameter.grad is not None:
+                state["step"] += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and state in transit that a step never came for."""
+        self._transit = None
+        super().zero_grad(set_to_none)
+
+    def synchronize(self) -> None:
+        """Wait until the state in host memory is whole."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        where = {"device": "cpu", "pin_memory": self.cuda is not None} if self.host else {"device": parameter.device}
+        names = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.dtype in HALF)
+        state = {name: torch.zeros(parameter.shape, dtype=torch.float32, **where) for name in names}
+        if "master" in state:
+            state["master"].copy_(parameter.detach())
+        return {"step": torch.zeros((), device=parameter.device)} | state
+
+    def _bytes_of_element(self, parameter: nn.Parameter) -> int:
+        return 4 * (len(self.state[parameter]) - 1)
+
+    def _parts(self, piece: Piece) -> dict[str, Tensor]:
+        state = self.state[piece.parameter]
+        return {name: piece.of(state[name]) for name in state if name != "step"}
+
+    def _step(self, bucket: list[Piece], parts: list[dict[str, Tensor]]) -> None:
+        for number, group in enumerate(self.param_groups):
+            chosen = [
+                (piece, part)
+                for piece, part in zip(bucket, parts, strict=True)
+                if piece.group == number and piece.parameter.grad is not None
+            ]
+            if not chosen:
+                continue
+            weights = [part.get("master", piece.of(piece.parameter)) for piece, part in chosen]
+            beta1, beta2 = group["betas"]
+            adamw(
+                weights,
+                [piece.of(piece.parameter.grad) for piece, _ in chosen],
+                [part["exp_avg"] for _, part in chosen],
+                [part["exp_avg_sq"] for _, part in chosen],
+                [],
+                # A copy each: a parameter in several pieces makes one step.
+                [self.state[piece.parameter]["step"].clone() for piece, _ in chosen],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for piece, part in chosen:
+                if "master" in part:
+                    piece.of(piece.parameter).copy_(part["master"])
+
+    def _bucket_sizes(self) -> list[int]:
+        """Elements of the two vectors that buckets alternate between."""
+        sizes = [
+            sum((p.stop - p.start) * self._bytes_of_element(p.parameter) // 4 for p in bucket)
+            for bucket in self.buckets
+        ]
+        return [max(sizes[first::2]) for first in (0, 1) if sizes[first::2]]
+
+    def _new_transit(self) -> _Transit:
+        vectors = [self.take((size,), torch.float32) for size in self._bucket_sizes()]
+        return _Transit(
+            vectors, [[self._parts(piece) for piece in bucket] for bucket in self.buckets], self.cuda, self._stream
+        )
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.param_groups[0]["params"][0].device)
+
+
+class _Transit:
+    """The state of one step on its way: buckets take two vectors on the device in turn."""
+
+    def __init__(
+        self,
+        vectors: list[Tensor],
+        parts: list[list[dict[str, Tensor]]],  # of each bucket, in host memory
+        cuda: ModuleType | None,
+        stream: Any,
+    ) -> None:
+        self.vectors, self.parts, self.cuda, self.stream = vectors, parts, cuda, stream
+        self.staged: dict[int, list[dict[str, Tensor]]] = {}
+        self.events: dict[int, Any] = {}
+        if stream is not None:
+            stream.wait_stream(cuda.current_stream())  # which may still read what the vectors' bytes held before
+        for number in range(min(2, len(parts))):
+            self._arrive(number)
+
+    def arrived(self, number: int) -> list[dict[str, Tensor]]:
+        """The bucket's state on the device, for the current stream."""
+        if self.stream is not None:
+            self.cuda.current_stream().wait_event(self.events.pop(number))
+        return self.staged[number]
+
+    def leave(self, number: int) -> None:
+        """Copy a bucket back, and the one after the next into its room."""
+        if self.stream is not None:
+            self.stream.wait_stream(self.cuda.current_stream())  # the bucket's step
+        with self._aside():
+            for host, device in zip(self.parts[number], self.staged.pop(number), strict=True):
+                for name, tensor in host.items():
+                    tensor.copy_(device[name], non_blocking=True)
+        if number + 2 < len(self.parts):
+            self._arrive(number + 2)
+        elif self.stream is not None:
+            self.cuda.current_stream().wait_stream(self.stream)  # before the vectors' bytes are somebody else's
+
+    def _arrive(self, number: int) -> None:
+        vector, staged = self.vectors[number % 2], []
+        with self._aside():
+            at = 0
+            for part in self.parts[number]:
+                here = {}
+                for name, tensor in part.items():
+                    here[name] = vector[at : at + tensor.numel()].copy_(tensor, non_blocking=True)
+                    at += tensor.numel()
+                staged.append(here)
+        self.staged[number] = staged
+        if self.stream is not None:
+            self.events[number] = self.stream.record_event()
+
+    def _aside(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stream is None else self.cuda.stream(self.stream)
