@@ -1,0 +1,123 @@
+"""What would make a run fit: settings tried in every combination, those that fit listed fastest first.
+
+The order is an estimate from counted work, nothing was timed: matrix products in half precision save time, 8-bit state costs
+a little, state in host memory crosses the bus twice an optimiser step, checkpointing does a forward pass again, and every
+halving of the micro-batch makes its products a little slower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from rlhf_engine.memory.plan import MemoryPlan
+from rlhf_engine.memory.workload import Workload
+
+_COSTS: dict[tuple[str, Any], float] = {
+    ("compute_dtype", "bfloat16"): -0.40,
+    ("dtype", "bfloat16"): -0.39,  # matrix products too; rounds master weights once a step besides
+    ("optimizer_state", "8bit"): 0.02,
+    ("optimizer_state", "host"): 0.10,
+    ("gradient_checkpointing", True): 0.25,
+    ("adapter", 16): -0.10,
+    ("base_bits", 4): 0.20,
+}
+"""Share of an update's time that a change adds, by estimate."""
+_HALVING = 0.03
+
+_SETTINGS = {
+    "dtype": "dtype",
+    "compute_dtype": "compute_dtype",
+    "optimizer_state": "memory.optimizer_state",
+    "gradient_checkpointing": "memory.gradient_checkpointing",
+    "microbatch": "ppo.microbatch",
+    "slots": "rollout.batch_size",
+}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A plan with some settings changed, and what the change would cost."""
+
+    plan: MemoryPlan
+    changes: dict[str, Any]
+    """Fields of the workload with their new values."""
+    cost: float
+    """Share of an update's time that it adds, by estimate; negative: it saves time."""
+
+    @property
+    def words(self) -> str:
+        """The change as settings of a config; adapters and 4-bit weights, which have none yet, in words."""
+        named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in self.changes.items() if name in _SETTINGS]
+        if "adapter" in self.changes:
+            named.insert(0, f"LoRA of rank {self.changes['adapter']} on frozen weights, reference without it")
+        if "base_bits" in self.changes:
+            named.insert(1, f"those in {self.changes['base_bits']} bits")
+        return ", ".join(named) or "as it is"
+
+
+def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
+    """Strategies within the workload's budget, fastest first, without those that change more than another needs to.
+
+    With `planned`, adapters and 4-bit weights are tried too, which the engine does not have yet.
+    """
+    fits = [one for one in _tried(workload, planned=planned) if one.plan.fits and one.plan.slots]
+    fits.sort(key=lambda one: (one.cost, len(one.changes)))
+    kept: list[Strategy] = []
+    for one in fits:
+        switches = _switches(one)
+        if not any(_switches(other) <= switches for other in kept):
+            kept.append(one)
+    return kept
+
+
+def smallest(workload: Workload, *, planned: bool = False) -> Strategy:
+    """The strategy with the smallest peak of all, whether it fits or not."""
+    return min(_tried(workload, planned=planned), key=lambda one: one.plan.peak)
+
+
+def _switches(strategy: Strategy) -> set[tuple[str, Any]]:
+    return {(name, value) for name, value in strategy.changes.items() if name not in ("microbatch", "slots")}
+
+
+def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
+    """Every combination, each with the largest micro-batch and the most slots that fit, or one of each if none does."""
+    choices: dict[str, list[Any]] = {
+        "dtype": ["float32", "bfloat16"],
+        "compute_dtype": ["float32", "bfloat16"],
+        "optimizer_state": ["resident", "8bit"] + ["host"] * (workload.device != "cpu"),
+        "gradient_checkpointing": [False, True],
+    }
+    if planned:
+        choices |= {"adapter": [0, 16], "base_bits": [0, 4]}
+    for values in product(*choices.values()):
+        changes = {name: value for name, value in zip(choices, values, strict=True) if value != getattr(workload, name)}
+        if not _sensible(workload, changes):
+            continue
+        cost = sum(_COSTS.get(one, math.inf) for one in changes.items())
+        if math.isfinite(cost):
+            yield _sized(workload, changes, cost)
+
+
+def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
+    made = replace(workload, **changes)
+    rounds_twice = changes.get("compute_dtype") == "bfloat16" and made.dtype == "bfloat16"
+    return not rounds_twice and not (made.base_bits and not made.adapter)
+
+
+def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy:
+    made = replace(workload, **changes)
+    plan = MemoryPlan.of(made)
+    rows = max(1, min(made.train_rows, plan.largest_microbatch()))
+    changes = dict(changes)
+    if rows < made.train_rows:
+        changes["microbatch"] = rows
+        cost += _HALVING * math.log2(made.train_rows / rows)
+        plan = MemoryPlan.of(replace(made, microbatch=rows, microbatch_tokens=0))
+    if 0 < plan.slots < workload.slots:
+        changes["slots"] = plan.slots
+        cost += _HALVING * math.log2(workload.slots / plan.slots)
+    return Strategy(plan, changes, cost)
