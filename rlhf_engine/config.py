@@ -188,6 +188,10 @@ class RunConfig(Section):
     """torch device of the models, such as cpu or cuda:0."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; training needs float32."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products, of sampling as of learning, where the weights are float32: bfloat16 multiplies rounded
+    copies of weights and activations, and leaves weights, gradients, log-probs, values and optimiser in float32. It pays on
+    GPUs and on processors with bfloat16 instructions; on others it is slower than float32."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Backend of the rlhf_kernels operations; `auto` picks one for each of them and the device."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -225,6 +229,11 @@ class RunConfig(Section):
             )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
+        if self.compute_dtype == "bfloat16" and self.ppo.objective == "trpo":
+            raise ValueError(
+                "compute_dtype: got 'bfloat16' with ppo.objective 'trpo', expected 'float32': conjugate gradient divides by "
+                "curvatures that bfloat16's rounding would drown"
+            )
         filters = (self.rollout.top_k, self.rollout.top_p, self.rollout.min_p)
         if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and filters == (None,) * 3:
             raise ValueError(

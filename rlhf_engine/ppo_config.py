@@ -97,6 +97,10 @@ class PPOConfig(Section):
     """Sequences of one optimiser step."""
     microbatch: Count = 16
     """Sequences of one forward and backward pass; changes memory and speed, not the gradient."""
+    microbatch_tokens: Count | None = None
+    """Tokens of one forward and backward pass in place of `microbatch` sequences, so that short answers go together and a
+    pass costs the same whatever the lengths: packed without padding where torch has the attention for it (a GPU and half
+    precision), otherwise sequences of like length, their padding counted. A longer sequence has a pass of its own."""
     ppo_epochs: Count = 1
     """Passes over the rollout batch."""
     kl_coef: NonNegative = 0.02
@@ -222,7 +226,7 @@ class PPOConfig(Section):
             raise ValueError(
                 f"minibatch: got {self.minibatch}, expected a divisor of rollout_batch {self.rollout_batch}"
             )
-        if self.microbatch > self.minibatch:
+        if self.microbatch > self.minibatch and self.microbatch_tokens is None:
             raise ValueError(f"microbatch: got {self.microbatch}, expected at most minibatch {self.minibatch}")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError(f"dual_clip: got {self.dual_clip}, expected a number above 1")
@@ -241,6 +245,7 @@ class PPOConfig(Section):
         clip, penalty = self.objective == "clip", self.objective == "kl_penalty"
         adaptive = self.kl_control == "adaptive"
         return (
+            ("microbatch", 16, "microbatch_tokens None", self.microbatch_tokens is None),
             ("missing_eos_penalty", 0.0, "missing_eos_score None", self.missing_eos_score is None),
             ("cliprange", 0.2, "objective 'clip'", clip),
             ("cliprange_high", None, "objective 'clip'", clip),

@@ -18,7 +18,7 @@ from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout, score_rollout
-from rlhf_engine.stages import load_model, load_reward_model, make_generator, reward_function
+from rlhf_engine.stages import computing, load_model, load_reward_model, make_generator, reward_function
 
 _SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}
 """Added to the run's seed: no answer of the examination shares its random numbers with another policy's or a rollout's."""
@@ -72,8 +72,8 @@ def examine(config: RunConfig) -> Examination:
     sft_model, codec = load_model(config)
     ppo_model, _ = load_model(replace(config, model=replace(config.model, path=str(Path(config.output_dir) / "ppo"))))
     reward_model = load_reward_model(config)
-    sft = ActorCritic(sft_model, backend=config.backend)
-    ppo = ActorCritic(ppo_model, backend=config.backend)
+    sft = ActorCritic(sft_model, backend=config.backend, **computing(config))
+    ppo = ActorCritic(ppo_model, backend=config.backend, **computing(config))
 
     def ask(name: str, policy: ActorCritic, count: int) -> Answers:
         generator_seed = config.seed * 1_000 + _SEEDS[name]

@@ -7,6 +7,7 @@ Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rlhf_engine.model.heads import HeadTransform, ValueHead
+from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.trunk import checkpoint_layers, last_hidden, packs, products
 from rlhf_kernels import PPOLoss, TokenLogprobs, linear_ppo_loss, linear_token_logprobs
 
 _PROBE_LOGIT = 60.0
@@ -26,6 +29,9 @@ class ActorCritic(nn.Module):
 
     On construction the log-probs of a few tokens are compared with the model's own; ValueError if they differ. The trunk
     stays in evaluation mode: dropout would make the ratio of one policy with itself differ from 1.
+
+    `compute_dtype` is that of matrix products, None the weights' own; log-probs, values and gradients are the weights' still.
+    With `gradient_checkpointing` a backward pass runs the trunk's layers again. A value model has settings of its own.
     """
 
     def __init__(
@@ -35,6 +41,8 @@ class ActorCritic(nn.Module):
         *,
         value_model: RewardModel | None = None,
         backend: str = "auto",
+        compute_dtype: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if model.get_output_embeddings() is None:
@@ -42,7 +50,7 @@ class ActorCritic(nn.Module):
         self.model = model
         self.trunk_name = _trunk_name(model)
         self.transform = HeadTransform.from_config(model.config)
-        self.backend = backend
+        self.backend, self.compute_dtype = backend, None
         hidden_size = self.lm_weight.shape[1]
         if value_model is not None and value_head is not None:
             raise ValueError("value_model: got one beside a value_head, expected one of the two")
@@ -55,6 +63,11 @@ class ActorCritic(nn.Module):
             raise ValueError(f"value_head: got a weight of shape {got}, expected ({hidden_size},), the hidden size")
         self.eval()
         self._check_head()
+        self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
+        if gradient_checkpointing:
+            checkpoint_layers(self.trunk)
+        self.packs = packs(self.trunk, self.compute_dtype)
+        """Whether micro-batches of a token budget are packed."""
 
     @property
     def trunk(self) -> nn.Module:
@@ -88,7 +101,9 @@ class ActorCritic(nn.Module):
         position_ids: Tensor | None = None,  # (B, S)
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-    ) -> Tensor:  # (B, S, H)
+        *,
+        cu_inputs: Tensor | None = None,  # (B + 1,), where each sequence begins in packed `input_ids` [1, N]
+    ) -> Tensor:  # (B, S, H) or (1, N, H)
         """Last hidden states, after the final norm. Row s belongs to the state in which token s + 1 is the action.
 
         Without `position_ids` they are counted from the attention mask, so that left padding changes nothing; without
@@ -96,18 +111,25 @@ class ActorCritic(nn.Module):
         """
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        output = self.trunk(
-            input_ids=input_ids,
+        return last_hidden(
+            self.trunk,
+            input_ids,
+            compute_dtype=self.compute_dtype,
+            cu_inputs=cu_inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
         """Logits of a few rows, for sampling."""
-        return self.transform(nn.functional.linear(hidden, self.lm_weight, self.lm_bias))
+        with self.products():
+            return self.transform(nn.functional.linear(hidden, self.lm_weight, self.lm_bias))
+
+    def products(self) -> AbstractContextManager[None]:
+        """Matrix products within are made in `compute_dtype`; around many forward passes, weights are copied once."""
+        return products(self.compute_dtype, self.device)
 
     def values(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...), float32
         """V of every state as the value head has it; 0 where the value function is a model of its own."""
@@ -117,12 +139,13 @@ class ActorCritic(nn.Module):
 
     def state_values(
         self,
-        input_ids: Tensor,  # (B, S), padded on the right
-        rows: Tensor,  # (N,), the states in the flattened (B * S) positions
+        batch: TokenBatch,
         hidden: Tensor | None,  # (N, H), the policy's there; not read where the value function is a model of its own
     ) -> Tensor:  # (N,), float32
-        """V of chosen states, whoever has the value function."""
-        return self.values(hidden) if self.value_model is None else self.value_model.values(input_ids, rows)
+        """V of the states of a batch's actions, whoever has the value function."""
+        if self.value_model is None:
+            return self.values(hidden)
+        return self.value_model.values(batch.input_ids, batch.rows, batch.cu_inputs)
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Those of the value function alone."""
@@ -135,7 +158,8 @@ class ActorCritic(nn.Module):
         **options: Any,
     ) -> TokenLogprobs:
         """`rlhf_kernels.linear_token_logprobs` with this model's head; `options` are temperature, mask, entropy."""
-        return linear_token_logprobs(hidden, self.lm_weight, ids, **self._head_options(), **options)
+        with self.products():
+            return linear_token_logprobs(hidden, self.lm_weight, ids, **self._head_options(), **options)
 
     def ppo_loss(
         self,
@@ -149,16 +173,17 @@ class ActorCritic(nn.Module):
         """`rlhf_kernels.linear_ppo_loss` with this model's two heads; `options` are that function's."""
         if self.value_head is not None:
             options |= {"value_weight": self.value_head.weight, "value_bias": self.value_head.bias}
-        return linear_ppo_loss(
-            hidden,
-            self.lm_weight,
-            ids,
-            old_logprobs,
-            advantages,
-            mask,
-            **self._head_options(),
-            **options,
-        )
+        with self.products():
+            return linear_ppo_loss(
+                hidden,
+                self.lm_weight,
+                ids,
+                old_logprobs,
+                advantages,
+                mask,
+                **self._head_options(),
+                **options,
+            )
 
     def language_model_loss(
         self,
@@ -170,17 +195,18 @@ class ActorCritic(nn.Module):
         hidden, ids = self.hidden(input_ids[:, :-1]).flatten(0, 1), input_ids[:, 1:].flatten()
         # -A log pi with an advantage of 1: the gradient is made in the forward pass, and no [N, V] tensor exists.
         ones = torch.ones(len(ids), device=ids.device)
-        result = linear_ppo_loss(
-            hidden,
-            self.lm_weight,
-            ids,
-            torch.zeros_like(ones),
-            ones,
-            torch.ones_like(ids, dtype=torch.bool),
-            objective="policy_gradient",
-            num_tokens=num_tokens,
-            **self._head_options(),
-        )
+        with self.products():
+            result = linear_ppo_loss(
+                hidden,
+                self.lm_weight,
+                ids,
+                torch.zeros_like(ones),
+                ones,
+                torch.ones_like(ids, dtype=torch.bool),
+                objective="policy_gradient",
+                num_tokens=num_tokens,
+                **self._head_options(),
+            )
         return result.loss
 
     def forward(
@@ -191,12 +217,14 @@ class ActorCritic(nn.Module):
         old_logprobs: Tensor,  # (N,)
         advantages: Tensor,  # (N,)
         mask: Tensor,  # (N,)
+        *,
+        cu_inputs: Tensor | None = None,  # (B + 1,), where each sequence begins in packed `input_ids` [1, sum of S]
         **options: Any,
     ) -> PPOLoss:
         """Trunk and loss in one call, so that a sharded root holds every weight, the tied head's too, where it is read."""
-        hidden = self.hidden(input_ids).flatten(0, 1).index_select(0, rows)
+        hidden = self.hidden(input_ids, cu_inputs=cu_inputs).flatten(0, 1).index_select(0, rows)
         if self.value_model is not None:
-            options["values"] = self.value_model.values(input_ids, rows)
+            options["values"] = self.value_model.values(input_ids, rows, cu_inputs)
         return self.ppo_loss(hidden, ids, old_logprobs, advantages, mask, **options)
 
     def _head_options(self) -> dict[str, Any]:

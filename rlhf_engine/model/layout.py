@@ -1,28 +1,31 @@
 """How prompts and responses lie in the tensors of a forward pass, and the one place where tokens are shifted.
 
 B sequences, S input positions, N actions. Sequences start at column 0 and are padded on the right: a causal trunk then needs
-neither an attention mask nor position ids, because no real token can see a pad. The action `a_t` is taken in the state
+neither an attention mask nor position ids, because no real token can see a pad. Or they are packed, one behind the other
+in a single row, and `cu_inputs` says where each begins. The action `a_t` is taken in the state
 whose last token is the one before it, so row t of the selected hidden states is column `prompt_length - 1 + t`. The
 last action is never an input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """Some sequences as one forward pass reads them, and where its actions lie."""
 
-    input_ids: Tensor  # (B, S), int64, padded on the right
-    rows: Tensor  # (N,), int64, into the flattened (B * S) hidden states: the state of every action
+    input_ids: Tensor  # (B, S), int64, padded on the right; (1, sum of lengths) packed
+    rows: Tensor  # (N,), int64, into the flattened hidden states: the state of every action
     ids: Tensor  # (N,), int64, the actions
     source: Tensor  # (N,), int64, into flattened (all sequences * T) response tensors
     cu_seqlens: Tensor  # (B + 1,), int32, where each sequence's actions begin in N
+    cu_inputs: Tensor | None = None  # (B + 1,), int32, where each packed sequence begins; None: padded
 
 
 def token_batch(
@@ -31,11 +34,14 @@ def token_batch(
     response_lengths: Tensor,  # (M,), at least 1
     response_width: int,  # T
     sequences: Tensor,  # (B,), which of the M to take
+    *,
+    packed: bool = False,
 ) -> TokenBatch:
-    """Take `sequences`, without padding beyond the longest of them, and find the state of every action."""
+    """Take `sequences`, packed or without padding beyond the longest of them, and find the state of every action."""
     device = input_ids.device
     prompt, response = prompt_lengths[sequences], response_lengths[sequences]
-    width = int((prompt + response).max()) - 1
+    lengths = prompt + response - 1
+    width = int(lengths.max())
     start = input_ids.shape[1] - response_width - prompt
     # Columns past a sequence's end repeat its last token: a pad id there would make transformers warn.
     last = (prompt + response - 1)[:, None]
@@ -43,9 +49,34 @@ def token_batch(
     inputs = input_ids[sequences[:, None], column]
     steps = torch.arange(int(response.max()), device=device)
     taken = steps < response[:, None]  # (B, longest response)
-    states = torch.arange(len(sequences), device=device)[:, None] * width + prompt[:, None] - 1 + steps
+    begins, cu_inputs = torch.arange(len(sequences), device=device) * width, None
+    if packed:
+        real = torch.arange(width, device=device) < lengths[:, None]
+        inputs, cu_inputs = inputs[real][None], cumulated(lengths)
+        begins = cu_inputs[:-1].long()
+    states = (begins + prompt - 1)[:, None] + steps
     source = (sequences * response_width)[:, None] + steps
     actions = input_ids[:, input_ids.shape[1] - response_width :].reshape(-1)[source[taken]]
-    ends = response.cumsum(0)
-    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-    return TokenBatch(inputs, states[taken], actions, source[taken], cu_seqlens)
+    return TokenBatch(inputs, states[taken], actions, source[taken], cumulated(response), cu_inputs)
+
+
+def cumulated(lengths: Tensor) -> Tensor:  # (B,) -> (B + 1,), int32
+    """Where each of some sequences begins when they lie one behind the other, and where the last one ends."""
+    return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def token_cuts(lengths: Sequence[int], budget: int, *, packed: bool = False) -> list[int]:
+    """How many of some sequences, sorted from long to short, make each micro-batch of at most `budget` tokens.
+
+    Padding counts where they are not packed. A sequence that is longer than the budget is a micro-batch of its own: none is
+    ever split.
+    """
+    cuts, tokens, width = [], 0, 0
+    for length in lengths:
+        # A padded row is as wide as the first of its micro-batch, the longest.
+        tokens += length if packed else width
+        if not cuts or tokens > budget:
+            cuts.append(0)
+            tokens = width = length
+        cuts[-1] += 1
+    return cuts

@@ -17,6 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 from rlhf_engine.files import read_json, require, write_json
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.pretrained import load_head, load_pretrained
+from rlhf_engine.model.trunk import checkpoint_layers, last_hidden
 
 _HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 
@@ -28,6 +29,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self.compute_dtype: torch.dtype | None = None
         self.eval()
 
     @classmethod
@@ -38,6 +40,13 @@ class RewardModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
         return cls(trunk, ValueHead.from_weights(weight.to(next(trunk.parameters()).device)))
+
+    def computing(self, *, compute_dtype: torch.dtype | None = None, gradient_checkpointing: bool = False) -> Self:
+        """Sets the type of the trunk's matrix products, None its weights', and whether a backward pass runs layers again."""
+        self.compute_dtype = None if compute_dtype == self.trunk.dtype else compute_dtype
+        if gradient_checkpointing:
+            checkpoint_layers(self.trunk)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -50,16 +59,17 @@ class RewardModel(nn.Module):
         lengths: Tensor,  # (B,), tokens of each row
     ) -> Tensor:  # (B,) float32
         """One score a row, read at its last token; a causal trunk there has seen the whole row and no pad."""
-        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self._hidden(ids)
         return self.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
 
     def values(
         self,
-        ids: Tensor,  # (B, S), padded on the right
-        rows: Tensor,  # (N,), places in the flattened (B * S)
+        ids: Tensor,  # (B, S), padded on the right, or (1, sum of S) packed
+        rows: Tensor,  # (N,), places in the flattened ids
+        cu_inputs: Tensor | None = None,  # (B + 1,), where each packed sequence begins
     ) -> Tensor:  # (N,) float32
         """The head at chosen tokens instead of the last: a value function that starts as the reward (InstructGPT's)."""
-        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self._hidden(ids, cu_inputs)
         return self.head(hidden.flatten(0, 1).index_select(0, rows))
 
     def score_rows(
@@ -72,6 +82,9 @@ class RewardModel(nn.Module):
         order = lengths.argsort()
         scores = [self(ids[part, : int(lengths[part].max())], lengths[part]) for part in order.split(chunk)]
         return torch.cat(scores)[order.argsort()]
+
+    def _hidden(self, ids: Tensor, cu_inputs: Tensor | None = None) -> Tensor:
+        return last_hidden(self.trunk, ids, compute_dtype=self.compute_dtype, cu_inputs=cu_inputs, use_cache=False)
 
     @torch.no_grad()
     def centre(self, mean: float) -> None:

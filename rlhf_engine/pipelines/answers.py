@@ -21,7 +21,7 @@ from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout import Generator
-from rlhf_engine.stages.loading import check_room, encode_records, load_model, make_generator
+from rlhf_engine.stages.loading import check_room, computing, encode_records, load_model, make_generator
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Answerer:
         self.prefix = prefix
         self.codec: Codec = replace(codec, prompt_template=prefix + codec.prompt_template)
         self.stop, self.batch_size = stop, config.rollout.batch_size
-        self.actor = ActorCritic(model, backend=config.backend)
+        self.actor = ActorCritic(model, backend=config.backend, **computing(config))
         self.generator: Generator = make_generator(self.actor, self.codec, config, seed)
 
     def answer(

@@ -111,9 +111,9 @@ class Decoder:
             tokens = torch.stack([sequence[-ahead] for sequence in sequences] + [ids[0]] * self.slots)
             decoded = self.decode(tokens[: self.slots], at[: self.slots], len(sequences))
         for row, sequence in enumerate(sequences):
-            expected = self.policy.hidden(sequence[None])[0, -1].float()
-            allowed = 64 * torch.finfo(self.policy.lm_weight.dtype).eps * float(expected.abs().max())
-            difference = float((decoded[row].float() - expected).abs().max())
+            expected = self.policy.hidden(sequence[None])[0, -1]
+            allowed = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+            difference = float((decoded[row].float() - expected.float()).abs().max())
             if not difference <= allowed:
                 raise ValueError(
                     f"policy: {type(self.policy.model).__name__} decoded token by token differs from its own forward pass by "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from rlhf_engine.model.layout import TokenBatch, token_batch
+from rlhf_engine.model.layout import TokenBatch, token_batch, token_cuts
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,29 @@ class Rollout:
         width = self.response_ids.shape[1]
         return Rollout(**taken | {"response_ids": taken["input_ids"][:, -width:]})
 
-    def batch(self, sequences: Tensor) -> TokenBatch:
+    def batch(self, sequences: Tensor, *, packed: bool = False) -> TokenBatch:
         """The sequences of a micro-batch as a forward pass reads them."""
         width = self.response_ids.shape[1]
-        return token_batch(self.input_ids, self.prompt_lengths, self.response_lengths, width, sequences)
+        return token_batch(self.input_ids, self.prompt_lengths, self.response_lengths, width, sequences, packed=packed)
 
-    def by_length(self, sequences: Tensor, size: int) -> tuple[Tensor, ...]:
-        """Split `sequences` into micro-batches of `size` whose members have similar lengths, so that few pads remain."""
+    def by_length(
+        self, sequences: Tensor, microbatch: int, microbatch_tokens: int | None = None, *, packed: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Split `sequences` into micro-batches whose members have similar lengths, so that few pads remain.
+
+        Each has `microbatch` sequences, or as many as `microbatch_tokens` inputs hold, padding among them unless `packed`.
+        """
         lengths = (self.prompt_lengths + self.response_lengths)[sequences]
-        return sequences[lengths.argsort(stable=True, descending=True)].split(size)
+        order = lengths.argsort(stable=True, descending=True)
+        if microbatch_tokens is None:
+            return sequences[order].split(microbatch)
+        cuts = token_cuts((lengths[order] - 1).tolist(), microbatch_tokens, packed=packed)
+        return sequences[order].split(cuts)
+
+    def batches(
+        self, sequences: Tensor, microbatch: int, microbatch_tokens: int | None = None, *, packed: bool = False
+    ) -> Iterator[TokenBatch]:
+        """The micro-batches of `by_length` as forward passes read them; those of a number of sequences are never packed."""
+        packed = packed and microbatch_tokens is not None
+        for members in self.by_length(sequences, microbatch, microbatch_tokens, packed=packed):
+            yield self.batch(members, packed=packed)

@@ -15,29 +15,33 @@ def score_rollout(
     rollout: Rollout,
     *,
     microbatch: int,
+    microbatch_tokens: int | None = None,
     temperature: float = 1.0,
     values: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`(logprobs [B, T], values [B, T] or None)` of the actions, float32 and 0 outside the mask.
 
-    `microbatch` sequences of similar length go through the trunk together; only the states of actions enter the head.
+    `microbatch` sequences of similar length go through the trunk together, or as many as `microbatch_tokens` hold; only
+    the states of actions enter the head.
     """
     logprobs = torch.zeros_like(rollout.logprobs)
     scored = torch.zeros_like(rollout.values) if values else None
-    for sequences in rollout.by_length(torch.arange(len(rollout), device=rollout.mask.device), microbatch):
-        batch = rollout.batch(sequences)
-        hidden = model.hidden(batch.input_ids).flatten(0, 1)[batch.rows]
+    everyone = torch.arange(len(rollout), device=rollout.mask.device)
+    for batch in rollout.batches(everyone, microbatch, microbatch_tokens, packed=model.packs):
+        hidden = model.hidden(batch.input_ids, cu_inputs=batch.cu_inputs).flatten(0, 1)[batch.rows]
         logprobs.view(-1)[batch.source] = model.token_logprobs(hidden, batch.ids, temperature=temperature).logprobs
         if scored is not None:
-            scored.view(-1)[batch.source] = model.state_values(batch.input_ids, batch.rows, hidden)
+            scored.view(-1)[batch.source] = model.state_values(batch, hidden)
     return logprobs, scored
 
 
 @torch.no_grad()
-def value_rollout(model: ActorCritic, rollout: Rollout, *, microbatch: int) -> Tensor:  # (B, T)
+def value_rollout(
+    model: ActorCritic, rollout: Rollout, *, microbatch: int, microbatch_tokens: int | None = None
+) -> Tensor:  # (B, T)
     """Values of a rollout's states by a value model of its own, float32 and 0 outside the mask."""
     values = torch.zeros_like(rollout.values)
-    for sequences in rollout.by_length(torch.arange(len(rollout), device=rollout.mask.device), microbatch):
-        batch = rollout.batch(sequences)
-        values.view(-1)[batch.source] = model.value_model.values(batch.input_ids, batch.rows)
+    everyone = torch.arange(len(rollout), device=rollout.mask.device)
+    for batch in rollout.batches(everyone, microbatch, microbatch_tokens, packed=model.packs):
+        values.view(-1)[batch.source] = model.state_values(batch, None)
     return values

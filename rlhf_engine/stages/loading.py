@@ -49,7 +49,7 @@ def load_reward_model(config: RunConfig) -> RewardModel:
     folder = given(config.reward.path, "reward.path")
     where = placement(config)
     try:
-        return RewardModel.load(folder, **where)
+        return RewardModel.load(folder, **where).computing(**computing(config))
     except ValueError as error:
         raise ValueError(f"reward.path: {error}") from None
 
@@ -100,6 +100,12 @@ def placement(config: RunConfig) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: got {config.device!r}, which torch cannot use here: {reason}") from None
     return {"attention": config.model.attention, "dtype": getattr(torch, config.dtype), "device": config.device}
+
+
+def computing(config: RunConfig) -> dict[str, Any]:
+    """Arguments of a model that say how it computes: the type of its products, and what it keeps for a backward pass."""
+    dtype = None if config.compute_dtype == "float32" else getattr(torch, config.compute_dtype)
+    return {"compute_dtype": dtype, "gradient_checkpointing": config.memory.gradient_checkpointing}
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

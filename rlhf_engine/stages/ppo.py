@@ -22,6 +22,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.stages.loading import (
     check_room,
+    computing,
     encode_records,
     given,
     load_model,
@@ -116,7 +117,7 @@ def _train(
 
 def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
     """The policy and its value function as `ppo.value_model` and `ppo.value_init` want them."""
-    ppo, backend = config.ppo, config.backend
+    ppo, settings = config.ppo, computing(config)
     check_attention(config)
     from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
     if from_reward and reward_model is None:
@@ -127,9 +128,9 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
         value_model = copy.deepcopy(reward_model) if from_reward else RewardModel.from_causal_lm(model, config.seed)
         if not from_reward:
             nn.init.zeros_(value_model.head.weight)
-        return ActorCritic(model, value_model=value_model, backend=backend)
+        return ActorCritic(model, value_model=value_model.computing(**settings), backend=config.backend, **settings)
     if not from_reward:
-        return ActorCritic(model, backend=backend)
+        return ActorCritic(model, backend=config.backend, **settings)
     head = reward_model.head
     theirs, ours = head.weight.numel(), model.get_output_embeddings().weight.shape[1]
     if theirs != ours:
@@ -137,7 +138,8 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
             f"ppo.value_init: got 'reward_model', whose hidden size is {theirs}, for a head on the policy's trunk, whose "
             f"hidden size is {ours}; expected ppo.value_init 'zero' or ppo.value_model 'backbone'"
         )
-    return ActorCritic(model, ValueHead.from_weights(head.weight.detach(), head.bias.detach()), backend=backend)
+    value_head = ValueHead.from_weights(head.weight.detach(), head.bias.detach())
+    return ActorCritic(model, value_head, backend=config.backend, **settings)
 
 
 def check_attention(config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
 from rlhf_engine.stages.loading import (
+    computing,
     encode_records,
     load_model,
     plot,
@@ -36,7 +37,7 @@ def run_sft(config: RunConfig) -> FitReport:
     model, codec = load_model(config)
     examples = encode_records(config.data.demonstrations, demonstrations, codec.example)
     train, validation = split(examples, lambda example: example.prompt, config)
-    actor = ActorCritic(model, backend=config.backend)
+    actor = ActorCritic(model, backend=config.backend, **computing(config))
     with stage_metrics(config, "sft") as metrics:
         report = fit_language_model(
             actor, train, validation, config.sft, pad_id=codec.pad_id, seed=config.seed, log=metrics.write
@@ -57,7 +58,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     )
     kept = [prompt for prompt in ranked if prompt is not None]
     train, validation = split(kept, lambda one: one.completions[0].prompt, config)
-    reward_model = RewardModel.from_causal_lm(model, config.seed)
+    reward_model = RewardModel.from_causal_lm(model, config.seed).computing(**computing(config))
     with stage_metrics(config, "rm") as metrics:
         history = fit_reward_model(
             reward_model, train, validation, config.reward, pad_id=codec.pad_id, seed=config.seed, log=metrics.write

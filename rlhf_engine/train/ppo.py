@@ -56,7 +56,8 @@ class Experience:
 
 def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor) -> Rollout:
     """Sample one response to each prompt; `sequence` [B] numbers them in the run."""
-    return generator.generate(prompts, sequence)
+    with generator.policy.products():  # one copy of the weights for all steps
+        return generator.generate(prompts, sequence)
 
 
 def score(
@@ -72,13 +73,13 @@ def score(
     """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference."""
     scale = scale or ScoreScale(config.score_scale)
     rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
-    size = {"microbatch": config.microbatch, "temperature": temperature}
-    ref_logprobs, _ = score_rollout(reference, rollout, **size)
+    size = microbatch_size(config)
+    ref_logprobs, _ = score_rollout(reference, rollout, temperature=temperature, **size)
     old_logprobs, old_values = rollout.logprobs, rollout.values
     if config.old_logprobs == "rescored":
-        old_logprobs, old_values = score_rollout(policy, rollout, values=True, **size)
+        old_logprobs, old_values = score_rollout(policy, rollout, temperature=temperature, values=True, **size)
     elif policy.value_model is not None:
-        old_values = value_rollout(policy, rollout, microbatch=config.microbatch)
+        old_values = value_rollout(policy, rollout, **size)
     if config.baseline == "none":
         old_values = torch.zeros_like(old_values)
     return Scored(rollout, scores, raw_scores, old_logprobs, old_values, ref_logprobs)
@@ -150,8 +151,7 @@ def minibatch_backward(
     if config.whiten_advantages and config.whiten_scope == "minibatch":
         scaled = torch.zeros_like(scaled)
         scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
-    for members in rollout.by_length(sequences, config.microbatch):
-        batch = rollout.batch(members)
+    for batch in rollout.batches(sequences, **microbatch_size(config), packed=policy.packs):
 
         def actions(x: Tensor, source: Tensor = batch.source) -> Tensor:  # (B, T) -> (N,)
             return x.reshape(-1)[source]
@@ -170,6 +170,7 @@ def minibatch_backward(
             num_value_tokens=num_tokens,
             num_sequences=len(sequences),
             cu_seqlens=batch.cu_seqlens,
+            cu_inputs=batch.cu_inputs,
             temperature=temperature,
             **loss_options(config) | changing,
         )
@@ -178,10 +179,15 @@ def minibatch_backward(
     return totals.total()
 
 
-def old_policy_kl(policy: ActorCritic, experience: Experience, microbatch: int, temperature: float) -> float:
+def microbatch_size(config: PPOConfig) -> dict[str, int | None]:
+    """How much goes through a trunk at a time, as arguments of what cuts a rollout."""
+    return {"microbatch": config.microbatch, "microbatch_tokens": config.microbatch_tokens}
+
+
+def old_policy_kl(policy: ActorCritic, experience: Experience, config: PPOConfig, temperature: float) -> float:
     """Mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
     rollout = experience.rollout
-    logprobs, _ = score_rollout(policy, rollout, microbatch=microbatch, temperature=temperature)
+    logprobs, _ = score_rollout(policy, rollout, temperature=temperature, **microbatch_size(config))
     log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
     return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
 
@@ -328,7 +334,7 @@ class PPOTrainer:
             experience.old_logprobs,
             experience.advantages,
             temperature,
-            self.config.microbatch,
+            **microbatch_size(self.config),
         )
         self._changes()
         found = trpo_step(problem, self.config.trpo)
@@ -348,7 +354,7 @@ class PPOTrainer:
         elif self.pretrain is not None:
             # The last minibatch may be short where `nonfinite_scores` skips.
             batch = self.pretrain.take(max(1, round(config.ptx_ratio * len(sequences))))
-            metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, microbatch=config.microbatch)
+            metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, **microbatch_size(config))
         total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
         norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)
         self.optimizer_steps += 1
@@ -371,7 +377,7 @@ class PPOTrainer:
                 sequences=len(experience.rollout),
             )
         if config.old_kl_target is not None:
-            old_kl = old_policy_kl(self.policy, experience, config.microbatch, temperature)
+            old_kl = old_policy_kl(self.policy, experience, config, temperature)
             found = {"old_kl": old_kl, "old_kl_coef": self.old_kl_coef}
             self.old_kl_coef = adapted_old_kl_coef(self.old_kl_coef, old_kl, target=config.old_kl_target)
         return found

@@ -30,14 +30,18 @@ class PretrainStream:
         return self.sequences[rows]
 
 
-def ptx_backward(policy: ActorCritic, sequences: Tensor, *, coef: float, microbatch: int) -> dict[str, Tensor]:
+def ptx_backward(
+    policy: ActorCritic, sequences: Tensor, *, coef: float, microbatch: int, microbatch_tokens: int | None = None
+) -> dict[str, Tensor]:
     """Add the gradient of `-coef` times the mean log-prob of the sequences' tokens; returns the loss in nats a token.
 
     The first token of a sequence has no state before it and does not count. The denominator is that of all `sequences`, so
-    the gradient does not depend on the micro-batches.
+    the gradient does not depend on the micro-batches, of `microbatch` sequences or of `microbatch_tokens` tokens.
     """
     num_tokens = sequences[:, 1:].numel()
     loss = torch.zeros((), device=policy.device)
+    if microbatch_tokens is not None:
+        microbatch = max(1, microbatch_tokens // (sequences.shape[1] - 1))
     for part in sequences.to(policy.device).split(microbatch):
         nll = policy.language_model_loss(part, num_tokens=num_tokens)
         (coef * nll).backward()

@@ -34,16 +34,16 @@ class TrustRegionProblem:
     advantages: Tensor  # (B, T)
     temperature: float
     microbatch: int
+    microbatch_tokens: int | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """The language model's; the value function is none of TRPO's business."""
         return [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
 
     def parts(self) -> Iterator[TokenBatch]:
-        """The rollout in micro-batches."""
+        """The rollout in micro-batches, never packed."""
         everyone = torch.arange(len(self.rollout), device=self.rollout.mask.device)
-        for members in self.rollout.by_length(everyone, self.microbatch):
-            yield self.rollout.batch(members)
+        return self.rollout.batches(everyone, self.microbatch, self.microbatch_tokens)
 
     def log_softmax(self, policy: ActorCritic, batch: TokenBatch) -> Tensor:  # (n, V)
         """Log-probs of the whole vocabulary in the states of a micro-batch."""

@@ -188,7 +188,8 @@ def _finish_rows(kernels: Kernels, terms: Terms, rows: HeadRows, stats, n: int, 
 def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
     """`hidden @ weight + bias` in float32, (N,); masked rows may hold anything and are not looked at."""
     w = weight.float()
-    values = torch.cat([rows @ w for rows in _float_rows(hidden, mask)]) if len(hidden) else w.new_empty(0)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round this product
+        values = torch.cat([rows @ w for rows in _float_rows(hidden, mask)]) if len(hidden) else w.new_empty(0)
     return values if bias is None else values + bias.float()
 
 
@@ -211,7 +212,8 @@ def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
     d_weight = None
     if needs[3]:
         pieces = zip(slope.split(VALUE_ROWS), _float_rows(hidden, terms.value_mask), strict=True)
-        d_weight = sum((s @ h for s, h in pieces), torch.zeros(len(weight), device=weight.device))
+        with torch.autocast(hidden.device.type, enabled=False):
+            d_weight = sum((s @ h for s, h in pieces), torch.zeros(len(weight), device=weight.device))
     return d_weight, slope.double().sum().float() if needs[4] else None, None
 
 

@@ -314,6 +314,21 @@ def test_autocast_is_what_it_is_for_a_linear_layer():
         assert gradients[name].dtype == torch.float32 and torch.equal(gradients[name], gradient.float())
 
 
+def test_autocast_leaves_the_value_head_in_float32():
+    leaves, constants, extra = make(22)
+    x = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "weight", "value_weight", "value_bias")}
+    options = constants | {k: extra[k] for k in ("old_values", "returns")}
+    with torch.autocast("cpu", torch.bfloat16):
+        result = linear_ppo_loss(**x, **options)
+    half = {k: v.detach() if "value" in k else v.detach().bfloat16() for k, v in x.items()}
+    half = {k: v.requires_grad_() for k, v in half.items()}
+    expected = linear_ppo_loss(**half, **options)
+    assert torch.equal(result.loss, expected.loss)
+    gradients = differentiate(result.loss, x)
+    for name, gradient in differentiate(expected.loss, half).items():
+        assert gradients[name].dtype == torch.float32 and torch.equal(gradients[name], gradient.float())
+
+
 def test_separate_value_model():
     leaves, constants, extra = make(18)
     values = torch.randn(4, 40, requires_grad=True)

@@ -1,0 +1,194 @@
+"""Micro-batches of a token budget: how they are cut, and that neither cutting nor packing changes the gradient."""
+
+import inspect
+
+import pytest
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from rlhf_engine.config import PPOConfig
+from rlhf_engine.model import ActorCritic, ValueHead
+from rlhf_engine.model.layout import token_cuts
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.trunk import packed_attention, packs, positions, varlen_attention
+from rlhf_engine.rollout import Rollout, score_rollout, value_rollout
+from rlhf_engine.train.ppo import Experience, minibatch_backward
+from tests.engine.tiny_models import VOCABULARY, tiny
+from tests.engine.tiny_trainer import make_trainer, weights_of
+
+PROMPTS, RESPONSES = (5, 1, 7, 3, 8, 2, 4), (9, 1, 12, 5, 3, 11, 2)  # one of them longer than every budget but the last
+BUDGETS = (1, 13, 17, 30, 1000)
+
+
+def make_rollout(dtype: torch.dtype = torch.float32) -> Rollout:
+    """Seven sequences of odd lengths with random tokens."""
+    generator = torch.Generator().manual_seed(3)
+    p, t = max(PROMPTS), max(RESPONSES)
+    input_ids = torch.randint(3, VOCABULARY, (len(PROMPTS), p + t), generator=generator)
+    prompts, responses = torch.tensor(PROMPTS)[:, None], torch.tensor(RESPONSES)[:, None]
+    mask = torch.arange(t) < responses
+    attention_mask = torch.cat([torch.arange(p) >= p - prompts, mask], 1).long()
+    empty = torch.zeros(len(PROMPTS), t, dtype=dtype)
+    return Rollout(
+        input_ids=input_ids * attention_mask,
+        attention_mask=attention_mask,
+        response_ids=(input_ids * attention_mask)[:, p:],
+        mask=mask,
+        logprobs=empty,
+        sampling_logprobs=empty,
+        values=empty,
+        ended=torch.ones(len(PROMPTS), dtype=torch.bool),
+    )
+
+
+def make_policy(family="llama", *, value_model=False, **settings) -> ActorCritic:
+    """A policy that computes in float64, so that only mistakes show."""
+    model = tiny(family, initializer_range=0.2)
+    if value_model:
+        policy = ActorCritic(model, value_model=RewardModel.from_causal_lm(model, 4), backend="reference", **settings)
+    else:
+        head = ValueHead.from_weights(torch.linspace(-0.3, 0.4, 32), 0.1)
+        policy = ActorCritic(model, head, backend="reference", **settings)
+    return policy.double()
+
+
+def make_experience(rollout: Rollout) -> Experience:
+    generator = torch.Generator().manual_seed(8)
+    noise = torch.randn(4, *rollout.mask.shape, generator=generator) * rollout.mask
+    return Experience(rollout, noise[0] * 0.1 - 4.0, noise[1], noise[2], noise[3], None)
+
+
+def gradients(policy: ActorCritic, rollout: Rollout, **settings) -> dict[str, torch.Tensor]:
+    policy.zero_grad()
+    config = PPOConfig(**{"rollout_batch": 7, "minibatch": 7, **settings})
+    minibatch_backward(policy, make_experience(rollout), torch.arange(len(rollout)), config, 0.7)
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Up to the rounding of the loss, which is float32 whatever the model is."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        worst = float((found[name] - gradient).abs().max())
+        assert worst <= 2e-6 * float(gradient.abs().max()) + 1e-9, f"{name}: {worst} of {float(gradient.abs().max())}"
+
+
+def test_cuts_by_hand():
+    lengths = [9, 7, 4, 4, 2, 1]
+    assert token_cuts(lengths, 14) == [1, 2, 3]  # 9 | 7 7 | 4 4 4: what is padded counts
+    assert token_cuts(lengths, 14, packed=True) == [1, 2, 3]  # 9 | 7 4 | 4 2 1
+    assert token_cuts(lengths, 16) == [1, 2, 3]
+    assert token_cuts(lengths, 16, packed=True) == [2, 4]  # 9 7 | 4 4 2 1
+    assert token_cuts(lengths, 8) == [1, 1, 2, 2]  # 9 alone, over the budget; 7; 4 4; 2 2
+    assert token_cuts(lengths, 1) == [1] * 6
+    assert token_cuts([3], 100) == [1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_no_batch_is_over_its_budget_and_no_sequence_is_split(budget, packed):
+    rollout = make_rollout()
+    batches = list(rollout.batches(torch.arange(7), 16, budget, packed=packed))
+    for batch in batches:
+        assert batch.input_ids.numel() <= budget or len(batch.cu_seqlens) == 2
+    assert sum(len(batch.ids) for batch in batches) == sum(RESPONSES)
+    assert (
+        sorted(torch.cat([batch.source for batch in batches]).tolist())
+        == rollout.mask.view(-1).nonzero()[:, 0].tolist()
+    )
+
+
+def test_packed_layout_by_hand():
+    rollout = make_rollout()
+    batch = rollout.batch(torch.tensor([3, 1]), packed=True)
+    row3, row1 = rollout.input_ids[3][rollout.attention_mask[3] == 1], rollout.input_ids[1][7:9]
+    assert batch.input_ids.tolist() == [[*row3[:-1].tolist(), int(row1[0])]]  # prompts 3 and 1, responses 5 and 1
+    assert batch.cu_inputs.tolist() == [0, 7, 8]
+    assert batch.rows.tolist() == [2, 3, 4, 5, 6, 7]
+    assert batch.ids.tolist() == [*row3[3:].tolist(), int(row1[1])]
+    assert batch.cu_seqlens.tolist() == [0, 5, 6]
+    assert positions(batch.cu_inputs, 8).tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
+
+
+AGGREGATIONS = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum")
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_cut_gives_the_gradient_of_the_whole_minibatch(packed, aggregation, level):
+    rollout, policy = make_rollout(), make_policy()
+    settings = {"aggregation": aggregation, "ratio_level": level, "entropy_coef": 0.01}
+    whole = gradients(policy, rollout, microbatch=7, **settings)
+    policy.packs = packed
+    for budget in BUDGETS:
+        assert_same(gradients(policy, rollout, microbatch_tokens=budget, **settings), whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied", "mistral", "qwen2_tied", "cohere", "granite"])
+def test_packed_gives_the_padded_gradient(family):
+    """Positions that restart, grouped keys, windows of 7 that end within a sequence, tied heads."""
+    rollout, policy = make_rollout(), make_policy(family)
+    whole = gradients(policy, rollout, microbatch=7)
+    policy.packs = True
+    assert_same(gradients(policy, rollout, microbatch_tokens=30), whole)
+
+
+def test_packed_value_model_and_scores():
+    rollout, policy = make_rollout(torch.float64), make_policy(value_model=True)
+    whole = gradients(policy, rollout, microbatch=7)
+    logprobs, values = score_rollout(policy, rollout, microbatch=2, values=True)
+    policy.packs = True
+    assert_same(gradients(policy, rollout, microbatch_tokens=30), whole)
+    budget = {"microbatch": 16, "microbatch_tokens": 30}
+    packed_logprobs, packed_values = score_rollout(policy, rollout, values=True, **budget)
+    torch.testing.assert_close(packed_logprobs, logprobs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(packed_values, values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(value_rollout(policy, rollout, **budget), values, rtol=1e-6, atol=1e-6)
+
+
+def test_a_trainer_with_a_budget_learns_as_one_without():
+    one, other = make_trainer(microbatch=8), make_trainer(microbatch=16, microbatch_tokens=40)
+    first, second = one.step(), other.step()
+    assert first["policy_loss"] == pytest.approx(second["policy_loss"], abs=1e-5)
+    for name, weight in weights_of(one).items():
+        torch.testing.assert_close(weights_of(other)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_kernel_gets_what_it_asks_for():
+    """A stand-in for the CUDA kernel: the arguments bind to its signature, and its maths gives what packing gives here."""
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(1, 4, 9, 8), torch.randn(2, 1, 2, 9, 8)
+    cu_inputs, seen = torch.tensor([0, 5, 9], dtype=torch.int32), {}
+
+    def kernel(*args, **options):
+        bound = inspect.signature(varlen_attn).bind(*args, **options).arguments
+        seen.update(bound)
+        mask = cu_inputs[None, None, None]
+        window = bound["window_size"][0] + 1 or None
+        q, k, v = (bound[name].transpose(0, 1)[None] for name in ("query", "key", "value"))
+        return packed_attention(None, q, k, v, mask, bound["scale"], window)[0][0]
+
+    for window in (None, 3):
+        found = varlen_attention(query, key, value, cu_inputs, 5, 0.3, window, kernel)
+        expected, _ = packed_attention(None, query, key, value, cu_inputs[None, None, None], 0.3, window)
+        torch.testing.assert_close(found, expected)
+        assert seen["query"].shape == (9, 4, 8) and seen["key"].shape == (9, 2, 8) and seen["enable_gqa"]
+        assert (seen["max_q"], seen["max_k"], seen["window_size"]) == (5, 5, (-1 if window is None else 2, 0))
+
+
+def test_only_a_gpu_in_half_precision_packs():
+    model = tiny()
+    assert not packs(model, None) and not packs(model, torch.bfloat16)
+
+
+def test_a_softcap_in_attention_is_refused():
+    x = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"softcap: got 50\.0, expected None"):
+        packed_attention(None, x, x, x, torch.tensor([[[[0, 4]]]]), softcap=50.0)
+
+
+def test_a_size_that_the_budget_replaces_is_refused():
+    with pytest.raises(ValueError, match="microbatch: got 8, expected 16; only microbatch_tokens None reads it"):
+        PPOConfig(microbatch=8, microbatch_tokens=100)
+    assert PPOConfig(rollout_batch=4, minibatch=4, microbatch_tokens=100).microbatch == 16
