@@ -24,7 +24,7 @@ def plan(
         list[str] | None, typer.Option("--gpu-memory", help="Plan for a GPU of this size, such as 24GiB; repeatable.")
     ] = None,
     planned: Annotated[
-        bool, typer.Option("--planned", help="Try adapters and 4-bit weights too, which the engine does not have yet.")
+        bool, typer.Option("--planned", help="Try what the engine does not have yet too: adapters, 4-bit weights.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
 ) -> None:

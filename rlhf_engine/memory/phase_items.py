@@ -1,7 +1,6 @@
 """Bytes of every item of a run: what it keeps, and what each moment of a phase holds beside that.
 
-A phase is as large as its largest moment. Where a pass over weights follows another, the second begins when the first has
-given its room back, which `rlhf_engine.memory.freeing` sees to on CPU.
+A phase is as large as its largest moment.
 """
 
 from __future__ import annotations
@@ -102,11 +101,13 @@ def generate(w: Workload, slots: int) -> dict[str, Items]:
     """Moments of sampling with `slots` sequences at a time: the first prompts are read, the last token is decoded."""
     policy, rows = w.policy, max(slots, MIN_SLOTS)
     columns = -(-w.length // MIN_SLOTS) * MIN_SLOTS
+    # Rotating a key's angle takes it back to the weights' type.
+    pair = (w.weight_bytes if policy.gated else w.compute_bytes) + w.compute_bytes
     held = {
-        "kv_cache": 2 * policy.layers * rows * policy.key_width * columns * w.compute_bytes,
+        "kv_cache": policy.layers * rows * policy.key_width * columns * pair,
         "rollout": rollout(w, scored=False),
     }
-    if w.compute_bytes < w.weight_bytes:
+    if w.autocast:
         held["rounded_weights"] = rounded_weights(policy)
     logits = rows * policy.vocab * 2 * FLOAT
     reading = pass_of(w, policy, slots, prompt_width(w.prompt))
@@ -130,13 +131,14 @@ def score(w: Workload) -> dict[str, Items]:
     held = {"rollout": rollout(w, scored=True)}
     rows = w.train_rows
     reading = pass_of(w, w.policy, rows, w.length - 1)
-    actions = rows * w.response * w.policy.hidden * w.weight_bytes
+    actions = rows * w.response * w.policy.hidden * w.compute_bytes
+    copied = w.policy.vocab * w.policy.hidden * w.compute_bytes if w.autocast else 0
     block = {"head_workspace": head_block(w, rows * w.response, gradient=False)}
     kept = block if w.device == "cpu" else {}  # the block of logits stays between calls
     last = reading.tokens * w.policy.hidden * w.weight_bytes
     moments = {
         "reference": held | kept | {"score_workspace": max(reading.forward_room(), last + actions)},
-        "reference head": held | block | {"score_workspace": actions},
+        "reference head": held | block | {"score_workspace": actions + copied},
     }
     if w.reward is not None:
         shape = w.reward
@@ -171,10 +173,10 @@ def _micro_batch(w: Workload, rows: int, actions: int, *, values: bool) -> dict[
     kept = block if w.device == "cpu" else {}
     before = trained(w) * FLOAT if w.microbatches > 1 else 0
     held = {"rollout": rollout(w, scored=True)}
-    if w.compute_bytes < w.weight_bytes:
+    if w.autocast:
         held["rounded_weights"] = sum(rounded_weights(one.shape) for one in passes)
     saved = {"activations": sum(one.saved(checkpointed=checkpointed) for one in passes)}
-    made = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.weight_bytes}
+    made = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.compute_bytes}
     # A tied weight's gradient waits for the embedding's, to be added to it.
     waiting = {"head_gradients": weight * FLOAT} if policy.tied else {}
     room = max(one.backward_room(checkpointed=checkpointed) for one in passes)

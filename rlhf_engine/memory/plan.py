@@ -107,7 +107,7 @@ class MemoryPlan:
         room = None if self.workload.budget is None else self.workload.budget - self.kept
 
         def need(rows: int) -> int:
-            workload = replace(self.workload, microbatch=rows, microbatch_tokens=0)
+            workload = replace(self.workload, microbatch=rows, microbatch_tokens=None)
             return max(Phase(phase_items.train(workload)).total, Phase(phase_items.score(workload)).total)
 
         return _most(need, room, self.workload.minibatch)

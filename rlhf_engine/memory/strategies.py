@@ -13,19 +13,22 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from rlhf_engine.config import RunConfig
 from rlhf_engine.memory.plan import MemoryPlan
 from rlhf_engine.memory.workload import Workload
 
+_HALF_SAVES = {"cuda": -0.40, "cpu": 0.30}
+"""Share of an update's time that half-precision products add; processors without instructions for them are slower."""
 _COSTS: dict[tuple[str, Any], float] = {
-    ("compute_dtype", "bfloat16"): -0.40,
-    ("dtype", "bfloat16"): -0.39,  # matrix products too; rounds master weights once a step besides
+    ("compute_dtype", "bfloat16"): 0.0,
+    ("dtype", "bfloat16"): 0.01,  # master weights are rounded once a step
     ("optimizer_state", "8bit"): 0.02,
     ("optimizer_state", "host"): 0.10,
     ("gradient_checkpointing", True): 0.25,
     ("adapter", 16): -0.10,
     ("base_bits", 4): 0.20,
 }
-"""Share of an update's time that a change adds, by estimate."""
+"""Share of it that another change adds, by estimate."""
 _HALVING = 0.03
 
 _SETTINGS = {
@@ -34,8 +37,11 @@ _SETTINGS = {
     "optimizer_state": "memory.optimizer_state",
     "gradient_checkpointing": "memory.gradient_checkpointing",
     "microbatch": "ppo.microbatch",
+    "microbatch_tokens": "ppo.microbatch_tokens",
     "slots": "rollout.batch_size",
 }
+_SIZED = ("microbatch", "microbatch_tokens", "slots")
+"""Changes that are as large as they need to be, and no switch."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,27 @@ class Strategy:
             named.insert(1, f"those in {self.changes['base_bits']} bits")
         return ", ".join(named) or "as it is"
 
+    @property
+    def built(self) -> bool:
+        """Whether the engine takes these settings today."""
+        if "adapter" in self.changes:
+            return False
+        tree: dict[str, Any] = {}
+        for name, value in self.changes.items():
+            if name not in _SIZED:
+                *section, key = _SETTINGS[name].split(".")
+                (tree.setdefault(section[0], {}) if section else tree)[key] = value
+        try:
+            RunConfig.from_dict(tree)
+        except ValueError:
+            return False
+        return True
+
 
 def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
     """Strategies within the workload's budget, fastest first, without those that change more than another needs to.
 
-    With `planned`, adapters and 4-bit weights are tried too, which the engine does not have yet.
+    With `planned`, those are tried too that the engine does not have yet.
     """
     fits = [one for one in _tried(workload, planned=planned) if one.plan.fits and one.plan.slots]
     fits.sort(key=lambda one: (one.cost, len(one.changes)))
@@ -80,7 +102,7 @@ def smallest(workload: Workload, *, planned: bool = False) -> Strategy:
 
 
 def _switches(strategy: Strategy) -> set[tuple[str, Any]]:
-    return {(name, value) for name, value in strategy.changes.items() if name not in ("microbatch", "slots")}
+    return {(name, value) for name, value in strategy.changes.items() if name not in _SIZED}
 
 
 def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
@@ -98,8 +120,12 @@ def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
         if not _sensible(workload, changes):
             continue
         cost = sum(_COSTS.get(one, math.inf) for one in changes.items())
+        if any(value == "bfloat16" for value in changes.values()):
+            cost += _HALF_SAVES[workload.device if workload.device in _HALF_SAVES else "cuda"]
         if math.isfinite(cost):
-            yield _sized(workload, changes, cost)
+            tried = _sized(workload, changes, cost)
+            if planned or tried.built:
+                yield tried
 
 
 def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
@@ -114,9 +140,11 @@ def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy
     rows = max(1, min(made.train_rows, plan.largest_microbatch()))
     changes = dict(changes)
     if rows < made.train_rows:
-        changes["microbatch"] = rows
+        tokens = made.microbatch_tokens is not None
+        smaller = {"microbatch_tokens": rows * (made.length - 1)} if tokens else {"microbatch": rows}
+        changes |= smaller
         cost += _HALVING * math.log2(made.train_rows / rows)
-        plan = MemoryPlan.of(replace(made, microbatch=rows, microbatch_tokens=0))
+        plan = MemoryPlan.of(replace(made, **smaller))
     if 0 < plan.slots < workload.slots:
         changes["slots"] = plan.slots
         cost += _HALVING * math.log2(workload.slots / plan.slots)

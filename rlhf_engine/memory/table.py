@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from rlhf_engine.memory.plan import PHASES, MemoryPlan
 from rlhf_engine.memory.strategies import Strategy, fitting, smallest
@@ -39,8 +38,8 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 def workload_words(w: Workload) -> str:
     """What was planned, in one line."""
-    batch = f"{w.microbatch_tokens} tokens" if w.microbatch_tokens else f"{w.microbatch} sequences"
-    numbers = w.dtype if w.compute_bytes == w.weight_bytes else f"{w.dtype}, products in {w.compute_dtype}"
+    batch = f"{w.microbatch} sequences" if w.microbatch_tokens is None else f"{w.microbatch_tokens} tokens"
+    numbers = w.dtype if not w.autocast else f"{w.dtype}, products in {w.compute_dtype}"
     return (
         f"{w.policy.parameters / 1e9:.3g}e9 weights in {numbers}, value {w.value}, {w.prompt} + {w.response} tokens, rollout "
         f"batch {w.rollout_batch}, minibatch {w.minibatch}, micro-batch {batch}, {w.slots} decoded together, optimiser state "
@@ -77,7 +76,7 @@ def strategies_words(workload: Workload, *, planned: bool = False) -> str:
 
 
 def _mark(strategy: Strategy) -> str:
-    return "[not built yet] " if strategy.plan.workload.adapter else ""
+    return "" if strategy.built else "[not built yet] "
 
 
 def refuse(plan: MemoryPlan) -> None:
@@ -91,7 +90,7 @@ def refuse(plan: MemoryPlan) -> None:
     if found:
         way = f"{found[0].words} would fit ({size(found[0].plan.peak)})"
     else:
-        least = smallest(replace(w))
+        least = smallest(w)
         way = f"nothing that was tried fits, the least is {size(least.plan.peak)} with {least.words}"
     need = f"the planned peak of {size(plan.peak)} ({plan.largest})"
     raise ValueError(f"memory.budget: got {size(w.budget)}, which is {short} for {need}; {way}")

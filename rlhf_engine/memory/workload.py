@@ -27,8 +27,8 @@ class Workload:
     slots: int
     """Most sequences that are decoded together."""
     ppo_epochs: int = 1
-    microbatch_tokens: int = 0
-    """Tokens of a micro-batch, in place of `microbatch` sequences; 0: no such limit."""
+    microbatch_tokens: int | None = None
+    """Tokens of a micro-batch, in place of `microbatch` sequences."""
     device: str = "cpu"
     eager: bool = False
     dtype: str = "float32"
@@ -73,12 +73,13 @@ class Workload:
             rollout_batch=ppo.rollout_batch,
             minibatch=ppo.minibatch,
             microbatch=ppo.microbatch,
+            microbatch_tokens=ppo.microbatch_tokens,
             slots=min(rollout.batch_size, ppo.rollout_batch),
             ppo_epochs=ppo.ppo_epochs,
             device=config.device.partition(":")[0],
             eager=config.model.attention == "eager",
             dtype=config.dtype,
-            compute_dtype=config.dtype,
+            compute_dtype=config.compute_dtype,
             value="none" if ppo.baseline == "none" else ppo.value_model,
             average=ppo.ema_decay is not None,
             pretraining=round(ppo.ptx_ratio * ppo.minibatch) if ppo.ptx_coef else 0,
@@ -96,6 +97,11 @@ class Workload:
         return min(self.weight_bytes, _SIZES[self.compute_dtype])
 
     @property
+    def autocast(self) -> bool:
+        """Whether products take rounded copies of the weights."""
+        return self.compute_bytes < self.weight_bytes
+
+    @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return self.prompt + self.response
@@ -103,7 +109,7 @@ class Workload:
     @property
     def train_rows(self) -> int:
         """Sequences of a micro-batch of the longest ones."""
-        if not self.microbatch_tokens:
+        if self.microbatch_tokens is None:
             return self.microbatch
         return max(1, min(self.minibatch, self.microbatch_tokens // (self.length - 1)))
 

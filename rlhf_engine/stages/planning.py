@@ -8,6 +8,7 @@ from pathlib import Path
 from rlhf_engine.config import RunConfig
 from rlhf_engine.files import write_json
 from rlhf_engine.memory import MemoryPlan, ModelShape, UnknownMemoryError, Workload
+from rlhf_engine.memory.freeing import return_freed_blocks
 from rlhf_engine.memory.table import refuse
 
 PLAN = "plan.json"
@@ -31,7 +32,8 @@ def plan_run(config: RunConfig) -> MemoryPlan | None:
     """The plan that `rlhf ppo` runs by, written to OUTPUT_DIR/plan.json; None where there is none to be had.
 
     That is a folder that is not whole, of which loading it has more to say, and, without a `memory.budget`, a model or an
-    objective whose memory is not known: plan.json then says so. Raises ValueError where the budget is too small.
+    objective whose memory is not known: plan.json then says so. On the CPU a budget has freed blocks returned to the system.
+    Raises ValueError where the budget is too small.
     """
     folders = [config.model.path] + [config.reward.path] * (config.reward.function is None)
     if any(folder is None or not (Path(folder) / "config.json").is_file() for folder in folders):
@@ -45,6 +47,8 @@ def plan_run(config: RunConfig) -> MemoryPlan | None:
         return None
     refuse(plan)
     _write(config, plan.to_dict())
+    if plan.workload.budget is not None and plan.workload.device == "cpu":
+        return_freed_blocks()
     return plan
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.memory.freeing import free_phase
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator, Rollout, score_rollout, value_rollout
@@ -288,16 +287,13 @@ class PPOTrainer:
         clock = [time.perf_counter()]
         first = self.updates_done * config.rollout_batch
         sequence = torch.arange(first, first + config.rollout_batch)
-        free_phase(self.policy.device)
         rollout = collect(self.generator, self.prompts(first, config.rollout_batch), sequence)
         clock.append(time.perf_counter())
-        free_phase(self.policy.device)
         scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature, self.scale, first)
         experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
         clock.append(time.perf_counter())
         if config.nonfinite_scores == "skip":
             log["scores_skipped"] = len(rollout) - len(scored.rollout)
-        free_phase(self.policy.device)
         log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
         log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())

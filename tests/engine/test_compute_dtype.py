@@ -110,5 +110,7 @@ def test_rewards_are_float32():
 def test_trpo_refuses_them():
     trpo = ["ppo.objective=trpo", "model.attention=eager"]
     load_config(None, trpo)
-    with pytest.raises(ValueError, match=r"compute_dtype: got 'bfloat16' with ppo\.objective 'trpo', expected 'float32'"):
+    with pytest.raises(
+        ValueError, match=r"compute_dtype: got 'bfloat16' with ppo\.objective 'trpo', expected 'float32'"
+    ):
         load_config(None, [*trpo, "compute_dtype=bfloat16"])
