@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.harness import MB, Check, Session, Worker, alternate_workers, report
 from rlhf_engine.config import RunConfig
 from rlhf_engine.memory import MemoryPlan, ModelShape
+from rlhf_engine.memory.freeing import return_freed_blocks
 from rlhf_engine.model import frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Generator
@@ -116,6 +117,7 @@ def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
 
 def worker(session: Session, *, fields: dict, settings: dict, updates: int) -> None:
     """One case: models, then its updates as one step of the session."""
+    return_freed_blocks()  # as `rlhf ppo` does on the CPU where it is given a budget
     session.baseline()
     trainer = make_trainer(fields, settings)
     session.ready()

@@ -17,6 +17,8 @@ MIN_SLOTS = 16
 """Rows that a decoding pass has at least, and so slots of the cache: rlhf_engine.rollout.decoder's MIN_ROWS."""
 SCORE_ROWS = 64
 """Sequences that the reward model scores at a time: the default of rlhf_engine.train.reward_model.score_examples."""
+BUCKET = 64 * 2**20
+"""Bytes of optimiser state that are copied from host memory at a time."""
 CUDA_CONTEXT = 600 * 2**20
 """What a process holds of a GPU before its first tensor. Taken from others' machines, not measured here."""
 BLOCK_STATE = 256
@@ -38,13 +40,23 @@ def persistent(w: Workload) -> Items:
         items["reward_model"] = _scalar_model(w, w.reward)
     if w.average:
         items["average"] = adapter_numbers(w) * FLOAT if w.adapter else policy.parameters * size
-    if size < FLOAT and not w.adapter:
-        items["master_weights"] = trained(w) * FLOAT
     if w.optimizer_state != "host" or w.device == "cpu":
-        items["optimizer_state"] = optimizer_state(w)
+        items |= {"optimizer_state": optimizer_state(w)} | _masters(w)
     if w.device == "cuda":
         items["context"] = CUDA_CONTEXT
     return items
+
+
+def _masters(w: Workload) -> Items:
+    """Float32 weights, whose rounding half-precision ones are."""
+    return {"master_weights": trained(w) * FLOAT} if w.weight_bytes < FLOAT and not w.adapter else {}
+
+
+def in_transit(w: Workload) -> Items:
+    """Two buckets of state on its way from host memory and back."""
+    if w.optimizer_state != "host":
+        return {}
+    return {"state_in_transit": min(2 * BUCKET, optimizer_state(w) + sum(_masters(w).values()))}
 
 
 def _frozen(w: Workload, shape: ModelShape, numbers: int) -> int:
@@ -158,9 +170,7 @@ def train(w: Workload) -> dict[str, Items]:
         pretraining = _micro_batch(w, min(w.pretraining, w.train_rows), w.length - 1, values=False)
         moments |= {f"pretraining, {name}": items for name, items in pretraining.items()}
     step = {"rollout": rollout(w, scored=True), "gradients": trained(w) * FLOAT}
-    if w.optimizer_state == "host" and w.device != "cpu":
-        step["optimizer_state"] = optimizer_state(w)
-    return moments | {"optimiser step": step}
+    return moments | {"optimiser step": step | in_transit(w)}
 
 
 def _micro_batch(w: Workload, rows: int, actions: int, *, values: bool) -> dict[str, Items]:
@@ -173,23 +183,22 @@ def _micro_batch(w: Workload, rows: int, actions: int, *, values: bool) -> dict[
     kept = block if w.device == "cpu" else {}
     before = trained(w) * FLOAT if w.microbatches > 1 else 0
     held = {"rollout": rollout(w, scored=True)}
+    if w.device != "cpu":  # whose stream brings the first buckets while gradients are made
+        held |= in_transit(w)
     if w.autocast:
         held["rounded_weights"] = sum(rounded_weights(one.shape) for one in passes)
     saved = {"activations": sum(one.saved(checkpointed=checkpointed) for one in passes)}
     made = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.compute_bytes}
-    # A tied weight's gradient waits for the embedding's, to be added to it.
+    # A tied weight's gradient waits for the embedding's, to be added to it; another is there before any other gradient.
     waiting = {"head_gradients": weight * FLOAT} if policy.tied else {}
+    begun = before or (0 if policy.tied else weight * FLOAT)
+    done = before or (trained(w) - weight * policy.tied) * FLOAT
     room = max(one.backward_room(checkpointed=checkpointed) for one in passes)
+    begins, ends = {"backward_workspace": room}, {"backward_workspace": weight * FLOAT}
     return {
         "forward": held | saved | made | block | {"gradients": before},
-        "backward begins": held | saved | waiting | kept | {"gradients": before, "backward_workspace": room},
-        "backward ends": held
-        | waiting
-        | kept
-        | {
-            "gradients": before or trained(w) * FLOAT - weight * FLOAT * policy.tied,
-            "backward_workspace": weight * FLOAT,
-        },
+        "backward begins": held | saved | waiting | kept | begins | {"gradients": begun},
+        "backward ends": held | waiting | kept | ends | {"gradients": done},
     }
 
 

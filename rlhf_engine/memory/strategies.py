@@ -59,9 +59,8 @@ class Strategy:
         """The change as settings of a config; adapters and 4-bit weights, which have none yet, in words."""
         named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in self.changes.items() if name in _SETTINGS]
         if "adapter" in self.changes:
-            named.insert(0, f"LoRA of rank {self.changes['adapter']} on frozen weights, reference without it")
-        if "base_bits" in self.changes:
-            named.insert(1, f"those in {self.changes['base_bits']} bits")
+            frozen = f"{self.changes['base_bits']}-bit" if "base_bits" in self.changes else "frozen"
+            named.insert(0, f"LoRA of rank {self.changes['adapter']} on {frozen} weights")
         return ", ".join(named) or "as it is"
 
     @property

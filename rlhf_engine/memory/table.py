@@ -9,7 +9,7 @@ from rlhf_engine.memory.strategies import Strategy, fitting, smallest
 from rlhf_engine.memory.workload import Workload
 
 GIB = 2**30
-_LISTED = 5
+_LISTED = 3
 _COLUMN = 12
 
 
@@ -65,18 +65,24 @@ def verdict(plan: MemoryPlan) -> str:
 
 
 def strategies_words(workload: Workload, *, planned: bool = False) -> str:
-    """The strategies that fit the workload's budget, fastest first by estimate; the smallest peak where none does."""
-    found = fitting(workload, planned=planned)
-    if not found:
-        least = smallest(workload, planned=planned)
-        return f"nothing that was tried fits; the least is {size(least.plan.peak)} with {least.words}"
-    lines = ["what fits, fastest first by estimate:"]
-    lines += [f"  {size(one.plan.peak):>10}  {_mark(one)}{one.words}" for one in found[:_LISTED]]
+    """The strategies that fit the workload's budget, fastest first by estimate; the smallest peak where none does.
+
+    With `planned`, those that need what is not built yet follow under their own heading.
+    """
+    lines = _listed("what fits, fastest first by estimate:", fitting(workload))
+    if not lines:
+        least = smallest(workload)
+        lines = [f"nothing that was tried fits; the least is {size(least.plan.peak)} with {least.words}"]
+    if planned:
+        lines += _listed(
+            "what would fit with parts that are NOT BUILT YET:",
+            [one for one in fitting(workload, planned=True) if not one.built],
+        )
     return "\n".join(lines)
 
 
-def _mark(strategy: Strategy) -> str:
-    return "" if strategy.built else "[not built yet] "
+def _listed(heading: str, found: Sequence[Strategy]) -> list[str]:
+    return [heading] * bool(found) + [f"  {size(one.plan.peak):>10}  {one.words}" for one in found[:_LISTED]]
 
 
 def refuse(plan: MemoryPlan) -> None:
@@ -84,7 +90,9 @@ def refuse(plan: MemoryPlan) -> None:
     if plan.fits and plan.slots:
         return
     w = plan.workload
-    short = f"{size(plan.missing)} too small" if plan.missing else "too small for the keys and values of one sequence"
+    short = f"{size(plan.missing)} too small"
+    if plan.slots == 0:
+        short += f" and leaves no room for the keys and values of one sequence of {w.length} tokens,"
     # A run has one chance to read this: the fastest way out, on one line.
     found = fitting(w)
     if found:
@@ -92,5 +100,5 @@ def refuse(plan: MemoryPlan) -> None:
     else:
         least = smallest(w)
         way = f"nothing that was tried fits, the least is {size(least.plan.peak)} with {least.words}"
-    need = f"the planned peak of {size(plan.peak)} ({plan.largest})"
-    raise ValueError(f"memory.budget: got {size(w.budget)}, which is {short} for {need}; {way}")
+    need = f"for the planned peak of {size(plan.peak)} ({plan.largest}, {plan.phases[plan.largest].moment})"
+    raise ValueError(f"memory.budget: got {size(w.budget)}, which is {short} {need}; {way}")

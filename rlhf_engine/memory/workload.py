@@ -59,7 +59,7 @@ class Workload:
                 "ppo.objective: got 'trpo', whose memory the plan does not know, expected another objective"
             )
         # A response that runs out of budget is scored with an EOS behind it.
-        room = min([policy.positions] + [reward.positions - 1] * (reward is not None))
+        room = policy.positions if reward is None else min(policy.positions, reward.positions - 1)
         if rollout.max_prompt_tokens + rollout.max_response_tokens > room:
             raise ValueError(
                 f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "

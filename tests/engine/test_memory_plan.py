@@ -109,10 +109,31 @@ def test_what_persists_by_hand(changes, persistent):
     assert {name: found.get(name) for name in persistent} == persistent
 
 
-def test_state_in_host_memory_is_on_the_device_in_the_step_alone():
+def test_state_in_host_memory_passes_through_two_buckets():
     train = MemoryPlan.of(replace(RUN, optimizer_state="host", device="cuda")).phases["train"]
-    assert train.moments["optimiser step"]["optimizer_state"] == 8 * 345
-    assert all("optimizer_state" not in items for name, items in train.moments.items() if name != "optimiser step")
+    assert all(items["state_in_transit"] == 8 * 345 for items in train.moments.values())
+    shape = ModelShape.of("qwen2.5-0.5b")
+    large = MemoryPlan.of(replace(RUN, policy=shape, optimizer_state="host", device="cuda", dtype="bfloat16"))
+    assert large.phases["train"]["state_in_transit"] == 2 * 64 * 2**20
+    assert not {"optimizer_state", "master_weights"} & large.persistent.keys()
+    on_cpu = MemoryPlan.of(replace(RUN, optimizer_state="host"))  # where host and device are one memory
+    assert on_cpu.persistent["optimizer_state"] == 8 * 345
+    assert [name for name, items in on_cpu.phases["train"].moments.items() if "state_in_transit" in items] == [
+        "optimiser step"
+    ]
+
+
+def test_gradients_of_one_pass_come_as_its_activations_go():
+    moments = MemoryPlan.of(replace(RUN, microbatch=2)).phases["train"].moments
+    assert [moments[name]["gradients"] for name in ("forward", "backward begins", "backward ends")] == [0, 160, 1380]
+    tied = replace(SMALL, tied=True)  # the head's gradient waits for the embedding's
+    moments = MemoryPlan.of(replace(RUN, policy=tied, microbatch=2)).phases["train"].moments
+    assert [moments[name]["gradients"] for name in ("forward", "backward begins", "backward ends")] == [
+        0,
+        0,
+        1220 - 160,
+    ]
+    assert moments["backward begins"]["head_gradients"] == moments["backward ends"]["backward_workspace"] == 160
 
 
 def test_8bit_state_is_a_byte_a_number_and_a_scale_a_block():
@@ -325,7 +346,7 @@ def test_a_budget_that_is_too_small_is_refused_by_how_much():
     workload = Workload(shape, shape, 64, 64, 16, 16, 16, 16, device="cuda")
     peak = MemoryPlan.of(workload).peak
     refuse(MemoryPlan.of(replace(workload, budget=peak)))
-    with pytest.raises(ValueError, match=r"which is 0.10 GiB too small.*would fit \(\d"):
+    with pytest.raises(ValueError, match=r"which is 102.4 MiB too small.*would fit \(\d"):
         refuse(MemoryPlan.of(replace(workload, budget=peak - 2**30 // 10)))
     with pytest.raises(ValueError, match=r"nothing that was tried fits, the least is \d+\.\d\d GiB with"):
         refuse(MemoryPlan.of(replace(workload, budget=2**30)))

@@ -4,77 +4,70 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import yaml
-from transformers import AutoModelForCausalLM
-
-from rlhf_engine.config import RunConfig
+from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
 from rlhf_engine.memory.table import items_table
-from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.stages.planning import within
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run's folder with a base model and its reward model."""
-    folder = tmp_path_factory.mktemp("planned")
-    new_run(folder, new_model(folder / "base"))
-    RewardModel.from_causal_lm(AutoModelForCausalLM.from_pretrained(folder / "base"), 0).save(folder / "rm")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "rm" / name).write_text((folder / "base" / name).read_text())
-    return folder
-
-
-def ppo(capsys, folder, out, *sets):
-    paths = [f"reward.path={folder / 'rm'}", f"output_dir={folder / out}"]
-    return rlhf(capsys, "ppo", "--config", folder / "run.yaml", sets=[*paths, *sets])
-
 
 BATCH = ("ppo.rollout_batch=40", "ppo.minibatch=2", "ppo.microbatch=1", "rollout.batch_size=40")
 
 
-def planned(folder):
-    """The plan of `ppo` with `BATCH` and no budget."""
-    config = RunConfig.from_dict(yaml.safe_load((folder / "run.yaml").read_text()))
-    shape = ModelShape.of(str(folder / "base"))
-    ppo = replace(config.ppo, rollout_batch=40, minibatch=2, microbatch=1)
-    return MemoryPlan.of_run(replace(config, ppo=ppo, rollout=replace(config.rollout, batch_size=40)), shape, shape)
+def with_function(folder):
+    """Overrides: a Python function as the reward, so that nothing is larger than the keys and values."""
+    (folder / "reward.py").write_text("def length(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
+    return [f"reward.function={folder / 'reward.py'}:length", "ppo.value_init=zero"]
 
 
-def test_ppo_runs_by_its_plan(trained, capsys):
-    code, _, err = ppo(capsys, trained, "free", *BATCH)
+def ppo(capsys, folder, out, *sets):
+    sets = [*with_function(folder), f"output_dir={folder / out}", *sets]
+    return rlhf(capsys, "ppo", "--config", folder / "run.yaml", sets=sets)
+
+
+def test_ppo_runs_by_its_plan(tmp_path, capsys):
+    new_run(tmp_path, new_model(tmp_path / "base"))
+    code, _, err = ppo(capsys, tmp_path, "free", *BATCH)
     assert code == 0, err
-    plan = planned(trained)
-    written = json.loads((trained / "free" / "plan.json").read_text())
+    config = load_config(tmp_path / "run.yaml", [*with_function(tmp_path), *BATCH])
+    plan = MemoryPlan.of_run(config, ModelShape.of(str(tmp_path / "base")), None)
+    written = json.loads((tmp_path / "free" / "plan.json").read_text())
     assert written == plan.to_dict() and written["slots"] == 40
-    line = read_lines(trained / "free" / "metrics.jsonl")[-1]
+    line = read_lines(tmp_path / "free" / "metrics.jsonl")[-1]
     assert line["planned_peak_mb"] == plan.peak / 1e6 and line["peak_rss_mb"] > 0
 
     # A budget for 20 slots of 40: fewer sequences together, the same ones.
-    budget = plan.kept + MemoryPlan.of(replace(plan.workload, slots=20)).phases["generate"].total
-    code, _, err = ppo(capsys, trained, "tight", *BATCH, f"memory.budget={budget}")
+    budget = MemoryPlan.of(replace(plan.workload, slots=20)).peak
+    code, _, err = ppo(capsys, tmp_path, "tight", *BATCH, f"memory.budget={budget}B")
     assert code == 0, err
-    assert json.loads((trained / "tight" / "plan.json").read_text())["slots"] == 20
+    assert json.loads((tmp_path / "tight" / "plan.json").read_text())["slots"] == 20
     timed = ("seconds_", "tokens_per", "sampled_tokens", "peak_", "planned_peak_mb")
     runs = [
         {name: value for name, value in row.items() if not name.startswith(timed)}
-        for row in (line, read_lines(trained / "tight" / "metrics.jsonl")[-1])
+        for row in (line, read_lines(tmp_path / "tight" / "metrics.jsonl")[-1])
     ]
     assert runs[0] == runs[1]
 
+    # Not even one sequence: refused before anything is read or written.
+    code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=100KB")
+    assert code == 2 and err.startswith("rlhf: memory.budget: got 0.1 MiB, which is")
+    assert (
+        "no room for the keys and values of one sequence of 14 tokens" in err and "nothing that was tried fits" in err
+    )
+    assert not (tmp_path / "refused").exists()
 
-def test_ppo_refuses_a_budget_before_it_starts(trained, capsys):
-    code, _, err = ppo(capsys, trained, "refused", *BATCH, "memory.budget=400KB")
-    assert code == 2 and err.startswith("rlhf: memory.budget: got 0.4 MiB, which is") and "would fit" not in err
-    assert not (trained / "refused" / "metrics.jsonl").exists()
+
+def test_a_generator_is_given_the_slots_of_its_plan():
+    config = RunConfig.from_dict({"rollout": {"batch_size": 8}, "ppo": {"rollout_batch": 64, "minibatch": 64}})
+    shape = ModelShape.of("qwen2.5-0.5b")
+    workload = replace(Workload.of(config, shape, None), slots=8)
+    tight = replace(MemoryPlan.of(workload), slots=3)
+    assert within(tight, config).rollout.batch_size == 3
+    assert within(MemoryPlan.of(workload), config) is config and within(None, config) is config
 
 
-def test_ppo_of_an_unknown_architecture_runs_without_a_plan(trained, capsys, tmp_path):
+def test_ppo_of_an_unknown_architecture_runs_without_a_plan(capsys, tmp_path):
     new_run(tmp_path, new_model(tmp_path / "base", family="gemma2"))
-    source = tmp_path / "reward.py"
-    source.write_text("def length(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
-    sets = [f"reward.function={source}:length", "ppo.value_init=zero"]
+    sets = [*with_function(tmp_path), "model.attention=eager"]
     command = ("ppo", "--config", tmp_path / "run.yaml")
     code, _, err = rlhf(capsys, *command, sets=sets)
     assert code == 0, err
