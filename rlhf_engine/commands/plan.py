@@ -61,9 +61,10 @@ def _write(output: Path, whole: object, workloads: list[Workload], *, planned: b
     panels = {"as it is": (whole, None)}
     for workload in workloads:
         if workload.budget is not None:
-            found = fitting(workload, planned=planned) or [smallest(workload, planned=planned)]
-            title = f"{size(workload.budget)}: {found[0].words}"
-            panels[title] = (found[0].plan, workload.budget)
+            found = fitting(workload) or (planned and fitting(workload, planned=True)) or [smallest(workload)]
+            note = "" if found[0].plan.fits else "DOES NOT FIT: "
+            note = note if found[0].built else "NOT BUILT YET: "
+            panels[f"{size(workload.budget)}, {note}{found[0].words}"] = (found[0].plan, workload.budget)
     plot_memory(
         {
             title: (plan.persistent, {name: phase.items for name, phase in plan.phases.items()}, budget)
