@@ -14,6 +14,7 @@ import typer
 
 from rlhf_engine.commands import evaluate
 from rlhf_engine.commands.options import ConfigOption, SetOption, quiet, read_config
+from rlhf_engine.commands.plan import plan
 from rlhf_engine.commands.settings import config_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
@@ -111,6 +112,7 @@ app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.iterate)
 app.command()(evaluate.generate)
 app.command()(evaluate.figure)
+app.command()(plan)
 
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from rlhf_engine.evaluate import WinRate
 
 _COLOURS = ("#1f5f8b", "#d1495b", "#66a182", "#edae49", "#7a5195")
+_STACK = (
+    *("#1f4e79", "#4f86b8", "#9ec3e0", "#7a5195", "#b08cc9", "#d9c7e8", "#444444", "#66a182", "#b8d8c3", "#edae49"),
+    *("#d1495b", "#f2a3ad", "#8c6d31", "#c9b26b", "#2a9d8f", "#8ed1c8"),
+)
 
 PANELS: dict[str, dict[str, dict[str, str]]] = {
     "sft": {
@@ -144,6 +150,47 @@ def plot_curves(
             axes.legend(frameon=False)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
+    _save(figure, path)
+
+
+def plot_memory(
+    panels: Mapping[str, tuple[Mapping[str, int], Mapping[str, Mapping[str, int]], int | None]], path: str | Path
+) -> None:
+    """Stacked bars in GiB, a panel for each title: what persists, what each phase holds beside it, and a budget's line.
+
+    A panel is (item -> bytes of what persists, phase -> item -> bytes, budget or None).
+    """
+    names = dict.fromkeys(
+        name for kept, phases, _ in panels.values() for part in (kept, *phases.values()) for name in part
+    )
+    colours = {name: _STACK[number % len(_STACK)] for number, name in enumerate(names)}
+    figure = Figure(figsize=(1.6 + 2.7 * len(panels), 5.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, (kept, phases, budget)) in zip(grid, panels.items(), strict=True):
+        highest = 0.0
+        for place, items in enumerate(phases.values()):
+            bottom = 0.0
+            for name, count in (*kept.items(), *items.items()):
+                axes.bar(
+                    place,
+                    count / 2**30,
+                    bottom=bottom,
+                    color=colours[name],
+                    width=0.75,
+                    edgecolor="white",
+                    linewidth=0.4,
+                )
+                bottom += count / 2**30
+            axes.text(place, bottom, f"{bottom:.1f}", ha="center", va="bottom", fontsize=8)
+            highest = max(highest, bottom)
+        if budget is not None:
+            axes.axhline(budget / 2**30, color="black", linestyle="--", linewidth=1)
+            highest = max(highest, budget / 2**30)
+        axes.set(ylim=(0, 1.08 * highest), xticks=range(len(phases)), xticklabels=list(phases))
+        axes.set_title("\n".join(textwrap.wrap(title, 30)), fontsize=8)
+    grid[0].set_ylabel("GiB")
+    handles = [Patch(color=colours[name], label=name.replace("_", " ")) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     _save(figure, path)
 
 

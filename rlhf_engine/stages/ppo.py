@@ -32,6 +32,7 @@ from rlhf_engine.stages.loading import (
     stage_metrics,
     truncated,
 )
+from rlhf_engine.stages.planning import plan_run, planned_peak, within
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
 from rlhf_engine.train.reward_function import text_reward
@@ -49,6 +50,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     With `resume` it goes on from the checkpoint in that folder, drawing the numbers that an unbroken run would draw.
     """
     check_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
+    plan = plan_run(config)
     function = None
     if config.reward.function is not None:
         function = import_function(config.reward.function, "reward.function")
@@ -66,7 +68,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
-        make_generator(policy, codec, config, config.seed),
+        make_generator(policy, codec, within(plan, config), config.seed),
         prompt_stream(prompts, config.seed),
         reward,
         config.ppo,
@@ -81,18 +83,21 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
         data["reward.path"] = fingerprint(reward_model)
     if resume:
         resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
-    return _train(config, trainer, codec, data)
+    return _train(config, trainer, codec, data, planned_peak(plan))
 
 
-def _train(config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str]) -> list[dict[str, float]]:
-    """The updates that are left; where one fails before it has changed a weight, those before it are saved."""
+def _train(
+    config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], beside: dict[str, float]
+) -> list[dict[str, float]]:
+    """The updates that are left, each logged with the numbers `beside` it; where one fails before it has changed a weight,
+    those before it are saved."""
     folder = Path(config.output_dir) / "ppo"
     history: list[dict[str, float]] = []
     done, updates, every = trainer.updates_done, config.ppo.updates, config.ppo.checkpoint_every
     with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
         def on_update(number: int, log: dict[str, float]) -> None:
-            log |= truncated(codec)
+            log |= truncated(codec) | beside
             metrics.write(number, log)
             history.append(log)
             bar.update()

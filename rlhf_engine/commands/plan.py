@@ -1,0 +1,74 @@
+"""`rlhf plan`: the memory of a PPO run before there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf_engine.commands.options import SetOption, quiet, read_config
+
+if TYPE_CHECKING:
+    from rlhf_engine.memory import Workload
+
+
+def plan(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; the defaults without one.")] = None,
+    overrides: SetOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder with a config.json, or a size such as qwen2.5-7b.")
+    ] = None,
+    gpu_memory: Annotated[
+        list[str] | None, typer.Option("--gpu-memory", help="Plan for a GPU of this size, such as 24GiB; repeatable.")
+    ] = None,
+    planned: Annotated[
+        bool, typer.Option("--planned", help="Try what the engine does not have yet too: adapters, 4-bit weights.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
+) -> None:
+    """Prints the bytes of every item in every phase of `rlhf ppo`, what fits, and what would. Needs no device."""
+    quiet()
+    from rlhf_engine.memory import MemoryPlan
+    from rlhf_engine.memory.table import items_table, strategies_words, verdict, workload_words
+    from rlhf_engine.memory_config import byte_count
+    from rlhf_engine.stages.planning import workload_of
+
+    workload = workload_of(read_config(config, overrides), model)
+    workloads = [
+        replace(workload, device="cuda", budget=byte_count(text, "--gpu-memory")) for text in gpu_memory or []
+    ] or [workload]
+    whole = MemoryPlan.of(replace(workloads[0], budget=None))
+    typer.echo(f"{workload_words(whole.workload)}\n\n{items_table(whole)}\n\n{verdict(whole)}")
+    for one in workloads:
+        if one.budget is not None:
+            typer.echo(f"\n{verdict(MemoryPlan.of(one))}\n{strategies_words(one, planned=planned)}")
+    if output is not None:
+        _write(output, whole, workloads, planned=planned)
+        typer.echo(f"\nnumbers and plot: {output / 'plan.json'}, {output / 'plan.png'}")
+
+
+def _write(output: Path, whole: object, workloads: list[Workload], *, planned: bool) -> None:
+    """plan.json with the plan as it is; plan.png with the plan as it is, and for each budget the fastest that fits it."""
+    from rlhf_engine.files import write_json
+    from rlhf_engine.memory.strategies import fitting, smallest
+    from rlhf_engine.memory.table import size
+    from rlhf_engine.plots import plot_memory
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "plan.json", whole.to_dict())
+    panels = {"as it is": (whole, None)}
+    for workload in workloads:
+        if workload.budget is not None:
+            found = fitting(workload) or (planned and fitting(workload, planned=True)) or [smallest(workload)]
+            note = "" if found[0].plan.fits else "DOES NOT FIT: "
+            note = note if found[0].built else "NOT BUILT YET: "
+            panels[f"{size(workload.budget)}, {note}{found[0].words}"] = (found[0].plan, workload.budget)
+    plot_memory(
+        {
+            title: (plan.persistent, {name: phase.items for name, phase in plan.phases.items()}, budget)
+            for title, (plan, budget) in panels.items()
+        },
+        output / "plan.png",
+    )

@@ -1,0 +1,141 @@
+"""The memory of a PPO run, by arithmetic alone: bytes of every item in every phase, without a device.
+
+    peak = persistent + the largest phase
+
+A phase frees before the next one allocates, so the sum of the phases is never paid. Every number is an upper one: all
+sequences as long as they may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.memory import phase_items
+from rlhf_engine.memory.shape import ModelShape
+from rlhf_engine.memory.workload import Workload
+
+PHASES = ("generate", "score", "train")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase holds beside what persists: `phase["kv_cache"]` is an item's bytes at the phase's largest moment."""
+
+    moments: Mapping[str, Mapping[str, int]]
+    """Moment -> item -> bytes."""
+
+    @property
+    def moment(self) -> str:
+        """The moment that holds most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        """Item -> bytes at that moment."""
+        return self.moments[self.moment]
+
+    @property
+    def total(self) -> int:
+        """Bytes at that moment."""
+        return sum(self.items.values())
+
+    def __getitem__(self, item: str) -> int:
+        return self.items[item]
+
+    def most(self, *items: str) -> int:
+        """The most that these items hold together in any moment: the size of a room that they share."""
+        return max(sum(found.get(item, 0) for item in items) for found in self.moments.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a workload. `phases["train"]["gradients"]`, `persistent["policy"]`; `slots` is what the budget leaves."""
+
+    workload: Workload
+    slots: int
+    """Sequences that are decoded together: `workload.slots`, or as many as the budget has room for; 0: not even one."""
+    persistent: Mapping[str, int]
+    phases: Mapping[str, Phase]
+
+    @classmethod
+    def of(cls, workload: Workload) -> Self:
+        """The plan with as many slots as the budget leaves room for."""
+        kept = phase_items.persistent(workload)
+        room = None if workload.budget is None else workload.budget - sum(kept.values())
+        slots = _most(lambda count: _generate(workload, count).total, room, workload.slots)
+        phases = (
+            _generate(workload, max(slots, 1)),
+            Phase(phase_items.score(workload)),
+            Phase(phase_items.train(workload)),
+        )
+        return cls(workload, slots, kept, dict(zip(PHASES, phases, strict=True)))
+
+    @classmethod
+    def of_run(cls, config: RunConfig, policy: ModelShape, reward: ModelShape | None) -> Self:
+        """The plan of `rlhf ppo` with this config."""
+        return cls.of(Workload.of(config, policy, reward))
+
+    @property
+    def kept(self) -> int:
+        """Bytes that persist."""
+        return sum(self.persistent.values())
+
+    @property
+    def largest(self) -> str:
+        """The largest phase."""
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that persist and those of the largest phase."""
+        return self.kept + self.phases[self.largest].total
+
+    @property
+    def missing(self) -> int:
+        """Bytes by which the budget is too small; 0 where it is not, or there is none."""
+        return 0 if self.workload.budget is None else max(0, self.peak - self.workload.budget)
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
+
+    def largest_microbatch(self) -> int:
+        """Most of the longest sequences of a minibatch that the budget lets through in one pass; 0: not even one."""
+        room = None if self.workload.budget is None else self.workload.budget - self.kept
+
+        def need(rows: int) -> int:
+            workload = replace(self.workload, microbatch=rows, microbatch_tokens=None)
+            return max(Phase(phase_items.train(workload)).total, Phase(phase_items.score(workload)).total)
+
+        return _most(need, room, self.workload.minibatch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for plan.json."""
+        return {
+            "peak_bytes": self.peak,
+            "budget_bytes": self.workload.budget,
+            "missing_bytes": self.missing,
+            "slots": self.slots,
+            "largest_phase": self.largest,
+            "persistent": dict(self.persistent),
+            "phases": {name: dict(phase.items) for name, phase in self.phases.items()},
+            "largest_moments": {name: phase.moment for name, phase in self.phases.items()},
+        }
+
+
+def _generate(workload: Workload, slots: int) -> Phase:
+    return Phase(phase_items.generate(workload, slots))
+
+
+def _most(need: Any, room: int | None, limit: int) -> int:
+    """The largest count up to `limit` whose `need`, which grows with it, is within `room`; 0 if none is."""
+    if room is None:
+        return limit
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if need(middle) <= room else (low, middle - 1)
+    return low

@@ -1,0 +1,198 @@
+"""The sizes of a model that decide its memory: every weight matrix by its shape, without making one.
+
+Legend: V vocabulary, H hidden, I intermediate, A query width (heads x head size), K key width (groups x head size).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from rlhf_engine.files import require
+from rlhf_engine.memory.presets import PRESETS
+
+_FIELDS = {
+    "vocab": ("vocab_size",),
+    "hidden": ("hidden_size", "n_embd"),
+    "intermediate": ("intermediate_size", "n_inner"),
+    "layers": ("num_hidden_layers", "n_layer"),
+    "heads": ("num_attention_heads", "n_head"),
+    "positions": ("max_position_embeddings", "n_positions"),
+}
+"""What every architecture must say, and under which names."""
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"gated": False},
+    "granite": {},
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True, "output_bias": False},
+    "qwen3": {"head_norm": True},
+}
+"""Architectures whose layers are known, and what their config does not say of them."""
+
+
+class UnknownMemoryError(ValueError):
+    """A model or an objective whose memory the plan does not know."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only language model: norm, attention, norm, gated feed-forward (GPT-2's: not gated, learned positions)."""
+
+    model_type: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    groups: int
+    """Heads of keys and values."""
+    head_dim: int
+    positions: int
+    """Longest sequence it was made for."""
+    tied: bool
+    """Whether the language-model head is the embedding."""
+    gated: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_norm: bool = False
+    """Whether queries and keys have a norm of their own."""
+    window: int | None = None
+    """Columns that sliding-window attention reads; None reads all."""
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.groups * self.head_dim
+
+    def trunk(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight below the language-model head, one layer's with the number of layers in front."""
+        H, I, A, K, L = self.hidden, self.intermediate, self.query_width, self.key_width, self.layers
+        if not self.gated:
+            matrices = {"attention": (A + 2 * K, H), "output": (H, A), "up": (I, H), "down": (H, I)}
+            vectors = {"attention_bias": A + 2 * K, "output_bias": H, "up_bias": I, "down_bias": H}
+            vectors |= {name: H for name in ("norm_1", "norm_1_bias", "norm_2", "norm_2_bias")}
+            outside = {"embedding": (self.vocab, H), "place": (self.positions, H), "norm": (H,), "norm_bias": (H,)}
+        else:
+            matrices = {"query": (A, H), "key": (K, H), "value": (K, H), "output": (H, A)}
+            matrices |= {"gate": (I, H), "up": (I, H), "down": (H, I)}
+            vectors = {"norm_1": H, "norm_2": H}
+            if self.qkv_bias:
+                vectors |= {"query_bias": A, "key_bias": K, "value_bias": K}
+            if self.output_bias:
+                vectors |= {"output_bias": H}
+            if self.mlp_bias:
+                vectors |= {"gate_bias": I, "up_bias": I, "down_bias": H}
+            if self.head_norm:
+                vectors |= {"query_norm": self.head_dim, "key_norm": self.head_dim}
+            outside = {"embedding": (self.vocab, H), "norm": (H,)}
+        layers = {name: (L, *shape) for name, shape in matrices.items()}
+        return outside | layers | {name: (L, size) for name, size in vectors.items()}
+
+    def head(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the language-model head, where it is a matrix of its own."""
+        return {} if self.tied else {"head": (self.vocab, self.hidden)}
+
+    @property
+    def trunk_parameters(self) -> int:
+        return _numbers(self.trunk().values())
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the causal LM, a tied one counted once."""
+        return self.trunk_parameters + _numbers(self.head().values())
+
+    @property
+    def largest_layer_matrix(self) -> int:
+        """Numbers of the largest matrix within a layer."""
+        inside = ("attention", "query", "output", "gate", "up", "down")
+        return max(math.prod(shape[1:]) for name, shape in self.trunk().items() if name in inside)
+
+    @property
+    def layer_matrices(self) -> int:
+        """Numbers of all matrices within layers: what autocast copies."""
+        return _numbers(shape for shape in self.trunk().values() if len(shape) == 3)
+
+    @classmethod
+    def of(cls, model: str) -> Self:
+        """The shape of a preset by its name, or of a folder with a `config.json`.
+
+        Raises ValueError for a name that is neither, and for an architecture that the plan does not know.
+        """
+        if model in PRESETS:
+            return cls.from_fields(PRESETS[model], model)
+        folder = Path(model)
+        if not folder.is_dir():
+            raise ValueError(
+                f"model: got {model!r}, expected a folder with a config.json, or one of {', '.join(PRESETS)}"
+            )
+        require(folder, "config.json")
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UnknownMemoryError(f"{folder / 'config.json'}: {reason}; {_needed()}") from None
+        return cls.from_config(config, str(folder / "config.json"))
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any], source: str = "config") -> Self:
+        """The shape that `fields` of a config.json describe, those left out with transformers' defaults."""
+        rest = {name: value for name, value in fields.items() if name != "model_type"}
+        return cls.from_config(AutoConfig.for_model(fields["model_type"], **rest), source)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, source: str = "config") -> Self:
+        """The shape of what transformers makes of `config`; `source` names it in errors.
+
+        Raises ValueError for an architecture that the plan does not know, naming the fields that it needs.
+        """
+        text = config.get_text_config()
+        kind = text.model_type
+        found = {ours: _first(text, theirs) for ours, theirs in _FIELDS.items()}
+        if kind == "gpt2" and found["intermediate"] is None and found["hidden"] is not None:
+            found["intermediate"] = 4 * found["hidden"]
+        missing = ["/".join(_FIELDS[name]) for name, value in found.items() if value is None]
+        if kind not in _FAMILIES or missing:
+            lacks = f" without {', '.join(missing)}" if missing else ""
+            raise UnknownMemoryError(
+                f"{source}: got model_type {kind!r}{lacks}, whose layers the plan does not know; {_needed()}"
+            )
+        heads, hidden = found["heads"], found["hidden"]
+        windowed = kind == "mistral" or getattr(text, "use_sliding_window", False)
+        traits = {
+            "qkv_bias": bool(getattr(text, "attention_bias", False)),
+            "output_bias": bool(getattr(text, "attention_bias", False)),
+            "mlp_bias": bool(getattr(text, "mlp_bias", False)),
+            "window": getattr(text, "sliding_window", None) if windowed else None,
+        }
+        return cls(
+            model_type=kind,
+            groups=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            tied=bool(text.tie_word_embeddings),
+            **found,
+            **traits | _FAMILIES[kind],
+        )
+
+
+def _numbers(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _first(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _needed() -> str:
+    fields = ", ".join("/".join(names) for names in _FIELDS.values())
+    return f"expected one of {', '.join(_FAMILIES)} with {fields}"

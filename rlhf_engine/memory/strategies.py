@@ -1,0 +1,150 @@
+"""What would make a run fit: settings tried in every combination, those that fit listed fastest first.
+
+The order is an estimate from counted work, nothing was timed: matrix products in half precision save time, 8-bit state costs
+a little, state in host memory crosses the bus twice an optimiser step, checkpointing does a forward pass again, and every
+halving of the micro-batch makes its products a little slower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.memory.plan import MemoryPlan
+from rlhf_engine.memory.workload import Workload
+
+_HALF_SAVES = {"cuda": -0.40, "cpu": 0.30}
+"""Share of an update's time that half-precision products add; processors without instructions for them are slower."""
+_COSTS: dict[tuple[str, Any], float] = {
+    ("compute_dtype", "bfloat16"): 0.0,
+    ("dtype", "bfloat16"): 0.01,  # master weights are rounded once a step
+    ("optimizer_state", "8bit"): 0.02,
+    ("optimizer_state", "host"): 0.10,
+    ("gradient_checkpointing", True): 0.25,
+    ("adapter", 16): -0.10,
+    ("base_bits", 4): 0.20,
+}
+"""Share of it that another change adds, by estimate."""
+_HALVING = 0.03
+
+_SETTINGS = {
+    "dtype": "dtype",
+    "compute_dtype": "compute_dtype",
+    "optimizer_state": "memory.optimizer_state",
+    "gradient_checkpointing": "memory.gradient_checkpointing",
+    "microbatch": "ppo.microbatch",
+    "microbatch_tokens": "ppo.microbatch_tokens",
+    "slots": "rollout.batch_size",
+}
+_SIZED = ("microbatch", "microbatch_tokens", "slots")
+"""Changes that are as large as they need to be, and no switch."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A plan with some settings changed, and what the change would cost."""
+
+    plan: MemoryPlan
+    changes: dict[str, Any]
+    """Fields of the workload with their new values."""
+    cost: float
+    """Share of an update's time that it adds, by estimate; negative: it saves time."""
+
+    @property
+    def words(self) -> str:
+        """The change as settings of a config; adapters and 4-bit weights, which have none yet, in words."""
+        named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in self.changes.items() if name in _SETTINGS]
+        if "adapter" in self.changes:
+            frozen = f"{self.changes['base_bits']}-bit" if "base_bits" in self.changes else "frozen"
+            named.insert(0, f"LoRA of rank {self.changes['adapter']} on {frozen} weights")
+        return ", ".join(named) or "as it is"
+
+    @property
+    def built(self) -> bool:
+        """Whether the engine takes these settings today."""
+        if "adapter" in self.changes:
+            return False
+        tree: dict[str, Any] = {}
+        for name, value in self.changes.items():
+            if name not in _SIZED:
+                *section, key = _SETTINGS[name].split(".")
+                (tree.setdefault(section[0], {}) if section else tree)[key] = value
+        try:
+            RunConfig.from_dict(tree)
+        except ValueError:
+            return False
+        return True
+
+
+def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
+    """Strategies within the workload's budget, fastest first, without those that change more than another needs to.
+
+    With `planned`, those are tried too that the engine does not have yet.
+    """
+    fits = [one for one in _tried(workload, planned=planned) if one.plan.fits and one.plan.slots]
+    fits.sort(key=lambda one: (one.cost, len(one.changes)))
+    kept: list[Strategy] = []
+    for one in fits:
+        switches = _switches(one)
+        if not any(_switches(other) <= switches for other in kept):
+            kept.append(one)
+    return kept
+
+
+def smallest(workload: Workload, *, planned: bool = False) -> Strategy:
+    """The strategy with the smallest peak of all, whether it fits or not."""
+    return min(_tried(workload, planned=planned), key=lambda one: one.plan.peak)
+
+
+def _switches(strategy: Strategy) -> set[tuple[str, Any]]:
+    return {(name, value) for name, value in strategy.changes.items() if name not in _SIZED}
+
+
+def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
+    """Every combination, each with the largest micro-batch and the most slots that fit, or one of each if none does."""
+    choices: dict[str, list[Any]] = {
+        "dtype": ["float32", "bfloat16"],
+        "compute_dtype": ["float32", "bfloat16"],
+        "optimizer_state": ["resident", "8bit"] + ["host"] * (workload.device != "cpu"),
+        "gradient_checkpointing": [False, True],
+    }
+    if planned:
+        choices |= {"adapter": [0, 16], "base_bits": [0, 4]}
+    for values in product(*choices.values()):
+        changes = {name: value for name, value in zip(choices, values, strict=True) if value != getattr(workload, name)}
+        if not _sensible(workload, changes):
+            continue
+        cost = sum(_COSTS.get(one, math.inf) for one in changes.items())
+        if any(value == "bfloat16" for value in changes.values()):
+            cost += _HALF_SAVES[workload.device if workload.device in _HALF_SAVES else "cuda"]
+        if math.isfinite(cost):
+            tried = _sized(workload, changes, cost)
+            if planned or tried.built:
+                yield tried
+
+
+def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
+    made = replace(workload, **changes)
+    rounds_twice = changes.get("compute_dtype") == "bfloat16" and made.dtype == "bfloat16"
+    return not rounds_twice and not (made.base_bits and not made.adapter)
+
+
+def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy:
+    made = replace(workload, **changes)
+    plan = MemoryPlan.of(made)
+    rows = max(1, min(made.train_rows, plan.largest_microbatch()))
+    changes = dict(changes)
+    if rows < made.train_rows:
+        tokens = made.microbatch_tokens is not None
+        smaller = {"microbatch_tokens": rows * (made.length - 1)} if tokens else {"microbatch": rows}
+        changes |= smaller
+        cost += _HALVING * math.log2(made.train_rows / rows)
+        plan = MemoryPlan.of(replace(made, **smaller))
+    if 0 < plan.slots < workload.slots:
+        changes["slots"] = plan.slots
+        cost += _HALVING * math.log2(workload.slots / plan.slots)
+    return Strategy(plan, changes, cost)

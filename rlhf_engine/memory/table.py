@@ -1,0 +1,104 @@
+"""A plan in words: items by phases, what fits, and what would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_engine.memory.plan import PHASES, MemoryPlan
+from rlhf_engine.memory.strategies import Strategy, fitting, smallest
+from rlhf_engine.memory.workload import Workload
+
+GIB = 2**30
+_LISTED = 3
+_COLUMN = 12
+
+
+def size(count: float) -> str:
+    """`1.25 GiB`; small ones in MiB."""
+    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def items_table(plan: MemoryPlan) -> str:
+    """GiB of every item in every phase, at the phase's largest moment."""
+    lines = [_line("GiB", PHASES)]
+    lines += [_line(name, [f"{count / GIB:.2f}"] * len(PHASES)) for name, count in plan.persistent.items()]
+    lines.append(_line("= persistent", [f"{plan.kept / GIB:.2f}"] * len(PHASES)))
+    names = dict.fromkeys(name for phase in plan.phases.values() for name in phase.items)
+    for name in names:
+        counts = [phase.items.get(name, 0) for phase in plan.phases.values()]
+        lines.append(_line(name, [f"{count / GIB:.2f}" if count else "" for count in counts]))
+    lines.append(_line("= peak", [f"{(plan.kept + phase.total) / GIB:.2f}" for phase in plan.phases.values()]))
+    lines.append(_line("at its", [phase.moment for phase in plan.phases.values()]))
+    return "\n".join(lines)
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:20}" + "".join(f"{cell:>{max(_COLUMN, len(cell) + 2)}}" for cell in cells).rstrip()
+
+
+def workload_words(w: Workload) -> str:
+    """What was planned, in one line."""
+    batch = f"{w.microbatch} sequences" if w.microbatch_tokens is None else f"{w.microbatch_tokens} tokens"
+    numbers = w.dtype if not w.autocast else f"{w.dtype}, products in {w.compute_dtype}"
+    return (
+        f"{w.policy.parameters / 1e9:.3g}e9 weights in {numbers}, value {w.value}, {w.prompt} + {w.response} tokens, rollout "
+        f"batch {w.rollout_batch}, minibatch {w.minibatch}, micro-batch {batch}, {w.slots} decoded together, optimiser state "
+        f"{w.optimizer_state}, gradient checkpointing {'on' if w.gradient_checkpointing else 'off'}, {w.device}"
+    )
+
+
+def verdict(plan: MemoryPlan) -> str:
+    """Whether it fits, by how much not, and how far its batches may go."""
+    w, phase = plan.workload, plan.phases[plan.largest]
+    peak = f"peak {size(plan.peak)} ({plan.largest}, {phase.moment})"
+    if w.budget is None:
+        return peak
+    words = f"{peak} of {size(w.budget)}: "
+    if plan.slots == 0:
+        words += "does not fit; not even one sequence can be decoded beside what persists"
+    elif plan.fits:
+        words += f"fits, {size(w.budget - plan.peak)} to spare"
+    else:
+        words += f"does not fit, {size(plan.missing)} too much"
+    pool = f"KV pool for {plan.slots} of {w.slots} sequences of {w.length} tokens"
+    return f"{words}\n{pool}; largest micro-batch {plan.largest_microbatch()} of {w.minibatch} sequences"
+
+
+def strategies_words(workload: Workload, *, planned: bool = False) -> str:
+    """The strategies that fit the workload's budget, fastest first by estimate; the smallest peak where none does.
+
+    With `planned`, those that need what is not built yet follow under their own heading.
+    """
+    lines = _listed("what fits, fastest first by estimate:", fitting(workload))
+    if not lines:
+        least = smallest(workload)
+        lines = [f"nothing that was tried fits; the least is {size(least.plan.peak)} with {least.words}"]
+    if planned:
+        lines += _listed(
+            "what would fit with parts that are NOT BUILT YET:",
+            [one for one in fitting(workload, planned=True) if not one.built],
+        )
+    return "\n".join(lines)
+
+
+def _listed(heading: str, found: Sequence[Strategy]) -> list[str]:
+    return [heading] * bool(found) + [f"  {size(one.plan.peak):>10}  {one.words}" for one in found[:_LISTED]]
+
+
+def refuse(plan: MemoryPlan) -> None:
+    """ValueError where the plan does not fit its budget, by how much, and with what it would."""
+    if plan.fits and plan.slots:
+        return
+    w = plan.workload
+    short = f"{size(plan.missing)} too small"
+    if plan.slots == 0:
+        short += f" and leaves no room for the keys and values of one sequence of {w.length} tokens,"
+    # A run has one chance to read this: the fastest way out, on one line.
+    found = fitting(w)
+    if found:
+        way = f"{found[0].words} would fit ({size(found[0].plan.peak)})"
+    else:
+        least = smallest(w)
+        way = f"nothing that was tried fits, the least is {size(least.plan.peak)} with {least.words}"
+    need = f"for the planned peak of {size(plan.peak)} ({plan.largest}, {plan.phases[plan.largest].moment})"
+    raise ValueError(f"memory.budget: got {size(w.budget)}, which is {short} {need}; {way}")

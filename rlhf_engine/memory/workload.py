@@ -1,0 +1,119 @@
+"""The numbers of a run that decide its memory, taken out of its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.memory.shape import ModelShape, UnknownMemoryError
+from rlhf_engine.memory_config import byte_count
+
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A PPO run: models, lengths, batches, and where its bytes live. Every sequence is taken to be as long as it may be."""
+
+    policy: ModelShape
+    reward: ModelShape | None
+    """None where a Python function scores."""
+    prompt: int
+    response: int
+    rollout_batch: int
+    minibatch: int
+    microbatch: int
+    slots: int
+    """Most sequences that are decoded together."""
+    ppo_epochs: int = 1
+    microbatch_tokens: int | None = None
+    """Tokens of a micro-batch, in place of `microbatch` sequences."""
+    device: str = "cpu"
+    eager: bool = False
+    dtype: str = "float32"
+    compute_dtype: str = "float32"
+    value: str = "head"
+    """Where values come from: "head", "backbone", or "none"."""
+    average: bool = False
+    """Whether a moving average of the weights is kept."""
+    pretraining: int = 0
+    """Pretraining sequences of an optimiser step."""
+    optimizer_state: str = "resident"
+    gradient_checkpointing: bool = False
+    budget: int | None = None
+    adapter: int = 0
+    """Rank of LoRA adapters on every matrix of frozen weights, whose reference is the same without them. Not built yet."""
+    base_bits: int = 0
+    """Bits of a frozen weight within the layers; 0: as `dtype` says. Not built yet."""
+
+    @classmethod
+    def of(cls, config: RunConfig, policy: ModelShape, reward: ModelShape | None) -> Self:
+        """The workload of `rlhf ppo`.
+
+        Raises ValueError for a longest sequence beyond a model's context, and for TRPO, whose memory the plan does not know.
+        """
+        ppo, rollout, memory = config.ppo, config.rollout, config.memory
+        if ppo.objective == "trpo":
+            raise UnknownMemoryError(
+                "ppo.objective: got 'trpo', whose memory the plan does not know, expected another objective"
+            )
+        # A response that runs out of budget is scored with an EOS behind it.
+        room = policy.positions if reward is None else min(policy.positions, reward.positions - 1)
+        if rollout.max_prompt_tokens + rollout.max_response_tokens > room:
+            raise ValueError(
+                f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
+                f"{rollout.max_response_tokens}, expected at most {room} together, the models' positions"
+            )
+        return cls(
+            policy=policy,
+            reward=reward,
+            prompt=rollout.max_prompt_tokens,
+            response=rollout.max_response_tokens,
+            rollout_batch=ppo.rollout_batch,
+            minibatch=ppo.minibatch,
+            microbatch=ppo.microbatch,
+            microbatch_tokens=ppo.microbatch_tokens,
+            slots=min(rollout.batch_size, ppo.rollout_batch),
+            ppo_epochs=ppo.ppo_epochs,
+            device=config.device.partition(":")[0],
+            eager=config.model.attention == "eager",
+            dtype=config.dtype,
+            compute_dtype=config.compute_dtype,
+            value="none" if ppo.baseline == "none" else ppo.value_model,
+            average=ppo.ema_decay is not None,
+            pretraining=round(ppo.ptx_ratio * ppo.minibatch) if ppo.ptx_coef else 0,
+            optimizer_state=memory.optimizer_state,
+            gradient_checkpointing=memory.gradient_checkpointing,
+            budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        return _SIZES[self.dtype]
+
+    @property
+    def compute_bytes(self) -> int:
+        return min(self.weight_bytes, _SIZES[self.compute_dtype])
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products take rounded copies of the weights."""
+        return self.compute_bytes < self.weight_bytes
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt + self.response
+
+    @property
+    def train_rows(self) -> int:
+        """Sequences of a micro-batch of the longest ones."""
+        if self.microbatch_tokens is None:
+            return self.microbatch
+        return max(1, min(self.minibatch, self.microbatch_tokens // (self.length - 1)))
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of an optimiser step, pretraining's among them."""
+        return -(-self.minibatch // self.train_rows) + -(-self.pretraining // self.train_rows)

@@ -1,0 +1,107 @@
+"""The engine runs by its memory plan, and `rlhf plan` prints it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rlhf_engine.config import RunConfig, load_config
+from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
+from rlhf_engine.memory.table import items_table
+from rlhf_engine.stages.planning import within
+from tests.engine.cli_run import new_model, new_run, read_lines, rlhf
+
+BATCH = ("ppo.rollout_batch=40", "ppo.minibatch=2", "ppo.microbatch=1", "rollout.batch_size=40")
+
+
+def with_function(folder):
+    """Overrides: a Python function as the reward, so that nothing is larger than the keys and values."""
+    (folder / "reward.py").write_text("def length(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
+    return [f"reward.function={folder / 'reward.py'}:length", "ppo.value_init=zero"]
+
+
+def ppo(capsys, folder, out, *sets):
+    sets = [*with_function(folder), f"output_dir={folder / out}", *sets]
+    return rlhf(capsys, "ppo", "--config", folder / "run.yaml", sets=sets)
+
+
+def test_ppo_runs_by_its_plan(tmp_path, capsys):
+    new_run(tmp_path, new_model(tmp_path / "base"))
+    code, _, err = ppo(capsys, tmp_path, "free", *BATCH)
+    assert code == 0, err
+    config = load_config(tmp_path / "run.yaml", [*with_function(tmp_path), *BATCH])
+    plan = MemoryPlan.of_run(config, ModelShape.of(str(tmp_path / "base")), None)
+    written = json.loads((tmp_path / "free" / "plan.json").read_text())
+    assert written == plan.to_dict() and written["slots"] == 40
+    line = read_lines(tmp_path / "free" / "metrics.jsonl")[-1]
+    assert line["planned_peak_mb"] == plan.peak / 1e6 and line["peak_rss_mb"] > 0
+
+    # A budget for 20 slots of 40: fewer sequences together, the same ones.
+    budget = MemoryPlan.of(replace(plan.workload, slots=20)).peak
+    code, _, err = ppo(capsys, tmp_path, "tight", *BATCH, f"memory.budget={budget}B")
+    assert code == 0, err
+    assert json.loads((tmp_path / "tight" / "plan.json").read_text())["slots"] == 20
+    timed = ("seconds_", "tokens_per", "sampled_tokens", "peak_", "planned_peak_mb")
+    runs = [
+        {name: value for name, value in row.items() if not name.startswith(timed)}
+        for row in (line, read_lines(tmp_path / "tight" / "metrics.jsonl")[-1])
+    ]
+    assert runs[0] == runs[1]
+
+    # Not even one sequence: refused before anything is read or written.
+    code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=100KB")
+    assert code == 2 and err.startswith("rlhf: memory.budget: got 0.1 MiB, which is")
+    assert (
+        "no room for the keys and values of one sequence of 14 tokens" in err and "nothing that was tried fits" in err
+    )
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_generator_is_given_the_slots_of_its_plan():
+    config = RunConfig.from_dict({"rollout": {"batch_size": 8}, "ppo": {"rollout_batch": 64, "minibatch": 64}})
+    shape = ModelShape.of("qwen2.5-0.5b")
+    workload = replace(Workload.of(config, shape, None), slots=8)
+    tight = replace(MemoryPlan.of(workload), slots=3)
+    assert within(tight, config).rollout.batch_size == 3
+    assert within(MemoryPlan.of(workload), config) is config and within(None, config) is config
+
+
+def test_ppo_of_an_unknown_architecture_runs_without_a_plan(capsys, tmp_path):
+    new_run(tmp_path, new_model(tmp_path / "base", family="gemma2"))
+    sets = [*with_function(tmp_path), "model.attention=eager"]
+    command = ("ppo", "--config", tmp_path / "run.yaml")
+    code, _, err = rlhf(capsys, *command, sets=sets)
+    assert code == 0, err
+    assert "'gemma2'" in json.loads((tmp_path / "out" / "plan.json").read_text())["unknown"]
+    assert "planned_peak_mb" not in read_lines(tmp_path / "out" / "metrics.jsonl")[-1]
+    code, _, err = rlhf(capsys, *command, sets=[*sets, "memory.budget=1GiB"])
+    assert code == 2 and "got model_type 'gemma2'" in err
+
+
+def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
+    arguments = (
+        "--model",
+        "qwen2.5-0.5b",
+        "--gpu-memory",
+        "4GiB",
+        "--gpu-memory",
+        "80GiB",
+        "--output",
+        tmp_path / "out",
+    )
+    code, out, err = rlhf(capsys, "plan", *arguments)
+    assert code == 0, err
+    plan = MemoryPlan.of(replace(Workload.of(RunConfig(), *[ModelShape.of("qwen2.5-0.5b")] * 2), device="cuda"))
+    assert items_table(plan) in out and "optimizer_state" in out
+    assert "of 4.00 GiB: does not fit" in out and "of 80.00 GiB" in out
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == plan.to_dict()
+    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "much")
+    assert code == 2 and "--gpu-memory: got 'much', expected a size such as 24GiB" in err
+    code, _, err = rlhf(capsys, "plan")
+    assert code == 2 and "model.path: got nothing" in err
+
+
+def test_readme_shows_what_the_command_prints():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    plan = MemoryPlan.of(replace(Workload.of(RunConfig(), *[ModelShape.of("qwen2.5-7b")] * 2), device="cuda"))
+    assert items_table(plan) in readme
