@@ -99,8 +99,16 @@ def measure(micro_batch: int, batch: dict, rounds: int) -> None:
     """TRL with `micro_batch` sequences a forward and backward pass; ours in both compute types."""
     batch = batch | {"micro_batch": micro_batch, "tokens": TOKENS[micro_batch]}
     cases = [(f"ours, {compute}", OURS, {"compute": compute}) for compute in BOUNDS]
+    slow = "" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "this processor has no bfloat16 instructions"
     workers = [
-        Worker(name, target, {"model": MODEL, "batch": batch | more}, start_limit=120, step_limit=300)
+        Worker(
+            name,
+            target,
+            {"model": MODEL, "batch": batch | more},
+            start_limit=120,
+            step_limit=300,
+            note=slow if "bfloat16" in name else "",
+        )
         for name, target, more in [*cases, ("TRL PPOTrainer", TRL, {})]
     ]
     *ours, trl = alternate_workers(workers, rounds=rounds, slow=60)

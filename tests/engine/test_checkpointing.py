@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from rlhf_engine.config import RewardConfig, load_config
 from rlhf_engine.data import Example
@@ -57,6 +58,34 @@ def test_so_it_has_packed_and_in_bfloat16_products():
             policy.packs = True
             both.append(gradients(policy, rollout, microbatch_tokens=30))
         assert all(torch.equal(both[1][name], gradient) for name, gradient in both[0].items())
+
+
+def test_a_layer_with_dropout_of_its_own_keeps_evaluation_mode():
+    """OPT's layers ask for their own mode, and transformers checkpoints layers in training mode alone."""
+    sizes = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    model = OPTForCausalLM(OPTConfig(vocab_size=61, max_position_embeddings=64, dropout=0.5, **sizes))
+    ids = torch.tensor([[4, 5, 6, 7]])
+    expected = ActorCritic(model).hidden(ids)
+    assert torch.equal(ActorCritic(model, gradient_checkpointing=True).hidden(ids), expected)
+
+
+def test_a_gradient_of_a_gradient_is_the_same():
+    """TRPO differentiates the trunk twice."""
+    results = []
+    for again in (False, True):
+        policy = make_policy("llama", gradient_checkpointing=again)
+        policy.model.set_attn_implementation("eager")
+        weights = list(policy.trunk.parameters())
+        loss = policy.hidden(torch.tensor([[4, 5, 6]])).square().sum()
+        slopes = torch.autograd.grad(loss, weights, create_graph=True)
+        results.append(torch.autograd.grad(sum(slope.square().sum() for slope in slopes), weights))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_fewer_activations_are_kept():
