@@ -28,7 +28,8 @@ class MemoryConfig(Section):
     fit is refused before it starts; None gives every one of rollout.batch_size sequences room for its longest answer."""
     optimizer_state: Literal["resident", "host", "8bit"] = "resident"
     """Where the optimiser's moments, and the masters of bfloat16 weights, live: on the device in float32; in host memory, from
-    which they are copied while gradients are made; or on the device in 8 bits, but for the masters (needs torchao)."""
+    which they are copied while gradients are made (on a CPU that is the same memory, and saves nothing); or on the device in
+    8 bits, but for the masters (needs torchao)."""
     gradient_checkpointing: bool = False
     """Keep the input of each layer alone and run the layer again in the backward pass."""
 
