@@ -50,6 +50,7 @@ _MAY_CHANGE = {
     "data.pretrain",
     "data.max_response_tokens",
     "data.validation_share",
+    "memory.budget",
     "ppo.updates",
     "ppo.checkpoint_every",
     "sft",

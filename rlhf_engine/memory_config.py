@@ -29,7 +29,8 @@ class MemoryConfig(Section):
     CPU it counts what a run takes above its imports, and freed blocks then go back to the system at once, for some time."""
     optimizer_state: Literal["resident", "host", "8bit"] = "resident"
     """Where the optimiser's moments, and the masters of bfloat16 weights, live: on the device in float32; in host memory, from
-    which they are copied while gradients are made; or on the device in 8 bits, but for the masters (needs torchao)."""
+    which they are copied while gradients are made (on a CPU that is the same memory, and saves nothing); or on the device in
+    8 bits, but for the masters (needs torchao)."""
     gradient_checkpointing: bool = False
     """Keep the input of each layer alone and run the layer again in the backward pass."""
 

@@ -7,6 +7,7 @@ the block back to the system before it begins.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import mmap
@@ -27,6 +28,13 @@ ALIGNMENT = 64
 def room_for(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes that a tensor takes in an arena, alignment included."""
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _trim() -> None:
+    """Give back what glibc's malloc keeps of the phase before: up to 64 MB that was free at the end of its heap, and holes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class Arena:
         size = self.sizes[name]
         if self._block is None and self.bytes:
             self._block = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _trim()
         used = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         if used < self.bytes and hasattr(mmap, "MADV_DONTNEED"):
             self._block.madvise(mmap.MADV_DONTNEED, used, self.bytes - used)

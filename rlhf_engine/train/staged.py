@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from rlhf_engine.memory.arena import room_for
+
 HALF = (torch.bfloat16, torch.float16)
 """Types of weights whose updates need a master."""
 
@@ -96,7 +98,7 @@ class StagedAdamW(torch.optim.AdamW):
     @property
     def transit_bytes(self) -> int:
         """Room that the state in transit takes on the device."""
-        return 4 * sum(self._bucket_sizes()) if self.host else 0
+        return sum(room_for((size,), torch.float32) for size in self._bucket_sizes()) if self.host else 0
 
     def prefetch(self) -> None:
         """Start to copy the first buckets to the device, where something can run meanwhile."""

@@ -207,12 +207,13 @@ def test_an_update_in_the_arena_has_the_bits_of_one_without(monkeypatch, setting
     assert all(parameter.grad is None for parameter in trainer.policy.parameters())
 
 
-@pytest.mark.parametrize("where", ["prefill", "decode", "reward", "backward", "step"])
+@pytest.mark.parametrize("where", ["change", "prefill", "decode", "reward", "backward", "step"])
 @pytest.mark.parametrize("held", [True, False])
 def test_an_interrupted_phase_leaves_a_trainer_that_starts_clean(monkeypatch, where, held):
     trainer, straight = make_trainer(), make_trainer()
     trainer.arena.poison = True
     owner, name = {
+        "change": ("rlhf_engine.memory.arena", "_trim"),
         "prefill": ("rlhf_engine.rollout.decoder.Decoder", "prefill"),
         "decode": ("rlhf_engine.rollout.decoder.Decoder", "decode"),
         "reward": ("rlhf_engine.train.ppo", "score_answers"),

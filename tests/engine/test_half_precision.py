@@ -5,13 +5,15 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
-from rlhf_engine.config import MemoryConfig, OptimConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_engine.config import MemoryConfig, OptimConfig, RewardConfig, RunConfig, SFTConfig, load_config
 from rlhf_engine.data import Example
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.train import ppo
+from rlhf_engine.stages import run_ppo, run_sft
+from rlhf_engine.train import optim, ppo
 from rlhf_engine.train.reward_model import RankedPrompt, fit_reward_model
 from rlhf_engine.train.sft import fit_language_model
+from tests.engine.cli_run import new_model, new_run
 from tests.engine.tiny_models import tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of
 
@@ -51,6 +53,30 @@ def test_a_resumed_run_in_bfloat16_has_the_same_bits(tmp_path, monkeypatch, fami
     averages = zip(straight.average.average.parameters(), second.average.average.parameters(), strict=True)
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in averages)
     assert all(x.dtype == torch.float32 for x in load_file(tmp_path / "run" / "ema" / "model.safetensors").values())
+
+
+def test_settings_reach_the_stages(tmp_path, monkeypatch):
+    """bfloat16 with state in host memory, from a config to folders: SFT, then PPO, broken off and taken up again."""
+    monkeypatch.chdir(tmp_path)
+    run = new_run(tmp_path, new_model(tmp_path / "base"))
+    (run / "rewards.py").write_text("def reward(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
+    given = [
+        "dtype=bfloat16",
+        "memory.optimizer_state=host",
+        "reward.function=rewards.py:reward",
+        "ppo.value_init=zero",
+    ]
+    made, build = [], optim.StagedAdamW
+    monkeypatch.setattr(optim, "StagedAdamW", lambda *a, **k: made.append(k["host"]) or build(*a, **k))
+    run_sft(load_config(run / "run.yaml", given))
+    run_ppo(load_config(run / "run.yaml", [*given, "model.path=out/sft", "ppo.updates=1"]))
+    run_ppo(load_config(run / "run.yaml", [*given, "model.path=out/sft", "ppo.updates=2"]), resume=True)
+    run_ppo(load_config(run / "run.yaml", [*given, "model.path=out/sft", "ppo.updates=2", "output_dir=whole"]))
+    assert made == [True] * 4
+    whole, broken = (load_file(run / name / "ppo" / "optimizer.safetensors") for name in ("whole", "out"))
+    assert "0.master" in whole and all(torch.equal(whole[name], broken[name]) for name in whole)
+    weights = load_file(run / "out" / "ppo" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {HALF}
 
 
 @pytest.mark.parametrize("state", ["resident", "host"])

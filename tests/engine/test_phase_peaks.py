@@ -24,13 +24,13 @@ from rlhf_engine.rollout import Generator
 from rlhf_engine.train.ppo import PPOTrainer
 
 torch.manual_seed(0)
-sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8)
+sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8)
 policy = ActorCritic(LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=256, **sizes)))
-rollout = RolloutConfig(max_prompt_tokens=152, max_response_tokens=8, batch_size=64)
+rollout = RolloutConfig(max_prompt_tokens=72, max_response_tokens=8, batch_size=64)
 # Every other token ends a response: long slots, short answers.
 generator = Generator(policy, rollout, eos_token_ids=list(range(0, 1024, 2)), pad_token_id=0, seed=0)
 prompts = [torch.randint(0, 1024, (4,)) for _ in range(64)]
-settings = PPOConfig(updates=9, rollout_batch=64, minibatch=64, microbatch=16, optim=OptimConfig(lr=1e-5))
+settings = PPOConfig(updates=9, rollout_batch=64, minibatch=64, microbatch=4, optim=OptimConfig(lr=1e-5))
 reward = lambda rollout: rollout.mask.sum(1).float()
 trainer = PPOTrainer(
     policy, frozen_copy(policy), generator, lambda first, count: prompts[:count], reward, settings, seed=0
@@ -52,6 +52,8 @@ print(json.dumps(log | {"persistent": persistent, "sizes": trainer.arena.sizes, 
 )
 def test_the_sum_of_the_phases_is_never_paid():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    # glibc keeps up to 64 MB of a heap; so it gives every larger block back at once, and what is measured is what is held.
+    environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
     done = subprocess.run(
         [sys.executable, "-c", UPDATE], capture_output=True, text=True, env=environment, timeout=900, check=False
     )
@@ -60,12 +62,12 @@ def test_the_sum_of_the_phases_is_never_paid():
     keys, gradients = found["sizes"]["generate"] / MB, found["sizes"]["train"] / MB
     assert keys > 80 and gradients > 50
     above = {name: found[f"peak_{name}_mb"] - found["persistent"] for name in ("generate", "score", "train")}
-    # A tenth of the sum for everything that is not planned here: activations of a few short answers.
-    slack = 0.1 * (keys + gradients)
+    # An eighth of the sum for what is not planned here: activations of a few short answers, a layer's keys once more.
+    slack = 0.125 * (keys + gradients)
     assert 0.95 * keys <= above["generate"] <= keys + slack, (above, keys)
     assert 0.9 * gradients <= above["train"] <= gradients + slack, (above, gradients)
     assert above["score"] <= slack, above
-    assert max(above.values()) < 0.8 * (keys + gradients)
+    assert max(above.values()) < 0.9 * (keys + gradients)
     assert found["so_far"] >= found["peak_rss_mb"] >= max(found[f"peak_{name}_mb"] for name in above)
 
 
