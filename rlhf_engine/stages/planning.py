@@ -22,10 +22,11 @@ def workload_of(config: RunConfig, model: str | None = None) -> Workload:
     path = model or config.model.path
     if path is None:
         raise ValueError("model.path: got nothing, expected a folder, or --model with a folder or a size")
-    policy = ModelShape.of(path)
+    policy = ModelShape.of(path, "model.path")
     if config.reward.function is not None:
         return Workload.of(config, policy, None)
-    return Workload.of(config, policy, policy if config.reward.path is None else ModelShape.of(config.reward.path))
+    reward = policy if config.reward.path is None else ModelShape.of(config.reward.path, "reward.path")
+    return Workload.of(config, policy, reward)
 
 
 def plan_run(config: RunConfig) -> MemoryPlan | None:
