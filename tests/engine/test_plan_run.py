@@ -12,7 +12,7 @@ import pytest
 from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
 from rlhf_engine.memory.table import items_table
-from rlhf_engine.stages.planning import within
+from rlhf_engine.stages.planning import RunPlan
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf
 
 BATCH = ("ppo.rollout_batch=40", "ppo.minibatch=2", "ppo.microbatch=1", "rollout.batch_size=40")
@@ -66,8 +66,8 @@ def test_a_generator_is_given_the_slots_of_its_plan():
     shape = ModelShape.of("qwen2.5-0.5b")
     workload = replace(Workload.of(config, shape, None), slots=8)
     tight = replace(MemoryPlan.of(workload), slots=3)
-    assert within(tight, config).rollout.batch_size == 3
-    assert within(MemoryPlan.of(workload), config) is config and within(None, config) is config
+    assert RunPlan(tight).within(config).rollout.batch_size == 3
+    assert RunPlan(MemoryPlan.of(workload)).within(config) is config and RunPlan().within(config) is config
 
 
 def test_ppo_of_an_unknown_architecture_runs_without_a_plan(capsys, tmp_path):
