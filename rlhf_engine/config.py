@@ -99,12 +99,21 @@ class SFTConfig(Section):
     """Demonstrations of one optimiser step."""
     microbatch: WholeNumber = 0
     """Demonstrations of one forward and backward pass; 0 takes the whole batch at once."""
+    microbatch_tokens: Count | None = None
+    """Tokens of one pass, padding counted, in place of `microbatch` demonstrations; a longer one has a pass of its own."""
     evaluate_every: WholeNumber = 0
     """Optimiser steps between validations; 0 validates after each epoch."""
     patience: Count = 2
     """Validations without a new minimum after which the run stops; the weights of the minimum are kept."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
+
+    def check(self) -> None:
+        """One size of a pass, not two."""
+        if self.microbatch and self.microbatch_tokens is not None:
+            raise ValueError(
+                f"microbatch: got {self.microbatch} beside microbatch_tokens {self.microbatch_tokens}, expected one of the two"
+            )
 
 
 @dataclass(frozen=True)

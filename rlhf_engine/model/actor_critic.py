@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from rlhf_engine.model.heads import HeadTransform, ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.model.trunk import checkpoint_layers, last_hidden, packs, products
+from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, packs, products
 from rlhf_kernels import PPOLoss, TokenLogprobs, linear_ppo_loss, linear_token_logprobs
 
 _PROBE_LOGIT = 60.0
@@ -66,7 +66,7 @@ class ActorCritic(nn.Module):
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
         if gradient_checkpointing:
             checkpoint_layers(self.trunk)
-        self.packs = packs(self.trunk, self.compute_dtype)
+        self.packs = all(packs(*trunk) for trunk in self._trunks())
         """Whether micro-batches of a token budget are packed."""
 
     @property
@@ -146,6 +146,16 @@ class ActorCritic(nn.Module):
         if self.value_model is None:
             return self.values(hidden)
         return self.value_model.values(batch.input_ids, batch.rows, batch.cu_inputs)
+
+    def check_packing(self) -> None:
+        """ValueError where `packs` is on and a trunk's packed sequences see each other."""
+        for trunk in self._trunks() if self.packs else ():
+            check_packing(*trunk)
+
+    def _trunks(self) -> list[tuple[PreTrainedModel, torch.dtype | None]]:
+        """Of the policy and of a value model, with the type of its products."""
+        values = [] if self.value_model is None else [(self.value_model.trunk, self.value_model.compute_dtype)]
+        return [(self.trunk, self.compute_dtype), *values]
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Those of the value function alone."""

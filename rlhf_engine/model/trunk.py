@@ -80,6 +80,23 @@ def packs(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> bool:
     return plain and half and trunk.device.type == "cuda" and "window_size" in _VARLEN
 
 
+@torch.no_grad()
+def check_packing(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
+    """Compare two packed sequences with each alone; ValueError where they see each other, as through a recurrent state."""
+    ids = torch.arange(1, 12, device=trunk.device).remainder(trunk.get_input_embeddings().weight.shape[0])[None]
+    cu_inputs = torch.tensor([0, 6, 11], dtype=torch.int32, device=ids.device)
+    both = last_hidden(trunk, ids, compute_dtype=compute_dtype, cu_inputs=cu_inputs, use_cache=False)
+    alone = [last_hidden(trunk, part, compute_dtype=compute_dtype, use_cache=False) for part in ids.split([6, 5], 1)]
+    expected = torch.cat(alone, 1)
+    difference = float((both - expected).abs().max())
+    allowed = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    if not difference <= allowed:
+        raise ValueError(
+            f"ppo.microbatch_tokens: got a budget for {type(trunk).__name__}, whose sequences differ by {difference:.3g} (at "
+            f"most {allowed:.3g} expected) when one lies packed behind another; expected None and ppo.microbatch"
+        )
+
+
 def positions(cu_inputs: Tensor, count: int) -> Tensor:  # (B + 1,), N -> (N,)
     """0, 1, ... of every packed sequence."""
     starts = cu_inputs[:-1].repeat_interleave(cu_inputs.diff(), output_size=count)

@@ -235,6 +235,8 @@ class PPOTrainer:
         if (pretrain is None) != (config.ptx_coef == 0.0):
             got = "none" if pretrain is None else "one"
             raise ValueError(f"pretrain: got {got} with ptx_coef {config.ptx_coef}, expected one where it is above 0")
+        if config.microbatch_tokens is not None:
+            policy.check_packing()
         self.policy, self.reference, self.generator = policy, reference, generator
         self.prompts, self.reward_fn, self.config, self.seed = prompts, reward_fn, config, seed
         self.pretrain = pretrain

