@@ -41,20 +41,20 @@ def _model(model_type: str, vocab: int, hidden: int, intermediate: int, layers: 
 
 def _run(prompt: int, response: int, batch: int, microbatch: int, **rest: Any) -> dict:
     """Settings of a run: one rollout of `batch` sequences, one minibatch, all decoded together."""
-    attention = rest.pop("attention", "sdpa")
+    attention, memory = rest.pop("attention", "sdpa"), {"gradient_checkpointing": rest.pop("checkpointed", False)}
     ppo = {"updates": 9, "rollout_batch": batch, "minibatch": batch, "microbatch": microbatch}
     rollout = {"max_prompt_tokens": prompt, "max_response_tokens": response, "batch_size": batch}
-    return {"model": {"attention": attention}, "rollout": rollout, "ppo": ppo | rest}
+    return {"model": {"attention": attention}, "memory": memory, "rollout": rollout, "ppo": ppo | rest}
 
 
 CASES: dict[str, tuple[dict, dict, int]] = {
     "weights and state, two micro-batches": (
-        _model("llama", 64000, 512, 1408, 4, 8, tie_word_embeddings=False),
+        _model("llama", 72_000, 512, 1408, 4, 8, tie_word_embeddings=False),
         _run(8, 4, 16, 8),
         2,
     ),
     "tied head, two epochs of one pass": (
-        _model("qwen2", 100_000, 512, 1408, 4, 8, tie_word_embeddings=True, num_key_value_heads=2),
+        _model("qwen2", 130_000, 512, 1408, 4, 8, tie_word_embeddings=True, num_key_value_heads=2),
         _run(8, 4, 16, 16, ppo_epochs=2),
         1,
     ),
@@ -80,8 +80,8 @@ CASES: dict[str, tuple[dict, dict, int]] = {
         1,
     ),
     "not fitted: Qwen3, micro-batches of 64 tokens, checkpointed": (
-        _model("qwen3", 90_000, 384, 1024, 6, 6, head_dim=64, tie_word_embeddings=False),
-        _run(12, 4, 16, 16, microbatch_tokens=64),
+        _model("qwen3", 98_000, 384, 1024, 6, 6, head_dim=64, tie_word_embeddings=False),
+        _run(12, 4, 16, 16, microbatch_tokens=64, checkpointed=True),
         2,
     ),
 }

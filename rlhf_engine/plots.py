@@ -181,13 +181,14 @@ def plot_memory(
                     linewidth=0.4,
                 )
                 bottom += count / 2**30
-            axes.text(place, bottom, f"{bottom:.1f}", ha="center", va="bottom", fontsize=8)
+            number = axes.text(place, bottom, f"{bottom:.1f}", ha="center", va="bottom", fontsize=8)
+            number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # over the budget's line
             highest = max(highest, bottom)
         if budget is not None:
             axes.axhline(budget / 2**30, color="black", linestyle="--", linewidth=1)
             highest = max(highest, budget / 2**30)
         axes.set(ylim=(0, 1.08 * highest), xticks=range(len(phases)), xticklabels=list(phases))
-        axes.set_title("\n".join(textwrap.wrap(title, 30)), fontsize=8)
+        axes.set_title("\n".join(textwrap.wrap(title, 36, break_long_words=False)), fontsize=7.5)
     grid[0].set_ylabel("GiB")
     handles = [Patch(color=colours[name], label=name.replace("_", " ")) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)

@@ -124,8 +124,8 @@ class ModelShape:
         return _numbers(shape for shape in self.trunk().values() if len(shape) == 3)
 
     @classmethod
-    def of(cls, model: str) -> Self:
-        """The shape of a preset by its name, or of a folder with a `config.json`.
+    def of(cls, model: str, key: str = "model") -> Self:
+        """The shape of a preset by its name, or of a folder with a `config.json`; `key` names it in errors.
 
         Raises ValueError for a name that is neither, and for an architecture that the plan does not know.
         """
@@ -134,7 +134,7 @@ class ModelShape:
         folder = Path(model)
         if not folder.is_dir():
             raise ValueError(
-                f"model: got {model!r}, expected a folder with a config.json, or one of {', '.join(PRESETS)}"
+                f"{key}: got {model!r}, expected a folder with a config.json, or one of {', '.join(PRESETS)}"
             )
         require(folder, "config.json")
         try:

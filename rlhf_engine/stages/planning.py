@@ -22,49 +22,53 @@ def workload_of(config: RunConfig, model: str | None = None) -> Workload:
     path = model or config.model.path
     if path is None:
         raise ValueError("model.path: got nothing, expected a folder, or --model with a folder or a size")
-    policy = ModelShape.of(path)
+    policy = ModelShape.of(path, "model.path")
     if config.reward.function is not None:
         return Workload.of(config, policy, None)
-    return Workload.of(config, policy, policy if config.reward.path is None else ModelShape.of(config.reward.path))
+    reward = policy if config.reward.path is None else ModelShape.of(config.reward.path, "reward.path")
+    return Workload.of(config, policy, reward)
 
 
-def plan_run(config: RunConfig) -> MemoryPlan | None:
-    """The plan that `rlhf ppo` runs by, written to OUTPUT_DIR/plan.json; None where there is none to be had.
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What a run is held to: a plan, or why there is none."""
 
-    That is a folder that is not whole, of which loading it has more to say, and, without a `memory.budget`, a model or an
-    objective whose memory is not known: plan.json then says so. On the CPU a budget has freed blocks returned to the system.
-    Raises ValueError where the budget is too small.
+    plan: MemoryPlan | None = None
+    unknown: str = ""
+
+    def within(self, config: RunConfig) -> RunConfig:
+        """`config` with as many sequences decoded together as the plan has room for."""
+        if self.plan is None or self.plan.slots >= self.plan.workload.slots:
+            return config
+        return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, batch_size=self.plan.slots))
+
+    def metrics(self) -> dict[str, float]:
+        """The planned peak in 10^6 bytes, to stand beside the measured one of every update."""
+        return {} if self.plan is None else {"planned_peak_mb": self.plan.peak / 1e6}
+
+    def write(self, folder: str | Path) -> None:
+        """plan.json in `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / PLAN, {"unknown": self.unknown} if self.plan is None else self.plan.to_dict())
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """The plan that `rlhf ppo` runs by, made before a weight is read.
+
+    There is none for a folder that is not whole, of which loading it has more to say, nor, without a `memory.budget`, for a
+    model or an objective whose memory is not known. On the CPU a budget has freed blocks returned to the system. Raises
+    ValueError where the budget is too small.
     """
     folders = [config.model.path] + [config.reward.path] * (config.reward.function is None)
     if any(folder is None or not (Path(folder) / "config.json").is_file() for folder in folders):
-        return None
+        return RunPlan(unknown="a model's folder without a config.json")
     try:
         plan = MemoryPlan.of(workload_of(config))
     except UnknownMemoryError as error:
         if config.memory.budget is not None:
             raise
-        _write(config, {"unknown": str(error)})
-        return None
+        return RunPlan(unknown=str(error))
     refuse(plan)
-    _write(config, plan.to_dict())
     if plan.workload.budget is not None and plan.workload.device == "cpu":
         return_freed_blocks()
-    return plan
-
-
-def within(plan: MemoryPlan | None, config: RunConfig) -> RunConfig:
-    """`config` with as many sequences decoded together as the plan has room for."""
-    if plan is None or plan.slots >= plan.workload.slots:
-        return config
-    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, batch_size=plan.slots))
-
-
-def planned_peak(plan: MemoryPlan | None) -> dict[str, float]:
-    """The plan's peak in 10^6 bytes, for the metrics of a step."""
-    return {} if plan is None else {"planned_peak_mb": plan.peak / 1e6}
-
-
-def _write(config: RunConfig, content: dict[str, object]) -> None:
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / PLAN, content)
+    return RunPlan(plan)

@@ -32,7 +32,7 @@ from rlhf_engine.stages.loading import (
     stage_metrics,
     truncated,
 )
-from rlhf_engine.stages.planning import plan_run, planned_peak, within
+from rlhf_engine.stages.planning import RunPlan, plan_run
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
 from rlhf_engine.train.reward_function import text_reward
@@ -68,7 +68,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
-        make_generator(policy, codec, within(plan, config), config.seed),
+        make_generator(policy, codec, plan.within(config), config.seed),
         prompt_stream(prompts, config.seed),
         reward,
         config.ppo,
@@ -83,21 +83,21 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
         data["reward.path"] = fingerprint(reward_model)
     if resume:
         resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
-    return _train(config, trainer, codec, data, planned_peak(plan))
+    return _train(config, trainer, codec, data, plan)
 
 
 def _train(
-    config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], beside: dict[str, float]
+    config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan
 ) -> list[dict[str, float]]:
-    """The updates that are left, each logged with the numbers `beside` it; where one fails before it has changed a weight,
-    those before it are saved."""
+    """The updates that are left; where one fails before it has changed a weight, those before it are saved."""
+    plan.write(config.output_dir)
     folder = Path(config.output_dir) / "ppo"
     history: list[dict[str, float]] = []
     done, updates, every = trainer.updates_done, config.ppo.updates, config.ppo.checkpoint_every
     with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
         def on_update(number: int, log: dict[str, float]) -> None:
-            log |= truncated(codec) | beside
+            log |= truncated(codec) | plan.metrics()
             metrics.write(number, log)
             history.append(log)
             bar.update()

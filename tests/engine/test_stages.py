@@ -94,6 +94,7 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     assert [row["step"] for row in rows if row["stage"] == "ppo"] == [1, 2]
     assert sorted(path.name for path in out.iterdir()) == [
         "metrics.jsonl",
+        "plan.json",
         "plots",
         "ppo",
         "rm",
