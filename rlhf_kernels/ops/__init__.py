@@ -7,6 +7,7 @@ from .linear_ppo_loss import linear_ppo_loss
 from .linear_token_logprobs import linear_token_logprobs
 from .logits_ppo_loss import logits_ppo_loss
 from .masked import masked_mean, masked_whiten
+from .paged_attention import paged_attention
 from .ppo_loss import ppo_loss
 from .rollout_advantages import rollout_advantages
 from .sample_tokens import sample_tokens
@@ -21,6 +22,7 @@ __all__ = [
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",
+    "paged_attention",
     "ppo_loss",
     "rollout_advantages",
     "sample_tokens",
