@@ -152,6 +152,9 @@ class RolloutConfig(Section):
     """Sample among tokens at least this share as likely as the likeliest; None keeps all."""
     batch_size: Count = 64
     """Most sequences that are decoded together."""
+    cache: Literal["auto", "slots", "paged"] = "auto"
+    """Where keys and values lie while sampling: in a slot for the longest sequence each, or in pages that a sequence claims as
+    it grows and that samples of one prompt share; auto: slots on the CPU, pages on a GPU."""
 
 
 @dataclass(frozen=True)

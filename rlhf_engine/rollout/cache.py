@@ -6,11 +6,20 @@ finished sequence's slot is overwritten by the next one, and nothing is ever con
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""`allocate(shape, dtype, device)` gives memory that may hold anything, such as an arena's."""
+
+
+def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of its own."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @dataclass
@@ -28,14 +37,15 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, slots: int, columns: int, step: _Step) -> None:
+    def __init__(self, slots: int, columns: int, step: _Step, allocate: Allocate) -> None:
         super().__init__()
-        self.slots, self.columns, self.step = slots, columns, step
+        self.slots, self.columns, self.step, self.allocate = slots, columns, step, allocate
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(states: Tensor) -> Tensor:
-            # Zeros and not `empty`: columns that the mask excludes are still multiplied by 0, and 0 * NaN is NaN.
-            return states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3])
+            shape = (self.slots, states.shape[1], self.columns, states.shape[3])
+            # Zeros: attention that multiplies hidden columns by 0 instead of leaving them out makes NaN of a NaN.
+            return self.allocate(shape, states.dtype, states.device).zero_()
 
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
@@ -70,9 +80,9 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A transformers cache in which every sequence has its own length. `prefill` or `decode` comes before each forward."""
 
-    def __init__(self, layers: int, slots: int, columns: int) -> None:
+    def __init__(self, layers: int, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
         self.step = _Step()
-        super().__init__(layers=[SlotLayer(slots, columns, self.step) for _ in range(layers)])
+        super().__init__(layers=[SlotLayer(slots, columns, self.step, allocate) for _ in range(layers)])
 
     def prefill(self, first: int) -> None:
         """The next forward pass brings whole prompts for slots `first`, `first + 1`, ..."""
@@ -89,3 +99,17 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.keys[target] = layer.keys[source]
             layer.values[target] = layer.values[source]
+
+
+def same_as(prompts: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """(index of the first prompt of each kind, the kind of each prompt): prompts with the same ids are of one kind."""
+    kinds: dict[tuple[int, ...], int] = {}
+    firsts: list[int] = []
+    source = []
+    for index, prompt in enumerate(prompts):
+        key = tuple(prompt.tolist())
+        if key not in kinds:
+            kinds[key] = len(firsts)
+            firsts.append(index)
+        source.append(kinds[key])
+    return firsts, source

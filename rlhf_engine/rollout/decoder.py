@@ -4,6 +4,9 @@ A row's hidden state has the same bits whatever the rows around it, which is wha
 Four things see to that on CPU: a matrix product has at least `MIN_ROWS` rows (fewer take another path in BLAS), a prompt
 is padded to a width that its own length decides, attention reads a width that the configuration decides, and attention and
 activations are replaced where torch's kernels round by position (`InvariantLayers`).
+
+Whatever decodes for a `Generator` has what `Decoder` has: `slots`, `prefill`, `decode`, `move` and `check`; and `room`,
+`make_room`, `keep` and `close`, which say something where memory is not one slot a sequence (`paged.PagedDecoder`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.cache import SlotCache
+from rlhf_engine.rollout.cache import Allocate, SlotCache, new_memory
 from rlhf_engine.rollout.invariant import InvariantLayers
 
 MIN_ROWS = 16
@@ -29,6 +32,15 @@ def prompt_width(length: int) -> int:
     return -(-length // step) * step
 
 
+def slot_bytes(policy: ActorCritic, columns: int) -> int:
+    """Bytes of the keys and values of one sequence of at most `columns` tokens."""
+    config = policy.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    columns = -(-columns // MIN_ROWS) * MIN_ROWS
+    return 2 * config.num_hidden_layers * heads * size * columns * policy.lm_weight.element_size()
+
+
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
@@ -36,13 +48,13 @@ class Decoder:
     give what one forward pass over the whole sequence gives.
     """
 
-    def __init__(self, policy: ActorCritic, slots: int, columns: int) -> None:
+    def __init__(self, policy: ActorCritic, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
         self.policy = policy
         self.slots = max(slots, MIN_ROWS)
         self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
-        self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, max(self.columns, MIN_ROWS))
+        self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
         self.layers = InvariantLayers(policy)
         self.column = torch.arange(self.columns, device=policy.device)
 
@@ -86,6 +98,24 @@ class Decoder:
         mask = self._mask(positions, width)
         with self.layers.decode():
             return self.policy.hidden(tokens[:, None], mask, positions[:, None], self.cache, use_cache=True)[:, 0]
+
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Sequences of at most `width` tokens in slots `source` go on in slots `target`; the two must not overlap."""
+        self.cache.move(source, target)
+
+    def room(self, prompts: list[Tensor], count: int) -> int:
+        """How many of these prompts, in their order, there is memory for beside `count` running sequences: a slot each."""
+        return len(prompts)
+
+    def make_room(self, count: int) -> list[int]:
+        """The slots whose sequences had to leave, so that all others of the first `count` can take one more token: none."""
+        return []
+
+    def keep(self, count: int) -> None:
+        """The sequences in slots at `count` and beyond are gone."""
+
+    def close(self) -> None:
+        """Sampling is over."""
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         column, position = self.column[:width], positions[:, None, None, None]

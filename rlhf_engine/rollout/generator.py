@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout.decoder import Decoder, prompt_width
+from rlhf_engine.rollout.cache import Allocate, new_memory
+from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes
+from rlhf_engine.rollout.paged import PagedDecoder, pages_within
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_kernels import sample_tokens
 
@@ -33,7 +35,9 @@ class Generator:
     """Samples from a policy, with log-probs and values on the way.
 
     A sequence depends on the weights, its prompt, `seed` and its number, and on nothing else: not on its slot, the
-    batch or the order. Raises ValueError for a policy that it cannot decode (see `Decoder`).
+    batch or the order. Keys and values take at most `kv_bytes`: sequences that they have no room for wait.
+
+    Raises ValueError for a policy that it cannot decode (see `Decoder`) or `kv_bytes` that do not hold one sequence.
     """
 
     def __init__(
@@ -44,11 +48,24 @@ class Generator:
         eos_token_ids: int | Sequence[int],
         pad_token_id: int,
         seed: int,
+        kv_bytes: int | None = None,
     ) -> None:
         self.policy, self.config, self.seed, self.pad_token_id = policy, config, seed, pad_token_id
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
-        self._new_decoder(config.batch_size).check()
+        self.columns, self.slots = config.max_prompt_tokens + config.max_response_tokens, config.batch_size
+        self.paged: PagedDecoder | None = None
+        if config.cache == "paged" or (config.cache == "auto" and policy.device.type == "cuda"):
+            pages = None if kv_bytes is None else pages_within(policy, kv_bytes)
+            self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages)
+        elif kv_bytes is not None:
+            self.slots = min(self.slots, kv_bytes // slot_bytes(policy, self.columns))
+            if self.slots < 1:
+                raise ValueError(
+                    f"kv_bytes: got {kv_bytes}, expected at least {slot_bytes(policy, self.columns)}, the keys and values of "
+                    f"one sequence of {self.columns} tokens"
+                )
+        (self.paged or self._new_decoder(self.slots)).check()
 
     @torch.no_grad()
     def generate(
@@ -56,21 +73,43 @@ class Generator:
         prompts: Sequence[Tensor | Sequence[int]],
         sequence: Tensor,  # (B,), int64, the number of each sequence in the run: its stream of random numbers
         on_finished: Callable[[int], object] | None = None,
+        allocate: Allocate = new_memory,
     ) -> Rollout:
-        """One response for each prompt. `on_finished` hears how many sequences ended since its last call."""
+        """One response for each prompt. `on_finished` hears how many sequences ended since its last call.
+
+        `allocate` gives the memory of keys and values; nothing holds it after the call.
+        """
         prompts = self._check(prompts, sequence)
-        decoder = self._new_decoder(len(prompts))
+        decoder = self._new_decoder(len(prompts), allocate)
+        try:
+            return self._generate(decoder, prompts, sequence, on_finished)
+        finally:
+            decoder.close()
+
+    def _generate(
+        self,
+        decoder: Decoder,
+        prompts: list[Tensor],
+        sequence: Tensor,
+        on_finished: Callable[[int], object] | None,
+    ) -> Rollout:
         record = _Record(self, prompts, sequence)
         running = _Running(
             *(torch.zeros(decoder.slots, dtype=torch.int64, device=self.policy.device) for _ in range(4))
         )
         waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # popped from the end: long ones first
-        slots = min(self.config.batch_size, len(prompts))
+        slots = min(self.slots, len(prompts))
         while waiting or running.count:
-            first = running.count
+            first, group = running.count, []
             if waiting and slots - first >= min(len(waiting), max(1, slots // 4)):
-                hidden = self._admit(decoder, running, prompts, _next_group(waiting, prompts, slots - first))
+                group = _next_group(waiting, prompts, slots - first)
+                fits = decoder.room([prompts[row] for row in group], first)
+                waiting += reversed(group[fits:])
+                del group[fits:]
+            if group:
+                hidden = self._admit(decoder, running, prompts, group)
             else:
+                _make_room(decoder, record, running, waiting)
                 first, hidden = 0, decoder.decode(running.token, running.position, running.count)
             ended = record.sample(hidden, running, first)
             if ended:
@@ -88,9 +127,11 @@ class Generator:
         running.count += len(rows)
         return hidden
 
-    def _new_decoder(self, prompts: int) -> Decoder:
-        columns = self.config.max_prompt_tokens + self.config.max_response_tokens
-        return Decoder(self.policy, min(self.config.batch_size, prompts), columns)
+    def _new_decoder(self, prompts: int, allocate: Allocate = new_memory) -> Decoder:
+        if self.paged is None:
+            return Decoder(self.policy, min(self.slots, prompts), self.columns, allocate)
+        self.paged.open(allocate)
+        return self.paged
 
     def _check(self, prompts: Sequence[Tensor | Sequence[int]], sequence: Tensor) -> list[Tensor]:
         if len(prompts) == 0 or len(sequence) != len(prompts):
@@ -148,6 +189,12 @@ class _Record:
         self.finished = stop | (step + 1 == config.max_response_tokens)
         return int(self.finished.sum())
 
+    def forget(self, row: Tensor) -> None:
+        """The responses of these prompts begin again."""
+        self.ids[row] = self.generator.pad_token_id
+        for said in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
+            said[row] = 0
+
     def rollout(self) -> Rollout:
         width, widest = int(self.lengths.max()), max(map(len, self.prompts))
         ids, device = self.ids[:, :width], self.ids.device
@@ -178,6 +225,17 @@ def _next_group(waiting: list[int], prompts: list[Tensor], room: int) -> list[in
     return group
 
 
+def _make_room(decoder: Decoder, record: _Record, running: _Running, waiting: list[int]) -> None:
+    """Sequences that memory runs out for go back to `waiting`. They will say the same again: a number is a counter's."""
+    left = decoder.make_room(running.count)
+    if left:
+        leaving = torch.zeros(running.count, dtype=torch.bool, device=running.row.device)
+        leaving[left] = True
+        record.forget(running.row[left])
+        waiting += running.row[left].tolist()
+        _release(decoder, running, leaving, 0)
+
+
 def _release(decoder: Decoder, running: _Running, finished: Tensor, first: int) -> None:
     """Close the gaps that finished slots leave with the last live slots: each gap costs one slot's copy."""
     live = torch.ones(running.count, dtype=torch.bool, device=finished.device)
@@ -185,7 +243,8 @@ def _release(decoder: Decoder, running: _Running, finished: Tensor, first: int) 
     count = int(live.sum())
     gaps, movers = (~live[:count]).nonzero()[:, 0], count + live[count:].nonzero()[:, 0]
     if len(gaps):
-        decoder.cache.move(movers, gaps)
+        decoder.move(movers, gaps, int(running.position[movers].max()))
         for vector in running.vectors():
             vector[gaps] = vector[movers]
+    decoder.keep(count)
     running.count = count

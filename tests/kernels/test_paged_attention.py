@@ -302,10 +302,10 @@ def test_when_varlen_serves(monkeypatch):
 
 def test_a_softcap_is_not_for_varlen(monkeypatch):
     arguments, _ = scene([5, 2])
-    asked = []
+    expected, asked = run(arguments, "triton", softcap=3.0), []
     monkeypatch.setattr(PUBLIC, "resolve", lambda *_: "varlen")
     monkeypatch.setattr(PUBLIC, "kernels", lambda name: asked.append(name) or backend.kernels("triton"))
     capped = paged_attention(*arguments, softcap=3.0)
-    assert asked == ["triton"] and torch.equal(capped, run(arguments, "triton", softcap=3.0))
+    assert asked == ["triton"] and torch.equal(capped, expected)
     with pytest.raises(ValueError, match=r"softcap: got 3\.0 with backend='varlen'"):
         paged_attention(*arguments, softcap=3.0, backend="varlen")
