@@ -16,7 +16,9 @@ from torch import Tensor
 from . import _native
 from .rows import LogitRows, PpoRows, RowStats, Sequences
 
-BACKENDS = ("reference", "cpu", "triton", "cuda", "varlen")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+VARLEN = "varlen"
+"""`torch.nn.attention.varlen`, a backend of paged_attention alone."""
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
 """Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
@@ -118,7 +120,7 @@ class Choice(NamedTuple):
 @cache
 def kernels(backend: str) -> Kernels:
     """The launchers of a backend that `resolve` named; Triton is imported on the first call that needs it."""
-    assert backend in BACKENDS[1:], backend
+    assert backend in (*BACKENDS[1:], VARLEN), backend
     return importlib.import_module(f"._{backend}", __package__)
 
 
@@ -195,7 +197,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if op in CUDA_OPS and not why_no_cuda(op, device):
         return Choice("cuda", "CUDA C++ kernels")
     if op == "paged_attention" and not why_no_varlen(device, dtype):
-        return Choice("varlen", "torch.nn.attention.varlen, without a softcap; Triton kernels with one")
+        return Choice(VARLEN, "torch.nn.attention.varlen, without a softcap; Triton kernels with one")
     if why_no_triton():
         return Choice("reference", why_no_triton())
     if op == "paged_attention":
@@ -223,7 +225,7 @@ def _resolve(op: str, backend: str, tensor: Tensor) -> str:
         return "cpu"  # what `choose` says, a half microsecond earlier
     if backend == "auto":
         return choose(op, tensor.device, tensor.dtype).backend
-    if backend not in BACKENDS:
+    if backend not in BACKENDS and (op, backend) != ("paged_attention", VARLEN):
         raise ValueError(f"backend: got {backend!r}, expected 'auto' or one of {BACKENDS}")
     refused = _why_not(op, backend, tensor)
     if refused:
@@ -235,8 +237,8 @@ def _why_not(op: str, backend: str, tensor: Tensor) -> str:
     device, dtype = tensor.device, tensor.dtype
     if dtype not in NATIVE_DTYPES:
         return choose(op, device, dtype).reason
-    if backend == "varlen":
-        return why_no_varlen(device, dtype) if op == "paged_attention" else f"{op} is no attention"
+    if backend == VARLEN:
+        return why_no_varlen(device, dtype)
     if backend == "cpu" and op in GPU_OPS:
         return f"{op} has no C++ kernel for the CPU; use backend='reference'"
     if backend == "cpu":

@@ -2,8 +2,8 @@
 
 A page is claimed when a sequence grows into it, not when the sequence begins: answers are often several times shorter than the
 longest one allowed, and a pool that kept room for the longest answer of each would run a fraction of the sequences. The price
-is that the pool can run out under way. Then the youngest sequence leaves and begins again later; the oldest one never leaves, and
-the pool holds its longest answer, so sampling ends.
+is that the pool can run out under way. Then the youngest sequence leaves and begins again later. The oldest one never leaves,
+and the pool holds its longest answer, so sampling ends.
 """
 
 from __future__ import annotations

@@ -171,10 +171,13 @@ def test_who_decides():
     assert pages_within(actor, 10**6) == generator.paged.page_count == 10**6 // one - 1
 
 
-@pytest.mark.parametrize(("cache", "words"), [("paged", "pages: got 0 of 64 tokens"), ("slots", "kv_bytes: got 16384")])
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [("paged", "pages: got 0 of 64 tokens"), ("slots", "kv_bytes: got 8191, expected at least 8192")],
+)
 def test_a_pool_that_holds_no_sequence(cache, words):
     config = RolloutConfig(**SETTINGS, cache=cache)
-    kv_bytes = 2 * 2 * 64 * 2 * 8 * 4 if cache == "paged" else 16384
+    kv_bytes = 2 * 2 * 64 * 2 * 8 * 4 if cache == "paged" else 2 * 2 * 32 * 2 * 8 * 4 - 1
     with pytest.raises(ValueError, match=words):
         Generator(make_actor(), config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
 
