@@ -150,8 +150,18 @@ class RolloutConfig(Section):
     """Sample among the likeliest tokens that hold this probability mass; None keeps all."""
     min_p: Share | None = None
     """Sample among tokens at least this share as likely as the likeliest; None keeps all."""
+    repetition_penalty: Positive = 1.0
+    """Divides the positive logits of tokens that the prompt or the response has already, and multiplies the others (CTRL);
+    1 changes nothing. Like the three before it, it says what is sampled from, not whose log-probs PPO learns from."""
+    stop: tuple[str, ...] = ()
+    """A response that contains one of these texts ends there; they are left out of its text."""
     batch_size: Count = 64
     """Most sequences that are decoded together."""
+    prefill_tokens: Count = 4096
+    """Most prompt tokens that one forward pass reads, padding included; a longer prompt goes alone."""
+    check_sequences: WholeNumber = 4
+    """Sequences of each PPO rollout whose log-probs are compared with a fresh forward pass (`logprob_deviation`); 0: none.
+    With ppo.old_logprobs "rescored" all of them are, at no cost."""
 
 
 @dataclass(frozen=True)
@@ -225,11 +235,12 @@ class RunConfig(Section):
             )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
-        filters = (self.rollout.top_k, self.rollout.top_p, self.rollout.min_p)
-        if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and filters == (None,) * 3:
+        rollout = self.rollout
+        filtered = (rollout.top_k, rollout.top_p, rollout.min_p) != (None,) * 3 or rollout.repetition_penalty != 1.0
+        if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and not filtered:
             raise ValueError(
-                f"ppo.importance_cap: got {self.ppo.importance_cap}, expected None without rollout.top_k, top_p or min_p, "
-                "where every weight is 1; ppo.old_logprobs 'rescored' reads it too"
+                f"ppo.importance_cap: got {self.ppo.importance_cap}, expected None without rollout.top_k, top_p, min_p or "
+                "repetition_penalty, where every weight is 1; ppo.old_logprobs 'rescored' reads it too"
             )
 
 

@@ -124,6 +124,7 @@ OPS = (
     "gae",
     "rollout_advantages",
     "sample_tokens",
+    "decode_attention",
     "kl_penalty",
     "group_advantages",
     "masked",
