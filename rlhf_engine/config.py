@@ -26,8 +26,9 @@ class ModelConfig(Section):
 
     path: str | None = None
     """Folder of a Hugging Face causal LM and its tokenizer; None where an earlier stage makes the model."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation that transformers is asked for."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation that transformers is asked for; flash_attention_2 needs a GPU and the package flash-attn, and
+    scores, trains and reads prompts. Decoding has an attention of its own, but for eager."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"dtype: got {self.dtype!r}, expected 'float32'; training in {self.dtype} needs float32 master weights, "
                 "which are not there yet"
+            )
+        if self.model.attention == "flash_attention_2" and not self.device.startswith("cuda"):
+            raise ValueError(
+                f"model.attention: got 'flash_attention_2' with device {self.device!r}, expected 'sdpa' or 'eager': "
+                "flash-attn runs on CUDA devices alone"
             )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import Allocate, SlotCache, new_memory, same_as
-from rlhf_engine.rollout.invariant import InvariantLayers
+from rlhf_engine.rollout.invariant import REPLACED, InvariantLayers
 from rlhf_engine.rollout.packed import PackedHead
 
 MIN_ROWS = 16
@@ -133,11 +133,11 @@ class Decoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare two sequences of different lengths, decoded, with one forward pass over each."""
+        """Compare two sequences of different lengths (one slot: one), decoded, with one forward pass over each."""
         ids = torch.arange(1, 11, device=self.policy.device).remainder(self.policy.lm_weight.shape[0])
         if self.columns < len(ids):
             return
-        sequences, read = (ids, ids.flip(0)[:7]), 2
+        sequences, read = (ids, ids.flip(0)[:7])[: self.slots], 2
         self.prefill([sequence[:-read] for sequence in sequences], 0)
         for ahead in range(read, 0, -1):
             at = torch.tensor([len(sequence) - ahead for sequence in sequences], device=ids.device)
@@ -156,8 +156,10 @@ class Decoder:
 def _attention_of(policy: ActorCritic) -> list[str]:
     """The kinds of attention layers that need a mask each; ValueError for kinds that the cache cannot hold."""
     model, text = policy.model, policy.model.config.get_text_config()
-    if text._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"policy: got attention {text._attn_implementation!r}, expected 'sdpa' or 'eager'")
+    if text._attn_implementation not in (*REPLACED, "eager"):
+        raise ValueError(
+            f"policy: got attention {text._attn_implementation!r}, expected {', '.join(map(repr, REPLACED))} or 'eager'"
+        )
     default = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
     kinds = sorted(set(getattr(text, "layer_types", None) or [default]))
     unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]

@@ -22,6 +22,8 @@ from rlhf_engine.model import ActorCritic
 from rlhf_kernels import decode_attention
 
 ATTENTION = "rlhf_slots"
+REPLACED = ("sdpa", "flash_attention_2")
+"""Implementations in whose place it decodes."""
 
 
 def slot_attention(
@@ -85,7 +87,7 @@ class InvariantLayers:
     @contextmanager
     def decode(self) -> Iterator[None]:
         kept = self.config._attn_implementation
-        if kept == "sdpa":
+        if kept in REPLACED:
             self.config._attn_implementation = ATTENTION
         try:
             with self.prefill():

@@ -6,7 +6,14 @@ import torch
 from rlhf_kernels import decode_attention
 from rlhf_kernels.backend import choose
 
-SHAPES = [(1, 1, 1, 1, 1), (3, 4, 2, 7, 8), (5, 6, 2, 70, 40), (4, 2, 1, 600, 20), (2, 8, 8, 33, 64), (2, 4, 2, 50, 129)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (3, 4, 2, 7, 8),
+    (5, 6, 2, 70, 40),
+    (4, 2, 1, 600, 20),
+    (2, 8, 8, 33, 64),
+    (2, 4, 2, 50, 129),
+]
 
 
 def make(rows, heads, groups, width, size, dtype=torch.float32, seed=0):
