@@ -1,6 +1,7 @@
 """Fused PPO maths for language models: one function from hidden states to the whole objective, and everything around it."""
 
 from .ops import (
+    decode_attention,
     gae,
     group_advantages,
     kl_penalty,
@@ -25,6 +26,7 @@ __all__ = [
     "RolloutAdvantages",
     "SampledTokens",
     "TokenLogprobs",
+    "decode_attention",
     "explained_variance",
     "gae",
     "group_advantages",

@@ -24,6 +24,8 @@ CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
 """Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
 GPU_OPS = ("paged_attention",)
 """Ops without a C++ kernel for the CPU: there a rollout has slots, and the definition is what tests compare with."""
+CPU_OPS = ("decode_attention",)
+"""Ops whose only kernel is for CPU tensors."""
 LONGEST_ROW = 2**30
 """Logits of a row whose places, and those of the blocks read ahead of it, fit in the 32 bits that GPU kernels count in."""
 
@@ -95,6 +97,9 @@ class Kernels(Protocol):
 
     def paged_attention(self, q, k_pages, v_pages, block_table, lengths, scale, window, softcap) -> Tensor:
         """In q's shape and dtype; off: window 0, softcap 0. Strides of q and the pages are any, but 1 along D."""
+
+    def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """(R, heads, D) in the dtype of `query`; keys and values any strides but that of D, of one dtype with it."""
 
     def kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
         """Elementwise, any shape."""
@@ -194,6 +199,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("cpu", "C++ kernels") if _native.AVAILABLE else Choice("reference", _native.why_missing())
     if device.type != "cuda":
         return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
+    if op in CPU_OPS:
+        return Choice("reference", "its only kernel is for CPU tensors")
     if op in CUDA_OPS and not why_no_cuda(op, device):
         return Choice("cuda", "CUDA C++ kernels")
     if op == "paged_attention" and not why_no_varlen(device, dtype):
@@ -244,6 +251,8 @@ def _why_not(op: str, backend: str, tensor: Tensor) -> str:
     if backend == "cpu":
         wrong = f"the tensors are on {device}, expected CPU tensors"
         return wrong if device.type != "cpu" else "" if _native.AVAILABLE else _native.why_missing()
+    if op in CPU_OPS:
+        return f"{op} has no {backend} kernel, only one for CPU tensors"
     if backend == "cuda":
         if op not in CUDA_OPS:
             return f"{op} has no CUDA C++ kernel, only {', '.join(CUDA_OPS)} do; use backend='triton'"

@@ -126,6 +126,7 @@ OPS = (
     "rollout_advantages",
     "sample_tokens",
     "paged_attention",
+    "decode_attention",
     "kl_penalty",
     "group_advantages",
     "masked",

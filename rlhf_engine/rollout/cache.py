@@ -27,6 +27,7 @@ class _Step:
     """What the layers need to know about the forward pass under way."""
 
     first: int = 0  # prefill writes slots first, first + 1, ...
+    source: Tensor | None = None  # (rows,), prefill: the row that each of them copies
     positions: Tensor | None = None  # (R,), decode: the column that each of the first R slots writes; None in prefill
     rows: Tensor | None = None  # (R,), decode: 0, 1, ... R - 1
     width: int = 0  # decode: columns that attention reads
@@ -56,14 +57,16 @@ class SlotLayer(CacheLayerMixin):
         """Store the new columns; return what attention reads: in prefill the new columns, in decode all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        step, (rows, _, length, _) = self.step, key_states.shape
+        step = self.step
         if step.positions is None:
-            length = min(length, self.columns)  # padding may go further than the longest sequence
-            self.keys[step.first : step.first + rows, :, :length] = key_states[:, :, :length]
-            self.values[step.first : step.first + rows, :, :length] = value_states[:, :, :length]
+            length = min(key_states.shape[2], self.columns)  # padding may go further than the longest sequence
+            rows = slice(step.first, step.first + len(step.source))
+            self.keys[rows, :, :length] = key_states[:, :, :length][step.source]
+            self.values[rows, :, :length] = value_states[:, :, :length][step.source]
             return key_states, value_states
-        self.keys[step.rows, :, step.positions] = key_states[:, :, 0]
-        self.values[step.rows, :, step.positions] = value_states[:, :, 0]
+        rows = len(step.positions)  # those behind them keep a matrix product on its path, and have no slot
+        self.keys[step.rows, :, step.positions] = key_states[:rows, :, 0]
+        self.values[step.rows, :, step.positions] = value_states[:rows, :, 0]
         return self.keys[:rows, :, : step.width], self.values[:rows, :, : step.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -84,9 +87,9 @@ class SlotCache(Cache):
         self.step = _Step()
         super().__init__(layers=[SlotLayer(slots, columns, self.step, allocate) for _ in range(layers)])
 
-    def prefill(self, first: int) -> None:
-        """The next forward pass brings whole prompts for slots `first`, `first + 1`, ..."""
-        self.step.first, self.step.positions = first, None
+    def prefill(self, first: int, source: Tensor) -> None:
+        """The next forward pass brings whole prompts; slots `first`, `first + 1`, ... take its rows `source`."""
+        self.step.first, self.step.source, self.step.positions = first, source, None
 
     def decode(self, positions: Tensor, width: int) -> None:
         """The next forward pass brings one token for each of the first slots, at `positions` [R], and reads `width` columns."""
@@ -94,11 +97,11 @@ class SlotCache(Cache):
         self.step.rows = torch.arange(len(positions), device=positions.device)
         self.step.width = width
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` over slots `target`; the two must not overlap."""
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy the first `width` columns of slots `source` over those of slots `target`; the two must not overlap."""
         for layer in self.layers:
-            layer.keys[target] = layer.keys[source]
-            layer.values[target] = layer.values[source]
+            layer.keys[target, :, :width] = layer.keys[source, :, :width]
+            layer.values[target, :, :width] = layer.values[source, :, :width]
 
 
 def same_as(prompts: Sequence[Tensor]) -> tuple[list[int], list[int]]:

@@ -2,22 +2,25 @@
 
 A row's hidden state has the same bits whatever the rows around it, which is what makes a sample independent of its batch.
 Four things see to that on CPU: a matrix product has at least `MIN_ROWS` rows (fewer take another path in BLAS), a prompt
-is padded to a width that its own length decides, attention reads a width that the configuration decides, and attention and
-activations are replaced where torch's kernels round by position (`InvariantLayers`).
+is padded to a width that its own length decides, attention reads the columns of its own sequence alone (eager attention: a
+width that the configuration decides), and activations are replaced where torch's kernels round by position
+(`InvariantLayers`).
 
-Whatever decodes for a `Generator` has what `Decoder` has: `slots`, `prefill`, `decode`, `move` and `check`; and `room`,
-`make_room`, `keep` and `close`, which say something where memory is not one slot a sequence (`paged.PagedDecoder`).
+Whatever decodes for a `Generator` has what `Decoder` has: `slots`, `prefill`, `decode`, `logits`, `move` and `check`; and
+`room`, `make_room`, `keep` and `close`, which say something where memory is not one slot a sequence (`PagedDecoder`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.cache import Allocate, SlotCache, new_memory
-from rlhf_engine.rollout.invariant import InvariantLayers
+from rlhf_engine.rollout.cache import Allocate, SlotCache, new_memory, same_as
+from rlhf_engine.rollout.invariant import REPLACED, InvariantLayers
+from rlhf_engine.rollout.packed import PackedHead
 
 MIN_ROWS = 16
 _BLOCK = 512
@@ -44,35 +47,45 @@ def slot_bytes(policy: ActorCritic, columns: int) -> int:
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
+    The weights are those of its construction. `allocate` gives the memory of keys and values.
+
     Raises ValueError for a model whose attention is not plain or sliding-window, or whose decoding with the cache does not
-    give what one forward pass over the whole sequence gives.
+    give what one forward pass over the whole sequence gives (`check`).
     """
 
     def __init__(self, policy: ActorCritic, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
         self.policy = policy
-        self.slots = max(slots, MIN_ROWS)
         self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
+        # Eager attention wants keys for every row of a step.
+        self.eager = self.text_config._attn_implementation == "eager"
+        self.slots = slots + -slots % MIN_ROWS if self.eager else slots
         self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
         self.layers = InvariantLayers(policy)
+        self.head = PackedHead(policy)
         self.column = torch.arange(self.columns, device=policy.device)
 
     def prefill(self, prompts: list[Tensor], first: int) -> Tensor:  # -> (rows >= MIN_ROWS, H)
         """Read prompts of one `prompt_width` into slots `first`, ...; returns the hidden state after each prompt.
 
-        Rows beyond the prompts repeat the first one.
+        Prompts with the same ids are read once. Rows beyond the prompts repeat the first one.
         """
+        firsts, source = same_as(prompts)
+        hidden = self._read(
+            [prompts[index] for index in firsts], first, torch.tensor(source, device=self.policy.device)
+        )
+        return hidden[torch.tensor(source + [0] * (MIN_ROWS - len(source)), device=hidden.device)]
+
+    def _read(self, prompts: list[Tensor], first: int, source: Tensor) -> Tensor:  # -> (prompts, H)
         width = prompt_width(len(prompts[0]))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.policy.device)
         # Beyond its end a prompt repeats its last token; no real token sees it, and its columns are overwritten later.
         inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
-        self.cache.prefill(first)
+        self.cache.prefill(first, source)
         with self.layers.prefill():
             hidden = self.policy.hidden(inputs, None, self._prefill_positions(inputs), self.cache, use_cache=True)
-        rows = torch.arange(len(prompts), device=lengths.device) * width + lengths - 1
-        rows = torch.nn.functional.pad(rows, (0, max(0, MIN_ROWS - len(prompts))), value=int(rows[0]))
-        return hidden.flatten(0, 1)[rows]
+        return hidden[torch.arange(len(prompts), device=lengths.device), lengths - 1]
 
     def _prefill_positions(self, inputs: Tensor) -> Tensor | None:
         """None where the trunk counts them itself; where padding would count past its last position, it stays there."""
@@ -88,20 +101,25 @@ class Decoder:
         count: int,
     ) -> Tensor:  # (rows >= MIN_ROWS, H)
         """Feed one token to each of the first `count` slots; returns the hidden states after them."""
-        rows = max(count, MIN_ROWS)
-        tokens, positions = tokens[:rows], positions[:rows]
+        # Rows are whole blocks, because the head's packed product has a path for each number of them.
+        spare = -count % MIN_ROWS
+        tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
         width = self.columns
         if width > _BLOCK:
             longest = int(positions[:count].max()) + 1
             width = min(width, -(-longest // _BLOCK) * _BLOCK)
-        self.cache.decode(positions, width)
+        self.cache.decode(positions if self.eager else positions[:count], width)
         mask = self._mask(positions, width)
         with self.layers.decode():
             return self.policy.hidden(tokens[:, None], mask, positions[:, None], self.cache, use_cache=True)[:, 0]
 
+    def logits(self, hidden: Tensor) -> Tensor:  # (rows >= MIN_ROWS, H) -> (rows, V)
+        """Logits of states that `prefill` or `decode` returned."""
+        return self.head(hidden)
+
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Sequences of at most `width` tokens in slots `source` go on in slots `target`; the two must not overlap."""
-        self.cache.move(source, target)
+        self.cache.move(source, target, width)
 
     def room(self, prompts: list[Tensor], count: int) -> int:
         """How many of these prompts, in their order, there is memory for beside `count` running sequences: a slot each."""
@@ -122,7 +140,7 @@ class Decoder:
         masks = {"full_attention": column <= position}
         if "sliding_attention" in self.attention:
             masks["sliding_attention"] = masks["full_attention"] & (column > position - self.text_config.sliding_window)
-        if self.text_config._attn_implementation == "eager":
+        if self.eager:
             lowest = torch.finfo(self.policy.lm_weight.dtype).min
             zero = torch.zeros((), dtype=self.policy.lm_weight.dtype, device=positions.device)
             masks = {kind: torch.where(mask, zero, lowest) for kind, mask in masks.items()}
@@ -130,16 +148,15 @@ class Decoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare two sequences of different lengths, decoded, with one forward pass over each."""
+        """Compare two sequences of different lengths (one slot: one), decoded, with one forward pass over each."""
         ids = torch.arange(1, 11, device=self.policy.device).remainder(self.policy.lm_weight.shape[0])
         if self.columns < len(ids):
             return
-        sequences, read = (ids, ids.flip(0)[:7]), 2
+        sequences, read = (ids, ids.flip(0)[:7])[: self.slots], 2
         self.prefill([sequence[:-read] for sequence in sequences], 0)
         for ahead in range(read, 0, -1):
-            at = torch.tensor([len(sequence) - ahead for sequence in sequences] + [0] * self.slots, device=ids.device)
-            tokens = torch.stack([sequence[-ahead] for sequence in sequences] + [ids[0]] * self.slots)
-            decoded = self.decode(tokens[: self.slots], at[: self.slots], len(sequences))
+            at = torch.tensor([len(sequence) - ahead for sequence in sequences], device=ids.device)
+            decoded = self.decode(torch.stack([sequence[-ahead] for sequence in sequences]), at, len(sequences))
         for row, sequence in enumerate(sequences):
             expected = self.policy.hidden(sequence[None])[0, -1].float()
             allowed = 64 * torch.finfo(self.policy.lm_weight.dtype).eps * float(expected.abs().max())
@@ -154,8 +171,10 @@ class Decoder:
 def _attention_of(policy: ActorCritic) -> list[str]:
     """The kinds of attention layers that need a mask each; ValueError for kinds that the cache cannot hold."""
     model, text = policy.model, policy.model.config.get_text_config()
-    if text._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"policy: got attention {text._attn_implementation!r}, expected 'sdpa' or 'eager'")
+    if text._attn_implementation not in (*REPLACED, "eager"):
+        raise ValueError(
+            f"policy: got attention {text._attn_implementation!r}, expected {', '.join(map(repr, REPLACED))} or 'eager'"
+        )
     default = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
     kinds = sorted(set(getattr(text, "layer_types", None) or [default]))
     unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]

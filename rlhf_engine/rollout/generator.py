@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import Allocate, new_memory
 from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes
 from rlhf_engine.rollout.paged import PagedDecoder, pages_within
 from rlhf_engine.rollout.rollout import Rollout
-from rlhf_kernels import sample_tokens
+from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, StopStrings
+from rlhf_kernels import SampledTokens, sample_tokens, token_logprobs
 
 
 @dataclass
@@ -35,9 +38,11 @@ class Generator:
     """Samples from a policy, with log-probs and values on the way.
 
     A sequence depends on the weights, its prompt, `seed` and its number, and on nothing else: not on its slot, the
-    batch or the order. Keys and values take at most `kv_bytes`: sequences that they have no room for wait.
+    batch or the order. `tokenizer` is read for `config.stop` alone. `allocate` gives the memory of keys and values, of
+    which at most `kv_bytes` are asked for.
 
-    Raises ValueError for a policy that it cannot decode (see `Decoder`) or `kv_bytes` that do not hold one sequence.
+    Raises ValueError for a policy that it cannot decode (see `Decoder`), a stop string that no response can contain, or
+    `kv_bytes` that do not hold one sequence.
     """
 
     def __init__(
@@ -48,24 +53,33 @@ class Generator:
         eos_token_ids: int | Sequence[int],
         pad_token_id: int,
         seed: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        allocate: Allocate = new_memory,
         kv_bytes: int | None = None,
     ) -> None:
         self.policy, self.config, self.seed, self.pad_token_id = policy, config, seed, pad_token_id
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
-        self.columns, self.slots = config.max_prompt_tokens + config.max_response_tokens, config.batch_size
+        if config.stop and tokenizer is None:
+            raise ValueError(f"tokenizer: got None, expected the one whose tokens spell rollout.stop {config.stop}")
+        self.stops = StopStrings(tokenizer, config.stop) if config.stop else None
+        self.columns = config.max_prompt_tokens + config.max_response_tokens
+        self.allocate, self.slots = allocate, config.batch_size
         self.paged: PagedDecoder | None = None
         if config.cache == "paged" or (config.cache == "auto" and policy.device.type == "cuda"):
             pages = None if kv_bytes is None else pages_within(policy, kv_bytes)
             self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages)
-        elif kv_bytes is not None:
+            self.paged.check()
+            return
+        if kv_bytes is not None:
             self.slots = min(self.slots, kv_bytes // slot_bytes(policy, self.columns))
-            if self.slots < 1:
-                raise ValueError(
-                    f"kv_bytes: got {kv_bytes}, expected at least {slot_bytes(policy, self.columns)}, the keys and values of "
-                    f"one sequence of {self.columns} tokens"
-                )
-        (self.paged or self._new_decoder(self.slots)).check()
+        if self.slots < 1:
+            raise ValueError(
+                f"kv_bytes: got {kv_bytes}, expected at least {slot_bytes(policy, self.columns)}, the keys and values of one "
+                f"sequence of max_prompt_tokens {config.max_prompt_tokens} and max_response_tokens "
+                f"{config.max_response_tokens}"
+            )
+        self._new_decoder(self.slots).check()
 
     @torch.no_grad()
     def generate(
@@ -73,14 +87,10 @@ class Generator:
         prompts: Sequence[Tensor | Sequence[int]],
         sequence: Tensor,  # (B,), int64, the number of each sequence in the run: its stream of random numbers
         on_finished: Callable[[int], object] | None = None,
-        allocate: Allocate = new_memory,
     ) -> Rollout:
-        """One response for each prompt. `on_finished` hears how many sequences ended since its last call.
-
-        `allocate` gives the memory of keys and values; nothing holds it after the call.
-        """
+        """One response for each prompt. `on_finished` hears how many sequences ended since its last call."""
         prompts = self._check(prompts, sequence)
-        decoder = self._new_decoder(len(prompts), allocate)
+        decoder = self._new_decoder(len(prompts))
         try:
             return self._generate(decoder, prompts, sequence, on_finished)
         finally:
@@ -93,16 +103,17 @@ class Generator:
         sequence: Tensor,
         on_finished: Callable[[int], object] | None,
     ) -> Rollout:
-        record = _Record(self, prompts, sequence)
+        record = _Record(self, decoder, prompts, sequence)
         running = _Running(
             *(torch.zeros(decoder.slots, dtype=torch.int64, device=self.policy.device) for _ in range(4))
         )
-        waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # popped from the end: long ones first
+        # Popped from the end: long ones first, and those with the same ids together.
+        waiting = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row].tolist()))
         slots = min(self.slots, len(prompts))
         while waiting or running.count:
             first, group = running.count, []
             if waiting and slots - first >= min(len(waiting), max(1, slots // 4)):
-                group = _next_group(waiting, prompts, slots - first)
+                group = self._next_group(waiting, prompts, slots - first)
                 fits = decoder.room([prompts[row] for row in group], first)
                 waiting += reversed(group[fits:])
                 del group[fits:]
@@ -127,10 +138,23 @@ class Generator:
         running.count += len(rows)
         return hidden
 
-    def _new_decoder(self, prompts: int, allocate: Allocate = new_memory) -> Decoder:
+    def _next_group(self, waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
+        """Take up to `room` prompts of one prefill width, read within the token budget, off the end of `waiting`.
+
+        `waiting` is sorted by length and ids. A prompt that is there several times is read once.
+        """
+        width, group, distinct = prompt_width(len(prompts[waiting[-1]])), [], 0
+        while waiting and len(group) < room and prompt_width(len(prompts[waiting[-1]])) == width:
+            distinct += not group or not torch.equal(prompts[group[-1]], prompts[waiting[-1]])
+            if distinct > 1 and distinct * width > self.config.prefill_tokens:
+                break
+            group.append(waiting.pop())
+        return group
+
+    def _new_decoder(self, prompts: int) -> Decoder:
         if self.paged is None:
-            return Decoder(self.policy, min(self.slots, prompts), self.columns, allocate)
-        self.paged.open(allocate)
+            return Decoder(self.policy, min(self.slots, prompts), self.columns, self.allocate)
+        self.paged.open(self.allocate)
         return self.paged
 
     def _check(self, prompts: Sequence[Tensor | Sequence[int]], sequence: Tensor) -> list[Tensor]:
@@ -145,30 +169,57 @@ class Generator:
                     f"prompts[{index}]: got shape {tuple(prompt.shape)}, expected 1 to {self.config.max_prompt_tokens} ids "
                     "(rollout.max_prompt_tokens)"
                 )
+            longest, limit = len(prompt) + self.config.max_response_tokens, max_positions(self.policy.model)
+            if limit is not None and longest > limit:
+                raise ValueError(
+                    f"prompts[{index}]: got {len(prompt)} ids beside rollout.max_response_tokens "
+                    f"{self.config.max_response_tokens}, expected at most {limit} together, the policy's positions"
+                )
         return tensors
 
 
 class _Record:
     """Everything said while sampling, by prompt and step."""
 
-    def __init__(self, generator: Generator, prompts: list[Tensor], sequence: Tensor) -> None:
-        self.generator, self.prompts = generator, prompts
+    def __init__(self, generator: Generator, decoder: Decoder, prompts: list[Tensor], sequence: Tensor) -> None:
+        self.generator, self.decoder, self.prompts = generator, decoder, prompts
         self.policy, self.config = generator.policy, generator.config
         device, shape = self.policy.device, (len(prompts), self.config.max_response_tokens)
         self.sequence = sequence.to(device)
         self.ids = torch.full(shape, generator.pad_token_id, dtype=torch.int64, device=device)
         self.logprobs, self.sampling_logprobs, self.values = (torch.zeros(shape, device=device) for _ in range(3))
         self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        self.ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        self.finished = self.ended[:0]  # (rows,), bool, of the last call of `sample`
+        self.stop_reason = torch.full_like(self.lengths, LENGTH)
+        self.finished = self.lengths[:0].bool()  # (rows,), of the last call of `sample`
+        if self.config.repetition_penalty != 1.0:
+            # A prompt's ids and then the response's; what is behind them repeats the first one and changes nothing.
+            widest = max(map(len, prompts))
+            self.history = torch.stack([p[:1].expand(widest + shape[1]) for p in prompts]).clone()
+            for row, prompt in enumerate(prompts):
+                self.history[row, : len(prompt)] = prompt
 
     def sample(self, hidden: Tensor, running: _Running, first: int) -> int:
         """Take one action in each of the slots `first` to `running.count`; returns how many sequences that ended."""
         here = slice(first, running.count)
         size, row, step = running.count - first, running.row[here].clone(), running.step[here].clone()
-        config = self.config
+        taken = self._take(self.decoder.logits(hidden)[:size], row, step)
+        self.ids[row, step], self.values[row, step] = taken.ids, self.policy.values(hidden)[:size]
+        self.logprobs[row, step], self.sampling_logprobs[row, step] = taken.logprobs, taken.sampling_logprobs
+        running.token[here] = taken.ids
+        running.position[here] += 1
+        running.step[here] += 1
+        reason = self._why(taken.ids, row, step)
+        self.stop_reason[row], self.lengths[row] = reason, step + 1
+        self.finished = (reason != LENGTH) | (step + 1 == self.config.max_response_tokens)
+        return int(self.finished.sum())
+
+    def _take(self, logits: Tensor, row: Tensor, step: Tensor) -> SampledTokens:
+        """Action number `step` of each row. The repetition penalty is part of what is kept of the distribution."""
+        config, backend, kept = self.config, self.policy.backend, logits
+        if config.repetition_penalty != 1.0:
+            kept = penalised(logits.float(), self.history[row], config.repetition_penalty)
         taken = sample_tokens(
-            self.policy.logits(hidden)[:size],
+            kept,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -176,24 +227,32 @@ class _Record:
             seed=self.generator.seed,
             sequence=self.sequence[row],
             position=step,
-            backend=self.policy.backend,
+            backend=backend,
         )
-        self.ids[row, step], self.values[row, step] = taken.ids, self.policy.values(hidden)[:size]
-        self.logprobs[row, step], self.sampling_logprobs[row, step] = taken.logprobs, taken.sampling_logprobs
-        running.token[here] = taken.ids
-        running.position[here] += 1
-        running.step[here] += 1
-        stop = torch.isin(taken.ids, self.generator.eos_token_ids)
-        self.ended[row] = stop
-        self.lengths[row] = step + 1
-        self.finished = stop | (step + 1 == config.max_response_tokens)
-        return int(self.finished.sum())
+        if kept is logits:
+            return taken
+        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=row.device)
+        self.history[row, lengths[row] + step] = taken.ids
+        full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
+        return taken._replace(logprobs=full)
+
+    def _why(self, ids: Tensor, row: Tensor, step: Tensor) -> Tensor:  # (rows,), int64
+        """Why each response ends with this action; LENGTH where nothing but its budget can end it."""
+        reason = torch.full_like(ids, LENGTH)
+        if self.generator.stops is not None:
+            said = zip(self.ids[row].tolist(), step.tolist(), strict=True)
+            found = [self.generator.stops.found(response[: last + 1]) for response, last in said]
+            reason[torch.tensor(found, device=ids.device)] = STOP_STRING
+        return reason.masked_fill(torch.isin(ids, self.generator.eos_token_ids), EOS)
 
     def forget(self, row: Tensor) -> None:
         """The responses of these prompts begin again."""
         self.ids[row] = self.generator.pad_token_id
         for said in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
             said[row] = 0
+        if self.config.repetition_penalty != 1.0:
+            for index in row.tolist():
+                self.history[index, len(self.prompts[index]) :] = self.prompts[index][0]
 
     def rollout(self) -> Rollout:
         width, widest = int(self.lengths.max()), max(map(len, self.prompts))
@@ -213,16 +272,17 @@ class _Record:
             logprobs=self.logprobs[:, :width].contiguous(),
             sampling_logprobs=self.sampling_logprobs[:, :width].contiguous(),
             values=self.values[:, :width].contiguous(),
-            ended=self.ended,
+            stop_reason=self.stop_reason,
         )
 
 
-def _next_group(waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
-    """Take up to `room` prompts of one prefill width off the end of `waiting`, which is sorted by length."""
-    width, group = prompt_width(len(prompts[waiting[-1]])), []
-    while waiting and len(group) < room and prompt_width(len(prompts[waiting[-1]])) == width:
-        group.append(waiting.pop())
-    return group
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V), (R, S) ids -> (R, V)
+    """Logits of ids that were seen are divided by `penalty` where above 0 and multiplied by it elsewhere.
+
+    Source: Keskar et al. 2019 (CTRL), section 4.1, with the sign that transformers minds.
+    """
+    z = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(z > 0, z / penalty, z * penalty))
 
 
 def _make_room(decoder: Decoder, record: _Record, running: _Running, waiting: list[int]) -> None:

@@ -26,6 +26,7 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout.cache import Allocate, new_memory, same_as
 from rlhf_engine.rollout.decoder import MIN_ROWS, Decoder, prompt_width
 from rlhf_engine.rollout.graphs import GraphedStep, ladder
+from rlhf_engine.rollout.packed import PackedHead
 from rlhf_engine.rollout.pages import Pages, Sequences
 from rlhf_kernels import paged_attention
 
@@ -171,12 +172,13 @@ class PagedDecoder(Decoder):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
         self.sequences = Sequences(Pages(self.page_count, first=1), self.page_size, self.slots)
         self.restarted = 0
+        self.head = PackedHead(self.policy)  # the weights may have changed
         # What a captured graph reads by its address.
         self._key = (self.pool.data_ptr(), *(weight.data_ptr() for weight in self.policy.trunk.parameters()))
 
     def close(self) -> None:
         """Give the memory of the pages back."""
-        self.pool = None
+        self.pool = self.head = None
         for layer in self.cache.layers:
             layer.keys = layer.values = None
 

@@ -41,3 +41,12 @@ def value_rollout(model: ActorCritic, rollout: Rollout, *, microbatch: int) -> T
         batch = rollout.batch(sequences)
         values.view(-1)[batch.source] = model.value_model.values(batch.input_ids, batch.rows)
     return values
+
+
+def logprob_deviation(
+    policy: ActorCritic, rollout: Rollout, *, sequences: int, microbatch: int, temperature: float
+) -> float:
+    """Largest difference of the first `sequences` sampled log-probs from those of a fresh forward pass by the same policy."""
+    checked = rollout.take(torch.arange(min(sequences, len(rollout)), device=rollout.mask.device))
+    fresh, _ = score_rollout(policy, checked, microbatch=microbatch, temperature=temperature)
+    return float((fresh - checked.logprobs).abs().max())

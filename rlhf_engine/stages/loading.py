@@ -40,7 +40,7 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     _check_vocabulary(model, tokenizer, folder)
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
-    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts)
+    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts, config.rollout.stop)
     return model, codec
 
 
@@ -67,7 +67,14 @@ def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[
 
 def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: int) -> Generator:
     """A sampler with the config's rollout settings."""
-    return Generator(policy, config.rollout, eos_token_ids=codec.eos_id, pad_token_id=codec.pad_id, seed=seed)
+    return Generator(
+        policy,
+        config.rollout,
+        eos_token_ids=codec.eos_id,
+        pad_token_id=codec.pad_id,
+        seed=seed,
+        tokenizer=codec.tokenizer,
+    )
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout import Generator, Rollout, score_rollout, value_rollout
+from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, score_rollout, value_rollout
 from rlhf_engine.train.ema import WeightAverage
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
@@ -284,11 +284,12 @@ class PPOTrainer:
         rollout = collect(self.generator, self.prompts(first, config.rollout_batch), sequence)
         clock.append(time.perf_counter())
         scored = score(rollout, self.policy, self.reference, self.reward_fn, config, temperature, self.scale, first)
+        deviation = self._deviation(scored)
         experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
         clock.append(time.perf_counter())
         if config.nonfinite_scores == "skip":
             log["scores_skipped"] = len(rollout) - len(scored.rollout)
-        log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
+        log |= deviation | {"kl_coef": self.kl_coef} | self.update(experience, temperature)
         log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())
         self.updates_done += 1
@@ -298,6 +299,16 @@ class PPOTrainer:
         log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
         return log | {"peak_rss_mb": peak_rss_mb()}
+
+    def _deviation(self, scored: Scored) -> dict[str, float]:
+        """How far the sampled log-probs are from those of a fresh forward pass; the policy is still the one that sampled."""
+        config, rollout, count = self.config, scored.rollout, self.generator.config.check_sequences
+        if config.old_logprobs == "rescored":
+            return {"logprob_deviation": float((scored.old_logprobs - rollout.logprobs).abs().max())}
+        if count == 0:
+            return {}
+        size = {"microbatch": config.microbatch, "temperature": self.generator.config.temperature}
+        return {"logprob_deviation": logprob_deviation(self.policy, rollout, sequences=count, **size)}
 
     def update(self, experience: Experience, temperature: float) -> dict[str, float]:
         """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each; fewer after `stop_kl`."""

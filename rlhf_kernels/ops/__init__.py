@@ -1,5 +1,6 @@
 """The public functions: arguments checked once, then the backend that serves them."""
 
+from .decode_attention import decode_attention
 from .gae import gae
 from .group_advantages import group_advantages
 from .kl_penalty import kl_penalty
@@ -14,6 +15,7 @@ from .sample_tokens import sample_tokens
 from .token_logprobs import token_logprobs
 
 __all__ = [
+    "decode_attention",
     "gae",
     "group_advantages",
     "kl_penalty",

@@ -3,6 +3,7 @@
 The functions trust their arguments; `rlhf_kernels.ops` checks them once for all backends.
 """
 
+from .decode_attention import decode_attention
 from .gae import gae
 from .group_advantages import group_advantages
 from .kl_penalty import kl_penalty
@@ -14,6 +15,7 @@ from .sample_tokens import sample_tokens
 from .token_logprobs import linear_token_logprobs, token_logprobs, transform_logits
 
 __all__ = [
+    "decode_attention",
     "gae",
     "group_advantages",
     "kl_penalty",

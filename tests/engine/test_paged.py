@@ -17,17 +17,17 @@ from tests.engine.tiny_models import FAMILIES
 SETTINGS = {"max_prompt_tokens": 20, "max_response_tokens": 12, "batch_size": 16}
 
 
-def make_generator(actor, *, cache="paged", page_size=4, pages=None, ends=ENDS, **settings):
-    config = RolloutConfig(**{**SETTINGS, "cache": cache, **settings})
-    generator = Generator(actor, config, eos_token_ids=ends, pad_token_id=0, seed=3)
-    if cache == "paged":
-        generator.paged = PagedDecoder(actor, config.batch_size, generator.columns, pages=pages, page_size=page_size)
-    return generator
-
-
 def dirty(shape, dtype, device):
     """An arena hands out bytes that were something else."""
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def make_generator(actor, *, cache="paged", page_size=4, pages=None, ends=ENDS, allocate=dirty, **settings):
+    config = RolloutConfig(**{**SETTINGS, "cache": cache, **settings})
+    generator = Generator(actor, config, eos_token_ids=ends, pad_token_id=0, seed=3, allocate=allocate)
+    if cache == "paged":
+        generator.paged = PagedDecoder(actor, config.batch_size, generator.columns, pages=pages, page_size=page_size)
+    return generator
 
 
 def check_same(paged, slots):
@@ -43,7 +43,7 @@ def test_the_tokens_of_slots(family):
     actor, prompts = make_actor(family), make_prompts(20)
     slots = make_generator(actor, cache="slots").generate(prompts, torch.arange(20))
     generator = make_generator(actor)
-    check_same(generator.generate(prompts, torch.arange(20), allocate=dirty), slots)
+    check_same(generator.generate(prompts, torch.arange(20)), slots)
     assert actor.model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
 
 
@@ -83,6 +83,16 @@ def test_a_small_pool_makes_sequences_wait_and_begin_again(family):
     assert generator.paged.restarted > 0
 
 
+def test_what_was_said_before_a_restart_is_forgotten():
+    """A repetition penalty sees the prompt and what was said since, not what the same sequence had said before."""
+    actor, prompts = make_actor(), make_prompts(20)
+    whole = make_generator(actor, repetition_penalty=2.0).generate(prompts, torch.arange(20))
+    generator = make_generator(actor, repetition_penalty=2.0, pages=13)
+    rollout = generator.generate(prompts, torch.arange(20))
+    assert generator.paged.restarted > 0
+    assert all(same_sequence(whole, i, rollout, i) for i in range(20))
+
+
 def test_a_sequence_does_not_depend_on_its_batch():
     generator, prompts = make_generator(make_actor()), make_prompts(24)
     whole = generator.generate(prompts, torch.arange(24))
@@ -112,7 +122,7 @@ def test_samples_of_one_prompt_share_its_pages():
             whole = actor.hidden(torch.cat([prompt, tokens[row : row + 1]])[None])[0, -1]
             torch.testing.assert_close(decoded[row], whole, rtol=1e-4, atol=1e-4)
     slots = make_generator(actor, cache="slots").generate(prompts, torch.arange(10))
-    check_same(make_generator(actor, pages=14).generate(prompts, torch.arange(10), allocate=dirty), slots)
+    check_same(make_generator(actor, pages=14).generate(prompts, torch.arange(10)), slots)
 
 
 def test_the_memory_is_asked_for_once_and_given_back():
@@ -123,8 +133,9 @@ def test_the_memory_is_asked_for_once_and_given_back():
         taken.append((shape, dtype, weakref.ref(tensor)))
         return tensor
 
-    generator = make_generator(actor, pages=20)
-    generator.generate(make_prompts(9), torch.arange(9), allocate=allocate)
+    generator = make_generator(actor, pages=20, allocate=allocate)
+    taken.clear()
+    generator.generate(make_prompts(9), torch.arange(9))
     ((shape, dtype, memory),) = taken
     assert shape == (2, 2, 21, 4, 2, 8) == pool_shape(actor, 21, 4) and dtype == torch.float32
     assert memory() is None and generator.paged.pool is None
@@ -133,7 +144,7 @@ def test_the_memory_is_asked_for_once_and_given_back():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generator.generate(make_prompts(9), torch.arange(9), broken, allocate=allocate)
+        generator.generate(make_prompts(9), torch.arange(9), broken)
     assert taken[1][2]() is None
     check_same(
         generator.generate(make_prompts(9), torch.arange(9)),
@@ -146,20 +157,17 @@ def test_a_step_as_a_graph(monkeypatch):
     monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)  # as on a device
     actor, prompts = make_actor("gemma2"), make_prompts(20)
     expected = make_generator(actor).generate(prompts, torch.arange(20))
-    generator, cuda = make_generator(actor), RecordedCuda()
-    generator.paged.graphed = GraphedStep(generator.paged._forward, cuda)
-    kept = []
+    pools = []
 
     def allocate(shape, dtype, device):
-        kept.append(dirty(shape, dtype, device))
-        return kept[-1]
+        pools.append(dirty(shape, dtype, device) if len(pools) != 1 else pools[0])
+        return pools[-1]
 
-    check_same(generator.generate(prompts, torch.arange(20), allocate=allocate), expected)
-    assert len(cuda.graphs) == 1 and cuda.graphs[0].replays > 10
-    check_same(generator.generate(prompts, torch.arange(20), allocate=lambda *_: kept[0]), expected)
-    assert len(cuda.graphs) == 1
-    check_same(generator.generate(prompts, torch.arange(20), allocate=allocate), expected)
-    assert len(cuda.graphs) == 2
+    generator, cuda = make_generator(actor, allocate=allocate), RecordedCuda()
+    generator.paged.graphed = GraphedStep(generator.paged._forward, cuda)
+    for graphs in (1, 1, 2):
+        check_same(generator.generate(prompts, torch.arange(20)), expected)
+        assert len(cuda.graphs) == graphs and cuda.graphs[-1].replays > 10
 
 
 def test_who_decides():

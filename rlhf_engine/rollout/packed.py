@@ -1,0 +1,39 @@
+"""The language-model head with its weight laid out once for the matrix product of every step.
+
+A weight of [V, H] has more bytes than the processor's cache, so a product with few rows reads it at the speed of memory, and in
+an order that is not the product's. oneDNN's layout is: one copy of the weight, while a `Decoder` lives, for logits in about
+two thirds of the time. The operations are private ones of torch, asked for by name; without them the weight stays where it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rlhf_engine.model import ActorCritic
+
+_ROWS = 64
+"""Rows that the layout is made for; a product with another number of them reads the same layout."""
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether torch has oneDNN's packed product for this weight."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    here = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return here and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+class PackedHead:
+    """`head(hidden)` are the policy's logits with the weight of the time of construction."""
+
+    def __init__(self, policy: ActorCritic) -> None:
+        self.policy, self.bias, self.packed = policy, policy.lm_bias, None
+        if can_pack(policy.lm_weight):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(policy.lm_weight.detach(), _ROWS)
+
+    def __call__(self, hidden: Tensor) -> Tensor:  # (rows, H) -> (rows, V)
+        if self.packed is None:
+            return self.policy.transform(linear(hidden, self.policy.lm_weight, self.bias))
+        product = torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
+        return self.policy.transform(product)
