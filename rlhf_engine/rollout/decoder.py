@@ -43,6 +43,11 @@ def slot_bytes(policy: ActorCritic, columns: int) -> int:
     return 2 * config.num_hidden_layers * heads * size * columns * policy.lm_weight.element_size()
 
 
+def slot_step(policy: ActorCritic) -> int:
+    """Slots come in multiples of this: eager attention wants keys for every row of a step."""
+    return MIN_ROWS if policy.model.config.get_text_config()._attn_implementation == "eager" else 1
+
+
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
@@ -57,9 +62,8 @@ class Decoder:
         self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
-        # Eager attention wants keys for every row of a step.
         self.eager = self.text_config._attn_implementation == "eager"
-        self.slots = slots + -slots % MIN_ROWS if self.eager else slots
+        self.slots = slots + -slots % slot_step(policy)
         self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
         self.layers = InvariantLayers(policy)
         self.head = PackedHead(policy)

@@ -13,7 +13,7 @@ from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import Allocate, new_memory
-from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes
+from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes, slot_step
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, StopStrings
 from rlhf_kernels import SampledTokens, sample_tokens, token_logprobs
@@ -65,13 +65,7 @@ class Generator:
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.allocate, self.slots = allocate, config.batch_size
         if kv_bytes is not None:
-            self.slots = min(self.slots, kv_bytes // slot_bytes(policy, self.columns))
-        if self.slots < 1:
-            raise ValueError(
-                f"kv_bytes: got {kv_bytes}, expected at least {slot_bytes(policy, self.columns)}, the keys and values of one "
-                f"sequence of max_prompt_tokens {config.max_prompt_tokens} and max_response_tokens "
-                f"{config.max_response_tokens}"
-            )
+            self.slots = min(self.slots, self._slots_within(kv_bytes))
         self._new_decoder(self.slots).check()
 
     @torch.no_grad()
@@ -125,6 +119,16 @@ class Generator:
                 break
             group.append(waiting.pop())
         return group
+
+    def _slots_within(self, kv_bytes: int) -> int:
+        each, step = slot_bytes(self.policy, self.columns), slot_step(self.policy)
+        if kv_bytes < each * step:
+            what = "one sequence" if step == 1 else f"{step} sequences, the fewest that eager attention decodes,"
+            raise ValueError(
+                f"kv_bytes: got {kv_bytes}, expected at least {each * step}, the keys and values of {what} of "
+                f"max_prompt_tokens {self.config.max_prompt_tokens} and max_response_tokens {self.config.max_response_tokens}"
+            )
+        return kv_bytes // (each * step) * step
 
     def _new_decoder(self, prompts: int) -> Decoder:
         return Decoder(self.policy, min(self.slots, prompts), self.columns, self.allocate)
