@@ -3,8 +3,9 @@
 Two Llamas of 7.3M and 48M parameters (random weights), 64 prompts of 32 tokens, float32, temperature 1, nothing filtered.
 "Equal lengths": 64 response tokens each, an end token outside the vocabulary. "Geometric lengths": a sixteenth of the
 vocabulary are end tokens, so that under random weights a response goes on with probability of about 15/16 a token, to 16
-tokens on average, a quarter of its budget. Figures are seconds for each token that was sampled, of the clock on the wall and of the
-processor: the second one is of use where something else runs on the machine. Ours gives log-probs and values beside the tokens.
+tokens on average, a quarter of its budget. Figures are seconds for each token that was sampled, of the clock on the wall and
+of the processor: the second one is of use where something else runs on the machine. Ours gives log-probs and values beside the
+tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
     rollout = RolloutConfig(max_prompt_tokens=PROMPT_TOKENS, max_response_tokens=tokens, batch_size=PROMPTS)
     generator = Generator(ActorCritic(language_model), rollout, eos_token_ids=ends, pad_token_id=0, seed=0)
     calls = iter(range(10**9))
-    options = {"max_new_tokens": tokens, "top_k": 0, "eos_token_id": ends, "pad_token_id": vocabulary - 1}
+    options = {"max_new_tokens": tokens, "eos_token_id": ends, "pad_token_id": vocabulary - 1}
+
+    sampled = GenerationConfig(**options, do_sample=True, top_k=0)
 
     def ours() -> int:
         numbers = torch.arange(PROMPTS) + next(calls) * PROMPTS
@@ -58,7 +61,7 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
 
     @torch.no_grad()
     def generate(*, greedy: bool = False) -> int:
-        config = GenerationConfig(**options, do_sample=not greedy)
+        config = GenerationConfig(**options, do_sample=False) if greedy else sampled
         said = language_model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)[
             :, PROMPT_TOKENS:
         ]
@@ -70,9 +73,8 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
         pages = ContinuousBatchingConfig(
             page_size=32, num_blocks=PROMPTS * 4, max_batch_tokens=PROMPTS * PROMPT_TOKENS, use_cuda_graph=False
         )
-        config = GenerationConfig(**options, do_sample=True)
         said = language_model.generate_batch(
-            prompts.tolist(), generation_config=config, continuous_batching_config=pages, warmup=False
+            prompts.tolist(), generation_config=sampled, continuous_batching_config=pages, warmup=False
         )
         if len(said) != PROMPTS:
             raise RuntimeError(f"generate_batch answered {len(said)} of {PROMPTS} prompts")

@@ -6,11 +6,13 @@ is padded to a width that its own length decides, attention reads the columns of
 width that the configuration decides), and activations are replaced where torch's kernels round by position
 (`InvariantLayers`).
 
-Whatever decodes for a `Generator` has what `Decoder` has: `slots`, `prefill`, `decode`, `logits`, `move` and `check`; and
-`room`, `make_room`, `keep` and `close`, which say something where memory is not one slot a sequence (`PagedDecoder`).
+Whatever decodes for a `Generator` has what `Decoder` has: `slots`, `prefill`, `decode`, `logits`, `step`, `move` and `check`;
+and `room`, `make_room`, `keep` and `close`, which say something where memory is not one slot a sequence (`PagedDecoder`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from rlhf_engine.rollout.invariant import REPLACED, InvariantLayers
 from rlhf_engine.rollout.packed import PackedHead
 
 MIN_ROWS = 16
+Act = Callable[..., tuple[Tensor, ...]]
+"""What is done in the states of a step: a function of tensors alone, which a graph can hold."""
 _BLOCK = 512
 """Columns that attention takes at a time on CPU; a longer cache is read in whole blocks."""
 
@@ -44,6 +48,11 @@ def slot_bytes(policy: ActorCritic, columns: int) -> int:
     return 2 * config.num_hidden_layers * heads * size * columns * policy.lm_weight.element_size()
 
 
+def slot_step(policy: ActorCritic) -> int:
+    """Slots come in multiples of this: eager attention wants keys for every row of a step."""
+    return MIN_ROWS if policy.model.config.get_text_config()._attn_implementation == "eager" else 1
+
+
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
@@ -58,9 +67,8 @@ class Decoder:
         self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
-        # Eager attention wants keys for every row of a step.
         self.eager = self.text_config._attn_implementation == "eager"
-        self.slots = slots + -slots % MIN_ROWS if self.eager else slots
+        self.slots = slots + -slots % slot_step(policy)
         self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
         self.layers = InvariantLayers(policy)
         self.head = PackedHead(policy)
@@ -116,6 +124,18 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:  # (rows >= MIN_ROWS, H) -> (rows, V)
         """Logits of states that `prefill` or `decode` returned."""
         return self.head(hidden)
+
+    def step(
+        self,
+        tokens: Tensor,  # (slots,)
+        positions: Tensor,  # (slots,)
+        count: int,
+        act: Act,
+        inputs: tuple[Tensor, ...],  # a row for each of the first `count` slots
+    ) -> tuple[Tensor, ...]:
+        """`act(hidden, logits, *inputs)` in the states after `decode`."""
+        hidden = self.decode(tokens, positions, count)
+        return act(hidden, self.logits(hidden), *inputs)
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Sequences of at most `width` tokens in slots `source` go on in slots `target`; the two must not overlap."""

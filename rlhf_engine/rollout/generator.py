@@ -13,11 +13,11 @@ from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import Allocate, new_memory
-from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes
+from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes, slot_step
 from rlhf_engine.rollout.paged import PagedDecoder, pages_within
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, StopStrings
-from rlhf_kernels import SampledTokens, sample_tokens, token_logprobs
+from rlhf_kernels import sample_tokens, token_logprobs
 
 
 @dataclass
@@ -72,13 +72,7 @@ class Generator:
             self.paged.check()
             return
         if kv_bytes is not None:
-            self.slots = min(self.slots, kv_bytes // slot_bytes(policy, self.columns))
-        if self.slots < 1:
-            raise ValueError(
-                f"kv_bytes: got {kv_bytes}, expected at least {slot_bytes(policy, self.columns)}, the keys and values of one "
-                f"sequence of max_prompt_tokens {config.max_prompt_tokens} and max_response_tokens "
-                f"{config.max_response_tokens}"
-            )
+            self.slots = min(self.slots, self._slots_within(kv_bytes))
         self._new_decoder(self.slots).check()
 
     @torch.no_grad()
@@ -103,7 +97,7 @@ class Generator:
         sequence: Tensor,
         on_finished: Callable[[int], object] | None,
     ) -> Rollout:
-        record = _Record(self, decoder, prompts, sequence)
+        record = _Record(self, prompts, sequence)
         running = _Running(
             *(torch.zeros(decoder.slots, dtype=torch.int64, device=self.policy.device) for _ in range(4))
         )
@@ -119,10 +113,12 @@ class Generator:
                 del group[fits:]
             if group:
                 hidden = self._admit(decoder, running, prompts, group)
+                said = self._act(hidden, decoder.logits(hidden), *record.streams(running, first))
             else:
                 _make_room(decoder, record, running, waiting)
-                first, hidden = 0, decoder.decode(running.token, running.position, running.count)
-            ended = record.sample(hidden, running, first)
+                first, streams = 0, record.streams(running, 0)
+                said = decoder.step(running.token, running.position, running.count, self._act, streams)
+            ended = record.take(said, running, first)
             if ended:
                 _release(decoder, running, record.finished, first)
                 if on_finished is not None:
@@ -138,6 +134,33 @@ class Generator:
         running.count += len(rows)
         return hidden
 
+    def _act(
+        self,
+        hidden: Tensor,  # (rows, H), rows >= N
+        logits: Tensor,  # (rows, V)
+        sequence: Tensor,  # (N,), its stream of random numbers
+        position: Tensor,  # (N,), its action number
+        *seen: Tensor,  # (N, S), ids for the repetition penalty, which is part of what is kept of the distribution
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """An action in each of the first N states: ids, log-probs, sampling log-probs, values."""
+        config, backend, size = self.config, self.policy.backend, len(sequence)
+        logits = logits[:size]
+        taken = sample_tokens(
+            penalised(logits.float(), *seen, config.repetition_penalty) if seen else logits,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            seed=self.seed,
+            sequence=sequence,
+            position=position,
+            backend=backend,
+        )
+        full = taken.logprobs
+        if seen:
+            full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
+        return taken.ids, full, taken.sampling_logprobs, self.policy.values(hidden)[:size]
+
     def _next_group(self, waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
         """Take up to `room` prompts of one prefill width, read within the token budget, off the end of `waiting`.
 
@@ -150,6 +173,16 @@ class Generator:
                 break
             group.append(waiting.pop())
         return group
+
+    def _slots_within(self, kv_bytes: int) -> int:
+        each, step = slot_bytes(self.policy, self.columns), slot_step(self.policy)
+        if kv_bytes < each * step:
+            what = "one sequence" if step == 1 else f"{step} sequences, the fewest that eager attention decodes,"
+            raise ValueError(
+                f"kv_bytes: got {kv_bytes}, expected at least {each * step}, the keys and values of {what} of "
+                f"max_prompt_tokens {self.config.max_prompt_tokens} and max_response_tokens {self.config.max_response_tokens}"
+            )
+        return kv_bytes // (each * step) * step
 
     def _new_decoder(self, prompts: int) -> Decoder:
         if self.paged is None:
@@ -181,8 +214,8 @@ class Generator:
 class _Record:
     """Everything said while sampling, by prompt and step."""
 
-    def __init__(self, generator: Generator, decoder: Decoder, prompts: list[Tensor], sequence: Tensor) -> None:
-        self.generator, self.decoder, self.prompts = generator, decoder, prompts
+    def __init__(self, generator: Generator, prompts: list[Tensor], sequence: Tensor) -> None:
+        self.generator, self.prompts = generator, prompts
         self.policy, self.config = generator.policy, generator.config
         device, shape = self.policy.device, (len(prompts), self.config.max_response_tokens)
         self.sequence = sequence.to(device)
@@ -193,48 +226,33 @@ class _Record:
         self.finished = self.lengths[:0].bool()  # (rows,), of the last call of `sample`
         if self.config.repetition_penalty != 1.0:
             # A prompt's ids and then the response's; what is behind them repeats the first one and changes nothing.
-            widest = max(map(len, prompts))
-            self.history = torch.stack([p[:1].expand(widest + shape[1]) for p in prompts]).clone()
+            self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+            self.history = torch.stack([p[:1].expand(generator.columns) for p in prompts]).clone()
             for row, prompt in enumerate(prompts):
                 self.history[row, : len(prompt)] = prompt
 
-    def sample(self, hidden: Tensor, running: _Running, first: int) -> int:
-        """Take one action in each of the slots `first` to `running.count`; returns how many sequences that ended."""
+    def streams(self, running: _Running, first: int) -> tuple[Tensor, ...]:
+        """What `_act` reads beside states, for each of the slots `first` to `running.count`."""
+        row, step = running.row[first : running.count], running.step[first : running.count]
+        penalises = self.config.repetition_penalty != 1.0
+        return self.sequence[row], step, *((self.history[row],) if penalises else ())
+
+    def take(self, said: tuple[Tensor, Tensor, Tensor, Tensor], running: _Running, first: int) -> int:
+        """Note an action of each of the slots `first` to `running.count`; returns how many sequences that ended."""
         here = slice(first, running.count)
-        size, row, step = running.count - first, running.row[here].clone(), running.step[here].clone()
-        taken = self._take(self.decoder.logits(hidden)[:size], row, step)
-        self.ids[row, step], self.values[row, step] = taken.ids, self.policy.values(hidden)[:size]
-        self.logprobs[row, step], self.sampling_logprobs[row, step] = taken.logprobs, taken.sampling_logprobs
-        running.token[here] = taken.ids
+        row, step = running.row[here].clone(), running.step[here].clone()
+        ids = said[0]
+        for name, what in zip(("ids", "logprobs", "sampling_logprobs", "values"), said, strict=True):
+            getattr(self, name)[row, step] = what
+        if self.config.repetition_penalty != 1.0:
+            self.history[row, self.prompt_lengths[row] + step] = ids
+        running.token[here] = ids
         running.position[here] += 1
         running.step[here] += 1
-        reason = self._why(taken.ids, row, step)
+        reason = self._why(ids, row, step)
         self.stop_reason[row], self.lengths[row] = reason, step + 1
         self.finished = (reason != LENGTH) | (step + 1 == self.config.max_response_tokens)
         return int(self.finished.sum())
-
-    def _take(self, logits: Tensor, row: Tensor, step: Tensor) -> SampledTokens:
-        """Action number `step` of each row. The repetition penalty is part of what is kept of the distribution."""
-        config, backend, kept = self.config, self.policy.backend, logits
-        if config.repetition_penalty != 1.0:
-            kept = penalised(logits.float(), self.history[row], config.repetition_penalty)
-        taken = sample_tokens(
-            kept,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            seed=self.generator.seed,
-            sequence=self.sequence[row],
-            position=step,
-            backend=backend,
-        )
-        if kept is logits:
-            return taken
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=row.device)
-        self.history[row, lengths[row] + step] = taken.ids
-        full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
-        return taken._replace(logprobs=full)
 
     def _why(self, ids: Tensor, row: Tensor, step: Tensor) -> Tensor:  # (rows,), int64
         """Why each response ends with this action; LENGTH where nothing but its budget can end it."""

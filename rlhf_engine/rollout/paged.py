@@ -4,9 +4,9 @@ The pages of all layers are one allocation, dropped between rollouts. Samples of
 is full in part, is copied for all of them but the last to write to it. Any causal LM decodes so that calls its attention by way
 of transformers' interface: `PagedLayer.update` hands over pages in place of keys, and `paged_attention` reads them.
 
-On a GPU a step is a CUDA graph, its rows padded to a power of two. **That has not run on a device yet.** There a row's bits
-may depend on the number it is padded to, since a matrix product picks its kernel by its rows; on CPU they depend on nothing but
-the row's own, as in `Decoder`. Page 0 belongs to nobody: rows without a sequence write to it.
+On a GPU a step, sampling included, is a CUDA graph, its rows padded to a power of two. **That has not run on a device yet.**
+There a row's bits may depend on the number it is padded to, since a matrix product picks its kernel by its rows; on CPU they
+depend on nothing but the row's own, as in `Decoder`. Page 0 belongs to nobody: rows without a sequence write to it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout.cache import Allocate, new_memory, same_as
-from rlhf_engine.rollout.decoder import MIN_ROWS, Decoder, prompt_width
+from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width
 from rlhf_engine.rollout.graphs import GraphedStep, ladder
 from rlhf_engine.rollout.packed import PackedHead
 from rlhf_engine.rollout.pages import Pages, Sequences
@@ -151,10 +152,12 @@ class PagedDecoder(Decoder):
         self.table = torch.zeros(rows, places, dtype=torch.int32, device=policy.device)
         kinds = getattr(self.text_config, "layer_types", None) or self.attention * self.text_config.num_hidden_layers
         windows = {"sliding_attention": getattr(self.text_config, "sliding_window", None), "full_attention": None}
-        self.step = _Step()
-        self.cache = Cache(layers=[PagedLayer(self.step, windows[kind]) for kind in kinds])
+        self.now = _Step()
+        self.cache = Cache(layers=[PagedLayer(self.now, windows[kind]) for kind in kinds])
         self.pool: Tensor | None = None
-        self.graphed = GraphedStep(self._forward) if self._can_capture() else None
+        self.captures = self._can_capture()
+        self.cuda = torch.cuda
+        self._graphed: tuple[Act, GraphedStep] | None = None
         self.restarted = 0
         """Sequences that had to leave since `open`."""
 
@@ -174,7 +177,7 @@ class PagedDecoder(Decoder):
         self.restarted = 0
         self.head = PackedHead(self.policy)  # the weights may have changed
         # What a captured graph reads by its address.
-        self._key = (self.pool.data_ptr(), *(weight.data_ptr() for weight in self.policy.trunk.parameters()))
+        self._key = (self.pool.data_ptr(), *(weight.data_ptr() for weight in self.policy.parameters()))
 
     def close(self) -> None:
         """Give the memory of the pages back."""
@@ -223,7 +226,7 @@ class PagedDecoder(Decoder):
         # Beyond its end a prompt repeats its last token; no real token sees it, and no page keeps it.
         inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
         row, token = (torch.arange(width, device=device) < lengths[:, None]).nonzero(as_tuple=True)
-        step, slot = self.step, torch.tensor(slots, device=device)
+        step, slot = self.now, torch.tensor(slots, device=device)
         step.page = self.table[slot[row], token // self.page_size].long()
         step.within, step.source = token % self.page_size, row * width + token
         with self.layers.prefill():
@@ -236,26 +239,48 @@ class PagedDecoder(Decoder):
         positions: Tensor,  # (slots,), its position
         count: int,
     ) -> Tensor:  # (rows >= MIN_ROWS, H)
-        """Feed one token to each of the first `count` slots; returns the hidden states after them, until the next call."""
+        """Feed one token to each of the first `count` slots; returns the hidden states after them."""
         self._grow(count)
-        rows = -(-count // MIN_ROWS) * MIN_ROWS if self.graphed is None else ladder(count, MIN_ROWS)
-        inputs = (*(pad(x[:count], (0, rows - count)) for x in (tokens, positions)), self._rows(rows, count))
-        if self.graphed is None:
-            return self._forward(*inputs)[0]
-        return self.graphed(self._key, *inputs)[0]
+        rows = -(-count // MIN_ROWS) * MIN_ROWS
+        tokens, positions = (_padded(x[:count], rows) for x in (tokens, positions))
+        return self._forward(tokens, positions, self._rows(rows, count))
+
+    def step(
+        self,
+        tokens: Tensor,  # (slots,)
+        positions: Tensor,  # (slots,)
+        count: int,
+        act: Act,
+        inputs: tuple[Tensor, ...],  # a row for each of the first `count` slots
+    ) -> tuple[Tensor, ...]:
+        """`act(hidden, logits, *inputs)` in the states after `decode`, until the next call: all of it one graph on a GPU."""
+        if not self.captures:
+            return super().step(tokens, positions, count, act, inputs)
+        if self._graphed is None or self._graphed[0] != act:
+            self._graphed = act, GraphedStep(partial(self._act, act), self.cuda)
+        self._grow(count)
+        rows = ladder(count, MIN_ROWS)
+        padded = (_padded(x[:count], rows) for x in (tokens, positions, *inputs))
+        return tuple(x[:count] for x in self._graphed[1](self._key, self._rows(rows, count), *padded))
+
+    def _act(self, act: Act, table: Tensor, tokens: Tensor, positions: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Tensors in, tensors out: what a graph captures."""
+        hidden = self._forward(tokens, positions, table)
+        return act(hidden, self.logits(hidden), *inputs)
 
     def _rows(self, rows: int, count: int) -> Tensor:  # (rows, M)
         """The table with rows beyond the sequences on page 0."""
         return self.table[:rows].masked_fill(torch.arange(rows, device=self.table.device)[:, None] >= count, 0)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor]:
-        """Tensors in, tensors out: what a graph captures."""
-        step = self.step
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, table: Tensor
+    ) -> Tensor:  # (rows,) twice, (rows, M) -> (rows, H)
+        step = self.now
         step.page = table.gather(1, (positions // self.page_size)[:, None])[:, 0].long()
         step.within, step.source = positions % self.page_size, None
         step.table, step.lengths = table, (positions + 1).int()
         with self._attending():
-            return (self.policy.hidden(tokens[:, None], None, positions[:, None], self.cache, use_cache=True)[:, 0],)
+            return self.policy.hidden(tokens[:, None], None, positions[:, None], self.cache, use_cache=True)[:, 0]
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
@@ -304,3 +329,8 @@ class PagedDecoder(Decoder):
             super().check()
         finally:
             self.close()
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """Zeros behind the last row."""
+    return pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x)))

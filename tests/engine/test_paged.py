@@ -7,12 +7,11 @@ import torch
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.rollout import Generator
-from rlhf_engine.rollout.graphs import GraphedStep
 from rlhf_engine.rollout.paged import PagedDecoder, pages_within, pool_shape
 from rlhf_kernels import sample_tokens
 from tests.engine.recorded_graphs import RecordedCuda
 from tests.engine.test_rollout import ENDS, make_actor, make_prompts, same_sequence
-from tests.engine.tiny_models import FAMILIES
+from tests.engine.tiny_models import FAMILIES, VOCABULARY
 
 SETTINGS = {"max_prompt_tokens": 20, "max_response_tokens": 12, "batch_size": 16}
 
@@ -85,12 +84,16 @@ def test_a_small_pool_makes_sequences_wait_and_begin_again(family):
 
 def test_what_was_said_before_a_restart_is_forgotten():
     """A repetition penalty sees the prompt and what was said since, not what the same sequence had said before."""
-    actor, prompts = make_actor(), make_prompts(20)
-    whole = make_generator(actor, repetition_penalty=2.0).generate(prompts, torch.arange(20))
-    generator = make_generator(actor, repetition_penalty=2.0, pages=13)
-    rollout = generator.generate(prompts, torch.arange(20))
+    actor, prompts, settings = (
+        make_actor(),
+        make_prompts(10, longest=3),
+        {"repetition_penalty": 2.0, "ends": (VOCABULARY,)},
+    )
+    whole = make_generator(actor, **settings).generate(prompts, torch.arange(10))
+    generator = make_generator(actor, **settings, pages=10)
+    rollout = generator.generate(prompts, torch.arange(10))
     assert generator.paged.restarted > 0
-    assert all(same_sequence(whole, i, rollout, i) for i in range(20))
+    assert all(same_sequence(whole, i, rollout, i) for i in range(10))
 
 
 def test_a_sequence_does_not_depend_on_its_batch():
@@ -152,19 +155,20 @@ def test_the_memory_is_asked_for_once_and_given_back():
     )
 
 
-def test_a_step_as_a_graph(monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5, "top_k": 20, "temperature": 0.8}], ids=str)
+def test_a_step_as_a_graph(monkeypatch, settings):
     """Captured and replayed by a stand-in: no step waits for the device, and a pool at another address is captured again."""
     monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)  # as on a device
     actor, prompts = make_actor("gemma2"), make_prompts(20)
-    expected = make_generator(actor).generate(prompts, torch.arange(20))
+    expected = make_generator(actor, **settings).generate(prompts, torch.arange(20))
     pools = []
 
     def allocate(shape, dtype, device):
         pools.append(dirty(shape, dtype, device) if len(pools) != 1 else pools[0])
         return pools[-1]
 
-    generator, cuda = make_generator(actor, allocate=allocate), RecordedCuda()
-    generator.paged.graphed = GraphedStep(generator.paged._forward, cuda)
+    generator, cuda = make_generator(actor, allocate=allocate, **settings), RecordedCuda()
+    generator.paged.captures, generator.paged.cuda = True, cuda
     for graphs in (1, 1, 2):
         check_same(generator.generate(prompts, torch.arange(20)), expected)
         assert len(cuda.graphs) == graphs and cuda.graphs[-1].replays > 10

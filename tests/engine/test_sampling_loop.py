@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.data import train_tokenizer
+from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import EOS, LENGTH, STOP_STRING, Generator, logprob_deviation
 from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes
+from rlhf_engine.rollout.packed import PackedHead
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens
 from tests.engine.test_rollout import ENDS, make_actor, make_generator, make_prompts, same_sequence
 from tests.engine.tiny_models import VOCABULARY, tiny
 
+SMALL = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 GROUPED, SLIDING, ABSOLUTE = ("llama", "qwen2"), ("mistral", "gemma2"), ("gpt2",)
 
 
@@ -143,6 +147,11 @@ def test_memory_comes_from_the_allocator_and_may_hold_anything():
     assert all(same_sequence(rollout, row, expected, row) for row in range(20))
     with pytest.raises(ValueError, match=r"kv_bytes: got 8191, expected at least 8192, the keys and values of one"):
         Generator(actor, config, **rest, kv_bytes=8191)
+    actor.model.set_attn_implementation("eager")
+    with pytest.raises(
+        ValueError, match=r"kv_bytes: got 8192, expected at least 131072, the keys and values of 16 seq"
+    ):
+        Generator(actor, config, **rest, kv_bytes=8192)
 
 
 def test_what_the_positions_do_not_hold_is_refused():
@@ -199,7 +208,7 @@ def test_half_a_letter_is_no_stop_string(tokenizer):
     ("make", "stops", "words"),
     [
         (None, ("",), r"stop\[0\]: got an empty text"),
-        (word_level, ("stop", "halt"), r"stop\[1\]: got 'halt', which the tokenizer reads and writes as '\[UNK\]'"),
+        (word_level, ("stop", "halt"), r"stop\[1\]: got 'halt', which the tokenizer reads and writes as ''"),
         (word_level, ("é",), r"stop\[0\]: got 'é'"),
     ],
 )
@@ -267,3 +276,24 @@ def test_a_generator_follows_the_weights():
     after = generator.generate(prompts, torch.arange(8))
     assert not torch.equal(before.response_ids[:, 0], after.response_ids[:, 0])
     assert logprob_deviation(actor, after, sequences=8, microbatch=8, temperature=1.0) <= 1e-5
+
+
+def test_a_row_of_the_packed_head_does_not_depend_on_the_others():
+    """A vocabulary that is shared out among threads and ends in no whole block; against float64 as well."""
+    torch.manual_seed(0)
+    policy = ActorCritic(LlamaForCausalLM(LlamaConfig(vocab_size=5003, **SMALL)))
+    head, hidden = PackedHead(policy), torch.randn(64, 96)
+    assert head.packed is not None
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            whole = head(hidden)
+            for rows in (16, 32, 48, 64):
+                for shift in (0, 7, 16):
+                    chosen = (torch.arange(rows) + shift) % 64
+                    assert torch.equal(head(hidden[chosen]), whole[chosen])
+    finally:
+        torch.set_num_threads(threads)
+    exact = hidden.double() @ policy.lm_weight.double().T
+    assert (whole - exact).abs().max() <= 64 * torch.finfo(torch.float32).eps * exact.abs().max()
