@@ -1,4 +1,7 @@
-"""Launcher over `torch.nn.attention.varlen`, where FlashAttention-3 or -4 reads pages (see `backend.why_no_varlen`)."""
+"""Launcher over `torch.nn.attention.varlen`, where FlashAttention-3 or -4 reads pages (see `backend.why_no_varlen`).
+
+**It has not run on a device yet**: a test checks the call against torch's signature and documentation.
+"""
 
 import torch
 from torch import Tensor

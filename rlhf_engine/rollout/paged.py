@@ -52,7 +52,7 @@ def attend(
     query: Tensor,  # (R, heads, 1, D)
     key: PagedKeys,
     value: Tensor,  # (P, page size, groups, D)
-    attention_mask: None,
+    attention_mask: Tensor,  # not read: a row's pages and length say what it sees
     scaling: float | None = None,  # default: D ** -0.5
     softcap: float | None = None,
     **unused: object,  # what other implementations are told too: dropout, sliding_window, is_causal
@@ -131,7 +131,9 @@ def pages_within(policy: ActorCritic, kv_bytes: int, page_size: int = PAGE_SIZE)
 
 
 class PagedDecoder(Decoder):
-    """`Decoder` on `pages` pages, by default enough for the longest sequence in every slot. Between `open` and `close`.
+    """`Decoder` on at most `pages` pages, by default as many as the longest sequence in every slot fills.
+
+    It decodes between `open` and `close`.
 
     Raises ValueError as `Decoder` does, and for fewer pages than one sequence of `columns` tokens may fill.
     """
@@ -142,7 +144,7 @@ class PagedDecoder(Decoder):
         super().__init__(policy, slots, columns)
         self.page_size = page_size
         places = -(-self.columns // page_size)
-        self.page_count = self.slots * places if pages is None else pages
+        self.page_count = self.slots * places if pages is None else min(pages, self.slots * places)
         if self.page_count < places:
             raise ValueError(
                 f"pages: got {self.page_count} of {page_size} tokens, expected at least {places}, those of one sequence of "
@@ -279,8 +281,10 @@ class PagedDecoder(Decoder):
         step.page = table.gather(1, (positions // self.page_size)[:, None])[:, 0].long()
         step.within, step.source = positions % self.page_size, None
         step.table, step.lengths = table, (positions + 1).int()
+        # Nobody reads the mask; without one some models look for padding among the tokens, and wait for the device.
+        mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool, device=tokens.device)
         with self._attending():
-            return self.policy.hidden(tokens[:, None], None, positions[:, None], self.cache, use_cache=True)[:, 0]
+            return self.policy.hidden(tokens[:, None], mask, positions[:, None], self.cache, use_cache=True)[:, 0]
 
     @contextmanager
     def _attending(self) -> Iterator[None]:

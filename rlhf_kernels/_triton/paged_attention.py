@@ -2,6 +2,7 @@
 
 A program takes up to ROWS heads that share keys, and one split of the sequence's tokens. Where a sequence is cut depends on
 its length and the window alone, so its bits do not depend on its batch. Memory is the limit: keys and values are read once.
+Compiled for four chips and run through Triton's interpreter. **It has not run on a device yet.**
 
 Legend: B sequences, P pages, M places of the block table, D size of a head.
 """

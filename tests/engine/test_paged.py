@@ -155,11 +155,18 @@ def test_the_memory_is_asked_for_once_and_given_back():
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.5, "top_k": 20, "temperature": 0.8}], ids=str)
-def test_a_step_as_a_graph(monkeypatch, settings):
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma2", {}),
+        ("gpt2", {"repetition_penalty": 1.5, "top_k": 20, "temperature": 0.8}),
+        ("qwen2", {"min_p": 0.05}),
+    ],
+)
+def test_a_step_as_a_graph(monkeypatch, family, settings):
     """Captured and replayed by a stand-in: no step waits for the device, and a pool at another address is captured again."""
     monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)  # as on a device
-    actor, prompts = make_actor("gemma2"), make_prompts(20)
+    actor, prompts = make_actor(family), make_prompts(20)
     expected = make_generator(actor, **settings).generate(prompts, torch.arange(20))
     pools = []
 
@@ -178,9 +185,13 @@ def test_who_decides():
     actor = make_actor()
     assert make_generator(actor, cache="auto").paged is None and make_generator(actor, cache="slots").paged is None
     config = RolloutConfig(**SETTINGS, cache="paged")
-    generator = Generator(actor, config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=10**6)
     one = 2 * 2 * 64 * 2 * 8 * 4
-    assert pages_within(actor, 10**6) == generator.paged.page_count == 10**6 // one - 1
+    for kv_bytes, pages in (
+        (10 * one + 5, 9),
+        (100 * one, 16),
+    ):  # page 0 is nobody's; 16 sequences of one page need no more
+        generator = Generator(actor, config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
+        assert generator.paged.page_count == pages <= pages_within(actor, kv_bytes) == kv_bytes // one - 1
 
 
 @pytest.mark.parametrize(
