@@ -104,8 +104,7 @@ class Decoder:
         count: int,
     ) -> Tensor:  # (rows >= MIN_ROWS, H)
         """Feed one token to each of the first `count` slots; returns the hidden states after them."""
-        # Rows are whole blocks, because the head's packed product has a path for each number of them.
-        spare = -count % MIN_ROWS
+        spare = max(0, MIN_ROWS - count)
         tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
         width = self.columns
         if width > _BLOCK:
