@@ -51,7 +51,7 @@ def slot_step(policy: ActorCritic) -> int:
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
-    The weights are those of its construction. `allocate` gives the memory of keys and values.
+    Made anew for new weights. `allocate` gives the memory of keys and values.
 
     Raises ValueError for a model whose attention is not plain or sliding-window, or whose decoding with the cache does not
     give what one forward pass over the whole sequence gives (`check`).
