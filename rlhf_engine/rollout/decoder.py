@@ -56,7 +56,7 @@ def slot_step(policy: ActorCritic) -> int:
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
-    The weights are those of its construction. `allocate` gives the memory of keys and values.
+    Made anew for new weights. `allocate` gives the memory of keys and values.
 
     Raises ValueError for a model whose attention is not plain or sliding-window, or whose decoding with the cache does not
     give what one forward pass over the whole sequence gives (`check`).
@@ -109,8 +109,7 @@ class Decoder:
         count: int,
     ) -> Tensor:  # (rows >= MIN_ROWS, H)
         """Feed one token to each of the first `count` slots; returns the hidden states after them."""
-        # Rows are whole blocks, because the head's packed product has a path for each number of them.
-        spare = -count % MIN_ROWS
+        spare = max(0, MIN_ROWS - count)
         tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
         width = self.columns
         if width > _BLOCK:

@@ -38,7 +38,9 @@ def slot_attention(
     """`decode_attention` in transformers' attention interface; rows without a slot get zeros."""
     slots = len(key)
     out = decode_attention(query[:slots, :, 0], key, value, attention_mask[:slots, 0, 0], scale=scaling)
-    return nn.functional.pad(out, (0, 0, 0, 0, 0, len(query) - slots))[:, None], None
+    if slots < len(query):
+        out = nn.functional.pad(out, (0, 0, 0, 0, 0, len(query) - slots))
+    return out[:, None], None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

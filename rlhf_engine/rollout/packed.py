@@ -25,15 +25,17 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class PackedHead:
-    """`head(hidden)` are the policy's logits with the weight of the time of construction."""
+    """`head(hidden)` are the policy's logits with the weight of the first call."""
 
     def __init__(self, policy: ActorCritic) -> None:
-        self.policy, self.bias, self.packed = policy, policy.lm_bias, None
-        if can_pack(policy.lm_weight):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(policy.lm_weight.detach(), _ROWS)
+        self.policy, self.bias = policy, policy.lm_bias
+        self.packed: Tensor | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:  # (rows, H) -> (rows, V)
+        weight = self.policy.lm_weight
+        if not can_pack(weight):
+            return self.policy.transform(linear(hidden, weight, self.bias))
         if self.packed is None:
-            return self.policy.transform(linear(hidden, self.policy.lm_weight, self.bias))
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
         product = torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
         return self.policy.transform(product)

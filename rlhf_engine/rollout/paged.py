@@ -150,8 +150,7 @@ class PagedDecoder(Decoder):
                 f"pages: got {self.page_count} of {page_size} tokens, expected at least {places}, those of one sequence of "
                 f"{columns} tokens"
             )
-        rows = max(ladder(self.slots), -(-self.slots // MIN_ROWS) * MIN_ROWS)
-        self.table = torch.zeros(rows, places, dtype=torch.int32, device=policy.device)
+        self.table = torch.zeros(ladder(self.slots, MIN_ROWS), places, dtype=torch.int32, device=policy.device)
         kinds = getattr(self.text_config, "layer_types", None) or self.attention * self.text_config.num_hidden_layers
         windows = {"sliding_attention": getattr(self.text_config, "sliding_window", None), "full_attention": None}
         self.now = _Step()
@@ -243,7 +242,7 @@ class PagedDecoder(Decoder):
     ) -> Tensor:  # (rows >= MIN_ROWS, H)
         """Feed one token to each of the first `count` slots; returns the hidden states after them."""
         self._grow(count)
-        rows = -(-count // MIN_ROWS) * MIN_ROWS
+        rows = max(count, MIN_ROWS)
         tokens, positions = (_padded(x[:count], rows) for x in (tokens, positions))
         return self._forward(tokens, positions, self._rows(rows, count))
 
