@@ -136,6 +136,16 @@ struct SampleArgs {
     float* sampling_logprobs;  // (B) out
 };
 
+struct AttentionArgs {
+    const void *query, *keys, *values;  // (R, heads, D), (R, groups, C, D), (R, groups, C, D)
+    DType dtype;
+    int64_t rows, heads, groups, width, size;  // width is C, size is D
+    int64_t key_strides[3], value_strides[3];  // in elements; that of D is 1
+    const uint8_t* mask;                       // (R, C)
+    float scale;
+    void* out;  // (R, heads, D) out
+};
+
 enum class GroupKind : int { rloo = 0, grpo = 1, dr_grpo = 2 };
 
 }  // namespace rlhf

@@ -2,6 +2,8 @@
 // build serves every torch. rlhf_kernels/_native.py is the only caller; it checks what it passes.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 #include "cpu/ops.h"
 #ifdef RLHF_CUDA
 #include "cuda/bindings.h"
@@ -141,6 +143,17 @@ PYBIND11_MODULE(_C, m) {
                                     at<const int64_t>(sequence), at<const int64_t>(position), at<int64_t>(ids),
                                     at<float>(logprobs), at<float>(sampling_logprobs)};
               RLHF_CPU(sample_tokens(args));
+          }, unlocked);
+    m.def("decode_attention",
+          [](Address query, Address keys, Address values, int dtype, int64_t rows, int64_t heads, int64_t groups, int64_t width,
+             int64_t size, std::array<int64_t, 3> key_strides, std::array<int64_t, 3> value_strides, Address mask, float scale,
+             Address out) {
+              const AttentionArgs args{at<const void>(query), at<const void>(keys), at<const void>(values), DType(dtype), rows,
+                                       heads, groups, width, size,
+                                       {key_strides[0], key_strides[1], key_strides[2]},
+                                       {value_strides[0], value_strides[1], value_strides[2]},
+                                       at<const uint8_t>(mask), scale, at<void>(out)};
+              RLHF_CPU(decode_attention(args));
           }, unlocked);
     m.def("kl_penalty",
           [](Address logprobs, Address ref, int64_t n, int estimator, Address out) {

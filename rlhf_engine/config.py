@@ -26,8 +26,9 @@ class ModelConfig(Section):
 
     path: str | None = None
     """Folder of a Hugging Face causal LM and its tokenizer; None where an earlier stage makes the model."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation that transformers is asked for."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation that transformers is asked for; flash_attention_2 needs a GPU and the package flash-attn, and
+    scores, trains and reads prompts. Decoding has an attention of its own, but for eager."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,21 @@ class RolloutConfig(Section):
     """Text of a token that ends an answer as EOS does; OpenAI's of 2019 is a period. None: EOS alone, which SFT teaches."""
     stop_after: WholeNumber = 0
     """First tokens of an answer, this many, in which `stop_token` ends nothing yet; OpenAI's is 16."""
+    repetition_penalty: Positive = 1.0
+    """Divides the positive logits of tokens that the prompt or the response has already, and multiplies the others (CTRL);
+    1 changes nothing. Like the three before it, it says what is sampled from, not whose log-probs PPO learns from."""
+    stop: tuple[str, ...] = ()
+    """A response that contains one of these texts ends there; they are left out of its text."""
     batch_size: Count = 64
     """Most sequences that are decoded together."""
+    cache: Literal["auto", "slots", "paged"] = "auto"
+    """Where keys and values lie while sampling: in a slot for the longest sequence each, or in pages that a sequence claims as
+    it grows and that samples of one prompt share; auto: slots on the CPU, pages on a GPU."""
+    prefill_tokens: Count = 4096
+    """Most prompt tokens that one forward pass reads, padding included; a longer prompt goes alone."""
+    check_sequences: WholeNumber = 4
+    """Sequences of each PPO rollout whose log-probs are compared with a fresh forward pass (`logprob_deviation`); 0: none.
+    With ppo.old_logprobs "rescored" all of them are, at no cost."""
 
     def check(self) -> None:
         """An option that nothing would read is refused."""
@@ -255,6 +269,11 @@ class RunConfig(Section):
                 "dtype: got 'bfloat16' with ppo.objective 'trpo', expected 'float32': its line search writes weights and no "
                 "masters"
             )
+        if self.model.attention == "flash_attention_2" and not self.device.startswith("cuda"):
+            raise ValueError(
+                f"model.attention: got 'flash_attention_2' with device {self.device!r}, expected 'sdpa' or 'eager': "
+                "flash-attn runs on CUDA devices alone"
+            )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
         if self.compute_dtype == "bfloat16" and self.ppo.objective == "trpo":
@@ -262,11 +281,12 @@ class RunConfig(Section):
                 "compute_dtype: got 'bfloat16' with ppo.objective 'trpo', expected 'float32': conjugate gradient divides by "
                 "curvatures that bfloat16's rounding would drown"
             )
-        filters = (self.rollout.top_k, self.rollout.top_p, self.rollout.min_p)
-        if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and filters == (None,) * 3:
+        rollout = self.rollout
+        filtered = (rollout.top_k, rollout.top_p, rollout.min_p) != (None,) * 3 or rollout.repetition_penalty != 1.0
+        if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and not filtered:
             raise ValueError(
-                f"ppo.importance_cap: got {self.ppo.importance_cap}, expected None without rollout.top_k, top_p or min_p, "
-                "where every weight is 1; ppo.old_logprobs 'rescored' reads it too"
+                f"ppo.importance_cap: got {self.ppo.importance_cap}, expected None without rollout.top_k, top_p, min_p or "
+                "repetition_penalty, where every weight is 1; ppo.old_logprobs 'rescored' reads it too"
             )
 
 

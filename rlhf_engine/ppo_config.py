@@ -186,7 +186,8 @@ class PPOConfig(Section):
     old_logprobs: Literal["sampled", "rescored"] = "sampled"
     """Whose log-probs are the old policy's: those of sampling, or of one more forward pass of the learner."""
     importance_cap: Positive | None = None
-    """Cap of the weight pi / pi_sampling of a token when top_k, top_p or min_p is set; None gives every token 1."""
+    """Cap of the weight pi / pi_sampling of a token when top_k, top_p, min_p or repetition_penalty is set; None gives every
+    token 1."""
     ema_decay: Share | None = None
     """Decay of a moving average of the weights, one step of it an optimiser step; InstructGPT's is 0.992. It is saved as a
     model of its own in the folder `ema` of the checkpoint. None: no average, which saves a copy of the weights."""

@@ -1,6 +1,7 @@
 """Fused PPO maths for language models: one function from hidden states to the whole objective, and everything around it."""
 
 from .ops import (
+    decode_attention,
     gae,
     group_advantages,
     kl_penalty,
@@ -9,6 +10,7 @@ from .ops import (
     logits_ppo_loss,
     masked_mean,
     masked_whiten,
+    paged_attention,
     ppo_loss,
     rollout_advantages,
     sample_tokens,
@@ -25,6 +27,7 @@ __all__ = [
     "RolloutAdvantages",
     "SampledTokens",
     "TokenLogprobs",
+    "decode_attention",
     "explained_variance",
     "gae",
     "group_advantages",
@@ -36,6 +39,7 @@ __all__ = [
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",
+    "paged_attention",
     "ppo_loss",
     "release_workspace",
     "rollout_advantages",

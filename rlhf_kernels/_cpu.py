@@ -118,6 +118,16 @@ def sample_tokens(
     return out
 
 
+def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    out = torch.empty_like(query)
+    rows, heads, size = query.shape
+    _native.extension().decode_attention(
+        address(query), keys.data_ptr(), values.data_ptr(), _native.DTYPES[query.dtype], rows, heads, keys.shape[1],
+        keys.shape[2], size, keys.stride()[:3], values.stride()[:3], address(mask), scale, address(out),
+    )  # fmt: skip
+    return out
+
+
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
     out = torch.empty_like(logprobs)
     _native.extension().kl_penalty(address(logprobs), address(ref_logprobs), out.numel(), estimator, address(out))

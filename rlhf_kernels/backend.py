@@ -5,6 +5,7 @@ serves the call or raises. `rlhf_kernels.info` prints what `"auto"` chooses for 
 """
 
 import importlib
+import inspect
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol
@@ -16,9 +17,15 @@ from . import _native
 from .rows import LogitRows, PpoRows, RowStats, Sequences
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+VARLEN = "varlen"
+"""`torch.nn.attention.varlen`, a backend of paged_attention alone."""
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
 """Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
+GPU_OPS = ("paged_attention",)
+"""Ops without a C++ kernel for the CPU: there a rollout has slots, and the definition is what tests compare with."""
+CPU_OPS = ("decode_attention",)
+"""Ops whose only kernel is for CPU tensors."""
 LONGEST_ROW = 2**30
 """Logits of a row whose places, and those of the blocks read ahead of it, fit in the 32 bits that GPU kernels count in."""
 
@@ -88,6 +95,12 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (int64), log-probs, sampling log-probs. Off: top_k 0, top_p 1, min_p 0. `logits` any dtype and row stride."""
 
+    def paged_attention(self, q, k_pages, v_pages, block_table, lengths, scale, window, softcap) -> Tensor:
+        """In q's shape and dtype; off: window 0, softcap 0. Strides of q and the pages are any, but 1 along D."""
+
+    def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """(R, heads, D) in the dtype of `query`; keys and values any strides but that of D, of one dtype with it."""
+
     def kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
         """Elementwise, any shape."""
 
@@ -112,7 +125,8 @@ class Choice(NamedTuple):
 @cache
 def kernels(backend: str) -> Kernels:
     """The launchers of a backend that `resolve` named; Triton is imported on the first call that needs it."""
-    return importlib.import_module({"cpu": "._cpu", "triton": "._triton", "cuda": "._cuda"}[backend], __package__)
+    assert backend in (*BACKENDS[1:], VARLEN), backend
+    return importlib.import_module(f"._{backend}", __package__)
 
 
 @cache
@@ -150,18 +164,51 @@ def why_no_cuda(op: str, device: torch.device) -> str:
     return ""
 
 
+VARLEN_CHIPS = {"FA3": 9, "FA4": 10}
+"""The major compute capability on which an implementation of torch's varlen attention reads pages."""
+
+
+def why_no_varlen(device: torch.device, dtype: torch.dtype) -> str:
+    """Why `torch.nn.attention.varlen` cannot read pages of this dtype on this device; empty when it can."""
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, not {device.type} ones"
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} does not have it"
+    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    if not {"block_table", "seqused_k", "num_splits"} <= set(inspect.signature(function).parameters):
+        return f"that of torch {torch.__version__} takes no block table"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    active = torch.nn.attention.current_flash_attention_impl()
+    if active not in VARLEN_CHIPS:
+        return (
+            f"it reads pages with {' or '.join(VARLEN_CHIPS)} alone; torch.nn.attention.activate_flash_attention_impl"
+        )
+    if torch.cuda.get_device_capability(device)[0] != VARLEN_CHIPS[active]:
+        return f"{active} reads pages on sm_{VARLEN_CHIPS[active]}0 alone"
+    return ""
+
+
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """What `"auto"` means for tensors of this device and dtype, and why."""
     if dtype not in NATIVE_DTYPES:
         return Choice("reference", f"the kernels take float32, bfloat16 and float16, not {dtype}")
+    if device.type == "cpu" and op in GPU_OPS:
+        return Choice("reference", "it has kernels for GPUs alone")
     if device.type == "cpu":
         return Choice("cpu", "C++ kernels") if _native.AVAILABLE else Choice("reference", _native.why_missing())
     if device.type != "cuda":
         return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
+    if op in CPU_OPS:
+        return Choice("reference", "its only kernel is for CPU tensors")
     if op in CUDA_OPS and not why_no_cuda(op, device):
         return Choice("cuda", "CUDA C++ kernels")
+    if op == "paged_attention" and not why_no_varlen(device, dtype):
+        return Choice(VARLEN, "torch.nn.attention.varlen, without a softcap; Triton kernels with one")
     if why_no_triton():
         return Choice("reference", why_no_triton())
+    if op == "paged_attention":
+        return Choice("triton", f"Triton kernels; no torch.nn.attention.varlen: {why_no_varlen(device, dtype)}")
     missing = f"; no CUDA C++ kernel: {why_no_cuda(op, device)}" if op in CUDA_OPS else ""
     return Choice("triton", f"Triton kernels{missing}")
 
@@ -180,11 +227,12 @@ def resolve(op: str, backend: str, tensor: Tensor, vocabulary: int = 0) -> str:
 def _resolve(op: str, backend: str, tensor: Tensor) -> str:
     if backend == "reference":
         return backend
-    if backend == "auto" and tensor.is_cpu and tensor.dtype in NATIVE_DTYPES and _native.AVAILABLE:
+    native = tensor.is_cpu and tensor.dtype in NATIVE_DTYPES and _native.AVAILABLE
+    if backend == "auto" and native and op not in GPU_OPS:
         return "cpu"  # what `choose` says, a half microsecond earlier
     if backend == "auto":
         return choose(op, tensor.device, tensor.dtype).backend
-    if backend not in BACKENDS:
+    if backend not in BACKENDS and (op, backend) != ("paged_attention", VARLEN):
         raise ValueError(f"backend: got {backend!r}, expected 'auto' or one of {BACKENDS}")
     refused = _why_not(op, backend, tensor)
     if refused:
@@ -196,9 +244,15 @@ def _why_not(op: str, backend: str, tensor: Tensor) -> str:
     device, dtype = tensor.device, tensor.dtype
     if dtype not in NATIVE_DTYPES:
         return choose(op, device, dtype).reason
+    if backend == VARLEN:
+        return why_no_varlen(device, dtype)
+    if backend == "cpu" and op in GPU_OPS:
+        return f"{op} has no C++ kernel for the CPU; use backend='reference'"
     if backend == "cpu":
         wrong = f"the tensors are on {device}, expected CPU tensors"
         return wrong if device.type != "cpu" else "" if _native.AVAILABLE else _native.why_missing()
+    if op in CPU_OPS:
+        return f"{op} has no {backend} kernel, only one for CPU tensors"
     if backend == "cuda":
         if op not in CUDA_OPS:
             return f"{op} has no CUDA C++ kernel, only {', '.join(CUDA_OPS)} do; use backend='triton'"

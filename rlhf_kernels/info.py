@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import _native, ops
-from .backend import NATIVE_DTYPES, choose, why_no_triton
+from .backend import NATIVE_DTYPES, choose, why_no_triton, why_no_varlen
 
 
 def openmp_runtimes() -> list[str]:
@@ -48,6 +48,7 @@ def build() -> list[tuple[str, str]]:
         ("extension", state),
         ("CUDA C++ for", gpu),
         ("Triton", why_no_triton() or "can be imported"),
+        ("varlen of torch", why_no_varlen(devices()[-1], torch.bfloat16) or "reads the pages of paged_attention"),
         ("threads", str(torch.get_num_threads())),
     ]
     if sys.platform == "linux":

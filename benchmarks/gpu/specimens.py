@@ -101,7 +101,7 @@ Call = Callable[[Kernels, Size], object]
 
 def specimens() -> dict[str, tuple[str, Call]]:
     """Name of each specimen: the launcher that it needs, and the call."""
-    return row_specimens() | scan_specimens() | token_specimens()
+    return row_specimens() | scan_specimens() | token_specimens() | attention_specimens()
 
 
 def row_specimens() -> dict[str, tuple[str, Call]]:
@@ -159,6 +159,23 @@ def token_specimens() -> dict[str, tuple[str, Call]]:
     for kind in range(3):
         found[f"group_advantages {kind}"] = "group_advantages", partial(group_advantages, kind)
     return found
+
+
+HEADS = {
+    "Llama 3": (torch.bfloat16, 32, 8, 128, False),
+    "Qwen2.5": (torch.float16, 12, 2, 128, False),
+    "GPT-2": (torch.float32, 12, 12, 64, False),
+    "Phi-2": (torch.bfloat16, 32, 32, 80, False),
+    "Falcon": (torch.bfloat16, 71, 1, 64, False),
+    "Gemma 2": (torch.bfloat16, 8, 4, 256, True),
+    "Gemma 2, float32": (torch.float32, 8, 4, 256, True),
+    "Llama 3, float32": (torch.float32, 32, 8, 128, False),
+}
+"""Type, heads, groups, size of a head, and whether there are a window and a softcap."""
+
+
+def attention_specimens() -> dict[str, tuple[str, Call]]:
+    return {f"paged_attention {name}": ("paged_attention", partial(attention, *shape)) for name, shape in HEADS.items()}
 
 
 def ones(*shape: int) -> Tensor:
@@ -253,6 +270,16 @@ def kl_penalty_backward(estimator: int, kernels: Kernels, size: Size) -> None:
 
 def masked_whiten(flag: bool, kernels: Kernels, size: Size) -> None:
     kernels.masked_whiten(torch.ones(size.b, size.t), ones(size.b, size.t), flag, flag)
+
+
+def attention(
+    dtype: torch.dtype, heads: int, groups: int, head: int, every_flag: bool, kernels: Kernels, size: Size
+) -> None:
+    pool = torch.empty(2, size.n, 64, groups, head, dtype=dtype)
+    table, lengths = torch.zeros(size.b, size.t, dtype=torch.int32), torch.ones(size.b, dtype=torch.int32)
+    window, softcap = (size.top_k, 50 * size.coefficient) if every_flag else (0, 0.0)
+    q = torch.empty(size.b, heads, head, dtype=dtype)
+    kernels.paged_attention(q, *pool, table, lengths, size.coefficient, window, softcap)
 
 
 def group_advantages(kind: int, kernels: Kernels, size: Size) -> None:

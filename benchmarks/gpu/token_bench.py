@@ -1,4 +1,4 @@
-"""The ops that move bytes: GAE, rollout advantages, log-probs of logits, the sampler.
+"""The ops that move bytes: GAE, rollout advantages, log-probs of logits, the sampler, attention over pages.
 
 Legend: B sequences, T positions, N tokens, V vocabulary.
 """
@@ -6,13 +6,14 @@ Legend: B sequences, T positions, N tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from benchmarks.gpu.bench import Bench, microseconds, milliseconds, ratio
 from benchmarks.gpu.entries import Entry
 from benchmarks.gpu.timing import copies_to_fill_l2
-from rlhf_kernels import gae, rollout_advantages, sample_tokens, token_logprobs
+from rlhf_kernels import gae, paged_attention, rollout_advantages, sample_tokens, token_logprobs
 
 GAE_BOUNDS = {(128, 4096): 8, (64, 131072): 70}
 """Microseconds of device time."""
@@ -125,9 +126,36 @@ def sampler_time(bench: Bench) -> Iterator[Entry]:
         yield microseconds(f"sample_tokens {b}x{v} bf16, {name}", seconds, note)
 
 
+DECODE = {
+    "Llama 3 8B": (64, 1536, 32, 8, 128),
+    "Qwen2.5 1.5B": (64, 1536, 12, 2, 128),
+    "one long": (1, 131072, 32, 8, 128),
+}
+"""Sequences, their mean length, heads, groups, size of a head."""
+
+
+def attention_time(bench: Bench) -> Iterator[Entry]:
+    """A decode step of one layer: keys and values of every sequence are read once; pages lie in a random order."""
+    for name, (b, t, heads, groups, size) in bench.size(DECODE, {"tiny": (2, 24, 4, 2, 16)}).items():
+        lengths = torch.randint(t // 2, t * 3 // 2, (b,), dtype=torch.int32, device=bench.device)
+        places = -(-int(lengths.max()) // 64)
+        table = torch.randperm(b * places, device=bench.device).int().reshape(b, places)
+        moved = 4 * int(lengths.sum()) * groups * size
+        sets = [
+            torch.randn(2, b * places, 64, groups, size, device=bench.device, dtype=torch.bfloat16)
+            for _ in range(copies_to_fill_l2(moved, dry_run=bench.dry_run))
+        ]
+        q = torch.randn(b, heads, size, device=bench.device, dtype=torch.bfloat16)
+        calls = [partial(paged_attention, q, *x, table, lengths, backend="triton") for x in sets]
+        seconds = bench.timer.replayed(calls)
+        note = f"B={b} mean T={t}, {heads} heads, {groups} groups of {size}{bench.moved(moved, seconds)}"
+        yield microseconds(f"paged_attention bf16, {name}", seconds, note)
+
+
 PARTS = {
     "gae": gae_time,
     "rollout_advantages": rollout_time,
     "token_logprobs": logprobs_time,
     "sample_tokens": sampler_time,
+    "paged_attention": attention_time,
 }

@@ -13,6 +13,7 @@
     void gae(const GaeArgs& a);                                                                                     \
     void rollout_advantages(const RolloutArgs& a);                                                                  \
     void sample_tokens(const SampleArgs& a);                                                                        \
+    void decode_attention(const AttentionArgs& a);                                                                  \
     void kl_penalty(const float* logprobs, const float* ref, int64_t n, KlEstimator estimator, float* out);         \
     void kl_penalty_backward(const float* grad, const float* logprobs, const float* ref, int64_t n,                 \
                              KlEstimator estimator, float* out);                                                    \

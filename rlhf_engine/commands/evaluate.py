@@ -13,7 +13,12 @@ from rlhf_engine.commands.options import ConfigOption, SetOption, quiet, read_co
 def generate(
     config: ConfigOption,
     prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt": ..., "user_id": ...}.')],
-    output: Annotated[Path, typer.Option(help='JSONL to write: {"prompt": ..., "answers": [...], "ended": [...]}.')],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help='JSONL to write: {"prompt": ..., "answers": [...], "ended": [...], "stop_reason": [...], "logprobs": [[...]]}.'
+        ),
+    ],
     samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
     temperature: Annotated[float | None, typer.Option(help="Short for --set rollout.temperature=...")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,

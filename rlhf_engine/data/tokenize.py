@@ -39,6 +39,8 @@ class Codec:
     """Longest prompt and response together, the positions of the model that reads them; None if it has no such limit."""
     long_prompts: Literal["refuse", "truncate"] = "refuse"
     """What happens to a longer prompt: an error, or it loses its beginning and is counted in `truncated`."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response and are no part of it."""
     truncated: Truncations = field(default_factory=Truncations, compare=False)
     """Counts the prompts that `encode_prompt` has cut."""
 
@@ -143,11 +145,14 @@ class Codec:
         return self.join(self.encode_prompt(demonstration.prompt), demonstration.response)
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """Text of a sampled response, up to its first EOS."""
+        """Text of a sampled response, up to its first EOS or stop string."""
         ids = list(ids)
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        for stop in self.stop:
+            text = text.partition(stop)[0]
+        return text.strip()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -81,8 +81,8 @@ class Arena:
         if whole:
             self._refuse_held(name)
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, *, zero: bool = False) -> Tensor:
-        """A contiguous tensor in the block, its content anything unless `zero`.
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor in the block, its content anything.
 
         Bytes come back in the order of a stack: those of a tensor that is gone are free once all taken after it are gone too.
         """
@@ -102,16 +102,14 @@ class Arena:
         view = memoryview(self._block)[start : start + size]
         self._loans.append(_Loan(start + size, weakref.ref(view), f"{dtype} {tuple(shape)}"))
         tensor = torch.frombuffer(view, dtype=torch.uint8)
-        if zero:
-            tensor.zero_()
-        elif self.poison:
+        if self.poison:
             tensor.fill_(255)  # NaN in every floating type
         return tensor.view(dtype).view(shape)
 
-    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """`take` with the signature that a cache asks for its memory with."""
         assert device.type == "cpu"
-        return self.take(shape, dtype, zero=True)
+        return self.take(shape, dtype)
 
     @contextmanager
     def transients(self) -> Iterator[None]:

@@ -66,13 +66,13 @@ class PoolArena:
                 f"arena: {self.held_bytes} bytes of phase 'generate' are held at its end, expected no keys and values"
             )
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, *, zero: bool = False) -> Tensor:
-        """A contiguous tensor in the pool, its content anything unless `zero`."""
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor in the pool, its content anything."""
         if self.open is None:
             raise RuntimeError("arena: got a request outside of a phase, expected one inside")
         if self._block is None:
             with nullcontext() if self._routed else self._route():
-                return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
+                return torch.empty(shape, dtype=dtype, device=self.device)
         start, size = self._used, room_for(shape, dtype)
         if start + size > self.sizes[self.open]:
             raise ValueError(
@@ -81,12 +81,11 @@ class PoolArena:
             )
         self._used = start + size
         count = torch.Size(shape).numel() * dtype.itemsize
-        tensor = self._block[start : start + count].view(dtype).view(shape)
-        return tensor.zero_() if zero else tensor
+        return self._block[start : start + count].view(dtype).view(shape)
 
-    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """`take` with the signature that a cache asks for its memory with."""
-        return self.take(shape, dtype, zero=True)
+        return self.take(shape, dtype)
 
     @contextmanager
     def transients(self) -> Iterator[None]:

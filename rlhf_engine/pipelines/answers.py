@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
@@ -20,7 +21,7 @@ from rlhf_engine.files import with_new_file
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout import Generator
+from rlhf_engine.rollout import STOP_REASONS, Generator
 from rlhf_engine.stages.loading import check_room, computing, encode_records, load_model, make_generator
 
 
@@ -31,7 +32,11 @@ class Answers:
     texts: list[str]
     """S of them, an empty one where the model ended at once."""
     ended: list[bool]
-    """Whether each came to its end, by EOS or at the stop text, before its budget did."""
+    """Whether each came to its end, by EOS or at a stop text, before its budget did."""
+    stop_reason: list[str]
+    """Why each ended: eos, stop_string or length."""
+    logprobs: list[list[float]]
+    """Log-prob of each token under the model's full distribution at the temperature of sampling."""
 
 
 class Answerer:
@@ -46,11 +51,13 @@ class Answerer:
     def __init__(self, config: RunConfig, folder: str, *, seed: int, prefix: str = "", stop: str | None = None) -> None:
         if "{prompt}" in prefix:
             raise ValueError("prefix: got a text with {prompt} in it, expected examples written out")
+        if stop is not None:
+            config = replace(config, rollout=replace(config.rollout, stop=(*config.rollout.stop, stop)))
         model, codec = load_model(replace(config, model=replace(config.model, path=folder)))
         check_room(config, max_positions(model), f"the positions of {folder}")
         self.prefix = prefix
         self.codec: Codec = replace(codec, prompt_template=prefix + codec.prompt_template)
-        self.stop, self.batch_size = stop, config.rollout.batch_size
+        self.batch_size = config.rollout.batch_size
         self.actor = ActorCritic(model, backend=config.backend, **computing(config))
         self.generator: Generator = make_generator(self.actor, self.codec, config, seed)
 
@@ -61,23 +68,20 @@ class Answerer:
         prompts = list(encode_records(source, records, self._encode))
         rows = [prompt for prompt in prompts for _ in range(samples)]
         rollout = self.generator.generate(rows, torch.arange(len(rows)) + first * samples)
-        lengths, ended = rollout.response_lengths.tolist(), rollout.ended.tolist()
-        ids = rollout.response_ids.tolist()
-        whole = [self.codec.decode_response(row[:size]) for row, size in zip(ids, lengths, strict=True)]
-        cut = [self._cut(text) for text in whole]
-        ended = [end or text != before for end, text, before in zip(ended, cut, whole, strict=True)]
-        return [
-            Answers(cut[start : start + samples], ended[start : start + samples])
-            for start in range(0, len(cut), samples)
-        ]
+        lengths = rollout.response_lengths.tolist()
 
-    def _encode(self, record: PromptRecord) -> torch.Tensor:
+        def of_each(rows: Tensor) -> list[list]:
+            return [row[:size] for row, size in zip(rows.tolist(), lengths, strict=True)]
+
+        texts = [self.codec.decode_response(row) for row in of_each(rollout.response_ids)]
+        reasons = [STOP_REASONS[number] for number in rollout.stop_reason.tolist()]
+        said = (texts, rollout.ended.tolist(), reasons, of_each(rollout.logprobs))
+        return [Answers(*(part[start : start + samples] for part in said)) for start in range(0, len(texts), samples)]
+
+    def _encode(self, record: PromptRecord) -> Tensor:
         if self.prefix and not isinstance(record.prompt, str):
             raise ValueError("messages: got a conversation to put a prefix in front of, expected a prompt")
         return torch.tensor(self.codec.encode_prompt(record.prompt))
-
-    def _cut(self, text: str) -> str:
-        return text if self.stop is None else text.partition(self.stop)[0].strip()
 
 
 def answer_all(
@@ -95,7 +99,7 @@ def answer_all(
 def generate_file(
     config: RunConfig, source: Path, target: Path, samples: int, split: str | None = None
 ) -> tuple[int, int]:
-    """Answers of `model.path` to the prompts of a JSONL file, as lines of prompt, answers and ended.
+    """Answers of `model.path` to the prompts of a JSONL file, as lines of prompt, answers, ended, stop_reason and logprobs.
 
     Returns how many prompts there were and how many of them lost their beginning.
 
@@ -117,7 +121,12 @@ def generate_file(
         nonlocal count
         with new.open("w", encoding="utf-8") as file, progress(0, "generate", unit="prompt") as bar:
             for record, said in answer_all(answerer, str(source), records, samples):
-                line = prompt_field(record.prompt) | {"answers": said.texts, "ended": said.ended}
+                line = prompt_field(record.prompt) | {
+                    "answers": said.texts,
+                    "ended": said.ended,
+                    "stop_reason": said.stop_reason,
+                    "logprobs": said.logprobs,
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
                 bar.update()

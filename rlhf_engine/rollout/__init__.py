@@ -2,6 +2,17 @@
 
 from rlhf_engine.rollout.generator import Generator
 from rlhf_engine.rollout.rollout import Rollout
-from rlhf_engine.rollout.scoring import score_rollout, value_rollout
+from rlhf_engine.rollout.scoring import logprob_deviation, score_rollout, value_rollout
+from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_REASONS, STOP_STRING
 
-__all__ = ["Generator", "Rollout", "score_rollout", "value_rollout"]
+__all__ = [
+    "EOS",
+    "LENGTH",
+    "STOP_REASONS",
+    "STOP_STRING",
+    "Generator",
+    "Rollout",
+    "logprob_deviation",
+    "score_rollout",
+    "value_rollout",
+]

@@ -6,7 +6,7 @@ finished sequence's slot is overwritten by the next one, and nothing is ever con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
-"""Gives the memory of a layer's keys or values: zeros, since columns that the mask excludes are still multiplied by 0."""
+"""`allocate(shape, dtype, device)` gives memory that may hold anything, such as an arena's."""
 
 
-def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of its own."""
-    return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 @dataclass
@@ -27,6 +27,7 @@ class _Step:
     """What the layers need to know about the forward pass under way."""
 
     first: int = 0  # prefill writes slots first, first + 1, ...
+    source: Tensor | None = None  # (rows,), prefill: the row that each of them copies
     positions: Tensor | None = None  # (R,), decode: the column that each of the first R slots writes; None in prefill
     rows: Tensor | None = None  # (R,), decode: 0, 1, ... R - 1
     width: int = 0  # decode: columns that attention reads
@@ -44,7 +45,8 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(states: Tensor) -> Tensor:
             shape = (self.slots, states.shape[1], self.columns, states.shape[3])
-            return self.allocate(shape, states.dtype, states.device)
+            # Zeros: attention that multiplies hidden columns by 0 instead of leaving them out makes NaN of a NaN.
+            return self.allocate(shape, states.dtype, states.device).zero_()
 
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
@@ -55,14 +57,16 @@ class SlotLayer(CacheLayerMixin):
         """Store the new columns; return what attention reads: in prefill the new columns, in decode all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        step, (rows, _, length, _) = self.step, key_states.shape
+        step = self.step
         if step.positions is None:
-            length = min(length, self.columns)  # padding may go further than the longest sequence
-            self.keys[step.first : step.first + rows, :, :length] = key_states[:, :, :length]
-            self.values[step.first : step.first + rows, :, :length] = value_states[:, :, :length]
+            length = min(key_states.shape[2], self.columns)  # padding may go further than the longest sequence
+            rows = slice(step.first, step.first + len(step.source))
+            self.keys[rows, :, :length] = key_states[:, :, :length][step.source]
+            self.values[rows, :, :length] = value_states[:, :, :length][step.source]
             return key_states, value_states
-        self.keys[step.rows, :, step.positions] = key_states[:, :, 0]
-        self.values[step.rows, :, step.positions] = value_states[:, :, 0]
+        rows = len(step.positions)  # those behind them keep a matrix product on its path, and have no slot
+        self.keys[step.rows, :, step.positions] = key_states[:rows, :, 0]
+        self.values[step.rows, :, step.positions] = value_states[:rows, :, 0]
         return self.keys[:rows, :, : step.width], self.values[:rows, :, : step.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -79,7 +83,7 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A transformers cache in which every sequence has its own length. `prefill` or `decode` comes before each forward."""
 
-    def __init__(self, layers: int, slots: int, columns: int, allocate: Allocate = allocate_zeros) -> None:
+    def __init__(self, layers: int, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
         self.step = _Step()
         super().__init__(layers=[SlotLayer(slots, columns, self.step, allocate) for _ in range(layers)])
 
@@ -87,9 +91,9 @@ class SlotCache(Cache):
         """Keys and values of the layers that have been used."""
         return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
-    def prefill(self, first: int) -> None:
-        """The next forward pass brings whole prompts for slots `first`, `first + 1`, ..."""
-        self.step.first, self.step.positions = first, None
+    def prefill(self, first: int, source: Tensor) -> None:
+        """The next forward pass brings whole prompts; slots `first`, `first + 1`, ... take its rows `source`."""
+        self.step.first, self.step.source, self.step.positions = first, source, None
 
     def decode(self, positions: Tensor, width: int) -> None:
         """The next forward pass brings one token for each of the first slots, at `positions` [R], and reads `width` columns."""
@@ -97,8 +101,22 @@ class SlotCache(Cache):
         self.step.rows = torch.arange(len(positions), device=positions.device)
         self.step.width = width
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` over slots `target`; the two must not overlap."""
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy the first `width` columns of slots `source` over those of slots `target`; the two must not overlap."""
         for layer in self.layers:
-            layer.keys[target] = layer.keys[source]
-            layer.values[target] = layer.values[source]
+            layer.keys[target, :, :width] = layer.keys[source, :, :width]
+            layer.values[target, :, :width] = layer.values[source, :, :width]
+
+
+def same_as(prompts: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """(index of the first prompt of each kind, the kind of each prompt): prompts with the same ids are of one kind."""
+    kinds: dict[tuple[int, ...], int] = {}
+    firsts: list[int] = []
+    source = []
+    for index, prompt in enumerate(prompts):
+        key = tuple(prompt.tolist())
+        if key not in kinds:
+            kinds[key] = len(firsts)
+            firsts.append(index)
+        source.append(kinds[key])
+    return firsts, source

@@ -2,21 +2,31 @@
 
 A row's hidden state has the same bits whatever the rows around it, which is what makes a sample independent of its batch.
 Four things see to that on CPU: a matrix product has at least `MIN_ROWS` rows (fewer take another path in BLAS), a prompt
-is padded to a width that its own length decides, attention reads a width that the configuration decides, and attention and
-activations are replaced where torch's kernels round by position (`InvariantLayers`).
+is padded to a width that its own length decides, attention reads the columns of its own sequence alone (eager attention: a
+width that the configuration decides), and activations are replaced where torch's kernels round by position
+(`InvariantLayers`).
+
+Whatever decodes for a `Generator` has what `Decoder` has: `slots`, `prefill`, `decode`, `logits`, `step`, `move` and `check`;
+and `room`, `make_room`, `keep` and `close`, which say something where memory is not one slot a sequence (`PagedDecoder`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.cache import Allocate, SlotCache, allocate_zeros
-from rlhf_engine.rollout.invariant import InvariantLayers
+from rlhf_engine.rollout.cache import Allocate, SlotCache, new_memory, same_as
+from rlhf_engine.rollout.invariant import REPLACED, InvariantLayers
+from rlhf_engine.rollout.packed import PackedHead
 
 MIN_ROWS = 16
+Act = Callable[..., tuple[Tensor, ...]]
+"""What is done in the states of a step: a function of tensors alone, which a graph can hold."""
 _BLOCK = 512
 """Columns that attention takes at a time on CPU; a longer cache is read in whole blocks."""
 
@@ -29,39 +39,61 @@ def prompt_width(length: int) -> int:
     return -(-length // step) * step
 
 
+def slot_bytes(policy: ActorCritic, columns: int) -> int:
+    """Bytes of the keys and values of one sequence of at most `columns` tokens."""
+    config = policy.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    columns = -(-columns // MIN_ROWS) * MIN_ROWS
+    return 2 * config.num_hidden_layers * heads * size * columns * policy.lm_weight.element_size()
+
+
+def slot_step(policy: ActorCritic) -> int:
+    """Slots come in multiples of this: eager attention wants keys for every row of a step."""
+    return MIN_ROWS if policy.model.config.get_text_config()._attn_implementation == "eager" else 1
+
+
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
+    Made anew for new weights. `allocate` gives the memory of keys and values.
+
     Raises ValueError for a model whose attention is not plain or sliding-window, or whose decoding with the cache does not
-    give what one forward pass over the whole sequence gives.
+    give what one forward pass over the whole sequence gives (`check`).
     """
 
-    def __init__(self, policy: ActorCritic, slots: int, columns: int, allocate: Allocate = allocate_zeros) -> None:
+    def __init__(self, policy: ActorCritic, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
         self.policy = policy
-        self.slots = max(slots, MIN_ROWS)
         self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
-        layers, columns = self.text_config.num_hidden_layers, max(self.columns, MIN_ROWS)
-        self.cache = SlotCache(layers, self.slots, columns, allocate)
+        self.eager = self.text_config._attn_implementation == "eager"
+        self.slots = slots + -slots % slot_step(policy)
+        self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
         self.layers = InvariantLayers(policy)
+        self.head = PackedHead(policy)
         self.column = torch.arange(self.columns, device=policy.device)
 
     def prefill(self, prompts: list[Tensor], first: int) -> Tensor:  # -> (rows >= MIN_ROWS, H)
         """Read prompts of one `prompt_width` into slots `first`, ...; returns the hidden state after each prompt.
 
-        Rows beyond the prompts repeat the first one.
+        Prompts with the same ids are read once. Rows beyond the prompts repeat the first one.
         """
+        firsts, source = same_as(prompts)
+        hidden = self._read(
+            [prompts[index] for index in firsts], first, torch.tensor(source, device=self.policy.device)
+        )
+        return hidden[torch.tensor(source + [0] * (MIN_ROWS - len(source)), device=hidden.device)]
+
+    def _read(self, prompts: list[Tensor], first: int, source: Tensor) -> Tensor:  # -> (prompts, H)
         width = prompt_width(len(prompts[0]))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.policy.device)
         # Beyond its end a prompt repeats its last token; no real token sees it, and its columns are overwritten later.
         inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
-        self.cache.prefill(first)
+        self.cache.prefill(first, source)
         with self.layers.prefill():
             hidden = self.policy.hidden(inputs, None, self._prefill_positions(inputs), self.cache, use_cache=True)
-        rows = torch.arange(len(prompts), device=lengths.device) * width + lengths - 1
-        rows = torch.nn.functional.pad(rows, (0, max(0, MIN_ROWS - len(prompts))), value=int(rows[0]))
-        return hidden.flatten(0, 1)[rows]
+        return hidden[torch.arange(len(prompts), device=lengths.device), lengths - 1]
 
     def _prefill_positions(self, inputs: Tensor) -> Tensor | None:
         """None where the trunk counts them itself; where padding would count past its last position, it stays there."""
@@ -77,23 +109,57 @@ class Decoder:
         count: int,
     ) -> Tensor:  # (rows >= MIN_ROWS, H)
         """Feed one token to each of the first `count` slots; returns the hidden states after them."""
-        rows = max(count, MIN_ROWS)
-        tokens, positions = tokens[:rows], positions[:rows]
+        spare = max(0, MIN_ROWS - count)
+        tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
         width = self.columns
         if width > _BLOCK:
             longest = int(positions[:count].max()) + 1
             width = min(width, -(-longest // _BLOCK) * _BLOCK)
-        self.cache.decode(positions, width)
+        self.cache.decode(positions if self.eager else positions[:count], width)
         mask = self._mask(positions, width)
         with self.layers.decode():
             return self.policy.hidden(tokens[:, None], mask, positions[:, None], self.cache, use_cache=True)[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (rows >= MIN_ROWS, H) -> (rows, V)
+        """Logits of states that `prefill` or `decode` returned."""
+        return self.head(hidden)
+
+    def step(
+        self,
+        tokens: Tensor,  # (slots,)
+        positions: Tensor,  # (slots,)
+        count: int,
+        act: Act,
+        inputs: tuple[Tensor, ...],  # a row for each of the first `count` slots
+    ) -> tuple[Tensor, ...]:
+        """`act(hidden, logits, *inputs)` in the states after `decode`."""
+        hidden = self.decode(tokens, positions, count)
+        return act(hidden, self.logits(hidden), *inputs)
+
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Sequences of at most `width` tokens in slots `source` go on in slots `target`; the two must not overlap."""
+        self.cache.move(source, target, width)
+
+    def room(self, prompts: list[Tensor], count: int) -> int:
+        """How many of these prompts, in their order, there is memory for beside `count` running sequences: a slot each."""
+        return len(prompts)
+
+    def make_room(self, count: int) -> list[int]:
+        """The slots whose sequences had to leave, so that all others of the first `count` can take one more token: none."""
+        return []
+
+    def keep(self, count: int) -> None:
+        """The sequences in slots at `count` and beyond are gone."""
+
+    def close(self) -> None:
+        """Sampling is over."""
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         column, position = self.column[:width], positions[:, None, None, None]
         masks = {"full_attention": column <= position}
         if "sliding_attention" in self.attention:
             masks["sliding_attention"] = masks["full_attention"] & (column > position - self.text_config.sliding_window)
-        if self.text_config._attn_implementation == "eager":
+        if self.eager:
             lowest = torch.finfo(self.policy.lm_weight.dtype).min
             zero = torch.zeros((), dtype=self.policy.lm_weight.dtype, device=positions.device)
             masks = {kind: torch.where(mask, zero, lowest) for kind, mask in masks.items()}
@@ -101,16 +167,15 @@ class Decoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare two sequences of different lengths, decoded, with one forward pass over each."""
+        """Compare two sequences of different lengths (one slot: one), decoded, with one forward pass over each."""
         ids = torch.arange(1, 11, device=self.policy.device).remainder(self.policy.lm_weight.shape[0])
         if self.columns < len(ids):
             return
-        sequences, read = (ids, ids.flip(0)[:7]), 2
+        sequences, read = (ids, ids.flip(0)[:7])[: self.slots], 2
         self.prefill([sequence[:-read] for sequence in sequences], 0)
         for ahead in range(read, 0, -1):
-            at = torch.tensor([len(sequence) - ahead for sequence in sequences] + [0] * self.slots, device=ids.device)
-            tokens = torch.stack([sequence[-ahead] for sequence in sequences] + [ids[0]] * self.slots)
-            decoded = self.decode(tokens[: self.slots], at[: self.slots], len(sequences))
+            at = torch.tensor([len(sequence) - ahead for sequence in sequences], device=ids.device)
+            decoded = self.decode(torch.stack([sequence[-ahead] for sequence in sequences]), at, len(sequences))
         for row, sequence in enumerate(sequences):
             expected = self.policy.hidden(sequence[None])[0, -1]
             allowed = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
@@ -125,8 +190,10 @@ class Decoder:
 def _attention_of(policy: ActorCritic) -> list[str]:
     """The kinds of attention layers that need a mask each; ValueError for kinds that the cache cannot hold."""
     model, text = policy.model, policy.model.config.get_text_config()
-    if text._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"policy: got attention {text._attn_implementation!r}, expected 'sdpa' or 'eager'")
+    if text._attn_implementation not in (*REPLACED, "eager"):
+        raise ValueError(
+            f"policy: got attention {text._attn_implementation!r}, expected {', '.join(map(repr, REPLACED))} or 'eager'"
+        )
     default = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
     kinds = sorted(set(getattr(text, "layer_types", None) or [default]))
     unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RolloutConfig
-from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout.cache import Allocate, allocate_zeros
-from rlhf_engine.rollout.decoder import Decoder, prompt_width
+from rlhf_engine.model.pretrained import max_positions
+from rlhf_engine.rollout.cache import Allocate, new_memory
+from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes, slot_step
+from rlhf_engine.rollout.paged import PagedDecoder, pages_within
 from rlhf_engine.rollout.rollout import Rollout
-from rlhf_kernels import sample_tokens
+from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, STOP_TOKEN, StopStrings
+from rlhf_kernels import sample_tokens, token_logprobs
 
 
 @dataclass
@@ -35,7 +38,11 @@ class Generator:
     """Samples from a policy, with log-probs and values on the way.
 
     A sequence depends on the weights, its prompt, `seed` and its number, and on nothing else: not on its slot, the
-    batch or the order. Raises ValueError for a policy that it cannot decode (see `Decoder`).
+    batch or the order. `tokenizer` is read for `config.stop` alone. Keys and values take at
+    most `kv_bytes`.
+
+    Raises ValueError for a policy that it cannot decode (see `Decoder`), a stop string that no response can contain, or
+    `kv_bytes` that do not hold one sequence.
     """
 
     def __init__(
@@ -47,15 +54,35 @@ class Generator:
         pad_token_id: int,
         seed: int,
         stop_token_id: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        kv_bytes: int | None = None,
     ) -> None:
         self.policy, self.config, self.seed, self.pad_token_id = policy, config, seed, pad_token_id
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
         self.stop_token_id = stop_token_id
-        decoder = self._new_decoder(config.batch_size)
-        decoder.check()
-        self.cache_bytes = sum(room_for(tuple(x.shape), x.dtype) for x in decoder.cache.tensors())
-        """Memory of the keys and values of `batch_size` sequences."""
+        if config.stop and tokenizer is None:
+            raise ValueError(f"tokenizer: got None, expected the one whose tokens spell rollout.stop {config.stop}")
+        self.stops = StopStrings(tokenizer, config.stop) if config.stop else None
+        self.columns = config.max_prompt_tokens + config.max_response_tokens
+        self.slots = config.batch_size
+        self.paged: PagedDecoder | None = None
+        if config.cache == "paged" or (config.cache == "auto" and policy.device.type == "cuda"):
+            pages = None if kv_bytes is None else pages_within(policy, kv_bytes)
+            self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages)
+            self.paged.check()
+            return
+        if kv_bytes is not None:
+            self.slots = min(self.slots, self._slots_within(kv_bytes))
+        self._new_decoder(self.slots, new_memory).check()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values of all slots or pages."""
+        if self.paged is not None:
+            return self.paged.pool_bytes
+        step = slot_step(self.policy)
+        return -(-self.slots // step) * step * slot_bytes(self.policy, self.columns)
 
     @torch.no_grad()
     def generate(
@@ -63,7 +90,7 @@ class Generator:
         prompts: Sequence[Tensor | Sequence[int]],
         sequence: Tensor,  # (B,), int64, the number of each sequence in the run: its stream of random numbers
         on_finished: Callable[[int], object] | None = None,
-        allocate: Allocate = allocate_zeros,
+        allocate: Allocate = new_memory,
     ) -> Rollout:
         """One response for each prompt. `on_finished` hears how many sequences ended since its last call.
 
@@ -71,19 +98,40 @@ class Generator:
         """
         prompts = self._check(prompts, sequence)
         decoder = self._new_decoder(len(prompts), allocate)
+        try:
+            return self._generate(decoder, prompts, sequence, on_finished)
+        finally:
+            decoder.close()
+
+    def _generate(
+        self,
+        decoder: Decoder,
+        prompts: list[Tensor],
+        sequence: Tensor,
+        on_finished: Callable[[int], object] | None,
+    ) -> Rollout:
         record = _Record(self, prompts, sequence)
         running = _Running(
             *(torch.zeros(decoder.slots, dtype=torch.int64, device=self.policy.device) for _ in range(4))
         )
-        waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # popped from the end: long ones first
-        slots = min(self.config.batch_size, len(prompts))
+        # Popped from the end: long ones first, and those with the same ids together.
+        waiting = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row].tolist()))
+        slots = min(self.slots, len(prompts))
         while waiting or running.count:
-            first = running.count
+            first, group = running.count, []
             if waiting and slots - first >= min(len(waiting), max(1, slots // 4)):
-                hidden = self._admit(decoder, running, prompts, _next_group(waiting, prompts, slots - first))
+                group = self._next_group(waiting, prompts, slots - first)
+                fits = decoder.room([prompts[row] for row in group], first)
+                waiting += reversed(group[fits:])
+                del group[fits:]
+            if group:
+                hidden = self._admit(decoder, running, prompts, group)
+                said = self._act(hidden, decoder.logits(hidden), *record.streams(running, first))
             else:
-                first, hidden = 0, decoder.decode(running.token, running.position, running.count)
-            ended = record.sample(hidden, running, first)
+                _make_room(decoder, record, running, waiting)
+                first, streams = 0, record.streams(running, 0)
+                said = decoder.step(running.token, running.position, running.count, self._act, streams)
+            ended = record.take(said, running, first)
             if ended:
                 _release(decoder, running, record.finished, first)
                 if on_finished is not None:
@@ -99,9 +147,61 @@ class Generator:
         running.count += len(rows)
         return hidden
 
-    def _new_decoder(self, prompts: int, allocate: Allocate = allocate_zeros) -> Decoder:
-        columns = self.config.max_prompt_tokens + self.config.max_response_tokens
-        return Decoder(self.policy, min(self.config.batch_size, prompts), columns, allocate)
+    def _act(
+        self,
+        hidden: Tensor,  # (rows, H), rows >= N
+        logits: Tensor,  # (rows, V)
+        sequence: Tensor,  # (N,), its stream of random numbers
+        position: Tensor,  # (N,), its action number
+        *seen: Tensor,  # (N, S), ids for the repetition penalty, which is part of what is kept of the distribution
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """An action in each of the first N states: ids, log-probs, sampling log-probs, values."""
+        config, backend, size = self.config, self.policy.backend, len(sequence)
+        logits = logits[:size]
+        taken = sample_tokens(
+            penalised(logits.float(), *seen, config.repetition_penalty) if seen else logits,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            seed=self.seed,
+            sequence=sequence,
+            position=position,
+            backend=backend,
+        )
+        full = taken.logprobs
+        if seen:
+            full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
+        return taken.ids, full, taken.sampling_logprobs, self.policy.values(hidden)[:size]
+
+    def _next_group(self, waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
+        """Take up to `room` prompts of one prefill width, read within the token budget, off the end of `waiting`.
+
+        `waiting` is sorted by length and ids. A prompt that is there several times is read once.
+        """
+        width, group, distinct = prompt_width(len(prompts[waiting[-1]])), [], 0
+        while waiting and len(group) < room and prompt_width(len(prompts[waiting[-1]])) == width:
+            distinct += not group or not torch.equal(prompts[group[-1]], prompts[waiting[-1]])
+            if distinct > 1 and distinct * width > self.config.prefill_tokens:
+                break
+            group.append(waiting.pop())
+        return group
+
+    def _slots_within(self, kv_bytes: int) -> int:
+        each, step = slot_bytes(self.policy, self.columns), slot_step(self.policy)
+        if kv_bytes < each * step:
+            what = "one sequence" if step == 1 else f"{step} sequences, the fewest that eager attention decodes,"
+            raise ValueError(
+                f"kv_bytes: got {kv_bytes}, expected at least {each * step}, the keys and values of {what} of "
+                f"max_prompt_tokens {self.config.max_prompt_tokens} and max_response_tokens {self.config.max_response_tokens}"
+            )
+        return kv_bytes // (each * step) * step
+
+    def _new_decoder(self, prompts: int, allocate: Allocate) -> Decoder:
+        if self.paged is None:
+            return Decoder(self.policy, min(self.slots, prompts), self.columns, allocate)
+        self.paged.open(allocate)
+        return self.paged
 
     def _check(self, prompts: Sequence[Tensor | Sequence[int]], sequence: Tensor) -> list[Tensor]:
         if len(prompts) == 0 or len(sequence) != len(prompts):
@@ -114,6 +214,12 @@ class Generator:
                 raise ValueError(
                     f"prompts[{index}]: got shape {tuple(prompt.shape)}, expected 1 to {self.config.max_prompt_tokens} ids "
                     "(rollout.max_prompt_tokens)"
+                )
+            longest, limit = len(prompt) + self.config.max_response_tokens, max_positions(self.policy.model)
+            if limit is not None and longest > limit:
+                raise ValueError(
+                    f"prompts[{index}]: got {len(prompt)} ids beside rollout.max_response_tokens "
+                    f"{self.config.max_response_tokens}, expected at most {limit} together, the policy's positions"
                 )
         return tensors
 
@@ -129,37 +235,58 @@ class _Record:
         self.ids = torch.full(shape, generator.pad_token_id, dtype=torch.int64, device=device)
         self.logprobs, self.sampling_logprobs, self.values = (torch.zeros(shape, device=device) for _ in range(3))
         self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        self.ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        self.finished = self.ended[:0]  # (rows,), bool, of the last call of `sample`
+        self.stop_reason = torch.full_like(self.lengths, LENGTH)
+        self.finished = self.lengths[:0].bool()  # (rows,), of the last call of `sample`
+        if self.config.repetition_penalty != 1.0:
+            # A prompt's ids and then the response's; what is behind them repeats the first one and changes nothing.
+            self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+            self.history = torch.stack([p[:1].expand(generator.columns) for p in prompts]).clone()
+            for row, prompt in enumerate(prompts):
+                self.history[row, : len(prompt)] = prompt
 
-    def sample(self, hidden: Tensor, running: _Running, first: int) -> int:
-        """Take one action in each of the slots `first` to `running.count`; returns how many sequences that ended."""
+    def streams(self, running: _Running, first: int) -> tuple[Tensor, ...]:
+        """What `_act` reads beside states, for each of the slots `first` to `running.count`."""
+        row, step = running.row[first : running.count], running.step[first : running.count]
+        penalises = self.config.repetition_penalty != 1.0
+        return self.sequence[row], step, *((self.history[row],) if penalises else ())
+
+    def take(self, said: tuple[Tensor, Tensor, Tensor, Tensor], running: _Running, first: int) -> int:
+        """Note an action of each of the slots `first` to `running.count`; returns how many sequences that ended."""
         here = slice(first, running.count)
-        size, row, step = running.count - first, running.row[here].clone(), running.step[here].clone()
-        config = self.config
-        taken = sample_tokens(
-            self.policy.logits(hidden)[:size],
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            seed=self.generator.seed,
-            sequence=self.sequence[row],
-            position=step,
-            backend=self.policy.backend,
-        )
-        self.ids[row, step], self.values[row, step] = taken.ids, self.policy.values(hidden)[:size]
-        self.logprobs[row, step], self.sampling_logprobs[row, step] = taken.logprobs, taken.sampling_logprobs
-        running.token[here] = taken.ids
+        row, step = running.row[here].clone(), running.step[here].clone()
+        ids = said[0]
+        for name, what in zip(("ids", "logprobs", "sampling_logprobs", "values"), said, strict=True):
+            getattr(self, name)[row, step] = what
+        if self.config.repetition_penalty != 1.0:
+            self.history[row, self.prompt_lengths[row] + step] = ids
+        running.token[here] = ids
         running.position[here] += 1
         running.step[here] += 1
-        stop = torch.isin(taken.ids, self.generator.eos_token_ids)
-        if self.generator.stop_token_id is not None:
-            stop |= (taken.ids == self.generator.stop_token_id) & (step >= config.stop_after)
-        self.ended[row] = stop
-        self.lengths[row] = step + 1
-        self.finished = stop | (step + 1 == config.max_response_tokens)
+        reason = self._why(ids, row, step)
+        self.stop_reason[row], self.lengths[row] = reason, step + 1
+        self.finished = (reason != LENGTH) | (step + 1 == self.config.max_response_tokens)
         return int(self.finished.sum())
+
+    def _why(self, ids: Tensor, row: Tensor, step: Tensor) -> Tensor:  # (rows,), int64
+        """Why each response ends with this action; LENGTH where nothing but its budget can end it."""
+        reason = torch.full_like(ids, LENGTH)
+        if self.generator.stops is not None:
+            said = zip(self.ids[row].tolist(), step.tolist(), strict=True)
+            found = [self.generator.stops.found(response[: last + 1]) for response, last in said]
+            reason[torch.tensor(found, device=ids.device)] = STOP_STRING
+        if self.generator.stop_token_id is not None:
+            stopped = (ids == self.generator.stop_token_id) & (step >= self.config.stop_after)
+            reason.masked_fill_(stopped, STOP_TOKEN)
+        return reason.masked_fill(torch.isin(ids, self.generator.eos_token_ids), EOS)
+
+    def forget(self, row: Tensor) -> None:
+        """The responses of these prompts begin again."""
+        self.ids[row] = self.generator.pad_token_id
+        for said in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
+            said[row] = 0
+        if self.config.repetition_penalty != 1.0:
+            for index in row.tolist():
+                self.history[index, len(self.prompts[index]) :] = self.prompts[index][0]
 
     def rollout(self) -> Rollout:
         width, widest = int(self.lengths.max()), max(map(len, self.prompts))
@@ -179,16 +306,28 @@ class _Record:
             logprobs=self.logprobs[:, :width].contiguous(),
             sampling_logprobs=self.sampling_logprobs[:, :width].contiguous(),
             values=self.values[:, :width].contiguous(),
-            ended=self.ended,
+            stop_reason=self.stop_reason,
         )
 
 
-def _next_group(waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
-    """Take up to `room` prompts of one prefill width off the end of `waiting`, which is sorted by length."""
-    width, group = prompt_width(len(prompts[waiting[-1]])), []
-    while waiting and len(group) < room and prompt_width(len(prompts[waiting[-1]])) == width:
-        group.append(waiting.pop())
-    return group
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V), (R, S) ids -> (R, V)
+    """Logits of ids that were seen are divided by `penalty` where above 0 and multiplied by it elsewhere.
+
+    Source: Keskar et al. 2019 (CTRL), section 4.1, with the sign that transformers minds.
+    """
+    z = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(z > 0, z / penalty, z * penalty))
+
+
+def _make_room(decoder: Decoder, record: _Record, running: _Running, waiting: list[int]) -> None:
+    """Sequences that memory runs out for go back to `waiting`. They will say the same again: a number is a counter's."""
+    left = decoder.make_room(running.count)
+    if left:
+        leaving = torch.zeros(running.count, dtype=torch.bool, device=running.row.device)
+        leaving[left] = True
+        record.forget(running.row[left])
+        waiting += running.row[left].tolist()
+        _release(decoder, running, leaving, 0)
 
 
 def _release(decoder: Decoder, running: _Running, finished: Tensor, first: int) -> None:
@@ -198,7 +337,8 @@ def _release(decoder: Decoder, running: _Running, finished: Tensor, first: int) 
     count = int(live.sum())
     gaps, movers = (~live[:count]).nonzero()[:, 0], count + live[count:].nonzero()[:, 0]
     if len(gaps):
-        decoder.cache.move(movers, gaps)
+        decoder.move(movers, gaps, int(running.position[movers].max()))
         for vector in running.vectors():
             vector[gaps] = vector[movers]
+    decoder.keep(count)
     running.count = count

@@ -1,8 +1,8 @@
 """Layers whose bits do not depend on the batch, put in place of torch's while a trunk decodes.
 
 Attention: torch's fused kernel on CPU hands each thread a scratch block whose alignment depends on the thread, and BLAS
-rounds by alignment: with one query a sequence the bits depend on which thread took it. Two plain batched products do not
-(a row's operands have the same alignment in every slot), and are as fast: all query heads of a group go in one.
+rounds by alignment: with one query a sequence the bits depend on which thread took it. `decode_attention` reads the columns of
+a row's own sequence and nothing else.
 
 Activations: torch's loops for SiLU, GELU and sigmoid on CPU end in scalar code, which rounds differently from the vector
 code, wherever a thread's share of the tensor ends. exp, erf and tanh do not.
@@ -14,30 +14,33 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from rlhf_engine.model import ActorCritic
+from rlhf_kernels import decode_attention
 
 ATTENTION = "rlhf_slots"
+REPLACED = ("sdpa", "flash_attention_2")
+"""Implementations in whose place it decodes."""
 
 
 def slot_attention(
     module: nn.Module,
     query: Tensor,  # (R, heads, 1, D)
-    key: Tensor,  # (R, groups, W, D)
-    value: Tensor,  # (R, groups, W, D)
+    key: Tensor,  # (slots, groups, W, D), slots <= R
+    value: Tensor,  # (slots, groups, W, D)
     attention_mask: Tensor,  # (R, 1, 1, W), bool
     scaling: float | None = None,  # default: D ** -0.5
     **unused: object,  # what other implementations are told too: dropout, sliding_window, is_causal
 ) -> tuple[Tensor, None]:  # (R, 1, heads, D)
-    """softmax(scaling * q k^T) v over the columns that the mask allows, in transformers' attention interface."""
-    rows, heads, _, size = query.shape
-    query = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
-    scores = torch.matmul(query, key.transpose(-1, -2)).masked_fill_(~attention_mask, -torch.inf)
-    return torch.matmul(scores.softmax(-1), value).reshape(rows, 1, heads, size), None
+    """`decode_attention` in transformers' attention interface; rows without a slot get zeros."""
+    slots = len(key)
+    out = decode_attention(query[:slots, :, 0], key, value, attention_mask[:slots, 0, 0], scale=scaling)
+    if slots < len(query):
+        out = nn.functional.pad(out, (0, 0, 0, 0, 0, len(query) - slots))
+    return out[:, None], None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)
@@ -86,7 +89,7 @@ class InvariantLayers:
     @contextmanager
     def decode(self) -> Iterator[None]:
         kept = self.config._attn_implementation
-        if kept == "sdpa":
+        if kept in REPLACED:
             self.config._attn_implementation = ATTENTION
         try:
             with self.prefill():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from rlhf_engine.model.layout import TokenBatch, token_batch, token_cuts
+from rlhf_engine.rollout.stopping import LENGTH
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ class Rollout:
     logprobs: Tensor  # (B, T), float32, full tempered softmax; 0 where the mask is False
     sampling_logprobs: Tensor  # (B, T), float32, of the kept set that was sampled from
     values: Tensor  # (B, T), float32, V of the state in which the action was taken
-    ended: Tensor  # (B,), bool: True by EOS, False by running out of budget
+    stop_reason: Tensor  # (B,), int64, why each response ended: its place in `STOP_REASONS`
+
+    @property
+    def ended(self) -> Tensor:  # (B,), bool
+        """True where a response came to its end, by EOS or at a stop string, before its budget did."""
+        return self.stop_reason != LENGTH
 
     @property
     def response_lengths(self) -> Tensor:  # (B,)

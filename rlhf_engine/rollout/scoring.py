@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,13 @@ def value_rollout(
     for batch in rollout.batches(everyone, microbatch, microbatch_tokens, packed=model.packs):
         values.view(-1)[batch.source] = model.state_values(batch, None)
     return values
+
+
+def logprob_deviation(policy: ActorCritic, rollout: Rollout, *, sequences: int, **size: Any) -> float:
+    """Largest difference of the first `sequences` sampled log-probs from those of a fresh forward pass by the same policy.
+
+    `size` are the micro-batch and the temperature, as `score_rollout` takes them.
+    """
+    checked = rollout.take(torch.arange(min(sequences, len(rollout)), device=rollout.mask.device))
+    fresh, _ = score_rollout(policy, checked, **size)
+    return float((fresh - checked.logprobs).abs().max())

@@ -41,7 +41,7 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     _check_vocabulary(model, tokenizer, folder)
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
-    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts)
+    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts, config.rollout.stop)
     return model, codec
 
 
@@ -75,7 +75,7 @@ def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: i
             raise ValueError(f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one")
         stop = ids[0]
     ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
-    return Generator(policy, config.rollout, seed=seed, **ends)
+    return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, **ends)
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:

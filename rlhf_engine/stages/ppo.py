@@ -18,7 +18,7 @@ from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.rollout import Rollout
+from rlhf_engine.rollout import EOS, Rollout
 from rlhf_engine.stages.loading import (
     check_records,
     check_room,
@@ -183,7 +183,10 @@ def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
 
 
 def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
-    """Scores whole answers as a labeler sees them: one that ran out of budget is read as ending where it breaks off."""
+    """Scores whole answers as a labeler sees them: one that ran out of budget is read as ending where it breaks off.
+
+    One that a stop string ended is read with that string, and EOS behind it.
+    """
 
     def scores(rollout: Rollout) -> Tensor:
         return score_examples(model, rollout_examples(rollout, codec), codec.pad_id)
@@ -196,11 +199,10 @@ def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
     prompt_lengths, lengths = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
     prompts, responses = rollout.prompt_ids.tolist(), rollout.response_ids.tolist()
     examples = []
-    for row, prompt in enumerate(prompts):
-        response = responses[row][: lengths[row]]
-        if response[-1:] != [codec.eos_id]:
-            response.append(codec.eos_id)
-        examples.append(Example(tuple(prompt[len(prompt) - prompt_lengths[row] :]), tuple(response)))
+    for row, by_eos in enumerate((rollout.stop_reason == EOS).tolist()):
+        prompt = prompts[row][len(prompts[row]) - prompt_lengths[row] :]
+        response = responses[row][: lengths[row]] + ([] if by_eos else [codec.eos_id])
+        examples.append(Example(tuple(prompt), tuple(response)))
     return examples
 
 

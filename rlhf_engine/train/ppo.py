@@ -19,7 +19,7 @@ from rlhf_engine.config import MemoryConfig, PPOConfig
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in, open_arena
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout import Generator, Rollout, score_rollout, value_rollout
+from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, score_rollout, value_rollout
 from rlhf_engine.train.ema import WeightAverage
 from rlhf_engine.train.experience import Experience, Scored, advantages
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
@@ -36,7 +36,7 @@ from rlhf_kernels import masked_whiten
 def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor, arena: AnyArena) -> Rollout:
     """Sample one response to each prompt; `sequence` [B] numbers them in the run. Keys and values lie in the arena."""
     with generator.policy.products():  # one copy of the weights for all steps
-        return generator.generate(prompts, sequence, allocate=arena.zeros)
+        return generator.generate(prompts, sequence, allocate=arena.memory)
 
 
 def score(
@@ -241,12 +241,13 @@ class PPOTrainer:
         with self._phase("score"):
             models = (self.policy, self.reference, self.reward_fn)
             scored = score(rollout, *models, config, temperature, self.scale, first, self.arena.transients)
+            deviation = self._deviation(scored)
         experience, log = advantages(scored, config, self.kl_coef, self.policy.backend)
         clock.append(time.perf_counter())
         if config.nonfinite_scores == "skip":
             log["scores_skipped"] = len(rollout) - len(scored.rollout)
         with self._phase("train"), gradients_in(self.arena, self.trained):
-            log |= {"kl_coef": self.kl_coef} | self.update(experience, temperature)
+            log |= deviation | {"kl_coef": self.kl_coef} | self.update(experience, temperature)
         log |= self._adapt(experience, log, temperature)
         clock.append(time.perf_counter())
         self.updates_done += 1
@@ -261,6 +262,17 @@ class PPOTrainer:
     def _phase(self, name: str) -> Iterator[None]:
         with self.arena.phase(name), self.meter.phase(name):  # measured once the phase before has given its bytes back
             yield
+
+    def _deviation(self, scored: Scored) -> dict[str, float]:
+        """How far the sampled log-probs are from those of a fresh forward pass; the policy is still the one that sampled."""
+        config, rollout, count = self.config, scored.rollout, self.generator.config.check_sequences
+        if config.old_logprobs == "rescored":
+            return {"logprob_deviation": float((scored.old_logprobs - rollout.logprobs).abs().max())}
+        if count == 0:
+            return {}
+        size = microbatch_size(config) | {"temperature": self.generator.config.temperature}
+        with self.arena.transients():
+            return {"logprob_deviation": logprob_deviation(self.policy, rollout, sequences=count, **size)}
 
     def update(self, experience: Experience, temperature: float) -> dict[str, float]:
         """`ppo_epochs` passes over the batch in shuffled minibatches, one optimiser step each; fewer after `stop_kl`."""

@@ -4,6 +4,7 @@ from .compaction import compact_rows
 from .elementwise import group_advantages, kl_penalty, kl_penalty_backward, scale_cast
 from .gae import gae
 from .masked import masked_mean, masked_whiten
+from .paged_attention import paged_attention
 from .ppo_loss import ppo_loss
 from .rollout_advantages import rollout_advantages
 from .rows import ppo_epilogue, token_logprobs_backward, token_logprobs_forward
@@ -17,6 +18,7 @@ __all__ = [
     "kl_penalty_backward",
     "masked_mean",
     "masked_whiten",
+    "paged_attention",
     "ppo_epilogue",
     "ppo_loss",
     "rollout_advantages",

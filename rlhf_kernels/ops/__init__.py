@@ -1,5 +1,6 @@
 """The public functions: arguments checked once, then the backend that serves them."""
 
+from .decode_attention import decode_attention
 from .gae import gae
 from .group_advantages import group_advantages
 from .kl_penalty import kl_penalty
@@ -7,12 +8,14 @@ from .linear_ppo_loss import linear_ppo_loss
 from .linear_token_logprobs import linear_token_logprobs
 from .logits_ppo_loss import logits_ppo_loss
 from .masked import masked_mean, masked_whiten
+from .paged_attention import paged_attention
 from .ppo_loss import ppo_loss
 from .rollout_advantages import rollout_advantages
 from .sample_tokens import sample_tokens
 from .token_logprobs import token_logprobs
 
 __all__ = [
+    "decode_attention",
     "gae",
     "group_advantages",
     "kl_penalty",
@@ -21,6 +24,7 @@ __all__ = [
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",
+    "paged_attention",
     "ppo_loss",
     "rollout_advantages",
     "sample_tokens",

@@ -3,16 +3,19 @@
 The functions trust their arguments; `rlhf_kernels.ops` checks them once for all backends.
 """
 
+from .decode_attention import decode_attention
 from .gae import gae
 from .group_advantages import group_advantages
 from .kl_penalty import kl_penalty
 from .masked import masked_mean, masked_whiten
+from .paged_attention import paged_attention
 from .ppo_loss import linear_ppo_loss, logits_ppo_loss, ppo_loss
 from .rollout_advantages import rollout_advantages
 from .sample_tokens import sample_tokens
 from .token_logprobs import linear_token_logprobs, token_logprobs, transform_logits
 
 __all__ = [
+    "decode_attention",
     "gae",
     "group_advantages",
     "kl_penalty",
@@ -21,6 +24,7 @@ __all__ = [
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",
+    "paged_attention",
     "ppo_loss",
     "rollout_advantages",
     "sample_tokens",

@@ -19,7 +19,7 @@ FLOATS = torch.float32
 def test_phases_have_the_same_bytes_and_a_tensor_gives_its_own_back():
     arena = Arena({"generate": 4096, "train": 640})
     with arena.phase("generate"):
-        keys, values = (arena.take((4, 8), FLOATS, zero=True) for _ in range(2))
+        keys, values = (arena.take((4, 8), FLOATS).zero_() for _ in range(2))
         assert values.data_ptr() == keys.data_ptr() + 128 and not keys.any()
         start = keys.data_ptr()
         del values
@@ -53,7 +53,7 @@ def test_a_tensor_that_outlives_its_phase_is_named_and_its_bytes_are_left_alone(
     arena = Arena({"generate": 256, "train": 256}, poison=True)
     named = pytest.raises(RuntimeError, match=r"1 tensors of phase 'generate' .* torch.float32 \(4,\)")
     with named, arena.phase("generate"):
-        tensor = arena.take((4,), FLOATS, zero=True)
+        tensor = arena.take((4,), FLOATS).zero_()
         held = hold(tensor)
         del tensor
     with arena.phase("train"):
@@ -79,7 +79,7 @@ def test_an_exception_ends_a_phase_and_its_traceback_keeps_what_it_shows():
 
     def fails():
         with arena.phase("generate"):
-            seen = arena.take((4,), FLOATS, zero=True)
+            seen = arena.take((4,), FLOATS).zero_()
             raise KeyboardInterrupt(seen)
 
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -279,7 +279,7 @@ def test_the_pool_of_a_gpu_holds_one_block_of_keys_and_then_what_passes_allocate
     arena = PoolArena({"generate": 256, "score": 0, "train": 0}, torch.device("cpu"), cuda)
     with arena.phase("generate"):
         assert cuda.said == ["empty_cache", "in", "out"]  # the block alone: graphs and samples are not in the pool
-        keys, values = (arena.zeros((4, 4), FLOATS, torch.device("cpu")) for _ in range(2))
+        keys, values = (arena.memory((4, 4), FLOATS, torch.device("cpu")) for _ in range(2))
         assert keys.data_ptr() == arena.address and values.data_ptr() == arena.address + 64
         with pytest.raises(ValueError, match=r"192 bytes.*with 128 of the 256 planned"):
             arena.take((40,), FLOATS)

@@ -136,7 +136,8 @@ def test_options_go_with_the_objective_that_reads_them():
 def test_an_option_at_its_default_is_no_mistake_where_nothing_reads_it():
     assert PPOConfig(objective="ratio", cliprange=0.2).cliprange == 0.2
     assert PPOConfig(baseline="none", vf_coef=0.0, cliprange_value=None).cliprange_value is None
-    for more in (["rollout.top_k=5"], ["rollout.top_p=0.9"], ["rollout.min_p=0.1"], ["ppo.old_logprobs=rescored"]):
+    filters = ["top_k=5", "top_p=0.9", "min_p=0.1", "repetition_penalty=1.1"]
+    for more in (["ppo.old_logprobs=rescored"], *([f"rollout.{filter}"] for filter in filters)):
         assert load_config(None, ["ppo.importance_cap=2", *more]).ppo.importance_cap == 2.0
 
 

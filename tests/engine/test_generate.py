@@ -34,6 +34,33 @@ def test_every_prompt_is_answered_in_order(run, capsys):
     assert len({tuple(line["answers"]) for line in lines}) > 5
 
 
+def test_a_line_says_why_each_answer_ended_and_its_logprobs(run, capsys):
+    """With a stop string that the answers have: they are those of a run without it, up to there."""
+    assert generate(capsys, run, "free.jsonl", "--samples", 4)[0] == 0
+    free = read_lines(run / "free.jsonl")
+    stop = next(text[1] for line in free for text in line["answers"] if len(text) > 2 and text[1] not in " \ufffd")
+    settings = [f"rollout.stop=[{json.dumps(stop)}]"]
+    assert generate(capsys, run, "a.jsonl", "--samples", 4, sets=settings)[0] == 0
+    seen = set()
+    for line, before in zip(read_lines(run / "a.jsonl"), free, strict=True):
+        said = zip(line["answers"], line["ended"], line["stop_reason"], line["logprobs"], strict=True)
+        for (text, ended, reason, logprobs), (whole, all_logprobs) in zip(
+            said, zip(before["answers"], before["logprobs"], strict=True), strict=True
+        ):
+            assert text == whole.partition(stop)[0].strip() and (reason == "stop_string") == (stop in whole)
+            assert ended == (reason != "length") and logprobs == all_logprobs[: len(logprobs)]
+            assert (
+                1 <= len(logprobs) <= 6 and all(x < 0 for x in logprobs) and (reason != "length" or len(logprobs) == 6)
+            )
+            seen.add(reason)
+    assert {"stop_string", "length"} <= seen
+
+
+def test_a_stop_string_that_can_never_occur_is_refused(run, capsys):
+    code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.stop=['']"])
+    assert code == 2 and "stop[0]: got an empty text" in shown and not (run / "a.jsonl").exists()
+
+
 def test_answers_depend_on_the_seed_and_not_on_the_batch(run, capsys):
     assert generate(capsys, run, "a.jsonl", "--samples", 2)[0] == 0
     assert generate(capsys, run, "b.jsonl", "--samples", 2, sets=["rollout.batch_size=1"])[0] == 0

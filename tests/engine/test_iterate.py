@@ -106,7 +106,11 @@ def test_s21_identical_and_empty_answers_are_left_out_and_counted(run, monkeypat
     said = [["yes", "yes", "", "no"], ["no", "no", "no", ""], ["a", "b", "c", "b"]]
 
     def answers(answerer, source, records, samples):
-        return zip(records, [Answers(texts, [True] * samples) for texts in said], strict=False)
+        return zip(
+            records,
+            [Answers(texts, [True] * samples, ["eos"] * samples, [[]] * samples) for texts in said],
+            strict=False,
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(iterate, "answer_all", answers)

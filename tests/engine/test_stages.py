@@ -17,7 +17,7 @@ from rlhf_engine.config import load_config
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.demo.run import run_demo
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.rollout import Rollout
+from rlhf_engine.rollout import EOS, LENGTH, Rollout
 from rlhf_engine.stages import load_model, reward_function, rollout_examples
 from rlhf_engine.stages.ppo import make_policy
 from tests.engine.tiny_models import CONFIGS
@@ -421,7 +421,7 @@ def test_a_response_that_ran_out_of_budget_is_scored_with_an_end(run):
     mask = torch.ones(2, 3, dtype=torch.bool)
     zeros = torch.zeros(2, 3)
     attention_mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
-    rollout = Rollout(ids, attention_mask, ids[:, 3:], mask, zeros, zeros, zeros, ended=torch.tensor([True, False]))
+    rollout = Rollout(ids, attention_mask, ids[:, 3:], mask, zeros, zeros, zeros, torch.tensor([EOS, LENGTH]))
     examples = rollout_examples(rollout, codec)
     assert [(e.prompt, e.response) for e in examples] == [((5, 6), (7, 8, 0)), ((4, 5, 6), (7, 8, 9, 0))]
     scores = reward_function(RewardModel.from_causal_lm(model, seed=1), codec)(rollout)

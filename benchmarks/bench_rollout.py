@@ -1,0 +1,128 @@
+"""Sampling: our generator against transformers' `generate` and its continuous batching, in turn, in one process.
+
+Two Llamas of 7.3M and 48M parameters (random weights), 64 prompts of 32 tokens, float32, temperature 1, nothing filtered.
+"Equal lengths": 64 response tokens each, an end token outside the vocabulary. "Geometric lengths": a sixteenth of the
+vocabulary are end tokens, so that under random weights a response goes on with probability of about 15/16 a token, to 16
+tokens on average, a quarter of its budget. Figures are seconds for each token that was sampled, of the clock on the wall and
+of the processor: the second one is of use where something else runs on the machine. Ours gives log-probs and values beside the
+tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.bench_ppo_step import MODEL
+from benchmarks.harness import Check, Row, ratio, report
+from rlhf_engine.config import RolloutConfig
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout import Generator
+
+NAME = "rollout"
+SMALL = MODEL
+LARGE = MODEL | {
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 64, 32, 64
+OURS, GENERATE, GREEDY, BATCHED = (
+    "ours",
+    "transformers generate",
+    "transformers generate, greedy",
+    "transformers generate_batch",
+)
+
+
+def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dict[str, Callable[[], int]]:
+    """What samples responses to the same prompts; each returns how many tokens it sampled."""
+    torch.manual_seed(0)
+    language_model = LlamaForCausalLM(LlamaConfig(**model)).eval()
+    vocabulary = model["vocab_size"]
+    prompts = torch.randint(vocabulary // 16, vocabulary, (PROMPTS, PROMPT_TOKENS))
+    ends = list(range(vocabulary // 16)) if geometric else [vocabulary]
+    rollout = RolloutConfig(max_prompt_tokens=PROMPT_TOKENS, max_response_tokens=tokens, batch_size=PROMPTS)
+    generator = Generator(ActorCritic(language_model), rollout, eos_token_ids=ends, pad_token_id=0, seed=0)
+    calls = iter(range(10**9))
+    options = {"max_new_tokens": tokens, "eos_token_id": ends, "pad_token_id": vocabulary - 1}
+
+    sampled = GenerationConfig(**options, do_sample=True, top_k=0)
+
+    def ours() -> int:
+        numbers = torch.arange(PROMPTS) + next(calls) * PROMPTS
+        return int(generator.generate(list(prompts), numbers).mask.sum())
+
+    @torch.no_grad()
+    def generate(*, greedy: bool = False) -> int:
+        config = GenerationConfig(**options, do_sample=False) if greedy else sampled
+        said = language_model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)[
+            :, PROMPT_TOKENS:
+        ]
+        ended = torch.isin(said, torch.tensor(ends))
+        # An end token counts, what follows it does not.
+        return int((ended.cumsum(1) - ended.long() == 0).sum())
+
+    def batched() -> int:
+        pages = ContinuousBatchingConfig(
+            page_size=32, num_blocks=PROMPTS * 4, max_batch_tokens=PROMPTS * PROMPT_TOKENS, use_cuda_graph=False
+        )
+        said = language_model.generate_batch(
+            prompts.tolist(), generation_config=sampled, continuous_batching_config=pages, warmup=False
+        )
+        if len(said) != PROMPTS:
+            raise RuntimeError(f"generate_batch answered {len(said)} of {PROMPTS} prompts")
+        return sum(len(one.generated_tokens) for one in said.values())
+
+    found = {OURS: ours, GENERATE: generate, BATCHED: batched}
+    return found if geometric else found | {GREEDY: lambda: generate(greedy=True)}
+
+
+def alternate(runs: dict[str, Callable[[], int]], rounds: int) -> tuple[list[Row], list[Row]]:
+    """Seconds a sampled token of every case in turn: (of the wall, of the processor)."""
+    wall, processor = ({name: Row(name) for name in runs} for _ in range(2))
+    for number in range(rounds + 1):  # the first one warms up
+        for name, run in runs.items():
+            start, busy = time.perf_counter(), time.process_time()
+            tokens = run()
+            spent = time.perf_counter() - start, time.process_time() - busy
+            if number:
+                wall[name].seconds.append(spent[0] / tokens)
+                processor[name].seconds.append(spent[1] / tokens)
+    return list(wall.values()), list(processor.values())
+
+
+def measure(
+    name: str, model: dict, bound: float, *, geometric: bool, rounds: int, tokens: int = RESPONSE_TOKENS
+) -> None:
+    """Both clocks, with the tokens a second of `generate` and of its continuous batching as what ours are held to."""
+    lengths = f"geometric lengths of at most {tokens}" if geometric else f"{tokens} tokens each"
+    for clock, rows in zip(
+        ("wall", "processor"), alternate(cases(model, geometric=geometric, tokens=tokens), rounds), strict=True
+    ):
+        by_name = {row.name: row for row in rows}
+        checks = [
+            Check(f"tokens/s, ours / {other}", ratio(by_name[other], by_name[OURS]), least, at_least=True)
+            for other, least in ((GENERATE, bound), (BATCHED, 1.0))
+        ]
+        report(NAME, f"{name}, {PROMPTS} prompts, {lengths}: {clock} seconds a token", rows, checks=checks)
+
+
+def main(*, quick: bool = False) -> None:
+    """Equal and geometric lengths of the small model, equal ones of the larger."""
+    if quick:
+        measure("7.3M", SMALL, 1.3, geometric=False, rounds=1, tokens=16)
+        return
+    measure("7.3M", SMALL, 1.3, geometric=False, rounds=3)
+    measure("7.3M", SMALL, 2.5, geometric=True, rounds=5)
+    measure("48M", LARGE, 1.2, geometric=False, rounds=2)
+
+
+def test_rollout(benchmark) -> None:
+    benchmark(cases(MODEL | {"vocab_size": 512, "hidden_size": 64}, geometric=True, tokens=8)[OURS])

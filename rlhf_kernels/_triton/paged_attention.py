@@ -1,0 +1,182 @@
+"""Attention of one query a sequence over pages: split over the keys, then the splits summed in their order.
+
+A program takes up to ROWS heads that share keys, and one split of the sequence's tokens. Where a sequence is cut depends on
+its length and the window alone, so its bits do not depend on its batch. Memory is the limit: keys and values are read once.
+Compiled for four chips and run through Triton's interpreter. **It has not run on a device yet.**
+
+Legend: B sequences, P pages, M places of the block table, D size of a head.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import LOG2E, tanh
+
+SPLITS, SPLIT_TOKENS = 16, 256
+"""Most splits of a sequence, and the fewest tokens of one: a short sequence has one split, and no program that does little."""
+ROWS = 16  # the smallest side of a matrix product
+LAUNCH = {"num_warps": 8, "num_stages": 2}
+TILE_BYTES = 16384
+
+
+@triton.jit
+def _spans(length, window, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """The first token that counts, the tile that holds it, tiles of a split, splits."""
+    first = tl.zeros_like(length)
+    if HAS_WINDOW:
+        first = tl.maximum(length - window, 0)
+    start = first // TILE
+    tiles = tl.cdiv(length, TILE) - start
+    each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
+    return first, start, each, tl.cdiv(tiles, each)
+
+
+@triton.jit
+def _length(lengths, row, tokens):
+    """The row's length, 0 where its table has no room for it; and whether it has."""
+    length = tl.load(lengths + row)
+    sound = (length >= 0) & (length <= tokens)
+    return tl.where(sound, length, 0), sound
+
+
+@triton.jit
+def _product(a, b, WIDEN: tl.constexpr):
+    """Float32 sums of exact products, float32 operands too."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _scores(query, k, scale, softcap, HAS_CAP: tl.constexpr, WIDEN: tl.constexpr):
+    """Scores times log2(e), float32."""
+    scores = _product(query, tl.trans(k), WIDEN)
+    if HAS_CAP:
+        scores = softcap * tanh(scores * (scale / softcap)) * LOG2E
+    else:
+        scores = scores * (scale * LOG2E)
+    return scores
+
+
+@triton.jit(do_not_specialize=["pages", "places", "room", "window"])
+def _attend(
+    q, k_pages, v_pages, block_table, lengths,  # (B, heads, D), (P, PAGE, groups, D) twice, (B, M), (B,)
+    sums, tops, masses,  # (B, heads, room, D), (B, heads, room) twice, float32
+    pages, places, room, heads, per_group, q_row, q_head, k_page, k_token, k_group, v_page, v_token, v_group,
+    scale, window, softcap,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, WIDEN: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    parts = tl.cdiv(per_group, ROWS)
+    group = (tl.program_id(1) // parts).to(tl.int64)
+    member = tl.program_id(1) % parts * ROWS + tl.arange(0, ROWS)
+    length, _ = _length(lengths, row, places * PAGE)
+    first, start, each, live = _spans(length, window, HAS_WINDOW, TILE, SPLITS, LEAST)
+    if split < live:
+        d = tl.arange(0, BLOCK_D)
+        head = group * per_group + member
+        holds = (member < per_group)[:, None] & (d < HEAD)[None, :]
+        query = tl.load(q + row * q_row + head[:, None] * q_head + d[None, :], holds, other=0.0)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        begin = (start + split * each) * TILE
+        for at in range(begin, tl.minimum(begin + each * TILE, length), TILE):
+            token = at + tl.arange(0, TILE)
+            counts = (token >= first) & (token < length)
+            page = tl.load(block_table + row * places + token // PAGE, counts, other=0).to(tl.int64)
+            exists = (page >= 0) & (page < pages)
+            read = (counts & exists)[:, None] & (d < HEAD)[None, :]
+            within = (token % PAGE).to(tl.int64)
+            k_at = page * k_page + within * k_token + group * k_group
+            k = tl.load(k_pages + k_at[:, None] + d[None, :], read, other=0.0)
+            scores = _scores(query, k, scale, softcap, HAS_CAP, WIDEN)
+            # A page that does not exist makes its row NaN, and is not read.
+            scores = tl.where(exists[None, :], scores, float("nan"))
+            scores = tl.where(counts[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weight = tl.exp2(scores - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            v_at = page * v_page + within * v_token + group * v_group
+            v = tl.load(v_pages + v_at[:, None] + d[None, :], read, other=0.0)
+            total = total * shrink[:, None] + _product(weight.to(v.dtype), v, WIDEN)
+            mass = mass * shrink + tl.sum(weight, 1)
+            top = higher
+        out = (row * heads + head) * room + split
+        tl.store(sums + out[:, None] * HEAD + d[None, :], total, holds)
+        tl.store(tops + out, top, member < per_group)
+        tl.store(masses + out, mass, member < per_group)
+
+
+@triton.jit(do_not_specialize=["places", "room", "window"])
+def _combine(
+    sums, tops, masses, lengths, out, places, room, window,  # out: (B, heads, D)
+    HEAD: tl.constexpr, PAGE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    length, sound = _length(lengths, row, places * PAGE)
+    _, _, _, live = _spans(length, window, HAS_WINDOW, TILE, SPLITS, LEAST)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    at = place * room + split
+    top = tl.load(tops + at, split < live, other=float("-inf"))
+    weight = tl.exp2(top - tl.where(live > 0, tl.max(top), 0.0))
+    mass = tl.sum(weight * tl.load(masses + at, split < live, other=0.0))
+    read = (split < live)[:, None] & (d < HEAD)[None, :]
+    total = tl.sum(weight[:, None] * tl.load(sums + at[:, None] * HEAD + d[None, :], read, other=0.0), 0)
+    result = tl.where(live > 0, total / tl.where(live > 0, mass, 1.0), 0.0)
+    result = tl.where(sound, result, float("nan"))
+    tl.store(out + place * HEAD + d, result.to(out.dtype.element_ty), d < HEAD)
+
+
+def tile_of(size: int, itemsize: int) -> int:
+    """Tokens that are read at a time: a tile of keys has 16 KiB, and 16 to 128 tokens."""
+    return max(16, min(128, TILE_BYTES // (triton.next_power_of_2(max(16, size)) * itemsize)))
+
+
+def splits_of(tokens: int, tile: int) -> int:
+    """The most splits of a sequence of at most `tokens`: what the sums have room for."""
+    return max(1, min(SPLITS, -(-tokens // max(tile, SPLIT_TOKENS))))
+
+
+def paged_attention(
+    q: Tensor,  # (B, heads, D), unit stride along D
+    k_pages: Tensor,  # (P, page size, groups, D), unit stride along D
+    v_pages: Tensor,
+    block_table: Tensor,  # (B, M), int32
+    lengths: Tensor,  # (B,), int32
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    (b, heads, size), (pages, page_size, groups, _) = q.shape, k_pages.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    tile, places, per_group = tile_of(size, q.element_size()), block_table.shape[1], heads // groups
+    # A window that does not begin with a tile reaches into one more.
+    tokens = min(places * page_size, window + tile) if window else places * page_size
+    room = splits_of(tokens, tile)
+    sums = torch.empty(b, heads, room, size, dtype=torch.float32, device=q.device)
+    tops, masses = (torch.empty(b, heads, room, dtype=torch.float32, device=q.device) for _ in range(2))
+    cuts = {
+        "TILE": tile,
+        "SPLITS": SPLITS,
+        "LEAST": SPLIT_TOKENS // tile,
+        "BLOCK_D": triton.next_power_of_2(max(16, size)),
+    }
+    # Triton's interpreter multiplies the bits of bfloat16 as integers; float32 holds its products exactly.
+    widen = triton.knobs.runtime.interpret and q.dtype == torch.bfloat16
+    shape = {"HEAD": size, "PAGE": page_size, "HAS_WINDOW": window > 0, **cuts}
+    with torch.cuda.device_of(q):
+        _attend[(b, groups * triton.cdiv(per_group, ROWS), room)](
+            q, k_pages, v_pages, block_table, lengths, sums, tops, masses, pages, places, room, heads, per_group,
+            *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], scale, window, softcap,
+            HAS_CAP=softcap > 0, WIDEN=widen, ROWS=ROWS, **shape, **LAUNCH,
+        )  # fmt: skip
+        _combine[(b, heads)](sums, tops, masses, lengths, out, places, room, window, **shape, **LAUNCH)
+    return out

@@ -1,0 +1,46 @@
+"""Launcher over `torch.nn.attention.varlen`, where FlashAttention-3 or -4 reads pages (see `backend.why_no_varlen`).
+
+**It has not run on a device yet**: a test checks the call against torch's signature and documentation.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+
+def paged_attention(
+    q: Tensor,  # (B, heads, D)
+    k_pages: Tensor,  # (P, page size, groups, D)
+    v_pages: Tensor,
+    block_table: Tensor,  # (B, M), int32
+    lengths: Tensor,  # (B,), int32
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """One split: where torch splits depends on the batch, and so would a row's bits. It trusts the table, which we may not."""
+    assert softcap == 0
+    (pages, page_size), places = k_pages.shape[:2], block_table.shape[1]
+    first, length = torch.arange(places, device=q.device) * page_size, lengths[:, None]
+    counts = first < length
+    if window:
+        counts &= first + page_size > length - window
+    exists = (block_table >= 0) & (block_table < pages)
+    unsound = (counts & ~exists).any(1) | (lengths < 0) | (lengths > places * page_size)
+    out = varlen_attn(
+        q,
+        k_pages,
+        v_pages,
+        torch.arange(len(q) + 1, dtype=torch.int32, device=q.device),
+        None,
+        1,
+        places * page_size,
+        scale=scale,
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=q.shape[1] != k_pages.shape[2],
+        seqused_k=lengths.clamp(0, places * page_size),
+        block_table=block_table.where(counts & exists, 0),
+        num_splits=1,
+    )
+    out = out.masked_fill((lengths == 0)[:, None, None], 0)
+    return out.masked_fill(unsound[:, None, None], torch.nan)

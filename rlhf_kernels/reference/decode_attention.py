@@ -1,0 +1,18 @@
+import torch
+from torch import Tensor
+
+
+def decode_attention(
+    query: Tensor,  # (R, heads, D)
+    keys: Tensor,  # (R, groups, C, D)
+    values: Tensor,  # (R, groups, C, D)
+    mask: Tensor,  # (R, C), bool
+    scale: float,
+) -> Tensor:  # (R, heads, D)
+    """softmax(scale q k^T) v over the columns of the mask; heads share the keys of their group, so they go as its rows."""
+    rows, heads, size = query.shape
+    grouped = query.reshape(rows, keys.shape[1], -1, size) * scale
+    scores = torch.matmul(grouped, keys.transpose(-1, -2)).masked_fill(~mask[:, None, None], -torch.inf)
+    # A column that is not allowed may hold anything: 0 * NaN is NaN.
+    allowed = values.masked_fill(~mask[:, None, :, None], 0)
+    return torch.matmul(scores.softmax(-1), allowed).reshape(rows, heads, size)

@@ -1,0 +1,214 @@
+"""Sampling on pages: the tokens of slots and of an uncached loop, whatever the pool's size, and pages that are shared."""
+
+import weakref
+from functools import partial
+
+import pytest
+import torch
+
+from rlhf_engine.config import RolloutConfig
+from rlhf_engine.rollout import Generator
+from rlhf_engine.rollout.paged import PagedDecoder, pages_within, pool_shape
+from rlhf_kernels import sample_tokens
+from tests.engine.recorded_graphs import RecordedCuda
+from tests.engine.test_rollout import ENDS, make_actor, make_prompts, same_sequence
+from tests.engine.tiny_models import FAMILIES, VOCABULARY
+
+SETTINGS = {"max_prompt_tokens": 20, "max_response_tokens": 12, "batch_size": 16}
+
+
+def dirty(shape, dtype, device):
+    """An arena hands out bytes that were something else."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def make_generator(actor, *, cache="paged", page_size=4, pages=None, ends=ENDS, allocate=dirty, **settings):
+    config = RolloutConfig(**{**SETTINGS, "cache": cache, **settings})
+    generator = Generator(actor, config, eos_token_ids=ends, pad_token_id=0, seed=3)
+    generator.generate = partial(generator.generate, allocate=allocate)
+    if cache == "paged":
+        generator.paged = PagedDecoder(actor, config.batch_size, generator.columns, pages=pages, page_size=page_size)
+    return generator
+
+
+def check_same(paged, slots):
+    assert torch.equal(paged.response_ids, slots.response_ids) and torch.equal(paged.ended, slots.ended)
+    assert torch.equal(paged.mask, slots.mask)
+    for name in ("logprobs", "sampling_logprobs"):
+        torch.testing.assert_close(getattr(paged, name), getattr(slots, name), rtol=0, atol=1e-5)
+    torch.testing.assert_close(paged.values, slots.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_of_slots(family):
+    actor, prompts = make_actor(family), make_prompts(20)
+    slots = make_generator(actor, cache="slots").generate(prompts, torch.arange(20))
+    generator = make_generator(actor)
+    check_same(generator.generate(prompts, torch.arange(20)), slots)
+    assert actor.model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral", "qwen2"])
+def test_the_tokens_of_an_uncached_loop(family):
+    """One sequence at a time, the whole of it through the trunk for every token."""
+    actor, prompts = make_actor(family), make_prompts(5, seed=2)
+    rollout = make_generator(actor, max_response_tokens=8).generate(prompts, torch.arange(5))
+    for row, prompt in enumerate(prompts):
+        ids = prompt.tolist()
+        with torch.no_grad():
+            for step in range(8):
+                logits = actor.logits(actor.hidden(torch.tensor([ids]))[:, -1])
+                drawn = sample_tokens(logits, seed=3, sequence=torch.tensor([row]), position=torch.tensor([step]))
+                ids.append(int(drawn.ids))
+                torch.testing.assert_close(rollout.logprobs[row, step : step + 1], drawn.logprobs, rtol=0, atol=1e-5)
+                if ids[-1] in ENDS:
+                    break
+        n = int(rollout.response_lengths[row])
+        assert rollout.response_ids[row, :n].tolist() == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_small_pool_makes_sequences_wait_and_begin_again(family):
+    """8 pages of 4 tokens hold one sequence of 32: the same bits as with room for all."""
+    actor, prompts = make_actor(family), make_prompts(20)
+    whole = make_generator(actor).generate(prompts, torch.arange(20))
+    heard = []
+    for pages in (8, 13):
+        generator = make_generator(actor, pages=pages)
+        rollout = generator.generate(prompts, torch.arange(20), heard.append)
+        assert all(same_sequence(whole, i, rollout, i) for i in range(20))
+        assert not rollout.response_ids.masked_fill(rollout.mask, 0).any()
+        assert not rollout.logprobs.masked_fill(rollout.mask, 0).any()
+        assert sum(heard) == 20
+        heard.clear()
+    assert generator.paged.restarted > 0
+
+
+def test_what_was_said_before_a_restart_is_forgotten():
+    """A repetition penalty sees the prompt and what was said since, not what the same sequence had said before."""
+    actor, prompts, settings = (
+        make_actor(),
+        make_prompts(10, longest=3),
+        {"repetition_penalty": 2.0, "ends": (VOCABULARY,)},
+    )
+    whole = make_generator(actor, **settings).generate(prompts, torch.arange(10))
+    generator = make_generator(actor, **settings, pages=10)
+    rollout = generator.generate(prompts, torch.arange(10))
+    assert generator.paged.restarted > 0
+    assert all(same_sequence(whole, i, rollout, i) for i in range(10))
+
+
+def test_a_sequence_does_not_depend_on_its_batch():
+    generator, prompts = make_generator(make_actor()), make_prompts(24)
+    whole = generator.generate(prompts, torch.arange(24))
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    shuffled = generator.generate([prompts[i] for i in order], order)
+    assert all(same_sequence(whole, int(i), shuffled, j) for j, i in enumerate(order))
+    alone = generator.generate([prompts[5]], torch.tensor([5]))
+    assert same_sequence(whole, 5, alone, 0)
+
+
+def test_samples_of_one_prompt_share_its_pages():
+    """Two prompts of 10 and 11 tokens, 5 samples each: 3 pages of 4 each; each sample but one then copies the last page."""
+    actor, prompts = make_actor(), [torch.arange(3, 13)] * 5 + [torch.arange(4, 15)] * 5
+    decoder = PagedDecoder(actor, 10, 32, page_size=4)
+    decoder.open(dirty)
+    with torch.no_grad():
+        hidden = decoder.prefill(prompts, 0)
+        assert decoder.sequences.pages.free == decoder.page_count - 6
+        assert torch.equal(decoder.table[0, :3], decoder.table[4, :3])
+        expected = torch.cat([actor.hidden(prompt[None])[0, -1:] for prompt in prompts])
+        torch.testing.assert_close(hidden[:10], expected, rtol=1e-4, atol=1e-4)
+        tokens = torch.arange(20, 20 + decoder.slots)
+        positions = torch.tensor([len(prompt) for prompt in prompts] + [0] * decoder.slots)[: decoder.slots]
+        decoded = decoder.decode(tokens, positions, 10)
+        assert decoder.sequences.pages.free == decoder.page_count - 6 - 8
+        for row, prompt in enumerate(prompts):
+            whole = actor.hidden(torch.cat([prompt, tokens[row : row + 1]])[None])[0, -1]
+            torch.testing.assert_close(decoded[row], whole, rtol=1e-4, atol=1e-4)
+    slots = make_generator(actor, cache="slots").generate(prompts, torch.arange(10))
+    check_same(make_generator(actor, pages=14).generate(prompts, torch.arange(10)), slots)
+
+
+def test_the_memory_is_asked_for_once_and_given_back():
+    actor, taken = make_actor(), []
+
+    def allocate(shape, dtype, device):
+        tensor = dirty(shape, dtype, device)
+        taken.append((shape, dtype, weakref.ref(tensor)))
+        return tensor
+
+    generator = make_generator(actor, pages=20, allocate=allocate)
+    taken.clear()
+    generator.generate(make_prompts(9), torch.arange(9))
+    ((shape, dtype, memory),) = taken
+    assert shape == (2, 2, 21, 4, 2, 8) == pool_shape(actor, 21, 4) and dtype == torch.float32
+    assert memory() is None and generator.paged.pool is None
+
+    def broken(ended):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(make_prompts(9), torch.arange(9), broken)
+    assert taken[1][2]() is None
+    check_same(
+        generator.generate(make_prompts(9), torch.arange(9)),
+        make_generator(actor, cache="slots").generate(make_prompts(9), torch.arange(9)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma2", {}),
+        ("gpt2", {"repetition_penalty": 1.5, "top_k": 20, "temperature": 0.8}),
+        ("qwen2", {"min_p": 0.05}),
+    ],
+)
+def test_a_step_as_a_graph(monkeypatch, family, settings):
+    """Captured and replayed by a stand-in: no step waits for the device, and a pool at another address is captured again."""
+    monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)  # as on a device
+    actor, prompts = make_actor(family), make_prompts(20)
+    expected = make_generator(actor, **settings).generate(prompts, torch.arange(20))
+    pools = []
+
+    def allocate(shape, dtype, device):
+        pools.append(dirty(shape, dtype, device) if len(pools) != 1 else pools[0])
+        return pools[-1]
+
+    generator, cuda = make_generator(actor, allocate=allocate, **settings), RecordedCuda()
+    generator.paged.captures, generator.paged.cuda = True, cuda
+    for graphs in (1, 1, 2):
+        check_same(generator.generate(prompts, torch.arange(20)), expected)
+        assert len(cuda.graphs) == graphs and cuda.graphs[-1].replays > 10
+
+
+def test_who_decides():
+    actor = make_actor()
+    assert make_generator(actor, cache="auto").paged is None and make_generator(actor, cache="slots").paged is None
+    config = RolloutConfig(**SETTINGS, cache="paged")
+    one = 2 * 2 * 64 * 2 * 8 * 4
+    for kv_bytes, pages in (
+        (10 * one + 5, 9),
+        (100 * one, 16),
+    ):  # page 0 is nobody's; 16 sequences of one page need no more
+        generator = Generator(actor, config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
+        assert generator.paged.page_count == pages <= pages_within(actor, kv_bytes) == kv_bytes // one - 1
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [("paged", "pages: got 0 of 64 tokens"), ("slots", "kv_bytes: got 8191, expected at least 8192")],
+)
+def test_a_pool_that_holds_no_sequence(cache, words):
+    config = RolloutConfig(**SETTINGS, cache=cache)
+    kv_bytes = 2 * 2 * 64 * 2 * 8 * 4 if cache == "paged" else 2 * 2 * 32 * 2 * 8 * 4 - 1
+    with pytest.raises(ValueError, match=words):
+        Generator(make_actor(), config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
+
+
+def test_heads_that_the_config_does_not_tell():
+    actor = make_actor()
+    actor.model.config.num_key_value_heads = 4
+    with pytest.raises(ValueError, match=r"policy: got keys or values of \(heads, size\) \(2, 8\), expected \(4, 8\)"):
+        PagedDecoder(actor, 16, 32).check()
