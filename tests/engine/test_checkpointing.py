@@ -11,6 +11,7 @@ from rlhf_engine.model import ActorCritic, frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import checkpoint_layers
 from rlhf_engine.stages.loading import computing
+from rlhf_engine.stages.ppo import make_policy as make_ppo_policy
 from rlhf_engine.train.reward_model import RankedPrompt, fit_reward_model
 from tests.engine.test_packing import gradients, make_rollout
 from tests.engine.tiny_models import tiny
@@ -144,6 +145,16 @@ def test_a_trunk_without_such_layers_is_refused():
 
     with pytest.raises(ValueError, match=r"memory\.gradient_checkpointing: got True, expected False for Bare"):
         checkpoint_layers(Bare())
+
+
+@pytest.mark.parametrize("kind", ["head", "backbone"])
+def test_ppo_makes_its_models_so(kind):
+    settings = ["ppo.value_init=zero", f"ppo.value_model={kind}", "compute_dtype=bfloat16"]
+    policy = make_ppo_policy(load_config(None, [*settings, "memory.gradient_checkpointing=true"]), tiny(), None)
+    models = [policy] if kind == "head" else [policy, policy.value_model]
+    for model in models:
+        assert model.compute_dtype == torch.bfloat16
+        assert all(layer.gradient_checkpointing for layer in model.trunk.layers)
 
 
 def test_the_config_reaches_the_models():
