@@ -48,7 +48,12 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
     vocabulary = model["vocab_size"]
     prompts = torch.randint(vocabulary // 16, vocabulary, (PROMPTS, PROMPT_TOKENS))
     ends = list(range(vocabulary // 16)) if geometric else [vocabulary]
-    rollout = RolloutConfig(max_prompt_tokens=PROMPT_TOKENS, max_response_tokens=tokens, batch_size=PROMPTS)
+    rollout = RolloutConfig(
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_response_tokens=tokens,
+        batch_size=PROMPTS,
+        prefill_tokens=1024,  # activations that stay in the cache
+    )
     generator = Generator(ActorCritic(language_model), rollout, eos_token_ids=ends, pad_token_id=0, seed=0)
     calls = iter(range(10**9))
     options = {"max_new_tokens": tokens, "eos_token_id": ends, "pad_token_id": vocabulary - 1}

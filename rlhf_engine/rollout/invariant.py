@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
@@ -46,8 +47,16 @@ def slot_attention(
 AttentionInterface.register(ATTENTION, slot_attention)
 
 
+_CHUNK = 2**16
+"""Elements that a chain of element-wise operations takes at a time: they stay in the cache, and no large temporary is made."""
+
+
 def _silu(x: Tensor) -> Tensor:
-    return x / x.neg().exp_().add_(1)
+    x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    for part, result in zip(x.view(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True):
+        torch.neg(part, out=result)
+        torch.div(part, result.exp_().add_(1), out=result)
+    return out
 
 
 def _gelu(x: Tensor) -> Tensor:
