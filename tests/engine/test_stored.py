@@ -203,7 +203,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("work", [demonstrations, comparisons, prompts, pretraining, documents, rounds, users])
 def test_s19_memory_does_not_grow_with_the_file(work, codec, files):
-    """A few numbers of eight bytes are kept of a record; as Python objects it has two and more times the bound."""
+    """A few numbers of eight bytes are kept of a record; as Python objects it takes 400 bytes (a prompt) and more."""
     small, large = (configure(folder) for folder in files)
     # Python keeps freed tuples for later, some hundreds of kilobytes of them, until a full collection drops them: they are
     # there before anything is measured, and stay.
