@@ -3,13 +3,14 @@
 from rlhf_engine.rollout.generator import Generator
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.scoring import logprob_deviation, score_rollout, value_rollout
-from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_REASONS, STOP_STRING
+from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_REASONS, STOP_STRING, STOP_TOKEN
 
 __all__ = [
     "EOS",
     "LENGTH",
     "STOP_REASONS",
     "STOP_STRING",
+    "STOP_TOKEN",
     "Generator",
     "Rollout",
     "logprob_deviation",

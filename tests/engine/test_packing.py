@@ -14,7 +14,7 @@ from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.layout import token_cuts
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
-from rlhf_engine.rollout import Rollout, score_rollout, value_rollout
+from rlhf_engine.rollout import EOS, Rollout, score_rollout, value_rollout
 from rlhf_engine.train.ppo import Experience, minibatch_backward
 from rlhf_engine.train.sft import _parts, fit_language_model
 from tests.engine.tiny_models import VOCABULARY, tiny
@@ -41,7 +41,7 @@ def make_rollout(dtype: torch.dtype = torch.float32) -> Rollout:
         logprobs=empty,
         sampling_logprobs=empty,
         values=empty,
-        ended=torch.ones(len(PROMPTS), dtype=torch.bool),
+        stop_reason=torch.full((len(PROMPTS),), EOS),
     )
 
 

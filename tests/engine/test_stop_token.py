@@ -5,7 +5,7 @@ import torch
 
 from rlhf_engine.config import RolloutConfig, load_config
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout import Generator, Rollout
+from rlhf_engine.rollout import EOS, STOP_TOKEN, Generator, Rollout
 from rlhf_engine.stages import load_model, make_generator, rollout_examples
 from tests.engine.cli_run import new_model, new_run, rlhf
 from tests.engine.test_rollout import ENDS, make_actor, make_prompts
@@ -45,7 +45,9 @@ def test_s6_the_reward_model_reads_an_end_behind_the_stop_token(tmp_path):
     assert make_generator(ActorCritic(model), codec, config, 0).stop_token_id == stop[0]
     ids = torch.tensor([[5, 6, 7, *stop], [5, 6, 7, 0]])
     mask, zeros = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
-    rollout = Rollout(ids, torch.ones_like(ids), ids[:, 2:], mask, zeros, zeros, zeros, ended=mask[:, 0])
+    rollout = Rollout(
+        ids, torch.ones_like(ids), ids[:, 2:], mask, zeros, zeros, zeros, stop_reason=torch.tensor([STOP_TOKEN, EOS])
+    )
     assert [one.response for one in rollout_examples(rollout, codec)] == [(7, *stop, 0), (7, 0)]
 
 
