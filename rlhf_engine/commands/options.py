@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +23,13 @@ def read_config(config: Path | None, overrides: list[str] | None) -> RunConfig:
 
 
 def quiet() -> None:
-    """Turns off the bars and tables that transformers prints as it loads: what is wrong there, we refuse in one line."""
-    from transformers.utils import logging
+    """Turns off the bars and tables that transformers prints as it loads: what is wrong there, we refuse in one line.
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    It imports torchao where that is installed, which tells of kernels for GPUs that are not here.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

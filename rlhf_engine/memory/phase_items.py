@@ -14,7 +14,10 @@ from rlhf_engine.memory.workload import Workload
 Items = dict[str, int]
 
 MIN_SLOTS = 16
-"""Rows that a decoding pass has at least, and so slots of the cache: rlhf_engine.rollout.decoder's MIN_ROWS."""
+"""Rows that a decoding pass has at least, and slots of the cache where attention is eager: rlhf_engine.rollout.decoder's
+MIN_ROWS."""
+PAGE = 64
+"""Tokens of a page of keys and values on a GPU: rlhf_engine.rollout.paged's PAGE_SIZE."""
 SCORE_ROWS = 64
 """Sequences that the reward model scores at a time: the default of rlhf_engine.train.reward_model.score_examples."""
 BUCKET = 64 * 2**20
@@ -112,21 +115,29 @@ def generate(w: Workload, slots: int) -> dict[str, Items]:
     """Moments of sampling with `slots` sequences at a time: the first prompts are read, the last token is decoded."""
     policy, rows = w.policy, max(slots, MIN_SLOTS)
     columns = -(-w.length // MIN_SLOTS) * MIN_SLOTS
+    if w.device == "cuda":
+        kept = (slots * -(-columns // PAGE) + 1) * PAGE
+    else:
+        kept = columns * (slots + (-slots % MIN_SLOTS if w.eager else 0))
     # Rotating a key's angle takes it back to the weights' type.
     pair = (w.weight_bytes if policy.gated else w.compute_bytes) + w.compute_bytes
     held = {
-        "kv_cache": policy.layers * rows * policy.key_width * columns * pair,
+        "kv_cache": policy.layers * kept * policy.key_width * pair,
         "rollout": rollout(w, scored=False),
     }
     if w.autocast:
         held["rounded_weights"] = rounded_weights(policy)
     logits = rows * policy.vocab * 2 * FLOAT
-    reading = pass_of(w, policy, slots, prompt_width(w.prompt))
-    decoding = 2 * rows * policy.heads * columns * w.compute_bytes + rows * columns
-    return {
-        "prefill": held | {"prefill_workspace": max(reading.forward_room(), logits)},
-        "decode": held | {"decode_workspace": decoding + logits},
-    }
+    width = prompt_width(w.prompt)
+    reading = pass_of(w, policy, max(1, min(slots, w.prefill_tokens // width)), width)
+    decoding = rows * columns
+    if w.device != "cpu" or w.eager:
+        decoding += 2 * rows * policy.heads * columns * w.compute_bytes
+    prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
+    if w.device == "cpu" and w.compute_bytes == FLOAT:
+        # The head's weight in oneDNN's layout, from the first step to the last (rlhf_engine.rollout.packed).
+        held["packed_head"] = policy.vocab * policy.hidden * FLOAT
+    return {"prefill": held | prefill, "decode": held | {"decode_workspace": decoding + logits}}
 
 
 def prompt_width(length: int) -> int:

@@ -26,6 +26,8 @@ class Workload:
     microbatch: int
     slots: int
     """Most sequences that are decoded together."""
+    prefill_tokens: int = 4096
+    """Most prompt tokens, padding included, that one forward pass reads."""
     ppo_epochs: int = 1
     microbatch_tokens: int | None = None
     """Tokens of a micro-batch, in place of `microbatch` sequences."""
@@ -75,6 +77,7 @@ class Workload:
             microbatch=ppo.microbatch,
             microbatch_tokens=ppo.microbatch_tokens,
             slots=min(rollout.batch_size, ppo.rollout_batch),
+            prefill_tokens=rollout.prefill_tokens,
             ppo_epochs=ppo.ppo_epochs,
             device=config.device.partition(":")[0],
             eager=config.model.attention == "eager",

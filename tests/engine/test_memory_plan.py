@@ -66,12 +66,15 @@ def test_a_small_run_by_hand():
         "context": 28 * 2**20,
     }
     generate, score, train = (plan.phases[name] for name in ("generate", "score", "train"))
-    # 2 layers x 16 slots x 2 numbers x 16 columns, keys and values; a prompt is read as 16 columns, 64 tokens in all:
-    # 12 bytes of the stream and 3 x 6 numbers of the feed-forward product each.
-    assert generate.moments["prefill"] == {"kv_cache": 8192, "rollout": 488, "prefill_workspace": 64 * (4 * 12 + 72)}
-    # Scores twice, the mask, logits twice.
-    decoding = 2 * 16 * 2 * 16 * 4 + 16 * 16 + 16 * 10 * 2 * 4
-    assert generate.moments["decode"] == {"kv_cache": 8192, "rollout": 488, "decode_workspace": decoding}
+    # 2 layers x 4 slots x 2 numbers x 16 columns, keys and values; the head's 40 weights in a layout of their own; a prompt is
+    # read as 16 columns, 64 tokens in all: 12 bytes of the stream and 3 x 6 numbers of the feed-forward product each.
+    held = {"kv_cache": 2048, "rollout": 488, "packed_head": 160}
+    assert generate.moments["prefill"] == held | {"prefill_workspace": 64 * (4 * 12 + 72)}
+    # The mask, logits twice.
+    assert generate.moments["decode"] == held | {"decode_workspace": 16 * 16 + 16 * 10 * 2 * 4}
+    # Two prompts of 16 columns at a time.
+    few = MemoryPlan.of(replace(RUN, prefill_tokens=40)).phases["generate"].moments["prefill"]
+    assert few == held | {"prefill_workspace": 32 * (4 * 12 + 72)}
     # The reward model reads 4 sequences of 6 tokens; 16 rows of logits stay from the reference's head.
     assert score.items == {"rollout": 584, "head_workspace": 640, "score_workspace": 24 * (4 * 12 + 72)}
     # 4 tokens: 2 layers of 256 bytes each (norms 104, attention 48 + 8, feed-forward 96), last norm 36, id 8; the angles.
@@ -92,7 +95,7 @@ def test_a_small_run_by_hand():
         "backward_workspace": room,
     }
     assert train["gradients"] == 1380 and train.most("gradients", "head_workspace") == 2020
-    assert plan.peak == 6740 + 28 * 2**20 + 8192 + 488 + 7680 and plan.largest == "generate"
+    assert plan.peak == 6740 + 28 * 2**20 + 2048 + 488 + 160 + 7680 and plan.largest == "generate"
 
 
 @pytest.mark.parametrize(
