@@ -64,7 +64,7 @@ def release(peer: str, asked: str | None, known: dict[str, T]) -> T:
 def refuse(peer: str, **arguments: object) -> None:
     """ValueError for an argument that the peer takes and we do not; None, False and 0 ask for nothing."""
     for name, value in arguments.items():
-        if value is not None and value is not False and value != 0:
+        if isinstance(value, Tensor) or (value is not None and value is not False and value != 0):
             raise ValueError(
                 f"{name}: got {type(value).__name__}, which {peer} takes and this adapter does not; leave it out"
             )

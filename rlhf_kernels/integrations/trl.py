@@ -1,4 +1,4 @@
-"""TRL: the helpers and the inline arithmetic of PPOTrainer (0.12 to 1.12); `trl_classic` has that of 0.11.
+"""TRL: helpers and inline arithmetic of PPOTrainer, 0.12 to 1.12; `trl_classic` has that of 0.11, `trl_grpo` GRPOTrainer's.
 
 B sequences, T response positions, V vocabulary. `faithful` is explained in the package's docstring.
 """
@@ -17,11 +17,13 @@ from ..ops import checks, kl_penalty, logits_ppo_loss, ppo_loss, rollout_advanta
 from ..ops import masked_whiten as whiten
 from .conventions import counted, mean, release, whiten_everywhere
 from .trl_classic import Classic, ClassicMixin
+from .trl_grpo import GRPOMixin
 
 __all__ = [
     "PPO",
     "Classic",
     "ClassicMixin",
+    "GRPOMixin",
     "Rollout",
     "fused_helpers",
     "masked_mean",

@@ -79,10 +79,10 @@ def test_trl_classic_lets_whitened_padding_leak_into_the_response():
     _, leaked, _ = theirs.compute_advantages(b.values, rewards, b.mask)
     _, clean, _ = trl.Classic(config, None).compute_advantages(b.values, rewards, b.mask)
     inside = b.mask == 1
-    assert (leaked - clean)[inside].abs().max() > 0.05
+    assert (leaked - clean)[inside].abs().max() > 0.01
     arguments = [torch.nn.functional.pad(x, (0, 5)) for x in (b.values, rewards, b.mask)]
     moved, kept = theirs.compute_advantages(*arguments)[1], trl.Classic(config, None).compute_advantages(*arguments)[1]
-    assert (moved[:, :-5] - leaked)[inside].abs().max() > 0.05  # five more pads change what was learnt
+    assert (moved[:, :-5] - leaked)[inside].abs().max() > 0.01  # five more pads change what was learnt
     torch.testing.assert_close(kept[:, :-5][inside], clean[inside], rtol=1e-6, atol=1e-6)
 
 
