@@ -1,5 +1,7 @@
 """GRPOTrainer with our mixin and without: losses, gradients and two steps of training, in the installed release."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from datasets import Dataset
@@ -119,12 +121,16 @@ def test_two_steps_end_in_the_same_weights(tmp_path):
 
 
 def test_lora_on_the_head(tmp_path):
-    """The adapter of the output layer has its part in loss and gradients, and its name in the state dict."""
+    """The adapter of the output layer has its part in loss and gradients, and its name in the state dict.
+
+    TRL 1.16 refuses an adapter there, for its own head would leave it out: one inside the trunk then.
+    """
     from peft import LoraConfig
 
+    targets = ["q_proj", "lm_head"] if version("trl").startswith("1.12.") else ["q_proj"]
     results = []
     for kind in (GRPOTrainer, Fused):
-        config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "lm_head"], lora_dropout=0.0)
+        config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, lora_dropout=0.0)
         made = trainer(kind, tmp_path, peft_config=config)
         with torch.no_grad():
             for n, p in made.model.named_parameters():
@@ -138,7 +144,7 @@ def test_lora_on_the_head(tmp_path):
     (loss, gradients, names), (our_loss, our_gradients, our_names) = results
     assert names == our_names
     assert abs(our_loss - loss) <= 1e-6 * max(abs(loss), 0.1)
-    assert any("lm_head" in n and g.abs().max() > 1e-3 for n, g in gradients.items())
+    assert any(targets[-1] in n and g.abs().max() > 1e-3 for n, g in gradients.items())
     for key, gradient in gradients.items():
         torch.testing.assert_close(
             our_gradients[key], gradient, rtol=0, atol=2e-6 * max(1, gradient.abs().max().item())
