@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import checks, gae, ppo_loss, token_logprobs
 from .conventions import counted, value_loss
+from .head import fuse_head, token_logprobs_of
 
 
 class PPOMixin:
@@ -87,3 +88,12 @@ class PPO(PPOMixin):
 def gather_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs of the labels in float32: (..., V), (...) -> (...)."""
     return token_logprobs(logits, labels).logprobs
+
+
+def fused_log_probs(actor: nn.Module, seq: Tensor, attention_mask: Tensor) -> Tensor:
+    """`gather_log_probs(actor(seq, attention_mask).logits[:, :-1], seq[:, 1:])` from hidden states, (B, T) -> (B, T - 1).
+
+    `actor` is a causal LM, or DeepSpeed's engine around one whose head `head.fuse_head` had replaced before.
+    """
+    head = fuse_head(getattr(actor, "module", actor))
+    return token_logprobs_of(actor, seq, attention_mask, seq.shape[1] - 1, head=head).logprobs

@@ -24,6 +24,7 @@ class _Wanted(NamedTuple):
     ids: Tensor  # (B, K)
     temperature: float
     mask: Tensor | None  # (B, K), bool
+    shifted: bool
 
 
 class FusedHead(nn.Module):
@@ -50,14 +51,17 @@ class FusedHead(nn.Module):
             )
 
     @contextmanager
-    def taking(self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Iterator[None]:
+    def taking(
+        self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None, shifted: bool = False
+    ) -> Iterator[None]:
         """Within it the model's `logits` are (B, K, 2): log-prob and entropy of `ids` (B, K), the last K tokens it reads.
 
-        The model must be asked for K + 1 positions or more (`logits_to_keep`); where `mask` is False both are 0.
+        The model must be asked for K + 1 positions or more (`logits_to_keep`). `shifted`: for K positions, `ids` being the
+        tokens behind them. Where `mask` is False both are 0.
         """
         if self._wanted is not None:
             raise RuntimeError("taking: the head takes other tokens already")
-        self._wanted = _Wanted(ids, temperature, mask)
+        self._wanted = _Wanted(ids, temperature, mask, shifted)
         try:
             yield
         finally:

@@ -19,7 +19,17 @@ from . import tiny
 
 UPDATES, EPOCHS, MICRO, BATCH = 3, 2, 4, 8
 END = 3
-ROLLOUT = ("responses", "logprobs", "ref_logprobs", "values", "scores", "sequence_lengths", "rewards", "advantages", "returns")
+ROLLOUT = (
+    "responses",
+    "logprobs",
+    "ref_logprobs",
+    "values",
+    "scores",
+    "sequence_lengths",
+    "rewards",
+    "advantages",
+    "returns",
+)
 STEP = ("micro_batch_inds", "logits", "mb_responses", "vpred", "loss")
 
 
