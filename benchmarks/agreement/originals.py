@@ -100,6 +100,18 @@ def openrlhf_advantages() -> types.FunctionType:
 
 
 @cache
+def openrlhf_actor() -> type:
+    """`Actor` with its `forward` alone: the module demands flash_attn, deepspeed and peft."""
+    _, utils = openrlhf()
+    # Its entropy is under torch.compile there, which would compile in every process that measures: eager, the same formula.
+    entropy = getattr(utils.compute_entropy, "_torchdynamo_orig_callable", utils.compute_entropy)
+    helpers = {"torch": torch, "log_probs_from_logits": utils.log_probs_from_logits, "compute_entropy": entropy}
+    return type(
+        "Actor", (torch.nn.Module,), _definitions(_package("openrlhf") / "models" / "actor.py", ["forward"], helpers)
+    )
+
+
+@cache
 def deepspeed_chat() -> type:
     """`DeepSpeedPPOTrainer`, whose module demands deepspeed: its four functions."""
     names = ("compute_rewards", "actor_loss_fn", "critic_loss_fn", "get_advantages_and_returns", "gather_log_probs")

@@ -70,13 +70,11 @@ class FusedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:  # (B, T, H)
         if self._wanted is None:
             return F.linear(hidden, self.weight, self.bias) if self.lora is None else self.lora(hidden)
-        ids, temperature, mask = self._wanted
-        k = ids.shape[1]
-        if hidden.shape[1] <= k:
-            raise ValueError(
-                f"ids: got {k} tokens of {hidden.shape[1]} positions, expected fewer: row t is the state before t"
-            )
-        hidden = hidden[:, -k - 1 : -1]
+        ids, temperature, mask, shifted = self._wanted
+        k, t = ids.shape[1], hidden.shape[1]
+        if k > t - (not shifted):
+            raise ValueError(f"ids: got {k} tokens of {t} positions, expected fewer: row t is the state before token t")
+        hidden = hidden[:, t - k :] if shifted else hidden[:, t - k - 1 : t - 1]
         weight, bias = _whole(self if self.lora is None else self.lora.base_layer)
         if self.lora is not None:
             hidden, weight = _widened(self.lora, hidden, weight)
