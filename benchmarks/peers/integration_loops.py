@@ -72,23 +72,25 @@ def verl(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
     session.baseline()
     policy = _model(model)
     b = _batch(model, batch)
+    response = slice(batch["prompt_tokens"] - 1, -1)  # the part that verl's losses are given
     wrapped = FusedCausalLM(policy) if fused else None
 
     def log_probs_and_entropy() -> tuple[torch.Tensor, torch.Tensor]:
         if wrapped is not None:
             output = wrapped(b["ids"], temperature=0.7)
-            return output.log_probs[:, :-1], output.entropy[:, :-1].detach()
+            return output.log_probs[:, response], output.entropy[:, response].detach()
         logits = policy(b["ids"], use_cache=False).logits / 0.7
         log_probs = functions.logprobs_from_logits(logits, b["ids"].roll(-1, 1), inplace_backward=False)
         with torch.no_grad():
             entropy = functions.entropy_from_logits(logits)
-        return log_probs[:, :-1], entropy[:, :-1]
+        return log_probs[:, response], entropy[:, response]
 
     def step() -> torch.Tensor:
         log_probs, entropy = log_probs_and_entropy()
         old = b.setdefault("old", log_probs.detach())
         loss = compute_policy_loss if fused else core.compute_policy_loss
-        return loss(old, log_probs, b["advantages"], b["actions"], 0.2)[0] + 0 * entropy.sum()
+        constants = (b[name][:, batch["prompt_tokens"] - 1 :] for name in ("advantages", "actions"))
+        return loss(old, log_probs, *constants, 0.2)[0] + 0 * entropy.sum()
 
     _steps(session, policy.parameters(), step)
 
