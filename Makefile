@@ -44,7 +44,7 @@ $(VENV)/.built: $(SOURCES)
 # release. DEEPSPEED_CHAT=... names a folder with DeepSpeed-Chat, which is in no package index; without it, its cases are skipped.
 test-peers: $(PEERS)/.built
 	$(if $(DEEPSPEED_CHAT),ln -sfn $(abspath $(DEEPSPEED_CHAT)) $(PEERS)/sources/DeepSpeed-Chat)
-	$(PEERS)/bin/python -m pytest tests/integrations tests/integrations/peers
+	$(PEERS)/bin/python -m pytest tests/integrations/peers
 	PYTHONPATH=$(PEERS)/sources/trl-current $(PEERS)/bin/python -m pytest tests/integrations/peers/test_trl_grpo.py
 	$(PEERS)/bin/python -m benchmarks.peer_agreement
 

@@ -7,6 +7,7 @@ its log-softmax (an update's log-probs), `optimizer.step` (a micro-batch is done
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -39,10 +40,13 @@ class Recorder(PPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.seen = []
+        self.gradient = None
         step = self.optimizer.step
 
         def stepping(*args, **kwargs):
             variables = self._train_variables()
+            if self.gradient is None:
+                self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
             if not self.seen or "line" in self.seen[-1]:
                 self.seen.append({"steps": []} | {k: variables[k].detach().clone() for k in ROLLOUT})
             self.seen[-1]["steps"].append({k: torch.as_tensor(variables[k]).detach().clone() for k in STEP})
@@ -103,6 +107,7 @@ def run(folder, **settings):
         callbacks=[TrainerCallback()],
         train_dataset=Dataset.from_dict({"input_ids": prompts}),
     )
+    np.random.seed(0)  # TRL draws the order of its sequences from numpy's global generator
     made.train()
     return made
 
@@ -139,3 +144,17 @@ def test_three_updates(tmp_path, settings):
         clipped += line["policy/clipfrac_avg"]
     lengths = torch.cat([u["sequence_lengths"] for u in made.seen])
     assert clipped > 0 and lengths.min() < 3 and lengths.max() == 6  # it was a lively run
+
+
+def test_the_original_with_fused_helpers(tmp_path):
+    """Rollout, first loss and first gradient with TRL's helpers and with ours; afterwards the module has its own again."""
+    one = {"total_episodes": BATCH, "num_ppo_epochs": 1}
+    plain = run(tmp_path / "plain", **one)
+    with trl.fused_helpers() as swapped:
+        fused = run(tmp_path / "fused", **one)
+    assert swapped == ("selective_log_softmax", "masked_mean", "masked_whiten")
+    assert sys.modules[PPOTrainer.__module__].masked_mean is not trl.masked_mean
+    for name in ROLLOUT:
+        close(name, fused.seen[0][name], plain.seen[0][name])
+    close("loss", fused.seen[0]["steps"][0]["loss"], plain.seen[0]["steps"][0]["loss"], scale=1.0)
+    close("gradient", fused.gradient, plain.gradient)
