@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.c*' -o -name '*.h')
 
-.PHONY: demo figure test lint compile-check bench bench-env build clean
+PEERS := .venv-peers
+
+.PHONY: demo figure test test-peers lint compile-check bench bench-env build clean
 
 demo: build
 	$(BIN)/rlhf demo --output runs/demo
@@ -38,5 +40,26 @@ $(VENV)/.built: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,dev]'
 	touch $@
 
+# The adapters against the originals, in an environment of their own: trl 1.12.0 beside verl and OpenRLHF, then trl's current
+# release. DEEPSPEED_CHAT=... names a folder with DeepSpeed-Chat, which is in no package index; without it, its cases are skipped.
+test-peers: $(PEERS)/.built
+	$(if $(DEEPSPEED_CHAT),ln -sfn $(abspath $(DEEPSPEED_CHAT)) $(PEERS)/sources/DeepSpeed-Chat)
+	$(PEERS)/bin/python -m pytest tests/integrations/peers
+	PYTHONPATH=$(PEERS)/sources/trl-current $(PEERS)/bin/python -m pytest tests/integrations/peers/test_trl_grpo.py
+	$(PEERS)/bin/python -m benchmarks.peer_agreement
+
+# What verl and OpenRLHF say they require are older releases and GPU libraries that the compared functions have no use for.
+$(PEERS)/.built: $(SOURCES) benchmarks/constraints-peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --constraint benchmarks/constraints-peers.txt \
+		--editable . pytest transformers trl liger-kernel cut-cross-entropy peft \
+		ray tensordict omegaconf orjson codetiming hydra-core
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --constraint benchmarks/constraints-peers.txt verl openrlhf
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/openrlhf-0.11.0 openrlhf==0.11.0
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/openrlhf-0.7.5 openrlhf==0.7.5
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/trl-0.11.4 trl==0.11.4
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/trl-current trl==1.16.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) build runs *.egg-info rlhf_kernels/*.so
+	rm -rf $(VENV) $(PEERS) build runs *.egg-info rlhf_kernels/*.so

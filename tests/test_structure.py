@@ -25,8 +25,12 @@ KERNEL_LAYERS = {
     "reference": ("types",),
     "backend": ("_native", "rows"),
     "ops": ("reference", "backend", "workspace", "_cpu", "_native", "rows", "types"),
+    "integrations": ("ops", "types"),
     "info": ("ops", "backend", "_native"),
 }
+
+# Packages that an adapter may import inside a function alone: it must import without them.
+PEERS = ("trl", "openrlhf", "verl", "deepspeed", "peft")
 
 # Lower to higher: a module or package of the engine imports from those before it, and from itself.
 ENGINE_LAYERS = (
@@ -96,6 +100,16 @@ def test_kernels_layering(path):
         targets = [module.split(".")[1]] if "." in module else names
         for target in targets:
             assert target == layer or target in KERNEL_LAYERS[layer], f"{name(path)} imports {module} {names}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rlhf_kernels" / "integrations").glob("*.py")), ids=name)
+def test_no_peer_is_needed_to_import_its_adapter(path):
+    tree = ast.parse(path.read_text())
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside and not getattr(node, "level", 0):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            assert not {m.split(".")[0] for m in modules} & set(PEERS), f"{name(path)}:{node.lineno}"
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if "rlhf_engine" in p.parts], ids=name)

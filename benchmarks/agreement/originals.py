@@ -1,0 +1,130 @@
+"""The peers' own code, found where it is installed.
+
+A module whose import demands a GPU library, or packages of another time, is not imported: its file is loaded by path, or the
+functions wanted are compiled from its text as it lies there. Nothing of a peer is copied. Sources that cannot live beside the
+installed packages lie under `SOURCES`, where `make test-peers` puts them.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.nn import functional as F
+
+SOURCES = Path(__file__).parents[2] / ".venv-peers" / "sources"
+
+
+class Missing(ImportError):
+    """A peer that is not here."""
+
+
+def installed(module: str) -> ModuleType:
+    """A module of an installed package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Missing(f"{module}: {error}") from error
+
+
+def _package(name: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise Missing(f"{name} is not installed")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _file(path: Path) -> Path:
+    if not path.exists():
+        raise Missing(f"no {path}")
+    return path
+
+
+def _definitions(path: Path, names: Iterable[str], namespace: dict) -> dict:
+    """Functions of a file, methods among them, compiled from its text without its imports, decorators and annotations."""
+    wanted = set(names)
+    found = [
+        n for n in ast.walk(ast.parse(_file(path).read_text())) if isinstance(n, ast.FunctionDef) and n.name in wanted
+    ]
+    assert {n.name for n in found} == wanted, f"{path}: {wanted - {n.name for n in found}} not found"
+    for node in found:
+        node.decorator_list = []
+    flags = __future__.annotations.compiler_flag
+    exec(compile(ast.Module(found, []), str(path), "exec", flags=flags, dont_inherit=True), namespace)
+    return {name: namespace[name] for name in wanted}
+
+
+def verl() -> ModuleType:
+    return installed("verl.trainer.ppo.core_algos")
+
+
+def trl_ppo() -> ModuleType:
+    return installed("trl.experimental.ppo.ppo_trainer")
+
+
+@cache
+def openrlhf(release: str = "") -> tuple[ModuleType, ModuleType]:
+    """`openrlhf.models.loss` and `.utils` by their files: the package's import demands flash_attn, that of utils deepspeed."""
+    root = SOURCES / f"openrlhf-{release}" / "openrlhf" if release else _package("openrlhf")
+    package = types.ModuleType(f"openrlhf_{release.replace('.', '_')}_models")
+    package.__path__ = [str(_file(root / "models"))]
+    sys.modules[package.__name__] = package
+    absent = importlib.util.find_spec("deepspeed") is None
+    if absent:
+        sys.modules["deepspeed"] = types.ModuleType("deepspeed")
+    try:
+        names = (f"{package.__name__}.{part}" for part in ("loss", "utils"))
+        return tuple(importlib.import_module(name) for name in names)
+    finally:
+        if absent:
+            del sys.modules["deepspeed"]
+
+
+@cache
+def openrlhf_advantages() -> types.FunctionType:
+    """`get_advantages_and_returns` of the experience maker, whose module demands Ray, vLLM and flash_attn."""
+    path = _package("openrlhf") / "trainer" / "ppo_utils" / "experience_maker.py"
+    method = _definitions(path, ["get_advantages_and_returns"], {"torch": torch})["get_advantages_and_returns"]
+    return lambda *args: method(None, *args)
+
+
+@cache
+def openrlhf_actor() -> type:
+    """`Actor` with its `forward` alone: the module demands flash_attn, deepspeed and peft."""
+    _, utils = openrlhf()
+    # Its entropy is under torch.compile there, which would compile in every process that measures: eager, the same formula.
+    entropy = getattr(utils.compute_entropy, "_torchdynamo_orig_callable", utils.compute_entropy)
+    helpers = {"torch": torch, "log_probs_from_logits": utils.log_probs_from_logits, "compute_entropy": entropy}
+    return type(
+        "Actor", (torch.nn.Module,), _definitions(_package("openrlhf") / "models" / "actor.py", ["forward"], helpers)
+    )
+
+
+@cache
+def deepspeed_chat() -> type:
+    """`DeepSpeedPPOTrainer`, whose module demands deepspeed: its four functions."""
+    names = ("compute_rewards", "actor_loss_fn", "critic_loss_fn", "get_advantages_and_returns", "gather_log_probs")
+    path = SOURCES / "DeepSpeed-Chat" / "dschat" / "rlhf" / "ppo_trainer.py"
+    return type("DeepSpeedPPOTrainer", (), _definitions(path, names, {"torch": torch, "F": F}))
+
+
+@cache
+def trl_classic() -> type:
+    """The PPOTrainer of TRL 0.11, whose module demands transformers of its time: its functions, and those of core.py."""
+    root = SOURCES / "trl-0.11.4" / "trl"
+    helpers = ("masked_mean", "masked_var", "masked_whiten", "clip_by_value", "entropy_from_logits", "flatten_dict")
+    namespace = {"torch": torch, "F": F, "Mapping": Mapping, "warnings": warnings}
+    _definitions(root / "core.py", helpers, namespace)
+    names = ("compute_rewards", "compute_advantages", "loss", "_kl_penalty")
+    return type("PPOTrainer", (), _definitions(root / "trainer" / "ppo_trainer.py", names, namespace))

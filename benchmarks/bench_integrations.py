@@ -1,0 +1,54 @@
+"""Training steps of OpenRLHF, verl and TRL's GRPOTrainer beside the same with only our head and loss swapped in.
+
+A Llama of 20M parameters (random weights, a vocabulary of 32,768), sequences of 32 + 128 tokens, float32, AdamW. The two of a
+pair run in turn, each in a process of its own. Memory is peak RSS above what the process holds after its imports; the first
+step of each is a warm-up. It wants the environment of `make test-peers`.
+"""
+
+from __future__ import annotations
+
+from benchmarks.harness import Check, Worker, alternate_workers, ratio, report
+
+NAME = "integrations"
+MODEL = {
+    "vocab_size": 32_768,
+    "hidden_size": 256,
+    "intermediate_size": 672,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+BATCH = {"sequences": 8, "prompt_tokens": 32, "response_tokens": 128}
+LOOPS = {"OpenRLHF": "openrlhf", "verl": "verl", "TRL GRPOTrainer": "trl_grpo"}
+
+
+def measure(peer: str, model: dict, batch: dict, rounds: int) -> None:
+    """One trainer as it is and with ours in it."""
+    target = f"benchmarks.peers.integration_loops:{LOOPS[peer]}"
+    sides = {f"{peer} with our head and loss": True, peer: False}
+    workers = [
+        Worker(name, target, {"model": model, "batch": batch, "fused": fused}, start_limit=300, step_limit=300)
+        for name, fused in sides.items()
+    ]
+    ours, theirs = alternate_workers(workers, rounds=rounds, slow=60)
+    memory = None if ours.error or theirs.error else ours.extra_mb / theirs.extra_mb
+    checks = [Check("seconds, ours / theirs", ratio(ours, theirs), 1.0), Check("extra MB, ours / theirs", memory, 0.75)]
+    title = f"{peer}, a step of {{sequences}} x ({{prompt_tokens}}+{{response_tokens}}) tokens"
+    report(NAME, title.format(**batch), [ours, theirs], checks=checks)
+
+
+def main(*, quick: bool = False) -> None:
+    batch = BATCH | ({"sequences": 4, "response_tokens": 32} if quick else {})
+    for peer in LOOPS:
+        measure(peer, MODEL, batch, rounds=1 if quick else 5)
+
+
+def test_integrations(benchmark) -> None:
+    """The part that needs no peer: the loss alone, with its gradient."""
+    import torch
+
+    from rlhf_kernels.integrations.openrlhf import PolicyLoss
+
+    x = torch.randn(8, 128)
+    benchmark(lambda: PolicyLoss()(x.clone().requires_grad_(), x, x)[0].backward())

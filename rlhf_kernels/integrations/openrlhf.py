@@ -1,0 +1,366 @@
+"""OpenRLHF 0.11 and 0.7: its loss modules and the functions between rollout and loss, under their own signatures.
+
+B sequences, T positions, V vocabulary. The names here are those of 0.11.2; `for_version` has those of the others. `faithful`
+is explained in the package's docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import checks, gae, ppo_loss, token_logprobs
+from ..ops import kl_penalty as estimate_kl
+from .conventions import counted, local_fraction, mean, refuse, release, value_loss
+
+KL_IS_WEIGHT_CLIP = 10.0
+"""Largest importance weight of `compute_approx_kl(unbiased_gradient=True)`."""
+
+
+class PolicyLoss(nn.Module):
+    """`policy_loss_type="ppo"`: ratios of tokens, log-ratios clamped at ±20; "gspo": of sequences, averaged over sequences.
+
+    The importance correction between trainer and sampler weights or drops tokens (`is_correction_level="token"`) or
+    sequences ("seq") by the ratio old / rollout or a divergence of the two, within `is_correction_threshold`.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: Sequence[float] = (0.5, 5.0),
+        *,
+        faithful: bool = False,
+    ):
+        super().__init__()
+        checks.choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
+        checks.choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
+        checks.choice("is_correction_mode", is_correction_mode, ("mask", "clip"))
+        checks.choice("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv"))
+        by_token_ratio = is_correction_level != "seq" and is_correction_gating == "ratio"
+        if is_correction_mode == "clip" and not by_token_ratio:
+            raise ValueError(
+                f"is_correction_mode: got 'clip' with is_correction_level={is_correction_level!r} and is_correction_gating="
+                f"{is_correction_gating!r}, expected 'token' and 'ratio'"
+            )
+        if is_correction_level != "off" and is_correction_gating != "ratio" and is_correction_threshold[0] > 0:
+            raise ValueError(
+                f"is_correction_threshold: got {tuple(is_correction_threshold)} with is_correction_gating="
+                f"{is_correction_gating!r}, expected a lower bound of 0: a divergence is bounded from above"
+            )
+        self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
+        self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
+        self.policy_loss_type = policy_loss_type
+        self.is_correction_level, self.is_correction_mode = is_correction_level, is_correction_mode
+        self.is_correction_gating, self.is_correction_threshold = is_correction_gating, is_correction_threshold
+        self.faithful = faithful
+
+    def forward(
+        self,
+        log_probs: Tensor,  # (B, T), differentiable
+        old_log_probs: Tensor,  # (B, T)
+        advantages: Tensor,  # (B, T)
+        action_mask: Tensor | None = None,  # (B, T)
+        rollout_log_probs: Tensor | None = None,  # (B, T)
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Loss, clip fraction, KL(old || new) by k1, mean log(rollout / old) and the fraction that the correction caught."""
+        corrects = self.is_correction_level != "off"
+        if corrects and rollout_log_probs is None:
+            raise ValueError(f"rollout_log_probs: got None with is_correction_level={self.is_correction_level!r}")
+        mask = counted("action_mask", action_mask, log_probs)
+        weights = rollout_kl = filtered = None
+        options: dict[str, Any] = {"log_ratio_clamp": 20.0}
+        base = old_log_probs
+        if self.policy_loss_type == "gspo":
+            options, base = {"ratio_level": "sequence"}, rollout_log_probs if corrects else old_log_probs
+        elif corrects:
+            weights, filtered = self._correction(old_log_probs.detach(), rollout_log_probs, mask)
+            rollout_kl = mean(rollout_log_probs - old_log_probs, mask)
+        aggregation, factor = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+        clip = {"cliprange": self.clip_eps_low, "cliprange_high": self.clip_eps_high, "dual_clip": self.dual_clip}
+        loss, metrics = ppo_loss(log_probs, base, advantages, mask, weights=weights, **clip, **options, **aggregation)
+        ppo_kl = mean(old_log_probs - log_probs.detach(), mask)
+        clip_ratio = local_fraction(metrics["clipfrac"], aggregation.get("num_tokens"), mask)
+        return _nothing_true(loss, aggregation, mask, self.faithful) * factor, clip_ratio, ppo_kl, rollout_kl, filtered
+
+    def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """A factor of each token's loss, and the fraction of tokens, or sequences, outside the threshold."""
+        low, high = self.is_correction_threshold
+        by_sequence = self.is_correction_level == "seq"
+        log_ratio = old - rollout
+        statistic = log_ratio if self.is_correction_gating == "ratio" else self._divergence(old, rollout)
+        if by_sequence:
+            count = mask.sum(-1, keepdim=True)
+            statistic = torch.where(mask, statistic, 0).sum(-1, keepdim=True) / count  # of an empty row NaN, outside
+        if self.is_correction_gating == "ratio":
+            statistic = statistic.exp()
+        outside = ~((statistic >= low) & (statistic <= high))
+        if self.is_correction_mode == "clip":
+            weights = statistic.clamp(low, high)
+        else:
+            weights = torch.where(outside, 0, log_ratio.exp())
+        return weights, outside.float().mean() if by_sequence else mean(outside.float(), mask)
+
+    def _divergence(self, old: Tensor, rollout: Tensor) -> Tensor:
+        """Of the two coins "this token or another"."""
+        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+        if self.is_correction_gating == "tv":
+            return (p - q).abs()
+        return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+class PolicyLoss0110(PolicyLoss):
+    """That of 0.11.0 and 0.11.1: the correction under other names, four results."""
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        enable_vllm_is_correction: bool = False,
+        vllm_is_truncated_threshold: Sequence[float] | None = None,
+        vllm_is_correction_type: str = "tis",
+        *,
+        faithful: bool = False,
+    ):
+        kinds = {"tis": ("token", "clip"), "icepop": ("token", "mask"), "seq-mask-tis": ("seq", "mask")}
+        checks.choice("vllm_is_correction_type", vllm_is_correction_type, tuple(kinds))
+        if enable_vllm_is_correction and vllm_is_truncated_threshold is None:
+            raise ValueError("vllm_is_truncated_threshold: got None, expected a lower and an upper bound")
+        level, mode = kinds[vllm_is_correction_type] if enable_vllm_is_correction else ("off", "mask")
+        clip = (clip_eps_low, clip_eps_high, dual_clip, token_level_loss, policy_loss_type)
+        super().__init__(*clip, level, mode, "ratio", vllm_is_truncated_threshold or (0.5, 5.0), faithful=faithful)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `PolicyLoss.forward`, without the last result."""
+        return super().forward(*args, **kwargs)[:4]
+
+
+class PolicyLoss07(nn.Module):
+    """That of 0.7: one clip range, no clamp, the loss alone."""
+
+    def __init__(self, clip_eps: float = 0.2, token_level_loss: bool = True, *, faithful: bool = False):
+        super().__init__()
+        self.clip_eps, self.token_level_loss, self.faithful = clip_eps, token_level_loss, faithful
+
+    def forward(
+        self,
+        log_probs: Tensor,  # (B, T), differentiable
+        old_log_probs: Tensor,  # (B, T)
+        advantages: Tensor,  # (B, T)
+        action_mask: Tensor | None = None,  # (B, T)
+    ) -> Tensor:
+        mask = counted("action_mask", action_mask, log_probs)
+        aggregation, _ = _aggregation(self.token_level_loss, 1, None, None)
+        loss, _ = ppo_loss(log_probs, old_log_probs, advantages, mask, cliprange=self.clip_eps, **aggregation)
+        return _any_empty(loss, mask, self.token_level_loss) if self.faithful else loss
+
+
+class ValueLoss(nn.Module):
+    """Half the squared error, or the larger of the plain and the clipped one."""
+
+    def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True, *, faithful: bool = False):
+        super().__init__()
+        self.clip_eps, self.token_level_loss, self.faithful = clip_eps, token_level_loss, faithful
+
+    def forward(
+        self,
+        values: Tensor,  # (B, T), differentiable
+        old_values: Tensor,  # (B, T)
+        returns: Tensor,  # (B, T)
+        action_mask: Tensor | None = None,  # (B, T)
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> Tensor:
+        mask = counted("action_mask", action_mask, values)
+        aggregation, factor = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+        loss, _ = value_loss(values, old_values, returns, mask, self.clip_eps, **aggregation)
+        return _nothing_true(loss, aggregation, mask, self.faithful) * factor
+
+
+class ValueLoss07(ValueLoss):
+    """That of 0.7, which knows no global counts."""
+
+    def forward(self, values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor | None = None) -> Tensor:
+        loss = super().forward(values, old_values, returns, action_mask)
+        mask = counted("action_mask", action_mask, values)
+        return _any_empty(loss, mask, self.token_level_loss) if self.faithful else loss
+
+
+def _aggregation(
+    token_level: bool, dp_size: int, batch_num_tokens: float | None, global_batch_size: float | None
+) -> tuple[dict, float]:
+    """`aggregate_loss` as options of `ppo_loss` and a factor, which needs a global count to be more than 1."""
+    kind, name, count = ("token_mean", "num_tokens", batch_num_tokens)
+    if not token_level:
+        kind, name, count = ("seq_mean_token_mean", "num_sequences", global_batch_size)
+    return {"aggregation": kind} | ({} if count is None else {name: count}), 1 if count is None else dp_size
+
+
+def _nothing_true(loss: Tensor, aggregation: dict, mask: Tensor, faithful: bool) -> Tensor:
+    """OpenRLHF's NaN of a batch without a True that has no count from elsewhere, when asked."""
+    return loss / mask.any() if faithful and len(aggregation) == 1 else loss
+
+
+def _any_empty(loss: Tensor, mask: Tensor, token_level: bool) -> Tensor:
+    """0.7's NaN: of no True, or, by sequence, of any row without one."""
+    fine = mask.any() if token_level else mask.any(-1).all()
+    return torch.where(fine, loss, torch.nan)
+
+
+class PairWiseLoss(nn.Module):
+    """`-log σ(chosen - rejected - margin)`, the mean."""
+
+    def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
+        apart = chosen_reward - reject_reward
+        return -F.logsigmoid(apart if margin is None else apart - margin).mean()
+
+
+class LogExpLoss(nn.Module):
+    """`log(1 + exp(rejected - chosen))`, the mean; `margin` has no effect, as in OpenRLHF, so it is refused.
+
+    As a softplus, which stays finite; `faithful`: as it is written, inf from a difference of 89 on.
+    """
+
+    def __init__(self, *, faithful: bool = False):
+        super().__init__()
+        self.faithful = faithful
+
+    def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
+        if margin is not None and not self.faithful:
+            raise ValueError("margin: got a tensor, expected None: OpenRLHF takes it and ignores it")
+        apart = reject_reward - chosen_reward
+        return torch.log(1 + torch.exp(apart)).mean() if self.faithful else F.softplus(apart).mean()
+
+
+class GPTLMLoss(nn.Module):
+    """Mean negative log-likelihood of the next token where the label is not -100; rings of devices are refused."""
+
+    def __init__(self, ring_attn_group: Any = None, *, faithful: bool = False):
+        super().__init__()
+        refuse("OpenRLHF", ring_attn_group=ring_attn_group)
+        self.IGNORE_INDEX, self.faithful = -100, faithful
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T)
+        labels = labels[..., 1:]
+        mask = labels != self.IGNORE_INDEX
+        return -mean(token_logprobs(logits[..., :-1, :], labels, mask=mask).logprobs, mask, faithful=self.faithful)
+
+
+def compute_approx_kl(
+    log_probs: Tensor,  # any shape, differentiable
+    log_probs_base: Tensor,
+    log_probs_old: Tensor | None = None,
+    kl_estimator: str = "k1",
+    unbiased_gradient: bool = False,
+) -> Tensor:
+    """KL(policy || base) of each token in float32, within ±10; `unbiased_gradient`: the gradient of weighted k2 instead."""
+    checks.choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+    d = log_probs.float() - log_probs_base.float()
+    nothing = torch.zeros_like(d)
+    # k3 is past 10 there, and the slope of its exp would be inf.
+    value = estimate_kl(d.clamp(min=-10) if kl_estimator == "k3" else d, nothing, estimator=kl_estimator).clamp(-10, 10)
+    if not unbiased_gradient:
+        return value
+    weight = 1.0
+    if log_probs_old is not None:
+        weight = (log_probs.float() - log_probs_old.float()).exp().clamp(max=KL_IS_WEIGHT_CLIP).detach()
+    straight = weight * estimate_kl(d, nothing, estimator="k2")
+    return value.detach() + straight - straight.detach()
+
+
+def compute_approx_kl07(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
+    """That of 0.7: no clamp."""
+    checks.choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+    return estimate_kl(log_probs.float(), log_probs_base.float(), estimator=kl_estimator)
+
+
+def compute_approx_kl0110(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
+    """That of 0.11.0 and 0.11.1: its third argument is the estimator."""
+    return compute_approx_kl(log_probs, log_probs_base, kl_estimator=kl_estimator)
+
+
+def compute_reward(
+    r: Tensor,  # (B,)
+    kl_coef: float,
+    kl: Tensor,  # (B, T)
+    action_mask: Tensor | None = None,  # (B, T)
+    reward_clip_range: tuple[float, float] | None = None,
+    *,
+    faithful: bool = False,
+) -> Tensor:
+    """`-kl_coef kl`, and the clipped score on the last action; a negative `kl_coef` counts as 0.
+
+    A row without an action gets no score; `faithful`: its last position does.
+    """
+    checks.floating("kl", kl, dims=(2,), what="[B, T]")
+    checks.tensor("r", r, like=kl, expected=kl.shape[:1], what="one score a sequence")
+    mask = counted("action_mask", action_mask, kl)
+    if reward_clip_range:
+        r = r.clamp(*reward_clip_range)
+    position = torch.arange(kl.shape[1], device=kl.device)
+    last = torch.where(mask, position, -1).amax(1, keepdim=True)
+    if faithful:
+        last = torch.where(last < 0, kl.shape[1] - 1, last)
+    return -max(kl_coef, 0.0) * kl + torch.where(position == last, r[:, None].to(kl.dtype), 0)
+
+
+def get_advantages_and_returns(
+    values: Tensor,  # (B, T)
+    rewards: Tensor,  # (B, T)
+    action_mask: Tensor | None,  # (B, T)
+    gamma: float,
+    lambd: float,
+) -> tuple[Tensor, Tensor]:
+    """GAE over all positions, values and rewards 0 where nothing counts: it decays through holes."""
+    checks.floating("rewards", rewards, dims=(2,), what="[B, T]")
+    mask = counted("action_mask", action_mask, rewards)
+    values, rewards = (torch.where(mask, x, 0) for x in (values, rewards))
+    return tuple(gae(rewards, values, torch.ones_like(mask), gamma=gamma, lam=lambd))
+
+
+def normalize_advantages(
+    advantages: Sequence[Tensor],  # of each experience, (B, T)
+    action_masks: Sequence[Tensor],  # of each experience, (B, T)
+    no_std_norm: bool = False,
+) -> list[Tensor]:
+    """What OpenRLHF does to a step's advantages: mean 0 over all of them, and variance 1 (biased, at least 1e-8)."""
+    masks = [counted("action_masks", m, a) for m, a in zip(action_masks, advantages, strict=True)]
+    flat, flags = (torch.cat([x.flatten() for x in xs]) for xs in (advantages, masks))
+    centre = mean(flat, flags)
+    scale = 1 if no_std_norm else mean((flat - centre).square(), flags).clamp(min=1e-8).rsqrt()
+    return [(a - centre) * scale for a in advantages]
+
+
+def for_version(version: str | None = None) -> SimpleNamespace:
+    """The names of one release (None: the installed one); ValueError for a release that is not known."""
+    shared = {
+        f.__name__: f
+        for f in (PairWiseLoss, LogExpLoss, GPTLMLoss, compute_reward, get_advantages_and_returns, normalize_advantages)
+    }
+    return SimpleNamespace(**shared, **release("openrlhf", version, _KNOWN))
+
+
+_KNOWN = {
+    "0.11.2": {"PolicyLoss": PolicyLoss, "ValueLoss": ValueLoss, "compute_approx_kl": compute_approx_kl},
+    "0.11.1": {"PolicyLoss": PolicyLoss0110, "ValueLoss": ValueLoss, "compute_approx_kl": compute_approx_kl0110},
+    "0.11.0": {"PolicyLoss": PolicyLoss0110, "ValueLoss": ValueLoss, "compute_approx_kl": compute_approx_kl0110},
+    "0.7": {"PolicyLoss": PolicyLoss07, "ValueLoss": ValueLoss07, "compute_approx_kl": compute_approx_kl07},
+}

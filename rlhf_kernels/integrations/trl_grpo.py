@@ -1,0 +1,65 @@
+"""TRL's GRPOTrainer: its log-probs and entropies from hidden states, everything else its own.
+
+B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conventions import counted, refuse, release
+from .head import fuse_head, token_logprobs_of
+
+KNOWN = {"1.12": "logits", "1.16": "fused_lm_head"}
+"""Releases whose `_get_per_token_logps_and_entropies` is called as it is here, and what it is made of there."""
+
+
+class GRPOMixin:
+    """`class Trainer(GRPOMixin, GRPOTrainer)`: no [B, T, V] logits, on any device.
+
+    The method that gives log-probs and entropies is this one, so that all that TRL builds on it stays: token and sequence
+    ratios, clip-higher, `delta`, importance weights, every loss type. Images, MoE balancing losses and `cast_lm_head_to_fp32`
+    are refused.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        release("trl", None, KNOWN)
+        super().__init__(*args, **kwargs)
+        refuse("TRL", cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        fuse_head(self.accelerator.unwrap_model(self.model))  # before FSDP wraps it, in train()
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T)
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Log-probs and entropies (B, logits_to_keep) of the completion's tokens, 0 where `attention_mask` is 0."""
+        refuse("TRL", compute_aux_loss=compute_aux_loss, **images)
+        head = fuse_head(self.accelerator.unwrap_model(model))
+        mask = counted("attention_mask", attention_mask, input_ids)
+        parts = []
+        for rows, where in zip(
+            input_ids.split(batch_size or len(input_ids)), mask.split(batch_size or len(mask)), strict=True
+        ):
+            with self.accelerator.autocast():
+                taken = token_logprobs_of(
+                    model,
+                    rows,
+                    where.to(attention_mask.dtype),
+                    logits_to_keep,
+                    head=head,
+                    temperature=self.temperature,
+                    mask=where[:, -logits_to_keep:],
+                )
+            parts.append(taken)
+        logprobs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logprobs, entropies if compute_entropy else None, None

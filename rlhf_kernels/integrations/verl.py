@@ -1,0 +1,233 @@
+"""verl 0.9: the functions of its `core_algos` and `linear_cross_entropy`, under their own signatures.
+
+B sequences, T positions. Mind the order: the policy loss takes old log-probs first, the value loss predictions, returns, old
+values. `faithful=True` is explained in the package's docstring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import checks, gae, linear_token_logprobs, masked_whiten, ppo_loss
+from ..ops import kl_penalty as estimate_kl
+from .conventions import counted, local_fraction, mean, refuse, release, value_loss, whiten_everywhere
+
+KNOWN = {"0.9": "0.9"}
+
+_AGGREGATIONS = {
+    "token-mean": "token_mean",
+    "token-sum": "token_sum",
+    "seq-mean-token-sum": "seq_mean_token_sum",
+    "seq-mean-token-sum-norm": "seq_mean_token_sum",
+    "seq-mean-token-mean": "seq_mean_token_mean",
+}
+_ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+
+
+def register(name: str = "rlhf_kernels", *, version: str | None = None) -> None:
+    """Enters `compute_policy_loss_vanilla` in verl's registry, where `actor.policy_loss.loss_mode` finds it by this name."""
+    release("verl", version, KNOWN)
+    from verl.trainer.ppo.core_algos import register_policy_loss
+
+    register_policy_loss(name)(compute_policy_loss_vanilla)
+
+
+def compute_gae_advantage_return(
+    token_level_rewards: Tensor,  # (B, T)
+    values: Tensor,  # (B, T)
+    response_mask: Tensor,  # (B, T)
+    gamma: float,
+    lam: float,
+    *,
+    faithful: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Advantages, whitened over the mask, and returns; masked tokens inside a response are stepped over.
+
+    `faithful`: what verl leaves under a False mask (the next action's advantage, whitened; that plus the value), NaN for one
+    action and ValueError for none, instead of zeros.
+    """
+    checks.floating("token_level_rewards", token_level_rewards, dims=(2,), what="[B, T]")
+    mask = counted("response_mask", response_mask, token_level_rewards, from_start=not faithful)
+    advantages, returns = gae(token_level_rewards, values, mask, gamma=float(gamma), lam=float(lam), holes="skip")
+    if not faithful:
+        return masked_whiten(advantages, mask), returns
+    carried = _from_next_action(advantages, mask)
+    return whiten_everywhere(carried, mask), carried + values
+
+
+def _from_next_action(x: Tensor, mask: Tensor) -> Tensor:
+    """Each entry becomes that of the next True one, itself included; 0 behind the last."""
+    t = x.shape[1]
+    position = torch.where(mask, torch.arange(t, device=x.device), t)
+    following = position.flip(1).cummin(1).values.flip(1)
+    return torch.nn.functional.pad(x, (0, 1)).gather(1, following)
+
+
+def compute_policy_loss(
+    old_log_prob: Tensor,  # (B, T)
+    log_prob: Tensor,  # (B, T), differentiable
+    advantages: Tensor,  # (B, T)
+    response_mask: Tensor,  # (B, T)
+    cliprange: float | None = None,
+    cliprange_low: float | None = None,
+    cliprange_high: float | None = None,
+    clip_ratio_c: float = 3.0,
+    loss_agg_mode: str = "token-mean",
+    *,
+    faithful: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, clip fraction, KL(old || new) by k1 and the fraction that dual clip caught; log-ratios are clamped at ±20."""
+    low = cliprange if cliprange_low is None else cliprange_low
+    high = cliprange if cliprange_high is None else cliprange_high
+    if low is None or high is None:
+        raise ValueError("cliprange: got None, expected a number, or cliprange_low and cliprange_high")
+    mask = counted("response_mask", response_mask, log_prob, from_start=not faithful)
+    aggregation, factor = _aggregation(mask, loss_agg_mode)
+    return _policy_loss(
+        old_log_prob, log_prob, advantages, mask, low, high, clip_ratio_c, None, aggregation, factor, faithful
+    )
+
+
+def compute_policy_loss_vanilla(
+    old_log_prob: Tensor,  # (B, T)
+    log_prob: Tensor,  # (B, T), differentiable
+    advantages: Tensor,  # (B, T)
+    response_mask: Tensor,  # (B, T)
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,  # (B, T)
+    *,
+    faithful: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and the metrics that verl logs; `config` is verl's ActorConfig, with the global counts in `global_batch_info`.
+
+    The metrics are Python numbers, as verl's are: on a GPU one wait a call (verl's own are three).
+    """
+    if config is None:
+        raise ValueError("config: got None, expected verl's ActorConfig")
+    clip, dual_clip = config.clip_ratio, config.get("clip_ratio_c", 3.0)
+    low = clip if config.clip_ratio_low is None else config.clip_ratio_low
+    high = clip if config.clip_ratio_high is None else config.clip_ratio_high
+    mask = counted("response_mask", response_mask, log_prob, from_start=not faithful)
+    aggregation, factor = _aggregation(mask, loss_agg_mode, **config.global_batch_info)
+    loss, *metrics = _policy_loss(
+        old_log_prob,
+        log_prob,
+        advantages,
+        mask,
+        low,
+        high,
+        dual_clip,
+        rollout_is_weights,
+        aggregation,
+        factor,
+        faithful,
+    )
+    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+    return loss, dict(zip(names, torch.stack(metrics).tolist(), strict=True))
+
+
+def _policy_loss(old, new, advantages, mask, low, high, dual_clip, weights, aggregation, factor, faithful):
+    options = {"cliprange": low, "cliprange_high": high, "dual_clip": dual_clip, "log_ratio_clamp": 20.0}
+    loss, metrics = ppo_loss(new, old, advantages, mask, weights=weights, **options, **aggregation)
+    kl = mean((old - new.detach()).clamp(-20, 20), mask)
+    given = aggregation.get("num_tokens")
+    clipped, dual_clipped = (local_fraction(metrics[name], given, mask) for name in ("clipfrac", "dual_clipfrac"))
+    return _nothing_true(loss, aggregation, mask, faithful) * factor, clipped, kl, dual_clipped
+
+
+def _nothing_true(loss: Tensor, aggregation: dict, mask: Tensor, faithful: bool) -> Tensor:
+    """verl's NaN of a batch without a True that has no count from elsewhere, when asked."""
+    own = aggregation["aggregation"] != "token_sum" and not {"num_tokens", "num_sequences"} & set(aggregation)
+    return loss / mask.any() if faithful and own else loss
+
+
+def compute_value_loss(
+    vpreds: Tensor,  # (B, T), differentiable
+    returns: Tensor,  # (B, T)
+    values: Tensor,  # (B, T)
+    response_mask: Tensor,  # (B, T)
+    cliprange_value: float,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+    *,
+    faithful: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Half the larger of the plain and the clipped squared error, aggregated, and the fraction where the clipped one is."""
+    mask = counted("response_mask", response_mask, vpreds, from_start=not faithful)
+    numbers = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    aggregation, factor = _aggregation(mask, loss_agg_mode, *numbers)
+    loss, clipfrac = value_loss(vpreds, values, returns, mask, cliprange_value, **aggregation)
+    return _nothing_true(loss, aggregation, mask, faithful) * factor, clipfrac
+
+
+def _aggregation(
+    mask: Tensor,
+    loss_agg_mode: str,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> tuple[dict, float]:
+    """`agg_loss` as options of `ppo_loss` and a factor."""
+    checks.choice("loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))
+    options: dict[str, Any] = {"aggregation": _AGGREGATIONS[loss_agg_mode]}
+    if loss_agg_mode == "token-sum":
+        return options, dp_size
+    name, count = (
+        ("num_tokens", batch_num_tokens) if loss_agg_mode == "token-mean" else ("num_sequences", global_batch_size)
+    )
+    if count is not None:
+        options[name] = count
+    elif dp_size > 1:
+        peers = {"num_tokens": "batch_num_tokens", "num_sequences": "global_batch_size"}[name]
+        raise ValueError(f"{peers}: got None with dp_size={dp_size}, expected the global count")
+    if loss_agg_mode == "seq-mean-token-sum-norm":
+        return options, dp_size / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
+    return options, dp_size
+
+
+def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
+    """KL(policy || reference) of each token: kl (k1), abs, mse (k2), low_var_kl (k3).
+
+    The log-ratio of k3 is clamped at ±20, k3 itself at ±10. A name that ends in "+" keeps its value and has k2's gradient.
+    """
+    base = kl_penalty.removesuffix("+")
+    checks.choice("kl_penalty", base, tuple(_ESTIMATORS))
+    estimator = _ESTIMATORS[base]
+    checks.floating("logprob", logprob, dims=tuple(range(8)), what="any shape")
+    checks.tensor("ref_logprob", ref_logprob, like=logprob, expected=logprob.shape, what="the shape of logprob")
+    if estimator == "k3":
+        d = (logprob - ref_logprob).clamp(-20, 20)  # against zeros the difference stays what it is
+        value = estimate_kl(d, torch.zeros_like(d), estimator=estimator).clamp(-10, 10)
+    else:
+        value = estimate_kl(logprob, ref_logprob, estimator=estimator)
+    if base == kl_penalty or kl_penalty in ("mse", "k2"):
+        return value
+    straight = estimate_kl(logprob, ref_logprob, estimator="k2")
+    return straight - straight.detach() + value.detach()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (..., H), differentiable
+    weight: Tensor,  # (V, H), differentiable
+    labels: Tensor,  # (...)
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (N,) of the labels ("sum", "mean": one number) and entropies (N,), flat as verl's; no [N, V] tensor."""
+    refuse("verl", dist_process_group=dist_process_group)
+    checks.choice("reduction", reduction.lower(), ("none", "sum", "mean"))
+    taken = linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, entropy=True
+    )
+    if reduction.lower() == "none":
+        return taken.logprobs, taken.entropy
+    return taken.logprobs.sum() if reduction.lower() == "sum" else taken.logprobs.mean(), taken.entropy

@@ -1,0 +1,227 @@
+"""The head in the place of a model's output layer: against the logits, under FSDP2, with an adapter, and what it refuses."""
+
+import copy
+import socket
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rlhf_kernels import reference
+from rlhf_kernels.integrations import deepspeed_chat, openrlhf_actor, verl_model
+from rlhf_kernels.integrations.head import FusedHead, fuse_head, token_logprobs_of
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changes))
+
+
+def tokens(b: int = 3, t: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and an attention mask, padded on both sides."""
+    ids = torch.randint(0, 40, (b, t), generator=torch.Generator().manual_seed(1))
+    attended = torch.ones_like(ids)
+    attended[0, :2] = 0
+    attended[1, -2:] = 0
+    return ids, attended
+
+
+def from_logits(plain, ids, attended, keep, temperature, mask, **inputs):
+    """The definition, on the model's own logits."""
+    logits = plain(input_ids=ids, attention_mask=attended, **inputs).logits[:, -keep - 1 : -1]
+    return reference.token_logprobs(logits, ids[:, -keep:], temperature=temperature, mask=mask, entropy=True)
+
+
+def check(got, expected, fused, plain):
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)
+    (got[0].square().sum() + got[1].sum()).backward()
+    (expected[0].square().sum() + expected[1].sum()).backward()
+    theirs = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    ours = {n.replace("lm_head.lora.", "lm_head."): p.grad for n, p in fused.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=0, atol=2e-6 * max(1, gradient.abs().max().item()), msg=name
+        )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_log_probs_entropies_and_gradients_are_those_of_the_logits(tied):
+    plain = model(tie_word_embeddings=tied)
+    fused = copy.deepcopy(plain)
+    names = fused.state_dict().keys()
+    head = fuse_head(fused)
+    assert fuse_head(fused) is head and fused.state_dict().keys() == names
+    ids, attended = tokens()
+    mask = attended[:, -4:].bool()
+    got = token_logprobs_of(fused, ids, attended, 4, head=head, temperature=0.7, mask=mask)
+    check(got, from_logits(plain, ids, attended, 4, 0.7, mask), fused, plain)
+
+
+def test_outside_taking_it_is_the_layer_it_replaced():
+    plain = model()
+    fused = copy.deepcopy(plain)
+    head = fuse_head(fused)
+    ids, attended = tokens()
+    assert torch.equal(fused(ids, attention_mask=attended).logits, plain(ids, attention_mask=attended).logits)
+    with pytest.raises(KeyError), head.taking(ids):
+        raise KeyError
+    assert torch.equal(fused(ids).logits, plain(ids).logits)
+    with head.taking(ids[:, 1:]), pytest.raises(RuntimeError, match="other tokens already"), head.taking(ids):
+        pass
+    with head.taking(ids), pytest.raises(ValueError, match="ids: got 7 tokens of 7 positions, expected fewer"):
+        fused(ids)
+
+
+class Lora(nn.Module):
+    """What the head reads of peft's layer; the layer itself is in `peers`."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base_layer, self.merged, self.disable_adapters, self.active_adapters = base, False, False, ["a"]
+        self.scaling = {"a": 1.5}
+        self.lora_A = nn.ModuleDict({"a": nn.Linear(16, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"a": nn.Linear(3, 40, bias=False)})
+        self.lora_dropout = nn.ModuleDict({"a": nn.Identity()})
+
+    def forward(self, x):
+        wide = self.base_layer(x)
+        if self.disable_adapters or self.merged:
+            return wide
+        return wide + self.lora_B["a"](self.lora_A["a"](x)) * self.scaling["a"]
+
+
+@pytest.mark.parametrize("state", ["active", "disabled"])
+def test_an_adapter_on_the_head_counts_while_it_is_active(state):
+    plain = model()
+    plain.lm_head = Lora(plain.lm_head)
+    plain.lm_head.disable_adapters = state == "disabled"
+    fused = copy.deepcopy(plain)
+    head = fuse_head(fused)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    fused.load_state_dict(plain.state_dict())
+    ids, attended = tokens()
+    got = token_logprobs_of(fused, ids, attended, 4, head=head)
+    check(got, from_logits(plain, ids, attended, 4, 1.0, None), fused, plain)
+    assert (fused.lm_head.lora.lora_B["a"].weight.grad is not None) == (state == "active")
+
+
+def test_what_is_refused():
+    capped = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.0))
+    layer = capped.lm_head
+    with pytest.raises(ValueError, match=r"model: got logits that are not the output layer's own \(softcap"):
+        fuse_head(capped)
+    assert capped.lm_head is layer
+    with pytest.raises(ValueError, match=r"head: got Embedding, expected torch.nn.Linear or peft's LoRA layer"):
+        FusedHead(nn.Embedding(3, 4))
+    lora = Lora(nn.Linear(16, 40))
+    lora.lora_variant = {"a": object()}
+    head = FusedHead(lora)
+    with (
+        head.taking(torch.zeros(1, 1).long()),
+        pytest.raises(ValueError, match="head: got a variant of LoRA in adapter 'a'"),
+    ):
+        head(torch.zeros(1, 2, 16))
+    sharded = FusedHead(nn.Linear(16, 40))
+    sharded.weight = nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it outside the forward
+    with sharded.taking(torch.zeros(1, 1).long()), pytest.raises(ValueError, match="head: got a sharded weight"):
+        sharded(torch.zeros(1, 2, 16))
+
+
+class Actor(openrlhf_actor.ActorMixin, nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.model, self.temperature, self.packing_samples = inner, 0.7, False
+
+
+def test_openrlhf_actor():
+    plain = model()
+    fused = copy.deepcopy(plain)
+    actor = Actor(fused)
+    ids, attended = tokens()
+    with pytest.raises(ValueError, match="got an Actor that was not fused"):
+        actor(ids, attended[:, 1:], attended)
+    actions = attended[:, 1:].clone()
+    actions[:, :2] = 0
+    got, output = actor.fuse()(ids, actions, attended, return_output=True, return_entropy=True)
+    position = (attended.cumsum(-1) - 1).masked_fill(attended == 0, 1)
+    expected = from_logits(plain, ids, attended, 6, 0.7, actions.bool(), position_ids=position)
+    check((got, output.entropy), expected, fused, plain)
+    with pytest.raises(ValueError, match="packed_seq_lens: got list, which OpenRLHF takes and this adapter does not"):
+        actor(ids, actions, attended, packed_seq_lens=[1])
+    with pytest.raises(ValueError, match="action_mask: got None, expected a mask or return_logprobs=True"):
+        actor(ids, attention_mask=attended)
+
+
+def test_verl_model():
+    plain = model()
+    wrapped = verl_model.FusedCausalLM(copy.deepcopy(plain))
+    ids, _ = tokens()
+    got = wrapped(ids, temperature=0.7)
+    logits = plain(ids).logits
+    check(got, reference.token_logprobs(logits, ids.roll(-1, 1), temperature=0.7, entropy=True), wrapped.model, plain)
+
+
+def test_deepspeed_chat_log_probs():
+    plain = model()
+    fused = copy.deepcopy(plain)
+    ids, attended = tokens()
+    got = deepspeed_chat.fused_log_probs(fused, ids, attended)
+    logits = plain(ids, attention_mask=attended).logits
+    torch.testing.assert_close(got, deepspeed_chat.gather_log_probs(logits[:, :-1], ids[:, 1:]), rtol=1e-6, atol=1e-6)
+
+
+def _sharded(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    fused = model()
+    head = fuse_head(fused)
+    for layer in fused.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(fused, mesh=mesh)
+    ids, attended = tokens()
+    got = token_logprobs_of(fused, ids, attended, 4, head=head)
+    (got.logprobs.square().sum() + got.entropy.sum()).backward()
+    gradient = head.weight.grad
+    assert tuple(gradient.to_local().shape) == (20, 16)
+    try:
+        with head.taking(ids[:, 1:]):
+            head(torch.zeros(3, 7, 16))
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    whole = gradient.full_tensor()
+    if rank == 0:
+        torch.save((got.logprobs.detach(), whole, refused), folder)
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp_gathers_the_head_for_its_forward(tmp_path):
+    """Two processes, half of the head each: the same log-probs and gradient; outside the forward the shard is refused."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_sharded, args=(port, str(tmp_path / "out")), nprocs=2)
+    logprobs, gradient, refused = torch.load(tmp_path / "out")
+    plain = model()
+    ids, attended = tokens()
+    expected = from_logits(plain, ids, attended, 4, 1.0, None)
+    (expected.logprobs.square().sum() + expected.entropy.sum()).backward()
+    torch.testing.assert_close(logprobs, expected.logprobs.detach(), rtol=1e-6, atol=1e-6)
+    whole = plain.lm_head.weight.grad
+    torch.testing.assert_close(gradient, whole, rtol=0, atol=2e-6 * whole.abs().max().item())
+    assert refused.startswith("head: got a sharded weight")
