@@ -119,10 +119,8 @@ def generate(w: Workload, slots: int) -> dict[str, Items]:
         kept = (slots * -(-columns // PAGE) + 1) * PAGE
     else:
         kept = columns * (slots + (-slots % MIN_SLOTS if w.eager else 0))
-    # Rotating a key's angle takes it back to the weights' type.
-    pair = (w.weight_bytes if policy.gated else w.compute_bytes) + w.compute_bytes
     held = {
-        "kv_cache": policy.layers * kept * policy.key_width * pair,
+        "kv_cache": policy.layers * kept * policy.key_width * 2 * w.compute_bytes,
         "rollout": rollout(w, scored=False),
     }
     if w.autocast:

@@ -83,6 +83,11 @@ class ActorCritic(nn.Module):
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """Type of the matrix products, and of keys and values."""
+        return self.compute_dtype or self.lm_weight.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.lm_weight.device
 

@@ -228,11 +228,11 @@ def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What the answers to be judged depend on."""
-    setting = asdict(config.eval)
+    setting = config.eval.to_dict()
     for name in ("judge", "judge_batch", "margin", "resamples"):
         del setting[name]
     data = {name: getattr(config.data, name) for name in ("prompts", "prompt_template", "long_prompts")}
-    return {"seed": config.seed, "eval": setting, "rollout": asdict(config.rollout)} | data
+    return {"seed": config.seed, "eval": setting, "rollout": config.rollout.to_dict()} | data
 
 
 def _read_said(config: RunConfig, folder: Path) -> Said:
@@ -273,7 +273,7 @@ def _write_report(folder: Path, config: RunConfig, contest: Contest) -> None:
         "truncated_prompts": said.truncated,
         "seed": config.seed,
         "eval": asdict(setting),
-        "rollout": asdict(config.rollout),
+        "rollout": config.rollout.to_dict(),
     }
     text = table(config, contest) + "\n"
     with_new_file(folder / "report.json", lambda new: write_json(new, report))

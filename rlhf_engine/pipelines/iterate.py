@@ -29,7 +29,7 @@ from rlhf_engine.stages import run_ppo, run_rm
 _MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every")
 _STATE = "state.json"
 
-_ALWAYS = ("seed", "dtype", "backend", "model")
+_ALWAYS = ("seed", "dtype", "compute_dtype", "backend", "model", "memory")
 _PROMPTS = ("data.prompts", "data.prompt_template", "data.long_prompts", "rollout")
 READS = {
     "generate": (*_ALWAYS, *_PROMPTS, "iterate.prompts", "iterate.completions"),

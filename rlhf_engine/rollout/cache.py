@@ -45,8 +45,9 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(states: Tensor) -> Tensor:
             shape = (self.slots, states.shape[1], self.columns, states.shape[3])
-            # Zeros: attention that multiplies hidden columns by 0 instead of leaving them out makes NaN of a NaN.
-            return self.allocate(shape, states.dtype, states.device).zero_()
+            # Autocast turns keys in float32, and attention then reads them in the type of values. Zeros: attention that
+            # multiplies hidden columns by 0 instead of leaving them out makes NaN of a NaN.
+            return self.allocate(shape, value_states.dtype, states.device).zero_()
 
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
@@ -65,7 +66,7 @@ class SlotLayer(CacheLayerMixin):
             self.values[rows, :, :length] = value_states[:, :, :length][step.source]
             return key_states, value_states
         rows = len(step.positions)  # those behind them keep a matrix product on its path, and have no slot
-        self.keys[step.rows, :, step.positions] = key_states[:rows, :, 0]
+        self.keys[step.rows, :, step.positions] = key_states[:rows, :, 0].to(self.keys.dtype)
         self.values[step.rows, :, step.positions] = value_states[:rows, :, 0]
         return self.keys[:rows, :, : step.width], self.values[:rows, :, : step.width]
 

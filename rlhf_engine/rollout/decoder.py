@@ -45,7 +45,7 @@ def slot_bytes(policy: ActorCritic, columns: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     columns = -(-columns // MIN_ROWS) * MIN_ROWS
-    return 2 * config.num_hidden_layers * heads * size * columns * policy.lm_weight.element_size()
+    return 2 * config.num_hidden_layers * heads * size * columns * policy.product_dtype.itemsize
 
 
 def slot_step(policy: ActorCritic) -> int:

@@ -38,7 +38,7 @@ def slot_attention(
 ) -> tuple[Tensor, None]:  # (R, 1, heads, D)
     """`decode_attention` in transformers' attention interface; rows without a slot get zeros."""
     slots = len(key)
-    out = decode_attention(query[:slots, :, 0], key, value, attention_mask[:slots, 0, 0], scale=scaling)
+    out = decode_attention(query[:slots, :, 0].to(key.dtype), key, value, attention_mask[:slots, 0, 0], scale=scaling)
     if slots < len(query):
         out = nn.functional.pad(out, (0, 0, 0, 0, 0, len(query) - slots))
     return out[:, None], None

@@ -59,7 +59,9 @@ def attend(
 ) -> tuple[Tensor, None]:  # (R, 1, heads, D)
     """`paged_attention` in transformers' attention interface."""
     options = {"scale": scaling, "window": key.window, "softcap": softcap}
-    return paged_attention(query[:, :, 0], key.pages, value, key.table, key.lengths, **options)[:, None], None
+    return paged_attention(query[:, :, 0].to(value.dtype), key.pages, value, key.table, key.lengths, **options)[
+        :, None
+    ], None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -99,7 +101,7 @@ class PagedLayer(CacheLayerMixin):
                 raise ValueError(
                     f"policy: got keys or values of (heads, size) {got}, expected {expected} by its config"
                 )
-            tokens = states.transpose(1, 2).flatten(0, 1)  # (rows * tokens, groups, D)
+            tokens = states.transpose(1, 2).flatten(0, 1).to(pages.dtype)  # (rows * tokens, groups, D)
             pages[step.page, step.within] = tokens if step.source is None else tokens[step.source]
         if step.source is not None:
             return key_states, value_states
@@ -126,7 +128,7 @@ def pool_shape(policy: ActorCritic, pages: int, page_size: int) -> tuple[int, ..
 
 def pages_within(policy: ActorCritic, kv_bytes: int, page_size: int = PAGE_SIZE) -> int:
     """How many pages fit into `kv_bytes`, beside page 0."""
-    one = torch.Size(pool_shape(policy, 1, page_size)).numel() * policy.lm_weight.element_size()
+    one = torch.Size(pool_shape(policy, 1, page_size)).numel() * policy.product_dtype.itemsize
     return kv_bytes // one - 1
 
 
@@ -166,7 +168,7 @@ class PagedDecoder(Decoder):
     def pool_bytes(self) -> int:
         """Memory of the pages, of which page 0 is nobody's."""
         shape = pool_shape(self.policy, 1 + self.page_count, self.page_size)
-        return torch.Size(shape).numel() * self.policy.lm_weight.element_size()
+        return torch.Size(shape).numel() * self.policy.product_dtype.itemsize
 
     def _can_capture(self) -> bool:
         rope = getattr(self.text_config, "rope_parameters", None) or {}
@@ -177,7 +179,7 @@ class PagedDecoder(Decoder):
     def open(self, allocate: Allocate = new_memory) -> None:
         """Take the memory of the pages, all of them free. It may hold anything."""
         shape = pool_shape(self.policy, 1 + self.page_count, self.page_size)
-        self.pool = allocate(shape, self.policy.lm_weight.dtype, self.policy.device)
+        self.pool = allocate(shape, self.policy.product_dtype, self.policy.device)
         for layer, (keys, values) in zip(self.cache.layers, self.pool, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
         self.sequences = Sequences(Pages(self.page_count, first=1), self.page_size, self.slots)

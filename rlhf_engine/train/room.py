@@ -17,9 +17,7 @@ def head_bytes(policy: ActorCritic) -> int:
     if policy.device.type != "cpu":
         return 0
     backend = "triton" if policy.backend == "triton" else "cpu"
-    return head_workspace_bytes(
-        policy.lm_weight.shape[0], policy.compute_dtype or policy.lm_weight.dtype, backend=backend
-    )
+    return head_workspace_bytes(policy.lm_weight.shape[0], policy.product_dtype, backend=backend)
 
 
 def phase_bytes(policy: ActorCritic, generator: Generator, optimizer: torch.optim.Optimizer) -> dict[str, int]:

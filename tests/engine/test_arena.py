@@ -140,10 +140,10 @@ def test_a_transposed_weight_has_a_gradient_of_its_own_strides():
 def watch(monkeypatch, trainer):
     """Addresses of keys, values, the head's logits and gradients, as an update takes them."""
     seen = {"kv": [], "gradients": [], "logits": []}
-    zeros, take, workspace = trainer.arena.zeros, trainer.arena.take, WORKSPACE.take
+    memory, take, workspace = trainer.arena.memory, trainer.arena.take, WORKSPACE.take
 
-    def watched_zeros(*args):
-        tensor = zeros(*args)
+    def watched_memory(*args):
+        tensor = memory(*args)
         seen["kv"].append((tensor.data_ptr(), tensor.nbytes))
         return tensor
 
@@ -157,7 +157,7 @@ def watch(monkeypatch, trainer):
             seen["gradients"] += [(p.grad.data_ptr(), p.grad.nbytes) for p in group["params"]]
         return step(optimizer, *args)
 
-    monkeypatch.setattr(trainer.arena, "zeros", watched_zeros)
+    monkeypatch.setattr(trainer.arena, "memory", watched_memory)
     monkeypatch.setattr(trainer.arena, "take", take)
     monkeypatch.setattr(WORKSPACE, "take", watched_workspace)
     monkeypatch.setattr(ppo, "optimizer_step", watched_step)

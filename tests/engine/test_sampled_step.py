@@ -24,8 +24,8 @@ def test_the_deviation_of_the_sampled_logprobs_is_logged(old_logprobs, monkeypat
     trainer = make_trainer(old_logprobs=old_logprobs)
     plain = trainer.generator.generate
 
-    def wrong(*arguments):
-        rollout = plain(*arguments)
+    def wrong(*arguments, **options):
+        rollout = plain(*arguments, **options)
         rollout.logprobs[1, 0] -= 0.5
         return rollout
 
