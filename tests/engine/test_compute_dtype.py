@@ -106,9 +106,9 @@ def test_sampling_copies_a_weight_once():
     trainer = make_trainer()
     trainer.policy.compute_dtype = BF16
     layer = trainer.policy.trunk.layers[0]
-    with Copies([layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight, trainer.policy.lm_weight]) as copies:
-        with trainer.arena.phase("generate"):
-            rollout = collect(trainer.generator, trainer.prompts(0, 4), torch.arange(4), trainer.arena)
+    watched = [layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight, trainer.policy.lm_weight]
+    with Copies(watched) as copies, trainer.arena.phase("generate"):
+        rollout = collect(trainer.generator, trainer.prompts(0, 4), torch.arange(4), trainer.arena)
     assert rollout.response_ids.shape[1] > 2  # steps, each of which multiplies by all of them
     assert list(copies.counts.values()) == [1, 1, 1]
 
