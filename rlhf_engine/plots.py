@@ -102,7 +102,7 @@ def plot_win_rate_lines(
         axes.set_xscale("log")
         axes.minorticks_off()
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axes.set(ylim=(0, 1), xlabel=x_label, ylabel=f"win rate against {baseline} (ties count half)")
+    axes.set(ylim=(0, 1), xlabel=x_label, ylabel=f"win rate against {baseline}\n(ties count half)")
     axes.grid(alpha=0.25)
     if len(series) > 1:
         axes.legend(frameon=False)
