@@ -42,6 +42,7 @@ VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
 _MAY_CHANGE = {
     "output_dir",
     "device",
+    "rollout.check_sequences",
     "model.path",
     *(f"reward.{name}" for name in ("path", "epochs", "batch_size", "microbatch", "evaluate_every", "optim")),
     "data.demonstrations",

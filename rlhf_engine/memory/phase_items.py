@@ -43,7 +43,8 @@ def persistent(w: Workload) -> Items:
     if w.reward is not None:
         items["reward_model"] = _scalar_model(w, w.reward)
     if w.average:
-        items["average"] = adapter_numbers(w) * FLOAT if w.adapter else policy.parameters * size
+        # In float32, whatever the weights are (rlhf_engine.train.ema).
+        items["average"] = (adapter_numbers(w) if w.adapter else policy.parameters) * FLOAT
     if w.optimizer_state != "host" or w.device == "cpu":
         items |= {"optimizer_state": optimizer_state(w)} | _masters(w)
     return items | {"context": CONTEXT["cpu" if w.device == "cpu" else "cuda"]}
@@ -115,7 +116,7 @@ def generate(w: Workload, slots: int) -> dict[str, Items]:
     """Moments of sampling with `slots` sequences at a time: the first prompts are read, the last token is decoded."""
     policy, rows = w.policy, max(slots, MIN_SLOTS)
     columns = -(-w.length // MIN_SLOTS) * MIN_SLOTS
-    if w.device == "cuda":
+    if w.paged:
         kept = (slots * -(-columns // PAGE) + 1) * PAGE
     else:
         kept = columns * (slots + (-slots % MIN_SLOTS if w.eager else 0))
@@ -127,9 +128,11 @@ def generate(w: Workload, slots: int) -> dict[str, Items]:
         held["rounded_weights"] = rounded_weights(policy)
     logits = rows * policy.vocab * 2 * FLOAT
     width = prompt_width(w.prompt)
-    reading = pass_of(w, policy, max(1, min(slots, w.prefill_tokens // width)), width)
+    # Shorter prompts come closer to the budget of a pass than the longest do, where their widths do not divide it.
+    tokens = min(slots * width, max(width, w.prefill_tokens))
+    reading = pass_of(w, policy, -(-tokens // width), width)
     decoding = rows * columns
-    if w.device != "cpu" or w.eager:
+    if w.paged or w.eager or w.device != "cpu":
         decoding += 2 * rows * policy.heads * columns * w.compute_bytes
     prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
     if w.device == "cpu" and w.compute_bytes == FLOAT:
@@ -156,6 +159,12 @@ def score(w: Workload) -> dict[str, Items]:
     block = {"head_workspace": head_block(w, rows * w.response, gradient=False)}
     kept = block if w.device == "cpu" else {}  # the block of logits stays between calls
     last = reading.tokens * w.policy.hidden * w.weight_bytes
+
+    def rounded(
+        shape: ModelShape,
+    ) -> Items:  # of models whose weights ask for gradients, which autocast keeps while it runs
+        return {"rounded_weights": rounded_weights(shape)} if w.autocast else {}
+
     moments = {
         "reference": held | kept | {"score_workspace": max(reading.forward_room(), last + actions)},
         "reference head": held | block | {"score_workspace": actions + copied},
@@ -163,10 +172,11 @@ def score(w: Workload) -> dict[str, Items]:
     if w.reward is not None:
         shape = w.reward
         batch = pass_of(w, shape, min(SCORE_ROWS, w.rollout_batch), w.length + 1)
-        moments["reward model"] = held | kept | {"score_workspace": batch.forward_room()}
+        moments["reward model"] = held | kept | rounded(shape) | {"score_workspace": batch.forward_room()}
     if w.value == "backbone":
         shape = w.reward or w.policy
-        moments["values"] = held | kept | {"score_workspace": pass_of(w, shape, rows, w.length - 1).forward_room()}
+        room = pass_of(w, shape, rows, w.length - 1).forward_room()
+        moments["values"] = held | kept | rounded(shape) | {"score_workspace": room}
     return moments
 
 

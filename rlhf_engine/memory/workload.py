@@ -37,6 +37,8 @@ class Workload:
     compute_dtype: str = "float32"
     value: str = "head"
     """Where values come from: "head", "backbone", or "none"."""
+    cache: str = "auto"
+    """As of `rollout.cache`."""
     average: bool = False
     """Whether a moving average of the weights is kept."""
     pretraining: int = 0
@@ -84,6 +86,7 @@ class Workload:
             dtype=config.dtype,
             compute_dtype=config.compute_dtype,
             value="none" if ppo.baseline == "none" else ppo.value_model,
+            cache=rollout.cache,
             average=ppo.ema_decay is not None,
             pretraining=round(ppo.ptx_ratio * ppo.minibatch) if ppo.ptx_coef else 0,
             optimizer_state=memory.optimizer_state,
@@ -103,6 +106,11 @@ class Workload:
     def autocast(self) -> bool:
         """Whether products take rounded copies of the weights."""
         return self.compute_bytes < self.weight_bytes
+
+    @property
+    def paged(self) -> bool:
+        """Whether keys and values lie in pages."""
+        return self.cache == "paged" or (self.cache == "auto" and self.device == "cuda")
 
     @property
     def length(self) -> int:

@@ -34,7 +34,7 @@ class Answers:
     ended: list[bool]
     """Whether each came to its end, by EOS or at a stop text, before its budget did."""
     stop_reason: list[str]
-    """Why each ended: eos, stop_string or length."""
+    """Why each ended, one of `STOP_REASONS`."""
     logprobs: list[list[float]]
     """Log-prob of each token under the model's full distribution at the temperature of sampling."""
 

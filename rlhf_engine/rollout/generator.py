@@ -14,7 +14,7 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import Allocate, new_memory
 from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes, slot_step
-from rlhf_engine.rollout.paged import PagedDecoder, pages_within
+from rlhf_engine.rollout.paged import PAGE_SIZE, PagedDecoder, kv_bytes_of, pages_within
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, STOP_TOKEN, StopStrings
 from rlhf_kernels import sample_tokens, token_logprobs
@@ -68,7 +68,7 @@ class Generator:
         self.slots = config.batch_size
         self.paged: PagedDecoder | None = None
         if config.cache == "paged" or (config.cache == "auto" and policy.device.type == "cuda"):
-            pages = None if kv_bytes is None else pages_within(policy, kv_bytes)
+            pages = None if kv_bytes is None else self._pages_within(kv_bytes)
             self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages)
             self.paged.check()
             return
@@ -99,7 +99,8 @@ class Generator:
         prompts = self._check(prompts, sequence)
         decoder = self._new_decoder(len(prompts), allocate)
         try:
-            return self._generate(decoder, prompts, sequence, on_finished)
+            with self.policy.products():  # one copy of the weights for all steps
+                return self._generate(decoder, prompts, sequence, on_finished)
         finally:
             decoder.close()
 
@@ -187,15 +188,24 @@ class Generator:
             group.append(waiting.pop())
         return group
 
+    def _pages_within(self, kv_bytes: int) -> int:
+        pages, least = pages_within(self.policy, kv_bytes), -(-self.columns // PAGE_SIZE)
+        if pages < least:
+            raise ValueError(self._too_small(kv_bytes, kv_bytes_of(self.policy, least), "one sequence"))
+        return pages
+
     def _slots_within(self, kv_bytes: int) -> int:
         each, step = slot_bytes(self.policy, self.columns), slot_step(self.policy)
         if kv_bytes < each * step:
             what = "one sequence" if step == 1 else f"{step} sequences, the fewest that eager attention decodes,"
-            raise ValueError(
-                f"kv_bytes: got {kv_bytes}, expected at least {each * step}, the keys and values of {what} of "
-                f"max_prompt_tokens {self.config.max_prompt_tokens} and max_response_tokens {self.config.max_response_tokens}"
-            )
+            raise ValueError(self._too_small(kv_bytes, each * step, what))
         return kv_bytes // (each * step) * step
+
+    def _too_small(self, kv_bytes: int, least: int, what: str) -> str:
+        return (
+            f"kv_bytes: got {kv_bytes}, expected at least {least}, the keys and values of {what} of "
+            f"max_prompt_tokens {self.config.max_prompt_tokens} and max_response_tokens {self.config.max_response_tokens}"
+        )
 
     def _new_decoder(self, prompts: int, allocate: Allocate) -> Decoder:
         if self.paged is None:

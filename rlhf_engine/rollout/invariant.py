@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.trunk import attention
 from rlhf_kernels import decode_attention
 
 ATTENTION = "rlhf_slots"
@@ -98,10 +99,5 @@ class InvariantLayers:
     @contextmanager
     def decode(self) -> Iterator[None]:
         kept = self.config._attn_implementation
-        if kept in REPLACED:
-            self.config._attn_implementation = ATTENTION
-        try:
-            with self.prefill():
-                yield
-        finally:
-            self.config._attn_implementation = kept
+        with attention(self.config, ATTENTION if kept in REPLACED else kept), self.prefill():
+            yield

@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.trunk import attention
 from rlhf_engine.rollout.cache import Allocate, new_memory, same_as
 from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width
 from rlhf_engine.rollout.graphs import GraphedStep, ladder
@@ -126,10 +127,14 @@ def pool_shape(policy: ActorCritic, pages: int, page_size: int) -> tuple[int, ..
     return config.num_hidden_layers, 2, pages, page_size, groups, size
 
 
+def kv_bytes_of(policy: ActorCritic, pages: int, page_size: int = PAGE_SIZE) -> int:
+    """Memory of so many pages and of page 0, which is nobody's."""
+    return torch.Size(pool_shape(policy, 1 + pages, page_size)).numel() * policy.product_dtype.itemsize
+
+
 def pages_within(policy: ActorCritic, kv_bytes: int, page_size: int = PAGE_SIZE) -> int:
     """How many pages fit into `kv_bytes`, beside page 0."""
-    one = torch.Size(pool_shape(policy, 1, page_size)).numel() * policy.product_dtype.itemsize
-    return kv_bytes // one - 1
+    return kv_bytes // kv_bytes_of(policy, 0, page_size) - 1
 
 
 class PagedDecoder(Decoder):
@@ -166,9 +171,8 @@ class PagedDecoder(Decoder):
 
     @property
     def pool_bytes(self) -> int:
-        """Memory of the pages, of which page 0 is nobody's."""
-        shape = pool_shape(self.policy, 1 + self.page_count, self.page_size)
-        return torch.Size(shape).numel() * self.policy.product_dtype.itemsize
+        """Memory of the pages."""
+        return kv_bytes_of(self.policy, self.page_count, self.page_size)
 
     def _can_capture(self) -> bool:
         rope = getattr(self.text_config, "rope_parameters", None) or {}
@@ -189,8 +193,10 @@ class PagedDecoder(Decoder):
         self._key = (self.pool.data_ptr(), *(weight.data_ptr() for weight in self.policy.parameters()))
 
     def close(self) -> None:
-        """Give the memory of the pages back."""
+        """Give the memory of the pages back. A graph that read autocast's copies of weights, which end here, is no more use."""
         self.pool = self.head = None
+        if self.policy.compute_dtype is not None:
+            self._graphed = None
         for layer in self.cache.layers:
             layer.keys = layer.values = None
 
@@ -296,13 +302,8 @@ class PagedDecoder(Decoder):
     @contextmanager
     def _attending(self) -> Iterator[None]:
         """Every layer's attention reads pages, eager ones too, which hand over their softcap."""
-        kept = self.text_config._attn_implementation
-        self.text_config._attn_implementation = ATTENTION
-        try:
-            with self.layers.prefill():
-                yield
-        finally:
-            self.text_config._attn_implementation = kept
+        with attention(self.text_config, ATTENTION), self.layers.prefill():
+            yield
 
     def _grow(self, count: int) -> None:
         grown = [(slot, self.sequences.grow(slot)) for slot in range(count)]

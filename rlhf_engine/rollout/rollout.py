@@ -26,7 +26,7 @@ class Rollout:
 
     @property
     def ended(self) -> Tensor:  # (B,), bool
-        """True where a response came to its end, by EOS or at a stop string, before its budget did."""
+        """True where a response came to its end, by EOS, a stop token or a stop string, before its budget did."""
         return self.stop_reason != LENGTH
 
     @property

@@ -35,8 +35,7 @@ from rlhf_kernels import masked_whiten
 
 def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor, arena: AnyArena) -> Rollout:
     """Sample one response to each prompt; `sequence` [B] numbers them in the run. Keys and values lie in the arena."""
-    with generator.policy.products():  # one copy of the weights for all steps
-        return generator.generate(prompts, sequence, allocate=arena.memory)
+    return generator.generate(prompts, sequence, allocate=arena.memory)
 
 
 def score(

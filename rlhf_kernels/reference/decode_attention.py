@@ -12,7 +12,8 @@ def decode_attention(
     """softmax(scale q k^T) v over the columns of the mask; heads share the keys of their group, so they go as its rows."""
     rows, heads, size = query.shape
     grouped = query.reshape(rows, keys.shape[1], -1, size) * scale
-    scores = torch.matmul(grouped, keys.transpose(-1, -2)).masked_fill(~mask[:, None, None], -torch.inf)
     # A column that is not allowed may hold anything: 0 * NaN is NaN.
     allowed = values.masked_fill(~mask[:, None, :, None], 0)
-    return torch.matmul(scores.softmax(-1), allowed).reshape(rows, heads, size)
+    with torch.autocast(query.device.type, enabled=False):  # which would round the factors
+        scores = torch.matmul(grouped, keys.transpose(-1, -2)).masked_fill(~mask[:, None, None], -torch.inf)
+        return torch.matmul(scores.softmax(-1), allowed).reshape(rows, heads, size)

@@ -72,9 +72,9 @@ def test_a_small_run_by_hand():
     assert generate.moments["prefill"] == held | {"prefill_workspace": 64 * (4 * 12 + 72)}
     # The mask, logits twice.
     assert generate.moments["decode"] == held | {"decode_workspace": 16 * 16 + 16 * 10 * 2 * 4}
-    # Two prompts of 16 columns at a time.
+    # 40 tokens at a time, in whole rows of 16 columns.
     few = MemoryPlan.of(replace(RUN, prefill_tokens=40)).phases["generate"].moments["prefill"]
-    assert few == held | {"prefill_workspace": 32 * (4 * 12 + 72)}
+    assert few == held | {"prefill_workspace": 48 * (4 * 12 + 72)}
     # The reward model reads 4 sequences of 6 tokens; 16 rows of logits stay from the reference's head.
     assert score.items == {"rollout": 584, "head_workspace": 640, "score_workspace": 24 * (4 * 12 + 72)}
     # 4 tokens: 2 layers of 256 bytes each (norms 104, attention 48 + 8, feed-forward 96), last norm 36, id 8; the angles.

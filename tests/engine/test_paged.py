@@ -181,6 +181,10 @@ def test_a_step_as_a_graph(monkeypatch, family, settings):
     for graphs in (1, 1, 2):
         check_same(generator.generate(prompts, torch.arange(20)), expected)
         assert len(cuda.graphs) == graphs and cuda.graphs[-1].replays > 10
+    # Autocast's copies of the weights, which a graph has read, do not outlive a rollout.
+    actor.compute_dtype = torch.bfloat16
+    generator.paged.close()
+    assert generator.paged._graphed is None
 
 
 def test_who_decides():
@@ -198,7 +202,10 @@ def test_who_decides():
 
 @pytest.mark.parametrize(
     ("cache", "words"),
-    [("paged", "pages: got 0 of 64 tokens"), ("slots", "kv_bytes: got 8191, expected at least 8192")],
+    [
+        ("paged", "kv_bytes: got 16384, expected at least 32768"),
+        ("slots", "kv_bytes: got 8191, expected at least 8192"),
+    ],
 )
 def test_a_pool_that_holds_no_sequence(cache, words):
     config = RolloutConfig(**SETTINGS, cache=cache)
