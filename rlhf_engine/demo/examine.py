@@ -72,8 +72,8 @@ def examine(config: RunConfig) -> Examination:
     sft_model, codec = load_model(config)
     ppo_model, _ = load_model(replace(config, model=replace(config.model, path=str(Path(config.output_dir) / "ppo"))))
     reward_model = load_reward_model(config)
-    sft = ActorCritic(sft_model, backend=config.backend, **computing(config))
-    ppo = ActorCritic(ppo_model, backend=config.backend, **computing(config))
+    sft = ActorCritic(sft_model, backend=config.backend, **computing(config, learns=False))
+    ppo = ActorCritic(ppo_model, backend=config.backend, **computing(config, learns=False))
 
     def ask(name: str, policy: ActorCritic, count: int) -> Answers:
         generator_seed = config.seed * 1_000 + _SEEDS[name]

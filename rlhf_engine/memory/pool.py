@@ -10,7 +10,7 @@ Routing is per thread, and backward passes have threads of their own: `transient
 
 A library that keeps a workspace from its first call on, as cuBLAS does, has made it by then, outside of the pool, since
 sampling comes first. A phase that leaves bytes behind all the same is no error: the allocator never hands out bytes twice. It
-is reported as `held_bytes`, since the pool then has to grow.
+is counted in `held_bytes`, since the pool then has to grow.
 """
 
 from __future__ import annotations

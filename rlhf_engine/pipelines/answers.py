@@ -58,7 +58,7 @@ class Answerer:
         self.prefix = prefix
         self.codec: Codec = replace(codec, prompt_template=prefix + codec.prompt_template)
         self.batch_size = config.rollout.batch_size
-        self.actor = ActorCritic(model, backend=config.backend, **computing(config))
+        self.actor = ActorCritic(model, backend=config.backend, **computing(config, learns=False))
         self.generator: Generator = make_generator(self.actor, self.codec, config, seed)
 
     def answer(

@@ -110,10 +110,10 @@ def placement(config: RunConfig) -> dict[str, Any]:
     return {"attention": config.model.attention, "dtype": getattr(torch, config.dtype), "device": config.device}
 
 
-def computing(config: RunConfig) -> dict[str, Any]:
-    """Arguments of a model that say how it computes: the type of its products, and what it keeps for a backward pass."""
+def computing(config: RunConfig, *, learns: bool = True) -> dict[str, Any]:
+    """Arguments of a model that say how it computes: the type of its products, and what one that `learns` keeps for that."""
     dtype = None if config.compute_dtype == "float32" else getattr(torch, config.compute_dtype)
-    return {"compute_dtype": dtype, "gradient_checkpointing": config.memory.gradient_checkpointing}
+    return {"compute_dtype": dtype, "gradient_checkpointing": learns and config.memory.gradient_checkpointing}
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
