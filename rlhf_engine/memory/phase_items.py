@@ -199,7 +199,7 @@ def _micro_batch(w: Workload, rows: int, actions: int, *, values: bool) -> dict[
     weight = 0 if w.adapter else policy.vocab * policy.hidden
     block = {"head_workspace": head_block(w, rows * actions, gradient=True)}
     kept = block if w.device == "cpu" else {}
-    before = trained(w) * FLOAT if w.microbatches > 1 else 0
+    gradients = {"gradients": trained(w) * FLOAT}  # room of the arena, from the first forward pass on
     held = {"rollout": rollout(w, scored=True)}
     if w.device != "cpu":  # whose stream brings the first buckets while gradients are made
         held |= in_transit(w)
@@ -207,16 +207,14 @@ def _micro_batch(w: Workload, rows: int, actions: int, *, values: bool) -> dict[
         held["rounded_weights"] = sum(rounded_weights(one.shape) for one in passes)
     saved = {"activations": sum(one.saved(checkpointed=checkpointed) for one in passes)}
     made = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.compute_bytes}
-    # A tied weight's gradient waits for the embedding's, to be added to it; another is there before any other gradient.
+    # A tied weight's gradient waits for the embedding's, to be added to it.
     waiting = {"head_gradients": weight * FLOAT} if policy.tied else {}
-    begun = before or (0 if policy.tied else weight * FLOAT)
-    done = before or (trained(w) - weight * policy.tied) * FLOAT
     room = max(one.backward_room(checkpointed=checkpointed) for one in passes)
     begins, ends = {"backward_workspace": room}, {"backward_workspace": weight * FLOAT}
     return {
-        "forward": held | saved | made | block | {"gradients": before},
-        "backward begins": held | saved | waiting | kept | begins | {"gradients": begun},
-        "backward ends": held | waiting | kept | ends | {"gradients": done},
+        "forward": held | saved | made | block | gradients,
+        "backward begins": held | saved | waiting | kept | begins | gradients,
+        "backward ends": held | waiting | kept | ends | gradients,
     }
 
 

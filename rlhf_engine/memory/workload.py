@@ -123,8 +123,3 @@ class Workload:
         if self.microbatch_tokens is None:
             return self.microbatch
         return max(1, min(self.minibatch, self.microbatch_tokens // (self.length - 1)))
-
-    @property
-    def microbatches(self) -> int:
-        """Micro-batches of an optimiser step, pretraining's among them."""
-        return -(-self.minibatch // self.train_rows) + -(-self.pretraining // self.train_rows)
