@@ -2,8 +2,8 @@
 
 Measured is the peak resident set above what the process holds after its imports, models and optimiser included; planned is
 `MemoryPlan.peak`, what persists and the largest phase. Every response runs to its longest. Cases are of 2 GB and more, and
-different things make them large. The planner was fitted to none of the last three: they were chosen when it was written, ran
-for the first time as they stand, and nothing in it was changed after that.
+different things make them large. The planner was fitted to none of the last three: they were chosen when it was written, and
+what was changed in it since follows the engine's code and no measurement of theirs.
 """
 
 from __future__ import annotations
