@@ -14,8 +14,9 @@ demo: build
 figure: build
 	$(BIN)/rlhf figure --output runs/figure
 
+# A process for every core, up to eight, and one thread in each.
 test: build lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
 lint: build
 	$(BIN)/ruff check .

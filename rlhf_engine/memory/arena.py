@@ -30,6 +30,22 @@ def room_for(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
+def refuse_outside(phase: str | None) -> None:
+    """RuntimeError for a request while no phase is open."""
+    if phase is None:
+        raise RuntimeError("arena: got a request outside of a phase, expected one inside")
+
+
+def refuse_beyond(sizes: Mapping[str, int], phase: str, start: int, size: int, what: str) -> None:
+    """ValueError for `size` bytes from `start` on that end beyond those of the phase."""
+    planned = sizes[phase]
+    if start + size > planned:
+        raise ValueError(
+            f"arena: got a request for {size} bytes, {what}, with {planned - start} of the {planned} planned for phase "
+            f"{phase!r} left, expected no more"
+        )
+
+
 def _trim() -> None:
     """Give back what glibc's malloc keeps of the phase before: up to 64 MB that was free at the end of its heap, and holes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -86,17 +102,12 @@ class Arena:
 
         Bytes come back in the order of a stack: those of a tensor that is gone are free once all taken after it are gone too.
         """
-        if self.open is None:
-            raise RuntimeError("arena: got a request outside of a phase, expected one inside")
+        refuse_outside(self.open)
         while self._loans and self._loans[-1].view() is None:
             self._loans.pop()
         start = -(-self._loans[-1].end // ALIGNMENT) * ALIGNMENT if self._loans else 0
         size = math.prod(shape) * dtype.itemsize
-        if start + size > self.sizes[self.open]:
-            raise ValueError(
-                f"arena: got a request for {size} bytes, {dtype} of shape {tuple(shape)}, with {self.sizes[self.open] - start} "
-                f"of the {self.sizes[self.open]} planned for phase {self.open!r} left, expected no more"
-            )
+        refuse_beyond(self.sizes, self.open, start, size, f"{dtype} of shape {tuple(shape)}")
         if size == 0:
             return torch.empty(shape, dtype=dtype)
         view = memoryview(self._block)[start : start + size]

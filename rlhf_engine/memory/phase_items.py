@@ -112,18 +112,47 @@ def rollout(w: Workload, *, scored: bool) -> int:
     return tokens * 2 * IDS + actions * by_action
 
 
-def generate(w: Workload, slots: int) -> dict[str, Items]:
-    """Moments of sampling with `slots` sequences at a time: the first prompts are read, the last token is decoded."""
-    policy, rows = w.policy, max(slots, MIN_SLOTS)
-    columns = -(-w.length // MIN_SLOTS) * MIN_SLOTS
+def kv_cache(w: Workload, slots: int) -> int:
+    """Keys and values of `slots` sequences, all as long as they may be."""
+    slots += -slots % MIN_SLOTS if w.eager else 0
     if w.paged:
-        kept = (slots * -(-columns // PAGE) + 1) * PAGE
-    else:
-        kept = columns * (slots + (-slots % MIN_SLOTS if w.eager else 0))
-    held = {
-        "kv_cache": policy.layers * kept * policy.key_width * 2 * w.compute_bytes,
-        "rollout": rollout(w, scored=False),
-    }
+        return (slots * _pages(_columns(w)) + 1) * page_bytes(w)
+    return slots * _columns(w) * _token_bytes(w)
+
+
+def least_kv_cache(w: Workload, slots: int) -> int:
+    """The fewest of them that `slots` sequences begin with: pages of their prompts and one to grow into.
+
+    One sequence's longest response fits in any case. Where a slot holds a whole sequence, there is nothing to save.
+    """
+    if not w.paged:
+        return kv_cache(w, slots)
+    longest = _pages(_columns(w))
+    begun = slots * min(longest, _pages(w.prompt) + 1)
+    return (max(longest, begun) + 1) * page_bytes(w)
+
+
+def page_bytes(w: Workload) -> int:
+    """One page, of all layers."""
+    return PAGE * _token_bytes(w)
+
+
+def _columns(w: Workload) -> int:
+    return -(-w.length // MIN_SLOTS) * MIN_SLOTS
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
+def _token_bytes(w: Workload) -> int:
+    return w.policy.layers * w.policy.key_width * 2 * w.compute_bytes
+
+
+def generate(w: Workload, slots: int, kv_bytes: int) -> dict[str, Items]:
+    """Moments of sampling with `slots` sequences at a time: the first prompts are read, the last token is decoded."""
+    policy, rows, columns = w.policy, max(slots, MIN_SLOTS), _columns(w)
+    held = {"kv_cache": kv_bytes, "rollout": rollout(w, scored=False)}
     if w.autocast:
         held["rounded_weights"] = rounded_weights(policy)
     logits = rows * policy.vocab * 2 * FLOAT

@@ -52,7 +52,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a workload. `phases["train"]["gradients"]`, `persistent["policy"]`; `slots` is what the budget leaves."""
+    """Bytes of a workload: `phases["train"]["gradients"]`, `persistent["policy"]`.
+
+    `slots` and `kv_bytes` are what the budget leaves. Pages are claimed as sequences grow, so that a pool of fewer than the
+    longest sequences would fill keeps the number of slots, as long as each can begin.
+    """
 
     workload: Workload
     slots: int
@@ -62,12 +66,12 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, workload: Workload) -> Self:
-        """The plan with as many slots as the budget leaves room for."""
+        """The plan with as many slots, and then as much of their keys and values, as the budget leaves room for."""
         kept = phase_items.persistent(workload)
         room = None if workload.budget is None else workload.budget - sum(kept.values())
         slots = _most(lambda count: _generate(workload, count).total, room, workload.slots)
         phases = (
-            _generate(workload, max(slots, 1)),
+            _generate(workload, max(slots, 1), room),
             Phase(phase_items.score(workload)),
             Phase(phase_items.train(workload)),
         )
@@ -82,6 +86,11 @@ class MemoryPlan:
     def kept(self) -> int:
         """Bytes that persist."""
         return sum(self.persistent.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that sampling may hold."""
+        return self.phases["generate"]["kv_cache"]
 
     @property
     def largest(self) -> str:
@@ -126,8 +135,15 @@ class MemoryPlan:
         }
 
 
-def _generate(workload: Workload, slots: int) -> Phase:
-    return Phase(phase_items.generate(workload, slots))
+def _generate(workload: Workload, slots: int, room: int | None = 0) -> Phase:
+    """With as much of the keys and values as `room` has place for; None: with all."""
+    most, least = phase_items.kv_cache(workload, slots), phase_items.least_kv_cache(workload, slots)
+    smallest = Phase(phase_items.generate(workload, slots, least))
+    if room is None or most == least:
+        return Phase(phase_items.generate(workload, slots, most))
+    page = phase_items.page_bytes(workload)
+    spare = max(0, room - smallest.total) // page * page
+    return Phase(phase_items.generate(workload, slots, min(most, least + spare)))
 
 
 def _most(need: Any, room: int | None, limit: int) -> int:

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rlhf_engine.memory.arena import room_for
+from rlhf_engine.memory.arena import refuse_beyond, refuse_outside, room_for
 
 
 class PoolArena:
@@ -34,8 +34,6 @@ class PoolArena:
     def __init__(self, sizes: Mapping[str, int], device: torch.device, cuda: ModuleType = torch.cuda) -> None:
         self.sizes, self.device, self.cuda = dict(sizes), device, cuda
         self.open: str | None = None
-        self.address: int | None = None
-        """Where keys and values lay in the last phase "generate"; a graph captured at another address must be made again."""
         self.held_bytes = 0
         """What the last phase left in the pool."""
         cuda.empty_cache()  # what checks and loading left behind is not paid beside the pool
@@ -54,7 +52,7 @@ class PoolArena:
             if name == "generate":
                 with self._route():
                     self._block = torch.empty(self.sizes[name], dtype=torch.uint8, device=self.device)
-                self.address, self._used = self._block.data_ptr(), 0
+                self._used = 0
             self.open = name
             yield
             whole = True
@@ -68,17 +66,12 @@ class PoolArena:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in the pool, its content anything."""
-        if self.open is None:
-            raise RuntimeError("arena: got a request outside of a phase, expected one inside")
+        refuse_outside(self.open)
         if self._block is None:
             with nullcontext() if self._routed else self._route():
                 return torch.empty(shape, dtype=dtype, device=self.device)
         start, size = self._used, room_for(shape, dtype)
-        if start + size > self.sizes[self.open]:
-            raise ValueError(
-                f"arena: got a request for {size} bytes, {dtype} of shape {tuple(shape)}, with {self.sizes[self.open] - start} "
-                f"of the {self.sizes[self.open]} planned for phase {self.open!r} left, expected no more"
-            )
+        refuse_beyond(self.sizes, self.open, start, size, f"{dtype} of shape {tuple(shape)}")
         self._used = start + size
         count = torch.Size(shape).numel() * dtype.itemsize
         return self._block[start : start + count].view(dtype).view(shape)

@@ -2,7 +2,7 @@
 
 The order is an estimate from counted work, nothing was timed: matrix products in half precision save time, 8-bit state costs
 a little, state in host memory crosses the bus twice an optimiser step, checkpointing does a forward pass again, and every
-halving of the micro-batch makes its products a little slower.
+halving of the micro-batch, of the slots or of their keys and values costs a little.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from rlhf_engine.config import RunConfig
+from rlhf_engine.memory.phase_items import kv_cache
 from rlhf_engine.memory.plan import MemoryPlan
 from rlhf_engine.memory.workload import Workload
 
@@ -147,4 +148,6 @@ def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy
     if 0 < plan.slots < workload.slots:
         changes["slots"] = plan.slots
         cost += _HALVING * math.log2(workload.slots / plan.slots)
+    if plan.slots:
+        cost += _HALVING * math.log2(kv_cache(made, plan.slots) / plan.kv_bytes)
     return Strategy(plan, changes, cost)

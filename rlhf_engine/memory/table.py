@@ -60,7 +60,9 @@ def verdict(plan: MemoryPlan) -> str:
         words += f"fits, {size(w.budget - plan.peak)} to spare"
     else:
         words += f"does not fit, {size(plan.missing)} too much"
-    pool = f"KV pool for {plan.slots} of {w.slots} sequences of {w.length} tokens"
+    pool = "no KV pool"
+    if plan.slots:
+        pool = f"KV pool of {size(plan.kv_bytes)} for {plan.slots} of {w.slots} sequences of at most {w.length} tokens"
     return f"{words}\n{pool}; largest micro-batch {plan.largest_microbatch()} of {w.minibatch} sequences"
 
 

@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rlhf_engine.model import ActorCritic
+
+
+def kv_shape(policy: ActorCritic) -> tuple[int, int, int]:
+    """(layers, heads, size of a head) of a policy's keys, and so of its values."""
+    config = policy.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, size
+
+
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 """`allocate(shape, dtype, device)` gives memory that may hold anything, such as an arena's."""
 

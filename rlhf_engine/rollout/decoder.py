@@ -12,6 +12,7 @@ and `room`, `make_room`, `keep` and `close`, which say something where memory is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.cache import Allocate, SlotCache, new_memory, same_as
+from rlhf_engine.rollout.cache import Allocate, SlotCache, kv_shape, new_memory, same_as
 from rlhf_engine.rollout.invariant import REPLACED, InvariantLayers
 from rlhf_engine.rollout.packed import PackedHead
 
@@ -41,11 +42,8 @@ def prompt_width(length: int) -> int:
 
 def slot_bytes(policy: ActorCritic, columns: int) -> int:
     """Bytes of the keys and values of one sequence of at most `columns` tokens."""
-    config = policy.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     columns = -(-columns // MIN_ROWS) * MIN_ROWS
-    return 2 * config.num_hidden_layers * heads * size * columns * policy.product_dtype.itemsize
+    return 2 * math.prod(kv_shape(policy)) * columns * policy.product_dtype.itemsize
 
 
 def slot_step(policy: ActorCritic) -> int:

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.trunk import attention
-from rlhf_engine.rollout.cache import Allocate, new_memory, same_as
+from rlhf_engine.rollout.cache import Allocate, kv_shape, new_memory, same_as
 from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width
 from rlhf_engine.rollout.graphs import GraphedStep, ladder
 from rlhf_engine.rollout.packed import PackedHead
@@ -121,10 +121,8 @@ class PagedLayer(CacheLayerMixin):
 
 def pool_shape(policy: ActorCritic, pages: int, page_size: int) -> tuple[int, ...]:
     """(layers, keys and values, pages, page size, groups, D) of a policy."""
-    config = policy.model.config.get_text_config()
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, 2, pages, page_size, groups, size
+    layers, groups, size = kv_shape(policy)
+    return layers, 2, pages, page_size, groups, size
 
 
 def kv_bytes_of(policy: ActorCritic, pages: int, page_size: int = PAGE_SIZE) -> int:

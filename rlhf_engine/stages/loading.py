@@ -66,8 +66,10 @@ def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[
     with_new_folder(folder, write)
 
 
-def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: int) -> Generator:
-    """A sampler with the config's rollout settings."""
+def make_generator(
+    policy: ActorCritic, codec: Codec, config: RunConfig, seed: int, *, kv_bytes: int | None = None
+) -> Generator:
+    """A sampler with the config's rollout settings; its keys and values take at most `kv_bytes`."""
     text, stop = config.rollout.stop_token, None
     if text is not None:
         ids = codec.encode_texts([text])[0]
@@ -75,7 +77,7 @@ def make_generator(policy: ActorCritic, codec: Codec, config: RunConfig, seed: i
             raise ValueError(f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one")
         stop = ids[0]
     ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
-    return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, **ends)
+    return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, kv_bytes=kv_bytes, **ends)
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:

@@ -42,6 +42,11 @@ class RunPlan:
             return config
         return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, batch_size=self.plan.slots))
 
+    @property
+    def kv_bytes(self) -> int | None:
+        """What keys and values may take under a budget; None: all that they ask for."""
+        return None if self.plan is None or self.plan.workload.budget is None else self.plan.kv_bytes
+
     def metrics(self) -> dict[str, float]:
         """The planned peak in 10^6 bytes, to stand beside the measured one of every update."""
         return {} if self.plan is None else {"planned_peak_mb": self.plan.peak / 1e6}

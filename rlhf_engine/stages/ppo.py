@@ -68,7 +68,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     trainer = PPOTrainer(
         policy,
         frozen_copy(policy),
-        make_generator(policy, codec, plan.within(config), config.seed),
+        make_generator(policy, codec, plan.within(config), config.seed, kv_bytes=plan.kv_bytes),
         prompt_stream(prompts, config.seed),
         reward,
         config.ppo,

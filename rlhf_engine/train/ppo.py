@@ -255,6 +255,8 @@ class PPOTrainer:
         log |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
         log["tokens_per_second"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
+        if self.generator.paged is not None:
+            log["restarted_sequences"] = self.generator.paged.restarted
         return log | self.meter.log() | {"peak_rss_mb": peak_rss_mb()}
 
     @contextmanager

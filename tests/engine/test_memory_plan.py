@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, Qwen3Con
 
 from rlhf_engine.config import OptimConfig, RunConfig
 from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
-from rlhf_engine.memory.phase_items import MIN_SLOTS, SCORE_ROWS, head_block, prompt_width
+from rlhf_engine.memory.phase_items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
 from rlhf_engine.memory.presets import PRESETS
 from rlhf_engine.memory.strategies import fitting, smallest
 from rlhf_engine.memory.table import refuse
@@ -18,8 +18,10 @@ from rlhf_engine.model import ActorCritic, frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import decoder
 from rlhf_engine.rollout.cache import SlotCache
+from rlhf_engine.rollout.paged import PAGE_SIZE
 from rlhf_engine.train.optim import build_optimizer
 from rlhf_engine.train.reward_model import score_examples
+from rlhf_engine.train.staged import BUCKET_BYTES
 from rlhf_kernels.ops.products import Plan
 from tests.engine.tiny_models import tiny
 
@@ -224,7 +226,7 @@ def test_weights_state_and_cache_are_as_large_as_planned(family):
 
 
 def test_the_plan_knows_the_engine_s_sizes():
-    assert decoder.MIN_ROWS == MIN_SLOTS
+    assert (decoder.MIN_ROWS, PAGE_SIZE, BUCKET_BYTES) == (MIN_SLOTS, PAGE, BUCKET)
     assert all(prompt_width(length) == decoder.prompt_width(length) for length in range(1, 2000))
     assert inspect.signature(score_examples).parameters["chunk"].default == SCORE_ROWS
     for dtype, actions in (("float32", 5), ("float32", 5000), ("bfloat16", 700), ("bfloat16", 5000)):
@@ -260,9 +262,9 @@ def test_more_of_anything_takes_more():
     assert eager["activations"] > before.phases["train"]["activations"]
 
 
-def test_the_kv_pool_takes_what_the_budget_leaves():
+def test_slots_take_what_the_budget_leaves():
     shape = ModelShape.of("qwen2.5-0.5b")
-    workload = Workload(shape, shape, 512, 512, 256, 64, 1, 256, device="cuda", optimizer_state="host")
+    workload = Workload(shape, shape, 512, 512, 256, 64, 1, 256, device="cuda", cache="slots", optimizer_state="host")
     whole = MemoryPlan.of(workload)
     assert whole.slots == 256
     generate = whole.kept + whole.phases["generate"].total
@@ -273,6 +275,33 @@ def test_the_kv_pool_takes_what_the_budget_leaves():
     assert 16 < tight.slots < 255 and tight.kept + tight.phases["generate"].total <= tight.workload.budget
     assert more.kept + more.phases["generate"].total > tight.workload.budget
     assert MemoryPlan.of(replace(workload, budget=whole.kept)).slots == 0
+
+
+def test_pages_take_what_the_budget_leaves_and_every_slot_stays():
+    shape = ModelShape.of("qwen2.5-0.5b")
+    workload = Workload(shape, shape, 512, 512, 256, 64, 1, 256, device="cuda", optimizer_state="host")
+    page = 64 * 24 * 128 * 2 * 4  # tokens, layers, key width, keys and values, bytes
+    whole = MemoryPlan.of(workload)
+    assert whole.kv_bytes == (256 * 16 + 1) * page
+    generate = whole.kept + whole.phases["generate"].total
+    for missing, pages in ((0, 256 * 16), (1, 256 * 16 - 1), (page, 256 * 16 - 1), (1000 * page, 256 * 16 - 1000)):
+        plan = MemoryPlan.of(replace(workload, budget=generate - missing))
+        assert plan.slots == 256 and plan.kv_bytes == (pages + 1) * page, missing
+        assert plan.kept + plan.phases["generate"].total <= plan.workload.budget
+    # Every slot begins with the 8 pages of its prompt and one to grow into; with less room there are fewer slots.
+    least = generate - (256 * 16 - 256 * 9) * page
+    assert (
+        MemoryPlan.of(replace(workload, budget=least)).slots,
+        MemoryPlan.of(replace(workload, budget=least - 1)).slots,
+    ) == (
+        256,
+        255,
+    )
+    # One slot needs its longest response: nothing but the oldest sequence may be left in the pool.
+    alone = MemoryPlan.of(replace(workload, slots=1))
+    alone = MemoryPlan.of(replace(workload, budget=alone.kept + alone.phases["generate"].total))
+    assert alone.slots == 1 and alone.kv_bytes == (16 + 1) * page
+    assert MemoryPlan.of(replace(alone.workload, budget=alone.workload.budget - 1)).slots == 0
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():

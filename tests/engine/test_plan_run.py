@@ -61,6 +61,24 @@ def test_ppo_runs_by_its_plan(tmp_path, capsys):
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_budget_cuts_the_pool_of_pages_and_not_the_sequences(tmp_path, capsys):
+    """Pages of 64 tokens, sequences of at most 184: three pages each, of which a prompt begins with two."""
+    new_run(tmp_path, new_model(tmp_path / "base", max_position_embeddings=192))
+    sizes = ("rollout.cache=paged", "rollout.max_response_tokens=176", *BATCH)
+    code, _, err = ppo(capsys, tmp_path, "free", *sizes)
+    assert code == 0, err
+    free = json.loads((tmp_path / "free" / "plan.json").read_text())
+    page = free["phases"]["generate"]["kv_cache"] // (3 * 40 + 1)
+    budget = sum(free["persistent"].values()) + sum(free["phases"]["generate"].values()) - 35 * page
+    code, _, err = ppo(capsys, tmp_path, "tight", *sizes, f"memory.budget={budget}B")
+    assert code == 0, err
+    tight = json.loads((tmp_path / "tight" / "plan.json").read_text())
+    assert (tight["slots"], tight["phases"]["generate"]["kv_cache"]) == (40, (3 * 40 + 1 - 35) * page)
+    rows = [read_lines(tmp_path / run / "metrics.jsonl")[-1] for run in ("free", "tight")]
+    assert rows[0]["restarted_sequences"] == 0 < rows[1]["restarted_sequences"]
+    assert rows[0]["score_mean"] == rows[1]["score_mean"] and rows[0]["kl"] == rows[1]["kl"]
+
+
 def test_a_generator_is_given_the_slots_of_its_plan():
     config = RunConfig.from_dict({"rollout": {"batch_size": 8}, "ppo": {"rollout_batch": 64, "minibatch": 64}})
     shape = ModelShape.of("qwen2.5-0.5b")
