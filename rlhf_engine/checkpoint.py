@@ -43,6 +43,8 @@ _MAY_CHANGE = {
     "output_dir",
     "device",
     "rollout.check_sequences",
+    "rollout.batch_size",  # a sequence depends on its number alone
+    "rollout.prefill_tokens",
     "model.path",
     *(f"reward.{name}" for name in ("path", "epochs", "batch_size", "microbatch", "evaluate_every", "optim")),
     "data.demonstrations",

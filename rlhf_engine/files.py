@@ -80,9 +80,17 @@ def with_new_folder(folder: str | Path, write: Callable[[Path], object]) -> None
         if left.exists():
             shutil.rmtree(left)
     new.mkdir()
-    write(new)
-    for path in [*new.rglob("*"), new]:
-        _sync(path)
+    whole = False
+    try:
+        write(new)
+        for path in [*new.rglob("*"), new]:
+            _sync(path)
+        whole = True
+    except SafetensorError as error:
+        raise OSError(f"{folder}: could not be written: {error}") from None
+    finally:
+        if not whole:
+            shutil.rmtree(new)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

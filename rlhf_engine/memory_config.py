@@ -24,10 +24,10 @@ class MemoryConfig(Section):
     """What a run may take of its device, and what it pays in time to take less."""
 
     budget: str | None = None
-    """Most bytes on the device, such as 24GiB. As many sequences are decoded together as the plan leaves room for at their
-    longest, and a run whose plan does not fit is refused before it starts; None gives every one of rollout.batch_size sequences
-    room for its longest answer. On the CPU it is of what a run takes above its imports, and freed blocks go back to the system
-    at once, which costs time."""
+    """Most bytes on the device, such as 24GiB; `rlhf ppo` alone reads it. As many sequences are decoded together as the plan
+    leaves room for, in slots at their longest, in pages as they begin, and a run whose plan does not fit is refused before it
+    starts; None gives every one of rollout.batch_size sequences room for its longest answer. On the CPU it is of what a run
+    takes above its imports, and freed blocks go back to the system at once, which costs time."""
     optimizer_state: Literal["resident", "host", "8bit"] = "resident"
     """Where the optimiser's moments, and the masters of bfloat16 weights, live: on the device in float32; in host memory, from
     which they are copied while gradients are made (on a CPU that is the same memory, and saves nothing); or on the device in

@@ -181,11 +181,11 @@ def prompt_width(length: int) -> int:
 def score(w: Workload) -> dict[str, Items]:
     """Moments of scoring: the reference, the value model and the reward model, one after the other."""
     held = {"rollout": rollout(w, scored=True)}
-    rows = w.train_rows
-    reading = pass_of(w, w.policy, rows, w.length - 1)
-    actions = rows * w.response * w.policy.hidden * w.compute_bytes
+    tokens, count = w.pass_tokens(w.rollout_batch), w.pass_actions(w.rollout_batch)
+    reading = _inputs(w, w.policy, tokens)
+    actions = count * w.policy.hidden * w.compute_bytes
     copied = w.policy.vocab * w.policy.hidden * w.compute_bytes if w.autocast else 0
-    block = {"head_workspace": head_block(w, rows * w.response, gradient=False)}
+    block = {"head_workspace": head_block(w, count, gradient=False)}
     kept = block if w.device == "cpu" else {}  # the block of logits stays between calls
     last = reading.tokens * w.policy.hidden * w.weight_bytes
 
@@ -204,29 +204,30 @@ def score(w: Workload) -> dict[str, Items]:
         moments["reward model"] = held | kept | rounded(shape) | {"score_workspace": batch.forward_room()}
     if w.value == "backbone":
         shape = w.reward or w.policy
-        room = pass_of(w, shape, rows, w.length - 1).forward_room()
+        room = _inputs(w, shape, tokens).forward_room()
         moments["values"] = held | kept | rounded(shape) | {"score_workspace": room}
     return moments
 
 
 def train(w: Workload) -> dict[str, Items]:
     """Moments of an optimiser step: the end of a forward pass, the two ends of its backward pass, the step itself."""
-    moments = _micro_batch(w, w.train_rows, w.response, values=w.value == "backbone")
+    tokens, actions = w.pass_tokens(w.minibatch), w.pass_actions(w.minibatch)
+    moments = _micro_batch(w, tokens, actions, values=w.value == "backbone")
     if w.pretraining:
         # Every token of plain text is an action, and PPO's gradients are there before it.
-        pretraining = _micro_batch(w, min(w.pretraining, w.train_rows), w.length - 1, values=False)
+        tokens = min(w.pretraining, w.train_rows) * (w.length - 1)
+        pretraining = _micro_batch(w, tokens, tokens, values=False)
         moments |= {f"pretraining, {name}": items for name, items in pretraining.items()}
     step = {"rollout": rollout(w, scored=True), "gradients": trained(w) * FLOAT}
     return moments | {"optimiser step": step | in_transit(w)}
 
 
-def _micro_batch(w: Workload, rows: int, actions: int, *, values: bool) -> dict[str, Items]:
+def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dict[str, Items]:
     policy, checkpointed = w.policy, w.gradient_checkpointing
-    reading = pass_of(w, policy, rows, w.length - 1)
-    passes = [reading] + [pass_of(w, w.reward or policy, rows, w.length - 1)] * values
-    hidden = rows * actions * policy.hidden
+    passes = [_inputs(w, policy, tokens)] + [_inputs(w, w.reward or policy, tokens)] * values
+    hidden = actions * policy.hidden
     weight = 0 if w.adapter else policy.vocab * policy.hidden
-    block = {"head_workspace": head_block(w, rows * actions, gradient=True)}
+    block = {"head_workspace": head_block(w, actions, gradient=True)}
     kept = block if w.device == "cpu" else {}
     gradients = {"gradients": trained(w) * FLOAT}  # room of the arena, from the first forward pass on
     held = {"rollout": rollout(w, scored=True)}
@@ -245,6 +246,12 @@ def _micro_batch(w: Workload, rows: int, actions: int, *, values: bool) -> dict[
         "backward begins": held | saved | waiting | kept | begins | gradients,
         "backward ends": held | waiting | kept | ends | gradients,
     }
+
+
+def _inputs(w: Workload, shape: ModelShape, tokens: int) -> Pass:
+    """A pass over so many inputs of sequences, each as long as it may be or shorter."""
+    columns = w.length - 1
+    return Pass(shape, -(-tokens // columns), columns, w.eager, w.weight_bytes, w.compute_bytes, tokens)
 
 
 def pass_of(w: Workload, shape: ModelShape, rows: int, columns: int) -> Pass:

@@ -45,10 +45,6 @@ class Phase:
     def __getitem__(self, item: str) -> int:
         return self.items[item]
 
-    def most(self, *items: str) -> int:
-        """The most that these items hold together in any moment: the size of a room that they share."""
-        return max(sum(found.get(item, 0) for item in items) for found in self.moments.values())
-
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -116,7 +112,8 @@ class MemoryPlan:
         room = None if self.workload.budget is None else self.workload.budget - self.kept
 
         def need(rows: int) -> int:
-            workload = replace(self.workload, microbatch=rows, microbatch_tokens=None)
+            tokens = None if self.workload.microbatch_tokens is None else rows * (self.workload.length - 1)
+            workload = replace(self.workload, microbatch=rows, microbatch_tokens=tokens)
             return max(Phase(phase_items.train(workload)).total, Phase(phase_items.score(workload)).total)
 
         return _most(need, room, self.workload.minibatch)

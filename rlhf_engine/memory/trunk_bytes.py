@@ -18,7 +18,7 @@ IDS = 8
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of `rows` sequences of `columns` tokens through a trunk."""
+    """One pass of `rows` sequences of at most `columns` tokens through a trunk."""
 
     shape: ModelShape
     rows: int
@@ -29,10 +29,12 @@ class Pass:
     """Of a number in the weights, and so in the stream of hidden states."""
     compute_bytes: int
     """Of a number in a matrix product; differs from `weight_bytes` under autocast."""
+    count: int | None = None
+    """Tokens of all sequences where they are of several lengths; None: `rows * columns`."""
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.columns
+        return self.rows * self.columns if self.count is None else self.count
 
     @property
     def windowed(self) -> bool:
@@ -42,11 +44,11 @@ class Pass:
     @property
     def mask(self) -> int:
         """Bytes of that mask in one layer."""
-        return self.rows * self.columns**2 * self.compute_bytes if self.windowed else 0
+        return self.tokens * self.columns * self.compute_bytes if self.windowed else 0
 
     def scores(self, size: int) -> int:
         """Bytes of one layer's attention scores in numbers of `size` bytes, where they exist."""
-        return self.rows * self.shape.heads * self.columns**2 * size if self.eager else 0
+        return self.tokens * self.shape.heads * self.columns * size if self.eager else 0
 
     @property
     def autocast(self) -> bool:

@@ -28,7 +28,6 @@ class Workload:
     """Most sequences that are decoded together."""
     prefill_tokens: int = 4096
     """Most prompt tokens, padding included, that one forward pass reads."""
-    ppo_epochs: int = 1
     microbatch_tokens: int | None = None
     """Tokens of a micro-batch, in place of `microbatch` sequences."""
     device: str = "cpu"
@@ -80,7 +79,6 @@ class Workload:
             microbatch_tokens=ppo.microbatch_tokens,
             slots=min(rollout.batch_size, ppo.rollout_batch),
             prefill_tokens=rollout.prefill_tokens,
-            ppo_epochs=ppo.ppo_epochs,
             device=config.device.partition(":")[0],
             eager=config.model.attention == "eager",
             dtype=config.dtype,
@@ -123,3 +121,15 @@ class Workload:
         if self.microbatch_tokens is None:
             return self.microbatch
         return max(1, min(self.minibatch, self.microbatch_tokens // (self.length - 1)))
+
+    def pass_tokens(self, batch: int) -> int:
+        """Most inputs that one pass over a part of `batch` sequences reads: a budget is filled by short ones too."""
+        if self.microbatch_tokens is None:
+            return self.microbatch * (self.length - 1)
+        return max(self.length - 1, min(self.microbatch_tokens, batch * (self.length - 1)))
+
+    def pass_actions(self, batch: int) -> int:
+        """Most actions among them: after short prompts nearly every token is one."""
+        if self.microbatch_tokens is None:
+            return self.microbatch * self.response
+        return max(self.response, min(self.microbatch_tokens, batch * self.response))

@@ -146,6 +146,10 @@ class Decoder:
         """The slots whose sequences had to leave, so that all others of the first `count` can take one more token: none."""
         return []
 
+    def room_of(self, length: int) -> int:
+        """How many sequences of `length` tokens there is memory for at a time."""
+        return self.slots
+
     def keep(self, count: int) -> None:
         """The sequences in slots at `count` and beyond are gone."""
 
@@ -169,7 +173,7 @@ class Decoder:
         ids = torch.arange(1, 11, device=self.policy.device).remainder(self.policy.lm_weight.shape[0])
         if self.columns < len(ids):
             return
-        sequences, read = (ids, ids.flip(0)[:7])[: self.slots], 2
+        sequences, read = (ids, ids.flip(0)[:7])[: self.room_of(len(ids))], 2
         self.prefill([sequence[:-read] for sequence in sequences], 0)
         for ahead in range(read, 0, -1):
             at = torch.tensor([len(sequence) - ahead for sequence in sequences], device=ids.device)

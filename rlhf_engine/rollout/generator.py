@@ -19,6 +19,9 @@ from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, STOP_TOKEN, StopStrings
 from rlhf_kernels import sample_tokens, token_logprobs
 
+_CHECKED = 2
+"""Slots of the decoder whose decoding is compared with forward passes before the first rollout."""
+
 
 @dataclass
 class _Running:
@@ -74,7 +77,7 @@ class Generator:
             return
         if kv_bytes is not None:
             self.slots = min(self.slots, self._slots_within(kv_bytes))
-        self._new_decoder(self.slots, new_memory).check()
+        self._new_decoder(_CHECKED, new_memory).check()
 
     @property
     def cache_bytes(self) -> int:

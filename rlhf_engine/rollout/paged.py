@@ -214,6 +214,10 @@ class PagedDecoder(Decoder):
                 return index
         return len(prompts)
 
+    def room_of(self, length: int) -> int:
+        """How many sequences of `length` tokens there are slots and pages for at a time."""
+        return min(self.slots, self.page_count // -(-length // self.page_size))
+
     def make_room(self, count: int) -> list[int]:
         """The slots whose sequences had to leave, so that all others of the first `count` can take one more token."""
         left = self.sequences.make_room(count)

@@ -37,10 +37,10 @@ class RunPlan:
     unknown: str = ""
 
     def within(self, config: RunConfig) -> RunConfig:
-        """`config` with as many sequences decoded together as the plan has room for."""
-        if self.plan is None or self.plan.slots >= self.plan.workload.slots:
-            return config
-        return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, batch_size=self.plan.slots))
+        """`config` with as many sequences decoded together as the plan has room for, and no more than a rollout has."""
+        most = config.ppo.rollout_batch if self.plan is None else self.plan.slots
+        slots = min(config.rollout.batch_size, most)
+        return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, batch_size=slots))
 
     @property
     def kv_bytes(self) -> int | None:

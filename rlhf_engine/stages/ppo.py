@@ -14,6 +14,7 @@ from rlhf_engine.checkpoint import fingerprint, fingerprint_rows, save_checkpoin
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, Form, PromptRecord, PromptTexts, packed_sequences, read_prompts, stored
+from rlhf_engine.files import recover
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
@@ -89,14 +90,20 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
 def _train(
     config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan
 ) -> list[dict[str, float]]:
-    """The updates that are left; where one fails before it has changed a weight, those before it are saved."""
+    """The updates that are left; where one fails before it has changed a weight, those before it are saved.
+
+    A failed run does not take the place of another one's checkpoint.
+    """
     plan.write(config.output_dir)
     folder = Path(config.output_dir) / "ppo"
+    recover(folder)
+    ours = trainer.updates_done > 0 or not folder.exists()
     history: list[dict[str, float]] = []
     done, updates, every = trainer.updates_done, config.ppo.updates, config.ppo.checkpoint_every
     with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
         def on_update(number: int, log: dict[str, float]) -> None:
+            nonlocal ours
             log |= truncated(codec) | plan.metrics()
             metrics.write(number, log)
             history.append(log)
@@ -104,11 +111,12 @@ def _train(
             bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
             if number == updates or (every and number % every == 0):
                 save_checkpoint(folder, trainer, codec.tokenizer, config, data)
+                ours = True
 
         try:
             trainer.train(on_update)
         except (ValueError, RuntimeError, FloatingPointError, KeyboardInterrupt):
-            if trainer.whole and trainer.updates_done > done:
+            if ours and trainer.whole and trainer.updates_done > done:
                 save_checkpoint(folder, trainer, codec.tokenizer, config, data)
             raise
     plot(config, "ppo", "update")

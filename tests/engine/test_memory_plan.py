@@ -96,7 +96,7 @@ def test_a_small_run_by_hand():
         "gradients": 4 * 345,
         "backward_workspace": room,
     }
-    assert train["gradients"] == 1380 and train.most("gradients", "head_workspace") == 2020
+    assert train["gradients"] == 1380 and train["head_workspace"] == 640
     assert plan.peak == 6740 + 28 * 2**20 + 2048 + 488 + 160 + 7680 and plan.largest == "generate"
 
 
@@ -216,7 +216,7 @@ def test_weights_state_and_cache_are_as_large_as_planned(family):
     optimizer.step()
     moments = [x for state in optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
     assert plan.persistent["optimizer_state"] == sum(x.nbytes for x in moments)
-    assert plan.phases["train"].most("gradients") == sum(p.grad.nbytes for p in policy.parameters())
+    assert plan.phases["train"]["gradients"] == sum(p.grad.nbytes for p in policy.parameters())
     decoding = decoder.Decoder(policy, 20, 30)
     with torch.no_grad():
         decoding.prefill([torch.arange(3, 20)], 0)
@@ -334,8 +334,14 @@ def test_strategies_fit_and_the_fastest_is_first():
 
 
 def test_a_micro_batch_of_tokens_is_planned_as_its_longest_sequences():
-    by_tokens = MemoryPlan.of(replace(RUN, microbatch_tokens=11))  # two of 4 inputs, 8 of 11 tokens
-    assert by_tokens.phases == MemoryPlan.of(replace(RUN, microbatch=2)).phases
+    whole = MemoryPlan.of(replace(RUN, microbatch_tokens=8)).phases  # two of 4 inputs
+    two = MemoryPlan.of(replace(RUN, microbatch=2)).phases
+    assert whole["train"] == two["train"]
+    # 3 more inputs of shorter sequences: 592 bytes are saved of each, and the two longest have all 4 actions of a minibatch.
+    more = MemoryPlan.of(replace(RUN, microbatch_tokens=11, minibatch=4, rollout_batch=4)).phases["train"]
+    assert more["activations"] == 11 * (2 * 256 + 36 + 8) + 64
+    # All 8 actions of a minibatch's 4 sequences fit in 11 tokens after prompts of one token.
+    assert more.moments["forward"]["head_gradients"] == (40 + 8 * 4) * 4 + 8 * 4 * 4
 
 
 # ---- mistakes ----

@@ -85,7 +85,19 @@ def test_a_generator_is_given_the_slots_of_its_plan():
     workload = replace(Workload.of(config, shape, None), slots=8)
     tight = replace(MemoryPlan.of(workload), slots=3)
     assert RunPlan(tight).within(config).rollout.batch_size == 3
-    assert RunPlan(MemoryPlan.of(workload)).within(config) is config and RunPlan().within(config) is config
+    assert RunPlan(MemoryPlan.of(workload)).within(config) == config == RunPlan().within(config)
+    few = RunConfig.from_dict(
+        {"rollout": {"batch_size": 8}, "ppo": {"rollout_batch": 4, "minibatch": 4, "microbatch": 4}}
+    )
+    assert RunPlan().within(few).rollout.batch_size == 4
+    assert RunPlan(MemoryPlan.of(Workload.of(few, shape, None))).within(few).rollout.batch_size == 4
+
+
+def test_a_budget_and_pages_for_one_sequence_of_one_page_run(tmp_path, capsys):
+    new_run(tmp_path, new_model(tmp_path / "base"))
+    one = ("rollout.cache=paged", "ppo.rollout_batch=1", "ppo.minibatch=1", "ppo.microbatch=1", "memory.budget=100GiB")
+    code, _, err = ppo(capsys, tmp_path, "one", *one)
+    assert code == 0, err
 
 
 def test_ppo_of_an_unknown_architecture_runs_without_a_plan(capsys, tmp_path):

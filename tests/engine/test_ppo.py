@@ -373,5 +373,6 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         with_new_folder(tmp_path / "policy", fail)
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
     save_checkpoint(tmp_path / "policy", trainer, None, RunConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
