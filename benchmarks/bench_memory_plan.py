@@ -124,9 +124,11 @@ def worker(session: Session, *, fields: dict, settings: dict, updates: int) -> N
     trainer = make_trainer(fields, settings)
     session.ready()
     while session.begin():
-        for _ in range(updates):
-            trainer.step()
-        session.end()
+        logs = [trainer.step() for _ in range(updates)]
+        # The phases move the mark that the session reads.
+        session.end(
+            peak_bytes=1e6 * max(log[f"peak_{phase}_mb"] for log in logs for phase in ("generate", "score", "train"))
+        )
 
 
 def measure(name: str) -> Row:

@@ -38,12 +38,16 @@ class _PeakRss:
             self.moves = False
 
     def since_restart(self) -> float | None:
-        try:
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        except OSError:
-            return None
-        key = "VmHWM:" if self.moves else "VmRSS:"
-        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
+        return _of_status("VmHWM:" if self.moves else "VmRSS:")
+
+
+def _of_status(key: str) -> float | None:
+    """A size of this process as Linux tells it, in 10^6 bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
 
 
 _PEAK = _PeakRss()
@@ -52,6 +56,12 @@ _PEAK = _PeakRss()
 def peak_rss_mb() -> float:
     """Largest resident set of this process so far, in 10^6 bytes."""
     return _PEAK.so_far()
+
+
+def resident_mb() -> float:
+    """What is resident now, in 10^6 bytes; the largest so far on systems that do not say."""
+    now = _of_status("VmRSS:")
+    return peak_rss_mb() if now is None else now
 
 
 def start_phase_peak() -> None:

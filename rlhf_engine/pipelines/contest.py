@@ -153,7 +153,10 @@ def ask_both(config: RunConfig) -> Said:
     prefixes = {role: prefix_of(config, role) for role in _SEEDS}
     records = list(islice(_records(config), setting.limit))
     if not records:
-        raise ValueError(f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}")
+        raise ValueError(
+            f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}, expected some, or another "
+            "eval.split"
+        )
     found = {role: _ask(config, role, prefix, records) for role, prefix in prefixes.items()}
     answers = {role: said for role, (said, *_) in found.items()}
     flat = {role: [end for one in said for end in one.ended] for role, said in answers.items()}

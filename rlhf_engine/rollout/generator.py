@@ -66,7 +66,7 @@ class Generator:
         self.stop_token_id = stop_token_id
         if config.stop and tokenizer is None:
             raise ValueError(f"tokenizer: got None, expected the one whose tokens spell rollout.stop {config.stop}")
-        self.stops = StopStrings(tokenizer, config.stop) if config.stop else None
+        self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens) if config.stop else None
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.slots = config.batch_size
         self.paged: PagedDecoder | None = None

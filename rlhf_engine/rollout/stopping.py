@@ -19,17 +19,25 @@ _MARGIN = 4
 
 
 class StopStrings:
-    """Finds stop strings in responses. ValueError for one that no response can contain."""
+    """Finds stop strings in responses of at most `tokens` tokens. ValueError for one that none of them can contain."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], tokens: int | None = None) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         for index, stop in enumerate(self.stops):
             if not stop:
-                raise ValueError(f"stop[{index}]: got an empty text, expected one with letters")
+                raise ValueError(f"rollout.stop[{index}]: got an empty text, expected one with letters")
             if not self._possible(stop):
                 raise ValueError(
-                    f"stop[{index}]: got {stop!r}, which the tokenizer reads and writes as "
+                    f"rollout.stop[{index}]: got {stop!r}, which the tokenizer reads and writes as "
                     f"{self._text(self._ids(stop))!r}, expected a text that its tokens can spell"
+                )
+        # A token's name has a letter for each of its text, or for each byte of it; words may come with a space between them.
+        room = None if tokens is None else tokens * (1 + max(map(len, tokenizer.get_vocab())))
+        for index, stop in enumerate(self.stops):
+            if room is not None and len(stop) > room:
+                raise ValueError(
+                    f"rollout.stop[{index}]: got a text of {len(stop)} letters, expected at most {room}, the most that the "
+                    f"{tokens} tokens of rollout.max_response_tokens can spell"
                 )
         # A token that shows at all writes one byte or more.
         self.reach = max(len(stop.encode()) for stop in self.stops) + _MARGIN

@@ -10,6 +10,7 @@ from rlhf_engine.files import write_json
 from rlhf_engine.memory import MemoryPlan, ModelShape, UnknownMemoryError, Workload
 from rlhf_engine.memory.freeing import return_freed_blocks
 from rlhf_engine.memory.table import refuse
+from rlhf_engine.metrics import resident_mb
 
 PLAN = "plan.json"
 
@@ -35,6 +36,8 @@ class RunPlan:
 
     plan: MemoryPlan | None = None
     unknown: str = ""
+    before_mb: float = 0.0
+    """What the process held before a weight was read, in 10^6 bytes, where measured peaks count it: on the CPU."""
 
     def within(self, config: RunConfig) -> RunConfig:
         """`config` with as many sequences decoded together as the plan has room for, and no more than a rollout has."""
@@ -48,8 +51,15 @@ class RunPlan:
         return None if self.plan is None or self.plan.workload.budget is None else self.plan.kv_bytes
 
     def metrics(self) -> dict[str, float]:
-        """The planned peak in 10^6 bytes, to stand beside the measured one of every update."""
-        return {} if self.plan is None else {"planned_peak_mb": self.plan.peak / 1e6}
+        """Planned peaks in 10^6 bytes, to stand beside the measured ones of every update and counted as those are.
+
+        On a GPU that is without the context of CUDA, which torch's allocator does not see.
+        """
+        if self.plan is None:
+            return {}
+        kept = self.plan.kept - (0 if self.plan.workload.device == "cpu" else self.plan.persistent["context"])
+        peaks = {name: self.before_mb + (kept + phase.total) / 1e6 for name, phase in self.plan.phases.items()}
+        return {f"planned_{name}_mb": peak for name, peak in (peaks | {"peak": max(peaks.values())}).items()}
 
     def write(self, folder: str | Path) -> None:
         """plan.json in `folder`."""
@@ -76,4 +86,4 @@ def plan_run(config: RunConfig) -> RunPlan:
     refuse(plan)
     if plan.workload.budget is not None and plan.workload.device == "cpu":
         return_freed_blocks()
-    return RunPlan(plan)
+    return RunPlan(plan, before_mb=resident_mb() if plan.workload.device == "cpu" else 0.0)

@@ -38,14 +38,19 @@ def test_ppo_runs_by_its_plan(tmp_path, capsys):
     written = json.loads((tmp_path / "free" / "plan.json").read_text())
     assert written == plan.to_dict() and written["slots"] == 40
     line = read_lines(tmp_path / "free" / "metrics.jsonl")[-1]
-    assert line["planned_peak_mb"] == plan.peak / 1e6 and line["peak_rss_mb"] > 0
+    planned = {name: line[f"planned_{name}_mb"] for name in plan.phases}
+    before = planned["train"] - (plan.kept + plan.phases["train"].total) / 1e6
+    assert 100 < before < line["peak_rss_mb"]
+    for name, phase in plan.phases.items():
+        assert planned[name] == pytest.approx(before + (plan.kept + phase.total) / 1e6)
+    assert line["planned_peak_mb"] == max(planned.values())
 
     # A budget for 20 slots of 40: fewer sequences together, the same ones.
     budget = MemoryPlan.of(replace(plan.workload, slots=20)).peak
     code, _, err = ppo(capsys, tmp_path, "tight", *BATCH, f"memory.budget={budget}B")
     assert code == 0, err
     assert json.loads((tmp_path / "tight" / "plan.json").read_text())["slots"] == 20
-    timed = ("seconds_", "tokens_per", "sampled_tokens", "peak_", "planned_peak_mb")
+    timed = ("seconds_", "tokens_per", "sampled_tokens", "peak_", "planned_")
     runs = [
         {name: value for name, value in row.items() if not name.startswith(timed)}
         for row in (line, read_lines(tmp_path / "tight" / "metrics.jsonl")[-1])

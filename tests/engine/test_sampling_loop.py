@@ -210,6 +210,11 @@ def test_half_a_letter_is_no_stop_string(tokenizer):
         (None, ("",), r"stop\[0\]: got an empty text"),
         (word_level, ("stop", "halt"), r"stop\[1\]: got 'halt', which the tokenizer reads and writes as ''"),
         (word_level, ("é",), r"stop\[0\]: got 'é'"),
+        (
+            None,
+            ("x", "ab" * 500),
+            r"stop\[1\]: got a text of 1000 letters, expected at most \d+, the most that the 12 tokens",
+        ),
     ],
 )
 def test_a_stop_string_that_can_never_occur_is_refused(tokenizer, make, stops, words):
