@@ -70,6 +70,7 @@ def test_a_cycle_is_nobody_s():
             cycle = [arena.take((4,), FLOATS)]
             cycle.append(cycle)
             del cycle
+        assert arena.open is None  # the phase ended without a complaint
     finally:
         gc.enable()
 

@@ -337,7 +337,7 @@ def test_a_micro_batch_of_tokens_is_planned_as_its_longest_sequences():
     whole = MemoryPlan.of(replace(RUN, microbatch_tokens=8)).phases  # two of 4 inputs
     two = MemoryPlan.of(replace(RUN, microbatch=2)).phases
     assert whole["train"] == two["train"]
-    # 3 more inputs of shorter sequences: 592 bytes are saved of each, and the two longest have all 4 actions of a minibatch.
+    # 3 more inputs, of shorter sequences.
     more = MemoryPlan.of(replace(RUN, microbatch_tokens=11, minibatch=4, rollout_batch=4)).phases["train"]
     assert more["activations"] == 11 * (2 * 256 + 36 + 8) + 64
     # All 8 actions of a minibatch's 4 sequences fit in 11 tokens after prompts of one token.
