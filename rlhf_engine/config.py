@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_engine.eval_config import EvalConfig, FigureConfig, IterateConfig
+from rlhf_engine.hygiene_config import HygieneConfig
 from rlhf_engine.memory_config import MemoryConfig
 from rlhf_engine.ppo_config import OptimConfig, PPOConfig
 from rlhf_engine.schema import Count, Positive, PositiveShare, Section, Seed, Share, WholeNumber
@@ -29,36 +30,6 @@ class ModelConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation that transformers is asked for; flash_attention_2 needs a GPU and the package flash-attn, and
     scores, trains and reads prompts. Decoding has an attention of its own, but for eager."""
-
-
-@dataclass(frozen=True)
-class HygieneConfig(Section):
-    """What `rlhf data clean` does to prompts (InstructGPT, section 3.2); see rlhf_engine/data/hygiene.py."""
-
-    prefix_chars: Count = 128
-    """Two prompts whose first characters, this many, are the same count as one; shorter ones must be the same."""
-    user_limit: Count = 200
-    """Most prompts of one user."""
-    validation_share: Share = 0.1
-    """Share of the users whose prompts are for validation."""
-    test_share: Share = 0.1
-    """Share of the users whose prompts are for the test."""
-    split_seed: Seed = 0
-    """Another seed gives another split."""
-    pii: Literal["drop", "redact", "keep"] = "drop"
-    """Training prompts with personal information are dropped, lose it to a mark such as [EMAIL], or stay."""
-    phone_regions: tuple[str, ...] = ("US", "GB")
-    """Countries that a phone number without a country code may be of."""
-    bad_lines: Literal["refuse", "skip"] = "refuse"
-    """A line that holds no prompt with a user id stops the run, or is skipped and counted."""
-
-    def check(self) -> None:
-        """Something is left to train on."""
-        if self.validation_share + self.test_share >= 1.0:
-            raise ValueError(
-                f"test_share: got {self.test_share} beside validation_share {self.validation_share}, expected less than 1 "
-                "together"
-            )
 
 
 @dataclass(frozen=True)
@@ -274,6 +245,13 @@ class RunConfig(Section):
                 f"model.attention: got 'flash_attention_2' with device {self.device!r}, expected 'sdpa' or 'eager': "
                 "flash-attn runs on CUDA devices alone"
             )
+        optims = {name: getattr(self, name).optim for name in ("sft", "reward", "ppo")}
+        for name, optim in (optims | {"demo.pretrain": self.demo.pretrain.optim}).items():
+            if self.memory.optimizer_state == "8bit" and optim.eps_form == "raw":
+                raise ValueError(
+                    f"{name}.optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit': torchao "
+                    "would compile a step for each of its epsilons"
+                )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
         if self.compute_dtype == "bfloat16" and self.ppo.objective == "trpo":

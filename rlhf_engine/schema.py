@@ -35,6 +35,15 @@ class Range:
         return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
 
+@dataclass(frozen=True)
+class OfDigits:
+    """A text that may be digits alone, which YAML reads as a number: `900000000`."""
+
+    def __str__(self) -> str:
+        return "or a whole number"
+
+
+Text = Annotated[str, OfDigits()]
 Count = Annotated[int, Range(at_least=1)]
 WholeNumber = Annotated[int, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0.0)]
@@ -104,6 +113,8 @@ def unknown_key_message(path: str, name: str, known: list[str]) -> str:
 def convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the annotation `hint` wants it (int to float, list to tuple, dict to section), or ValueError."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated and isinstance(arguments[1], OfDigits):
+        return convert(arguments[0], str(value) if type(value) is int else value, key)
     if origin is Annotated:
         return _in_range(convert(arguments[0], value, key), arguments[1], key)
     if origin in (Union, types.UnionType):

@@ -16,7 +16,7 @@ from .ops import (
     sample_tokens,
     token_logprobs,
 )
-from .ops.products import head_workspace_bytes
+from .ops.products import has_products, head_workspace_bytes
 from .types import METRICS, Advantages, PPOLoss, RolloutAdvantages, SampledTokens, TokenLogprobs, explained_variance
 from .workspace import lend_workspace, release_workspace
 
@@ -31,6 +31,7 @@ __all__ = [
     "explained_variance",
     "gae",
     "group_advantages",
+    "has_products",
     "head_workspace_bytes",
     "kl_penalty",
     "lend_workspace",

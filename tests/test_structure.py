@@ -36,6 +36,7 @@ PEERS = ("trl", "openrlhf", "verl", "deepspeed", "peft")
 ENGINE_LAYERS = (
     "schema",
     "eval_config",
+    "hygiene_config",
     "ppo_config",
     "memory_config",
     "config",

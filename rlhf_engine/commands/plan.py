@@ -21,7 +21,10 @@ def plan(
         str | None, typer.Option(help="A folder with a config.json, or a size such as qwen2.5-7b.")
     ] = None,
     gpu_memory: Annotated[
-        list[str] | None, typer.Option("--gpu-memory", help="Plan for a GPU of this size, such as 24GiB; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--gpu-memory", help="In place of memory.budget, plan for a GPU of this size, such as 24GiB; repeatable."
+        ),
     ] = None,
     planned: Annotated[
         bool, typer.Option("--planned", help="Try what the engine does not have yet too: adapters, 4-bit weights.")

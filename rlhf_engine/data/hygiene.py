@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sqlite3
 import unicodedata
 from collections import Counter
@@ -86,6 +85,8 @@ class HygieneReport:
     """Training prompts with each kind of personal information; one may have several."""
     splits: Counter[str] = field(default_factory=Counter)
     """Prompts written to each split."""
+    warnings: list[str] = field(default_factory=list)
+    """What a later stage may miss."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, ready for JSON."""
@@ -95,6 +96,7 @@ class HygieneReport:
             "steps": [{name: getattr(step, name) for name in names} for step in self.steps],
             "pii": dict(sorted(self.pii.items())),
             "splits": {split: self.splits[split] for split in ("train", "validation", "test")},
+            "warnings": self.warnings,
         }
 
     def table(self) -> str:
@@ -107,7 +109,7 @@ class HygieneReport:
         counts = self.to_dict()
         for title in ("splits", "pii"):
             lines.append(f"{title}: " + (", ".join(f"{name} {n:,}" for name, n in counts[title].items()) or "none"))
-        return "\n".join([*lines, *self.bad_examples])
+        return "\n".join([*lines, *self.bad_examples, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def clean_prompts(
@@ -135,11 +137,8 @@ def clean_prompts(
     def write(new: Path) -> None:
         try:
             _write(new, records, settings, report, codec, given)
-        except (ValueError, OSError, sqlite3.Error) as error:
-            shutil.rmtree(new)  # half of the prompts are of no use
-            if isinstance(error, sqlite3.Error):
-                raise OSError(f"{new}: the index on disk fails: {error}") from None
-            raise
+        except sqlite3.Error as error:
+            raise OSError(f"{new}: the index on disk fails: {error}") from None
 
     with_new_folder(folder, write)
     return report
@@ -160,6 +159,9 @@ def _write(
         report.users = index.users()
     if not report.read:
         raise ValueError(f"{source}: got no prompts, expected at least one")
+    report.warnings = [
+        _empty(split, report) for split, share in _shares(settings) if share and not report.splits[split]
+    ]
     write_json(folder / REPORT, {"source": str(source), "settings": settings.to_dict(), **report.to_dict()})
 
 
@@ -179,6 +181,18 @@ def split_of(user_id: str, settings: HygieneConfig) -> str:
     if place < settings.test_share:
         return "test"
     return "validation" if place < settings.test_share + settings.validation_share else "train"
+
+
+def _shares(settings: HygieneConfig) -> list[tuple[str, float]]:
+    held_out = settings.validation_share + settings.test_share
+    return [("train", 1.0 - held_out), ("validation", settings.validation_share), ("test", settings.test_share)]
+
+
+def _empty(split: str, report: HygieneReport) -> str:
+    return (
+        f"no prompt is left in {split}, of {report.users:,} users in all; data.hygiene.{{validation_share,test_share}} are "
+        "shares of the users, and another data.hygiene.split_seed draws others"
+    )
 
 
 def _steps(settings: HygieneConfig, index: KeptIndex, report: HygieneReport, codec: Codec | None) -> list[Step]:
@@ -207,7 +221,7 @@ def _pii_filter(settings: HygieneConfig, report: HygieneReport) -> Callable[[Pro
         raise ValueError(
             f"pii: got {settings.pii!r}, which needs `pip install phonenumbers python-stdnum` ({error}); 'keep' does not"
         ) from None
-    finder = PiiFinder(settings.phone_regions)
+    finder = PiiFinder(settings.phone_regions, settings.honorifics)
 
     def apply(record: PromptRecord) -> PromptRecord | None:
         if record.split != "train":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ from rlhf_engine.data.sources import Row, read_rows
 
 Record = TypeVar("Record")
 OnBad = Callable[[ValueError], None]
+
+_LONGEST = 2**20
+"""Characters of a text file's document, and bytes of its line, that are held before what came so far goes on alone."""
 
 
 def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
@@ -63,6 +67,9 @@ def read_prompts(path: str | Path, split: str | None = None, on_bad: OnBad | Non
 
 def read_texts(path: str | Path) -> Iterator[PretrainingText]:
     """Documents of a text file with blank lines between them, of JSONL with a field `text`, or of a data set's folder.
+
+    A text file may have no blank lines at all: a document of more than 2^20 characters is cut at the end of a line, or
+    within one of more than 2^20 bytes, and its parts are documents of their own.
 
     Raises:
         ValueError: no such file, or a bad line, named as `file:line`.
@@ -146,19 +153,31 @@ def _with_prompt(given: dict[str, Any], answered: bool) -> dict[str, Any]:
 
 
 def _documents(path: Path) -> Iterator[PretrainingText]:
-    first, lines = 0, []
+    first, pieces, length = 0, [], 0
+    for number, piece in _pieces(path):
+        blank = not piece.strip()
+        if not blank:
+            first = first or number
+            pieces.append(piece)
+            length += len(piece)
+        if pieces and (blank or length >= _LONGEST):
+            yield PretrainingText("".join(pieces).rstrip("\r\n"), line=first)
+            first, pieces, length = 0, [], 0
+    if pieces:
+        yield PretrainingText("".join(pieces).rstrip("\r\n"), line=first)
+
+
+def _pieces(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, a very long one in several pieces."""
+    # A mark of byte order before the first line is no part of it.
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        number, raw = 1, file.readline(_LONGEST)
+        while raw:
+            after = file.readline(_LONGEST)
             try:
-                # A mark of byte order before the first line is no part of it.
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = decoder.decode(raw, final=not after)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid UTF-8: {error}") from None
-            if line.strip():
-                first = first or number
-                lines.append(line)
-            elif lines:
-                yield PretrainingText("".join(lines).rstrip("\r\n"), line=first)
-                first, lines = 0, []
-    if lines:
-        yield PretrainingText("".join(lines).rstrip("\r\n"), line=first)
+            yield number, text
+            number, raw = number + raw.endswith(b"\n"), after

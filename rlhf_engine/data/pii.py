@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import phonenumbers
 from stdnum import iban, luhn
 
+from rlhf_engine.hygiene_config import HONORIFICS
+
 _EMAIL = re.compile(r"(?<![\w.+%-])[\w+%-][\w.+%'-]{0,63}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
 # Two letters and two digits, then anything that could belong to it; how much of it does, the check finds out. The
 # candidate sits in a lookahead, so that a wrong start does not swallow the right one behind it.
@@ -35,12 +37,7 @@ _PHONE = re.compile(r"\+?\(?\d(?:[^\w\n,;:]{0,3}\d){6,}")
 _DATE_OR_DECIMAL = re.compile(r"\d{4}-\d\d-\d\d(?: \d\d)?|(?=(?:\d\.?){7,9}\Z)\d+\.\d+")
 # Initials are part of a name: "Dr. J. R. Smith".
 _UPPER, _LETTERS = "[A-ZÀ-ÖØ-Þ]", r"(?:[^\W\d_]|['’-](?=[^\W\d_]))"
-_HONORIFIC = (
-    "Mrs?|Ms|Miss|Mx|Dr|Prof|Professor|Rev|Reverend|Sir|Dame|Herr|Frau|Monsieur|Madame|Mme|Mlle|Señora?|Sra|Signora?"
-)
-_NAME = re.compile(
-    rf"(?<!\w)(?:{_HONORIFIC})\b\.?[ \t]{{1,3}}(?:{_UPPER}{_LETTERS}{{0,30}}\.?[ \t]{{1,3}}){{0,3}}{_UPPER}{_LETTERS}{{1,30}}"
-)
+_NAME = rf"[ \t]{{1,3}}(?:{_UPPER}{_LETTERS}{{0,30}}\.?[ \t]{{1,3}}){{0,3}}{_UPPER}{_LETTERS}{{1,30}}"
 _DIGIT = re.compile(r"\d")
 _PHONE_MARGIN = 12  # characters around a candidate that the library sees: what touches it, and an extension behind it
 _PHONE_TRIES = 100  # wrong candidates that the library looks at in one run of digits
@@ -59,15 +56,23 @@ class Finding:
 
 
 class PiiFinder:
-    """Finds personal information; phones without a country code are read as in one of `phone_regions`."""
+    """Finds personal information.
 
-    def __init__(self, phone_regions: tuple[str, ...] = ("US", "GB")) -> None:
+    Phones without a country code are read as in one of `phone_regions`; a name is what follows one of `honorifics`, with a
+    period behind it or without, unless it ends in one itself.
+    """
+
+    def __init__(self, phone_regions: tuple[str, ...] = ("US", "GB"), honorifics: tuple[str, ...] = HONORIFICS) -> None:
         """`phone_regions` are two-letter country codes; ValueError for one without a numbering plan."""
         unknown = [region for region in phone_regions if region not in phonenumbers.SUPPORTED_REGIONS]
         if unknown:
             raise ValueError(f"phone_regions: got {unknown[0]!r}, expected two-letter country codes such as 'US'")
         # None reads numbers with a country code alone; any region reads those as well.
         self._regions = phone_regions or (None,)
+        # The longest first: "Prof" would leave "essa" of "Prof.ssa" to be no name.
+        words = sorted(honorifics, key=len, reverse=True)
+        titles = "|".join(re.escape(word) + ("" if word.endswith(".") else r"\b\.?") for word in words)
+        self._name = re.compile(rf"(?<!\w)(?:{titles}){_NAME}") if words else None
 
     def find(self, text: str) -> list[Finding]:
         """Everything personal in `text`, in its order and without overlaps: of two, the surer kind stands."""
@@ -76,7 +81,8 @@ class PiiFinder:
             searches.append(("email", _emails))
         if _DIGIT.search(text):
             searches += [("iban", _ibans), ("card", _cards), ("ip", _addresses), ("phone", self._phones)]
-        searches.append(("name", _names))
+        if self._name is not None:
+            searches.append(("name", self._names))
         spans: list[tuple[int, int, str]] = []  # in their order
         for kind, search in searches:
             for start, end in search(text):
@@ -84,6 +90,9 @@ class PiiFinder:
                 if (at == 0 or spans[at - 1][1] <= start) and (at == len(spans) or end <= spans[at][0]):
                     spans.insert(at, (start, end, kind))
         return [Finding(kind, start, end) for start, end, kind in spans]
+
+    def _names(self, text: str) -> Iterator[tuple[int, int]]:
+        return (match.span() for match in self._name.finditer(text))
 
     def _phones(self, text: str) -> Iterator[tuple[int, int]]:
         for candidate in _PHONE.finditer(text):
@@ -112,10 +121,6 @@ def redact(text: str, findings: list[Finding]) -> str:
 
 def _emails(text: str) -> Iterator[tuple[int, int]]:
     return (match.span() for match in _EMAIL.finditer(text))
-
-
-def _names(text: str) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in _NAME.finditer(text))
 
 
 def _ibans(text: str) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from rlhf_engine.files import require
+from rlhf_engine.files import read_json, require
 from rlhf_engine.memory.presets import PRESETS
 
 _FIELDS = {
@@ -137,6 +137,7 @@ class ModelShape:
                 f"{key}: got {model!r}, expected a folder with a config.json, or one of {', '.join(PRESETS)}"
             )
         require(folder, "config.json")
+        read_json(folder / "config.json")
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except (ValueError, KeyError, OSError) as error:

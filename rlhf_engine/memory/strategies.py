@@ -69,11 +69,11 @@ class Strategy:
         """Whether the engine takes these settings today."""
         if "adapter" in self.changes:
             return False
-        tree: dict[str, Any] = {}
+        tree = self.plan.workload.config.to_dict()
         for name, value in self.changes.items():
             if name not in _SIZED:
                 *section, key = _SETTINGS[name].split(".")
-                (tree.setdefault(section[0], {}) if section else tree)[key] = value
+                (tree[section[0]] if section else tree)[key] = value
         try:
             RunConfig.from_dict(tree)
         except ValueError:
@@ -106,7 +106,10 @@ def _switches(strategy: Strategy) -> set[tuple[str, Any]]:
 
 
 def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
-    """Every combination, each with the largest micro-batch and the most slots that fit, or one of each if none does."""
+    """Every combination with what there is, each with the largest micro-batch and the most slots that fit.
+
+    One of each if none does.
+    """
     choices: dict[str, list[Any]] = {
         "dtype": ["float32", "bfloat16"],
         "compute_dtype": ["float32", "bfloat16"],
@@ -115,6 +118,9 @@ def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
     }
     if planned:
         choices |= {"adapter": [0, 16], "base_bits": [0, 4]}
+    for name, values in choices.items():
+        if (now := getattr(workload, name)) not in values:
+            values.append(now)
     for values in product(*choices.values()):
         changes = {name: value for name, value in zip(choices, values, strict=True) if value != getattr(workload, name)}
         if not _sensible(workload, changes):

@@ -14,8 +14,10 @@ _COLUMN = 12
 
 
 def size(count: float) -> str:
-    """`1.25 GiB`; small ones in MiB."""
-    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+    """`1.25 GiB`; small ones in MiB, and those that would round to nothing in bytes."""
+    if abs(count) >= GIB / 10:
+        return f"{count / GIB:.2f} GiB"
+    return f"{count / 2**20:.1f} MiB" if abs(count) >= 2**20 / 10 else f"{count:.0f} bytes"
 
 
 def items_table(plan: MemoryPlan) -> str:

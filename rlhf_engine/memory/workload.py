@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from rlhf_engine.config import RunConfig
@@ -49,6 +49,8 @@ class Workload:
     """Rank of LoRA adapters on every matrix of frozen weights, whose reference is the same without them. Not built yet."""
     base_bits: int = 0
     """Bits of a frozen weight within the layers; 0: as `dtype` says. Not built yet."""
+    config: RunConfig = field(default_factory=RunConfig, repr=False)
+    """What it was taken from: settings that do not count here may still forbid another one."""
 
     @classmethod
     def of(cls, config: RunConfig, policy: ModelShape, reward: ModelShape | None) -> Self:
@@ -90,6 +92,7 @@ class Workload:
             optimizer_state=memory.optimizer_state,
             gradient_checkpointing=memory.gradient_checkpointing,
             budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),
+            config=config,
         )
 
     @property

@@ -18,6 +18,7 @@ from rlhf_engine.model.heads import HeadTransform, ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, packs, products
+from rlhf_engine.model.upcast import upcast_products
 from rlhf_kernels import PPOLoss, TokenLogprobs, linear_ppo_loss, linear_token_logprobs
 
 _PROBE_LOGIT = 60.0
@@ -64,6 +65,7 @@ class ActorCritic(nn.Module):
         self.eval()
         self._check_head()
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
+        upcast_products(model, self.product_dtype)
         if gradient_checkpointing:
             checkpoint_layers(self.trunk)
         self.packs = all(packs(*trunk) for trunk in self._trunks())
@@ -130,7 +132,7 @@ class ActorCritic(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
         """Logits of a few rows, for sampling."""
         with self.products():
-            return self.transform(nn.functional.linear(hidden, self.lm_weight, self.lm_bias))
+            return self.transform(self.model.get_output_embeddings()(hidden))
 
     def products(self) -> AbstractContextManager[None]:
         """Matrix products within are made in `compute_dtype`; around many forward passes, weights are copied once."""

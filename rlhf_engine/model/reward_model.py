@@ -18,6 +18,7 @@ from rlhf_engine.files import read_json, require, write_json
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.model.trunk import checkpoint_layers, last_hidden
+from rlhf_engine.model.upcast import upcast_products
 
 _HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 
@@ -44,6 +45,7 @@ class RewardModel(nn.Module):
     def computing(self, *, compute_dtype: torch.dtype | None = None, gradient_checkpointing: bool = False) -> Self:
         """Sets the type of the trunk's matrix products, None its weights', and whether a backward pass runs layers again."""
         self.compute_dtype = None if compute_dtype == self.trunk.dtype else compute_dtype
+        upcast_products(self.trunk, self.compute_dtype or self.trunk.dtype)
         if gradient_checkpointing:
             checkpoint_layers(self.trunk)
         return self

@@ -73,7 +73,10 @@ def _check_judge(config: RunConfig, section: str, name: str) -> None:
 
 def _check_prompts(config: RunConfig, split: str) -> None:
     if not sum(1 for _ in read_prompts(config.data.prompts, split)):
-        raise ValueError(f"data.prompts: got no prompts of split {split} in {config.data.prompts}")
+        raise ValueError(
+            f"data.prompts: got no prompts of split {split} in {config.data.prompts}, expected at least one; `rlhf data clean` "
+            "splits a file by user"
+        )
 
 
 def _check_all(path: str | None, records: Iterable[Item], encode: Callable[[Item], object]) -> None:

@@ -213,7 +213,7 @@ class Generator:
     def _new_decoder(self, prompts: int, allocate: Allocate) -> Decoder:
         if self.paged is None:
             return Decoder(self.policy, min(self.slots, prompts), self.columns, allocate)
-        self.paged.open(allocate)
+        self.paged.open(allocate, prompts)
         return self.paged
 
     def _check(self, prompts: Sequence[Tensor | Sequence[int]], sequence: Tensor) -> list[Tensor]:

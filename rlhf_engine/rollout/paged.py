@@ -164,8 +164,10 @@ class PagedDecoder(Decoder):
         self.captures = self._can_capture()
         self.cuda = torch.cuda
         self._graphed: tuple[Act, GraphedStep] | None = None
+        self.opened = 0
+        """Pages since `open`."""
         self.restarted = 0
-        """Sequences that had to leave since `open`."""
+        """Sequences that had to leave since then."""
 
     @property
     def pool_bytes(self) -> int:
@@ -178,13 +180,15 @@ class PagedDecoder(Decoder):
         waits = any(x.get("rope_type") in _POSITION_COUNTING_ROPE for x in nested)
         return self.policy.device.type == "cuda" and not waits
 
-    def open(self, allocate: Allocate = new_memory) -> None:
-        """Take the memory of the pages, all of them free. It may hold anything."""
-        shape = pool_shape(self.policy, 1 + self.page_count, self.page_size)
+    def open(self, allocate: Allocate = new_memory, sequences: int | None = None) -> None:
+        """Take the memory of the pages, all of them free; of no more than `sequences` fill. It may hold anything."""
+        most = self.slots if sequences is None else min(self.slots, sequences)
+        self.opened = min(self.page_count, most * self.table.shape[1])
+        shape = pool_shape(self.policy, 1 + self.opened, self.page_size)
         self.pool = allocate(shape, self.policy.product_dtype, self.policy.device)
         for layer, (keys, values) in zip(self.cache.layers, self.pool, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
-        self.sequences = Sequences(Pages(self.page_count, first=1), self.page_size, self.slots)
+        self.sequences = Sequences(Pages(self.opened, first=1), self.page_size, self.slots)
         self.restarted = 0
         self.head = PackedHead(self.policy)  # the weights may have changed
         # What a captured graph reads by its address.

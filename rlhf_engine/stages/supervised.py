@@ -36,7 +36,12 @@ def run_sft(config: RunConfig) -> FitReport:
     """Demonstrations to a fine-tuned model in `output_dir/sft`."""
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
-    train, validation = split(_demonstrations(config, codec), lambda example: example.prompt, config)
+    train, validation = split(
+        _demonstrations(config, codec),
+        lambda example: example.prompt,
+        config,
+        f"data.demonstrations: of the records in {config.data.demonstrations}",
+    )
     actor = ActorCritic(model, backend=config.backend, **computing(config))
     with stage_metrics(config, "sft") as metrics:
         report = fit_language_model(
@@ -63,7 +68,12 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     examples = _demonstrations(config, codec)
     ranked = encode_records(path, read_comparisons(path), lambda comparison: encode_comparison(comparison, codec))
     kept = stored((prompt for prompt in ranked if prompt is not None), RANKED_PROMPTS, config.output_dir)
-    train, validation = split(kept, lambda one: one.completions[0].prompt, config)
+    train, validation = split(
+        kept,
+        lambda one: one.completions[0].prompt,
+        config,
+        f"data.comparisons: of the records in {path} that do not tie all their completions",
+    )
     reward_model = RewardModel.from_causal_lm(model, config.seed).computing(**computing(config))
     with stage_metrics(config, "rm") as metrics:
         history = fit_reward_model(

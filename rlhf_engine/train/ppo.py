@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import MemoryConfig, PPOConfig
-from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in, open_arena
+from rlhf_engine.memory import AnyArena, PeakMeter, PoolArena, gradients_in, open_arena
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, score_rollout, value_rollout
@@ -257,6 +257,8 @@ class PPOTrainer:
         log["sampled_tokens_per_second"] = int(rollout.mask.sum()) / seconds["collect"]
         if self.generator.paged is not None:
             log["restarted_sequences"] = self.generator.paged.restarted
+        if isinstance(self.arena, PoolArena):
+            log["pool_held_mb"] = self.arena.held_bytes / 1e6
         return log | self.meter.log() | {"peak_rss_mb": peak_rss_mb()}
 
     @contextmanager

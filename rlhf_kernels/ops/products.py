@@ -1,6 +1,7 @@
 """The fused head's matrix products, by the vendor's library, and how much of them is made at a time."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,10 +12,27 @@ MIN_CHUNK = 16
 GPU_LOGITS_BYTES = 512 * 2**20
 """Room for a chunk of float32 logits on a GPU, from which its rows follow."""
 
+_PART = 1024
+"""Rows, columns or terms of a product that are turned into float32 at a time."""
+
+
+@cache
+def has_products(dtype: torch.dtype, device: str) -> bool:
+    """Whether a product of such factors is no slower than float32's on a device of this type.
+
+    A processor without instructions for them leaves them to loops that are ten to fifty times as slow.
+    """
+    if device != "cpu" or dtype == torch.float32:
+        return True
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return bool(getattr(torch.ops.mkldnn, asked)())
+
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """`out = a @ b`, or `out += a @ b`; a float32 `out` of half-precision factors is not rounded on the way."""
-    if out.dtype == a.dtype:
+    if a.dtype in (torch.bfloat16, torch.float16) and not has_products(a.dtype, a.device.type):
+        _product_in_float32(a, b, out, add=add)
+    elif out.dtype == a.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif a.is_cuda and add:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -22,6 +40,24 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # where Triton is interpreted: CPU libraries have no such product
         product(a.float(), b.float(), out, add=add)
+
+
+def _product_in_float32(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """`product` of the same factors with float32 sums, rounded once; the longest side comes in parts."""
+    (rows, terms), columns = a.shape, b.shape[1]
+    if terms >= max(rows, columns):
+        total = out.float() if add else a.new_zeros(rows, columns, dtype=torch.float32)
+        for part_a, part_b in zip(a.split(_PART, 1), b.split(_PART), strict=True):
+            total.addmm_(part_a.float(), part_b.float())
+        out.copy_(total)
+        return
+    if rows > max(columns, _PART):  # out.T = b.T @ a.T
+        a, b, out = b.t(), a.t(), out.t()
+    a = a.float()
+    for part_b, part_out in zip(b.split(_PART, 1), out.split(_PART, 1), strict=True):
+        # In place, which autocast leaves as it is.
+        total = part_out.float() if add else a.new_zeros(part_out.shape)
+        part_out.copy_(total.addmm_(a, part_b.float()))
 
 
 @dataclass(frozen=True)

@@ -310,3 +310,10 @@ def test_what_a_phase_leaves_in_the_pool_is_reported_and_keys_are_refused():
     with pytest.raises(KeyboardInterrupt), arena.phase("generate"):
         raise KeyboardInterrupt
     assert arena.open is None
+
+
+def test_an_update_logs_what_a_phase_left_in_the_pool():
+    trainer, cuda = make_trainer(), StandIn()
+    assert "pool_held_mb" not in trainer.step()
+    trainer.arena, cuda.held = PoolArena(trainer.arena.sizes, torch.device("cpu"), cuda), 96
+    assert trainer.step()["pool_held_mb"] == 96e-6

@@ -23,6 +23,15 @@ def test_yaml_round_trip(tmp_path):
     assert load_config(tmp_path / "run.yaml") == original
 
 
+def test_a_size_may_be_a_number_of_bytes(tmp_path):
+    (tmp_path / "run.yaml").write_text("memory: {budget: 900000000}")
+    assert load_config(tmp_path / "run.yaml").memory.budget == "900000000"
+    with pytest.raises(ValueError, match=r"memory\.budget: got True \(bool\), expected str"):
+        load_config(None, ["memory.budget=true"])
+    with pytest.raises(ValueError, match=r"memory: budget: got '0', expected more than 0 bytes"):
+        load_config(None, ["memory.budget=0"])
+
+
 def test_exponent_without_a_dot_is_a_number(tmp_path):
     assert load_config(write(tmp_path, "ppo: {optim: {lr: 3e-6}}")).ppo.optim.lr == 3e-6
     assert load_config(None, ["ppo.optim.lr=3e-6"]).ppo.optim.lr == 3e-6

@@ -70,6 +70,13 @@ def test_s20_win_rate_under_a_function(run, models, capsys):
     assert (run / "out" / "eval" / "win_rate.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("batch, sizes", [(3, [3, 3, 2]), (64, [8])])
+def test_s20_a_function_gets_so_many_pairs_at_a_time(run, models, capsys, batch, sizes):
+    judge = write_judge(run, "judge_sizes", "open('sizes', 'a').write(f'{len(a)} '); return [0.5] * len(a)")
+    assert evaluate(capsys, run, models, judge, "eval.samples=2", f"eval.judge_batch={batch}")[0] == 0
+    assert list(map(int, (run / "sizes").read_text().split())) == sizes
+
+
 @torch.no_grad()
 def test_s20_perplexity_is_that_of_the_text(run, models):
     (run / "text.txt").write_text("yes no maybe\n\n\n\nI do not know\n")

@@ -155,6 +155,24 @@ def test_s19_phone_regions_reach_the_filter(tmp_path):
     assert len(clean(tmp_path, rows, phone_regions=("DE",))[1]) == 0
 
 
+def test_s19_honorifics_reach_the_filter(tmp_path):
+    rows = [{"prompt": "Pan Novák", "user_id": ANN}]
+    assert len(clean(tmp_path, rows)[1]) == 1
+    assert len(clean(tmp_path, rows, honorifics=("Pan",))[1]) == 0
+    with pytest.raises(ValueError, match=r"honorifics: got \['Mr '\], expected texts without blanks around them"):
+        HygieneConfig(honorifics=("Mr ",))
+
+
+def test_s19_a_split_without_prompts_is_told(tmp_path):
+    rows = [{"prompt": "p", "user_id": ANN}, {"prompt": "q", "user_id": users_of("test", 1)[0]}]
+    report, _ = clean(tmp_path, rows)
+    (warning,) = report.warnings
+    assert warning.startswith("no prompt is left in validation, of 2 users in all; data.hygiene.")
+    assert f"warning: {warning}" in report.table()
+    assert json.loads((tmp_path / "clean" / "report.json").read_text())["warnings"] == [warning]
+    assert clean(tmp_path, rows, validation_share=0.0)[0].warnings == []  # nobody asked for one
+
+
 def test_s19_long_prompts_are_truncated_with_a_count(tmp_path):
     codec = Codec(train_tokenizer(["a"], 280), "{prompt}\n", max_prompt_tokens=6)
     report, left = clean(tmp_path, [{"prompt": p, "user_id": ANN} for p in ("vwxyz", "uvwxyz")], codec)

@@ -40,6 +40,12 @@ def found(text, finder=FINDER):
         ("name", "Mrs. O'Neil-Jones"),
         ("name", "Frau Müller"),
         ("name", "Prof. Ada Lovelace"),
+        ("name", "Prof.ssa Anna Bianchi"),
+        ("name", "Sig.ra Rossi"),
+        ("name", "Dott. Mario Verdi"),
+        ("name", "M. Dupont"),
+        ("name", "Mlle Léa"),
+        ("name", "Srta. García"),
     ],
 )
 def test_s19_pii_is_found_wherever_it_stands(kind, text):
@@ -65,11 +71,19 @@ def test_s19_pii_is_found_wherever_it_stands(kind, text):
         "555-0132",  # in no country
         "(123) 456-7890",  # no such area code
         "@home, a@b, me @ example.com",
-        "Miss you, mr x, drSmith, Dr. of, the Mr",
+        "Miss you, mr x, drSmith, Dr. of, the Mr, Type M Screws, Donna Summer",
     ],
 )
 def test_s19_what_only_looks_like_pii_is_left_alone(text):
     assert found(text) == []
+
+
+def test_s19_honorifics_are_a_setting():
+    text = "Pan Novák and Mr Smith"
+    assert found(text) == [("name", "Mr Smith")]
+    finder = PiiFinder(honorifics=("Pan", "Paní"))
+    assert [text[one.start : one.end] for one in finder.find(text)] == ["Pan Novák"]
+    assert PiiFinder(honorifics=()).find(text) == []
 
 
 def test_s19_the_country_of_a_phone_number_is_a_setting():

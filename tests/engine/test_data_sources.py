@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -262,6 +263,37 @@ def test_s19_pretraining_documents_of_a_text_file_end_at_blank_lines(tmp_path):
     path.write_bytes(b"one\n\xff\n")
     with pytest.raises(ValueError, match=r"pretrain.txt:2: not valid UTF-8"):
         list(read_texts(path))
+
+
+def test_s19_a_text_file_without_blank_lines_is_not_held_whole(tmp_path):
+    """Long documents go on in parts at the end of a line, endless lines within it; characters are never cut."""
+    path, part = tmp_path / "pretrain.txt", 2**20
+    line = "é" * 99 + "\n"
+    path.write_text(line * 50_000, encoding="utf-8")
+    found = list(read_texts(path))
+    lines = -(-part // 100)
+    assert [record.line for record in found] == list(range(1, 50_001, lines))
+    assert [len(record.text) for record in found[:-1]] == [100 * lines - 1] * (len(found) - 1)
+    assert "\n".join(record.text for record in found) + "\n" == line * 50_000
+    path.write_text("x" + "é" * 2 * part + "\nlast\n", encoding="utf-8")
+    found = list(read_texts(path))
+    assert "".join(record.text for record in found) == "x" + "é" * 2 * part + "\nlast"
+    assert max(len(record.text) for record in found) < 2 * part and {record.line for record in found} == {1}
+    path.write_bytes(b"x" * 3 * part + b"\n\nfine\nhalf \xc3")
+    with pytest.raises(ValueError, match=r"pretrain.txt:4: not valid UTF-8"):
+        list(read_texts(path))
+
+
+def test_s19_memory_for_a_text_file_does_not_grow_with_it(tmp_path):
+    path, peaks = tmp_path / "pretrain.txt", []
+    for size in (6, 18):
+        path.write_text(("x" * 99 + "\n") * size * 10_000, encoding="utf-8")
+        tracemalloc.start()
+        for _ in read_texts(path):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.05 * peaks[0], peaks
 
 
 def test_s19_pretraining_rows_are_full_and_documents_end_with_eos(tmp_path, codec):

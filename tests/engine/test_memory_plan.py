@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, Qwen3Config
 
-from rlhf_engine.config import OptimConfig, RunConfig
+from rlhf_engine.config import OptimConfig, RunConfig, load_config
 from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
 from rlhf_engine.memory.phase_items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
 from rlhf_engine.memory.presets import PRESETS
-from rlhf_engine.memory.strategies import fitting, smallest
+from rlhf_engine.memory.strategies import _tried, fitting, smallest
 from rlhf_engine.memory.table import refuse
 from rlhf_engine.memory.trunk_bytes import Pass
-from rlhf_engine.model import ActorCritic, frozen_copy
+from rlhf_engine.model import ActorCritic, frozen_copy, upcast
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rollout import decoder
 from rlhf_engine.rollout.cache import SlotCache
@@ -163,7 +163,8 @@ def test_presets_have_the_weights_of_their_models(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_what_autograd_saves(family, attention, dtype):
+def test_activations_are_what_autograd_saves(monkeypatch, family, attention, dtype):
+    monkeypatch.setattr(upcast, "has_products", lambda dtype, device: True)  # without, no rounded weights are kept
     model = make(family)
     model.set_attn_implementation(attention)
     policy = ActorCritic(model, compute_dtype=torch.bfloat16 if dtype == "autocast" else None)
@@ -385,3 +386,23 @@ def test_a_budget_that_is_too_small_is_refused_by_how_much():
         refuse(MemoryPlan.of(replace(workload, budget=peak - 2**30 // 10)))
     with pytest.raises(ValueError, match=r"nothing that was tried fits, the least is \d+\.\d\d GiB with"):
         refuse(MemoryPlan.of(replace(workload, budget=2**30)))
+    with pytest.raises(ValueError, match=r"which is 9 bytes too small"):
+        refuse(MemoryPlan.of(replace(workload, budget=peak - 9)))
+
+
+def test_what_is_tried_goes_with_the_rest_of_the_config():
+    """8-bit state has no form of epsilon but one, and a setting that is there already is a strategy too."""
+    shape = ModelShape.of("qwen2.5-0.5b")
+
+    def states(**memory):
+        sets = [f"memory.{name}={value}" for name, value in memory.items()]
+        found = {}
+        for form in ("corrected", "raw"):
+            config = load_config(None, ["device=cuda", f"ppo.optim.eps_form={form}", *sets])
+            workload = replace(Workload.of(config, shape, shape), budget=12 * 2**30)
+            found[form] = {one.plan.workload.optimizer_state for one in _tried(workload, planned=False)}
+        return found
+
+    assert states() == {"corrected": {"resident", "8bit", "host"}, "raw": {"resident", "host"}}
+    on_cpu = replace(RUN, optimizer_state="host", budget=2**30)  # where nothing else would try it
+    assert "host" in {one.plan.workload.optimizer_state for one in _tried(on_cpu, planned=False)}

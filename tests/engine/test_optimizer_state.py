@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_engine.config import MemoryConfig, OptimConfig
+from rlhf_engine.config import MemoryConfig, OptimConfig, load_config
 from rlhf_engine.memory import Arena
 from rlhf_engine.train.optim import build_optimizer, optimizer_step
 from rlhf_engine.train.optimizer_state import load_optimizer_tensors, optimizer_tensors
@@ -246,5 +246,7 @@ def test_8_bits_without_torchao_are_refused_by_name(monkeypatch):
         ValueError, match=r"memory.optimizer_state: got '8bit', which needs torchao.*rlhf-kernels\[8bit\]"
     ):
         build_optimizer(model_of(2, 2), CONFIG, "8bit")
-    with pytest.raises(ValueError, match="eps_form: got 'raw'"):
-        build_optimizer(model_of(2, 2), OptimConfig(eps_form="raw"), "8bit")
+    for section in ("sft", "reward", "ppo", "demo.pretrain"):
+        sets = ["memory.optimizer_state=8bit", f"{section}.optim.eps_form=raw"]
+        with pytest.raises(ValueError, match=rf" {section}\.optim\.eps_form: got 'raw', expected 'corrected' with"):
+            load_config(None, sets)

@@ -200,6 +200,20 @@ def test_who_decides():
         assert generator.paged.page_count == pages <= pages_within(actor, kv_bytes) == kv_bytes // one - 1
 
 
+def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
+    shapes = []
+
+    def allocate(shape, dtype, device):
+        shapes.append(shape)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    generator = make_generator(make_actor(), cache="paged", batch_size=1000)
+    prompts = [torch.arange(3, 8), torch.arange(4, 7)]
+    generator.generate(prompts, torch.arange(2), allocate=allocate)
+    places = generator.paged.table.shape[1]
+    assert [shape[2] for shape in shapes] == [1 + 2 * places]
+
+
 @pytest.mark.parametrize(
     ("cache", "words"),
     [

@@ -40,7 +40,7 @@ def test_ppo_runs_by_its_plan(tmp_path, capsys):
     line = read_lines(tmp_path / "free" / "metrics.jsonl")[-1]
     planned = {name: line[f"planned_{name}_mb"] for name in plan.phases}
     before = planned["train"] - (plan.kept + plan.phases["train"].total) / 1e6
-    assert 100 < before < line["peak_rss_mb"]
+    assert before == pytest.approx(line["peak_rss_mb"], rel=0.2)  # a process beside which this model is nothing
     for name, phase in plan.phases.items():
         assert planned[name] == pytest.approx(before + (plan.kept + phase.total) / 1e6)
     assert line["planned_peak_mb"] == max(planned.values())
@@ -59,7 +59,7 @@ def test_ppo_runs_by_its_plan(tmp_path, capsys):
 
     # Not even one sequence: refused before anything is read or written.
     code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=100KB")
-    assert code == 2 and err.startswith("rlhf: memory.budget: got 0.1 MiB, which is")
+    assert code == 2 and err.startswith("rlhf: memory.budget: got 100000 bytes, which is")
     assert (
         "no room for the keys and values of one sequence of 14 tokens" in err and "nothing that was tried fits" in err
     )
@@ -162,6 +162,11 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "much")
     assert code == 2 and "--gpu-memory: got 'much', expected a size such as 24GiB" in err
+    code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "0")
+    assert code == 2 and "--gpu-memory: got '0', expected more than 0 bytes" in err
+    (tmp_path / "config.json").write_text("{")
+    code, _, err = rlhf(capsys, "plan", "--model", tmp_path)
+    assert code == 2 and f"{tmp_path / 'config.json'}: not valid JSON" in err
     code, _, err = rlhf(capsys, "plan")
     assert code == 2 and "model.path: got nothing" in err
 

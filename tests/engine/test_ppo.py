@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
-from rlhf_engine.config import ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
+from rlhf_engine.checkpoint import check_settings, load_policy, resume, save_checkpoint
+from rlhf_engine.config import MemoryConfig, ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
 from rlhf_engine.files import with_new_folder
 from rlhf_engine.train.experience import Scored, advantages
 from rlhf_engine.train.ppo import minibatch_backward, score
@@ -88,6 +88,18 @@ def test_s11_s12_gradient_is_that_of_the_formula():
     for name, parameter in policy.named_parameters():
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(ours[name].double(), parameter.grad, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
+
+
+def test_s11_a_clamped_log_ratio_stops_the_gradient():
+    """Every ratio is moved to e, beyond the clamp, so that what is left of the gradient is the value loss's."""
+    trainer = make_trainer()
+    experience = make_experience(trainer)
+    shifted = replace(experience, old_logprobs=experience.old_logprobs - 1.0 * experience.rollout.mask)
+    head = "model.lm_head.weight"
+    free = gradients(trainer, shifted, 16, objective="ratio")[0]
+    held = gradients(trainer, shifted, 16, objective="ratio", log_ratio_clamp=0.5)[0]
+    assert float(free[head].abs().max()) > 0
+    assert head not in held or float(held[head].abs().max()) == 0.0
 
 
 def test_s6_s7_rewards_carry_the_penalties():
@@ -220,6 +232,24 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, family):
         assert torch.equal(parameter, after[name]), name
     for name in ("score_mean", "kl", "policy_loss", "value_loss", "grad_norm", "lr", "ratio_max"):
         assert resumed_log[name] == log[name], name
+
+
+@pytest.mark.parametrize("before, after", [("resident", "host"), ("host", "resident")])
+def test_optimiser_state_may_move_where_a_run_goes_on(tmp_path, before, after):
+    straight, configs = make_trainer(), {}
+    straight.step()
+    straight.step()
+    for place in (before, after, "8bit"):
+        configs[place] = RunConfig(memory=MemoryConfig(optimizer_state=place))
+    first, second = (make_trainer(memory=configs[place].memory) for place in (before, after))
+    first.step()
+    save_checkpoint(tmp_path / "checkpoint", first, None, configs[before])
+    resume(tmp_path / "checkpoint", second, configs[after])
+    second.step()
+    expected = weights_of(straight)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(second).items())
+    with pytest.raises(ValueError, match=rf"memory.optimizer_state: got '8bit', expected {before!r} to go on"):
+        check_settings(tmp_path / "checkpoint", configs["8bit"])
 
 
 def test_a_checkpoint_loads_with_transformers(tmp_path):

@@ -112,6 +112,20 @@ def test_s6_scores_of_another_number_are_refused():
         make_trainer(reward=lambda r: torch.zeros(3)).step()
 
 
+def test_s6_a_reward_that_fails_on_all_together_names_the_first_and_the_last():
+    def reward(rollout):
+        if calls:
+            raise ValueError("out of memory")
+        calls.append(1)
+        return target_share(rollout)
+
+    calls = []
+    trainer = make_trainer(reward=reward)
+    trainer.step()
+    with pytest.raises(ValueError, match=r"^samples 16 to 31 of the run: out of memory$"):
+        trainer.step()
+
+
 def test_s6_skipping_leaves_the_sample_out_and_counts_it():
     """The update with a skipped sample is that of the others; with none, nothing is left out."""
 

@@ -106,6 +106,17 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     assert all((out / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
+def test_s3_rankings_that_are_all_ties_are_told_with_their_file(run, capsys):
+    path = run / "comparisons.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    tied = [row | {"ranking": " = ".join("ABCDEFGHI"[: len(row["completions"])])} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in tied))
+    code, _, message = rlhf(capsys, "rm", "--config", run / "run.yaml")
+    asked = f"data.comparisons: of the records in {path} that do not tie all their completions, got 0 of 0 prompts"
+    assert code == 2 and asked in message
+    assert not (run / "out" / "rm").exists()
+
+
 def test_s19_long_prompts_are_cut_and_counted_by_every_stage(run, capsys):
     for name in ("demonstrations", "comparisons", "prompts"):
         path = run / f"{name}.jsonl"

@@ -9,6 +9,7 @@ from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, RolloutConfig, RunConfig
 from rlhf_engine.model import frozen_copy
 from rlhf_engine.ppo_config import TRPOConfig
+from rlhf_engine.train import trpo
 from rlhf_engine.train.trpo import (
     TrustRegionProblem,
     assign,
@@ -109,6 +110,16 @@ def test_s15_conjugate_gradient_solves():
     torch.testing.assert_close(found, torch.linalg.solve(matrix, target), rtol=1e-7, atol=1e-9)
     assert len(products) < 30  # it stops at the tolerance
     assert float(conjugate_gradient(lambda v: matrix @ v, torch.zeros(12), 5, 0.0).abs().max()) == 0.0
+
+
+def test_s15_a_loose_tolerance_ends_the_solution_early(monkeypatch):
+    counts = []
+    for tolerance in (1e-5, 0.9):
+        problem, calls = make_problem(), []
+        monkeypatch.setattr(trpo, "fisher_product", lambda *a, calls=calls: calls.append(1) or fisher_product(*a))
+        trpo_step(problem, TRPOConfig(cg_tolerance=tolerance, cg_iterations=8, damping=1e-3))
+        counts.append(len(calls))
+    assert counts[0] == 9 and counts[1] < 9, counts  # one more for the curvature along the step
 
 
 @pytest.mark.parametrize("max_kl", [1e-4, 1e-2])

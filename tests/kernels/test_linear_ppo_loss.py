@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlhf_kernels import METRICS, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
+from rlhf_kernels.ops import products as ops_products
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import Terms
 
@@ -412,3 +413,36 @@ def test_compact_is_not_ignored(compact):
     leaves, constants, _ = make(22)
     with pytest.raises(ValueError, match=f"compact: got {compact!r}, expected None"):
         linear_ppo_loss(leaves["hidden"], leaves["weight"], **constants, compact=compact)
+
+
+@pytest.mark.parametrize("shape", [(40, 3000, 24), (40, 24, 3000), (3000, 40, 24), (17, 8, 9)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("add", [False, True])
+def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtype, add):
+    """Float32 sums of the rounded factors, rounded once, whichever side is the long one."""
+    monkeypatch.setattr(ops_products, "has_products", lambda dtype, device: dtype == torch.float32)
+    rows, terms, columns = shape
+    a, b = torch.randn(rows, terms).to(dtype), torch.randn(columns, terms).to(dtype).t()
+    for out in (
+        torch.randn(rows, columns),
+        torch.randn(rows, columns).to(dtype),
+        torch.randn(columns, rows).to(dtype).t(),
+    ):
+        exact = a.double() @ b.double() + (out.double() if add else 0.0)
+        with torch.autocast("cpu", torch.bfloat16):  # which would round float32 factors again
+            ops_products.product(a, b, out, add=add)
+        bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * (a.double().abs() @ b.double().abs() + 1.0)
+        assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+def test_a_head_has_the_same_loss_without_half_precision(monkeypatch):
+    leaves, constants, extra = make(12, torch.bfloat16)
+    options = constants | {k: extra[k] for k in FLAGS["values"]}
+    x = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr(ops_products, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
+        result = linear_ppo_loss(**x, **options)
+        found.append([result.loss.detach(), *differentiate(result.loss, x).values()])
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours - theirs).float().norm()) <= 0.02 * float(theirs.float().norm())

@@ -1,0 +1,89 @@
+"""Linear layers in half precision on a processor without instructions for it: the numbers are autocast's."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rlhf_engine.model import ActorCritic, frozen_copy, upcast
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.upcast import UpcastLinear, upcast_products
+from tests.engine.test_packing import gradients, make_rollout
+from tests.engine.tiny_models import tiny
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def old_processor(monkeypatch):
+    monkeypatch.setattr(upcast, "has_products", lambda dtype, device: dtype == torch.float32)
+
+
+def layers_of(bias):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(48, 40, bias=bias))
+    ours = copy.deepcopy(plain)
+    upcast_products(ours, BF16)
+    assert type(plain[0]) is nn.Linear and type(ours[0]) is UpcastLinear
+    return plain, ours
+
+
+def run(layer, x, slope, dtype):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = layer(x)
+    out.backward(slope.to(out.dtype))
+    return [out, x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("half_weights", [False, True])
+def test_output_and_gradients_are_those_of_the_rounded_factors(bias, half_weights):
+    plain, ours = layers_of(bias)
+    x, slope = torch.randn(3, 17, 48), torch.randn(3, 17, 40)
+    if half_weights:
+        plain, ours, x = plain.to(BF16), ours.to(BF16), x.to(BF16)
+    found, theirs = (run(layer, x, slope, None if half_weights else BF16) for layer in (ours, plain))
+    rounded = [part.detach().to(BF16).double() for part in (x, *plain.parameters())]
+    slope = slope.to(BF16).double()
+    exact = [rounded[0] @ rounded[1].t() + (rounded[2] if bias else 0.0), slope @ rounded[1]]
+    exact += [slope.flatten(0, 1).t() @ rounded[0].flatten(0, 1)] + [slope.sum((0, 1))] * bias
+    for mine, reference, other in zip(found, exact, theirs, strict=True):
+        assert mine.dtype == other.dtype
+        bound = torch.finfo(mine.dtype).eps * reference.abs() + 1e-6 * reference.abs().max()
+        assert bool(((mine.double() - reference).abs() <= bound).all())
+
+
+def test_float32_has_the_same_bits():
+    plain, ours = layers_of(bias=True)
+    x, slope = torch.randn(5, 48), torch.randn(5, 40)
+    for mine, other in zip(run(ours, x, slope, None), run(plain, x, slope, None), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_policy_learns_the_same(monkeypatch, checkpointed):
+    rollout = make_rollout()
+
+    def made(has):
+        monkeypatch.setattr(upcast, "has_products", lambda dtype, device: has or dtype == torch.float32)
+        policy = ActorCritic(tiny(initializer_range=0.2), compute_dtype=BF16, gradient_checkpointing=checkpointed)
+        kinds = {type(module) for module in policy.model.modules() if isinstance(module, nn.Linear)}
+        assert kinds == {nn.Linear if has else UpcastLinear}
+        return gradients(policy, rollout, microbatch=4)
+
+    ours, theirs = made(False), made(True)
+    for name, gradient in theirs.items():
+        assert float((ours[name] - gradient).norm()) <= 0.05 * float(gradient.norm()), name
+
+
+def test_copies_and_saved_models_keep_it_and_reward_models_have_it(tmp_path):
+    policy = ActorCritic(tiny(), compute_dtype=BF16)
+    assert type(frozen_copy(policy).trunk.layers[0].mlp.up_proj) is UpcastLinear
+    policy.model.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path).lm_head) is nn.Linear
+    scorer = RewardModel.from_causal_lm(tiny(), seed=1)
+    assert type(scorer.trunk.layers[0].mlp.up_proj) is nn.Linear
+    assert type(scorer.computing(compute_dtype=BF16).trunk.layers[0].mlp.up_proj) is UpcastLinear
