@@ -69,10 +69,8 @@ class PiiFinder:
             raise ValueError(f"phone_regions: got {unknown[0]!r}, expected two-letter country codes such as 'US'")
         # None reads numbers with a country code alone; any region reads those as well.
         self._regions = phone_regions or (None,)
-        # The longest first: "Prof" would leave "essa" of "Prof.ssa" to be no name.
-        words = sorted(honorifics, key=len, reverse=True)
-        titles = "|".join(re.escape(word) + ("" if word.endswith(".") else r"\b\.?") for word in words)
-        self._name = re.compile(rf"(?<!\w)(?:{titles}){_NAME}") if words else None
+        titles = "|".join(re.escape(word) + ("" if word.endswith(".") else r"\b\.?") for word in honorifics)
+        self._name = re.compile(rf"(?<!\w)(?:{titles}){_NAME}") if honorifics else None
 
     def find(self, text: str) -> list[Finding]:
         """Everything personal in `text`, in its order and without overlaps: of two, the surer kind stands."""
