@@ -240,7 +240,9 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
     # A tied weight's gradient waits for the embedding's, to be added to it.
     waiting = {"head_gradients": weight * FLOAT} if policy.tied else {}
     room = max(one.backward_room(checkpointed=checkpointed) for one in passes)
-    begins, ends = {"backward_workspace": room}, {"backward_workspace": weight * FLOAT}
+    # The embedding's gradient comes in the weights' type and is there beside its float32 sum.
+    embedding = weight * (FLOAT + (w.weight_bytes if w.weight_bytes < FLOAT else 0))
+    begins, ends = {"backward_workspace": room}, {"backward_workspace": embedding}
     return {
         "forward": held | saved | made | block | gradients,
         "backward begins": held | saved | waiting | kept | begins | gradients,
