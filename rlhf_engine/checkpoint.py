@@ -53,6 +53,7 @@ _MAY_CHANGE = {
     "data.pretrain",
     "data.max_response_tokens",
     "data.validation_share",
+    "data.hygiene",
     "memory.budget",
     "memory.gradient_checkpointing",  # the same bits
     "ppo.updates",
@@ -68,7 +69,7 @@ _MAY_CHANGE = {
 What lies in the places of prompts, pretraining text and reward model may not change: a checkpoint has its fingerprints.
 """
 
-_SAME = {"memory.optimizer_state": {"resident", "host"}}
+_SAME = {"memory.optimizer_state": ("resident", "host")}
 """Values of a key that a resumed run may exchange: the same numbers in another place."""
 
 
@@ -168,7 +169,8 @@ def check_settings(folder: str | Path, config: RunConfig) -> None:
     source = Path(folder) / CONFIG
     before = dict(flat_settings(load_config(source).to_dict(), _MAY_CHANGE))
     for key, value in flat_settings(config.to_dict(), _MAY_CHANGE):
-        if value != before[key] and not {value, before[key]} <= _SAME.get(key, set()):
+        same = _SAME.get(key, ())
+        if value != before[key] and not (value in same and before[key] in same):
             raise ValueError(f"{key}: got {value!r}, expected {before[key]!r} to go on with the run of {source}")
 
 

@@ -245,13 +245,13 @@ class RunConfig(Section):
                 f"model.attention: got 'flash_attention_2' with device {self.device!r}, expected 'sdpa' or 'eager': "
                 "flash-attn runs on CUDA devices alone"
             )
-        optims = {name: getattr(self, name).optim for name in ("sft", "reward", "ppo")}
-        for name, optim in (optims | {"demo.pretrain": self.demo.pretrain.optim}).items():
-            if self.memory.optimizer_state == "8bit" and optim.eps_form == "raw":
-                raise ValueError(
-                    f"{name}.optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit': torchao "
-                    "would compile a step for each of its epsilons"
-                )
+        stages = {"sft": self.sft, "reward": self.reward, "ppo": self.ppo, "demo.pretrain": self.demo.pretrain}
+        raw = [name for name, stage in stages.items() if stage.optim.eps_form == "raw"]
+        if self.memory.optimizer_state == "8bit" and raw:
+            raise ValueError(
+                f"{raw[0]}.optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit': torchao would "
+                "compile a step for each of its epsilons"
+            )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
         if self.compute_dtype == "bfloat16" and self.ppo.objective == "trpo":

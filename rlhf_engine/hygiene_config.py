@@ -9,7 +9,7 @@ from rlhf_engine.schema import Count, Section, Seed, Share
 
 _HONORIFICS = (
     "Mr Mrs Ms Miss Mx Dr Prof Professor Rev Reverend Sir Dame Herr Herrn Frau M. Monsieur Madame Mademoiselle Mme Mlle "
-    "Señor Señora Señorita Sr Sra Srta Don Doña Signor Signora Signorina Sig Sig.ra Sig.na Dott Dott.ssa Prof.ssa Avv Ing"
+    "Señor Señora Señorita Sr. Sra Srta Doña Signor Signora Signorina Sig. Sig.ra Sig.na Dott Dott.ssa Prof.ssa Avv. Ing."
 )
 HONORIFICS = tuple(_HONORIFICS.split())
 """English, German, French, Spanish and Italian."""
@@ -40,8 +40,12 @@ class HygieneConfig(Section):
 
     def check(self) -> None:
         """Something is left to train on, and an honorific is a text."""
-        if not all(word.strip() == word != "" for word in self.honorifics):
-            raise ValueError(f"honorifics: got {list(self.honorifics)}, expected texts without blanks around them")
+        odd = [word for word in self.honorifics if word != word.strip() or not word.rstrip(".")[-1:].isalnum()]
+        if odd:
+            raise ValueError(
+                f"honorifics: got {odd[0]!r}, expected a text without blanks around it that ends in a letter, or in a letter "
+                "and a period"
+            )
         if self.validation_share + self.test_share >= 1.0:
             raise ValueError(
                 f"test_share: got {self.test_share} beside validation_share {self.validation_share}, expected less than 1 "

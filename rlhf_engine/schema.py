@@ -114,7 +114,9 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the annotation `hint` wants it (int to float, list to tuple, dict to section), or ValueError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated and isinstance(arguments[1], OfDigits):
-        return convert(arguments[0], str(value) if type(value) is int else value, key)
+        if type(value) not in (int, str):
+            raise ValueError(f"{key}: got {_describe(value)}, expected a text or a whole number")
+        return str(value)
     if origin is Annotated:
         return _in_range(convert(arguments[0], value, key), arguments[1], key)
     if origin in (Union, types.UnionType):

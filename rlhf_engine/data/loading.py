@@ -154,30 +154,37 @@ def _with_prompt(given: dict[str, Any], answered: bool) -> dict[str, Any]:
 
 def _documents(path: Path) -> Iterator[PretrainingText]:
     first, pieces, length = 0, [], 0
-    for number, piece in _pieces(path):
-        blank = not piece.strip()
+    for number, piece, whole in _pieces(path):
+        blank = whole and not piece.strip()
         if not blank:
             first = first or number
             pieces.append(piece)
             length += len(piece)
-        if pieces and (blank or length >= _LONGEST):
-            yield PretrainingText("".join(pieces).rstrip("\r\n"), line=first)
+        if blank or length >= _LONGEST:
+            yield from _document(pieces, first)
             first, pieces, length = 0, [], 0
-    if pieces:
-        yield PretrainingText("".join(pieces).rstrip("\r\n"), line=first)
+    yield from _document(pieces, first)
 
 
-def _pieces(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, a very long one in several pieces."""
+def _document(pieces: list[str], first: int) -> Iterator[PretrainingText]:
+    """One, or none where there is nothing to read, such as the end of a line whose beginning went before."""
+    text = "".join(pieces).rstrip("\r\n")
+    if text.strip():
+        yield PretrainingText(text, line=first)
+
+
+def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """The lines of a text file with their numbers, a very long one in several pieces; whether each is a whole line."""
     # A mark of byte order before the first line is no part of it.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with path.open("rb") as file:
-        number, raw = 1, file.readline(_LONGEST)
+        number, starts, raw = 1, True, file.readline(_LONGEST)
         while raw:
             after = file.readline(_LONGEST)
             try:
                 text = decoder.decode(raw, final=not after)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid UTF-8: {error}") from None
-            yield number, text
-            number, raw = number + raw.endswith(b"\n"), after
+            ends = raw.endswith(b"\n")
+            yield number, text, starts and (ends or not after)
+            number, starts, raw = number + ends, ends, after

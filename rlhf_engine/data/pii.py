@@ -69,7 +69,7 @@ class PiiFinder:
             raise ValueError(f"phone_regions: got {unknown[0]!r}, expected two-letter country codes such as 'US'")
         # None reads numbers with a country code alone; any region reads those as well.
         self._regions = phone_regions or (None,)
-        titles = "|".join(re.escape(word) + ("" if word.endswith(".") else r"\b\.?") for word in honorifics)
+        titles = "|".join(_title(word) for word in honorifics)
         self._name = re.compile(rf"(?<!\w)(?:{titles}){_NAME}") if honorifics else None
 
     def find(self, text: str) -> list[Finding]:
@@ -106,6 +106,11 @@ class PiiFinder:
                     yield first + match.start + bracket, first + match.end
                 if matches:
                     break
+
+
+def _title(word: str) -> str:
+    """What matches a title; one that ends in a period is no end of something else's, as "M." is of "5 P.M. Eastern"."""
+    return rf"(?<!\w\.){re.escape(word)}" if word.endswith(".") else rf"{re.escape(word)}\b\.?"
 
 
 def redact(text: str, findings: list[Finding]) -> str:

@@ -35,7 +35,7 @@ class PoolArena:
         self.sizes, self.device, self.cuda = dict(sizes), device, cuda
         self.open: str | None = None
         self.held_bytes = 0
-        """What the last phase left in the pool."""
+        """Most that a phase has left in the pool."""
         cuda.empty_cache()  # what checks and loading left behind is not paid beside the pool
         self._pool = cuda.MemPool()
         self._routed = False
@@ -58,10 +58,11 @@ class PoolArena:
             whole = True
         finally:
             self.reset()
-        self.held_bytes = sum(segment["allocated_size"] for segment in self._pool.snapshot())
-        if whole and name == "generate" and self.held_bytes >= max(self.sizes[name], 1):
+        held = sum(segment["allocated_size"] for segment in self._pool.snapshot())
+        self.held_bytes = max(self.held_bytes, held)
+        if whole and name == "generate" and held >= max(self.sizes[name], 1):
             raise RuntimeError(
-                f"arena: {self.held_bytes} bytes of phase 'generate' are held at its end, expected no keys and values"
+                f"arena: {held} bytes of phase 'generate' are held at its end, expected no keys and values"
             )
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -69,11 +69,12 @@ class Strategy:
         """Whether the engine takes these settings today."""
         if "adapter" in self.changes:
             return False
-        tree = self.plan.workload.config.to_dict()
-        for name, value in self.changes.items():
+        workload = self.plan.workload
+        tree = workload.config.to_dict() | {"device": workload.device}
+        for name, setting in _SETTINGS.items():
             if name not in _SIZED:
-                *section, key = _SETTINGS[name].split(".")
-                (tree[section[0]] if section else tree)[key] = value
+                *section, key = setting.split(".")
+                (tree[section[0]] if section else tree)[key] = getattr(workload, name)
         try:
             RunConfig.from_dict(tree)
         except ValueError:

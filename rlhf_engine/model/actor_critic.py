@@ -1,7 +1,8 @@
 """Policy and value function on one trunk, from any Hugging Face causal language model.
 
 The trunk runs once; the fused ops of `rlhf_kernels` read its hidden states with the weight of the language-model head,
-which is never called itself. So no [B, T, V] tensor exists, and positions that take no action cost no logits.
+which is called itself for the logits of a decode step alone. So no [B, T, V] tensor exists, and positions that take no action
+cost no logits. On a processor without instructions for half precision its linear layers become `UpcastLinear`s.
 Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 """
 

@@ -164,8 +164,8 @@ class PagedDecoder(Decoder):
         self.captures = self._can_capture()
         self.cuda = torch.cuda
         self._graphed: tuple[Act, GraphedStep] | None = None
-        self.opened = 0
-        """Pages since `open`."""
+        self.roomy = False
+        """Whether all that `open` was told of fits to its end."""
         self.restarted = 0
         """Sequences that had to leave since then."""
 
@@ -183,16 +183,18 @@ class PagedDecoder(Decoder):
     def open(self, allocate: Allocate = new_memory, sequences: int | None = None) -> None:
         """Take the memory of the pages, all of them free; of no more than `sequences` fill. It may hold anything."""
         most = self.slots if sequences is None else min(self.slots, sequences)
-        self.opened = min(self.page_count, most * self.table.shape[1])
-        shape = pool_shape(self.policy, 1 + self.opened, self.page_size)
+        filled = most * self.table.shape[1]
+        opened = min(self.page_count, filled)
+        self.roomy = opened == filled
+        shape = pool_shape(self.policy, 1 + opened, self.page_size)
         self.pool = allocate(shape, self.policy.product_dtype, self.policy.device)
         for layer, (keys, values) in zip(self.cache.layers, self.pool, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
-        self.sequences = Sequences(Pages(self.opened, first=1), self.page_size, self.slots)
+        self.sequences = Sequences(Pages(opened, first=1), self.page_size, self.slots)
         self.restarted = 0
         self.head = PackedHead(self.policy)  # the weights may have changed
-        # What a captured graph reads by its address.
-        self._key = (self.pool.data_ptr(), *(weight.data_ptr() for weight in self.policy.parameters()))
+        # What a captured graph reads by its address, and the size that says where a layer's pages begin.
+        self._key = (self.pool.data_ptr(), opened, *(weight.data_ptr() for weight in self.policy.parameters()))
 
     def close(self) -> None:
         """Give the memory of the pages back. A graph that read autocast's copies of weights, which end here, is no more use."""
@@ -207,7 +209,7 @@ class PagedDecoder(Decoder):
 
         Each that runs then finds one more page free, or a prompt would be read for a sequence that has to leave at once.
         """
-        if self.page_count >= self.slots * self.table.shape[1]:
+        if self.roomy:
             return len(prompts)
         free, seen = self.sequences.pages.free, set()
         for index, prompt in enumerate(prompts):

@@ -158,13 +158,13 @@ def encode_records(path: str | None, records: Iterable[Item], encode: Callable[[
 
 
 def split(
-    items: Sequence[Made], prompt: Callable[[Made], Sequence[int]], config: RunConfig, what: str
+    items: Sequence[Made], prompt: Callable[[Made], Sequence[int]], config: RunConfig, source: str, kind: str
 ) -> tuple[Sequence[Made], Sequence[Made]]:
     """Training and validation parts with no prompt in common; `prompt` gives an item's, as token ids.
 
     Prompts are taken in the order of a hash of the seed and their ids, so that one file's validation prompts are mostly
-    another file's, until `data.validation_share` of the items is held out. Both parts have a prompt. Raises ValueError,
-    which begins with `what`, for fewer than two prompts.
+    another file's, until `data.validation_share` of the items is held out. Both parts have a prompt. Raises ValueError
+    for fewer than two, which says that they are `kind` and come from `source`.
     """
     hashes = np.fromiter((_hash(config.seed, prompt(item)) for item in items), np.uint64, len(items))
     # Stable: the items of a prompt stay as they came.
@@ -172,8 +172,8 @@ def split(
     _, sizes = np.unique(hashes, return_counts=True)
     if len(sizes) < 2:
         raise ValueError(
-            f"{what}, got {len(items)} of {len(sizes)} prompts, expected at least 2 prompts, to train on one and validate on "
-            "another"
+            f"{source}: got {len(items)} {kind} of {len(sizes)} prompts, expected at least 2 prompts, to train on one and "
+            "validate on another"
         )
     wanted, held, trained = config.data.validation_share * len(items), int(sizes[0]), False
     held_out = np.zeros(len(sizes), dtype=bool)

@@ -40,7 +40,8 @@ def run_sft(config: RunConfig) -> FitReport:
         _demonstrations(config, codec),
         lambda example: example.prompt,
         config,
-        f"data.demonstrations: of the records in {config.data.demonstrations}",
+        f"data.demonstrations: {config.data.demonstrations}",
+        "demonstrations",
     )
     actor = ActorCritic(model, backend=config.backend, **computing(config))
     with stage_metrics(config, "sft") as metrics:
@@ -72,7 +73,8 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
         kept,
         lambda one: one.completions[0].prompt,
         config,
-        f"data.comparisons: of the records in {path} that do not tie all their completions",
+        f"data.comparisons: {path}",
+        "rankings that are not all ties",
     )
     reward_model = RewardModel.from_causal_lm(model, config.seed).computing(**computing(config))
     with stage_metrics(config, "rm") as metrics:

@@ -20,7 +20,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
     """Fused AdamW over the parameters that ask for a gradient; only matrices are decayed.
 
     Half-precision parameters are given gradients in
-    float32, and masters in float32, which are stepped in their place. ValueError for 8 bits where torchao is missing.
+    float32, and masters in float32, which are stepped in their place. ValueError for 8 bits where torchao is missing or with
+    `eps_form` "raw", whose epsilon is another one at each step: torchao would compile each of them.
     Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -34,6 +35,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if state == "8bit":
+        if config.eps_form == "raw":
+            raise ValueError("optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit'")
         return EightBitAdamW(groups, **options)
     if state == "host" or half:
         cuda = torch.cuda if trained[0].is_cuda else None

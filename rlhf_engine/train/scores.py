@@ -73,8 +73,9 @@ def score_answers(
     With `missing_eos_score` an answer without EOS gets that, and `reward_fn` never sees it; otherwise it loses
     `missing_eos_penalty`. An answer whose score is not finite leaves the rollout if `nonfinite_scores` is "skip"; if not, or
     if none is left, ValueError, which names it by its number in the run (`first` is that of the rollout's first) and leaves
-    all state as it was. So is a sample told by `reward_fn` in a SampleError, and so are the first and the last that it was
-    asked about in any other ValueError of its. ValueError too unless there is one score an answer.
+    all state as it was. So is a sample told by `reward_fn` in a SampleError. Any other ValueError of `reward_fn` is raised
+    again behind the numbers of the first and the last sample that it was given. ValueError too unless there is one score an
+    answer.
     """
     scored = rollout.ended if config.missing_eos_score is not None else torch.ones_like(rollout.ended)
     rows = scored.nonzero()[:, 0]
@@ -87,7 +88,7 @@ def score_answers(
             raise ValueError(f"sample {first + int(rows[error.row])} of the run: {error}") from error.__cause__
         except ValueError as error:
             asked = f"samples {first + int(rows[0])} to {first + int(rows[-1])} of the run"
-            raise ValueError(f"{asked}: {error}") from error.__cause__
+            raise ValueError(f"{asked}: {error}") from error
         if found.shape != (len(rows),):
             raise ValueError(f"reward_fn: got scores of shape {tuple(found.shape)}, expected {len(rows)} finite scores")
         raw[rows] = found.to(raw)

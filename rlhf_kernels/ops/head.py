@@ -16,7 +16,7 @@ from .._cpu import accumulate
 from ..backend import Kernels
 from ..rows import LogitRows, PpoRows, RowStats, Transform
 from ..workspace import WORKSPACE
-from .products import Plan, product
+from .products import Plan, has_products, product
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Head:
         if rows < pad_to:
             hidden = torch.cat([hidden, hidden.new_zeros(pad_to - rows, hidden.shape[1])])
         z = out[: len(hidden)]
-        if self.bias is not None and z.dtype == hidden.dtype:
+        if self.bias is not None and not has_products(hidden.dtype, hidden.device.type):
+            z.copy_(self.bias)
+            product(hidden, self.weight.t(), z, add=True)
+        elif self.bias is not None and z.dtype == hidden.dtype:
             torch.addmm(self.bias, hidden, self.weight.t(), out=z)
         else:
             product(hidden, self.weight.t(), z)
@@ -111,7 +114,8 @@ class HeadGradients:
     def add_weight(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Takes in the weight's part of the gradient of the logits (m, V) of the rows (m,)."""
         transposed, hidden = dlogits.t(), self.rows.hidden[rows]
-        if self.wide or self.weight.dtype == dlogits.dtype:
+        apart = not has_products(dlogits.dtype, dlogits.device.type)
+        if self.wide or self.weight.dtype == dlogits.dtype or apart:
             product(transposed, hidden, self.weight, add=not self.first)
         else:
             if dlogits.dtype == torch.float16:

@@ -16,16 +16,20 @@ _PART = 1024
 """Rows, columns or terms of a product that are turned into float32 at a time."""
 
 
+_ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
 @cache
 def has_products(dtype: torch.dtype, device: str) -> bool:
-    """Whether a product of such factors is no slower than float32's on a device of this type.
+    """Whether torch has products of `dtype` factors on a device of type `device` that are no slower than float32's.
 
-    A processor without instructions for them leaves them to loops that are ten to fifty times as slow.
+    False for half precision on a processor without instructions for it, or where torch was built without oneDNN and cannot
+    tell: the loops that it has then take several times as long, over a hundred times where a factor is transposed.
     """
-    if device != "cpu" or dtype == torch.float32:
+    if device != "cpu" or dtype not in _ASKED:
         return True
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return bool(getattr(torch.ops.mkldnn, asked)())
+    asked = getattr(torch.ops.mkldnn, _ASKED[dtype], None) if torch.backends.mkldnn.is_available() else None
+    return asked is not None and bool(asked())
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:

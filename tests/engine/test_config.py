@@ -26,7 +26,7 @@ def test_yaml_round_trip(tmp_path):
 def test_a_size_may_be_a_number_of_bytes(tmp_path):
     (tmp_path / "run.yaml").write_text("memory: {budget: 900000000}")
     assert load_config(tmp_path / "run.yaml").memory.budget == "900000000"
-    with pytest.raises(ValueError, match=r"memory\.budget: got True \(bool\), expected str"):
+    with pytest.raises(ValueError, match=r"memory\.budget: got True \(bool\), expected a text or a whole number"):
         load_config(None, ["memory.budget=true"])
     with pytest.raises(ValueError, match=r"memory: budget: got '0', expected more than 0 bytes"):
         load_config(None, ["memory.budget=0"])

@@ -159,8 +159,11 @@ def test_s19_honorifics_reach_the_filter(tmp_path):
     rows = [{"prompt": "Pan Novák", "user_id": ANN}]
     assert len(clean(tmp_path, rows)[1]) == 1
     assert len(clean(tmp_path, rows, honorifics=("Pan",))[1]) == 0
-    with pytest.raises(ValueError, match=r"honorifics: got \['Mr '\], expected texts without blanks around them"):
-        HygieneConfig(honorifics=("Mr ",))
+    for word in ("Mr ", "", "Mr!", "."):
+        with pytest.raises(
+            ValueError, match=rf"honorifics: got {re.escape(repr(word))}, expected a text without blanks"
+        ):
+            HygieneConfig(honorifics=("Mr", word))
 
 
 def test_s19_a_split_without_prompts_is_told(tmp_path):

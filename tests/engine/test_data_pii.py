@@ -46,6 +46,7 @@ def found(text, finder=FINDER):
         ("name", "M. Dupont"),
         ("name", "Mlle Léa"),
         ("name", "Srta. García"),
+        ("name", "Sr. García"),
     ],
 )
 def test_s19_pii_is_found_wherever_it_stands(kind, text):
@@ -72,6 +73,7 @@ def test_s19_pii_is_found_wherever_it_stands(kind, text):
         "(123) 456-7890",  # no such area code
         "@home, a@b, me @ example.com",
         "Miss you, mr x, drSmith, Dr. of, the Mr, Type M Screws, Donna Summer",
+        "5 P.M. Eastern, 10 A.M. Pacific, a Sr Developer at Ing Bank, Don Juan",
     ],
 )
 def test_s19_what_only_looks_like_pii_is_left_alone(text):

@@ -279,6 +279,11 @@ def test_s19_a_text_file_without_blank_lines_is_not_held_whole(tmp_path):
     found = list(read_texts(path))
     assert "".join(record.text for record in found) == "x" + "é" * 2 * part + "\nlast"
     assert max(len(record.text) for record in found) < 2 * part and {record.line for record in found} == {1}
+    # What is left of a long line is no blank line, whatever it is.
+    path.write_text("é" * (part // 2) + "\nnext\n", encoding="utf-8")
+    assert [record.text for record in read_texts(path)] == ["é" * (part // 2) + "\nnext"]
+    path.write_text("a\n" + " " * part + "b\n", encoding="utf-8")
+    assert "".join(record.text for record in read_texts(path)) == "a\n" + " " * part + "b"
     path.write_bytes(b"x" * 3 * part + b"\n\nfine\nhalf \xc3")
     with pytest.raises(ValueError, match=r"pretrain.txt:4: not valid UTF-8"):
         list(read_texts(path))

@@ -16,7 +16,7 @@ def examples_of(prompts, answers=3):
 
 
 def parts(items, config):
-    train, validation = split(items, lambda example: example.prompt, config, "records")
+    train, validation = split(items, lambda example: example.prompt, config, "x.jsonl", "records")
     assert sorted([*train, *validation], key=items.index) == items
     return [{example.prompt for example in part} for part in (train, validation)]
 
@@ -35,5 +35,5 @@ def test_s4_stages_hold_out_the_same_prompts():
 
 
 def test_one_prompt_cannot_be_split():
-    with pytest.raises(ValueError, match=r"those in x\.jsonl, got 3 of 1 prompts, expected at least 2 prompts"):
-        split(examples_of(1), lambda example: example.prompt, config_of(), "those in x.jsonl")
+    with pytest.raises(ValueError, match=r"x\.jsonl: got 3 records of 1 prompts, expected at least 2 prompts"):
+        split(examples_of(1), lambda example: example.prompt, config_of(), "x.jsonl", "records")

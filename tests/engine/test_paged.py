@@ -181,6 +181,15 @@ def test_a_step_as_a_graph(monkeypatch, family, settings):
     for graphs in (1, 1, 2):
         check_same(generator.generate(prompts, torch.arange(20)), expected)
         assert len(cuda.graphs) == graphs and cuda.graphs[-1].replays > 10
+    # A pool of fewer pages at the same address has its layers elsewhere in it.
+    buffer, fewer = pools[-1], make_generator(actor, **settings).generate(prompts[:3], torch.arange(3))
+
+    def same_place(shape, dtype, device):
+        pools.append(buffer.view(-1)[: torch.Size(shape).numel()].view(shape))
+        return pools[-1]
+
+    check_same(generator.generate(prompts[:3], torch.arange(3), allocate=same_place), fewer)
+    assert pools[-1].data_ptr() == buffer.data_ptr() and len(cuda.graphs) == graphs + 1
     # Autocast's copies of the weights, which a graph has read, do not outlive a rollout.
     actor.compute_dtype = torch.bfloat16
     generator.paged.close()
@@ -212,6 +221,10 @@ def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
     generator.generate(prompts, torch.arange(2), allocate=allocate)
     places = generator.paged.table.shape[1]
     assert [shape[2] for shape in shapes] == [1 + 2 * places]
+    # With fewer pages than for all slots, those that fit to their end are admitted whatever is free beside them.
+    few = make_generator(make_actor(), cache="paged", pages=4 * places)
+    few.paged.open(sequences=4)
+    assert few.paged.room([torch.arange(3, 11)] * 4, 0) == 4
 
 
 @pytest.mark.parametrize(

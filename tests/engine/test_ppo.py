@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_engine.checkpoint import check_settings, load_policy, resume, save_checkpoint
-from rlhf_engine.config import MemoryConfig, ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
+from rlhf_engine.config import MemoryConfig, ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
 from rlhf_engine.files import with_new_folder
 from rlhf_engine.train.experience import Scored, advantages
 from rlhf_engine.train.ppo import minibatch_backward, score
@@ -250,6 +250,9 @@ def test_optimiser_state_may_move_where_a_run_goes_on(tmp_path, before, after):
     assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(second).items())
     with pytest.raises(ValueError, match=rf"memory.optimizer_state: got '8bit', expected {before!r} to go on"):
         check_settings(tmp_path / "checkpoint", configs["8bit"])
+    with pytest.raises(ValueError, match=r"rollout.stop: got \['x'\], expected \[\] to go on"):
+        check_settings(tmp_path / "checkpoint", RunConfig(rollout=RolloutConfig(stop=("x",))))
+    check_settings(tmp_path / "checkpoint", load_config(None, ["data.hygiene.honorifics=[Dr]"]))
 
 
 def test_a_checkpoint_loads_with_transformers(tmp_path):

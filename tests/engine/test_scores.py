@@ -122,8 +122,9 @@ def test_s6_a_reward_that_fails_on_all_together_names_the_first_and_the_last():
     calls = []
     trainer = make_trainer(reward=reward)
     trainer.step()
-    with pytest.raises(ValueError, match=r"^samples 16 to 31 of the run: out of memory$"):
+    with pytest.raises(ValueError, match=r"^samples 16 to 31 of the run: out of memory$") as told:
         trainer.step()
+    assert str(told.value.__cause__) == "out of memory"
 
 
 def test_s6_skipping_leaves_the_sample_out_and_counts_it():

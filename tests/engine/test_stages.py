@@ -112,7 +112,7 @@ def test_s3_rankings_that_are_all_ties_are_told_with_their_file(run, capsys):
     tied = [row | {"ranking": " = ".join("ABCDEFGHI"[: len(row["completions"])])} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in tied))
     code, _, message = rlhf(capsys, "rm", "--config", run / "run.yaml")
-    asked = f"data.comparisons: of the records in {path} that do not tie all their completions, got 0 of 0 prompts"
+    asked = f"data.comparisons: {path}: got 0 rankings that are not all ties of 0 prompts"
     assert code == 2 and asked in message
     assert not (run / "out" / "rm").exists()
 

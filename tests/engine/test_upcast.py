@@ -56,9 +56,39 @@ def test_output_and_gradients_are_those_of_the_rounded_factors(bias, half_weight
         assert bool(((mine.double() - reference).abs() <= bound).all())
 
 
-def test_float32_has_the_same_bits():
-    plain, ours = layers_of(bias=True)
+def test_a_second_derivative_is_refused():
+    _, ours = layers_of(bias=False)
+    x = torch.randn(3, 48, requires_grad=True)
+    with torch.autocast("cpu", BF16):
+        out = ours(x)
+    (slope,) = torch.autograd.grad(out.float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_a_gradient_is_as_wide_as_the_weight_asks():
+    _, ours = layers_of(bias=True)
+    ours = ours.to(BF16)
+    for parameter in ours.parameters():
+        parameter.grad_dtype = torch.float32
+    x, slope = torch.randn(40, 48).to(BF16), torch.randn(40, 40).to(BF16)
+    ours(x).backward(slope)
+    exact = slope.double().t() @ x.double()
+    assert float((ours[0].weight.grad.double() - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+
+
+def test_a_large_weight_is_widened_in_parts(monkeypatch):
     x, slope = torch.randn(5, 48), torch.randn(5, 40)
+    whole = run(layers_of(bias=True)[1], x, slope, BF16)
+    monkeypatch.setattr(upcast, "_PART", 48 * 7)
+    for mine, other in zip(run(layers_of(bias=True)[1], x, slope, BF16), whole, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_types_have_the_same_bits(dtype):
+    plain, ours = (layer.to(dtype) for layer in layers_of(bias=True))
+    x, slope = torch.randn(5, 48, dtype=dtype), torch.randn(5, 40, dtype=dtype)
     for mine, other in zip(run(ours, x, slope, None), run(plain, x, slope, None), strict=True):
         assert torch.equal(mine, other)
 
@@ -83,7 +113,8 @@ def test_copies_and_saved_models_keep_it_and_reward_models_have_it(tmp_path):
     policy = ActorCritic(tiny(), compute_dtype=BF16)
     assert type(frozen_copy(policy).trunk.layers[0].mlp.up_proj) is UpcastLinear
     policy.model.save_pretrained(tmp_path)
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path).lm_head) is nn.Linear
+    saved, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.arange(3, 9)[None]
+    assert torch.equal(saved.eval()(input_ids=ids).logits, policy.model(input_ids=ids).logits)
     scorer = RewardModel.from_causal_lm(tiny(), seed=1)
     assert type(scorer.trunk.layers[0].mlp.up_proj) is nn.Linear
     assert type(scorer.computing(compute_dtype=BF16).trunk.layers[0].mlp.up_proj) is UpcastLinear

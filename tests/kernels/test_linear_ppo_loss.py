@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlhf_kernels import METRICS, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
+from rlhf_kernels import METRICS, has_products, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
+from rlhf_kernels.ops import head
 from rlhf_kernels.ops import products as ops_products
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import Terms
@@ -436,13 +437,33 @@ def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtyp
 
 
 def test_a_head_has_the_same_loss_without_half_precision(monkeypatch):
+    """With a bias, and with more rows than a chunk, whose weights' gradients are summed: no product is half precision's."""
     leaves, constants, extra = make(12, torch.bfloat16)
-    options = constants | {k: extra[k] for k in FLAGS["values"]}
-    x = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    found = []
+    options = constants | {k: extra[k] for k in FLAGS["values"]} | {"chunk_tokens": 16}
+    bias = torch.randn(leaves["weight"].shape[0]).bfloat16()
+    x = {name: leaf.detach().requires_grad_() for name, leaf in (leaves | {"bias": bias}).items()}
+    seen, found = [], []
+
+    def noted(product):
+        return lambda *factors, **rest: seen.append(factors[-1].dtype) or product(*factors, **rest)
+
+    monkeypatch.setattr(torch, "mm", noted(torch.mm))
+    monkeypatch.setattr(torch, "addmm", noted(torch.addmm))
     for has in (True, False):
-        monkeypatch.setattr(ops_products, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
+        for module in (ops_products, head):
+            monkeypatch.setattr(module, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
+        seen.clear()
         result = linear_ppo_loss(**x, **options)
         found.append([result.loss.detach(), *differentiate(result.loss, x).values()])
+        assert (torch.bfloat16 in seen) == has
     for ours, theirs in zip(*found, strict=True):
         assert float((ours - theirs).float().norm()) <= 0.02 * float(theirs.float().norm())
+
+
+def test_who_has_products():
+    """float64 and GPUs have theirs; a build that cannot tell has none."""
+    assert (
+        has_products(torch.float64, "cpu")
+        and has_products(torch.float32, "cpu")
+        and has_products(torch.bfloat16, "cuda")
+    )
