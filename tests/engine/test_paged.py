@@ -225,6 +225,10 @@ def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
     few = make_generator(make_actor(), cache="paged", pages=4 * places)
     few.paged.open(sequences=4)
     assert few.paged.room([torch.arange(3, 11)] * 4, 0) == 4
+    # Where one prompt fills the pool it is admitted alone: there is nobody to wait for.
+    one = make_generator(make_actor(), cache="paged", pages=places)
+    one.paged.open(sequences=2)
+    assert one.paged.room([torch.arange(4 * places)] * 2, 0) == 1
 
 
 @pytest.mark.parametrize(
