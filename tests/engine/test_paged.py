@@ -224,7 +224,7 @@ def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
     # With fewer pages than for all slots, those that fit to their end are admitted whatever is free beside them.
     few = make_generator(make_actor(), cache="paged", pages=4 * places)
     few.paged.open(sequences=4)
-    assert few.paged.room([torch.arange(3, 11)] * 4, 0) == 4
+    assert few.paged.room([torch.arange(4 * places) + number for number in range(4)], 0) == 4
     # Where one prompt fills the pool it is admitted alone: there is nobody to wait for.
     one = make_generator(make_actor(), cache="paged", pages=places)
     one.paged.open(sequences=2)
