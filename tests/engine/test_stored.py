@@ -101,7 +101,7 @@ def test_s4_the_split_is_the_same_on_disk_and_in_the_same_order(tmp_path, share)
         rng = Random(seed)
         config = load_config(None, [f"seed={seed}", f"data.validation_share={share}"])
         items = [Example((rng.randrange(12), 5), (row,)) for row in range(80)]
-        found = split(stored(items, EXAMPLES, tmp_path), lambda example: example.prompt, config)
+        found = split(stored(items, EXAMPLES, tmp_path), lambda example: example.prompt, config, "a file", "records")
         assert tuple(map(list, found)) == slow_split(items, config)
 
 
@@ -156,7 +156,7 @@ def write(folder, records):
 def demonstrations(config, codec):
     path = config.data.demonstrations
     examples = stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)
-    train, _ = split(examples, lambda example: example.prompt, config)
+    train, _ = split(examples, lambda example: example.prompt, config, "a file", "records")
     for batch in length_batches(lengths_of(train), 32, Random(0)):
         assert [train[number] for number in batch]
 
@@ -164,7 +164,13 @@ def demonstrations(config, codec):
 def comparisons(config, codec):
     path = config.data.comparisons
     ranked = encode_records(path, read_comparisons(path), lambda one: encode_comparison(one, codec))
-    train, _ = split(stored(ranked, RANKED_PROMPTS, config.output_dir), lambda one: one.completions[0].prompt, config)
+    train, _ = split(
+        stored(ranked, RANKED_PROMPTS, config.output_dir),
+        lambda one: one.completions[0].prompt,
+        config,
+        "a file",
+        "records",
+    )
     for batch in length_batches(lengths_of(train), 8, Random(0)):
         assert [train[number] for number in batch]
 
