@@ -8,8 +8,8 @@ holds after its imports. The first update of each is a warm-up.
 
 Both take the same 32 sequences in every optimiser step, cut as each does best: TRL's loss is a mean of each micro-batch's, so
 that its micro-batches are the case; ours is the minibatch's whatever its cut, so that a budget of tokens decides (`TOKENS`).
-bf16 compute is ours alone, TRL stays in float32: a processor without bfloat16 instructions (avx512_bf16, amx_bf16) makes its
-products slower than float32's, and cannot meet that bound.
+bf16 compute is ours alone, TRL stays in float32: on a processor without bfloat16 instructions (avx512_bf16, amx_bf16) its
+products are float32's with rounded factors, and cannot meet that bound.
 """
 
 from __future__ import annotations
