@@ -69,8 +69,10 @@ class PiiFinder:
             raise ValueError(f"phone_regions: got {unknown[0]!r}, expected two-letter country codes such as 'US'")
         # None reads numbers with a country code alone; any region reads those as well.
         self._regions = phone_regions or (None,)
+        # The first letters say at most places that none of the titles is there, in two thirds of the time.
+        first = re.escape("".join({word[0]: "" for word in honorifics}))
         titles = "|".join(_title(word) for word in honorifics)
-        self._name = re.compile(rf"(?<!\w)(?:{titles}){_NAME}") if honorifics else None
+        self._name = re.compile(rf"(?<!\w)(?=[{first}])(?:{titles}){_NAME}") if honorifics else None
 
     def find(self, text: str) -> list[Finding]:
         """Everything personal in `text`, in its order and without overlaps: of two, the surer kind stands."""
