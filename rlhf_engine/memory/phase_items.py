@@ -163,9 +163,8 @@ def generate(w: Workload, slots: int, kv_bytes: int) -> dict[str, Items]:
     decoding = rows * columns
     if w.paged or w.eager or w.device != "cpu":
         decoding += 2 * rows * policy.heads * columns * w.compute_bytes
-    if (
-        w.paged and w.device == "cpu"
-    ):  # where a layer's pages are read into one tensor, and what does not count is zeroed
+    if w.paged and w.device == "cpu":
+        # A layer's pages are read into one tensor, and what does not count is zeroed in another.
         decoding += 2 * rows * _pages(columns) * PAGE * policy.key_width * FLOAT
     prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
     if w.device == "cpu" and w.compute_bytes == FLOAT:

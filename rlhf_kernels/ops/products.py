@@ -24,7 +24,7 @@ def has_products(dtype: torch.dtype, device: str) -> bool:
     """Whether torch has products of `dtype` factors on a device of type `device` that are no slower than float32's.
 
     False for half precision on a processor without instructions for it, or where torch was built without oneDNN and cannot
-    tell: the loops that it has then take several times as long, over a hundred times where a factor is transposed.
+    tell: the loops that it has then take several times as long.
     """
     if device != "cpu" or dtype not in _ASKED:
         return True

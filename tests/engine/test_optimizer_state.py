@@ -158,7 +158,9 @@ def test_state_that_no_step_came_for_is_dropped(monkeypatch):
     optimizer.take = arena.take
     with arena.phase("train"):
         optimizer.prefetch()
+        assert optimizer._transit is not None
         optimizer.zero_grad()
+    assert optimizer._transit is None and arena.open is None  # a phase does not close on what is still held
 
 
 @pytest.mark.parametrize("state", ["resident", "host"])
