@@ -115,7 +115,8 @@ def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
     torch.manual_seed(0)
     shape = AutoConfig.for_model(**fields)
     made = {"attn_implementation": config.model.attention, "dtype": getattr(torch, config.dtype)}
-    model = AutoModelForCausalLM.from_config(shape, **made).eval()
+    with torch.device(config.device):
+        model = AutoModelForCausalLM.from_config(shape, **made).eval()
     reward_model = RewardModel.from_causal_lm(model, seed=1)
     policy, rollout, vocab = make_policy(config, model, reward_model), config.rollout, shape.vocab_size
     length = rollout.max_prompt_tokens + rollout.max_response_tokens

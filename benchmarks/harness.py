@@ -38,6 +38,8 @@ class Row:
     """One entry a round."""
     extra_mb: float | None = None
     """Peak resident memory above what the case calls its baseline, in 1e6 bytes."""
+    device_mb: float | None = None
+    """Peak of what torch's allocator had handed out on a GPU, in 1e6 bytes."""
     error: str | None = None
     """Why there is no figure."""
     note: str = ""
@@ -126,7 +128,11 @@ class Session:
     def end(self, *, peak_bytes: float = 0.0) -> None:
         """`peak_bytes` is the largest resident set that a step saw before it moved VmHWM down itself."""
         seconds = time.perf_counter() - self._started
-        self.send(seconds=seconds, extra_mb=(max(_status_bytes("VmHWM"), peak_bytes) - self._baseline) / MB)
+        facts = {"seconds": seconds, "extra_mb": (max(_status_bytes("VmHWM"), peak_bytes) - self._baseline) / MB}
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            facts["device_mb"] = torch.cuda.max_memory_allocated() / MB
+        self.send(**facts)
 
 
 def _status_bytes(key: str) -> int:
@@ -182,7 +188,7 @@ class Worker:
         if message and count:
             self.row.seconds.append(message["seconds"])
         if message:
-            self.row.extra_mb = message["extra_mb"]
+            self.row.extra_mb, self.row.device_mb = message["extra_mb"], message.get("device_mb")
 
     def close(self) -> Row:
         if not self.row.error:

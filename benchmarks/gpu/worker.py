@@ -26,6 +26,7 @@ GROUPS = {
     "heads": "head_bench",
     "tokens": "token_bench",
     "peers": "peer_bench",
+    "engine": "engine_bench",
 }
 """Name of each group, and the module whose PARTS it runs."""
 

@@ -1,9 +1,9 @@
-"""The original PPOTrainer of TRL on the model and batch of `bench_ppo_step`.
+"""The original PPOTrainer of TRL on a model and batch of `bench_ppo_step` or of `gpu/engine_bench`.
 
 Its defaults are kept (fused AdamW, clip .2, value clip .2, vf_coef .1, kl_coef .05, lam .95, temperature .7, one
-minibatch) but for what the comparison fixes: the batch, float32 on CPU, no checkpointing of activations (it is slower),
-no evaluation samples, no logging service, nothing saved. The pad token lies outside the model's vocabulary and there is
-no stop token, so every response has its full length.
+minibatch) but for what the comparison fixes: the batch, the weights' type (float32 on CPU), no checkpointing of activations
+(it is slower), no evaluation samples, no logging service, nothing saved. The pad token lies outside the model's
+vocabulary and there is no stop token, so every response has its full length.
 """
 
 from __future__ import annotations
@@ -25,18 +25,30 @@ def _tokenizer(vocab_size: int):
 
 
 def run(session: Session, *, model: dict, batch: dict) -> None:
-    """Worker: PPO updates, one a step of the session. `model` is a LlamaConfig's fields, `batch` bench_ppo_step.BATCH."""
+    """Worker: PPO updates, one a step of the session. `model` is a config.json's fields, by default of a Llama.
+
+    `batch` is bench_ppo_step.BATCH, with `device`, `dtype` and `rollout_rows`, the sequences that are sampled together, besides.
+    """
     from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     session.baseline()
     torch.manual_seed(0)
-    config = LlamaConfig(**model, num_labels=1)
-    policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    config = AutoConfig.for_model(**{"model_type": "llama"} | model, num_labels=1)
+    device, dtype = torch.device(batch.get("device", "cpu")), getattr(torch, batch.get("dtype", "float32"))
+    with device:
+        policy, reference = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
+        value, reward = (AutoModelForSequenceClassification.from_config(config, dtype=dtype) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
-    value, reward = LlamaForSequenceClassification(config), LlamaForSequenceClassification(config)
     prompts = torch.randint(0, config.vocab_size, (batch["prompts"] * 8, batch["prompt_tokens"])).tolist()
+    if device.type == "cuda":  # a GPU's libraries load and choose with their first calls, which are nobody's update
+        rows = torch.tensor(prompts[:1], device=device)
+        policy.generate(rows, max_new_tokens=4, do_sample=True, pad_token_id=0)
+        policy(rows).logits.float().logsumexp(-1).sum().backward()
+        policy.zero_grad()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     class Pace(TrainerCallback):
         """Hands every update to the session: it ends one step and waits for the next."""
@@ -53,7 +65,7 @@ def run(session: Session, *, model: dict, batch: dict) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = PPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=device.type == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             seed=0,
@@ -62,6 +74,7 @@ def run(session: Session, *, model: dict, batch: dict) -> None:
             num_mini_batches=1,
             num_ppo_epochs=batch["epochs"],
             response_length=batch["response_tokens"],
+            local_rollout_forward_batch_size=batch.get("rollout_rows", 64),
             total_episodes=batch["prompts"] * 10_000,
             num_sample_generations=0,
             eval_strategy="no",
