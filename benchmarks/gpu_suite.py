@@ -134,7 +134,7 @@ def _pytest(suite: Suite, seconds: float, name: str, selection: list[str]) -> It
     log = suite.out / f"{name.replace(' ', '_')}.log"
     options = ["-o", "addopts=", "--tb=short", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *selection]
-    command += ["--collect-only", "-q"] if suite.dry_run else ["-v"]
+    command += ["--collect-only", "-q"] if suite.dry_run else ["-v", *_processes()]
     ended = True
     with log.open("w") as file:
         try:
@@ -148,8 +148,9 @@ def _pytest(suite: Suite, seconds: float, name: str, selection: list[str]) -> It
         collected = sum("::" in line for line in lines)
         yield Entry(name, f"{collected} collected, none run", passed=code in (0, 5), note="a dry run")
         return
-    counts = {word: sum(f" {word}" in line and "::" in line for line in lines) for word in ("PASSED", "SKIPPED")}
-    failed = [line.split(" ")[0] for line in lines if "::" in line and (" FAILED" in line or " ERROR" in line)]
+    counts = {word: sum(word in line.split() and "::" in line for line in lines) for word in ("PASSED", "SKIPPED")}
+    failed = [line for line in lines if "::" in line and ("FAILED " in line or " FAILED" in line or "ERROR " in line)]
+    failed = list(dict.fromkeys(next(word for word in line.split() if "::" in word) for line in failed))
     note = ", ".join(f"{count} {word.lower()}" for word, count in counts.items()) + f", {len(failed)} failed"
     # 5: nothing was selected.
     yield Entry(name, note, passed=code in (0, 5) and ended and not failed, note=f"see {log.name}")
@@ -157,6 +158,12 @@ def _pytest(suite: Suite, seconds: float, name: str, selection: list[str]) -> It
         yield Entry(test, passed=False)
     if not ended:
         raise CutOff(f"the tests took more than {seconds:.0f} s; the last line of {log.name} is where they were")
+
+
+def _processes() -> list[str]:
+    """Most of a test's time is its kernels' compilation, on the host."""
+    count = min(8, (os.cpu_count() or 1) // 2)
+    return [] if count < 2 or find_spec("xdist") is None else ["--numprocesses", str(count), "--dist", "load"]
 
 
 def group(name: str) -> Callable[[Suite, float], Iterator[dict]]:
@@ -231,7 +238,7 @@ def report(suite: Suite, seconds: float) -> Iterator[Entry]:
 STEPS = (
     Step("environment", 30, 0, environment),
     Step("build", 120, 30, build),
-    Step("tests", 130, 30, tests),
+    Step("tests", 180, 30, tests),
     Step("correctness", 60, 20, group("correctness")),
     Step("ceilings", 30, 15, group("ceilings")),
     Step("heads", 70, 25, group("heads")),
@@ -240,7 +247,7 @@ STEPS = (
     # After the benches: they are slow, and a run that is short of time can do without them sooner.
     Step("memcheck", 60, 30, sanitizer("memcheck")),
     Step("racecheck", 60, 30, sanitizer("racecheck")),
-    Step("other tests", 40, 20, marked_tests),
+    Step("other tests", 80, 20, marked_tests),
     Step("report", 10, 0, report),
 )
 ENGINE = Step("engine", 540, 60, group("engine"))
@@ -263,7 +270,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go; made if missing")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, through the interpreter; measures nothing")
     parser.add_argument("--minutes", type=float, default=9, help="for everything; 9 by default")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help=f"some of {', '.join(NAMES)}; all but engine by default")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STEP", help=f"some of {', '.join(NAMES)}; all but engine by default"
+    )
     options = parser.parse_args(arguments)
     options.only = set(options.only or NAMES) - (set() if options.only else {ENGINE.name})
     if options.only - set(NAMES):

@@ -155,8 +155,10 @@ def test_a_failing_step_does_not_stop_the_others(tmp_path):
     assert suite.results.steps[0]["entries"][0]["value"] == "known"
 
 
-def test_failed_tests_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [[], ["--numprocesses", "2"]])
+def test_failed_tests_are_named(tmp_path, monkeypatch, processes):
     """Through a test file that passes once, fails once and skips once."""
+    monkeypatch.setattr(gpu_suite, "_processes", lambda: processes)
     file = tmp_path / "test_three.py"
     file.write_text(
         "import pytest\n"

@@ -58,8 +58,7 @@ def updates(bench: Bench, fields: dict, batch: dict) -> Iterator[Entry]:
     run = settings(bench, batch)
     trainer = make_trainer(fields, run)
     planned = RunPlan(make_plan(fields, run)).metrics()
-    for log in [trainer.step() for _ in range(2)]:
-        pass
+    _, log = (trainer.step() for _ in range(2))  # the first one warms up
     seconds = {phase: log[f"seconds_{phase}"] for phase in PHASES}
     for phase, took in seconds.items():
         yield Entry(f"seconds of {phase}", None if bench.dry_run else took, "s")
@@ -107,7 +106,9 @@ def decode(bench: Bench, trainer: PPOTrainer, batch: dict) -> Iterator[Entry]:
         return
     yield Entry("milliseconds of a decode step", took / steps * 1e3, "ms", note=f"{rows} rows")
     note = f"{read / steps / 1e9:.2f} GB a step: the weights, and keys and values"
-    yield Entry("decode, of its bandwidth bound", ratio(bench.copy_seconds(read), took), bound=0.6, at_least=True, note=note)
+    yield Entry(
+        "decode, of its bandwidth bound", ratio(bench.copy_seconds(read), took), bound=0.6, at_least=True, note=note
+    )
 
 
 def named(name: str, entries: Iterator[Entry]) -> Iterator[Entry]:

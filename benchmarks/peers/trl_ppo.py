@@ -27,7 +27,7 @@ def _tokenizer(vocab_size: int):
 def run(session: Session, *, model: dict, batch: dict) -> None:
     """Worker: PPO updates, one a step of the session. `model` is a config.json's fields, by default of a Llama.
 
-    `batch` is bench_ppo_step.BATCH, with `device`, `dtype` and `rollout_rows`, the sequences that are sampled together, besides.
+    `batch` is bench_ppo_step.BATCH, and may name `device`, `dtype` and `rollout_rows`, the sequences sampled together.
     """
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback

@@ -1,0 +1,121 @@
+"""The engine on a device: what stand-ins show on the CPU, with real streams, graphs and pools."""
+
+import gc
+
+import pytest
+import torch
+
+from rlhf_engine.config import MemoryConfig, RolloutConfig
+from rlhf_engine.memory import PoolArena
+from rlhf_engine.rollout import Generator, score_rollout
+from tests.engine.test_rollout import make_actor, make_prompts
+from tests.engine.tiny_models import FAMILIES
+from tests.engine.tiny_trainer import make_trainer, weights_of
+
+pytestmark = pytest.mark.gpu
+CUDA = "cuda"
+
+
+def sampled(actor, count=20, slots=16, **settings):
+    config = RolloutConfig(max_prompt_tokens=20, max_response_tokens=24, batch_size=slots, **settings)
+    generator = Generator(actor, config, eos_token_ids=(2, 7), pad_token_id=0, seed=3)
+    return generator, generator.generate(make_prompts(count), torch.arange(count))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_sample_what_the_cpu_samples(family):
+    """Token by token; the log-probs are those of a fresh forward pass."""
+    generator, found = sampled(make_actor(family).to(CUDA))
+    assert generator.paged.captures and generator.paged._graphed is not None
+    _, expected = sampled(make_actor(family))
+    assert torch.equal(found.response_ids.cpu(), expected.response_ids)
+    fresh, values = score_rollout(generator.policy, found, microbatch=20, values=True)
+    torch.testing.assert_close(found.logprobs, fresh, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.5}, {"min_p": 0.05}])
+def test_options_of_sampling(settings):
+    _, found = sampled(make_actor("qwen2").to(CUDA), **settings)
+    _, expected = sampled(make_actor("qwen2"), **settings)
+    assert torch.equal(found.response_ids.cpu(), expected.response_ids)
+
+
+def test_few_slots_and_few_pages():
+    """Sequences that leave and come back say the same."""
+    actor = make_actor("llama").to(CUDA)
+    _, whole = sampled(actor, count=40, slots=40)
+    _, few = sampled(actor, count=40, slots=16)
+    assert torch.equal(few.response_ids, whole.response_ids)
+
+
+@pytest.mark.parametrize("state", ["resident", "host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates(state, dtype):
+    """In float32 they are the CPU's; in bfloat16 they learn, and state in host memory is state on the device."""
+    memory = MemoryConfig(optimizer_state=state)
+    trainer = make_trainer(device=CUDA, memory=memory, dtype=dtype)
+    logs = [trainer.step() for _ in range(2)]
+    if dtype == torch.float32:
+        other = make_trainer(memory=memory)
+        expected = [other.step() for _ in range(2)]
+    else:
+        other = make_trainer(device=CUDA, dtype=dtype)
+        expected = [other.step() for _ in range(2)]
+    for log, wanted in zip(logs, expected, strict=True):
+        assert log["score_mean"] == pytest.approx(wanted["score_mean"], abs=1e-5)
+        assert log["policy_loss"] == pytest.approx(wanted["policy_loss"], abs=1e-4)
+    for (name, found), wanted in zip(weights_of(trainer).items(), weights_of(other).values(), strict=True):
+        torch.testing.assert_close(found.float().cpu(), wanted.float().cpu(), rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_checkpointed_layers_make_the_same_gradient():
+    logs = [
+        make_trainer(device=CUDA, memory=MemoryConfig(gradient_checkpointing=flag)).step() for flag in (False, True)
+    ]
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
+
+
+def test_pages_and_gradients_share_bytes_and_nothing_grows():
+    """Gradients lie where the keys and values lay; the peak is a phase's and not the sum; ten rounds reserve no more."""
+    size, rounds = 2**26, []
+    arena = PoolArena({"generate": size, "score": 0, "train": 0}, torch.device(CUDA))
+    before = torch.cuda.memory_allocated()
+    for _ in range(10):
+        torch.cuda.reset_peak_memory_stats()
+        with arena.phase("generate"):
+            pages = arena.take((size // 2,), torch.bfloat16)
+            here = pages.data_ptr()
+            del pages
+        with arena.phase("train"):
+            gradient = arena.take((size // 8,), torch.float32)
+            assert here <= gradient.data_ptr() < here + size
+            with arena.transients():
+                x = torch.randn(1024, 1024, device=CUDA, requires_grad=True)
+                (x @ x).sum().backward()
+                assert here <= x.grad.data_ptr() < here + size
+            del gradient, x
+        gc.collect()
+        assert torch.cuda.max_memory_allocated() - before <= 1.05 * size
+        rounds.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert rounds[-1] == rounds[1]
+
+
+def test_a_broken_update_leaves_a_trainer_that_goes_on():
+    """What a reward function raises in one update costs that update alone."""
+    calls = []
+
+    def reward(rollout):
+        calls.append(len(rollout))
+        if len(calls) == 2:
+            raise ValueError("no score today")
+        return rollout.response_lengths.float()
+
+    trainer = make_trainer(device=CUDA, reward=reward, updates=3)
+    trainer.step()
+    weights = weights_of(trainer)
+    with pytest.raises(ValueError, match="no score today"):
+        trainer.step()
+    assert all(torch.equal(weights[name], found) for name, found in weights_of(trainer).items())
+    trainer.step()
+    assert trainer.updates_done == 2
