@@ -78,16 +78,20 @@ def _whiten_save(ctx, inputs, output) -> None:
 
 
 def _whiten_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    """With c = x - mean, s = (var + 1e-8)^-1/2: `s (g - mean g) - s³ c Σ g c / (n - 1)`, and mean g where the mean stays."""
+    """With c = x - mean, s = (var + 1e-8)^-1/2: `s (g - mean g) - s³ c Σ g c / (n - 1)`, and mean g where the mean stays.
+
+    In float64, as the statistics of the forward pass are: the rounding of a large mean would be that of every c.
+    """
     x, mask = ctx.saved_tensors
-    g = torch.where(mask, grad, 0)
+    x, g = x.double(), torch.where(mask, grad, 0).double()
     n = mask.sum()
     degrees = (n - int(ctx.unbiased)).clamp(min=1)
     centred = torch.where(mask, x - reference.masked_mean(x, mask), 0)
     s = torch.rsqrt(centred.square().sum() / degrees + 1e-8)
     mean_g = g.sum() / n.clamp(min=1)
     dx = s * (g - mean_g) - s**3 * centred * (g * centred).sum() / degrees
-    return torch.where(mask, dx if ctx.shift_mean else dx + mean_g, 0), None, None, None, None
+    dx = torch.where(mask, dx if ctx.shift_mean else dx + mean_g, 0)
+    return dx.to(grad.dtype), None, None, None, None
 
 
 _mean = define(

@@ -79,7 +79,7 @@ def test_checkpointed_layers_make_the_same_gradient():
 def test_pages_and_gradients_share_bytes_and_nothing_grows():
     """Gradients lie where the keys and values lay; the peak is a phase's and not the sum; ten rounds reserve no more."""
     size, rounds = 2**26, []
-    arena = PoolArena({"generate": size, "score": 0, "train": 0}, torch.device(CUDA))
+    arena = PoolArena({"generate": size, "score": 0, "train": 0}, torch.device(CUDA, 0))
     before = torch.cuda.memory_allocated()
     for _ in range(10):
         torch.cuda.reset_peak_memory_stats()
