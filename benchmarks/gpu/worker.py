@@ -7,6 +7,7 @@ out as lines of JSON, each as soon as it is known.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import time
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ def entries(name: str, part: Part, bench: Bench):
     except FAILURES as error:
         yield Entry(name, error=reason(error))
     if bench.device.type == "cuda":
+        gc.collect()  # a trainer lies in cycles
         torch.cuda.empty_cache()
 
 

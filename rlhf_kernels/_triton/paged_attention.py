@@ -18,6 +18,7 @@ SPLITS, SPLIT_TOKENS = 16, 256
 """Most splits of a sequence, and the fewest tokens of one: a short sequence has one split, and no program that does little."""
 ROWS = 16  # the smallest side of a matrix product
 LAUNCH = {"num_warps": 8, "num_stages": 2}
+COMBINE = {"num_warps": 2}
 TILE_BYTES = 16384
 
 
@@ -178,5 +179,5 @@ def paged_attention(
             *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], scale, window, softcap,
             HAS_CAP=softcap > 0, WIDEN=widen, ROWS=ROWS, **shape, **LAUNCH,
         )  # fmt: skip
-        _combine[(b, heads)](sums, tops, masses, lengths, out, places, room, window, **shape, **LAUNCH)
+        _combine[(b, heads)](sums, tops, masses, lengths, out, places, room, window, **shape, **COMBINE)
     return out
