@@ -6,6 +6,7 @@ What is left out on purpose: no change of clocks and no pinning; a ratio is trus
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,15 +23,20 @@ class Timer:
         self.dry_run = dry_run
 
     def alternate(self, cases: dict[str, Call], *, rounds: int = 9, warmup: int = 2) -> dict[str, float | None]:
-        """Each case in turn, `rounds` times, for calls that take much longer than their launches."""
+        """Each case in turn, `rounds` times: device time. A product runs in front of each, behind which its launches queue up
+        as behind the rest of a training step; what the host takes for them is `on_host`'s to say.
+        """
         if self.dry_run:
             for call in cases.values():
                 call()
             return dict.fromkeys(cases)
         seconds: dict[str, list[float]] = {name: [] for name in cases}
+        front = torch.randn(12288, 12288, device="cuda").bfloat16()  # about 5 ms on an H200
+        product = torch.empty_like(front)
         for index in range(warmup + rounds):
             for name, call in cases.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.mm(front, front, out=product)
                 start.record()
                 call()
                 end.record()
@@ -41,6 +47,20 @@ class Timer:
 
     def once(self, call: Call, **options: int) -> float | None:
         return self.alternate({"": call}, **options)[""]
+
+    def on_host(self, call: Call, *, rounds: int = 9, warmup: int = 2) -> float | None:
+        """What the host takes to launch a call, the device idle before."""
+        if self.dry_run:
+            call()
+            return None
+        seconds = []
+        for _ in range(warmup + rounds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        return statistics.median(seconds[warmup:])
 
     def replayed(self, calls: Sequence[Call], *, replays: int = 20) -> float | None:
         """Of one call, without launch overhead: all of them in a CUDA graph, replayed.

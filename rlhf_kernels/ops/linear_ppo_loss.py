@@ -176,7 +176,8 @@ def _forward(
         slopes, sums = _finish_rows(launch, terms, rows, stats, n, *targets)
     value_gradients = _value_backward(hidden, value_weight, slopes[1], results[0], terms, needs)
     gradients = (*results, *value_gradients)
-    return terms.loss(sums), terms.metrics(sums), *(hidden.new_empty(0) if g is None else g for g in gradients)
+    loss = terms.loss(sums, valued=values is not None)
+    return loss, terms.metrics(sums), *(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
 def _finish_rows(kernels: Kernels, terms: Terms, rows: HeadRows, stats, n: int, values, old_values, returns):

@@ -92,7 +92,7 @@ def _forward(
     targets = (None if x is None else x.contiguous() for x in (values, old_values, returns))
     _, value_slope, sums = terms.sums(kernels("triton"), stats.logprobs, stats.entropy, *targets)
     return (
-        terms.loss(sums),
+        terms.loss(sums, valued=values is not None),
         terms.metrics(sums),
         logits.new_empty(0) if out is None else out,
         stats.buffer,

@@ -44,13 +44,14 @@ class Aggregation:
     denominator: Tensor  # ()
 
     @classmethod
-    def of(cls, kind: str, mask: Tensor, sequences: Sequences, num_tokens, num_sequences) -> "Aggregation":
+    def of(cls, kind: str, mask: Tensor, sequences: Sequences, tokens: Tensor, num_sequences) -> "Aggregation":
+        """`tokens` is the denominator of a mean over tokens."""
         if kind == "token_sum":
             return cls(None, torch.ones((), device=mask.device))
         if kind == "token_mean":
-            return cls(None, count(mask.sum(), num_tokens))
+            return cls(None, tokens)
         lengths = sequences.lengths(mask)
-        denominator = count((lengths > 0).sum(), num_sequences)
+        denominator = count(lengths > 0, num_sequences)
         if kind == "seq_mean_token_sum":
             return cls(None, denominator)
         # Relative to the shortest sequence, so that half-precision gradients do not start out tiny.
@@ -58,13 +59,15 @@ class Aggregation:
         return cls(sequences.per_token((shortest / lengths.clamp(min=1)).float(), mask.numel()), denominator * shortest)
 
 
-def count(here: Tensor, given: float | Tensor | None) -> Tensor:
-    """The caller's global denominator, or this call's own; 1 instead of 0, so that an empty batch gives 0."""
-    if given is None or isinstance(given, Tensor):
-        x = (here if given is None else given.to(here.device)).float()
-    else:
-        x = torch.full((), given, dtype=torch.float32, device=here.device)  # filled there: no copy from the host
-    return torch.where(x > 0, x, 1)
+def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
+    """The caller's global denominator, or the True entries here; 1 instead of 0, so that an empty batch gives 0."""
+    if given is None:
+        return mask.sum().float().clamp(min=1)
+    if isinstance(given, Tensor):
+        x = given.to(mask.device).float()
+        return torch.where(x > 0, x, 1)
+    # Filled there: no copy from the host.
+    return torch.full((), given if given > 0 else 1, dtype=torch.float32, device=mask.device)
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,21 @@ class Terms:
     def of(cls, args: PPOArguments, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> "Terms":
         sequences = Sequences.of(mask, args.cu_seqlens)
         value_mask = mask if args.value_mask is None else args.value_mask
+        alike = value_mask is mask and args.num_value_tokens is args.num_tokens
         mask, value_mask = mask.reshape(-1).contiguous(), value_mask.reshape(-1).contiguous()
-        policy = Aggregation.of(args.aggregation, mask, sequences, args.num_tokens, args.num_sequences)
-        value = Aggregation.of(args.aggregation, value_mask, sequences, args.num_value_tokens, args.num_sequences)
-        tokens, value_tokens = count(mask.sum(), args.num_tokens), count(value_mask.sum(), args.num_value_tokens)
+        tokens = value_tokens = count(mask, args.num_tokens)
+        policy = value = Aggregation.of(args.aggregation, mask, sequences, tokens, args.num_sequences)
+        if not alike:
+            value_tokens = count(value_mask, args.num_value_tokens)
+            value = Aggregation.of(args.aggregation, value_mask, sequences, value_tokens, args.num_sequences)
         one = torch.ones((), device=mask.device)
         constants = (old_logprobs, advantages, args.weights, args.ref_logprobs)
         return cls(
             PpoRows(scalars_of(args), *map(flat, constants), policy.row_weight),
             mask,
             value_mask,
-            value.row_weight,
+            # Dynamo takes no tensor twice.
+            None if value.row_weight is None else value.row_weight.view(-1),
             torch.stack([policy.denominator, value.denominator, tokens, value_tokens, one]),
             sequences,
             args.ratio_level == "sequence",
@@ -124,11 +131,16 @@ class Terms:
         inputs = (logprobs, entropy, values, old_values, returns)
         return kernels.ppo_loss(self.ppo, self.sequences, self.sequence_level, self.mask, *inputs, *masks)
 
-    def loss(self, sums: Tensor) -> Tensor:
-        """The scalar loss from the kernels' sums."""
+    def loss(self, sums: Tensor, *, valued: bool) -> Tensor:
+        """The scalar loss from the kernels' sums; `valued` whether there are values. On a GPU each operation is a launch."""
         s, d = self.ppo.scalars, self.denominators
-        policy = sums[0] + s.kl_coef * sums[1] - s.entropy_coef * sums[2]
-        return (policy / d[_POLICY] + self.vf_coef * sums[3] / d[_VALUE]).float()
+        policy = sums[0]
+        if s.kl_coef:
+            policy = policy + s.kl_coef * sums[1]
+        if s.entropy_coef:
+            policy = policy - s.entropy_coef * sums[2]
+        policy = policy / d[_POLICY]
+        return (policy + self.vf_coef * sums[3] / d[_VALUE] if valued else policy).float()
 
     def metrics(self, sums: Tensor) -> Tensor:
         """(len(METRICS),) float32, in the order of METRICS."""

@@ -9,8 +9,9 @@ from torch import Tensor
 MIN_CHUNK = 16
 """Below this many rows the CPU's matrix libraries add in another order; shorter chunks are padded up to it."""
 
-GPU_LOGITS_BYTES = 512 * 2**20
-"""Room for a chunk of float32 logits on a GPU, from which its rows follow."""
+GPU_LOGITS_BYTES = 2**30
+"""Room for a chunk of float32 logits on a GPU, from which its rows follow. Every chunk reads and writes the float32 sum of the
+weight's gradient, which takes half as long as the product itself with 1024 rows of a vocabulary of 128k."""
 
 _PART = 1024
 """Rows, columns or terms of a product that are turned into float32 at a time."""
