@@ -98,6 +98,7 @@ def linear_time(bench: Bench) -> Iterator[Entry]:
     yield Entry("linear_ppo_loss / three products", ratio(plain, floor), bound=1.08, note=f"chunks of {chunk} rows")
     yield Entry("linear_ppo_loss half inactive, compact / none inactive", ratio(compact, plain), bound=0.75)
     yield Entry("float32 logits / bf16 logits, the three products", ratio(floor, rounded), note="what out_dtype costs")
+    yield milliseconds("linear_ppo_loss forward+backward: host time of ours", bench.timer.on_host(cases["ours"]))
 
 
 def linear_memory(bench: Bench) -> Iterator[Entry]:
@@ -151,6 +152,8 @@ def logits_level(bench: Bench) -> Iterator[Entry]:
             storage.normal_(generator=g)  # in place, the gradients of one step are the logits of the next
             seconds = bench.timer.once(step)
             name = f"logits_ppo_loss forward+backward, {backend}{', in place' * inplace}"
+            if not inplace:
+                yield milliseconds(f"{name}: host time", bench.timer.on_host(step))
             yield milliseconds(name, seconds, f"N={n} V={v} bf16, 6NV bytes{bench.moved(6 * n * v, seconds)}")
             if backend == "cuda":
                 floor = bench.copy_seconds(4 * n * v)

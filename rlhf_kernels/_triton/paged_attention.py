@@ -2,7 +2,6 @@
 
 A program takes up to ROWS heads that share keys, and one split of the sequence's tokens. Where a sequence is cut depends on
 its length and the window alone, so its bits do not depend on its batch. Memory is the limit: keys and values are read once.
-Compiled for four chips and run through Triton's interpreter. **It has not run on a device yet.**
 
 Legend: B sequences, P pages, M places of the block table, D size of a head.
 """
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from .math import LOG2E, tanh
 
-SPLITS, SPLIT_TOKENS = 16, 256
+SPLITS, SPLIT_TOKENS = 64, 512
 """Most splits of a sequence, and the fewest tokens of one: a short sequence has one split, and no program that does little."""
 ROWS = 16  # the smallest side of a matrix product
-LAUNCH = {"num_warps": 8, "num_stages": 2}
-COMBINE = {"num_warps": 2}
-TILE_BYTES = 16384
+LAUNCH = {"num_warps": 4, "num_stages": 2}
+COMBINE = {"num_warps": 1}
+TILE_BYTES = 32768
 
 
 @triton.jit
@@ -123,19 +122,21 @@ def _combine(
     length, sound = _length(lengths, row, places * PAGE)
     _, _, _, live = _spans(length, window, HAS_WINDOW, TILE, SPLITS, LEAST)
     split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    at = place * room + split
-    top = tl.load(tops + at, split < live, other=float("-inf"))
-    weight = tl.exp2(top - tl.where(live > 0, tl.max(top), 0.0))
-    mass = tl.sum(weight * tl.load(masses + at, split < live, other=0.0))
-    read = (split < live)[:, None] & (d < HEAD)[None, :]
-    total = tl.sum(weight[:, None] * tl.load(sums + at[:, None] * HEAD + d[None, :], read, other=0.0), 0)
+    at = place * room
+    top = tl.max(tl.load(tops + at + split, split < live, other=float("-inf")))
+    mass, total = 0.0, tl.zeros([BLOCK_D], tl.float32)
+    # One after the other: the order of a tree's sums would depend on how many splits there is room for.
+    for part in range(live):
+        weight = tl.exp2(tl.load(tops + at + part) - top)
+        mass += weight * tl.load(masses + at + part)
+        total += weight * tl.load(sums + (at + part) * HEAD + d, d < HEAD, other=0.0)
     result = tl.where(live > 0, total / tl.where(live > 0, mass, 1.0), 0.0)
     result = tl.where(sound, result, float("nan"))
     tl.store(out + place * HEAD + d, result.to(out.dtype.element_ty), d < HEAD)
 
 
 def tile_of(size: int, itemsize: int) -> int:
-    """Tokens that are read at a time: a tile of keys has 16 KiB, and 16 to 128 tokens."""
+    """Tokens that are read at a time: a tile of keys has 32 KiB, and 16 to 128 tokens."""
     return max(16, min(128, TILE_BYTES // (triton.next_power_of_2(max(16, size)) * itemsize)))
 
 

@@ -186,13 +186,15 @@ def test_pages_and_queries_with_strides():
 
 
 def test_splits():
-    """A tile has 16 KiB; a split at least 256 tokens; a sequence at most 16 splits."""
-    assert [tile_of(128, 2), tile_of(64, 2), tile_of(80, 2), tile_of(128, 4), tile_of(256, 4)] == [64, 128, 64, 32, 16]
-    assert [splits_of(n, 64) for n in (1, 256, 257, 1024, 10**6)] == [1, 1, 2, 4, SPLITS]
+    """A tile has 32 KiB; a split at least 512 tokens; a sequence at most 64 splits."""
+    sizes = [(128, 2), (64, 2), (80, 2), (128, 4), (256, 4), (512, 4)]
+    assert [tile_of(*size) for size in sizes] == [128, 128, 128, 64, 32, 16]
+    assert [splits_of(n, 64) for n in (1, 512, 513, 2048, 10**6)] == [1, 1, 2, 4, SPLITS]
 
 
 def test_more_tokens_than_the_least_of_all_splits(monkeypatch):
     """Splits grow once there are SPLITS of them: here of 16 tokens, at a sequence of 16 * 16 + 1 and more."""
+    monkeypatch.setattr(LAUNCHER, "SPLITS", 16)
     monkeypatch.setattr(LAUNCHER, "SPLIT_TOKENS", 16)
     monkeypatch.setattr(LAUNCHER, "TILE_BYTES", 1024)
     arguments, sequences = scene([257, 256, 40, 600], heads=2, groups=1)
