@@ -1,4 +1,4 @@
-"""The same arena on a CUDA device: one memory pool of the caching allocator. **It has not run on a device yet.**
+"""The same arena on a CUDA device: one memory pool of the caching allocator.
 
 While the policy samples, its keys and values are slices of one allocation in the pool, dropped at the phase change. While it
 scores and learns, all that forward and backward passes allocate comes from the pool (`transients`), so from the bytes that the

@@ -1,4 +1,4 @@
-"""A decode step as a CUDA graph: hundreds of small kernels launched as one. **It has not run on a device yet.**"""
+"""A decode step as a CUDA graph: hundreds of small kernels launched as one."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ The pages of all layers are one allocation, dropped between rollouts. Samples of
 is full in part, is copied for all of them but the last to write to it. Any causal LM decodes so that calls its attention by way
 of transformers' interface: `PagedLayer.update` hands over pages in place of keys, and `paged_attention` reads them.
 
-On a GPU a step, sampling included, is a CUDA graph, its rows padded to a power of two. **That has not run on a device yet.**
-There a row's bits may depend on the number it is padded to, since a matrix product picks its kernel by its rows; on CPU they
-depend on nothing but the row's own, as in `Decoder`. Page 0 belongs to nobody: rows without a sequence write to it.
+On a GPU a step, sampling included, is a CUDA graph, its rows padded to a power of two. There a row's bits may depend on the
+number it is padded to, since a matrix product picks its kernel by its rows; on CPU they depend on nothing but the row's own, as
+in `Decoder`. Page 0 belongs to nobody: rows without a sequence write to it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_kernels import reference, token_logprobs
+from rlhf_kernels._triton import compaction
 from rlhf_kernels.backend import kernels
 from rlhf_kernels.ops.head import front_of
 from rlhf_kernels.rows import LogitRows, PpoRows, PpoScalars, RowStats, Transform
@@ -325,9 +326,11 @@ def test_an_entropy_term_alone_keeps_a_row_active():
 
 
 @pytest.mark.parametrize("marks", ["", "0", "1", "0001", "1000", "0110100", "1111", "0000", "010101010101"])
+@pytest.mark.parametrize("tile", [2, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_marked_rows_move_to_the_front(marks, dtype):
+def test_marked_rows_move_to_the_front(monkeypatch, marks, tile, dtype):
     """Each front place holds the row that is named for it, every marked row once; rows that stay are not touched."""
+    monkeypatch.setattr(compaction, "TILE", tile)
     n = len(marks)
     buffer = torch.randn(n, 5001, device=DEVICE)
     x = front_of(buffer, dtype)

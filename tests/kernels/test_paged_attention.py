@@ -186,9 +186,9 @@ def test_pages_and_queries_with_strides():
 
 
 def test_splits():
-    """A tile has 32 KiB; a split at least 512 tokens; a sequence at most 64 splits."""
-    sizes = [(128, 2), (64, 2), (80, 2), (128, 4), (256, 4), (512, 4)]
-    assert [tile_of(*size) for size in sizes] == [128, 128, 128, 64, 32, 16]
+    """A tile has 16 KiB, of wide heads in half precision 32; a split at least 512 tokens; a sequence at most 64 splits."""
+    sizes = [(128, 2), (256, 2), (64, 2), (80, 2), (128, 4), (256, 4)]
+    assert [tile_of(*size) for size in sizes] == [(128, 4), (64, 4), (128, 8), (128, 4), (32, 8), (16, 8)]
     assert [splits_of(n, 64) for n in (1, 512, 513, 2048, 10**6)] == [1, 1, 2, 4, SPLITS]
 
 
@@ -275,7 +275,9 @@ def stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **options):
 
 
 READS_PAGES = {"block_table", "seqused_k", "num_splits", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
-needs_block_table = pytest.mark.skipif(not READS_PAGES, reason=f"varlen_attn of torch {torch.__version__} reads no pages")
+needs_block_table = pytest.mark.skipif(
+    not READS_PAGES, reason=f"varlen_attn of torch {torch.__version__} reads no pages"
+)
 
 
 @needs_block_table
