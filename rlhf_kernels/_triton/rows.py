@@ -257,16 +257,13 @@ def _launch_shape(x: LogitRows) -> dict[str, int]:
     """4 warps, each thread with 64 bytes of logits and as many ahead: enough in flight for the memory, few enough registers
     that several programs share a multiprocessor, some of them reading while others reduce or write, and reductions across few
     warps (measured on an H200: benchmarks/results/notes.md). tanh takes registers of its own, and so do the addresses of rows
-    that no wide load fits: half as many logits a thread then, or some would spill.
+    that no wide load fits: half as many logits a thread for either, or some would spill.
     """
     vocab = x.logits.shape[-1]
-    most = (2048 if x.logits.dtype == torch.float32 else 4096) // (1 if _is_plain(x) else 2)
+    narrower = (x.transform.softcap is not None) + (vocab % 16 != 0)
+    most = (2048 if x.logits.dtype == torch.float32 else 4096) >> narrower
     block = max(128, min(most, triton.next_power_of_2(vocab)))
     return {"BLOCK": block, "num_warps": max(1, 4 * block // most), "num_stages": 1}
-
-
-def _is_plain(x: LogitRows) -> bool:
-    return x.transform.softcap is None and x.logits.shape[-1] % 16 == 0
 
 
 def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
