@@ -181,7 +181,7 @@ def checkpoint_layers(trunk: PreTrainedModel) -> None:
 
     ValueError for a trunk none of whose layers are transformers' `GradientCheckpointingLayer`.
     """
-    layers = list(_layers(trunk))
+    layers = list(layers_of(trunk))
     if not layers:
         raise ValueError(
             f"memory.gradient_checkpointing: got True, expected False for {type(trunk).__name__}, whose layers transformers "
@@ -192,14 +192,15 @@ def checkpoint_layers(trunk: PreTrainedModel) -> None:
         layer._gradient_checkpointing_func = partial(_recomputed, trunk.config.get_text_config())
 
 
-def _layers(trunk: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+def layers_of(trunk: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    """The layers that transformers marks as such."""
     return (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
 @contextmanager
 def _recomputing(trunk: nn.Module) -> Iterator[None]:
     """Layers take the checkpointed way in training mode alone, in which nothing else of an engine's trunk ever is."""
-    layers = [layer for layer in _layers(trunk) if layer.gradient_checkpointing]
+    layers = [layer for layer in layers_of(trunk) if layer.gradient_checkpointing]
     for layer in layers:
         layer.training = True
     try:

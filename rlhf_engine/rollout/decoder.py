@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ from rlhf_engine.rollout.invariant import REPLACED, InvariantLayers
 from rlhf_engine.rollout.packed import PackedHead
 
 MIN_ROWS = 16
-Act = Callable[..., tuple[Tensor, ...]]
-"""What is done in the states of a step: a function of tensors alone, which a graph can hold."""
+Act = Callable[[Tensor, Tensor, slice], None]
+"""What is done in the states of a step, given their hidden states, logits and slots: work on tensors alone, for graphs."""
 _BLOCK = 512
 """Columns that attention takes at a time on CPU; a longer cache is read in whole blocks."""
 
@@ -128,11 +129,14 @@ class Decoder:
         positions: Tensor,  # (slots,)
         count: int,
         act: Act,
-        inputs: tuple[Tensor, ...],  # a row for each of the first `count` slots
-    ) -> tuple[Tensor, ...]:
-        """`act(hidden, logits, *inputs)` in the states after `decode`."""
+        idle: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`act(hidden, logits, here)` in the states after `decode`, of the rows `here`: those of the first `count` slots.
+
+        A graph may hold it, and then `here` has rows behind those, without a sequence. In `idle` it has no sequence at all.
+        """
         hidden = self.decode(tokens, positions, count)
-        return act(hidden, self.logits(hidden), *inputs)
+        act(hidden, self.logits(hidden), slice(0, count))
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Sequences of at most `width` tokens in slots `source` go on in slots `target`; the two must not overlap."""

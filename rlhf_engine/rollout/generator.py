@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,28 +13,16 @@ from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.cache import Allocate, new_memory
-from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes, slot_step
+from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width, slot_bytes, slot_step
+from rlhf_engine.rollout.graphs import ladder
 from rlhf_engine.rollout.paged import PAGE_SIZE, PagedDecoder, kv_bytes_of, pages_within
+from rlhf_engine.rollout.record import Record, Running
 from rlhf_engine.rollout.rollout import Rollout
-from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, STOP_TOKEN, StopStrings
+from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens, token_logprobs
 
 _CHECKED = 2
 """Slots of the decoder whose decoding is compared with forward passes before the first rollout."""
-
-
-@dataclass
-class _Running:
-    """The sequences in the first `count` slots. All tensors are (slots,), int64."""
-
-    token: Tensor  # the last token, not yet read by the trunk
-    position: Tensor  # its position
-    row: Tensor  # the prompt that it answers
-    step: Tensor  # actions taken
-    count: int = 0
-
-    def vectors(self) -> tuple[Tensor, ...]:
-        return self.token, self.position, self.row, self.step
 
 
 class Generator:
@@ -70,14 +58,24 @@ class Generator:
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.slots = config.batch_size
         self.paged: PagedDecoder | None = None
+        self._state: tuple[object, tuple[Record, Running, Act]] | None = None
         if config.cache == "paged" or (config.cache == "auto" and policy.device.type == "cuda"):
             pages = None if kv_bytes is None else self._pages_within(kv_bytes)
-            self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages)
+            self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages, compiles=config.compile)
+            self._refuse_compile()
             self.paged.check()
             return
+        self._refuse_compile()
         if kv_bytes is not None:
             self.slots = min(self.slots, self._slots_within(kv_bytes))
         self._new_decoder(_CHECKED, new_memory).check()
+
+    def _refuse_compile(self) -> None:
+        if self.config.compile and (self.paged is None or not self.paged.captures):
+            raise ValueError(
+                f"rollout.compile: got True for {type(self.policy.model).__name__} on {self.policy.device} with rollout.cache "
+                f"{self.config.cache!r}, expected None or False: only a step on a GPU that is a graph is compiled"
+            )
 
     @property
     def cache_bytes(self) -> int:
@@ -114,10 +112,9 @@ class Generator:
         sequence: Tensor,
         on_finished: Callable[[int], object] | None,
     ) -> Rollout:
-        record = _Record(self, prompts, sequence)
-        running = _Running(
-            *(torch.zeros(decoder.slots, dtype=torch.int64, device=self.policy.device) for _ in range(4))
-        )
+        record, running, act = self._state_for(decoder, len(prompts))
+        record.begin(prompts, sequence)
+        running.keep(0)
         # Popped from the end: long ones first, and those with the same ids together.
         waiting = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row].tolist()))
         slots = min(self.slots, len(prompts))
@@ -130,19 +127,37 @@ class Generator:
                 del group[fits:]
             if group:
                 hidden = self._admit(decoder, running, prompts, group)
-                said = self._act(hidden, decoder.logits(hidden), *record.streams(running, first))
+                act(hidden, decoder.logits(hidden), slice(first, running.count))
             else:
                 _make_room(decoder, record, running, waiting)
-                first, streams = 0, record.streams(running, 0)
-                said = decoder.step(running.token, running.position, running.count, self._act, streams)
-            ended = record.take(said, running, first)
+                first = 0
+                decoder.step(running.token, running.position, running.count, act, running.idle)
+            ended = record.count_ended(running, first)
             if ended:
-                _release(decoder, running, record.finished, first)
+                _release(decoder, running, record.finished[first : running.count], first)
                 if on_finished is not None:
                     on_finished(ended)
         return record.rollout()
 
-    def _admit(self, decoder: Decoder, running: _Running, prompts: list[Tensor], rows: list[int]) -> Tensor:
+    def _state_for(self, decoder: Decoder, prompts: int) -> tuple[Record, Running, Act]:
+        """Where sampling keeps its books; that of the last rollout where that was of the same size, for graphs' sake."""
+        shape = (ladder(decoder.slots, MIN_ROWS), prompts, self.config)
+        if self._state is None or self._state[0] != shape:
+            record = Record(
+                prompts,
+                shape[0],
+                self.columns,
+                self.config,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self.pad_token_id,
+                stop_token_id=self.stop_token_id,
+                stops=self.stops,
+            )
+            running = Running.of(shape[0], prompts, self.policy.device)
+            self._state = shape, (record, running, partial(self._act, record, running))
+        return self._state[1]
+
+    def _admit(self, decoder: Decoder, running: Running, prompts: list[Tensor], rows: list[int]) -> Tensor:
         first, new = running.count, slice(running.count, running.count + len(rows))
         hidden = decoder.prefill([prompts[row] for row in rows], first)
         running.row[new] = torch.tensor(rows, device=hidden.device)
@@ -153,15 +168,16 @@ class Generator:
 
     def _act(
         self,
+        record: Record,
+        running: Running,
         hidden: Tensor,  # (rows, H), rows >= N
         logits: Tensor,  # (rows, V)
-        sequence: Tensor,  # (N,), its stream of random numbers
-        position: Tensor,  # (N,), its action number
-        *seen: Tensor,  # (N, S), ids for the repetition penalty, which is part of what is kept of the distribution
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """An action in each of the first N states: ids, log-probs, sampling log-probs, values."""
-        config, backend, size = self.config, self.policy.backend, len(sequence)
+        here: slice,
+    ) -> None:
+        """An action in each of N states, those of the slots `here`, noted."""
+        config, backend, size = self.config, self.policy.backend, here.stop - here.start
         logits = logits[:size]
+        sequence, position, *seen = record.streams(running, here)
         taken = sample_tokens(
             penalised(logits.float(), *seen, config.repetition_penalty) if seen else logits,
             temperature=config.temperature,
@@ -176,7 +192,7 @@ class Generator:
         full = taken.logprobs
         if seen:
             full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
-        return taken.ids, full, taken.sampling_logprobs, self.policy.values(hidden)[:size]
+        record.note(taken.ids, full, taken.sampling_logprobs, self.policy.values(hidden)[:size], running, here)
 
     def _next_group(self, waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
         """Take up to `room` prompts of one prefill width, read within the token budget, off the end of `waiting`.
@@ -237,92 +253,6 @@ class Generator:
         return tensors
 
 
-class _Record:
-    """Everything said while sampling, by prompt and step."""
-
-    def __init__(self, generator: Generator, prompts: list[Tensor], sequence: Tensor) -> None:
-        self.generator, self.prompts = generator, prompts
-        self.policy, self.config = generator.policy, generator.config
-        device, shape = self.policy.device, (len(prompts), self.config.max_response_tokens)
-        self.sequence = sequence.to(device)
-        self.ids = torch.full(shape, generator.pad_token_id, dtype=torch.int64, device=device)
-        self.logprobs, self.sampling_logprobs, self.values = (torch.zeros(shape, device=device) for _ in range(3))
-        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        self.stop_reason = torch.full_like(self.lengths, LENGTH)
-        self.finished = self.lengths[:0].bool()  # (rows,), of the last call of `sample`
-        if self.config.repetition_penalty != 1.0:
-            # A prompt's ids and then the response's; what is behind them repeats the first one and changes nothing.
-            self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-            self.history = torch.stack([p[:1].expand(generator.columns) for p in prompts]).clone()
-            for row, prompt in enumerate(prompts):
-                self.history[row, : len(prompt)] = prompt
-
-    def streams(self, running: _Running, first: int) -> tuple[Tensor, ...]:
-        """What `_act` reads beside states, for each of the slots `first` to `running.count`."""
-        row, step = running.row[first : running.count], running.step[first : running.count]
-        penalises = self.config.repetition_penalty != 1.0
-        return self.sequence[row], step, *((self.history[row],) if penalises else ())
-
-    def take(self, said: tuple[Tensor, Tensor, Tensor, Tensor], running: _Running, first: int) -> int:
-        """Note an action of each of the slots `first` to `running.count`; returns how many sequences that ended."""
-        here = slice(first, running.count)
-        row, step = running.row[here].clone(), running.step[here].clone()
-        ids = said[0]
-        for name, what in zip(("ids", "logprobs", "sampling_logprobs", "values"), said, strict=True):
-            getattr(self, name)[row, step] = what
-        if self.config.repetition_penalty != 1.0:
-            self.history[row, self.prompt_lengths[row] + step] = ids
-        running.token[here] = ids
-        running.position[here] += 1
-        running.step[here] += 1
-        reason = self._why(ids, row, step)
-        self.stop_reason[row], self.lengths[row] = reason, step + 1
-        self.finished = (reason != LENGTH) | (step + 1 == self.config.max_response_tokens)
-        return int(self.finished.sum())
-
-    def _why(self, ids: Tensor, row: Tensor, step: Tensor) -> Tensor:  # (rows,), int64
-        """Why each response ends with this action; LENGTH where nothing but its budget can end it."""
-        reason = torch.full_like(ids, LENGTH)
-        if self.generator.stops is not None:
-            said = zip(self.ids[row].tolist(), step.tolist(), strict=True)
-            found = [self.generator.stops.found(response[: last + 1]) for response, last in said]
-            reason[torch.tensor(found, device=ids.device)] = STOP_STRING
-        if self.generator.stop_token_id is not None:
-            stopped = (ids == self.generator.stop_token_id) & (step >= self.config.stop_after)
-            reason.masked_fill_(stopped, STOP_TOKEN)
-        return reason.masked_fill(torch.isin(ids, self.generator.eos_token_ids), EOS)
-
-    def forget(self, row: Tensor) -> None:
-        """The responses of these prompts begin again."""
-        self.ids[row] = self.generator.pad_token_id
-        for said in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
-            said[row] = 0
-        if self.config.repetition_penalty != 1.0:
-            for index in row.tolist():
-                self.history[index, len(self.prompts[index]) :] = self.prompts[index][0]
-
-    def rollout(self) -> Rollout:
-        width, widest = int(self.lengths.max()), max(map(len, self.prompts))
-        ids, device = self.ids[:, :width], self.ids.device
-        mask = torch.arange(width, device=device) < self.lengths[:, None]
-        input_ids = torch.full((len(ids), widest + width), self.generator.pad_token_id, device=device)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(self.prompts):
-            input_ids[row, widest - len(prompt) : widest] = prompt
-            attention_mask[row, widest - len(prompt) : widest] = 1
-        input_ids[:, widest:], attention_mask[:, widest:] = ids, mask
-        return Rollout(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            response_ids=input_ids[:, widest:],
-            mask=mask,
-            logprobs=self.logprobs[:, :width].contiguous(),
-            sampling_logprobs=self.sampling_logprobs[:, :width].contiguous(),
-            values=self.values[:, :width].contiguous(),
-            stop_reason=self.stop_reason,
-        )
-
-
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V), (R, S) ids -> (R, V)
     """Logits of ids that were seen are divided by `penalty` where above 0 and multiplied by it elsewhere.
 
@@ -332,7 +262,7 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V)
     return logits.scatter(1, seen, torch.where(z > 0, z / penalty, z * penalty))
 
 
-def _make_room(decoder: Decoder, record: _Record, running: _Running, waiting: list[int]) -> None:
+def _make_room(decoder: Decoder, record: Record, running: Running, waiting: list[int]) -> None:
     """Sequences that memory runs out for go back to `waiting`. They will say the same again: a number is a counter's."""
     left = decoder.make_room(running.count)
     if left:
@@ -343,7 +273,7 @@ def _make_room(decoder: Decoder, record: _Record, running: _Running, waiting: li
         _release(decoder, running, leaving, 0)
 
 
-def _release(decoder: Decoder, running: _Running, finished: Tensor, first: int) -> None:
+def _release(decoder: Decoder, running: Running, finished: Tensor, first: int) -> None:
     """Close the gaps that finished slots leave with the last live slots: each gap costs one slot's copy."""
     live = torch.ones(running.count, dtype=torch.bool, device=finished.device)
     live[first:] = ~finished
@@ -354,4 +284,4 @@ def _release(decoder: Decoder, running: _Running, finished: Tensor, first: int) 
         for vector in running.vectors():
             vector[gaps] = vector[movers]
     decoder.keep(count)
-    running.count = count
+    running.keep(count)

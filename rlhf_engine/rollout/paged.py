@@ -11,8 +11,8 @@ in `Decoder`. Page 0 belongs to nobody: rows without a sequence write to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.trunk import attention
 from rlhf_engine.rollout.cache import Allocate, kv_shape, new_memory, same_as
+from rlhf_engine.rollout.compiled import CompiledLayers
 from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width
 from rlhf_engine.rollout.graphs import GraphedStep, ladder
 from rlhf_engine.rollout.packed import PackedHead
@@ -138,13 +139,20 @@ def pages_within(policy: ActorCritic, kv_bytes: int, page_size: int = PAGE_SIZE)
 class PagedDecoder(Decoder):
     """`Decoder` on at most `pages` pages, by default as many as the longest sequence in every slot fills.
 
-    It decodes between `open` and `close`.
+    It decodes between `open` and `close`. `compiles` as `rollout.compile` says it.
 
     Raises ValueError as `Decoder` does, and for fewer pages than one sequence of `columns` tokens may fill.
     """
 
     def __init__(
-        self, policy: ActorCritic, slots: int, columns: int, *, pages: int | None = None, page_size: int = PAGE_SIZE
+        self,
+        policy: ActorCritic,
+        slots: int,
+        columns: int,
+        *,
+        pages: int | None = None,
+        page_size: int = PAGE_SIZE,
+        compiles: bool | None = None,
     ) -> None:
         super().__init__(policy, slots, columns)
         self.page_size = page_size
@@ -162,6 +170,9 @@ class PagedDecoder(Decoder):
         self.cache = Cache(layers=[PagedLayer(self.now, windows[kind]) for kind in kinds])
         self.pool: Tensor | None = None
         self.captures = self._can_capture()
+        self.compiled = (
+            nullcontext if not (self.captures and compiles is not False) else CompiledLayers(policy, self.cache)
+        )
         self.cuda = torch.cuda
         self._graphed: tuple[Act, GraphedStep] | None = None
         self.roomy = False
@@ -191,6 +202,7 @@ class PagedDecoder(Decoder):
         for layer, (keys, values) in zip(self.cache.layers, self.pool, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
         self.sequences = Sequences(Pages(opened, first=1), self.page_size, self.slots)
+        self.table.zero_()
         self.restarted = 0
         self.head = PackedHead(self.policy)  # the weights may have changed
         # What a captured graph reads by its address, and the size that says where a layer's pages begin.
@@ -274,22 +286,34 @@ class PagedDecoder(Decoder):
         positions: Tensor,  # (slots,)
         count: int,
         act: Act,
-        inputs: tuple[Tensor, ...],  # a row for each of the first `count` slots
-    ) -> tuple[Tensor, ...]:
-        """`act(hidden, logits, *inputs)` in the states after `decode`, until the next call: all of it one graph on a GPU."""
+        idle: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`act(hidden, logits, here)` in the states after `decode`: all of it one graph on a GPU."""
         if not self.captures:
-            return super().step(tokens, positions, count, act, inputs)
-        if self._graphed is None or self._graphed[0] != act:
-            self._graphed = act, GraphedStep(partial(self._act, act), self.cuda)
+            super().step(tokens, positions, count, act, idle)
+            return
+        # Rows without a sequence are on page 0 in the table, and so are those of a warm-up.
+        key = (*self._key, tokens.data_ptr(), positions.data_ptr())
+        if self._graphed is None or self._graphed[0] is not act:
+            self._graphed = act, GraphedStep(partial(self._act, act, tokens, positions), self.cuda)
         self._grow(count)
-        rows = ladder(count, MIN_ROWS)
-        padded = (_padded(x[:count], rows) for x in (tokens, positions, *inputs))
-        return tuple(x[:count] for x in self._graphed[1](self._key, self._rows(rows, count), *padded))
+        self._graphed[1](key, ladder(count, MIN_ROWS), partial(self._idle, idle))
 
-    def _act(self, act: Act, table: Tensor, tokens: Tensor, positions: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Tensors in, tensors out: what a graph captures."""
-        hidden = self._forward(tokens, positions, table)
-        return act(hidden, self.logits(hidden), *inputs)
+    def _act(self, act: Act, tokens: Tensor, positions: Tensor, rows: int) -> None:
+        """What a graph captures."""
+        with self.compiled():
+            hidden = self._forward(tokens[:rows], positions[:rows], self.table[:rows])
+        act(hidden, self.logits(hidden), slice(0, rows))
+
+    @contextmanager
+    def _idle(self, idle: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        table = self.table.clone()
+        self.table.zero_()
+        try:
+            with idle():
+                yield
+        finally:
+            self.table.copy_(table)
 
     def _rows(self, rows: int, count: int) -> Tensor:  # (rows, M)
         """The table with rows beyond the sequences on page 0."""
@@ -340,6 +364,7 @@ class PagedDecoder(Decoder):
         """The sequences in slots at `count` and beyond are gone; their pages are free."""
         for slot in range(count, self.slots):
             self.sequences.drop(slot)
+        self.table[count:] = 0
 
     @torch.no_grad()
     def check(self) -> None:
