@@ -12,14 +12,14 @@ from .scan import filled, gae_tile, last_action, load_tile, span, store_tile, ti
 
 @triton.jit(do_not_specialize=["n", "length"])
 def _kernel(
-    rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, n, length, gamma, decay,
+    rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, n, length, gamma: tl.float64, decay: tl.float64,
     SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     begin, length = span(cu_seqlens, n, length, sequence)
     behind = 0.0
     if bootstrap is not None:
-        behind = gamma * tl.load(bootstrap + sequence)
+        behind = (gamma * tl.load(bootstrap + sequence)).to(tl.float32)
     seen = False
     tiles = tiles_of(length, BLOCK)
     first = (tiles - 1) * BLOCK
@@ -57,7 +57,7 @@ def gae(
     b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
     with torch.cuda.device_of(rewards):
         _kernel[(b,)](
-            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, rewards.numel(), t, gamma, gamma * lam,
+            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, rewards.numel(), t, float(gamma), float(gamma * lam),
             SKIP_HOLES=skip_holes, **scan.GAE_TILE,
         )  # fmt: skip
     return advantages, returns

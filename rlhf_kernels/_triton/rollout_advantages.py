@@ -13,7 +13,7 @@ from torch import Tensor
 from ..rows import Sequences
 from . import scan
 from .masked import moments, new_parts, statistics_of, store_moments, whiten, whitened
-from .math import K3, kl_value
+from .math import kl_value
 from .scan import gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
@@ -71,7 +71,7 @@ def _reward_moments_kernel(
 @triton.jit(do_not_specialize=["n", "length"])
 def _kernel(
     scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
-    advantages, returns, rewards, kls, parts, n, length, kl_coef, score_clip, gamma, decay,
+    advantages, returns, rewards, kls, parts, n, length, kl_coef, score_clip, gamma: tl.float64, decay: tl.float64,
     KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Without `statistics` rewards are not whitened; without `parts` advantages will not be."""
@@ -80,7 +80,7 @@ def _kernel(
     score = _clipped_score(scores, sequence, score_clip)
     behind = 0.0
     if bootstrap is not None:
-        behind = gamma * tl.load(bootstrap + sequence)
+        behind = (gamma * tl.load(bootstrap + sequence)).to(tl.float32)
     seen = False
     count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
     tiles = tiles_of(length, BLOCK)
@@ -133,20 +133,19 @@ def rollout_advantages(
     b, t = scores.numel(), logprobs.shape[-1] if cu_seqlens is None else 0
     # A whole number would be another type to the compiler, and 1 a constant.
     kl_coef, score_clip, gamma, decay = map(float, (kl_coef, score_clip, gamma, gamma * lam))
-    tile = scan.ROLLOUT_K3_TILE if kl_estimator == K3.value else scan.ROLLOUT_TILE
     statistics = None
     parts = new_parts(b, logprobs) if whiten_rewards or whiten_advantages else None
     with torch.cuda.device_of(logprobs):
         if whiten_rewards:
             _reward_moments_kernel[(b,)](
                 scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, n, t, kl_coef, score_clip,
-                KL=kl_estimator, **tile,
+                KL=kl_estimator, **scan.ROLLOUT_TILE,
             )  # fmt: skip
             statistics = statistics_of(parts, shift_mean=False, unbiased=True)
         _kernel[(b,)](
             scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
             advantages, returns, rewards, kl, parts if whiten_advantages else None, n, t, kl_coef, score_clip, gamma, decay,
-            SKIP_HOLES=skip_holes, KL=kl_estimator, **tile,
+            SKIP_HOLES=skip_holes, KL=kl_estimator, **scan.ROLLOUT_TILE,
         )  # fmt: skip
     if whiten_advantages:
         whiten(advantages, mask, statistics_of(parts, shift_mean=True, unbiased=True), out=advantages)

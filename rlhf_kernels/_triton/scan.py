@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .math import wide
+
 
 def registers(most: int) -> dict[str, int]:
     """Launch option: registers a thread, so that several programs fit on a multiprocessor; left alone, the compiler spends
@@ -30,17 +32,23 @@ def registers(most: int) -> dict[str, int]:
 GAE_TILE = {"BLOCK": 2048, "num_warps": 16, **registers(64)}
 """Two programs a multiprocessor. Few rows leave it to one, so the next tile is loaded while a tile is scanned."""
 
-ROLLOUT_TILE = {"BLOCK": 1024, "num_warps": 8, **registers(80)}
-"""Three programs a multiprocessor, one of which loads while another one scans."""
+ROLLOUT_TILE = {"BLOCK": 1024, "num_warps": 4, **registers(128)}
+"""Four programs a multiprocessor, so that 512 rows are one wave on an H200; the exponential of k3, in float64, has room."""
 
-ROLLOUT_K3_TILE = {**ROLLOUT_TILE, **registers(128)}
-"""The exponential of k3, in float64, has no room in fewer registers."""
+
+@triton.jit
+def _split(decay):
+    """A float64 number as a sum of two of float32, exact to 48 bits."""
+    high = decay.to(tl.float32)
+    return high, (decay - high).to(tl.float32)
 
 
 @triton.jit
 def compose(later_decay, later_own, decay, own):
-    """The map of a token after the map of those behind it: `U -> own + decay * (later_own + later_decay * U)`."""
-    return later_decay * decay, own + decay * later_own
+    """The map of tokens after the map of those behind them: `U -> own + decay * (later_own + later_decay * U)`. Decays are
+    float64: a rounded one of a run would be raised to the number of runs."""
+    high, low = _split(decay)
+    return later_decay * decay, own + low * later_own + high * later_own
 
 
 @triton.jit
@@ -107,29 +115,46 @@ def _block(x0, x1, x2, x3, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _step(own, on, low, high, later):
+    """`own + decay * later` where a token counts, `own + later` elsewhere; the decay is high + low, exact beyond float32."""
+    return own + tl.where(on, low, 0.0) * later + tl.where(on, high, 1.0) * later
+
+
+@triton.jit
+def _power(count, decay):
+    """decay^count, float64: count is 0 to 4."""
+    square = decay * decay
+    even = tl.where(count == 4, square * square, tl.where(count == 2, square, 1.0))
+    return tl.where(count == 1, decay, tl.where(count == 3, square * decay, even))
+
+
+@triton.jit
 def gae_tile(reward, value, mask, last, seen, behind, gamma, decay, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr):
     """(advantages, U of the tile's first token) of one tile.
 
-    `decay` is γλ, `behind` is U behind the tile, `last` the place of its last action, `seen` whether a tile behind it has one.
+    `decay` is γλ, float64 as γ is, `behind` is U behind the tile, `last` the place of its last action, `seen` whether a tile
+    behind it has one. A rounded γλ would be off by so much more at every token: 75 of them cost as much as all sums do.
     """
+    gamma, decay = wide(gamma), wide(decay)
+    high, low = _split(decay)
+    rest = (gamma - decay).to(tl.float32)
     step = mask
     if not SKIP_HOLES:
         # What lies behind the last action of all is padding, not holes.
         step = mask | seen | (tl.arange(0, BLOCK) < last)
     # Selected, not multiplied: a masked token may hold anything.
-    own = tl.where(mask, decay * reward + (gamma - decay) * value, 0.0)
+    own = tl.where(mask, high * reward + (low * reward + rest * value), 0.0)
     o0, o1, o2, o3 = _columns(own, BLOCK)
-    d0, d1, d2, d3 = _columns(tl.where(step, decay, 1.0), BLOCK)
-    d, o = compose(d3, o3, d2, o2)
-    d, o = compose(d, o, d1, o1)
-    d, o = compose(d, o, d0, o0)
-    d, o = tl.associative_scan((d, o), 0, compose, reverse=True)
-    worth = o + d * behind
+    s0, s1, s2, s3 = _columns(step.to(tl.int32), BLOCK)
+    o = _step(o0, s0 != 0, low, high, _step(o1, s1 != 0, low, high, _step(o2, s2 != 0, low, high, o3)))
+    d, o = tl.associative_scan((_power(s0 + s1 + s2 + s3, decay), o), 0, compose, reverse=True)
+    d_high, d_low = _split(d)
+    worth = o + d_low * behind + d_high * behind
     run = tl.arange(0, BLOCK // 4)
     u3 = tl.where(run == BLOCK // 4 - 1, behind, tl.gather(worth, tl.minimum(run + 1, BLOCK // 4 - 1), 0))
-    u2 = o3 + d3 * u3
-    u1 = o2 + d2 * u2
-    u0 = o1 + d1 * u1
+    u2 = _step(o3, s3 != 0, low, high, u3)
+    u1 = _step(o2, s2 != 0, low, high, u2)
+    u0 = _step(o1, s1 != 0, low, high, u1)
     following = _block(u0, u1, u2, u3, BLOCK)
     advantage = tl.where(mask, reward - value + following, 0.0)
     return advantage, tl.sum(tl.where(run == 0, worth, 0.0), 0)
