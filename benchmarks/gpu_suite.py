@@ -162,7 +162,7 @@ def _pytest(suite: Suite, seconds: float, name: str, selection: list[str]) -> It
 
 def _processes() -> list[str]:
     """Most of a test's time is its kernels' compilation, on the host."""
-    count = min(8, (os.cpu_count() or 1) // 2)
+    count = min(12, 3 * (os.cpu_count() or 1) // 4)
     return [] if count < 2 or find_spec("xdist") is None else ["--numprocesses", str(count), "--dist", "load"]
 
 

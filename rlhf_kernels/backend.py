@@ -22,6 +22,8 @@ VARLEN = "varlen"
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
 """Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
+TRITON_FIRST = ("gae", "rollout_advantages")
+"""Those of them whose Triton kernel was faster on an H200 (benchmarks/results/h200)."""
 GPU_OPS = ("paged_attention",)
 """Ops without a C++ kernel for the CPU: there a rollout has slots, and the definition is what tests compare with."""
 CPU_OPS = ("decode_attention",)
@@ -201,7 +203,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
     if op in CPU_OPS:
         return Choice("reference", "its only kernel is for CPU tensors")
-    if op in CUDA_OPS and not why_no_cuda(op, device):
+    has_cuda = op in CUDA_OPS and not why_no_cuda(op, device)
+    if has_cuda and (op not in TRITON_FIRST or why_no_triton()):
         return Choice("cuda", "CUDA C++ kernels")
     if op == "paged_attention" and not why_no_varlen(device, dtype):
         return Choice(VARLEN, "torch.nn.attention.varlen, without a softcap; Triton kernels with one")
@@ -209,6 +212,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("reference", why_no_triton())
     if op == "paged_attention":
         return Choice("triton", f"Triton kernels; no torch.nn.attention.varlen: {why_no_varlen(device, dtype)}")
+    if has_cuda:
+        return Choice("triton", "Triton kernels, on an H200 faster than the CUDA C++ ones")
     missing = f"; no CUDA C++ kernel: {why_no_cuda(op, device)}" if op in CUDA_OPS else ""
     return Choice("triton", f"Triton kernels{missing}")
 

@@ -71,10 +71,10 @@ class Generator:
         self._new_decoder(_CHECKED, new_memory).check()
 
     def _refuse_compile(self) -> None:
-        if self.config.compile and (self.paged is None or not self.paged.captures):
+        if self.config.compile and (self.paged is None or not self.paged.compiles):
             raise ValueError(
                 f"rollout.compile: got True for {type(self.policy.model).__name__} on {self.policy.device} with rollout.cache "
-                f"{self.config.cache!r}, expected None or False: only a step on a GPU that is a graph is compiled"
+                f"{self.config.cache!r}, expected None or False: only a graph's step without compute_dtype is compiled"
             )
 
     @property

@@ -170,9 +170,9 @@ class PagedDecoder(Decoder):
         self.cache = Cache(layers=[PagedLayer(self.now, windows[kind]) for kind in kinds])
         self.pool: Tensor | None = None
         self.captures = self._can_capture()
-        self.compiled = (
-            nullcontext if not (self.captures and compiles is not False) else CompiledLayers(policy, self.cache)
-        )
+        # Under autocast a compiled layer would round its weights anew in every step.
+        self.compiles = self.captures and policy.compute_dtype is None and compiles is not False
+        self.compiled = CompiledLayers(policy, self.cache) if self.compiles else nullcontext
         self.cuda = torch.cuda
         self._graphed: tuple[Act, GraphedStep] | None = None
         self.roomy = False
@@ -201,6 +201,8 @@ class PagedDecoder(Decoder):
         self.pool = allocate(shape, self.policy.product_dtype, self.policy.device)
         for layer, (keys, values) in zip(self.cache.layers, self.pool, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
+            for pages in (keys, values) if self.compiles else ():
+                torch._dynamo.mark_dynamic(pages, 0)  # a pool of another size is not compiled for again
         self.sequences = Sequences(Pages(opened, first=1), self.page_size, self.slots)
         self.table.zero_()
         self.restarted = 0

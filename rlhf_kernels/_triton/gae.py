@@ -7,19 +7,19 @@ from torch import Tensor
 
 from ..rows import Sequences
 from . import scan
-from .scan import filled, gae_tile, last_action, load_tile, span, store_tile, tiles_of
+from .scan import discounts, filled, gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
 @triton.jit(do_not_specialize=["n", "length"])
 def _kernel(
-    rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, n, length, gamma: tl.float64, decay: tl.float64,
-    SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
+    rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, n, length,
+    gamma, rest, decay, decay2, decay3, decay4, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     begin, length = span(cu_seqlens, n, length, sequence)
     behind = 0.0
     if bootstrap is not None:
-        behind = (gamma * tl.load(bootstrap + sequence)).to(tl.float32)
+        behind = gamma * tl.load(bootstrap + sequence)
     seen = False
     tiles = tiles_of(length, BLOCK)
     first = (tiles - 1) * BLOCK
@@ -35,7 +35,9 @@ def _kernel(
         front_value = load_tile(values + begin, front, front_count, BLOCK)
         front_m = load_tile(mask + begin, front, front_count, BLOCK)
         last = last_action(m, BLOCK)
-        advantage, behind = gae_tile(reward, value, m, last, seen, behind, gamma, decay, SKIP_HOLES, BLOCK)
+        advantage, behind = gae_tile(
+            reward, value, m, last, seen, behind, rest, decay, decay2, decay3, decay4, SKIP_HOLES, BLOCK
+        )
         seen = seen | (last >= 0)
         store_tile(advantages + begin, first, count, advantage, BLOCK)
         store_tile(returns + begin, first, count, tl.where(m, advantage + value, 0.0), BLOCK)
@@ -57,7 +59,8 @@ def gae(
     b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
     with torch.cuda.device_of(rewards):
         _kernel[(b,)](
-            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, rewards.numel(), t, float(gamma), float(gamma * lam),
+            rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, rewards.numel(), t,
+            *discounts(gamma, lam),
             SKIP_HOLES=skip_holes, **scan.GAE_TILE,
         )  # fmt: skip
     return advantages, returns

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..rows import Sequences
 from . import scan
 from .masked import moments, new_parts, statistics_of, store_moments, whiten, whitened
-from .math import kl_value
-from .scan import gae_tile, last_action, load_tile, span, store_tile, tiles_of
+from .math import K3, kl_value
+from .scan import discounts, gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def _reward_moments_kernel(
 @triton.jit(do_not_specialize=["n", "length"])
 def _kernel(
     scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
-    advantages, returns, rewards, kls, parts, n, length, kl_coef, score_clip, gamma: tl.float64, decay: tl.float64,
-    KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
+    advantages, returns, rewards, kls, parts, n, length, kl_coef, score_clip,
+    gamma, rest, decay, decay2, decay3, decay4, KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Without `statistics` rewards are not whitened; without `parts` advantages will not be."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -80,7 +80,7 @@ def _kernel(
     score = _clipped_score(scores, sequence, score_clip)
     behind = 0.0
     if bootstrap is not None:
-        behind = (gamma * tl.load(bootstrap + sequence)).to(tl.float32)
+        behind = gamma * tl.load(bootstrap + sequence)
     seen = False
     count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
     tiles = tiles_of(length, BLOCK)
@@ -98,7 +98,9 @@ def _kernel(
             reward = whitened(reward, m, statistics)
         store_tile(kls + begin, first, room, kl, BLOCK)
         store_tile(rewards + begin, first, room, reward, BLOCK)
-        advantage, behind = gae_tile(reward, value, m, last, seen, behind, gamma, decay, SKIP_HOLES, BLOCK)
+        advantage, behind = gae_tile(
+            reward, value, m, last, seen, behind, rest, decay, decay2, decay3, decay4, SKIP_HOLES, BLOCK
+        )
         seen = seen | (last >= 0)
         store_tile(advantages + begin, first, room, advantage, BLOCK)
         store_tile(returns + begin, first, room, tl.where(m, advantage + value, 0.0), BLOCK)
@@ -132,20 +134,22 @@ def rollout_advantages(
     n = logprobs.numel()
     b, t = scores.numel(), logprobs.shape[-1] if cu_seqlens is None else 0
     # A whole number would be another type to the compiler, and 1 a constant.
-    kl_coef, score_clip, gamma, decay = map(float, (kl_coef, score_clip, gamma, gamma * lam))
+    kl_coef, score_clip = float(kl_coef), float(score_clip)
+    tile = scan.ROLLOUT_K3_TILE if kl_estimator == K3.value else scan.ROLLOUT_TILE
     statistics = None
     parts = new_parts(b, logprobs) if whiten_rewards or whiten_advantages else None
     with torch.cuda.device_of(logprobs):
         if whiten_rewards:
             _reward_moments_kernel[(b,)](
                 scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, n, t, kl_coef, score_clip,
-                KL=kl_estimator, **scan.ROLLOUT_TILE,
+                KL=kl_estimator, **tile,
             )  # fmt: skip
             statistics = statistics_of(parts, shift_mean=False, unbiased=True)
         _kernel[(b,)](
             scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
-            advantages, returns, rewards, kl, parts if whiten_advantages else None, n, t, kl_coef, score_clip, gamma, decay,
-            SKIP_HOLES=skip_holes, KL=kl_estimator, **scan.ROLLOUT_TILE,
+            advantages, returns, rewards, kl, parts if whiten_advantages else None, n, t, kl_coef, score_clip,
+            *discounts(gamma, lam),
+            SKIP_HOLES=skip_holes, KL=kl_estimator, **tile,
         )  # fmt: skip
     if whiten_advantages:
         whiten(advantages, mask, statistics_of(parts, shift_mean=True, unbiased=True), out=advantages)

@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .math import wide
-
 
 def registers(most: int) -> dict[str, int]:
     """Launch option: registers a thread, so that several programs fit on a multiprocessor; left alone, the compiler spends
@@ -29,26 +27,20 @@ def registers(most: int) -> dict[str, int]:
 
 # Tokens of a tile and how a program runs. A thread has four tokens: of eight, addresses and intermediate results would fill
 # its registers. A larger tile has more loads in flight, but a short row pays for the scan of all of it.
-GAE_TILE = {"BLOCK": 2048, "num_warps": 16, **registers(64)}
+GAE_TILE = {"BLOCK": 2048, "num_warps": 8, **registers(128)}
 """Two programs a multiprocessor. Few rows leave it to one, so the next tile is loaded while a tile is scanned."""
 
 ROLLOUT_TILE = {"BLOCK": 1024, "num_warps": 4, **registers(128)}
-"""Four programs a multiprocessor, so that 512 rows are one wave on an H200; the exponential of k3, in float64, has room."""
+"""Four programs a multiprocessor, so that 512 rows are one wave on an H200."""
 
-
-@triton.jit
-def _split(decay):
-    """A float64 number as a sum of two of float32, exact to 48 bits."""
-    high = decay.to(tl.float32)
-    return high, (decay - high).to(tl.float32)
+ROLLOUT_K3_TILE = {**ROLLOUT_TILE, **registers(168)}
+"""The exponential of k3, in float64, has no room in fewer registers."""
 
 
 @triton.jit
 def compose(later_decay, later_own, decay, own):
-    """The map of tokens after the map of those behind them: `U -> own + decay * (later_own + later_decay * U)`. Decays are
-    float64: a rounded one of a run would be raised to the number of runs."""
-    high, low = _split(decay)
-    return later_decay * decay, own + low * later_own + high * later_own
+    """The map of tokens after the map of those behind them: `U -> own + decay * (later_own + later_decay * U)`."""
+    return later_decay * decay, own + decay * later_own
 
 
 @triton.jit
@@ -115,46 +107,51 @@ def _block(x0, x1, x2, x3, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _step(own, on, low, high, later):
-    """`own + decay * later` where a token counts, `own + later` elsewhere; the decay is high + low, exact beyond float32."""
-    return own + tl.where(on, low, 0.0) * later + tl.where(on, high, 1.0) * later
+def _step(own, on, decay, later):
+    """`own + decay * later` where a token counts, `own + later` elsewhere."""
+    return own + tl.where(on, decay, 1.0) * later
 
 
 @triton.jit
-def _power(count, decay):
-    """decay^count, float64: count is 0 to 4."""
-    square = decay * decay
-    even = tl.where(count == 4, square * square, tl.where(count == 2, square, 1.0))
-    return tl.where(count == 1, decay, tl.where(count == 3, square * decay, even))
+def _power(count, decay, decay2, decay3, decay4):
+    """decay^count; count is 0 to 4."""
+    few = tl.where(count == 0, 1.0, tl.where(count == 1, decay, decay2))
+    return tl.where(count == 3, decay3, tl.where(count == 4, decay4, few))
+
+
+def discounts(gamma: float, lam: float) -> tuple[float, ...]:
+    """What the kernels are given: γ, γ - γλ, and γλ to the powers of 1 to 4, each rounded once on its way."""
+    gamma, decay = float(gamma), float(gamma * lam)
+    return gamma, gamma - decay, decay, decay**2, decay**3, decay**4
 
 
 @triton.jit
-def gae_tile(reward, value, mask, last, seen, behind, gamma, decay, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr):
+def gae_tile(
+    reward, value, mask, last, seen, behind, rest, decay, decay2, decay3, decay4,
+    SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """(advantages, U of the tile's first token) of one tile.
 
-    `decay` is γλ, float64 as γ is, `behind` is U behind the tile, `last` the place of its last action, `seen` whether a tile
-    behind it has one. A rounded γλ would be off by so much more at every token: 75 of them cost as much as all sums do.
+    `rest` and the powers of γλ are those of `discounts`, `behind` is U behind the tile, `last` the place of its last action,
+    `seen` whether a tile behind it has one. Runs of four tokens are composed with γλ to the number of their steps, so that
+    what its rounding is off by grows with runs and not with tokens: 75 of it cost as much as all sums do.
     """
-    gamma, decay = wide(gamma), wide(decay)
-    high, low = _split(decay)
-    rest = (gamma - decay).to(tl.float32)
     step = mask
     if not SKIP_HOLES:
         # What lies behind the last action of all is padding, not holes.
         step = mask | seen | (tl.arange(0, BLOCK) < last)
     # Selected, not multiplied: a masked token may hold anything.
-    own = tl.where(mask, high * reward + (low * reward + rest * value), 0.0)
+    own = tl.where(mask, decay * reward + rest * value, 0.0)
     o0, o1, o2, o3 = _columns(own, BLOCK)
     s0, s1, s2, s3 = _columns(step.to(tl.int32), BLOCK)
-    o = _step(o0, s0 != 0, low, high, _step(o1, s1 != 0, low, high, _step(o2, s2 != 0, low, high, o3)))
-    d, o = tl.associative_scan((_power(s0 + s1 + s2 + s3, decay), o), 0, compose, reverse=True)
-    d_high, d_low = _split(d)
-    worth = o + d_low * behind + d_high * behind
+    o = _step(o0, s0 != 0, decay, _step(o1, s1 != 0, decay, _step(o2, s2 != 0, decay, o3)))
+    d, o = tl.associative_scan((_power(s0 + s1 + s2 + s3, decay, decay2, decay3, decay4), o), 0, compose, reverse=True)
+    worth = o + d * behind
     run = tl.arange(0, BLOCK // 4)
     u3 = tl.where(run == BLOCK // 4 - 1, behind, tl.gather(worth, tl.minimum(run + 1, BLOCK // 4 - 1), 0))
-    u2 = _step(o3, s3 != 0, low, high, u3)
-    u1 = _step(o2, s2 != 0, low, high, u2)
-    u0 = _step(o1, s1 != 0, low, high, u1)
+    u2 = _step(o3, s3 != 0, decay, u3)
+    u1 = _step(o2, s2 != 0, decay, u2)
+    u0 = _step(o1, s1 != 0, decay, u1)
     following = _block(u0, u1, u2, u3, BLOCK)
     advantage = tl.where(mask, reward - value + following, 0.0)
     return advantage, tl.sum(tl.where(run == 0, worth, 0.0), 0)

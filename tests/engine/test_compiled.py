@@ -14,6 +14,7 @@ def compiling(generator, backend):
     """The generator with its decode steps, which no graph holds here, through compiled layers."""
     decoder = generator.paged
     compiled, forward = CompiledLayers(generator.policy, decoder.cache, backend), decoder._forward
+    decoder.compiles = True
 
     def through_compiled(*arguments):
         with compiled():
@@ -34,6 +35,8 @@ def test_one_graph_for_all_layers(family, graphs):
     generator = make_generator(actor)
     compiling(generator, counter)
     check_same(generator.generate(prompts, torch.arange(16)), expected)
+    assert counter.frame_count == graphs
+    generator.generate(prompts[:9], torch.arange(9))  # as many rows, and a smaller pool of pages
     assert counter.frame_count == graphs
     assert not any("forward" in layer.__dict__ for layer in layers_of(actor.trunk))
 

@@ -17,7 +17,7 @@ from .test_rollout_advantages import double, rollout
 
 
 def set_tile(monkeypatch, tokens: int) -> None:
-    for options in (scan.ROLLOUT_TILE,):
+    for options in (scan.ROLLOUT_TILE, scan.ROLLOUT_K3_TILE):
         monkeypatch.setitem(options, "BLOCK", tokens)
 
 
