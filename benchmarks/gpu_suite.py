@@ -247,7 +247,7 @@ STEPS = (
     # After the benches: they are slow, and a run that is short of time can do without them sooner.
     Step("memcheck", 60, 30, sanitizer("memcheck")),
     Step("racecheck", 60, 30, sanitizer("racecheck")),
-    Step("other tests", 80, 20, marked_tests),
+    Step("other tests", 120, 20, marked_tests),
     Step("report", 10, 0, report),
 )
 ENGINE = Step("engine", 540, 60, group("engine"))

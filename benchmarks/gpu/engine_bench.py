@@ -165,7 +165,7 @@ def phase_changes(bench: Bench) -> Iterator[Entry]:
 
 
 PARTS = {
+    "Qwen2.5 1.5B": partial(beside_trl, "qwen2.5-1.5b"),
     "phase changes": phase_changes,
     "Qwen2.5 0.5B": partial(own, "qwen2.5-0.5b"),
-    "Qwen2.5 1.5B": partial(beside_trl, "qwen2.5-1.5b"),
 }
