@@ -22,16 +22,29 @@ def sampled(actor, count=20, slots=16, **settings):
     return generator, generator.generate(make_prompts(count), torch.arange(count))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_graphs_sample_what_the_cpu_samples(family):
     """Token by token; the log-probs are those of a fresh forward pass."""
     generator, found = sampled(make_actor(family).to(CUDA))
     assert generator.paged.captures and generator.paged._graphed is not None
     _, expected = sampled(make_actor(family))
     assert torch.equal(found.response_ids.cpu(), expected.response_ids)
+    check_logprobs(generator, found, atol=2e-5)
+
+
+def test_graphs_with_a_softcap_in_attention():
+    """Its scores reach 50 and round to 50 eps, in other places than on a CPU, so that a draw near a border falls elsewhere
+    (one did on an H200): held to a fresh forward pass, and to the CPU's first tokens."""
+    generator, found = sampled(make_actor("gemma2").to(CUDA))
+    _, expected = sampled(make_actor("gemma2"))
+    assert torch.equal(found.response_ids[:, 0].cpu(), expected.response_ids[:, 0])
+    check_logprobs(generator, found, atol=1e-3)
+
+
+def check_logprobs(generator, found, atol):
     fresh, values = score_rollout(generator.policy, found, microbatch=20, values=True)
-    torch.testing.assert_close(found.logprobs, fresh, rtol=0, atol=2e-5)
-    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logprobs, fresh, rtol=0, atol=atol)
+    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=max(atol, 1e-4))
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.5}, {"min_p": 0.05}])
