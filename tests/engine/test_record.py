@@ -19,7 +19,7 @@ def make():
 
 
 def said(record, running, ids):
-    numbers = torch.arange(4.0)
+    numbers = torch.arange(4.0) + 1
     record.note(torch.tensor(ids), numbers, numbers, numbers, running, slice(0, 4))
     return record.count_ended(running, 0)
 
