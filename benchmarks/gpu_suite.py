@@ -219,8 +219,10 @@ def sanitizer(tool: str) -> Callable[[Suite, float], Iterator[Entry]]:
                 timeout=seconds, check=False,
             ).returncode  # fmt: skip
         lines = log.read_text(errors="replace").splitlines()
-        summary = next((line for line in reversed(lines) if "ERROR SUMMARY" in line), "no summary")
-        yield Entry(tool, passed=code == 0, note=f"exit code {code}: {summary.strip('= ')}; see {log.name}")
+        summary = next((line for line in reversed(lines) if " SUMMARY: " in line), "")
+        yield Entry(
+            tool, passed=code == 0 and summary != "", note=f"exit code {code}: {summary.strip('= ')}; see {log.name}"
+        )
 
     return run
 

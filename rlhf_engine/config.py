@@ -147,8 +147,8 @@ class RolloutConfig(Section):
     it grows and that samples of one prompt share; auto: slots on the CPU, pages on a GPU."""
     compile: bool | None = None
     """Whether torch compiles the layers for decode steps, in seconds for each power of two of sequences; None: on a GPU, where
-    a step has a third of the kernels then, unless products round weights on the way (compute_dtype). On a CPU it was slower,
-    and made a row's bits depend on its batch."""
+    a step has a third of the kernels then, unless products round weights on the way (compute_dtype) or transformers does not
+    mark the model's layers. On a CPU it was slower, and made a row's bits depend on its batch."""
     prefill_tokens: Count = 4096
     """Most prompt tokens that one forward pass reads, padding included; a longer prompt goes alone."""
     check_sequences: WholeNumber = 4

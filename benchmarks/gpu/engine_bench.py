@@ -93,8 +93,9 @@ def decode(bench: Bench, trainer: PPOTrainer, batch: dict) -> Iterator[Entry]:
             generator.config = kept
         return time.perf_counter() - start
 
-    sample(2)
-    took = sample(batch["response_tokens"]) - sample(1)
+    prefill = sample(1)
+    sample(batch["response_tokens"])  # captures the step of this length's books
+    took = sample(batch["response_tokens"]) - prefill
     steps = batch["response_tokens"] - 1
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     config = policy.model.config

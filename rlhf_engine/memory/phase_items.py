@@ -273,5 +273,5 @@ def head_block(w: Workload, actions: int, *, gradient: bool) -> int:
     if w.device == "cpu":
         chunk, step = (512, 512) if w.compute_bytes == FLOAT else (2048, 256)
         return max(min(chunk if gradient else step, actions), MIN_SLOTS) * w.policy.vocab * w.compute_bytes
-    rows = max(128, min(4096, 512 * 2**20 // (FLOAT * w.policy.vocab) // 128 * 128))
+    rows = max(128, min(4096, 2**30 // (FLOAT * w.policy.vocab) // 128 * 128))
     return rows * w.policy.vocab * FLOAT

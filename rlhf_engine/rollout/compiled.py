@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.trunk import layers_of
 
-LIMIT = 64
-"""Graphs of one kind of layer: numbers of rows, and attention with and without a window."""
+LIMIT = 512
+"""Graphs of one kind of layer in a process: numbers of rows, attention with and without a window, shapes of weights."""
 
 
 class _LayerCache:
@@ -33,21 +33,31 @@ class _LayerCache:
         return self.layer.update(keys, values)
 
 
+def why_not(policy: ActorCritic, cache: Cache) -> str:
+    """Why the layers cannot be compiled; empty when they can."""
+    layers = list(layers_of(policy.trunk))
+    if len(layers) != len(cache.layers):
+        return f"with {len(layers)} layers that transformers marks, expected {len(cache.layers)}, those of its config"
+    if any("forward" in vars(layer) for layer in layers):
+        return "with layers whose forward was replaced, expected their own"
+    return ""
+
+
 class CompiledLayers:
     """`with compiled():` the policy's layers run compiled, and are as they were behind it.
 
     What a compiled layer computes is not compared with the layer: `PPOConfig`'s `logprob_deviation` does it, on every rollout.
-    Raises ValueError where a layer of the cache has no transformers layer to itself, which `GradientCheckpointingLayer` marks.
+    Raises ValueError where `why_not` says so.
     `backend` is torch.compile's.
     """
 
     def __init__(self, policy: ActorCritic, cache: Cache, backend: str | Callable[..., Any] = "inductor") -> None:
-        self.layers = list(layers_of(policy.trunk))
-        if len(self.layers) != len(cache.layers):
+        why = why_not(policy, cache)
+        if why:
             raise ValueError(
-                f"rollout.compile: got {type(policy.model).__name__} with {len(self.layers)} layers that transformers marks, "
-                f"expected {len(cache.layers)}, those of its config; rollout.compile=false decodes as it is"
+                f"rollout.compile: got {type(policy.model).__name__} {why}; rollout.compile=false decodes as it is"
             )
+        self.layers = list(layers_of(policy.trunk))
         compile_ = torch.compile(dynamic=False, backend=backend)
         kinds = {type(layer): compile_(type(layer).forward) for layer in self.layers}
         self.forwards = [

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.trunk import attention
 from rlhf_engine.rollout.cache import Allocate, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.compiled import CompiledLayers
+from rlhf_engine.rollout.compiled import CompiledLayers, why_not
 from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width
 from rlhf_engine.rollout.graphs import GraphedStep, ladder
 from rlhf_engine.rollout.packed import PackedHead
@@ -171,7 +171,8 @@ class PagedDecoder(Decoder):
         self.pool: Tensor | None = None
         self.captures = self._can_capture()
         # Under autocast a compiled layer would round its weights anew in every step.
-        self.compiles = self.captures and policy.compute_dtype is None and compiles is not False
+        can = self.captures and policy.compute_dtype is None
+        self.compiles = can and (compiles or (compiles is None and not why_not(policy, self.cache)))
         self.compiled = CompiledLayers(policy, self.cache) if self.compiles else nullcontext
         self.cuda = torch.cuda
         self._graphed: tuple[Act, GraphedStep] | None = None

@@ -70,6 +70,15 @@ def test_a_trunk_whose_layers_are_not_marked_is_refused():
         CompiledLayers(actor, generator.paged.cache)
 
 
+def test_layers_with_a_forward_of_somebody_else_are_refused():
+    actor = make_actor()
+    generator = make_generator(actor)
+    layer = next(layers_of(actor.trunk))
+    layer.forward = layer.forward
+    with pytest.raises(ValueError, match="layers whose forward was replaced"):
+        CompiledLayers(actor, generator.paged.cache)
+
+
 @pytest.mark.parametrize("cache", ["slots", "paged"])
 def test_where_no_step_is_a_graph_none_is_compiled(cache):
     with pytest.raises(ValueError, match=r"rollout\.compile: got True for LlamaForCausalLM on cpu"):
