@@ -24,31 +24,43 @@ def _tokenizer(vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+def _models(config, device: torch.device, dtype: torch.dtype):
+    """Policy, reference, value model and reward model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    with device:
+        policy, reference = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
+        value, reward = (AutoModelForSequenceClassification.from_config(config, dtype=dtype) for _ in range(2))
+    reference.load_state_dict(policy.state_dict())
+    return policy, reference, value, reward
+
+
+def _warm_up(policy, rows: torch.Tensor) -> None:
+    """A GPU's libraries load and choose with their first calls, which are nobody's update."""
+    policy.generate(rows, max_new_tokens=4, do_sample=True, pad_token_id=0)
+    policy(rows).logits.float().logsumexp(-1).sum().backward()
+    policy.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def run(session: Session, *, model: dict, batch: dict) -> None:
     """Worker: PPO updates, one a step of the session. `model` is a config.json's fields, by default of a Llama.
 
     `batch` is bench_ppo_step.BATCH, and may name `device`, `dtype` and `rollout_rows`, the sequences sampled together.
     """
     from datasets import Dataset
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+    from transformers import AutoConfig, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     session.baseline()
     torch.manual_seed(0)
     config = AutoConfig.for_model(**{"model_type": "llama"} | model, num_labels=1)
     device, dtype = torch.device(batch.get("device", "cpu")), getattr(torch, batch.get("dtype", "float32"))
-    with device:
-        policy, reference = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
-        value, reward = (AutoModelForSequenceClassification.from_config(config, dtype=dtype) for _ in range(2))
-    reference.load_state_dict(policy.state_dict())
+    policy, reference, value, reward = _models(config, device, dtype)
     prompts = torch.randint(0, config.vocab_size, (batch["prompts"] * 8, batch["prompt_tokens"])).tolist()
-    if device.type == "cuda":  # a GPU's libraries load and choose with their first calls, which are nobody's update
-        rows = torch.tensor(prompts[:1], device=device)
-        policy.generate(rows, max_new_tokens=4, do_sample=True, pad_token_id=0)
-        policy(rows).logits.float().logsumexp(-1).sum().backward()
-        policy.zero_grad()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        _warm_up(policy, torch.tensor(prompts[:1], device=device))
 
     class Pace(TrainerCallback):
         """Hands every update to the session: it ends one step and waits for the next."""

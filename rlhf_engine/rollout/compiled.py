@@ -47,8 +47,7 @@ class CompiledLayers:
     """`with compiled():` the policy's layers run compiled, and are as they were behind it.
 
     What a compiled layer computes is not compared with the layer: `PPOConfig`'s `logprob_deviation` does it, on every rollout.
-    Raises ValueError where `why_not` says so.
-    `backend` is torch.compile's.
+    Raises ValueError where `why_not` says so. `backend` is torch.compile's.
     """
 
     def __init__(self, policy: ActorCritic, cache: Cache, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -71,7 +70,7 @@ class CompiledLayers:
         for layer, forward in zip(self.layers, self.forwards, strict=True):
             layer.forward = forward
         try:
-            # A layer's number is a tensor's business then, and never compiled in.
+            # A layer's number, where its code reads one, is an input then.
             with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits):
                 yield
         finally:

@@ -34,7 +34,8 @@ def test_graphs_sample_what_the_cpu_samples(family):
 
 def test_graphs_with_a_softcap_in_attention():
     """Its scores reach 50 and round to 50 eps, in other places than on a CPU, so that a draw near a border falls elsewhere
-    (one did on an H200): held to a fresh forward pass, and to the CPU's first tokens."""
+    (one did on an H200): held to a fresh forward pass, and to the CPU's first tokens. Hidden states were seen to differ by
+    5.4e-5, which 32 of them and weights of 0.3 make some 1e-4 of a logit."""
     generator, found = sampled(make_actor("gemma2").to(CUDA))
     _, expected = sampled(make_actor("gemma2"))
     assert torch.equal(found.response_ids[:, 0].cpu(), expected.response_ids[:, 0])
@@ -54,8 +55,8 @@ def test_options_of_sampling(settings):
     assert torch.equal(found.response_ids.cpu(), expected.response_ids)
 
 
-def test_few_slots_and_few_pages():
-    """Sequences that leave and come back say the same."""
+def test_few_slots():
+    """A sequence says the same whatever slot it has and whenever it gets one."""
     actor = make_actor("llama").to(CUDA)
     _, whole = sampled(actor, count=40, slots=40)
     _, few = sampled(actor, count=40, slots=16)
@@ -79,6 +80,7 @@ def test_updates(state, dtype):
         assert log["score_mean"] == pytest.approx(wanted["score_mean"], abs=1e-5)
         assert log["policy_loss"] == pytest.approx(wanted["policy_loss"], abs=1e-4)
     for (name, found), wanted in zip(weights_of(trainer).items(), weights_of(other).values(), strict=True):
+        # Four steps of 1e-3: Adam's first ones have that size whatever the gradient, also where it is little but rounding.
         torch.testing.assert_close(found.float().cpu(), wanted.float().cpu(), rtol=1e-3, atol=2e-4, msg=name)
 
 
