@@ -25,7 +25,7 @@ def registers(most: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": most}
 
 
-# Tokens of a tile and how a program runs. A thread has eight tokens, whose addresses and intermediate results fill its registers.
+# Tokens of a tile and how a program runs. A thread has eight tokens, whose addresses and intermediate results fill registers.
 # A larger tile has more loads in flight, but a short row pays for the scan of all of it.
 GAE_TILE = {"BLOCK": 2048, "num_warps": 8, **registers(128)}
 """Two programs a multiprocessor. Few rows leave it to one, so the next tile is loaded while a tile is scanned."""
