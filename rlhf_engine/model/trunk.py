@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf_engine.model.upcast import ATTENTION as UPCAST
+from rlhf_engine.model.upcast import upcasts, weights_rounded_once
+
 PACKED = "rlhf_packed"
 _VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
 
@@ -33,8 +36,12 @@ def last_hidden(
     """Hidden states after the final norm; `options` are the trunk's own."""
     with ExitStack() as stack:
         stack.enter_context(products(compute_dtype, input_ids.device))
+        config = trunk.config.get_text_config()
+        if cu_inputs is None and config._attn_implementation == "sdpa":
+            if upcasts(compute_dtype or trunk.dtype, input_ids.device.type):
+                stack.enter_context(attention(config, UPCAST))
         if cu_inputs is not None:
-            stack.enter_context(attention(trunk.config.get_text_config(), PACKED))
+            stack.enter_context(attention(config, PACKED))
             options["position_ids"] = positions(cu_inputs, input_ids.shape[1])[None]
             # Prepared masks are of four dimensions: transformers hands them to the attention as they are.
             options["attention_mask"] = cu_inputs[None, None, None]
@@ -55,7 +62,7 @@ def products(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
     if dtype is None:
         yield
         return
-    with torch.autocast(device.type, dtype=dtype):
+    with torch.autocast(device.type, dtype=dtype), weights_rounded_once():
         yield
 
 

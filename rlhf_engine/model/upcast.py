@@ -1,6 +1,6 @@
-"""Linear layers in half precision on a processor that has no instructions for it.
+"""Linear layers and attention in half precision on a processor that has no instructions for it.
 
-torch leaves such a product to loops that take several times as long as float32's. Here its factors are rounded as they would
+torch leaves such products to loops that take several times as long as float32's. Here their factors are rounded as they would
 be, multiplied as float32, and the result is rounded once: the same numbers but for the order of their sums, in about the time
 of float32's where there are hundreds of rows. With few, as in a decode step, widening the weight takes as long as the product.
 Biases are added before the rounding.
@@ -8,64 +8,109 @@ Biases are added before the rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from rlhf_kernels import has_products
+
+ATTENTION = "rlhf_upcast"
+"""`sdpa` with float32 products, as transformers' attention interface knows it."""
 
 _HALF = (torch.bfloat16, torch.float16)
 _PART = 2**22
 """Numbers of a weight that are float32 at a time."""
+_rounded_weights: ContextVar[dict[int, Tensor] | None] = ContextVar("rounded_weights", default=None)
+
+
+def upcasts(dtype: torch.dtype, device: str) -> bool:
+    """Whether products of `dtype` on a device of type `device` are made here."""
+    return dtype in _HALF and not has_products(dtype, device)
 
 
 def upcast_products(model: nn.Module, dtype: torch.dtype) -> None:
     """Make `model`'s linear layers `UpcastLinear`s, for good, where products of `dtype` are to be and its device has none."""
-    if has_products(dtype, next(model.parameters()).device.type):
+    if not upcasts(dtype, next(model.parameters()).device.type):
         return
     for module in model.modules():
         if type(module) is nn.Linear:  # an adapter's layer is its own affair
             module.__class__ = UpcastLinear
 
 
+@contextmanager
+def weights_rounded_once() -> Iterator[None]:
+    """Passes without a gradient that share this `with` round each weight that learns once, as autocast has it."""
+    if _rounded_weights.get() is not None:
+        yield
+        return
+    token = _rounded_weights.set({})
+    try:
+        yield
+    finally:
+        _rounded_weights.reset(token)
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    kept = _rounded_weights.get()
+    if kept is None or weight.dtype == dtype or not (weight.is_leaf and weight.requires_grad) or torch.is_grad_enabled():
+        return weight.detach().to(dtype)
+    if id(weight) not in kept:
+        kept[id(weight)] = weight.detach().to(dtype)
+    return kept[id(weight)]
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on, else the tensor's own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 class UpcastLinear(nn.Linear):
     """`nn.Linear` whose half-precision product, autocast's or its own, has float32 factors. It is differentiated once."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
+        dtype = _product_dtype(self.weight)
         if dtype not in _HALF:
             return super().forward(x)
-        return _Product.apply(x, self.weight, self.bias, dtype)
+        return _Product.apply(x, self.weight, self.bias, _rounded(self.weight, dtype))
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight.T + bias` of the three rounded to a dtype. It keeps the rounded `x`, and rounds the weight again."""
+    """`x @ half.T + bias` of the factors rounded to the type of `half`, which are what it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        rounded = x.to(dtype)
-        ctx.save_for_backward(rounded if ctx.needs_input_grad[1] else None, weight)
-        ctx.dtype, ctx.shape = dtype, x.shape
-        ctx.kinds = [None if one is None else _gradient_dtype(one) for one in (x, weight, bias)]
-        out = rounded.new_empty(*x.shape[:-1], len(weight))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, half: Tensor) -> Tensor:
+        rounded = x.to(half.dtype)
+        ctx.save_for_backward(rounded if ctx.needs_input_grad[1] else None, half)
+        ctx.shape, ctx.kinds = x.shape, [None if one is None else _gradient_dtype(one) for one in (x, weight, bias)]
         with torch.autocast("cpu", enabled=False):
-            wide = rounded.float()
-            for rows in _parts(weight):
-                product = wide @ weight[rows].to(dtype).float().t()
-                out[..., rows] = product if bias is None else product.add_(bias[rows].to(dtype))
-        return out
+            wide, biases = rounded.float(), None if bias is None else bias.to(half.dtype)
+            made = []
+            for rows in _parts(half):
+                product = wide @ half[rows].float().t()
+                made.append((product if bias is None else product.add_(biases[rows])).to(half.dtype))
+        return made[0] if len(made) == 1 else torch.cat(made, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        rounded, weight = ctx.saved_tensors
+        rounded, half = ctx.saved_tensors
         to_x = to_weight = to_bias = None
         with torch.autocast("cpu", enabled=False):
             slope = slope.flatten(0, -2).float()
             if ctx.needs_input_grad[0]:
-                to_x = sum(slope[:, rows] @ weight[rows].to(ctx.dtype).float() for rows in _parts(weight))
+                first, *others = _parts(half)
+                to_x = slope[:, first] @ half[first].float()
+                for rows in others:
+                    to_x.addmm_(slope[:, rows], half[rows].float())
                 to_x = to_x.to(ctx.kinds[0]).view(ctx.shape)
             if ctx.needs_input_grad[1]:
                 to_weight = (slope.t() @ rounded.flatten(0, -2).float()).to(ctx.kinds[1])
@@ -82,3 +127,48 @@ def _parts(weight: Tensor) -> list[slice]:
 
 def _gradient_dtype(x: Tensor) -> torch.dtype:
     return (x.grad_dtype if x.is_leaf else None) or x.dtype
+
+
+# ---- attention ----
+
+
+def upcast_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, heads, S, D)
+    key: Tensor,  # (B, groups, S, D)
+    value: Tensor,  # (B, groups, S, D)
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:  # (B, S, heads, D)
+    """transformers' `sdpa` of the rounded factors, in float32."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    attend = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **options)
+    return _Attention.apply(attend, _product_dtype(query), query, key, value), None
+
+
+class _Attention(torch.autograd.Function):
+    """`attend(query, key, value)` of the three rounded. It keeps those and attends again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, attend: Callable[..., tuple[Tensor, None]], dtype: torch.dtype, *factors: Tensor
+    ) -> Tensor:  # (B, S, heads, D)
+        rounded = [factor.to(dtype) for factor in factors]
+        ctx.save_for_backward(*rounded)
+        ctx.attend, ctx.kinds = attend, [factor.dtype for factor in factors]
+        with torch.autocast("cpu", enabled=False):
+            return attend(*(factor.float() for factor in rounded))[0].to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():
+            factors = [factor.float().requires_grad_() for factor in ctx.saved_tensors]
+            out, _ = ctx.attend(*factors)
+            gradients = torch.autograd.grad(out, factors, slope.float())
+        return None, None, *(one.to(kind) for one, kind in zip(gradients, ctx.kinds, strict=True))
+
+
+AttentionInterface.register(ATTENTION, upcast_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -118,3 +118,56 @@ def test_copies_and_saved_models_keep_it_and_reward_models_have_it(tmp_path):
     scorer = RewardModel.from_causal_lm(tiny(), seed=1)
     assert type(scorer.trunk.layers[0].mlp.up_proj) is nn.Linear
     assert type(scorer.computing(compute_dtype=BF16).trunk.layers[0].mlp.up_proj) is UpcastLinear
+
+
+def test_attention_and_its_gradients_are_those_of_the_rounded_factors():
+    torch.manual_seed(0)
+    sizes = {"query": (2, 4, 9, 8), "key": (2, 2, 9, 8), "value": (2, 2, 9, 8)}
+    factors = {name: torch.randn(size).requires_grad_() for name, size in sizes.items()}
+    padding = torch.ones(9, 9).tril().bool() & (torch.arange(9) > 2 * torch.arange(2)[:, None, None, None])
+    padding |= torch.eye(9).bool()
+    for mask in (None, padding, torch.where(padding, 0.0, -60_000.0).to(BF16)):
+        module = nn.Module()
+        module.num_key_value_groups, module.is_causal = 2, True
+        with torch.autocast("cpu", BF16):
+            out, _ = upcast.upcast_attention(module, *factors.values(), mask, scaling=0.3)
+        slope = torch.randn(out.shape).to(BF16)
+        found = [out, *torch.autograd.grad(out, list(factors.values()), slope)]
+
+        exact = [factor.detach().to(BF16).double().requires_grad_() for factor in factors.values()]
+        query, key, value = exact[0], *(one.repeat_interleave(2, 1) for one in exact[1:])
+        seen = torch.ones(9, 9).tril().bool() if mask is None else padding
+        scores = (query @ key.mT * 0.3).masked_fill(~seen, -torch.inf)
+        expected = (scores.softmax(-1) @ value).transpose(1, 2)
+        expected = [expected, *torch.autograd.grad(expected, exact, slope.double())]
+        assert out.dtype == BF16 and all(one.dtype == torch.float32 for one in found[1:])
+        for mine, reference in zip(found, expected, strict=True):
+            bound = torch.finfo(mine.dtype).eps * reference.abs() + 1e-6 * reference.abs().max()
+            assert bool(((mine.double() - reference).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("half_weights", [False, True])
+def test_a_trunk_attends_so_where_a_processor_is_old(monkeypatch, half_weights):
+    heard = []
+    original = upcast._Attention.apply
+    monkeypatch.setattr(upcast._Attention, "apply", lambda *given: heard.append(given[1]) or original(*given))
+    for has, expected in ((False, [BF16, BF16]), (True, [])):
+        monkeypatch.setattr(upcast, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
+        model = tiny().to(BF16) if half_weights else tiny()
+        policy = ActorCritic(model, compute_dtype=None if half_weights else BF16)
+        heard.clear()
+        hidden = policy.hidden(torch.arange(3, 9)[None])
+        assert heard == expected and hidden.dtype == BF16
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_weights_are_rounded_once_in_passes_that_do_not_learn():
+    policy, ids = ActorCritic(tiny(), compute_dtype=BF16), torch.arange(3, 9)[None]
+    weight = policy.trunk.layers[0].mlp.down_proj.weight
+    with torch.no_grad(), policy.products():
+        before = policy.hidden(ids)
+        weight.mul_(2)
+        assert torch.equal(policy.hidden(ids), before)
+        with torch.enable_grad():  # a pass that learns reads the weight as it is
+            assert not torch.equal(policy.hidden(ids), before)
+    assert not torch.equal(policy.hidden(ids), before)

@@ -1,0 +1,75 @@
+"""The matrix products of a PPO update alone, in float32: what bench_ppo_step's update cannot take less than.
+
+No attention, norm, activation, softmax or optimiser: the trunk's and the head's products of sampling (prompts, then a token a
+step), of scoring by reference and reward model, and of every epoch's passes, with the rows that our trainer cuts them into.
+A layer's matrices are of the layer, so that they come from as far as in a model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Session
+
+HEAD_ROWS = 512
+"""Rows of logits that the fused head makes at a time in float32."""
+
+
+class Products:
+    """A Llama's matrices, and its products for some rows."""
+
+    def __init__(self, model: dict) -> None:
+        hidden, inner = model["hidden_size"], model["intermediate_size"]
+        shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+        self.layers = [torch.randn(shape) for _ in range(model["num_hidden_layers"]) for shape in shapes]
+        self.head = torch.randn(model["vocab_size"], hidden)
+        self.flops = 0
+
+    def trunk(self, rows: int, *, learn: bool = False) -> None:
+        """Every layer once, with `learn` the products into its input and its weight too."""
+        for weight in self.layers:
+            self._layer(weight, torch.ones(rows, weight.shape[1]), learn)
+
+    def logits(self, rows: int, *, learn: bool = False) -> None:
+        for start in range(0, rows, HEAD_ROWS):
+            self._layer(self.head, torch.ones(min(HEAD_ROWS, rows - start), self.head.shape[1]), learn)
+
+    def _layer(self, weight: Tensor, x: Tensor, learn: bool) -> None:
+        out = x @ weight.t()
+        if learn:
+            out @ weight
+            out.t() @ x
+        self.flops += 2 * x.numel() * len(weight) * (3 if learn else 1)
+
+
+def update(products: Products, batch: dict) -> None:
+    """One update, prompt to optimiser."""
+    prompts, response = batch["prompts"], batch["response_tokens"]
+    length = batch["prompt_tokens"] + response
+    products.trunk(prompts * batch["prompt_tokens"])
+    products.logits(prompts)
+    for _ in range(response - 1):
+        products.trunk(prompts)
+        products.logits(prompts)
+    sequences = max(1, batch["tokens"] // (length - 1))
+    cuts = [min(sequences, prompts - start) for start in range(0, prompts, sequences)]
+    for rows in cuts:
+        products.trunk(rows * (length - 1))  # the reference
+        products.logits(rows * response)
+        products.trunk(rows * length)  # the reward model
+    for _ in range(batch["epochs"]):
+        for rows in cuts:
+            products.trunk(rows * (length - 1), learn=True)
+            products.logits(rows * response, learn=True)
+
+
+@torch.no_grad()
+def worker(session: Session, *, model: dict, batch: dict) -> None:
+    """An update's products a step of the session."""
+    session.baseline()
+    products = Products(model)
+    session.ready()
+    while session.begin():
+        update(products, batch)
+        session.end()
