@@ -37,10 +37,11 @@ def last_hidden(
     with ExitStack() as stack:
         stack.enter_context(products(compute_dtype, input_ids.device))
         config = trunk.config.get_text_config()
-        if cu_inputs is None and config._attn_implementation == "sdpa":
-            if upcasts(compute_dtype or trunk.dtype, input_ids.device.type):
+        if cu_inputs is None:
+            plain = config._attn_implementation == "sdpa"
+            if plain and upcasts(compute_dtype or trunk.dtype, input_ids.device.type):
                 stack.enter_context(attention(config, UPCAST))
-        if cu_inputs is not None:
+        else:
             stack.enter_context(attention(config, PACKED))
             options["position_ids"] = positions(cu_inputs, input_ids.shape[1])[None]
             # Prepared masks are of four dimensions: transformers hands them to the attention as they are.

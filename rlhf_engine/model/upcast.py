@@ -29,7 +29,7 @@ ATTENTION = "rlhf_upcast"
 _HALF = (torch.bfloat16, torch.float16)
 _PART = 2**22
 """Numbers of a weight that are float32 at a time."""
-_rounded_weights: ContextVar[dict[int, Tensor] | None] = ContextVar("rounded_weights", default=None)
+_rounded_weights: ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = ContextVar("rounded_weights", default=None)
 
 
 def upcasts(dtype: torch.dtype, device: str) -> bool:
@@ -60,12 +60,12 @@ def weights_rounded_once() -> Iterator[None]:
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = _rounded_weights.get()
-    if kept is None or weight.dtype == dtype or not (weight.is_leaf and weight.requires_grad) or torch.is_grad_enabled():
+    kept, learns = _rounded_weights.get(), weight.is_leaf and weight.requires_grad
+    if kept is None or not learns or torch.is_grad_enabled():
         return weight.detach().to(dtype)
-    if id(weight) not in kept:
-        kept[id(weight)] = weight.detach().to(dtype)
-    return kept[id(weight)]
+    if (weight, dtype) not in kept:
+        kept[weight, dtype] = weight.detach().to(dtype)
+    return kept[weight, dtype]
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
