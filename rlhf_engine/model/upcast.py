@@ -29,7 +29,9 @@ ATTENTION = "rlhf_upcast"
 _HALF = (torch.bfloat16, torch.float16)
 _PART = 2**22
 """Numbers of a weight that are float32 at a time."""
-_rounded_weights: ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = ContextVar("rounded_weights", default=None)
+_rounded_weights: ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = ContextVar(
+    "rounded_weights", default=None
+)
 
 
 def upcasts(dtype: torch.dtype, device: str) -> bool:
