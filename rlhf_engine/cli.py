@@ -23,6 +23,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Cleans and checks data sets."
 app.add_typer(data_app, name="data")
 
 
+_INTERRUPTED = 130
+"""Exit code that typer gives to Ctrl-C."""
+
+
 # Imports sit inside the commands, so that `rlhf --help` and a mistyped option answer without loading torch.
 
 
@@ -126,6 +130,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; `arguments` are those of the command line unless given. Always ends in SystemExit."""
     try:
         app(args=arguments)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("rlhf: interrupted", file=sys.stderr)
+        raise
     except (ValueError, OSError) as error:
         print(f"rlhf: {error}", file=sys.stderr)
         sys.exit(2)

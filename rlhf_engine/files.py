@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedConfig
+
+_CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OSError, StrictDataclassError)
+"""What transformers raises for a config.json that describes no model."""
 
 
 def require(folder: Path, *names: str) -> None:
@@ -43,6 +48,19 @@ def read_json_lines(path: Path) -> list[Any]:
 def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_model_config(folder: str | Path) -> PreTrainedConfig:
+    """What transformers makes of a folder's config.json; ValueError naming the file and what it says of it."""
+    path = Path(folder) / "config.json"
+    require(Path(folder), path.name)
+    read_json(path)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except _CONFIG_ERRORS as error:
+        # Checks of fields say which one in a first line and why in a second.
+        reason = " ".join(str(error).strip().splitlines()[:2]).replace("    ", " ")
+        raise ValueError(f"{path}: {reason}") from None
 
 
 def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -38,6 +38,8 @@ def plan(
     from rlhf_engine.memory_config import byte_count
     from rlhf_engine.stages.planning import workload_of
 
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output: got {output}, a file, expected a folder to write plan.json and plan.png in")
     workload = workload_of(read_config(config, overrides), model)
     workloads = [
         replace(workload, device="cuda", budget=byte_count(text, "--gpu-memory")) for text in gpu_memory or []

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from rlhf_engine.files import read_json, require
+from rlhf_engine.files import read_model_config, require
 from rlhf_engine.memory.presets import PRESETS
 
 _FIELDS = {
@@ -137,12 +137,10 @@ class ModelShape:
                 f"{key}: got {model!r}, expected a folder with a config.json, or one of {', '.join(PRESETS)}"
             )
         require(folder, "config.json")
-        read_json(folder / "config.json")
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UnknownMemoryError(f"{folder / 'config.json'}: {reason}; {_needed()}") from None
+            config = read_model_config(folder)
+        except ValueError as error:
+            raise UnknownMemoryError(f"{error}; {_needed()}") from None
         return cls.from_config(config, str(folder / "config.json"))
 
     @classmethod
@@ -155,7 +153,8 @@ class ModelShape:
     def from_config(cls, config: PreTrainedConfig, source: str = "config") -> Self:
         """The shape of what transformers makes of `config`; `source` names it in errors.
 
-        Raises ValueError for an architecture that the plan does not know, naming the fields that it needs.
+        Raises ValueError for an architecture that the plan does not know, naming the fields that it needs, and for sizes that
+        are none.
         """
         text = config.get_text_config()
         kind = text.model_type
@@ -169,6 +168,7 @@ class ModelShape:
                 f"{source}: got model_type {kind!r}{lacks}, whose layers the plan does not know; {_needed()}"
             )
         heads, hidden = found["heads"], found["hidden"]
+        _check_sizes({"/".join(_FIELDS[name]): value for name, value in found.items()}, source)
         windowed = kind == "mistral" or getattr(text, "use_sliding_window", False)
         traits = {
             "qkv_bias": bool(getattr(text, "attention_bias", False)),
@@ -176,14 +176,25 @@ class ModelShape:
             "mlp_bias": bool(getattr(text, "mlp_bias", False)),
             "window": getattr(text, "sliding_window", None) if windowed else None,
         }
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or hidden // heads
+        _check_sizes({"num_key_value_heads": groups, "head_dim": head_dim, "sliding_window": traits["window"]}, source)
+        if heads % groups:
+            raise ValueError(f"{source}: num_key_value_heads: got {groups}, expected a divisor of {heads}, the heads")
         return cls(
             model_type=kind,
-            groups=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            groups=groups,
+            head_dim=head_dim,
             tied=bool(text.tie_word_embeddings),
             **found,
             **traits | _FAMILIES[kind],
         )
+
+
+def _check_sizes(sizes: dict[str, int | None], source: str) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{source}: {name}: got {size}, expected at least 1")
 
 
 def _numbers(shapes: Iterable[tuple[int, ...]]) -> int:

@@ -57,7 +57,8 @@ def verdict(plan: MemoryPlan) -> str:
         return peak
     words = f"{peak} of {size(w.budget)}: "
     if plan.slots == 0:
-        words += "does not fit; not even one sequence can be decoded beside what persists"
+        excess = f", {size(plan.missing)} too much" if plan.missing else ""
+        words += f"does not fit{excess}; not even one sequence can be decoded beside what persists"
     elif plan.fits:
         words += f"fits, {size(w.budget - plan.peak)} to spare"
     else:
@@ -78,10 +79,13 @@ def strategies_words(workload: Workload, *, planned: bool = False) -> str:
         least = smallest(workload)
         lines = [f"nothing that was tried fits; the least is {size(least.plan.peak)} with {least.words}"]
     if planned:
-        lines += _listed(
-            "what would fit with parts that are NOT BUILT YET:",
-            [one for one in fitting(workload, planned=True) if not one.built],
-        )
+        found = [one for one in fitting(workload, planned=True) if not one.built]
+        lines += _listed("what would fit with parts that are NOT BUILT YET:", found)
+        least = smallest(workload, planned=True)
+        if not found and not least.built:
+            lines.append(
+                f"nor with parts that are NOT BUILT YET; the least is {size(least.plan.peak)} with {least.words}"
+            )
     return "\n".join(lines)
 
 

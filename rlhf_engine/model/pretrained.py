@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_engine.files import read_json, read_tensors, require
+from rlhf_engine.files import read_json, read_model_config, read_tensors, require
 from rlhf_engine.model.heads import ValueHead
 
 
@@ -27,6 +27,7 @@ def load_pretrained(
     """
     folder = Path(folder)
     require(folder, "config.json", *weight_files(folder))
+    read_model_config(folder)
     try:
         model, found = kind.from_pretrained(
             folder,

@@ -110,6 +110,8 @@ def generate_file(
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
+    if target.is_dir():
+        raise ValueError(f"output: got {target}, a folder, expected a file to write")
     if target.resolve() == source.resolve():
         raise ValueError(f"output: got {target}, the file of prompts, expected another: they would be lost")
     records = read_prompts(source, split)

@@ -32,7 +32,10 @@ class StopStrings:
                     f"{self._text(self._ids(stop))!r}, expected a text that its tokens can spell"
                 )
         # A token's name has a letter for each of its text, or for each byte of it; words may come with a space between them.
-        room = None if tokens is None else tokens * (1 + max(map(len, tokenizer.get_vocab())))
+        # Special tokens spell nothing.
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        longest = max((len(name) for name in tokenizer.get_vocab() if name not in special), default=0)
+        room = None if tokens is None else tokens * (1 + longest)
         for index, stop in enumerate(self.stops):
             if room is not None and len(stop) > room:
                 raise ValueError(

@@ -97,6 +97,11 @@ def test_the_prompts_are_not_overwritten_by_the_answers(run, capsys, monkeypatch
     assert (run / "prompts.jsonl").read_bytes() == before
 
 
+def test_a_folder_is_no_place_for_answers(run, capsys):
+    code, _, shown = generate(capsys, run, "", "--samples", "100")
+    assert code == 2 and f"output: got {run}, a folder, expected a file" in shown
+
+
 def test_a_bad_line_leaves_the_file_that_was_there(run, capsys):
     (run / "a.jsonl").write_text("before")
     write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}] * 3 + [{"prompt": "q"}])

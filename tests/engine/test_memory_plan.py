@@ -1,6 +1,8 @@
 """The memory plan against sums made by hand and tensors that exist."""
 
 import inspect
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -363,6 +365,29 @@ def test_an_unknown_architecture_names_the_fields_it_needs(tmp_path):
         ValueError, match=r"got 'no/such', expected a folder with a config.json, or one of qwen2.5-0.5b"
     ):
         ModelShape.of("no/such")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": "abc"}, "'hidden_size'.*expected int, got str"),
+        (
+            {"hidden_size": 64, "num_attention_heads": 5},
+            r"\(64\) is not a multiple of the number of attention heads \(5\)",
+        ),
+        ({"num_attention_heads": 0}, "by zero"),
+        ({"torch_dtype": "float99"}, "float99"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers/n_layer: got 0, expected at least 1"),
+        ({"hidden_size": -64, "num_attention_heads": 4}, "hidden_size/n_embd: got -64, expected at least 1"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads: got 3, expected a divisor of 4"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: got 0, expected at least 1"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused_with_its_file(tmp_path, fields, words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama"} | fields))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{words}"):
+        ModelShape.of(str(tmp_path))
 
 
 def test_a_prompt_longer_than_the_context_is_refused():
