@@ -140,9 +140,9 @@ class Generator:
         return record.rollout()
 
     def _state_for(self, decoder: Decoder, prompts: int) -> tuple[Record, Running, Act]:
-        """Where sampling keeps its books; that of the last rollout where that was of the same size, for graphs' sake."""
-        shape = (ladder(decoder.slots, MIN_ROWS), prompts, self.config)
-        if self._state is None or self._state[0] != shape:
+        """Where sampling keeps its books; the last rollout's, where they have room for these prompts, for graphs' sake."""
+        shape = (ladder(decoder.slots, MIN_ROWS), self.config)
+        if self._state is None or self._state[0] != shape or self._state[1][0].most < prompts:
             record = Record(
                 prompts,
                 shape[0],

@@ -55,11 +55,14 @@ class Running:
 
 
 class Record:
-    """Everything said while sampling, by prompt and step; row `count`, nobody's, takes what slots without a sequence say."""
+    """Everything said while sampling, by prompt and step, of up to `most` prompts.
+
+    Row `most`, nobody's, takes what slots without a sequence say.
+    """
 
     def __init__(
         self,
-        count: int,
+        most: int,
         slots: int,
         columns: int,
         config: RolloutConfig,
@@ -69,11 +72,11 @@ class Record:
         stop_token_id: int | None,
         stops: StopStrings | None,
     ) -> None:
-        self.config, self.count, self.pad_token_id = config, count, pad_token_id
+        self.config, self.most, self.pad_token_id = config, most, pad_token_id
         self.eos_token_ids, self.stop_token_id, self.stops = eos_token_ids, stop_token_id, stops
-        device, shape = eos_token_ids.device, (count + 1, config.max_response_tokens)
+        device, shape = eos_token_ids.device, (most + 1, config.max_response_tokens)
         self.sequence, self.lengths, self.stop_reason, self.prompt_lengths = (
-            torch.zeros(count + 1, dtype=torch.int64, device=device) for _ in range(4)
+            torch.zeros(most + 1, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs, self.sampling_logprobs, self.values = (torch.zeros(shape, device=device) for _ in range(3))
@@ -82,11 +85,11 @@ class Record:
         self.history: Tensor | None = None
         if self.config.repetition_penalty != 1.0:
             # A prompt's ids and then the response's; what is behind them repeats the first one and changes nothing.
-            self.history = torch.zeros(count + 1, columns, dtype=torch.int64, device=device)
+            self.history = torch.zeros(most + 1, columns, dtype=torch.int64, device=device)
 
     def begin(self, prompts: list[Tensor], sequence: Tensor) -> None:
         """Nothing said yet."""
-        self.prompts = prompts
+        self.prompts, self.count = prompts, len(prompts)
         self.sequence[: self.count] = sequence.to(self.sequence.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.prompt_lengths[: self.count] = lengths.to(self.sequence.device)
@@ -115,7 +118,7 @@ class Record:
     ) -> None:
         """An action of each of the slots `here`; work on tensors alone."""
         row, step = running.row[here].clone(), running.step[here].clone()
-        live = row < self.count
+        live = row < self.most
         self.ids[row, step], self.logprobs[row, step] = ids, logprobs
         self.sampling_logprobs[row, step], self.values[row, step] = sampling_logprobs, values
         if self.history is not None:

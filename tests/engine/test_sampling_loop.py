@@ -224,6 +224,15 @@ def test_a_stop_string_that_can_never_occur_is_refused(tokenizer, make, stops, w
         Generator(make_actor(), config, eos_token_ids=2, pad_token_id=0, seed=3, tokenizer=tokens)
 
 
+def test_special_tokens_spell_no_stop_string(tokenizer):
+    names = [name for name, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids]
+    most = 12 * (1 + max(map(len, names)))
+    assert len(tokenizer.eos_token) > max(map(len, names))
+    StopStrings(tokenizer, ("x" * most,), 12)
+    with pytest.raises(ValueError, match=f"got a text of {most + 1} letters, expected at most {most},"):
+        StopStrings(tokenizer, ("x" * (most + 1),), 12)
+
+
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ValueError, match=r"tokenizer: got None, expected the one whose tokens spell rollout.stop"):
         make_generator(make_actor(), stop=("x",))

@@ -71,6 +71,15 @@ def rlhf(capsys, *arguments):
     return exit_.value.code or 0, shown.out, shown.err
 
 
+def test_an_interrupted_command_says_so(run, capsys, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_engine.stages.run_sft", interrupted)
+    code, _, err = rlhf(capsys, "sft", "--config", run / "run.yaml")
+    assert code == 130 and err.strip() == "rlhf: interrupted"
+
+
 def test_the_three_stages_one_after_the_other(run, capsys):
     out = run / "out"
     code, shown, _ = rlhf(capsys, "sft", "--config", run / "run.yaml")
