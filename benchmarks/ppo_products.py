@@ -1,11 +1,14 @@
-"""The matrix products of a PPO update alone, in float32: what bench_ppo_step's update cannot take less than.
+"""The matrix products of a PPO update alone, in float32: what all else in bench_ppo_step's update comes on top of.
 
 No attention, norm, activation, softmax or optimiser: the trunk's and the head's products of sampling (prompts, then a token a
 step), of scoring by reference and reward model, and of every epoch's passes, with the rows that our trainer cuts them into.
-A layer's matrices are of the layer, so that they come from as far as in a model.
+Every row counts in the backward passes, as it does while no ratio is clipped. A layer's matrices are of the layer, so that they
+come from as far as in a model.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,30 +20,32 @@ HEAD_ROWS = 512
 
 
 class Products:
-    """A Llama's matrices, and its products for some rows."""
+    """The matrices of a Llama with as many key heads as heads, and its products for some rows."""
 
     def __init__(self, model: dict) -> None:
+        if model["num_key_value_heads"] != model["num_attention_heads"]:
+            raise ValueError(f"num_key_value_heads: got {model['num_key_value_heads']}, expected num_attention_heads")
         hidden, inner = model["hidden_size"], model["intermediate_size"]
         shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
         self.layers = [torch.randn(shape) for _ in range(model["num_hidden_layers"]) for shape in shapes]
         self.head = torch.randn(model["vocab_size"], hidden)
-        self.flops = 0
+        self.inputs = cache(torch.randn)  # one a shape
 
     def trunk(self, rows: int, *, learn: bool = False) -> None:
         """Every layer once, with `learn` the products into its input and its weight too."""
         for weight in self.layers:
-            self._layer(weight, torch.ones(rows, weight.shape[1]), learn)
+            self._layer(weight, rows, learn)
 
     def logits(self, rows: int, *, learn: bool = False) -> None:
         for start in range(0, rows, HEAD_ROWS):
-            self._layer(self.head, torch.ones(min(HEAD_ROWS, rows - start), self.head.shape[1]), learn)
+            self._layer(self.head, min(HEAD_ROWS, rows - start), learn)
 
-    def _layer(self, weight: Tensor, x: Tensor, learn: bool) -> None:
+    def _layer(self, weight: Tensor, rows: int, learn: bool) -> None:
+        x = self.inputs(rows, weight.shape[1])
         out = x @ weight.t()
         if learn:
             out @ weight
             out.t() @ x
-        self.flops += 2 * x.numel() * len(weight) * (3 if learn else 1)
 
 
 def update(products: Products, batch: dict) -> None:

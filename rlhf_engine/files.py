@@ -56,11 +56,11 @@ def read_model_config(folder: str | Path) -> PreTrainedConfig:
     require(Path(folder), path.name)
     read_json(path)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _CONFIG_ERRORS as error:
         # Checks of fields say which one in a first line and why in a second.
         reason = " ".join(str(error).strip().splitlines()[:2]).replace("    ", " ")
-        raise ValueError(f"{path}: {reason}") from None
+        raise ValueError(f"{path}: {type(error).__name__}: {reason}") from None
 
 
 def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:

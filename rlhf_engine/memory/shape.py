@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from rlhf_engine.files import read_model_config, require
+from rlhf_engine.files import read_json, read_model_config, require
 from rlhf_engine.memory.presets import PRESETS
 
 _FIELDS = {
@@ -137,11 +137,16 @@ class ModelShape:
                 f"{key}: got {model!r}, expected a folder with a config.json, or one of {', '.join(PRESETS)}"
             )
         require(folder, "config.json")
+        source, content = str(folder / "config.json"), read_json(folder / "config.json")
+        counts = (name for names in _FIELDS.values() for name in names if isinstance(content.get(name), int))
+        _check_sizes({name: content[name] for name in counts}, source)
         try:
             config = read_model_config(folder)
         except ValueError as error:
+            if content.get("model_type") in list(_FAMILIES):
+                raise
             raise UnknownMemoryError(f"{error}; {_needed()}") from None
-        return cls.from_config(config, str(folder / "config.json"))
+        return cls.from_config(config, source)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], source: str = "config") -> Self:
@@ -176,8 +181,9 @@ class ModelShape:
             "mlp_bias": bool(getattr(text, "mlp_bias", False)),
             "window": getattr(text, "sliding_window", None) if windowed else None,
         }
-        groups = getattr(text, "num_key_value_heads", None) or heads
-        head_dim = getattr(text, "head_dim", None) or hidden // heads
+        groups, head_dim = (getattr(text, name, None) for name in ("num_key_value_heads", "head_dim"))
+        groups = heads if groups is None else groups
+        head_dim = hidden // heads if head_dim is None else head_dim
         _check_sizes({"num_key_value_heads": groups, "head_dim": head_dim, "sliding_window": traits["window"]}, source)
         if heads % groups:
             raise ValueError(f"{source}: num_key_value_heads: got {groups}, expected a divisor of {heads}, the heads")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_engine.model.upcast import ATTENTION as UPCAST
-from rlhf_engine.model.upcast import upcasts, weights_rounded_once
+from rlhf_engine.model.upcast import UpcastAttention, product_dtype, upcasts, weights_rounded_once
 
 PACKED = "rlhf_packed"
 _VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
@@ -37,12 +36,9 @@ def last_hidden(
     with ExitStack() as stack:
         stack.enter_context(products(compute_dtype, input_ids.device))
         config = trunk.config.get_text_config()
-        if cu_inputs is None:
-            plain = config._attn_implementation == "sdpa"
-            if plain and upcasts(compute_dtype or trunk.dtype, input_ids.device.type):
-                stack.enter_context(attention(config, UPCAST))
-        else:
-            stack.enter_context(attention(config, PACKED))
+        kind = config._attn_implementation if cu_inputs is None else PACKED
+        stack.enter_context(attention(config, kind, compute_dtype or trunk.dtype, input_ids.device))
+        if cu_inputs is not None:
             options["position_ids"] = positions(cu_inputs, input_ids.shape[1])[None]
             # Prepared masks are of four dimensions: transformers hands them to the attention as they are.
             options["attention_mask"] = cu_inputs[None, None, None]
@@ -68,12 +64,19 @@ def products(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """The models of `config` attend by the implementation `name`."""
+def attention(
+    config: PreTrainedConfig, name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Iterator[None]:
+    """The models of `config` attend by the implementation `name`.
+
+    With `dtype` and `device`, torch's attention has float32 products where the device has none of that type.
+    """
     kept = config._attn_implementation
+    upcast = device is not None and name in ("sdpa", PACKED) and upcasts(dtype, device.type)
     config._attn_implementation = name
     try:
-        yield
+        with UpcastAttention() if upcast else nullcontext():
+            yield
     finally:
         config._attn_implementation = kept
 
@@ -220,12 +223,12 @@ def _recomputing(trunk: nn.Module) -> Iterator[None]:
 
 def _recomputed(config: PreTrainedConfig, run: partial, *inputs: Tensor) -> Any:
     """`run(*inputs)`, a layer's forward, in evaluation mode and with today's attention, now and in the backward pass."""
-    layer, kind = run.args[0], config._attn_implementation
+    layer, kind, dtype = run.args[0], config._attn_implementation, product_dtype(inputs[0])
 
     def forward(*inputs: Tensor) -> Any:
         training, layer.training = layer.training, False
         try:
-            with attention(config, kind):
+            with attention(config, kind, dtype, inputs[0].device):
                 return run(*inputs)
         finally:
             layer.training = training

@@ -17,14 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch.overrides import TorchFunctionMode
 
 from rlhf_kernels import has_products
-
-ATTENTION = "rlhf_upcast"
-"""`sdpa` with float32 products, as transformers' attention interface knows it."""
 
 _HALF = (torch.bfloat16, torch.float16)
 _PART = 2**22
@@ -50,7 +45,10 @@ def upcast_products(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def weights_rounded_once() -> Iterator[None]:
-    """Passes without a gradient that share this `with` round each weight that learns once, as autocast has it."""
+    """Passes without a gradient that share this `with` round a weight that asks for one a single time, as autocast does.
+
+    The rounded copies do not follow a weight that changes within the `with`.
+    """
     if _rounded_weights.get() is not None:
         yield
         return
@@ -70,8 +68,8 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[weight, dtype]
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's where it is on, else the tensor's own."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of a product with the factor `x`: autocast's where it is on, else the factor's own."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
@@ -79,7 +77,7 @@ class UpcastLinear(nn.Linear):
     """`nn.Linear` whose half-precision product, autocast's or its own, has float32 factors. It is differentiated once."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        dtype = _product_dtype(self.weight)
+        dtype = product_dtype(self.weight)
         if dtype not in _HALF:
             return super().forward(x)
         return _Product.apply(x, self.weight, self.bias, _rounded(self.weight, dtype))
@@ -131,46 +129,55 @@ def _gradient_dtype(x: Tensor) -> torch.dtype:
     return (x.grad_dtype if x.is_leaf else None) or x.dtype
 
 
-# ---- attention ----
+# ---- attention: B sequences, S queries of them, D size of a head ----
 
 
-def upcast_attention(
-    module: nn.Module,
+class UpcastAttention(TorchFunctionMode):
+    """`with UpcastAttention():` torch's attention in half precision, autocast's or its own, has float32 products.
+
+    Whoever calls it, and with whatever mask: what is taken in the place of is `scaled_dot_product_attention` itself.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            func = _attention
+        return func(*args, **kwargs or {})
+
+
+def _attention(
     query: Tensor,  # (B, heads, S, D)
-    key: Tensor,  # (B, groups, S, D)
-    value: Tensor,  # (B, groups, S, D)
-    attention_mask: Tensor | None,
+    key: Tensor,  # (B, groups, columns, D)
+    value: Tensor,  # (B, groups, columns, D)
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     **options: Any,
-) -> tuple[Tensor, None]:  # (B, S, heads, D)
-    """transformers' `sdpa` of the rounded factors, in float32."""
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    attend = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **options)
-    return _Attention.apply(attend, _product_dtype(query), query, key, value), None
+) -> Tensor:  # (B, heads, S, D)
+    """`scaled_dot_product_attention` of the rounded factors, in float32; with dropout, as it is."""
+    attend, dtype = nn.functional.scaled_dot_product_attention, product_dtype(query)
+    if dtype not in _HALF or dropout_p:
+        return attend(query, key, value, attn_mask, dropout_p, **options)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.float()
+    return _Attention.apply(partial(attend, attn_mask=attn_mask, **options), dtype, query, key, value)
 
 
 class _Attention(torch.autograd.Function):
     """`attend(query, key, value)` of the three rounded. It keeps those and attends again in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, attend: Callable[..., tuple[Tensor, None]], dtype: torch.dtype, *factors: Tensor
-    ) -> Tensor:  # (B, S, heads, D)
+    def forward(ctx: Any, attend: Callable[..., Tensor], dtype: torch.dtype, *factors: Tensor) -> Tensor:
         rounded = [factor.to(dtype) for factor in factors]
         ctx.save_for_backward(*rounded)
         ctx.attend, ctx.kinds = attend, [factor.dtype for factor in factors]
         with torch.autocast("cpu", enabled=False):
-            return attend(*(factor.float() for factor in rounded))[0].to(dtype)
+            return attend(*(factor.float() for factor in rounded)).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", enabled=False), torch.enable_grad():
             factors = [factor.float().requires_grad_() for factor in ctx.saved_tensors]
-            out, _ = ctx.attend(*factors)
-            gradients = torch.autograd.grad(out, factors, slope.float())
+            gradients = torch.autograd.grad(ctx.attend(*factors), factors, slope.float())
         return None, None, *(one.to(kind) for one, kind in zip(gradients, ctx.kinds, strict=True))
-
-
-AttentionInterface.register(ATTENTION, upcast_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -142,7 +142,8 @@ class Generator:
     def _state_for(self, decoder: Decoder, prompts: int) -> tuple[Record, Running, Act]:
         """Where sampling keeps its books; the last rollout's, where they have room for these prompts, for graphs' sake."""
         shape = (ladder(decoder.slots, MIN_ROWS), self.config)
-        if self._state is None or self._state[0] != shape or self._state[1][0].most < prompts:
+        known, state = self._state or (None, None)
+        if known != shape or state[0].most < prompts:
             record = Record(
                 prompts,
                 shape[0],
@@ -154,8 +155,9 @@ class Generator:
                 stops=self.stops,
             )
             running = Running.of(shape[0], prompts, self.policy.device)
-            self._state = shape, (record, running, partial(self._act, record, running))
-        return self._state[1]
+            state = record, running, partial(self._act, record, running)
+            self._state = shape, state
+        return state
 
     def _admit(self, decoder: Decoder, running: Running, prompts: list[Tensor], rows: list[int]) -> Tensor:
         first, new = running.count, slice(running.count, running.count + len(rows))

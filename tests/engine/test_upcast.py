@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from rlhf_engine.model import ActorCritic, frozen_copy, upcast
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.model.upcast import UpcastLinear, upcast_products
+from rlhf_engine.model.upcast import UpcastAttention, UpcastLinear, upcast_products
 from tests.engine.test_packing import gradients, make_rollout
 from tests.engine.tiny_models import tiny
 
@@ -127,10 +127,9 @@ def test_attention_and_its_gradients_are_those_of_the_rounded_factors():
     padding = torch.ones(9, 9).tril().bool() & (torch.arange(9) > 2 * torch.arange(2)[:, None, None, None])
     padding |= torch.eye(9).bool()
     for mask in (None, padding, torch.where(padding, 0.0, -60_000.0).to(BF16)):
-        module = nn.Module()
-        module.num_key_value_groups, module.is_causal = 2, True
-        with torch.autocast("cpu", BF16):
-            out, _ = upcast.upcast_attention(module, *factors.values(), mask, scaling=0.3)
+        options = {"attn_mask": mask, "is_causal": mask is None, "scale": 0.3, "enable_gqa": True}
+        with torch.autocast("cpu", BF16), UpcastAttention():
+            out = nn.functional.scaled_dot_product_attention(*factors.values(), **options)
         slope = torch.randn(out.shape).to(BF16)
         found = [out, *torch.autograd.grad(out, list(factors.values()), slope)]
 
@@ -138,7 +137,7 @@ def test_attention_and_its_gradients_are_those_of_the_rounded_factors():
         query, key, value = exact[0], *(one.repeat_interleave(2, 1) for one in exact[1:])
         seen = torch.ones(9, 9).tril().bool() if mask is None else padding
         scores = (query @ key.mT * 0.3).masked_fill(~seen, -torch.inf)
-        expected = (scores.softmax(-1) @ value).transpose(1, 2)
+        expected = scores.softmax(-1) @ value
         expected = [expected, *torch.autograd.grad(expected, exact, slope.double())]
         assert out.dtype == BF16 and all(one.dtype == torch.float32 for one in found[1:])
         for mine, reference in zip(found, expected, strict=True):
@@ -146,28 +145,64 @@ def test_attention_and_its_gradients_are_those_of_the_rounded_factors():
             assert bool(((mine.double() - reference).abs() <= bound).all())
 
 
+def heard(monkeypatch, run):
+    """How often `run` attended so."""
+    calls, original = [], upcast._Attention.apply
+    monkeypatch.setattr(upcast._Attention, "apply", lambda *given: calls.append(given) or original(*given))
+    run()
+    return len(calls)
+
+
 @pytest.mark.parametrize("half_weights", [False, True])
 def test_a_trunk_attends_so_where_a_processor_is_old(monkeypatch, half_weights):
-    heard = []
-    original = upcast._Attention.apply
-    monkeypatch.setattr(upcast._Attention, "apply", lambda *given: heard.append(given[1]) or original(*given))
-    for has, expected in ((False, [BF16, BF16]), (True, [])):
+    for has, expected in ((False, 2), (True, 0)):
         monkeypatch.setattr(upcast, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
         model = tiny().to(BF16) if half_weights else tiny()
         policy = ActorCritic(model, compute_dtype=None if half_weights else BF16)
-        heard.clear()
-        hidden = policy.hidden(torch.arange(3, 9)[None])
-        assert heard == expected and hidden.dtype == BF16
-        assert model.config._attn_implementation == "sdpa"
+        assert heard(monkeypatch, lambda policy=policy: policy.hidden(torch.arange(3, 9)[None])) == expected
+    assert heard(monkeypatch, lambda: ActorCritic(tiny()).hidden(torch.arange(3, 9)[None])) == 0
+
+
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny("llama", initializer_range=0.2),
+        lambda: tiny("mistral", initializer_range=0.2),  # a window of 7
+        lambda: tiny("gpt2", initializer_range=0.2),
+        # Its attention asks for its implementation by name.
+        lambda: AutoModelForCausalLM.from_config(FalconConfig(**FALCON, initializer_range=0.2)).eval(),
+    ],
+    ids=["llama", "mistral", "gpt2", "falcon"],
+)
+def test_a_trunk_sees_what_it_would_see(monkeypatch, make):
+    """Two rows of 11 tokens, one of them padded on the left: as far from float32 as with autocast's own products."""
+    torch.manual_seed(0)
+    model = make()
+    ids, mask = torch.randint(3, 61, (2, 11)), torch.ones(2, 11, dtype=torch.long)
+    mask[1, :4] = 0
+    exact = ActorCritic(model).hidden(ids, mask)[mask.bool()]
+
+    def distance(has):
+        monkeypatch.setattr(upcast, "has_products", lambda dtype, device: has or dtype == torch.float32)
+        policy = ActorCritic(copy.deepcopy(model), compute_dtype=BF16)
+        found = policy.hidden(ids, mask)[mask.bool()]
+        return float((found.float() - exact).norm() / exact.norm())
+
+    with torch.no_grad():
+        assert distance(False) <= 1.5 * distance(True) < 0.1
 
 
 def test_weights_are_rounded_once_in_passes_that_do_not_learn():
     policy, ids = ActorCritic(tiny(), compute_dtype=BF16), torch.arange(3, 9)[None]
     weight = policy.trunk.layers[0].mlp.down_proj.weight
-    with torch.no_grad(), policy.products():
-        before = policy.hidden(ids)
-        weight.mul_(2)
-        assert torch.equal(policy.hidden(ids), before)
-        with torch.enable_grad():  # a pass that learns reads the weight as it is
-            assert not torch.equal(policy.hidden(ids), before)
-    assert not torch.equal(policy.hidden(ids), before)
+    with torch.no_grad():
+        with policy.products():
+            before = policy.hidden(ids)
+            weight.mul_(2)
+            assert torch.equal(policy.hidden(ids), before)
+            with torch.enable_grad():  # a pass that learns reads the weight as it is
+                assert not torch.equal(policy.hidden(ids), before)
+        assert not torch.equal(policy.hidden(ids), before)
