@@ -129,7 +129,7 @@ def measure(micro_batch: int, batch: dict, rounds: int) -> None:
 
 
 def main(*, quick: bool = False) -> None:
-    """TRL with the whole batch in one pass, its fastest, and then in passes of 8, which saves it memory."""
+    """TRL with the whole batch in one pass, and then in passes of 8, which saves it memory."""
     if quick:
         measure(32, BATCH | {"response_tokens": 16}, rounds=1)
         return
