@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Session
-
-HEAD_ROWS = 512
-"""Rows of logits that the fused head makes at a time in float32."""
+from rlhf_kernels.ops.products import Plan
 
 
 class Products:
@@ -29,6 +27,8 @@ class Products:
         shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
         self.layers = [torch.randn(shape) for _ in range(model["num_hidden_layers"]) for shape in shapes]
         self.head = torch.randn(model["vocab_size"], hidden)
+        # As many rows as the fused head makes at a time.
+        self.head_rows = Plan.of(1, len(self.head), torch.float32, "cpu", None, None).step
         self.inputs = cache(torch.randn)  # one a shape
 
     def trunk(self, rows: int, *, learn: bool = False) -> None:
@@ -37,8 +37,8 @@ class Products:
             self._layer(weight, rows, learn)
 
     def logits(self, rows: int, *, learn: bool = False) -> None:
-        for start in range(0, rows, HEAD_ROWS):
-            self._layer(self.head, min(HEAD_ROWS, rows - start), learn)
+        for start in range(0, rows, self.head_rows):
+            self._layer(self.head, min(self.head_rows, rows - start), learn)
 
     def _layer(self, weight: Tensor, rows: int, learn: bool) -> None:
         x = self.inputs(rows, weight.shape[1])

@@ -44,6 +44,32 @@ def _warm_up(policy, rows: torch.Tensor) -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def _arguments(folder: str, batch: dict, device: torch.device):
+    """The settings that ours has too, and nothing written or shown."""
+    from trl.experimental.ppo import PPOConfig
+
+    return PPOConfig(
+        output_dir=folder,
+        use_cpu=device.type == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=0,
+        per_device_train_batch_size=batch["micro_batch"],
+        gradient_accumulation_steps=batch["prompts"] // batch["micro_batch"],
+        num_mini_batches=1,
+        num_ppo_epochs=batch["epochs"],
+        response_length=batch["response_tokens"],
+        local_rollout_forward_batch_size=batch.get("rollout_rows", 64),
+        total_episodes=batch["prompts"] * 10_000,
+        num_sample_generations=0,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+
+
 def run(session: Session, *, model: dict, batch: dict) -> None:
     """Worker: PPO updates, one a step of the session. `model` is a config.json's fields, by default of a Llama.
 
@@ -51,7 +77,7 @@ def run(session: Session, *, model: dict, batch: dict) -> None:
     """
     from datasets import Dataset
     from transformers import AutoConfig, TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOTrainer
 
     session.baseline()
     torch.manual_seed(0)
@@ -75,28 +101,8 @@ def run(session: Session, *, model: dict, batch: dict) -> None:
                 raise SystemExit
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = PPOConfig(
-            output_dir=folder,
-            use_cpu=device.type == "cpu",
-            bf16=False,
-            gradient_checkpointing=False,
-            seed=0,
-            per_device_train_batch_size=batch["micro_batch"],
-            gradient_accumulation_steps=batch["prompts"] // batch["micro_batch"],
-            num_mini_batches=1,
-            num_ppo_epochs=batch["epochs"],
-            response_length=batch["response_tokens"],
-            local_rollout_forward_batch_size=batch.get("rollout_rows", 64),
-            total_episodes=batch["prompts"] * 10_000,
-            num_sample_generations=0,
-            eval_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-        )
         PPOTrainer(
-            args=arguments,
+            args=_arguments(folder, batch, device),
             processing_class=_tokenizer(config.vocab_size),
             model=policy,
             ref_model=reference,

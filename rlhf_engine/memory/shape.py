@@ -138,6 +138,7 @@ class ModelShape:
             )
         require(folder, "config.json")
         source, content = str(folder / "config.json"), read_json(folder / "config.json")
+        # Before transformers divides by one of them.
         counts = (name for names in _FIELDS.values() for name in names if isinstance(content.get(name), int))
         _check_sizes({name: content[name] for name in counts}, source)
         try:

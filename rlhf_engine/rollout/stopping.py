@@ -31,17 +31,8 @@ class StopStrings:
                     f"rollout.stop[{index}]: got {stop!r}, which the tokenizer reads and writes as "
                     f"{self._text(self._ids(stop))!r}, expected a text that its tokens can spell"
                 )
-        # A token's name has a letter for each of its text, or for each byte of it; words may come with a space between them.
-        # Special tokens spell nothing.
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        longest = max((len(name) for name in tokenizer.get_vocab() if name not in special), default=0)
-        room = None if tokens is None else tokens * (1 + longest)
-        for index, stop in enumerate(self.stops):
-            if room is not None and len(stop) > room:
-                raise ValueError(
-                    f"rollout.stop[{index}]: got a text of {len(stop)} letters, expected at most {room}, the most that the "
-                    f"{tokens} tokens of rollout.max_response_tokens can spell"
-                )
+        if tokens is not None:
+            self._check_lengths(tokens)
         # A token that shows at all writes one byte or more.
         self.reach = max(len(stop.encode()) for stop in self.stops) + _MARGIN
         self._shows = lru_cache(maxsize=None)(lambda token: bool(self._text([token])))
@@ -55,6 +46,18 @@ class StopStrings:
         # A letter whose bytes are not all there yet is no letter.
         text = self._text(ids[first:]).rstrip("\ufffd")
         return any(stop in text for stop in self.stops)
+
+    def _check_lengths(self, tokens: int) -> None:
+        # A token's name has a letter for each of its text, or for each byte of it; words may come with a space between them.
+        # Special tokens spell nothing.
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        room = tokens * (1 + max((len(name) for name in self.tokenizer.get_vocab() if name not in special), default=0))
+        for index, stop in enumerate(self.stops):
+            if len(stop) > room:
+                raise ValueError(
+                    f"rollout.stop[{index}]: got a text of {len(stop)} letters, expected at most {room}, the most that the "
+                    f"{tokens} tokens of rollout.max_response_tokens can spell"
+                )
 
     def _possible(self, stop: str) -> bool:
         # Between letters too, because some tokenizers drop a space in front of a text.

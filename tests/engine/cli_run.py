@@ -14,14 +14,14 @@ from tests.engine.tiny_models import CONFIGS
 ANSWERS = ["yes", "no", "maybe so", "I do not know"]
 
 
-def new_model(folder, seed=0, family="llama_tied", **changes):
-    """A random model and its tokenizer, as a user would bring them."""
+def new_model(folder, seed=0, family="llama_tied", *, texts=ANSWERS, rows=300, **changes):
+    """A random model of `rows` tokens and a tokenizer trained on `texts`, as a user would bring them."""
     kind, arguments = CONFIGS[family]
     torch.manual_seed(seed)
     special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
-    config = kind(vocab_size=300, **special, **arguments | {"initializer_range": 0.1} | changes)
+    config = kind(vocab_size=rows, **special, **arguments | {"initializer_range": 0.1} | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    train_tokenizer(ANSWERS, 300).save_pretrained(folder)
+    train_tokenizer(texts, 300).save_pretrained(folder)
     return folder
 
 
