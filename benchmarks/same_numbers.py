@@ -25,7 +25,7 @@ ALLOWED = 1e-6
 UNTIMED = ("seconds", "per_second", "_mb")
 """Parts of the names of metrics that depend on the machine."""
 
-WORDS = "yes no maybe so I do not know the sky is blue and grass green".split()
+WORDS = ["yes", "no", "maybe", "so", "I", "do", "not", "know", "the", "sky", "is", "blue", "and", "grass", "green"]
 PPO = (
     "ppo.updates=3",
     "ppo.rollout_batch=16",
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "warmup": ("ppo", ("ppo.value_warmup=1",)),
     "host": ("ppo", ("memory.optimizer_state=host", "memory.gradient_checkpointing=true")),
     "scaled": ("ppo", ("ppo.score_scale=running", "ppo.missing_eos_penalty=1.0", "ppo.whiten_rewards=true")),
-    "minibatch-whitening": ("ppo", ("ppo.whiten_scope=minibatch", "ppo.entropy_coef=0.01", "ppo.aggregation=seq_mean_token_sum")),
+    "whitening": ("ppo", ("ppo.whiten_scope=minibatch", "ppo.entropy_coef=0.01", "ppo.aggregation=seq_mean_token_sum")),
     "penalty": ("ppo", ("rollout.repetition_penalty=1.3", "rollout.stop=['sky']")),
 }  # fmt: skip
 """Name -> command, overrides."""
@@ -73,10 +73,9 @@ def record(folder: Path) -> None:
         settings = {"output_dir": folder / name, **base} if command == "ppo" else {"output_dir": folder / name}
         sets = [f"{key}={value}" for key, value in settings.items()] + [*(PPO if command == "ppo" else ()), *overrides]
         run(command, folder, sets)
-    run("ppo", folder, [f"output_dir={folder / 'resumed'}", f"model.path={folder / 'model'}", f"reward.path={base['reward.path']}"]
-        + [*PPO, "ppo.updates=2"])  # fmt: skip
-    run("ppo", folder, [f"output_dir={folder / 'resumed'}", f"model.path={folder / 'model'}", f"reward.path={base['reward.path']}"]
-        + [*PPO], "--resume")  # fmt: skip
+    again = [f"output_dir={folder / 'resumed'}", *(f"{key}={value}" for key, value in base.items()), *PPO]
+    run("ppo", folder, [*again, "ppo.updates=2"])
+    run("ppo", folder, again, "--resume")
 
 
 def run(command: str, folder: Path, sets: list[str], *flags: str) -> None:
@@ -111,7 +110,9 @@ def make_inputs(folder: Path) -> None:
     answers = [" ".join(WORDS[n : n + 1 + n % 4]) for n in range(8)]
     lines = {
         "demonstrations": [{"prompt": f"{WORDS[n % 5]} q{n}", "response": answers[n % 8]} for n in range(16)],
-        "comparisons": [{"prompt": f"q{n}", "completions": answers[: 3 + n % 4], "ranking": [1 + m for m in range(3 + n % 4)]} for n in range(8)],
+        "comparisons": [
+            {"prompt": f"q{n}", "completions": answers[: 3 + n % 4], "ranking": list(range(1, 4 + n % 4))} for n in range(8)
+        ],
         "prompts": [{"prompt": f"{'so ' * (n % 3)}q{n}", "user_id": f"u{n}", "split": "train"} for n in range(24)],
     }  # fmt: skip
     for name, records in lines.items():

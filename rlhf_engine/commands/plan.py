@@ -33,9 +33,9 @@ def plan(
 ) -> None:
     """Prints the bytes of every item in every phase of `rlhf ppo`, what fits, and what would. Needs no device."""
     quiet()
+    from rlhf_engine.config.memory import byte_count
     from rlhf_engine.memory import MemoryPlan
     from rlhf_engine.memory.table import items_table, strategies_words, verdict, workload_words
-    from rlhf_engine.memory_config import byte_count
     from rlhf_engine.stages.planning import workload_of
 
     if output is not None and output.exists() and not output.is_dir():

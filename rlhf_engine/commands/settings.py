@@ -21,8 +21,8 @@ def show(
     overrides: SetOption = None,
 ) -> None:
     """Prints every field with its docstring, type and default, as YAML that every command reads back."""
-    from rlhf_engine.describe import describe
-    from rlhf_engine.schema import Section, unknown_key_message
+    from rlhf_engine.config.describe import describe
+    from rlhf_engine.config.schema import Section, unknown_key_message
 
     shown, defaults = read_config(config, overrides), read_config(None, None)
     for depth, name in enumerate(section.split(".") if section else []):

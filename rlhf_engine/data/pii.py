@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import phonenumbers
 from stdnum import iban, luhn
 
-from rlhf_engine.hygiene_config import HONORIFICS
+from rlhf_engine.config.hygiene import HONORIFICS
 
 _EMAIL = re.compile(r"(?<![\w.+%-])[\w+%-][\w.+%'-]{0,63}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
 # Two letters and two digits, then anything that could belong to it; how much of it does, the check finds out. The

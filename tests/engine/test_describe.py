@@ -10,7 +10,7 @@ import yaml
 import rlhf_engine
 from rlhf_engine.cli import main
 from rlhf_engine.config import RunConfig, load_config
-from rlhf_engine.describe import field_docs
+from rlhf_engine.config.describe import field_docs
 
 SHIPPED = [Path(rlhf_engine.__path__[0]) / name for name in ("demo/demo.yaml", "examples/one_gpu_7b.yaml")]
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
-from rlhf_engine.describe import describe
-from rlhf_engine.ppo_config import PRESETS
+from rlhf_engine.config.describe import describe
+from rlhf_engine.config.ppo import PRESETS
 from rlhf_engine.train.experience import gradient_discounts
 from rlhf_engine.train.ppo import loss_options
 from rlhf_kernels import gae, ppo_loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_engine.schema import Count, Section, Seed, Share
+from rlhf_engine.config.schema import Count, Section, Seed, Share
 
 _HONORIFICS = (
     "Mr Mrs Ms Miss Mx Dr Prof Professor Rev Reverend Sir Dame Herr Herrn Frau M. Monsieur Madame Mademoiselle Mme Mlle "

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from rlhf_engine.schema import Section
+from rlhf_engine.config.schema import Section
 
 _WIDTH = 120
 

@@ -1,0 +1,56 @@
+"""Settings of `rlhf demo` and `rlhf figure`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf_engine.config.schema import Count, Positive, Section
+from rlhf_engine.config.sft import SFTConfig
+
+
+@dataclass(frozen=True)
+class FigureConfig(Section):
+    """The paper's figure in miniature (`rlhf figure`): every stage at several model sizes."""
+
+    widths: tuple[Count, ...] = (64, 128, 256)
+    """Hidden sizes of the models; the baseline is the SFT model of the last one."""
+    head_size: Count = 32
+    """Width of an attention head; it divides every hidden size."""
+    shots: Count = 3
+    """Demonstrations put in front of a prompt for the prompted base model."""
+    samples: Count = 2
+    """Answers to each test prompt by each model."""
+    prompts: Count | None = None
+    """Answer the first so many test prompts; null answers all."""
+    ptx_coef: Positive = 0.02
+    """ppo.ptx_coef of the PPO-ptx policy; the PPO policy next to it has none. `python -m benchmarks.ptx_coef` chose it."""
+
+    def check(self) -> None:
+        """Attention heads tile the hidden state."""
+        for width in self.widths:
+            if width % self.head_size:
+                raise ValueError(f"widths: got {width}, expected a multiple of head_size {self.head_size}")
+        if not self.widths:
+            raise ValueError("widths: got none, expected at least one")
+
+
+@dataclass(frozen=True)
+class DemoConfig(Section):
+    """The demo's own stages, before SFT and after PPO: a model from nothing, and its examination."""
+
+    vocab_size: Count = 1536
+    """Entries of the byte-level BPE tokenizer."""
+    hidden_size: Count = 256
+    """Width of the Llama-family model."""
+    intermediate_size: Count = 704
+    """Width of its feed-forward layers."""
+    layers: Count = 2
+    """Number of its layers."""
+    heads: Count = 8
+    """Attention heads of a layer."""
+    pretrain: SFTConfig = field(default_factory=SFTConfig)
+    """Language modelling on plain text."""
+    samples: Count = 16
+    """SFT answers to each held-out prompt, among which best-of-n chooses."""
+    opponents: Count = 4
+    """Answers to each held-out prompt by PPO, and by SFT with another seed."""

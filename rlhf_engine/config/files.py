@@ -1,0 +1,109 @@
+"""A config from a YAML file and overrides, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_engine.config.run import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that `1e-5` is a number and not a string, and that a key stands there once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; YAMLError for a key that it has twice, of which the first value would be lost."""
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"got the key {name!r} twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, or the defaults if `path` is None, and apply overrides such as `ppo.optim.lr=1e-5` in order.
+
+    Raises ValueError naming the file and key for YAML that does not parse, an unknown key, a wrong type, a value out
+    of range or an override without `=`.
+    """
+    given = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(given, override)
+    source = ", ".join(filter(None, [str(path or ""), " ".join(overrides)]))
+    try:
+        return RunConfig.from_dict(given)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from None
+
+
+def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in nested dictionaries, without the keys and sections of `leave_out`."""
+    for name, value in tree.items():
+        key = prefix + name
+        if key in leave_out:
+            continue
+        if isinstance(value, dict):
+            yield from flat_settings(value, leave_out, key + ".")
+        else:
+            yield key, value
+
+
+def refuse_overrides(overrides: Sequence[str], decided: Collection[str], who: str) -> None:
+    """ValueError for an override of one of the keys that `who` decides."""
+    for override in overrides:
+        tree: dict[str, Any] = {}
+        _apply_override(tree, override)
+        for key, _ in flat_settings(tree):
+            if key in decided:
+                raise ValueError(f"override {override!r}: {who} decides {key}, expected no value for it")
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write `config` as YAML that `load_config` reads back to an equal config."""
+    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        given = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"{path}: got {type(given).__name__}, expected a mapping of keys to values")
+    return given or {}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: not valid YAML: {_one_line(error)}") from None
+    *parents, name = key.split(".")
+    node = tree
+    for parent in parents:
+        # An unknown section becomes a key that RunConfig refuses by name.
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {parent!r} is not a section")
+        node = child
+    node[name] = value
