@@ -43,7 +43,7 @@ def persistent(w: Workload) -> Items:
     if w.reward is not None:
         items["reward_model"] = _scalar_model(w, w.reward)
     if w.average:
-        # In float32, whatever the weights are (rlhf_engine.train.ema).
+        # In float32, whatever the weights are (rlhf_engine.optim.ema).
         items["average"] = (adapter_numbers(w) if w.adapter else policy.parameters) * FLOAT
     if w.optimizer_state != "host" or w.device == "cpu":
         items |= {"optimizer_state": optimizer_state(w)} | _masters(w)

@@ -7,8 +7,8 @@ import torch
 from rlhf_engine.memory import gradient_bytes
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.optim.offload import StagedAdamW
 from rlhf_engine.rollout import Generator
-from rlhf_engine.train.staged import StagedAdamW
 from rlhf_kernels import head_workspace_bytes
 
 

@@ -17,7 +17,7 @@ from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of,
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.layout import token_cuts
-from rlhf_engine.train.optim import OptimizerState, build_optimizer, optimizer_step
+from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step
 
 Log = Callable[[int, dict[str, float]], None]
 

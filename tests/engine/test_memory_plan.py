@@ -15,12 +15,12 @@ from rlhf_engine.memory.strategies import fitting, smallest
 from rlhf_engine.memory.trunk_bytes import Pass
 from rlhf_engine.model import ActorCritic, frozen_copy, upcast
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.optim.adamw import build_optimizer
+from rlhf_engine.optim.offload import BUCKET_BYTES
 from rlhf_engine.rollout import decoder
 from rlhf_engine.rollout.cache import SlotCache
 from rlhf_engine.rollout.paged import PAGE_SIZE
-from rlhf_engine.train.optim import build_optimizer
 from rlhf_engine.train.reward_model import score_examples
-from rlhf_engine.train.staged import BUCKET_BYTES
 from rlhf_kernels.ops.products import Plan
 from tests.engine.tiny_models import tiny
 

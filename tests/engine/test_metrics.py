@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.metrics import MetricSum, MetricsWriter, peak_rss_mb, read_metrics
-from rlhf_engine.train.optim import build_optimizer, learning_rate, optimizer_step
+from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
+from rlhf_engine.optim.schedule import learning_rate
 
 
 def test_sums_add_and_largest_counts():

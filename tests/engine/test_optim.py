@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.train.optim import build_optimizer, optimizer_step
+from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
 
 
 @pytest.mark.parametrize("form", ["corrected", "raw"])

@@ -10,9 +10,9 @@ from torch import nn
 
 from rlhf_engine.config import MemoryConfig, OptimConfig, load_config
 from rlhf_engine.memory import Arena
-from rlhf_engine.train.optim import build_optimizer, optimizer_step
-from rlhf_engine.train.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from rlhf_engine.train.staged import StagedAdamW, buckets
+from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
+from rlhf_engine.optim.offload import StagedAdamW, buckets
+from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 from tests.engine.tiny_trainer import make_trainer, weights_of
 
 CONFIG = OptimConfig(lr=0.01, weight_decay=0.1)

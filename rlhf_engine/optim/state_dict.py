@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_engine.train.eight_bit import EightBitAdamW
-from rlhf_engine.train.staged import StagedAdamW
+from rlhf_engine.optim.eight_bit import EightBitAdamW
+from rlhf_engine.optim.offload import StagedAdamW
 
 _QUANTISED = ("codes", "scale")
 """What a moment in 8 bits is made of; its table of values is a constant."""

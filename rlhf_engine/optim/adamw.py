@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.train.eight_bit import EightBitAdamW
-from rlhf_engine.train.staged import HALF, StagedAdamW
+from rlhf_engine.optim.eight_bit import EightBitAdamW
+from rlhf_engine.optim.offload import HALF, StagedAdamW
+from rlhf_engine.optim.schedule import learning_rate
 
 OptimizerState = Literal["resident", "host", "8bit"]
 """Where moments live, `MemoryConfig.optimizer_state`."""
@@ -42,21 +43,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
         cuda = torch.cuda if trained[0].is_cuda else None
         return StagedAdamW(groups, host=state == "host", cuda=cuda, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0 is the first) of `total_steps`.
-
-    It climbs linearly over `warmup_steps`, then stays (constant) or falls to `final_lr_share * lr` at the last step
-    along a line or half a cosine. A function of the step alone, so that a resumed run needs no state for it.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return config.lr
-    passed = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
-    left = 1.0 - passed if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
-    return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
 
 
 def optimizer_step(

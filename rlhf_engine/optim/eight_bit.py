@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_engine.train.staged import HALF
+from rlhf_engine.optim.offload import HALF
 
 
 class EightBitAdamW(torch.optim.Optimizer):

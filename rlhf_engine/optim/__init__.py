@@ -1,0 +1,1 @@
+"""Optimizers, their state in host memory or 8 bits, learning rates, and averages of the weights."""
