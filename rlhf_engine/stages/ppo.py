@@ -19,6 +19,9 @@ from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.rewards.functions import text_reward
+from rlhf_engine.rewards.scaling import RewardFunction
+from rlhf_engine.rewards.user_code import import_function
 from rlhf_engine.rollout import EOS, Rollout
 from rlhf_engine.stages.loading import (
     check_records,
@@ -36,11 +39,8 @@ from rlhf_engine.stages.loading import (
 from rlhf_engine.stages.planning import RunPlan, plan_run
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
-from rlhf_engine.train.reward_function import text_reward
 from rlhf_engine.train.reward_model import score_examples
-from rlhf_engine.train.scores import RewardFunction
 from rlhf_engine.train.streams import shuffled_stream
-from rlhf_engine.train.user_code import import_function
 
 _PROMPTS: Form[Tensor] = Form(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 

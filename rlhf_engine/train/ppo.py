@@ -22,12 +22,12 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
 from rlhf_engine.optim.ema import WeightAverage
 from rlhf_engine.optim.offload import StagedAdamW
+from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
 from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, score_rollout, value_rollout
 from rlhf_engine.train.experience import Experience, Scored, advantages
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.ptx import PretrainStream, ptx_backward
 from rlhf_engine.train.room import head_bytes, phase_bytes
-from rlhf_engine.train.scores import RewardFunction, ScoreScale, score_answers
 from rlhf_engine.train.streams import shuffled
 from rlhf_engine.train.trpo import TrustRegionProblem, trpo_step
 from rlhf_kernels import masked_whiten

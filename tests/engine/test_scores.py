@@ -5,7 +5,7 @@ import torch
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import PPOConfig, RunConfig
-from rlhf_engine.train.scores import ScoreScale, score_answers
+from rlhf_engine.rewards.scaling import ScoreScale, score_answers
 from tests.engine.test_ptx import make_stream
 from tests.engine.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
 

@@ -5,9 +5,9 @@ import torch
 
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.evaluate import load_judge
-from rlhf_engine.train.reward_function import text_reward
-from rlhf_engine.train.scores import ScoreScale, score_answers
-from rlhf_engine.train.user_code import ask, import_function
+from rlhf_engine.rewards.functions import text_reward
+from rlhf_engine.rewards.scaling import ScoreScale, score_answers
+from rlhf_engine.rewards.user_code import ask, import_function
 from tests.engine.cli_run import new_model, new_run, rlhf
 from tests.engine.tiny_trainer import SETTINGS, make_trainer
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.rewards.user_code import SampleError
 from rlhf_engine.rollout import Rollout
-from rlhf_engine.train.user_code import SampleError
 
 RewardFunction = Callable[[Rollout], Tensor]
 """Gives one float score for each sequence of a rollout, [B]."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.data import Codec, PlainPrompt
+from rlhf_engine.rewards.scaling import RewardFunction
+from rlhf_engine.rewards.user_code import SampleError, ask, number
 from rlhf_engine.rollout import Rollout
-from rlhf_engine.train.scores import RewardFunction
-from rlhf_engine.train.user_code import SampleError, ask, number
 
 TextReward = Callable[[list[PlainPrompt], list[str]], Sequence[float]]
 """Gives one number for each (prompt, answer)."""

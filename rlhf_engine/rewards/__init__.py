@@ -1,0 +1,1 @@
+"""Scores of responses: reward functions, scaling and penalties, and the calls into user code."""
