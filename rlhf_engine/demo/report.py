@@ -10,8 +10,8 @@ from rlhf_engine.config import RunConfig, save_config
 from rlhf_engine.demo.examine import Answers, Examination
 from rlhf_engine.metrics import peak_rss_mb
 from rlhf_engine.plots import plot_calibration, plot_curves, plot_histograms, plot_win_rates
-from rlhf_engine.train.reward_model import RankingEvaluation
-from rlhf_engine.train.sft import FitReport
+from rlhf_engine.supervised.reward_model import RankingEvaluation
+from rlhf_engine.supervised.sft import FitReport
 
 PPOHistory = list[dict[str, float]]
 

@@ -20,7 +20,7 @@ from rlhf_engine.evaluate.win_rate import score_preferences
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.rewards.user_code import SampleError, ask, import_function, number
-from rlhf_engine.train.reward_model import score_examples
+from rlhf_engine.supervised.reward_model import score_examples
 
 Prompts = Sequence[Prompt]
 Texts = Sequence[str]

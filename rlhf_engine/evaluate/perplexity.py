@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_engine.data import EXAMPLES, Codec, Example, read_texts, stored
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.train.sft import evaluate_nll
+from rlhf_engine.supervised.sft import evaluate_nll
 
 
 def perplexity(actor: ActorCritic, examples: Sequence[Example], *, pad_id: int, batch_size: int = 32) -> float:

@@ -19,7 +19,7 @@ MIN_ROWS."""
 PAGE = 64
 """Tokens of a page of keys and values on a GPU: rlhf_engine.rollout.paged's PAGE_SIZE."""
 SCORE_ROWS = 64
-"""Sequences that the reward model scores at a time: the default of rlhf_engine.train.reward_model.score_examples."""
+"""Sequences that the reward model scores at a time: the default of rlhf_engine.supervised.reward_model.score_examples."""
 BUCKET = 64 * 2**20
 """Bytes of optimiser state that are copied from host memory at a time."""
 CONTEXT = {"cuda": 600 * 2**20, "cpu": 28 * 2**20}

@@ -13,7 +13,7 @@ from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, prefix_of
 from rlhf_engine.stages.loading import Item, check_records, check_room, encode_records, load_model
 from rlhf_engine.stages.ppo import check_attention, pretrain_stream
-from rlhf_engine.train.reward_model import encode_comparison
+from rlhf_engine.supervised.reward_model import encode_comparison
 
 
 def check_rounds(config: RunConfig) -> None:

@@ -37,9 +37,9 @@ from rlhf_engine.stages.loading import (
     truncated,
 )
 from rlhf_engine.stages.planning import RunPlan, plan_run
+from rlhf_engine.supervised.reward_model import score_examples
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
-from rlhf_engine.train.reward_model import score_examples
 from rlhf_engine.train.streams import shuffled_stream
 
 _PROMPTS: Form[Tensor] = Form(Tensor.tolist, lambda row: torch.from_numpy(row).long())

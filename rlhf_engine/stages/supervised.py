@@ -22,14 +22,14 @@ from rlhf_engine.stages.loading import (
     stage_metrics,
     truncated,
 )
-from rlhf_engine.train.reward_model import (
+from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
     RankingEvaluation,
     centre_on_demonstrations,
     encode_comparison,
     fit_reward_model,
 )
-from rlhf_engine.train.sft import FitReport, fit_language_model
+from rlhf_engine.supervised.sft import FitReport, fit_language_model
 
 
 def run_sft(config: RunConfig) -> FitReport:

@@ -12,7 +12,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import checkpoint_layers
 from rlhf_engine.stages.loading import computing
 from rlhf_engine.stages.ppo import make_policy as make_ppo_policy
-from rlhf_engine.train.reward_model import RankedPrompt, fit_reward_model
+from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
 from tests.engine.test_packing import gradients, make_rollout
 from tests.engine.tiny_models import tiny
 

@@ -20,7 +20,7 @@ from rlhf_engine.optim.offload import BUCKET_BYTES
 from rlhf_engine.rollout import decoder
 from rlhf_engine.rollout.cache import SlotCache
 from rlhf_engine.rollout.paged import PAGE_SIZE
-from rlhf_engine.train.reward_model import score_examples
+from rlhf_engine.supervised.reward_model import score_examples
 from rlhf_kernels.ops.products import Plan
 from tests.engine.tiny_models import tiny
 

@@ -8,7 +8,7 @@ import torch
 from rlhf_engine.config import OptimConfig, RewardConfig
 from rlhf_engine.data import Codec, Comparison, Example, rank_batch, train_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.train.reward_model import (
+from rlhf_engine.supervised.reward_model import (
     RankedPrompt,
     centre_on_demonstrations,
     encode_comparison,

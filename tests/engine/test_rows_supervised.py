@@ -13,8 +13,8 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.stages import load_model, run_rm
-from rlhf_engine.train.reward_model import RankedPrompt, evaluate_rankings, ranking_loss, score_examples
-from rlhf_engine.train.sft import evaluate_nll
+from rlhf_engine.supervised.reward_model import RankedPrompt, evaluate_rankings, ranking_loss, score_examples
+from rlhf_engine.supervised.sft import evaluate_nll
 from tests.engine.cli_run import new_model, new_run
 from tests.engine.tiny_models import tiny
 

@@ -10,7 +10,7 @@ from rlhf_engine.config import OptimConfig, SFTConfig
 from rlhf_engine.data import Example, pad_sequences
 from rlhf_engine.evaluate import perplexity
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.train.sft import batch_logprobs, evaluate_nll, fit_language_model
+from rlhf_engine.supervised.sft import batch_logprobs, evaluate_nll, fit_language_model
 from tests.engine.tiny_models import VOCABULARY, tiny
 
 EXAMPLES = [Example((5, 6, 7), (8, 9, 2)), Example((10,), (11, 12, 13, 14, 2)), Example((), (20, 21, 2))]

@@ -31,7 +31,7 @@ from rlhf_engine.evaluate import read_documents
 from rlhf_engine.pipelines.iterate import _prompts_of
 from rlhf_engine.stages.loading import encode_records, split
 from rlhf_engine.stages.ppo import encode_prompts, pretrain_stream
-from rlhf_engine.train.reward_model import RANKED_PROMPTS, encode_comparison
+from rlhf_engine.supervised.reward_model import RANKED_PROMPTS, encode_comparison
 
 WORDS = ["yes", "no", "maybe", "so", "I", "do", "not", "know", "what", "that", "is", "called", "in", "the", "north"]
 

@@ -30,7 +30,7 @@ from rlhf_engine.data import (
 from rlhf_engine.metrics import progress
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step
-from rlhf_engine.train.sft import Log
+from rlhf_engine.supervised.sft import Log
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Training on demonstrations and on rankings."""
