@@ -14,6 +14,7 @@ from rlhf_engine.checkpoint import fingerprint, fingerprint_rows, save_checkpoin
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, Form, PromptRecord, PromptTexts, packed_sequences, read_prompts, stored
+from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.files import recover
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
@@ -40,7 +41,6 @@ from rlhf_engine.stages.planning import RunPlan, plan_run
 from rlhf_engine.supervised.reward_model import score_examples
 from rlhf_engine.train.ppo import PPOTrainer
 from rlhf_engine.train.ptx import PretrainStream
-from rlhf_engine.train.streams import shuffled_stream
 
 _PROMPTS: Form[Tensor] = Form(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 

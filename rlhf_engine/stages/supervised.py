@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Example, Stored, read_comparisons, read_demonstrations, stored
+from rlhf_engine.data.split import split
 from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
@@ -18,7 +19,6 @@ from rlhf_engine.stages.loading import (
     load_model,
     plot,
     save_model,
-    split,
     stage_metrics,
     truncated,
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import MemoryConfig, PPOConfig
+from rlhf_engine.data.streams import shuffled
 from rlhf_engine.memory import AnyArena, PeakMeter, PoolArena, gradients_in, open_arena
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
 from rlhf_engine.model import ActorCritic
@@ -28,7 +29,6 @@ from rlhf_engine.train.experience import Experience, Scored, advantages
 from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.train.ptx import PretrainStream, ptx_backward
 from rlhf_engine.train.room import head_bytes, phase_bytes
-from rlhf_engine.train.streams import shuffled
 from rlhf_engine.train.trpo import TrustRegionProblem, trpo_step
 from rlhf_kernels import masked_whiten
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.train.streams import shuffled_stream
 
 
 class PretrainStream:

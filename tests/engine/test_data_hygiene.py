@@ -13,8 +13,7 @@ import pytest
 from rlhf_engine.cli import main
 from rlhf_engine.config import HygieneConfig, load_config
 from rlhf_engine.data import Codec, Message, read_prompts, train_tokenizer
-from rlhf_engine.data.hygiene import clean_prompts, prefix_key, split_of
-from rlhf_engine.data.kept_index import KeptIndex
+from rlhf_engine.data.hygiene import KeptIndex, clean_prompts, prefix_key, split_of
 
 
 def jsonl(path, rows):

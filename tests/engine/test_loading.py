@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_engine.config import DataConfig, RunConfig
 from rlhf_engine.data import Example
-from rlhf_engine.stages.loading import split
+from rlhf_engine.data.split import split
 
 
 def config_of(seed=0, share=0.1):
