@@ -23,10 +23,10 @@ from rlhf_engine.memory import MemoryPlan, ModelShape
 from rlhf_engine.memory.freeing import return_freed_blocks
 from rlhf_engine.model import frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.ppo.ptx import PretrainStream
+from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rollout import Generator
 from rlhf_engine.stages.ppo import make_policy, reward_function
-from rlhf_engine.train.ppo import PPOTrainer
-from rlhf_engine.train.ptx import PretrainStream
 
 NAME = "memory_plan"
 JOBS = 3

@@ -23,8 +23,8 @@ from benchmarks.harness import Check, Session, Worker, alternate_workers, ratio,
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
 from rlhf_engine.model import ActorCritic, frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rollout import Generator, Rollout
-from rlhf_engine.train.ppo import PPOTrainer
 
 NAME = "ppo_step"
 MODEL = {

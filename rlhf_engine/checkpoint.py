@@ -25,7 +25,7 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
-from rlhf_engine.train.ppo import PPOTrainer
+from rlhf_engine.ppo.trainer import PPOTrainer
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 

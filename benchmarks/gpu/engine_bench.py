@@ -19,8 +19,8 @@ from benchmarks.gpu.bench import Bench, ratio
 from benchmarks.gpu.entries import Entry
 from benchmarks.harness import Worker
 from rlhf_engine.memory.presets import PRESETS
+from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.stages.planning import RunPlan
-from rlhf_engine.train.ppo import PPOTrainer
 
 BATCH = {"prompts": 64, "prompt_tokens": 1024, "response_tokens": 1024, "epochs": 4, "micro_batch": 4}
 TINY = {"prompts": 4, "prompt_tokens": 8, "response_tokens": 6, "epochs": 1, "micro_batch": 2}

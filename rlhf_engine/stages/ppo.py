@@ -20,6 +20,8 @@ from rlhf_engine.metrics import progress
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.ppo.ptx import PretrainStream
+from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rewards.user_code import import_function
@@ -39,8 +41,6 @@ from rlhf_engine.stages.loading import (
 )
 from rlhf_engine.stages.planning import RunPlan, plan_run
 from rlhf_engine.supervised.reward_model import score_examples
-from rlhf_engine.train.ppo import PPOTrainer
-from rlhf_engine.train.ptx import PretrainStream
 
 _PROMPTS: Form[Tensor] = Form(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from rlhf_engine.memory import Arena, PoolArena, gradient_bytes, gradients_in, open_arena
 from rlhf_engine.memory.arena import room_for
-from rlhf_engine.train import ppo
 from rlhf_kernels.workspace import WORKSPACE
 from tests.engine.tiny_trainer import make_trainer, weights_of
 
@@ -217,9 +216,9 @@ def test_an_interrupted_phase_leaves_a_trainer_that_starts_clean(monkeypatch, wh
         "change": ("rlhf_engine.memory.arena", "_trim"),
         "prefill": ("rlhf_engine.rollout.decoder.Decoder", "prefill"),
         "decode": ("rlhf_engine.rollout.decoder.Decoder", "decode"),
-        "reward": ("rlhf_engine.train.ppo", "score_answers"),
-        "backward": ("rlhf_engine.train.ppo", "keep_value_gradients"),
-        "step": ("rlhf_engine.train.ppo", "optimizer_step"),
+        "reward": ("rlhf_engine.ppo.trainer", "score_answers"),
+        "backward": ("rlhf_engine.ppo.trainer", "keep_value_gradients"),
+        "step": ("rlhf_engine.ppo.trainer", "optimizer_step"),
     }[where]
     if where == "backward":
         trainer.config = straight.config = make_trainer(value_warmup=1).config

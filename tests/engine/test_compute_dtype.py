@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_engine.config import RolloutConfig, load_config
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.ppo.trainer import collect
 from rlhf_engine.rollout import Generator, score_rollout
-from rlhf_engine.train.ppo import collect
 from tests.engine.test_packing import gradients, make_rollout
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of

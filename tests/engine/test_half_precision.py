@@ -12,7 +12,6 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.stages import run_ppo, run_sft
 from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
 from rlhf_engine.supervised.sft import fit_language_model
-from rlhf_engine.train import ppo
 from tests.engine.cli_run import new_model, new_run
 from tests.engine.tiny_models import tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of

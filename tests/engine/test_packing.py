@@ -14,9 +14,10 @@ from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.layout import token_cuts
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
+from rlhf_engine.ppo.loss import minibatch_backward
+from rlhf_engine.ppo.trainer import Experience
 from rlhf_engine.rollout import EOS, Rollout, score_rollout, value_rollout
 from rlhf_engine.supervised.sft import _parts, fit_language_model
-from rlhf_engine.train.ppo import Experience, minibatch_backward
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of
 

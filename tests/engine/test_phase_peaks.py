@@ -17,7 +17,7 @@ from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
 from rlhf_engine.metrics import peak_rss_mb, phase_peak_mb, start_phase_peak
 from rlhf_engine.model import ActorCritic, frozen_copy
 from rlhf_engine.rollout import Generator
-from rlhf_engine.train.ppo import PPOTrainer
+from rlhf_engine.ppo.trainer import PPOTrainer
 
 torch.manual_seed(0)
 sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8)

@@ -12,8 +12,8 @@ from torch import nn
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
 from rlhf_engine.config.describe import describe
 from rlhf_engine.config.ppo import PRESETS
-from rlhf_engine.train.experience import gradient_discounts
-from rlhf_engine.train.ppo import loss_options
+from rlhf_engine.ppo.experience import gradient_discounts
+from rlhf_engine.ppo.loss import loss_options
 from rlhf_kernels import gae, ppo_loss
 from tests.engine.tiny_models import VOCABULARY
 from tests.engine.tiny_trainer import make_trainer

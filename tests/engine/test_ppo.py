@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from rlhf_engine.checkpoint import check_settings, load_policy, resume, save_checkpoint
 from rlhf_engine.config import MemoryConfig, ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
 from rlhf_engine.files import with_new_folder
-from rlhf_engine.train.experience import Scored, advantages
-from rlhf_engine.train.ppo import minibatch_backward, score
+from rlhf_engine.ppo.experience import Scored, advantages
+from rlhf_engine.ppo.loss import minibatch_backward
+from rlhf_engine.ppo.trainer import score
 from tests.engine.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlhf_engine.ppo.trainer import score
 from rlhf_engine.rollout import LENGTH, STOP_STRING
-from rlhf_engine.train.ppo import score
 from tests.engine.tiny_trainer import ROLLOUT, make_trainer, target_share
 
 

@@ -9,8 +9,8 @@ from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, RolloutConfig, RunConfig
 from rlhf_engine.config.ppo import TRPOConfig
 from rlhf_engine.model import frozen_copy
-from rlhf_engine.train import trpo
-from rlhf_engine.train.trpo import (
+from rlhf_engine.ppo import trpo
+from rlhf_engine.ppo.trpo import (
     TrustRegionProblem,
     assign,
     conjugate_gradient,

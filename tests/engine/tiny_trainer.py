@@ -4,8 +4,8 @@ import torch
 
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
 from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rollout import Generator
-from rlhf_engine.train.ppo import PPOTrainer
 from tests.engine.tiny_models import VOCABULARY, tiny
 
 ROLLOUT = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16)

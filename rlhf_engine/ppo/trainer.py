@@ -23,14 +23,14 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
 from rlhf_engine.optim.ema import WeightAverage
 from rlhf_engine.optim.offload import StagedAdamW
+from rlhf_engine.ppo.experience import Experience, Scored, advantages
+from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef
+from rlhf_engine.ppo.loss import keep_value_gradients, microbatch_size, minibatch_backward, old_policy_kl
+from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
+from rlhf_engine.ppo.room import head_bytes, phase_bytes
+from rlhf_engine.ppo.trpo import TrustRegionProblem, trpo_step
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
 from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, score_rollout, value_rollout
-from rlhf_engine.train.experience import Experience, Scored, advantages
-from rlhf_engine.train.kl_control import adapted_kl_coef, adapted_old_kl_coef
-from rlhf_engine.train.ptx import PretrainStream, ptx_backward
-from rlhf_engine.train.room import head_bytes, phase_bytes
-from rlhf_engine.train.trpo import TrustRegionProblem, trpo_step
-from rlhf_kernels import masked_whiten
 
 
 def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor, arena: AnyArena) -> Rollout:
@@ -68,84 +68,6 @@ def score(
     # What survives the phase is copied out of it.
     made = (old_logprobs.clone(), old_values.clone(), ref_logprobs.clone())
     return Scored(rollout, scores, raw_scores, *made)
-
-
-def minibatch_backward(
-    policy: ActorCritic,
-    experience: Experience,
-    sequences: Tensor,
-    config: PPOConfig,
-    temperature: float,
-    **changing: float,
-) -> dict[str, Tensor]:
-    """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; returns its metrics.
-
-    The denominators are the minibatch's, so the gradient does not depend on how it is cut. `changing` are coefficients that
-    are not the config's any more.
-    """
-    rollout, totals = experience.rollout, MetricSum()
-    num_tokens, scaled = int(rollout.response_lengths[sequences].sum()), experience.advantages
-    if config.whiten_advantages and config.whiten_scope == "minibatch":
-        scaled = torch.zeros_like(scaled)
-        scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
-    for batch in rollout.batches(sequences, **microbatch_size(config), packed=policy.packs):
-
-        def actions(x: Tensor, source: Tensor = batch.source) -> Tensor:  # (B, T) -> (N,)
-            return x.reshape(-1)[source]
-
-        result = policy(
-            batch.input_ids,
-            batch.rows,
-            batch.ids,
-            actions(experience.old_logprobs),
-            actions(scaled),
-            torch.ones_like(batch.ids, dtype=torch.bool),
-            old_values=actions(experience.old_values),
-            returns=actions(experience.returns),
-            weights=None if experience.weights is None else actions(experience.weights),
-            num_tokens=num_tokens,
-            num_value_tokens=num_tokens,
-            num_sequences=len(sequences),
-            cu_seqlens=batch.cu_seqlens,
-            cu_inputs=batch.cu_inputs,
-            temperature=temperature,
-            **loss_options(config) | changing,
-        )
-        result.loss.backward()
-        totals.add(result.metrics)
-    return totals.total()
-
-
-def microbatch_size(config: PPOConfig) -> dict[str, int | None]:
-    """How much goes through a trunk at a time, as arguments of what cuts a rollout."""
-    return {"microbatch": config.microbatch, "microbatch_tokens": config.microbatch_tokens}
-
-
-def old_policy_kl(policy: ActorCritic, experience: Experience, config: PPOConfig, temperature: float) -> float:
-    """Mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
-    rollout = experience.rollout
-    logprobs, _ = score_rollout(policy, rollout, temperature=temperature, **microbatch_size(config))
-    log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
-    return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
-
-
-def keep_value_gradients(policy: ActorCritic) -> None:
-    """Drop every gradient but the value function's: the optimiser leaves a parameter without one as it is."""
-    values = {id(parameter) for parameter in policy.value_parameters()}
-    for parameter in policy.parameters():
-        if id(parameter) not in values:
-            parameter.grad = None
-
-
-def loss_options(config: PPOConfig) -> dict[str, object]:
-    """The arguments of `linear_ppo_loss` that a config decides."""
-    names = (
-        "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
-        "entropy_coef aggregation"
-    )
-    options = {name: getattr(config, name) for name in names.split()}
-    # TRPO's surrogate; its gradient is not the optimiser's to follow.
-    return options | {"objective": "ratio"} if config.objective == "trpo" else options
 
 
 _NUMBERS = ("updates_done", "optimizer_steps", "kl_coef", "old_kl_coef")

@@ -1,0 +1,1 @@
+"""Proximal policy optimization and the policy gradients under it."""
