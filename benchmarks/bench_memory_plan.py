@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import MB, Check, Row, Session, Worker, alternate_workers, report
 from rlhf_engine.config import RunConfig
-from rlhf_engine.memory import MemoryPlan, ModelShape
-from rlhf_engine.memory.freeing import return_freed_blocks
+from rlhf_engine.memory.malloc import return_freed_blocks
 from rlhf_engine.model import frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.planner import MemoryPlan, ModelShape
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rollout import Generator

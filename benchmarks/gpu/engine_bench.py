@@ -18,7 +18,7 @@ from benchmarks.bench_memory_plan import make_plan, make_trainer
 from benchmarks.gpu.bench import Bench, ratio
 from benchmarks.gpu.entries import Entry
 from benchmarks.harness import Worker
-from rlhf_engine.memory.presets import PRESETS
+from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.stages.planning import RunPlan
 

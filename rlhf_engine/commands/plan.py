@@ -11,7 +11,7 @@ import typer
 from rlhf_engine.commands.options import SetOption, quiet, read_config
 
 if TYPE_CHECKING:
-    from rlhf_engine.memory import Workload
+    from rlhf_engine.planner import Workload
 
 
 def plan(
@@ -34,8 +34,8 @@ def plan(
     """Prints the bytes of every item in every phase of `rlhf ppo`, what fits, and what would. Needs no device."""
     quiet()
     from rlhf_engine.config.memory import byte_count
-    from rlhf_engine.memory import MemoryPlan
-    from rlhf_engine.memory.table import items_table, strategies_words, verdict, workload_words
+    from rlhf_engine.planner import MemoryPlan
+    from rlhf_engine.planner.report import items_table, strategies_words, verdict, workload_words
     from rlhf_engine.stages.planning import workload_of
 
     if output is not None and output.exists() and not output.is_dir():
@@ -57,8 +57,8 @@ def plan(
 def _write(output: Path, whole: object, workloads: list[Workload], *, planned: bool) -> None:
     """plan.json with the plan as it is; plan.png with the plan as it is, and for each budget the fastest that fits it."""
     from rlhf_engine.files import write_json
-    from rlhf_engine.memory.strategies import fitting, smallest
-    from rlhf_engine.memory.table import size
+    from rlhf_engine.planner.report import size
+    from rlhf_engine.planner.strategies import fitting, smallest
     from rlhf_engine.plots import plot_memory
 
     output.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rlhf_engine.memory.arena import refuse_beyond, refuse_outside, room_for
+from rlhf_engine.memory.arena import Arena, refuse_beyond, refuse_outside, room_for
+from rlhf_engine.memory.pool import PoolArena
 
 
 class PoolArena:
@@ -101,3 +102,18 @@ class PoolArena:
                 yield
         finally:
             self._routed = False
+
+
+AnyArena = Arena | PoolArena
+
+
+def open_arena(device: torch.device, sizes: Mapping[str, int], head_bytes: int) -> AnyArena:
+    """An arena on `device` whose phases, by name, take at most `sizes` bytes; ValueError for a device that has none.
+
+    `head_bytes` of them are the fused head's logits, which the allocator of a GPU provides by itself.
+    """
+    if device.type == "cpu":
+        return Arena(sizes, head_bytes=head_bytes)
+    if device.type == "cuda":
+        return PoolArena(sizes, device)
+    raise ValueError(f"device: got {str(device)!r}, expected cpu or cuda: there is no arena on another one")

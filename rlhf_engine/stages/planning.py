@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.files import write_json
-from rlhf_engine.memory import MemoryPlan, ModelShape, UnknownMemoryError, Workload
-from rlhf_engine.memory.freeing import return_freed_blocks
-from rlhf_engine.memory.table import refuse
+from rlhf_engine.memory.malloc import return_freed_blocks
 from rlhf_engine.metrics import resident_mb
+from rlhf_engine.planner import MemoryPlan, ModelShape, UnknownMemoryError, Workload
+from rlhf_engine.planner.report import refuse
 
 PLAN = "plan.json"
 

@@ -8,15 +8,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
-from rlhf_engine.memory.phase_items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
-from rlhf_engine.memory.presets import PRESETS
-from rlhf_engine.memory.strategies import fitting, smallest
-from rlhf_engine.memory.trunk_bytes import Pass
 from rlhf_engine.model import ActorCritic, frozen_copy, upcast
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.adamw import build_optimizer
 from rlhf_engine.optim.offload import BUCKET_BYTES
+from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner.activations import Pass
+from rlhf_engine.planner.items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
+from rlhf_engine.planner.presets import PRESETS
+from rlhf_engine.planner.strategies import fitting, smallest
 from rlhf_engine.rollout import decoder
 from rlhf_engine.rollout.cache import SlotCache
 from rlhf_engine.rollout.paged import PAGE_SIZE

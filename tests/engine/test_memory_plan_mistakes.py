@@ -8,9 +8,9 @@ import pytest
 from transformers import MambaConfig
 
 from rlhf_engine.config import RunConfig, load_config
-from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
-from rlhf_engine.memory.strategies import _tried
-from rlhf_engine.memory.table import refuse
+from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner.report import refuse
+from rlhf_engine.planner.strategies import _tried
 from tests.engine.test_memory_plan import RUN, SMALL
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_engine.config import RunConfig, load_config
-from rlhf_engine.memory import MemoryPlan, ModelShape, Workload
-from rlhf_engine.memory.table import items_table
+from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner.report import items_table
 from rlhf_engine.stages import planning
 from rlhf_engine.stages.planning import RunPlan
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf

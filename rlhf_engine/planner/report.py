@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf_engine.memory.plan import PHASES, MemoryPlan
-from rlhf_engine.memory.strategies import Strategy, fitting, smallest
-from rlhf_engine.memory.workload import Workload
+from rlhf_engine.planner.plan import PHASES, MemoryPlan
+from rlhf_engine.planner.strategies import Strategy, fitting, smallest
+from rlhf_engine.planner.workload import Workload
 
 GIB = 2**30
 _LISTED = 3

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_engine.memory.shape import ModelShape
+from rlhf_engine.planner.model_shape import ModelShape
 
 FLOAT = 4
 """Bytes of float32."""

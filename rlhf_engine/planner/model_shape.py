@@ -14,7 +14,7 @@ from typing import Any, Self
 from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_engine.files import read_json, read_model_config, require
-from rlhf_engine.memory.presets import PRESETS
+from rlhf_engine.planner.presets import PRESETS
 
 _FIELDS = {
     "vocab": ("vocab_size",),

@@ -14,9 +14,9 @@ from itertools import product
 from typing import Any
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.memory.phase_items import kv_cache
-from rlhf_engine.memory.plan import MemoryPlan
-from rlhf_engine.memory.workload import Workload
+from rlhf_engine.planner.items import kv_cache
+from rlhf_engine.planner.plan import MemoryPlan
+from rlhf_engine.planner.workload import Workload
 
 _HALF_SAVES = {"cuda": -0.40, "cpu": 0.30}
 """Share of an update's time that half-precision products add; processors without instructions for them are slower."""

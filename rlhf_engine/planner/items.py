@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 
-from rlhf_engine.memory.shape import ModelShape
-from rlhf_engine.memory.trunk_bytes import FLOAT, IDS, Pass
-from rlhf_engine.memory.workload import Workload
+from rlhf_engine.planner.activations import FLOAT, IDS, Pass
+from rlhf_engine.planner.model_shape import ModelShape
+from rlhf_engine.planner.workload import Workload
 
 Items = dict[str, int]
 

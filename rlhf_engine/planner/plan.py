@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.memory import phase_items
-from rlhf_engine.memory.shape import ModelShape
-from rlhf_engine.memory.workload import Workload
+from rlhf_engine.planner import items as phase_items
+from rlhf_engine.planner.model_shape import ModelShape
+from rlhf_engine.planner.workload import Workload
 
 PHASES = ("generate", "score", "train")
 

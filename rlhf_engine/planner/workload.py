@@ -7,7 +7,7 @@ from typing import Self
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.config.memory import byte_count
-from rlhf_engine.memory.shape import ModelShape, UnknownMemoryError
+from rlhf_engine.planner.model_shape import ModelShape, UnknownMemoryError
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
