@@ -8,6 +8,7 @@ Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from rlhf_engine.model.actor_critic import ActorCritic
 from rlhf_engine.model.heads import HeadTransform, ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.reward_model import RewardModel
@@ -286,3 +288,12 @@ def _trunk_name(model: PreTrainedModel) -> str:
     raise ValueError(
         f"model: found no trunk in {type(model).__name__}; expected a base_model or get_decoder() of its own"
     )
+
+
+def frozen_copy(policy: ActorCritic) -> ActorCritic:
+    """A deep copy of `policy` as it is now, without gradients; costs the weights once more.
+
+    It answers `hidden` and `token_logprobs`; its value head is the policy's and has no use, and a value model is not copied.
+    """
+    left_out = {} if policy.value_model is None else {id(policy.value_model): None}
+    return copy.deepcopy(policy, left_out).requires_grad_(False)
