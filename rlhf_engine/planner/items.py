@@ -14,10 +14,10 @@ from rlhf_engine.planner.workload import Workload
 Items = dict[str, int]
 
 MIN_SLOTS = 16
-"""Rows that a decoding pass has at least, and slots of the cache where attention is eager: rlhf_engine.rollout.decoder's
+"""Rows that a decoding pass has at least, and slots of the cache where attention is eager: rlhf_engine.rollout.decode.slots's
 MIN_ROWS."""
 PAGE = 64
-"""Tokens of a page of keys and values on a GPU: rlhf_engine.rollout.paged's PAGE_SIZE."""
+"""Tokens of a page of keys and values on a GPU: rlhf_engine.rollout.decode.paged's PAGE_SIZE."""
 SCORE_ROWS = 64
 """Sequences that the reward model scores at a time: the default of rlhf_engine.supervised.reward_model.score_examples."""
 BUCKET = 64 * 2**20
@@ -168,13 +168,13 @@ def generate(w: Workload, slots: int, kv_bytes: int) -> dict[str, Items]:
         decoding += 2 * rows * _pages(columns) * PAGE * policy.key_width * FLOAT
     prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
     if w.device == "cpu" and w.compute_bytes == FLOAT:
-        # The head's weight in oneDNN's layout, from the first step to the last (rlhf_engine.rollout.packed).
+        # The head's weight in oneDNN's layout, from the first step to the last (rlhf_engine.rollout.decode.cpu).
         held["packed_head"] = policy.vocab * policy.hidden * FLOAT
     return {"prefill": held | prefill, "decode": held | {"decode_workspace": decoding + logits}}
 
 
 def prompt_width(length: int) -> int:
-    """Columns of a prompt's prefill: rlhf_engine.rollout.decoder's function of the same name."""
+    """Columns of a prompt's prefill: rlhf_engine.rollout.decode.slots's function of the same name."""
     step = MIN_SLOTS
     while step * 4 < length:
         step *= 2

@@ -1,8 +1,8 @@
 """Sampling responses and scoring them again."""
 
 from rlhf_engine.rollout.generator import Generator
+from rlhf_engine.rollout.logprobs import logprob_deviation, score_rollout, value_rollout
 from rlhf_engine.rollout.rollout import Rollout
-from rlhf_engine.rollout.scoring import logprob_deviation, score_rollout, value_rollout
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_REASONS, STOP_STRING, STOP_TOKEN
 
 __all__ = [

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.cache import Allocate, new_memory
-from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width, slot_bytes, slot_step
-from rlhf_engine.rollout.graphs import ladder
-from rlhf_engine.rollout.paged import PAGE_SIZE, PagedDecoder, kv_bytes_of, pages_within
-from rlhf_engine.rollout.record import Record, Running
+from rlhf_engine.rollout.decode.cache import Allocate, new_memory
+from rlhf_engine.rollout.decode.gpu import ladder
+from rlhf_engine.rollout.decode.paged import PAGE_SIZE, PagedDecoder, kv_bytes_of, pages_within
+from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prompt_width, slot_bytes, slot_step
 from rlhf_engine.rollout.rollout import Rollout
+from rlhf_engine.rollout.state import Record, Running
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens, token_logprobs
 

@@ -214,8 +214,8 @@ def test_an_interrupted_phase_leaves_a_trainer_that_starts_clean(monkeypatch, wh
     trainer.arena.poison = True
     owner, name = {
         "change": ("rlhf_engine.memory.arena", "_trim"),
-        "prefill": ("rlhf_engine.rollout.decoder.Decoder", "prefill"),
-        "decode": ("rlhf_engine.rollout.decoder.Decoder", "decode"),
+        "prefill": ("rlhf_engine.rollout.decode.slots.Decoder", "prefill"),
+        "decode": ("rlhf_engine.rollout.decode.slots.Decoder", "decode"),
         "reward": ("rlhf_engine.ppo.trainer", "score_answers"),
         "backward": ("rlhf_engine.ppo.trainer", "keep_value_gradients"),
         "step": ("rlhf_engine.ppo.trainer", "optimizer_step"),

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from rlhf_engine.model.trunk import layers_of
-from rlhf_engine.rollout.compiled import CompiledLayers
+from rlhf_engine.rollout.decode.gpu import CompiledLayers
 from tests.engine.test_paged import check_same, make_generator
 from tests.engine.test_rollout import make_actor, make_prompts
 
@@ -54,7 +54,7 @@ def test_layers_are_themselves_again_after_an_error():
 
 def test_a_limit_that_is_hit_is_no_silence(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr("rlhf_engine.rollout.compiled.LIMIT", 1)
+    monkeypatch.setattr("rlhf_engine.rollout.decode.gpu.LIMIT", 1)
     actor = make_actor("gemma2")
     generator = make_generator(actor)
     compiling(generator, "eager")

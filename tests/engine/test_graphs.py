@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from rlhf_engine.rollout.graphs import WARM_UP, GraphedStep, ladder
+from rlhf_engine.rollout.decode.gpu import WARM_UP, GraphedStep, ladder
 from tests.engine.recorded_graphs import RecordedCuda
 
 

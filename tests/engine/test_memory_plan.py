@@ -17,9 +17,8 @@ from rlhf_engine.planner.activations import Pass
 from rlhf_engine.planner.items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
 from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.planner.strategies import fitting, smallest
-from rlhf_engine.rollout import decoder
-from rlhf_engine.rollout.cache import SlotCache
-from rlhf_engine.rollout.paged import PAGE_SIZE
+from rlhf_engine.rollout.decode.cache import SlotCache
+from rlhf_engine.rollout.decode.paged import PAGE_SIZE
 from rlhf_engine.supervised.reward_model import score_examples
 from rlhf_kernels.ops.products import Plan
 from tests.engine.tiny_models import tiny

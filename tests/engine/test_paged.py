@@ -8,7 +8,7 @@ import torch
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.rollout import Generator
-from rlhf_engine.rollout.paged import PagedDecoder, pages_within, pool_shape
+from rlhf_engine.rollout.decode.paged import PagedDecoder, pages_within, pool_shape
 from rlhf_kernels import sample_tokens
 from tests.engine.recorded_graphs import RecordedCuda
 from tests.engine.test_rollout import ENDS, make_actor, make_prompts, same_sequence

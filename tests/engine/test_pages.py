@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rlhf_engine.rollout.pages import Pages, Sequences
+from rlhf_engine.rollout.decode.pages import Pages, Sequences
 
 
 def test_pages_are_free_when_nobody_holds_them():

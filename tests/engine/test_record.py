@@ -3,7 +3,7 @@
 import torch
 
 from rlhf_engine.config import RolloutConfig
-from rlhf_engine.rollout.record import Record, Running
+from rlhf_engine.rollout.state import Record, Running
 from rlhf_engine.rollout.stopping import EOS, LENGTH
 
 

@@ -6,7 +6,7 @@ import torch
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.rollout import Generator, score_rollout
-from rlhf_engine.rollout.decoder import Decoder, prompt_width
+from rlhf_engine.rollout.decode.slots import Decoder, prompt_width
 from rlhf_kernels import sample_tokens
 from tests.engine.tiny_models import FAMILIES, VOCABULARY, tiny
 

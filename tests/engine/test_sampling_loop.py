@@ -8,8 +8,8 @@ from rlhf_engine.config import RolloutConfig
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import EOS, LENGTH, STOP_STRING, Generator, logprob_deviation
-from rlhf_engine.rollout.decoder import Decoder, prompt_width, slot_bytes
-from rlhf_engine.rollout.packed import PackedHead
+from rlhf_engine.rollout.decode.cpu import PackedHead
+from rlhf_engine.rollout.decode.slots import Decoder, prompt_width, slot_bytes
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens
 from tests.engine.test_rollout import ENDS, make_actor, make_generator, make_prompts, same_sequence

@@ -25,12 +25,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.trunk import attention
-from rlhf_engine.rollout.cache import Allocate, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.compiled import CompiledLayers, why_not
-from rlhf_engine.rollout.decoder import MIN_ROWS, Act, Decoder, prompt_width
-from rlhf_engine.rollout.graphs import GraphedStep, ladder
-from rlhf_engine.rollout.packed import PackedHead
-from rlhf_engine.rollout.pages import Pages, Sequences
+from rlhf_engine.rollout.decode.cache import Allocate, kv_shape, new_memory, same_as
+from rlhf_engine.rollout.decode.cpu import PackedHead
+from rlhf_engine.rollout.decode.gpu import CompiledLayers, GraphedStep, ladder, why_not
+from rlhf_engine.rollout.decode.pages import Pages, Sequences
+from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prompt_width
 from rlhf_kernels import paged_attention
 
 ATTENTION = "rlhf_pages"

@@ -22,9 +22,8 @@ from torch.nn.functional import pad
 
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.cache import Allocate, SlotCache, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.invariant import REPLACED, InvariantLayers
-from rlhf_engine.rollout.packed import PackedHead
+from rlhf_engine.rollout.decode.cache import Allocate, SlotCache, kv_shape, new_memory, same_as
+from rlhf_engine.rollout.decode.cpu import REPLACED, InvariantLayers, PackedHead
 
 MIN_ROWS = 16
 Act = Callable[[Tensor, Tensor, slice], None]

@@ -1,0 +1,1 @@
+"""The trunk as a decoder: one token per sequence and step."""
