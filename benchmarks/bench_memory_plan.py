@@ -25,8 +25,8 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.planner import MemoryPlan, ModelShape
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
+from rlhf_engine.recipes.ppo import make_policy, reward_function
 from rlhf_engine.rollout import Generator
-from rlhf_engine.stages.ppo import make_policy, reward_function
 
 NAME = "memory_plan"
 JOBS = 3

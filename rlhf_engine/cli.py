@@ -121,7 +121,6 @@ app.command()(plan)
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
     quiet()
-    from rlhf_engine import stages
 
     return getattr(stages, stage)(read_config(config, overrides), **options)
 

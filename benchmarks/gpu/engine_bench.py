@@ -20,7 +20,7 @@ from benchmarks.gpu.entries import Entry
 from benchmarks.harness import Worker
 from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.ppo.trainer import PPOTrainer
-from rlhf_engine.stages.planning import RunPlan
+from rlhf_engine.recipes.planning import RunPlan
 
 BATCH = {"prompts": 64, "prompt_tokens": 1024, "response_tokens": 1024, "epochs": 4, "micro_batch": 4}
 TINY = {"prompts": 4, "prompt_tokens": 8, "response_tokens": 6, "epochs": 1, "micro_batch": 2}

@@ -27,7 +27,7 @@ def generate(
 ) -> None:
     """Answers a file of prompts with model.path, sampling as the section rollout says."""
     quiet()
-    from rlhf_engine.pipelines.answers import generate_file
+    from rlhf_engine.recipes.generate import generate_file
 
     short = [f"rollout.temperature={temperature}"] * (temperature is not None) + [f"seed={seed}"] * (seed is not None)
     count, cut = generate_file(read_config(config, [*(overrides or []), *short]), prompts, output, samples, split)
@@ -37,7 +37,7 @@ def generate(
 def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:
     """Win rate of eval.candidate over eval.baseline by eval.judge; writes OUTPUT_DIR/eval."""
     quiet()
-    from rlhf_engine.pipelines.contest import run_eval
+    from rlhf_engine.recipes.evaluate import run_eval
 
     typer.echo(run_eval(read_config(config, overrides))[1])
 
@@ -59,6 +59,6 @@ def figure(
 def iterate(config: ConfigOption, overrides: SetOption = None) -> None:
     """Rounds of generate, rank, reward model and PPO from model.path; does what OUTPUT_DIR does not have yet."""
     quiet()
-    from rlhf_engine.pipelines.iterate import run_iterate
+    from rlhf_engine.recipes.iterate import run_iterate
 
     typer.echo(run_iterate(read_config(config, overrides), typer.echo).table())

@@ -36,7 +36,7 @@ def plan(
     from rlhf_engine.config.memory import byte_count
     from rlhf_engine.planner import MemoryPlan
     from rlhf_engine.planner.report import items_table, strategies_words, verdict, workload_words
-    from rlhf_engine.stages.planning import workload_of
+    from rlhf_engine.recipes.planning import workload_of
 
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"--output: got {output}, a file, expected a folder to write plan.json and plan.png in")

@@ -17,8 +17,8 @@ from rlhf_engine.demo.judge import WEIGHTS, Verdict, judge
 from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.recipes import computing, load_model, load_reward_model, make_generator, reward_function
 from rlhf_engine.rollout import Rollout, score_rollout
-from rlhf_engine.stages import computing, load_model, load_reward_model, make_generator, reward_function
 
 _SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}
 """Added to the run's seed: no answer of the examination shares its random numbers with another policy's or a rollout's."""

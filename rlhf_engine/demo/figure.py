@@ -20,10 +20,10 @@ from rlhf_engine.demo.judge import score
 from rlhf_engine.demo.run import CONFIG, DATA, DECIDED, POSITIONS, make_base, starting_from, with_shipped_data
 from rlhf_engine.evaluate import WinRate, perplexity, read_documents, win_rate
 from rlhf_engine.files import with_new_file, write_json
-from rlhf_engine.pipelines.answers import Answerer, answer_all
-from rlhf_engine.pipelines.steps import Steps
 from rlhf_engine.plots import plot_win_rate_lines
-from rlhf_engine.stages import run_ppo, run_rm, run_sft
+from rlhf_engine.recipes import run_ppo, run_rm, run_sft
+from rlhf_engine.recipes.generate import Answerer, answer_all
+from rlhf_engine.recipes.steps import Steps
 
 QUICK = (
     "figure.widths=[16, 32]",

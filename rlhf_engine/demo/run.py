@@ -16,7 +16,7 @@ from rlhf_engine.data import Codec, Example, read_demonstrations, train_tokenize
 from rlhf_engine.demo.examine import examine
 from rlhf_engine.demo.report import write_report
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.stages import computing, run_ppo, run_rm, run_sft, save_model, stage_metrics
+from rlhf_engine.recipes import computing, run_ppo, run_rm, run_sft, save_model, stage_metrics
 from rlhf_engine.supervised.sft import FitReport, fit_language_model
 
 Result = TypeVar("Result")

@@ -10,8 +10,8 @@ from rlhf_engine.data import Example
 from rlhf_engine.model import ActorCritic, frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import checkpoint_layers
-from rlhf_engine.stages.loading import computing
-from rlhf_engine.stages.ppo import make_policy as make_ppo_policy
+from rlhf_engine.recipes.loading import computing
+from rlhf_engine.recipes.ppo import make_policy as make_ppo_policy
 from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
 from tests.engine.test_packing import gradients, make_rollout
 from tests.engine.tiny_models import tiny

@@ -7,7 +7,7 @@ import pytest
 from rlhf_engine.config import load_config
 from rlhf_engine.data import Message, read_comparisons
 from rlhf_engine.model.pretrained import load_tokenizer
-from rlhf_engine.pipelines.iterate import run_iterate
+from rlhf_engine.recipes.iterate import run_iterate
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf, write_lines
 
 CHAT = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_engine.config import load_config
 from rlhf_engine.data import PromptRecord
-from rlhf_engine.pipelines.answers import Answerer
+from rlhf_engine.recipes.generate import Answerer
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf, write_lines
 
 

@@ -6,11 +6,10 @@ import pytest
 
 from rlhf_engine.config import RunConfig, flat_settings, load_config
 from rlhf_engine.evaluate import RewardJudge, load_judge, rank
-from rlhf_engine.pipelines import iterate
-from rlhf_engine.pipelines.answers import Answers
-from rlhf_engine.pipelines.iterate import READS, run_iterate
-from rlhf_engine.pipelines.steps import is_among
-from rlhf_engine.stages import run_rm
+from rlhf_engine.recipes import iterate, run_rm
+from rlhf_engine.recipes.generate import Answers
+from rlhf_engine.recipes.iterate import READS, run_iterate
+from rlhf_engine.recipes.steps import is_among
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf, write_lines
 
 JUDGE = "def judge(prompts, a, b):\n    return [len(x) for x in a], [len(x) for x in b]\n"

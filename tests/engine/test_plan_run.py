@@ -13,8 +13,8 @@ import pytest
 from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
 from rlhf_engine.planner.report import items_table
-from rlhf_engine.stages import planning
-from rlhf_engine.stages.planning import RunPlan
+from rlhf_engine.recipes import planning
+from rlhf_engine.recipes.planning import RunPlan
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf
 
 BATCH = ("ppo.rollout_batch=40", "ppo.minibatch=2", "ppo.microbatch=1", "rollout.batch_size=40")

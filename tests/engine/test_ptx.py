@@ -8,7 +8,7 @@ from rlhf_engine.config import OptimConfig, RunConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.ppo.loss import minibatch_backward
 from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
-from rlhf_engine.stages.ppo import prompt_stream
+from rlhf_engine.recipes.ppo import prompt_stream
 from tests.engine.test_ppo import make_experience
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of

@@ -12,7 +12,7 @@ from rlhf_engine.data import Example, rank_batch, read_demonstrations
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.stages import load_model, run_rm
+from rlhf_engine.recipes import load_model, run_rm
 from rlhf_engine.supervised.reward_model import RankedPrompt, evaluate_rankings, ranking_loss, score_examples
 from rlhf_engine.supervised.sft import evaluate_nll
 from tests.engine.cli_run import new_model, new_run

@@ -141,6 +141,6 @@ def test_an_interrupted_command_says_so(run, capsys, monkeypatch):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf_engine.stages.run_sft", interrupted)
+    monkeypatch.setattr("rlhf_engine.recipes.run_sft", interrupted)
     code, _, err = rlhf(capsys, "sft", "--config", run / "run.yaml")
     assert code == 130 and err.strip() == "rlhf: interrupted"

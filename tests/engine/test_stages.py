@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_engine.config import load_config
 from rlhf_engine.demo.run import run_demo
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.recipes import load_model, reward_function, rollout_examples
+from rlhf_engine.recipes.ppo import make_policy
 from rlhf_engine.rollout import EOS, LENGTH, Rollout
-from rlhf_engine.stages import load_model, reward_function, rollout_examples
-from rlhf_engine.stages.ppo import make_policy
 from tests.engine.cli_run import ANSWERS, new_model, rlhf
 
 

@@ -29,9 +29,9 @@ from rlhf_engine.data import (
 from rlhf_engine.data.split import split
 from rlhf_engine.data.summary import summarise
 from rlhf_engine.evaluate import read_documents
-from rlhf_engine.pipelines.iterate import _prompts_of
-from rlhf_engine.stages.loading import encode_records
-from rlhf_engine.stages.ppo import encode_prompts, pretrain_stream
+from rlhf_engine.recipes.iterate import _prompts_of
+from rlhf_engine.recipes.loading import encode_records
+from rlhf_engine.recipes.ppo import encode_prompts, pretrain_stream
 from rlhf_engine.supervised.reward_model import RANKED_PROMPTS, encode_comparison
 
 WORDS = ["yes", "no", "maybe", "so", "I", "do", "not", "know", "what", "that", "is", "called", "in", "the", "north"]

@@ -30,9 +30,9 @@ from rlhf_engine.evaluate import (
     write_pairs,
 )
 from rlhf_engine.files import read_json, read_json_lines, with_new_file, with_new_folder, write_json
-from rlhf_engine.pipelines.answers import Answerer, Answers, answer_all
 from rlhf_engine.plots import plot_win_rates
-from rlhf_engine.stages.loading import given
+from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
+from rlhf_engine.recipes.loading import given
 
 BY_HAND = "file"
 """The value of eval.judge that means people, or a program, with a file."""

@@ -1,6 +1,6 @@
 """The three stages of InstructGPT as functions from a config and files to a folder that the next stage can start from."""
 
-from rlhf_engine.stages.loading import (
+from rlhf_engine.recipes.loading import (
     computing,
     load_model,
     load_reward_model,
@@ -8,8 +8,9 @@ from rlhf_engine.stages.loading import (
     save_model,
     stage_metrics,
 )
-from rlhf_engine.stages.ppo import reward_function, rollout_examples, run_ppo
-from rlhf_engine.stages.supervised import run_rm, run_sft
+from rlhf_engine.recipes.ppo import reward_function, rollout_examples, run_ppo
+from rlhf_engine.recipes.reward_model import run_rm
+from rlhf_engine.recipes.sft import run_sft
 
 __all__ = [
     "computing",

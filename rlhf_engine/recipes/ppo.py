@@ -22,11 +22,7 @@ from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
-from rlhf_engine.rewards.functions import text_reward
-from rlhf_engine.rewards.scaling import RewardFunction
-from rlhf_engine.rewards.user_code import import_function
-from rlhf_engine.rollout import EOS, Rollout
-from rlhf_engine.stages.loading import (
+from rlhf_engine.recipes.loading import (
     check_records,
     check_room,
     computing,
@@ -39,7 +35,11 @@ from rlhf_engine.stages.loading import (
     stage_metrics,
     truncated,
 )
-from rlhf_engine.stages.planning import RunPlan, plan_run
+from rlhf_engine.recipes.planning import RunPlan, plan_run
+from rlhf_engine.rewards.functions import text_reward
+from rlhf_engine.rewards.scaling import RewardFunction
+from rlhf_engine.rewards.user_code import import_function
+from rlhf_engine.rollout import EOS, Rollout
 from rlhf_engine.supervised.reward_model import score_examples
 
 _PROMPTS: Form[Tensor] = Form(Tensor.tolist, lambda row: torch.from_numpy(row).long())

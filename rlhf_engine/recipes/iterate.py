@@ -19,12 +19,12 @@ from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_pr
 from rlhf_engine.data.records import prompt_field, prompt_of
 from rlhf_engine.evaluate import WinRate, rank
 from rlhf_engine.files import read_json_lines, with_new_file
-from rlhf_engine.pipelines.answers import Answerer, answer_all
-from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, run_eval
-from rlhf_engine.pipelines.preflight import check_rounds
-from rlhf_engine.pipelines.steps import Steps
 from rlhf_engine.plots import plot_win_rate_lines
-from rlhf_engine.stages import run_ppo, run_rm
+from rlhf_engine.recipes import run_ppo, run_rm
+from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
+from rlhf_engine.recipes.generate import Answerer, answer_all
+from rlhf_engine.recipes.preflight import check_rounds
+from rlhf_engine.recipes.steps import Steps
 
 _MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every")
 _STATE = "state.json"

@@ -10,9 +10,9 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, PromptRecord, read_comparisons, read_demonstrations, read_prompts
 from rlhf_engine.evaluate import read_documents
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.pipelines.contest import BY_HAND, configured_judge, prefix_of
-from rlhf_engine.stages.loading import Item, check_records, check_room, encode_records, load_model
-from rlhf_engine.stages.ppo import check_attention, pretrain_stream
+from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, prefix_of
+from rlhf_engine.recipes.loading import Item, check_records, check_room, encode_records, load_model
+from rlhf_engine.recipes.ppo import check_attention, pretrain_stream
 from rlhf_engine.supervised.reward_model import encode_comparison
 
 

@@ -1,4 +1,4 @@
-"""The first two stages: demonstrations to a fine-tuned model, rankings to a reward model."""
+"""Rankings to a reward model."""
 
 from __future__ import annotations
 
@@ -6,58 +6,27 @@ import dataclasses
 from pathlib import Path
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import EXAMPLES, Codec, Example, Stored, read_comparisons, read_demonstrations, stored
+from rlhf_engine.data import read_comparisons, read_demonstrations, stored
 from rlhf_engine.data.split import split
 from rlhf_engine.files import with_new_folder, write_json
-from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
-from rlhf_engine.stages.loading import (
+from rlhf_engine.recipes.loading import (
     check_records,
     computing,
     encode_records,
     load_model,
     plot,
-    save_model,
     stage_metrics,
     truncated,
 )
+from rlhf_engine.recipes.sft import demonstrations
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
     RankingEvaluation,
-    centre_on_demonstrations,
     encode_comparison,
     fit_reward_model,
 )
-from rlhf_engine.supervised.sft import FitReport, fit_language_model
-
-
-def run_sft(config: RunConfig) -> FitReport:
-    """Demonstrations to a fine-tuned model in `output_dir/sft`."""
-    check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
-    model, codec = load_model(config)
-    train, validation = split(
-        _demonstrations(config, codec),
-        lambda example: example.prompt,
-        config,
-        f"data.demonstrations: {config.data.demonstrations}",
-        "demonstrations",
-    )
-    actor = ActorCritic(model, backend=config.backend, **computing(config))
-    with stage_metrics(config, "sft") as metrics:
-        report = fit_language_model(
-            actor,
-            train,
-            validation,
-            config.sft,
-            pad_id=codec.pad_id,
-            seed=config.seed,
-            optimizer_state=config.memory.optimizer_state,
-            log=metrics.write,
-        )
-    save_model(Path(config.output_dir) / "sft", model, codec, dataclasses.asdict(report) | truncated(codec))
-    plot(config, "sft", "optimiser step")
-    return report
 
 
 def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
@@ -66,7 +35,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     check_records(path, "data.comparisons", read_comparisons)
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
-    examples = _demonstrations(config, codec)
+    examples = demonstrations(config, codec)
     ranked = encode_records(path, read_comparisons(path), lambda comparison: encode_comparison(comparison, codec))
     kept = stored((prompt for prompt in ranked if prompt is not None), RANKED_PROMPTS, config.output_dir)
     train, validation = split(
@@ -88,7 +57,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
             optimizer_state=config.memory.optimizer_state,
             log=metrics.write,
         )
-    shift = centre_on_demonstrations(reward_model, examples, codec.pad_id)
+    shift = centre_ondemonstrations(reward_model, examples, codec.pad_id)
 
     def write(folder: Path) -> None:
         reward_model.save(folder)
@@ -102,8 +71,3 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
     plot(config, "rm", "optimiser step")
     plot_calibration(history[-1].bins, history[-1].accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
     return history
-
-
-def _demonstrations(config: RunConfig, codec: Codec) -> Stored[Example]:
-    path = config.data.demonstrations
-    return stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)
