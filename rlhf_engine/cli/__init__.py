@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_engine.commands import evaluate
-from rlhf_engine.commands.options import ConfigOption, SetOption, quiet, read_config
-from rlhf_engine.commands.plan import plan
-from rlhf_engine.commands.settings import config_app
+from rlhf_engine.cli.config import config_app
+from rlhf_engine.cli.options import ConfigOption, SetOption, quiet, read_config
+from rlhf_engine.cli.plan import plan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
 app.add_typer(config_app, name="config")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_engine.commands.options import SetOption, read_config
+from rlhf_engine.cli.options import SetOption, read_config
 
 config_app = typer.Typer(no_args_is_help=True, help="What can be set, and what a file sets.")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_engine.commands.options import ConfigOption, SetOption, quiet, read_config
+from rlhf_engine.cli.options import ConfigOption, SetOption, quiet, read_config
 
 
 def generate(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_engine.commands.options import SetOption, quiet, read_config
+from rlhf_engine.cli.options import SetOption, quiet, read_config
 
 if TYPE_CHECKING:
     from rlhf_engine.planner import Workload
