@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import address, floats
-from .rows import LogitRows, PpoRows, RowStats, Sequences
+from .launch_args import LogitRows, PpoRows, RowStats, Sequences
 
 
 def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:

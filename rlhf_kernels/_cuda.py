@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import address, floats
-from .rows import LogitRows, PpoRows, RowStats
+from .launch_args import LogitRows, PpoRows, RowStats
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import importlib
 
 import torch  # before _C, see above
 
-from .rows import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows
+from .launch_args import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows
 
 try:
     _C = importlib.import_module("rlhf_kernels._C")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .rows import LogitRows, PpoRows, RowStats, Sequences
+from .launch_args import LogitRows, PpoRows, RowStats, Sequences
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 VARLEN = "varlen"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backend import Kernels
-from rlhf_kernels.rows import (
+from rlhf_kernels.launch_args import (
     KL_ESTIMATORS,
     OBJECTIVES,
     LogitRows,

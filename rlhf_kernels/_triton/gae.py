@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import Sequences
+from ..launch_args import Sequences
 from . import scan
 from .scan import discounts, filled, gae_tile, last_action, load_tile, span, store_tile, tiles_of
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._native import NUM_SUMS
-from ..rows import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
+from ..launch_args import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
 from .math import expm1_minus_x, kl_slope, kl_value, surrogate, value_term
 from .scan import registers
 

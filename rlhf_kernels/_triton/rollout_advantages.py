@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import Sequences
+from ..launch_args import Sequences
 from . import scan
 from .masked import moments, new_parts, statistics_of, store_moments, whiten, whitened
 from .math import K3, kl_value

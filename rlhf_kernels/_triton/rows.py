@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows, RowStats
+from ..launch_args import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows, RowStats
 from .math import EXP2_LOW, LN2, LOG2E, cap_of, factor_of, kl_slope, surrogate, warp, warp_slope
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows import Sequences
+from ..launch_args import Sequences
 
 BOOL = (torch.bool,)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _native
 from .._cpu import accumulate
 from ..backend import Kernels
-from ..rows import LogitRows, PpoRows, RowStats, Transform
+from ..launch_args import LogitRows, PpoRows, RowStats, Transform
 from ..workspace import WORKSPACE
 from .products import Plan, has_products, product
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import kernels, resolve
-from ..rows import KL_ESTIMATORS
+from ..launch_args import KL_ESTIMATORS
 from . import checks
 from .registry import define, dense, refuse
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..backend import Kernels, kernels, resolve
-from ..rows import Transform
+from ..launch_args import Transform
 from ..types import METRICS, PPOLoss
 from . import checks
 from .head import Head, HeadRows, given_pass, head_stats, ppo_pass

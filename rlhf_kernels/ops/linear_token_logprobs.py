@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import kernels, resolve
-from ..rows import RowStats, Transform
+from ..launch_args import RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
 from .head import Head, HeadRows, given_pass, head_stats

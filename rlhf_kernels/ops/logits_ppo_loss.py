@@ -8,7 +8,7 @@ from .. import reference
 from ..backend import resolve
 from ..types import PPOLoss
 from . import checks
-from .one_pass import one_pass_ppo_loss, why_two_passes
+from .fused_logits_loss import one_pass_ppo_loss, why_two_passes
 from .ppo_arguments import PPOArguments
 from .ppo_loss import fused_ppo_loss
 from .token_logprobs import check_logits, fused_token_logprobs

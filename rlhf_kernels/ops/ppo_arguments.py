@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
-from ..rows import KL_ESTIMATORS, OBJECTIVES
+from ..launch_args import KL_ESTIMATORS, OBJECTIVES
 from . import checks
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Kernels
-from ..rows import PpoRows, PpoScalars, Sequences
+from ..launch_args import PpoRows, PpoScalars, Sequences
 from ..types import METRICS, PPOLoss
 from .ppo_arguments import PPOArguments
 

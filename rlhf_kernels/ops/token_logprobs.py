@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..backend import kernels, resolve
-from ..rows import LogitRows, RowStats, Transform
+from ..launch_args import LogitRows, RowStats, Transform
 from ..types import TokenLogprobs
 from . import checks
 from .ppo_terms import flat

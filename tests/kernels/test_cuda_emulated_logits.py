@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from rlhf_kernels import _cpu, _cuda, _native, logits_ppo_loss, reference
-from rlhf_kernels.ops import one_pass
+from rlhf_kernels.launch_args import LogitRows, RowStats, Transform
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import Terms
-from rlhf_kernels.rows import LogitRows, RowStats, Transform
 
 from . import cuda_emulator
 from .bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene

@@ -8,7 +8,7 @@ import torch
 from rlhf_kernels import gae, reference
 from rlhf_kernels._triton import scan
 from rlhf_kernels.backend import kernels
-from rlhf_kernels.rows import Sequences
+from rlhf_kernels.launch_args import Sequences
 
 from .bounds import check_error
 from .gpu import DEVICE, to_device

@@ -8,9 +8,9 @@ import torch
 from rlhf_kernels import METRICS, _native, ppo_loss, reference
 from rlhf_kernels._triton.ppo_loss import _add_up
 from rlhf_kernels.backend import kernels
+from rlhf_kernels.launch_args import Sequences
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import Terms
-from rlhf_kernels.rows import Sequences
 
 from .bounds import check_error
 from .gpu import DEVICE, to_device

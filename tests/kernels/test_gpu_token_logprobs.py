@@ -9,8 +9,8 @@ import torch
 from rlhf_kernels import reference, token_logprobs
 from rlhf_kernels._triton import compaction
 from rlhf_kernels.backend import kernels
+from rlhf_kernels.launch_args import LogitRows, PpoRows, PpoScalars, RowStats, Transform
 from rlhf_kernels.ops.head import front_of
-from rlhf_kernels.rows import LogitRows, PpoRows, PpoScalars, RowStats, Transform
 
 from .bounds import TEMPERATURES, check_error, check_softcap_slope, check_temperature_costs_nothing, temperature_scene
 from .gpu import DEVICE, to_device

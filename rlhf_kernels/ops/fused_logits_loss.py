@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import kernels
-from ..rows import LogitRows, RowStats, Transform
+from ..launch_args import LogitRows, RowStats, Transform
 from ..types import METRICS, PPOLoss
 from . import checks
 from .ppo_arguments import PPOArguments
