@@ -22,7 +22,7 @@ RLHF_HD Factor factor_of(const LogitTransform& t, int64_t row) {
 }
 
 template <bool CAP>
-RLHF_HD vf warp(vf u, const Factor& f) {
+RLHF_HD vf capped_logit(vf u, const Factor& f) {
     return CAP ? rounded(f.softcap * vtanh(rounded(u * f.inner))) : u;
 }
 
@@ -37,10 +37,10 @@ struct Stats {
 };
 
 // Reads the row once, block by block against a running maximum; the sums are double, their order is fixed. A block is small
-// enough to be in L1 when its exponentials are taken; warped, it is kept as floats, because tanh is dearer than a store.
+// enough to be in L1 when its exponentials are taken; capped, it is kept as floats, because tanh is dearer than a store.
 template <bool CAP, class T>
 RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) {
-    alignas(64) float warped[CAP ? kBlock : W];
+    alignas(64) float capped[CAP ? kBlock : W];
     double sum = 0, weighted = 0;  // of e^t and t e^t, t = (w - shift) * factor
     float shift = -kInf;
     for (int64_t start = 0; start < vocab; start += kBlock) {
@@ -51,9 +51,9 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
         vf top = splat(-kInf), top2 = top;
         if (CAP) {
             for (int i = 0; i < n; i += W) {
-                store(warped + i, warp<CAP>(raw(i), f));
-                for (int lane = n - i; lane < W; lane++) warped[i + lane] = -kInf;  // tanh made -softcap of the filler
-                top = vmax(load(warped + i), top);
+                store(capped + i, capped_logit<CAP>(raw(i), f));
+                for (int lane = n - i; lane < W; lane++) capped[i + lane] = -kInf;  // tanh made -softcap of the filler
+                top = vmax(load(capped + i), top);
             }
         } else {
             int i = 0;
@@ -79,17 +79,17 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
             s += e;
             z += e * vmax(splat(kExpLow), t);  // 0 * -inf must be 0
         };
-        auto at = [&](int i) { return CAP ? load(warped + i) : raw(i); };
+        auto at = [&](int i) { return CAP ? load(capped + i) : raw(i); };
         int i = 0;
         for (; i + 2 * W <= whole; i += 2 * W) {
-            add(CAP ? load(warped + i) : load(u + start + i), s0, z0);
-            add(CAP ? load(warped + i + W) : load(u + start + i + W), s1, z1);
+            add(CAP ? load(capped + i) : load(u + start + i), s0, z0);
+            add(CAP ? load(capped + i + W) : load(u + start + i + W), s1, z1);
         }
         for (; i < n; i += W) add(at(i), s0, z0);
         sum += hsum(s0 + s1);
         weighted += hsum(z0 + z1);
     }
-    const float taken = id >= 0 && id < vocab ? warp<CAP>(splat(to_float(u[id])), f)[0] : kNaN;
+    const float taken = id >= 0 && id < vocab ? capped_logit<CAP>(splat(to_float(u[id])), f)[0] : kNaN;
     const double log_sum = log(sum), mean = weighted / sum;
     const double logprob = taken_logprob(double(taken) - double(shift), f.exact, f.factor, log_sum, mean);
     return {float(logprob), float(log_sum - mean), shift, float(1 / sum)};
@@ -101,7 +101,7 @@ RLHF_HD void row_gradient(const T* u, T* out, int64_t vocab, int64_t id, const F
     const float level = ENTROPY ? float(double(s.entropy) + log(double(s.inv_sum))) : 0.f;  // log p + H = t + level
     const float before = id >= 0 && id < vocab ? to_float(u[id]) : kNaN;
     auto at = [&](vf x, bool taken) {
-        const vf w = warp<CAP>(x, f);
+        const vf w = capped_logit<CAP>(x, f);
         const vf t = (w - s.shift) * f.factor;
         const vf p = vexp(t) * s.inv_sum;  // not exp(t - log_sum): large p come out of small t, exactly
         vf dz = -g * p;

@@ -57,12 +57,12 @@ __device__ __forceinline__ RowSum read_part(const Row<T>& row, const Part& p, ui
             float w[kPack<T>];
             unpack(v[k], w, T());
 #pragma unroll
-            for (int i = 0; i < kPack<T>; i++) w[i] = warp<CAP>(w[i], f);
+            for (int i = 0; i < kPack<T>; i++) w[i] = capped_logit<CAP>(w[i], f);
             add(s, w, f);
         }
     }
     if (p.edge >= 0) {
-        const float w[1] = {warp<CAP>(edge, f)};
+        const float w[1] = {capped_logit<CAP>(edge, f)};
         add(s, w, f);
     }
     return s;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kResident) ppo_rows(LogitsPpoArgs a,
         } else if (thread_id() == 0) {
             s = front.mine;  // thread 0's own; nothing has told the other lanes that it is there
         }
-        if (thread_id() == 0) front.gradient = finish_row(a, r, s, warp<CAP>(taken, f), f, first);
+        if (thread_id() == 0) front.gradient = finish_row(a, r, s, capped_logit<CAP>(taken, f), f, first);
     }
     __syncthreads();  // or the gradient's coefficients would be read before they are written
     if (CHIP) cluster_arrive();

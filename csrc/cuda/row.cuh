@@ -103,7 +103,7 @@ static __device__ __forceinline__ Factor factor_of(const LogitTransform& t, int6
 }
 
 template <bool CAP>
-__device__ __forceinline__ float warp(float u, const Factor& f) {
+__device__ __forceinline__ float capped_logit(float u, const Factor& f) {
     return CAP ? rounded_product(f.softcap, tanhf(u * f.inner)) : u;
 }
 
@@ -151,7 +151,7 @@ static __device__ __forceinline__ RowCurve gradient_from(const Factor& f, float 
 // `extra` is added before the softcap's derivative.
 template <bool CAP>
 __device__ __forceinline__ float gradient_at(float u, const Factor& f, const RowCurve& c, bool bends, float extra = 0.f) {
-    const float w = warp<CAP>(u, f), t = (w - c.shift) * f.binary, e = fast_exp2(t);
+    const float w = capped_logit<CAP>(u, f), t = (w - c.shift) * f.binary, e = fast_exp2(t);
     const float y = e * (bends ? c.slope + c.bend * fmaxf(kLowest, t) : c.slope) + extra;
     if (!CAP) return y;
     return y * tanh_slope(fast_exp2(-2.f * float(kLog2e) * fabsf(u * f.inner)));

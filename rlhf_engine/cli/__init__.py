@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_engine.cli import evaluate
 from rlhf_engine.cli.config import config_app
 from rlhf_engine.cli.options import ConfigOption, SetOption, quiet, read_config
 from rlhf_engine.cli.plan import plan
@@ -120,8 +121,9 @@ app.command()(plan)
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
     quiet()
+    from rlhf_engine import recipes
 
-    return getattr(stages, stage)(read_config(config, overrides), **options)
+    return getattr(recipes, stage)(read_config(config, overrides), **options)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,10 +10,10 @@ from rlhf_engine.data.batching import (
     rank_batch,
 )
 from rlhf_engine.data.loading import read_comparisons, read_demonstrations, read_prompts, read_texts
-from rlhf_engine.data.pretraining import packed_sequences
+from rlhf_engine.data.pretraining import token_rows
 from rlhf_engine.data.prompt_texts import PlainPrompt, PromptTexts
 from rlhf_engine.data.records import Comparison, Demonstration, Message, PretrainingText, PromptRecord, parse_ranking
-from rlhf_engine.data.stored import EXAMPLES, Form, Selection, Stored, stored
+from rlhf_engine.data.stored import EXAMPLES, RecordCodec, Selection, Stored, stored
 from rlhf_engine.data.tokenize import Codec, train_tokenizer
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "Comparison",
     "Demonstration",
     "Example",
-    "Form",
     "LanguageBatch",
     "Message",
     "PlainPrompt",
@@ -30,11 +29,11 @@ __all__ = [
     "PromptRecord",
     "PromptTexts",
     "RankedBatch",
+    "RecordCodec",
     "Selection",
     "Stored",
     "length_batches",
     "lengths_of",
-    "packed_sequences",
     "pad_sequences",
     "parse_ranking",
     "rank_batch",
@@ -43,5 +42,6 @@ __all__ = [
     "read_prompts",
     "read_texts",
     "stored",
+    "token_rows",
     "train_tokenizer",
 ]

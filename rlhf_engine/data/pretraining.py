@@ -20,7 +20,7 @@ _BATCH, _CHARACTERS = 1024, 2**22
 Python integers at a time."""
 
 
-def packed_sequences(path: str | Path, codec: Codec, length: int, near: str | Path) -> Tensor:  # (M, length), int32
+def token_rows(path: str | Path, codec: Codec, length: int, near: str | Path) -> Tensor:  # (M, length), int32
     """Rows of token ids from the documents of `read_texts`; what does not fill the last row is left out.
 
     They are a map of a temporary file on the disk of `near`.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import Selection
+from rlhf_engine.data.stored import Selection
+
+Made = TypeVar("Made")
 
 
 def split(

@@ -22,12 +22,12 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Form(Generic[Made]):
+class RecordCodec(Generic[Made]):
     """How a record becomes numbers and a record again."""
 
-    pack: Callable[[Made], Sequence[int]]
+    encode: Callable[[Made], Sequence[int]]
     """Numbers that fit 32 bits."""
-    unpack: Callable[[NDArray[np.int32]], Made]
+    decode: Callable[[NDArray[np.int32]], Made]
     """The record of these numbers."""
 
 
@@ -36,7 +36,9 @@ def _example(row: NDArray[np.int32]) -> Example:
     return Example(tuple(ids[:count]), tuple(ids[count:]))
 
 
-EXAMPLES: Form[Example] = Form(lambda example: (len(example.prompt), *example.prompt, *example.response), _example)
+EXAMPLES: RecordCodec[Example] = RecordCodec(
+    lambda example: (len(example.prompt), *example.prompt, *example.response), _example
+)
 """Prompts with their responses."""
 
 
@@ -60,9 +62,9 @@ class Stored(Records[Made]):
         self,
         numbers: NDArray[np.int32],  # (all numbers,)
         ends: NDArray[np.int64],  # (records,)
-        unpack: Callable[[NDArray[np.int32]], Made],
+        decode: Callable[[NDArray[np.int32]], Made],
     ) -> None:
-        self.numbers, self.ends, self.unpack = numbers, ends, unpack
+        self.numbers, self.ends, self.decode = numbers, ends, decode
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -70,7 +72,7 @@ class Stored(Records[Made]):
     def record(self, number: int) -> Made:
         """Record `number`, read from the file."""
         start = self.ends[number - 1] if number else 0
-        return self.unpack(self.numbers[start : self.ends[number]])
+        return self.decode(self.numbers[start : self.ends[number]])
 
 
 class Selection(Records[Made]):
@@ -87,20 +89,20 @@ class Selection(Records[Made]):
         return self.items[int(self.numbers[number])]
 
 
-def stored(records: Iterable[Made], form: Form[Made], near: str | Path) -> Stored[Made]:
+def stored(records: Iterable[Made], codec: RecordCodec[Made], near: str | Path) -> Stored[Made]:
     """All of `records`, taken one at a time and kept in a file (see `mapped`)."""
     ends, total = array("q"), 0
 
     def rows() -> Iterator[NDArray[np.int32]]:
         nonlocal total
         for record in records:
-            row = np.array(form.pack(record), dtype=np.int32)
+            row = np.array(codec.encode(record), dtype=np.int32)
             total += len(row)
             ends.append(total)
             yield row
 
     numbers = mapped(rows(), near)
-    return Stored(numbers, np.frombuffer(ends, dtype=np.int64), form.unpack)
+    return Stored(numbers, np.frombuffer(ends, dtype=np.int64), codec.decode)
 
 
 def mapped(blocks: Iterable[NDArray[np.int32]], near: str | Path) -> NDArray[np.int32]:

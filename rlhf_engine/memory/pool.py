@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.memory.arena import Arena, refuse_beyond, refuse_outside, room_for
-from rlhf_engine.memory.pool import PoolArena
 
 
 class PoolArena:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from rlhf_engine.model.actor_critic import ActorCritic
 from rlhf_engine.model.heads import HeadTransform, ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.reward_model import RewardModel

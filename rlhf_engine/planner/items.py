@@ -169,7 +169,7 @@ def generate(w: Workload, slots: int, kv_bytes: int) -> dict[str, Items]:
     prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
     if w.device == "cpu" and w.compute_bytes == FLOAT:
         # The head's weight in oneDNN's layout, from the first step to the last (rlhf_engine.rollout.decode.cpu).
-        held["packed_head"] = policy.vocab * policy.hidden * FLOAT
+        held["reordered_head"] = policy.vocab * policy.hidden * FLOAT
     return {"prefill": held | prefill, "decode": held | {"decode_workspace": decoding + logits}}
 
 

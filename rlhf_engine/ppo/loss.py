@@ -9,7 +9,7 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.metrics import MetricSum
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.ppo.experience import Experience
-from rlhf_engine.rollout import score_rollout
+from rlhf_engine.rollout import rollout_logprobs
 from rlhf_kernels import masked_whiten
 
 
@@ -67,7 +67,7 @@ def microbatch_size(config: PPOConfig) -> dict[str, int | None]:
 def old_policy_kl(policy: ActorCritic, experience: Experience, config: PPOConfig, temperature: float) -> float:
     """Mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
     rollout = experience.rollout
-    logprobs, _ = score_rollout(policy, rollout, temperature=temperature, **microbatch_size(config))
+    logprobs, _ = rollout_logprobs(policy, rollout, temperature=temperature, **microbatch_size(config))
     log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
     return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
 

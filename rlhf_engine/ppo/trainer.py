@@ -30,7 +30,7 @@ from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
 from rlhf_engine.ppo.room import head_bytes, phase_bytes
 from rlhf_engine.ppo.trpo import TrustRegionProblem, trpo_step
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
-from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, score_rollout, value_rollout
+from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, rollout_logprobs, rollout_values
 
 
 def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor, arena: AnyArena) -> Rollout:
@@ -57,12 +57,12 @@ def score(
     rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
     size = microbatch_size(config)
     with transients():
-        ref_logprobs, _ = score_rollout(reference, rollout, temperature=temperature, **size)
+        ref_logprobs, _ = rollout_logprobs(reference, rollout, temperature=temperature, **size)
         old_logprobs, old_values = rollout.logprobs, rollout.values
         if config.old_logprobs == "rescored":
-            old_logprobs, old_values = score_rollout(policy, rollout, temperature=temperature, values=True, **size)
+            old_logprobs, old_values = rollout_logprobs(policy, rollout, temperature=temperature, values=True, **size)
         elif policy.value_model is not None:
-            old_values = value_rollout(policy, rollout, **size)
+            old_values = rollout_values(policy, rollout, **size)
         if config.baseline == "none":
             old_values = torch.zeros_like(old_values)
     # What survives the phase is copied out of it.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf_engine.checkpoint import fingerprint, fingerprint_rows, save_checkpoint
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import Codec, Example, Form, PromptRecord, PromptTexts, packed_sequences, read_prompts, stored
+from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCodec, read_prompts, stored, token_rows
 from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.files import recover
 from rlhf_engine.metrics import progress
@@ -42,7 +42,7 @@ from rlhf_engine.rewards.user_code import import_function
 from rlhf_engine.rollout import EOS, Rollout
 from rlhf_engine.supervised.reward_model import score_examples
 
-_PROMPTS: Form[Tensor] = Form(Tensor.tolist, lambda row: torch.from_numpy(row).long())
+_PROMPTS: RecordCodec[Tensor] = RecordCodec(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 
 
 def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]]:
@@ -185,7 +185,7 @@ def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
     path = given(config.data.pretrain, "data.pretrain")
     length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     try:
-        return PretrainStream(packed_sequences(path, codec, length, config.output_dir), config.seed)
+        return PretrainStream(token_rows(path, codec, length, config.output_dir), config.seed)
     except ValueError as error:
         raise ValueError(f"data.pretrain: {error}") from None
 

@@ -24,6 +24,7 @@ from rlhf_engine.recipes.sft import demonstrations
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
     RankingEvaluation,
+    centre_on_demonstrations,
     encode_comparison,
     fit_reward_model,
 )
@@ -57,7 +58,7 @@ def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
             optimizer_state=config.memory.optimizer_state,
             log=metrics.write,
         )
-    shift = centre_ondemonstrations(reward_model, examples, codec.pad_id)
+    shift = centre_on_demonstrations(reward_model, examples, codec.pad_id)
 
     def write(folder: Path) -> None:
         reward_model.save(folder)

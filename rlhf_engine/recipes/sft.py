@@ -1,4 +1,4 @@
-"""The first two stages: demonstrations to a fine-tuned model, rankings to a reward model."""
+"""Demonstrations to a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ def run_sft(config: RunConfig) -> FitReport:
 
 def demonstrations(config: RunConfig, codec: Codec) -> Stored[Example]:
     path = config.data.demonstrations
-    return stored(encode_records(path, readdemonstrations(path), codec.example), EXAMPLES, config.output_dir)
+    return stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)

@@ -21,7 +21,7 @@ class SampleError(ValueError):
         self.row = row
 
 
-class Telling:
+class user_code_errors:
     """Turns whatever is raised inside into a ValueError that begins with `what`.
 
     A context manager, because what a stranger's code may raise cannot be listed.
@@ -65,13 +65,13 @@ def ask(function: Callable[..., Any], columns: Sequence[list[Any]], samples: str
     """
     size = len(columns[0])
     try:
-        with Telling(samples, 0 if size == 1 else None):
+        with user_code_errors(samples, 0 if size == 1 else None):
             return _plain(function(*columns))
     except SampleError:
         raise
     except ValueError:
         for row in range(size):
-            with Telling(samples, row):
+            with user_code_errors(samples, row):
                 _plain(function(*([column[row]] for column in columns)))
         raise
 
@@ -100,7 +100,7 @@ def _plain(said: Any) -> Any:
 def _module(place: str, key: str) -> ModuleType:
     if not place.endswith(".py"):
         try:
-            with Telling(f"{key}: {place}"):
+            with user_code_errors(f"{key}: {place}"):
                 return importlib.import_module(place)
         except ValueError as error:
             if isinstance(error.__cause__, ModuleNotFoundError):
@@ -116,6 +116,6 @@ def _module(place: str, key: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    with Telling(f"{key}: {path}"):
+    with user_code_errors(f"{key}: {path}"):
         spec.loader.exec_module(module)
     return module

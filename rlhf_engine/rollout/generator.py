@@ -17,7 +17,7 @@ from rlhf_engine.rollout.decode.gpu import ladder
 from rlhf_engine.rollout.decode.paged import PAGE_SIZE, PagedDecoder, kv_bytes_of, pages_within
 from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prompt_width, slot_bytes, slot_step
 from rlhf_engine.rollout.rollout import Rollout
-from rlhf_engine.rollout.state import Record, Running
+from rlhf_engine.rollout.state import ActiveSlots, RolloutState
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens, token_logprobs
 
@@ -58,7 +58,7 @@ class Generator:
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.slots = config.batch_size
         self.paged: PagedDecoder | None = None
-        self._state: tuple[object, tuple[Record, Running, Act]] | None = None
+        self._state: tuple[object, tuple[RolloutState, ActiveSlots, Act]] | None = None
         if config.cache == "paged" or (config.cache == "auto" and policy.device.type == "cuda"):
             pages = None if kv_bytes is None else self._pages_within(kv_bytes)
             self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages, compiles=config.compile)
@@ -139,12 +139,12 @@ class Generator:
                     on_finished(ended)
         return record.rollout()
 
-    def _state_for(self, decoder: Decoder, prompts: int) -> tuple[Record, Running, Act]:
+    def _state_for(self, decoder: Decoder, prompts: int) -> tuple[RolloutState, ActiveSlots, Act]:
         """Where sampling keeps its books; the last rollout's, where they have room for these prompts, for graphs' sake."""
         shape = (ladder(decoder.slots, MIN_ROWS), self.config)
         known, state = self._state or (None, None)
         if known != shape or state[0].most < prompts:
-            record = Record(
+            record = RolloutState(
                 prompts,
                 shape[0],
                 self.columns,
@@ -154,12 +154,12 @@ class Generator:
                 stop_token_id=self.stop_token_id,
                 stops=self.stops,
             )
-            running = Running.of(shape[0], prompts, self.policy.device)
+            running = ActiveSlots.of(shape[0], prompts, self.policy.device)
             state = record, running, partial(self._act, record, running)
             self._state = shape, state
         return state
 
-    def _admit(self, decoder: Decoder, running: Running, prompts: list[Tensor], rows: list[int]) -> Tensor:
+    def _admit(self, decoder: Decoder, running: ActiveSlots, prompts: list[Tensor], rows: list[int]) -> Tensor:
         first, new = running.count, slice(running.count, running.count + len(rows))
         hidden = decoder.prefill([prompts[row] for row in rows], first)
         running.row[new] = torch.tensor(rows, device=hidden.device)
@@ -170,8 +170,8 @@ class Generator:
 
     def _act(
         self,
-        record: Record,
-        running: Running,
+        record: RolloutState,
+        running: ActiveSlots,
         hidden: Tensor,  # (rows, H), rows >= N
         logits: Tensor,  # (rows, V)
         here: slice,
@@ -264,7 +264,7 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V)
     return logits.scatter(1, seen, torch.where(z > 0, z / penalty, z * penalty))
 
 
-def _make_room(decoder: Decoder, record: Record, running: Running, waiting: list[int]) -> None:
+def _make_room(decoder: Decoder, record: RolloutState, running: ActiveSlots, waiting: list[int]) -> None:
     """Sequences that memory runs out for go back to `waiting`. They will say the same again: a number is a counter's."""
     left = decoder.make_room(running.count)
     if left:
@@ -275,7 +275,7 @@ def _make_room(decoder: Decoder, record: Record, running: Running, waiting: list
         _release(decoder, running, leaving, 0)
 
 
-def _release(decoder: Decoder, running: Running, finished: Tensor, first: int) -> None:
+def _release(decoder: Decoder, running: ActiveSlots, finished: Tensor, first: int) -> None:
     """Close the gaps that finished slots leave with the last live slots: each gap costs one slot's copy."""
     live = torch.ones(running.count, dtype=torch.bool, device=finished.device)
     live[first:] = ~finished

@@ -12,7 +12,7 @@ from rlhf_engine.rollout.rollout import Rollout
 
 
 @torch.no_grad()
-def score_rollout(
+def rollout_logprobs(
     model: ActorCritic,
     rollout: Rollout,
     *,
@@ -38,7 +38,7 @@ def score_rollout(
 
 
 @torch.no_grad()
-def value_rollout(
+def rollout_values(
     model: ActorCritic, rollout: Rollout, *, microbatch: int, microbatch_tokens: int | None = None
 ) -> Tensor:  # (B, T)
     """Values of a rollout's states by a value model of its own, float32 and 0 outside the mask."""
@@ -52,8 +52,8 @@ def value_rollout(
 def logprob_deviation(policy: ActorCritic, rollout: Rollout, *, sequences: int, **size: Any) -> float:
     """Largest difference of the first `sequences` sampled log-probs from those of a fresh forward pass by the same policy.
 
-    `size` are the micro-batch and the temperature, as `score_rollout` takes them.
+    `size` are the micro-batch and the temperature, as `rollout_logprobs` takes them.
     """
     checked = rollout.take(torch.arange(min(sequences, len(rollout)), device=rollout.mask.device))
-    fresh, _ = score_rollout(policy, checked, **size)
+    fresh, _ = rollout_logprobs(policy, checked, **size)
     return float((fresh - checked.logprobs).abs().max())

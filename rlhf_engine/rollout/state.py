@@ -18,7 +18,7 @@ from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, STOP_TOKEN, S
 
 
 @dataclass
-class Running:
+class ActiveSlots:
     """The sequences in the first `count` slots. All tensors are (slots,), int64; a graph knows their addresses."""
 
     token: Tensor  # the last token, not yet read by the trunk
@@ -29,7 +29,7 @@ class Running:
     count: int = 0
 
     @classmethod
-    def of(cls, slots: int, nobody: int, device: torch.device) -> Running:
+    def of(cls, slots: int, nobody: int, device: torch.device) -> ActiveSlots:
         return cls(*(torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)), nobody)
 
     def vectors(self) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ class Running:
             self.count = count
 
 
-class Record:
+class RolloutState:
     """Everything said while sampling, by prompt and step, of up to `most` prompts.
 
     Row `most`, nobody's, takes what slots without a sequence say.
@@ -102,7 +102,7 @@ class Record:
                 self.history[row] = prompt[0]
                 self.history[row, : len(prompt)] = prompt
 
-    def streams(self, running: Running, here: slice) -> tuple[Tensor, ...]:
+    def streams(self, running: ActiveSlots, here: slice) -> tuple[Tensor, ...]:
         """What an action depends on beside its state: the numbers of its sequence and step, and ids that are penalised."""
         row, step = running.row[here], running.step[here]
         return self.sequence[row], step, *(() if self.history is None else (self.history[row],))
@@ -113,7 +113,7 @@ class Record:
         logprobs: Tensor,
         sampling_logprobs: Tensor,
         values: Tensor,
-        running: Running,
+        running: ActiveSlots,
         here: slice,
     ) -> None:
         """An action of each of the slots `here`; work on tensors alone."""
@@ -139,7 +139,7 @@ class Record:
             reason.masked_fill_(stopped, STOP_TOKEN)
         return reason.masked_fill((ids[:, None] == self.eos_token_ids).any(1), EOS)
 
-    def count_ended(self, running: Running, first: int) -> int:
+    def count_ended(self, running: ActiveSlots, first: int) -> int:
         """How many sequences the last action of the slots `first` to `running.count` ended. Waits for the device."""
         if self.stops is None:
             return int(self.ended)

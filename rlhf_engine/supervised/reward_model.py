@@ -20,8 +20,8 @@ from rlhf_engine.data import (
     Codec,
     Comparison,
     Example,
-    Form,
     RankedBatch,
+    RecordCodec,
     length_batches,
     lengths_of,
     pad_sequences,
@@ -47,18 +47,18 @@ class RankedPrompt:
         return max(map(len, self.completions))
 
 
-def _pack(ranked: RankedPrompt) -> list[int]:
-    rows = [EXAMPLES.pack(completion) for completion in ranked.completions]
+def _encode(ranked: RankedPrompt) -> list[int]:
+    rows = [EXAMPLES.encode(completion) for completion in ranked.completions]
     return [len(rows), *map(len, rows), *chain(*rows, *ranked.pairs)]
 
 
-def _unpack(row: NDArray[np.int32]) -> RankedPrompt:
+def _decode(row: NDArray[np.int32]) -> RankedPrompt:
     count = int(row[0])
     *rows, pairs = np.split(row[1 + count :], np.cumsum(row[1 : 1 + count]))
-    return RankedPrompt(tuple(map(EXAMPLES.unpack, rows)), tuple(map(tuple, pairs.reshape(-1, 2).tolist())))
+    return RankedPrompt(tuple(map(EXAMPLES.decode, rows)), tuple(map(tuple, pairs.reshape(-1, 2).tolist())))
 
 
-RANKED_PROMPTS: Form[RankedPrompt] = Form(_pack, _unpack)
+RANKED_PROMPTS: RecordCodec[RankedPrompt] = RecordCodec(_encode, _decode)
 """Prompts with their completions and pairs."""
 
 

@@ -38,7 +38,7 @@ def tanh(x):
 
 
 @triton.jit
-def warp(u, softcap, inner, HAS_CAP: tl.constexpr):
+def capped_logit(u, softcap, inner, HAS_CAP: tl.constexpr):
     """w: `softcap * tanh(inner * u)`, or u itself without a softcap; z = w * factor."""
     w = u
     if HAS_CAP:
@@ -69,7 +69,7 @@ def cap_of(softcap, logit_scale, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def warp_slope(u, inner, outer, HAS_CAP: tl.constexpr):
+def capped_logit_slope(u, inner, outer, HAS_CAP: tl.constexpr):
     """dz / du, `outer` where tanh' is 1; `1 - tanh^2` would cancel where tanh is near 1."""
     slope = outer
     if HAS_CAP:

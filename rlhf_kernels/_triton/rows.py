@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_args import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows, RowStats
-from .math import EXP2_LOW, LN2, LOG2E, cap_of, factor_of, kl_slope, surrogate, warp, warp_slope
+from .math import EXP2_LOW, LN2, LOG2E, cap_of, capped_logit, capped_logit_slope, factor_of, kl_slope, surrogate
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
     # The next block is under way while the warps wait for each other in the reductions of this one.
     ahead = _load(u, 0, vocab, float("-inf"), BLOCK)
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
-        w = warp(ahead.to(tl.float32), softcap, inner, HAS_CAP)
+        w = capped_logit(ahead.to(tl.float32), softcap, inner, HAS_CAP)
         ahead = _load(u, start + BLOCK, vocab, float("-inf"), BLOCK)
         if HAS_CAP:
             w = tl.where(start + tl.arange(0, BLOCK) < vocab, w, float("-inf"))  # tanh made -softcap of the filler
@@ -72,7 +72,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
         e = tl.exp2(t)
         total += tl.sum(e, 0)
         weighted += tl.sum(e * tl.maximum(t, EXP2_LOW), 0)  # 0 * -inf must be 0
-    taken = tl.where(id >= 0, warp(taken, softcap, inner, HAS_CAP), float("nan"))
+    taken = tl.where(id >= 0, capped_logit(taken, softcap, inner, HAS_CAP), float("nan"))
     # float64: near 0 the hardware's float32 logarithm has an absolute error of 2^-22.
     log_sum = tl.log(total.to(tl.float64))
     mean = weighted.to(tl.float64) / total * LN2
@@ -101,7 +101,7 @@ def _write_gradient(
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
         cols = start + tl.arange(0, BLOCK)
         raw = ahead.to(tl.float32)
-        w = warp(raw, softcap, inner, HAS_CAP)
+        w = capped_logit(raw, softcap, inner, HAS_CAP)
         ahead = _load(u, start + BLOCK, vocab, 0.0, BLOCK)
         # All warps have read their parts before one of them writes: a narrower `out` lies in bytes that other warps read,
         # and without the barrier those would take gradients for logits.
@@ -112,7 +112,7 @@ def _write_gradient(
         if ENTROPY:
             slope = g + h * (tl.maximum(t, EXP2_LOW) * LN2 + level)
         dz = tl.where(cols == id, g, 0.0) - p * slope
-        du = dz * warp_slope(raw, inner, outer, HAS_CAP)
+        du = dz * capped_logit_slope(raw, inner, outer, HAS_CAP)
         tl.store(out + cols, du.to(out.dtype.element_ty), mask=cols < vocab)
 
 

@@ -8,7 +8,7 @@ from ..launch_args import LogitRows, RowStats, Transform
 from ..types import METRICS, PPOLoss
 from . import checks
 from .ppo_arguments import PPOArguments
-from .ppo_terms import Terms, as_loss, flat
+from .ppo_terms import ObjectiveTerms, as_loss, flat
 from .registry import define, refuse, schema_of
 from .token_logprobs import as_rows, overwritable
 
@@ -36,7 +36,7 @@ def one_pass_ppo_loss(
         float(logit_scale),
         flat(args.old_values),
         flat(args.returns),
-        *Terms.of(args, old_logprobs, advantages, mask).pack(),
+        *ObjectiveTerms.of(args, old_logprobs, advantages, mask).pack(),
     )
     return as_loss(loss, metrics)
 
@@ -81,7 +81,7 @@ def _forward(
     length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     constants = (old_logprobs, advantages, weights, ref_logprobs, row_weight, mask, value_mask, value_row_weight)
-    terms = Terms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
+    terms = ObjectiveTerms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
     stats = RowStats.empty(ids.numel(), ids.device)
     coefficients = torch.empty_like(stats.buffer[:2])
     rows = _rows(logits, ids, terms, temperatures, temperature, softcap, logit_scale)
@@ -101,7 +101,7 @@ def _forward(
     )
 
 
-def _rows(logits, ids, terms: Terms, temperatures, temperature, softcap, logit_scale) -> LogitRows:
+def _rows(logits, ids, terms: ObjectiveTerms, temperatures, temperature, softcap, logit_scale) -> LogitRows:
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     return LogitRows(logits, ids.contiguous(), transform, terms.mask)
 
@@ -158,7 +158,7 @@ def _scaled(logits: Tensor, gradient: Tensor, stats: Tensor, coefficients: Tenso
     if not checks.is_eager(gradient):
         return (gradient.float() * upstream).to(gradient.dtype)
     ids, temperatures, temperature, softcap, logit_scale, _, _, *packed = rest
-    terms = Terms.unpack(*packed)
+    terms = ObjectiveTerms.unpack(*packed)
     rows = _rows(logits, ids, terms, temperatures, temperature, softcap, logit_scale)
     with torch.no_grad():
         kernels("cuda").rescale_dlogits(rows, terms.ppo, RowStats(stats), coefficients, gradient, upstream)

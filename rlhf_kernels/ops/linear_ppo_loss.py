@@ -14,7 +14,7 @@ from . import checks
 from .head import Head, HeadRows, given_pass, head_stats, ppo_pass
 from .linear_token_logprobs import check_head, gradient_dtype, under_autocast
 from .ppo_arguments import PPOArguments
-from .ppo_terms import Terms, as_loss, flat
+from .ppo_terms import ObjectiveTerms, as_loss, flat
 from .products import Plan
 from .registry import define, refuse, schema_of
 
@@ -95,7 +95,7 @@ def linear_ppo_loss(
         check_compact(compact, hidden, chosen),
         flat(args.old_values),
         flat(args.returns),
-        *Terms.of(args, old_logprobs, advantages, mask).pack(),
+        *ObjectiveTerms.of(args, old_logprobs, advantages, mask).pack(),
         chosen,
     )
     return as_loss(loss, metrics)
@@ -155,7 +155,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     constants = (old_logprobs, advantages, weights, ref_logprobs, row_weight, mask, value_mask, value_row_weight)
-    terms = Terms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
+    terms = ObjectiveTerms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     n, launch = len(ids), kernels(backend)
     plan = Plan.of(n, len(weight), hidden.dtype, backend, chunk_tokens, compact)
@@ -180,7 +180,7 @@ def _forward(
     return loss, terms.metrics(sums), *(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
-def _finish_rows(kernels: Kernels, terms: Terms, rows: HeadRows, stats, n: int, values, old_values, returns):
+def _finish_rows(kernels: Kernels, terms: ObjectiveTerms, rows: HeadRows, stats, n: int, values, old_values, returns):
     logprobs, entropy = rows.spread(stats.buffer[:2], n)
     *slopes, sums = terms.sums(kernels, logprobs, entropy, values, old_values, returns)
     return slopes, sums
@@ -200,7 +200,7 @@ def _float_rows(hidden: Tensor, mask: Tensor) -> Iterator[Tensor]:
         yield torch.where(counts[:, None], rows, 0).float()
 
 
-def _value_backward(hidden, weight, slope, d_hidden, terms: Terms, needs):
+def _value_backward(hidden, weight, slope, d_hidden, terms: ObjectiveTerms, needs):
     """Gradients of value weight, value bias and values; the value head's part of `d_hidden` is added to it.
 
     `d_hidden` is divided by the policy's denominator later on, so what it gets here is multiplied by it.

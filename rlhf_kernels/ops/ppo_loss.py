@@ -8,7 +8,7 @@ from ..backend import kernels, resolve
 from ..types import METRICS, PPOLoss
 from . import checks
 from .ppo_arguments import PPOArguments
-from .ppo_terms import Terms, as_loss, flat
+from .ppo_terms import ObjectiveTerms, as_loss, flat
 from .registry import define, refuse, schema_of
 
 
@@ -84,7 +84,7 @@ def ppo_loss(
 
 def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantages, mask, backend: str) -> PPOLoss:
     """The compiled form, for arguments that were checked."""
-    terms = Terms.of(args, old_logprobs, advantages, mask)
+    terms = ObjectiveTerms.of(args, old_logprobs, advantages, mask)
     differentiable = (None if x is None else x.float().reshape(-1) for x in (logprobs, entropy, args.values))
     constants = (flat(args.old_values), flat(args.returns))
     loss, metrics = Fused.apply(*differentiable, *constants, *terms.pack(), backend)
@@ -114,7 +114,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     constants = (old_logprobs, advantages, weights, ref_logprobs, row_weight, mask, value_mask, value_row_weight)
-    terms = Terms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
+    terms = ObjectiveTerms.unpack(*constants, denominators, cu_seqlens, numbers, kinds, num_sequences, length)
     tensors = (None if x is None else x.contiguous() for x in (logprobs, entropy, values, old_values, returns))
     slope, value_slope, sums = terms.sums(kernels(backend), *tensors)
     policy, value = terms.denominators[0], terms.denominators[1]

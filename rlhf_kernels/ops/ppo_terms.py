@@ -71,7 +71,7 @@ def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Terms:
+class ObjectiveTerms:
     """One call's options in the kernels' terms; every tensor flat, (N,)."""
 
     ppo: PpoRows
@@ -84,7 +84,7 @@ class Terms:
     vf_coef: float
 
     @classmethod
-    def of(cls, args: PPOArguments, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> "Terms":
+    def of(cls, args: PPOArguments, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> "ObjectiveTerms":
         sequences = Sequences.of(mask, args.cu_seqlens)
         value_mask = mask if args.value_mask is None else args.value_mask
         alike = value_mask is mask and args.num_value_tokens is args.num_tokens
@@ -118,7 +118,7 @@ class Terms:
         return *tensors, *masks, [*numbers, float(self.vf_coef)], kinds, self.sequences.count, self.sequences.length
 
     @classmethod
-    def unpack(cls, *packed) -> "Terms":
+    def unpack(cls, *packed) -> "ObjectiveTerms":
         *tensors, mask, value_mask, value_row_weight, denominators, cu_seqlens, numbers, kinds, n, length = packed
         objective, kl_estimator, level = kinds.split(",")
         scalars = PpoScalars(objective, kl_estimator, **dict(zip(_NUMBERS, numbers, strict=False)))

@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf_engine.memory import Arena, PoolArena, gradient_bytes, gradients_in, open_arena
 from rlhf_engine.memory.arena import room_for
+from rlhf_engine.ppo import trainer as ppo
 from rlhf_kernels.workspace import WORKSPACE
 from tests.engine.tiny_trainer import make_trainer, weights_of
 

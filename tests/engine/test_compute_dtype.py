@@ -8,7 +8,7 @@ from rlhf_engine.config import RolloutConfig, load_config
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.ppo.trainer import collect
-from rlhf_engine.rollout import Generator, score_rollout
+from rlhf_engine.rollout import Generator, rollout_logprobs
 from tests.engine.test_packing import gradients, make_rollout
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of
@@ -55,7 +55,7 @@ def test_a_forward_pass_without_gradient_leaves_none_out_of_the_next():
     rollout = make_rollout()
     fresh = gradients(make_policy(compute_dtype=BF16), rollout, microbatch=4)
     policy = make_policy(compute_dtype=BF16)
-    score_rollout(policy, rollout, microbatch=4)
+    rollout_logprobs(policy, rollout, microbatch=4)
     with torch.no_grad(), policy.products():
         policy.hidden(rollout.input_ids)
     found = gradients(policy, rollout, microbatch=4)
@@ -83,7 +83,7 @@ def test_sampled_logprobs_are_near_those_of_the_learner():
     stream = torch.Generator().manual_seed(6)
     prompts = [torch.randint(3, VOCABULARY, (length,), generator=stream) for length in (1, 3, 8, 5)]
     rollout = generator.generate(prompts, torch.arange(4))
-    logprobs, values = score_rollout(policy, rollout, microbatch=4, values=True)
+    logprobs, values = rollout_logprobs(policy, rollout, microbatch=4, values=True)
     scale = float(rollout.logprobs.abs().max())
     assert float((logprobs - rollout.logprobs).abs().max()) < 0.02 * scale
     assert float((values - rollout.values).abs().max()) < 0.05 * float(values.abs().max())

@@ -12,7 +12,7 @@ from rlhf_engine.config import load_config
 from rlhf_engine.evaluate import read_preferences, write_pairs
 from rlhf_engine.model.pretrained import load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.recipes import evaluate
+from rlhf_engine.recipes import evaluate as contest
 from rlhf_engine.recipes.evaluate import ask_both
 from tests.engine.cli_run import new_model, new_run, read_lines, rlhf, write_lines
 

@@ -16,11 +16,11 @@ from rlhf_engine.data import (
     Message,
     PretrainingText,
     PromptRecord,
-    packed_sequences,
     read_comparisons,
     read_demonstrations,
     read_prompts,
     read_texts,
+    token_rows,
     train_tokenizer,
 )
 
@@ -306,7 +306,7 @@ def test_s19_pretraining_rows_are_full_and_documents_end_with_eos(tmp_path, code
     path.write_text("one two\n\nthree\n\n" * 9, encoding="utf-8")
     one, three = (codec.tokenizer(text)["input_ids"] + [codec.eos_id] for text in ("one two", "three"))
     stream = (one + three) * 9
-    rows = list(packed_sequences(path, codec, 7, tmp_path))
+    rows = list(token_rows(path, codec, 7, tmp_path))
     assert [token for row in rows for token in row] == stream[: len(stream) // 7 * 7] and {
         len(row) for row in rows
     } == {7}
@@ -324,7 +324,7 @@ def test_s19_pretraining_documents_are_tokenized_in_batches(tmp_path, codec):
 
     batches, path = [], tmp_path / "pretrain.txt"
     path.write_text("one two\n\nthree\n\n" * 1250, encoding="utf-8")
-    rows = packed_sequences(path, replace(codec, tokenizer=Counting()), 7, tmp_path)
+    rows = token_rows(path, replace(codec, tokenizer=Counting()), 7, tmp_path)
     assert batches[-3:] == [1024, 1024, 452]
     assert torch.is_tensor(rows) and rows.dtype == torch.int32
     stream = [token for text in ("one two", "three") for token in [*codec.tokenizer(text)["input_ids"], codec.eos_id]]
@@ -336,9 +336,9 @@ def test_s19_a_pretraining_file_shorter_than_one_sequence_is_refused(tmp_path, c
     path = tmp_path / "pretrain.txt"
     path.write_text("one", encoding="utf-8")
     tokens = len(codec.tokenizer("one")["input_ids"]) + 1
-    assert len(list(packed_sequences(path, codec, tokens, tmp_path))) == 1
+    assert len(list(token_rows(path, codec, tokens, tmp_path))) == 1
     with pytest.raises(ValueError, match=rf"pretrain.txt: got {tokens} tokens, expected at least {tokens + 1}"):
-        list(packed_sequences(path, codec, tokens + 1, tmp_path))
+        list(token_rows(path, codec, tokens + 1, tmp_path))
 
 
 def check(capsys, *arguments):

@@ -9,6 +9,8 @@ from rlhf_engine.config import MemoryConfig, OptimConfig, RewardConfig, RunConfi
 from rlhf_engine.data import Example
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.optim import adamw as optim
+from rlhf_engine.ppo import trainer as ppo
 from rlhf_engine.recipes import run_ppo, run_sft
 from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
 from rlhf_engine.supervised.sft import fit_language_model

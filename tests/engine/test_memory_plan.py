@@ -17,6 +17,7 @@ from rlhf_engine.planner.activations import Pass
 from rlhf_engine.planner.items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
 from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.planner.strategies import fitting, smallest
+from rlhf_engine.rollout.decode import slots as decoder
 from rlhf_engine.rollout.decode.cache import SlotCache
 from rlhf_engine.rollout.decode.paged import PAGE_SIZE
 from rlhf_engine.supervised.reward_model import score_examples
@@ -68,7 +69,7 @@ def test_a_small_run_by_hand():
     generate, score, train = (plan.phases[name] for name in ("generate", "score", "train"))
     # 2 layers x 4 slots x 2 numbers x 16 columns, keys and values; the head's 40 weights in a layout of their own; a prompt is
     # read as 16 columns, 64 tokens in all: 12 bytes of the stream and 3 x 6 numbers of the feed-forward product each.
-    held = {"kv_cache": 2048, "rollout": 488, "packed_head": 160}
+    held = {"kv_cache": 2048, "rollout": 488, "reordered_head": 160}
     assert generate.moments["prefill"] == held | {"prefill_workspace": 64 * (4 * 12 + 72)}
     # The mask, logits twice.
     assert generate.moments["decode"] == held | {"decode_workspace": 16 * 16 + 16 * 10 * 2 * 4}

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_engine.config import MemoryConfig, RolloutConfig
 from rlhf_engine.memory import PoolArena
-from rlhf_engine.rollout import Generator, score_rollout
+from rlhf_engine.rollout import Generator, rollout_logprobs
 from tests.engine.test_rollout import make_actor, make_prompts
 from tests.engine.tiny_models import FAMILIES
 from tests.engine.tiny_trainer import make_trainer, weights_of
@@ -43,7 +43,7 @@ def test_graphs_with_a_softcap_in_attention():
 
 
 def check_logprobs(generator, found, atol):
-    fresh, values = score_rollout(generator.policy, found, microbatch=20, values=True)
+    fresh, values = rollout_logprobs(generator.policy, found, microbatch=20, values=True)
     torch.testing.assert_close(found.logprobs, fresh, rtol=0, atol=atol)
     torch.testing.assert_close(found.values, values, rtol=1e-4, atol=max(atol, 1e-4))
 

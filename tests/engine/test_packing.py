@@ -16,7 +16,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
 from rlhf_engine.ppo.loss import minibatch_backward
 from rlhf_engine.ppo.trainer import Experience
-from rlhf_engine.rollout import EOS, Rollout, score_rollout, value_rollout
+from rlhf_engine.rollout import EOS, Rollout, rollout_logprobs, rollout_values
 from rlhf_engine.supervised.sft import _parts, fit_language_model
 from tests.engine.tiny_models import VOCABULARY, tiny
 from tests.engine.tiny_trainer import make_trainer, weights_of
@@ -143,14 +143,14 @@ def test_packed_gives_the_padded_gradient(family):
 def test_packed_value_model_and_scores():
     rollout, policy = make_rollout(torch.float64), make_policy(value_model=True)
     whole = gradients(policy, rollout, microbatch=7)
-    logprobs, values = score_rollout(policy, rollout, microbatch=2, values=True)
+    logprobs, values = rollout_logprobs(policy, rollout, microbatch=2, values=True)
     policy.packs = True
     assert_same(gradients(policy, rollout, microbatch_tokens=30), whole)
     budget = {"microbatch": 16, "microbatch_tokens": 30}
-    packed_logprobs, packed_values = score_rollout(policy, rollout, values=True, **budget)
+    packed_logprobs, packed_values = rollout_logprobs(policy, rollout, values=True, **budget)
     torch.testing.assert_close(packed_logprobs, logprobs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(packed_values, values, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(value_rollout(policy, rollout, **budget), values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rollout_values(policy, rollout, **budget), values, rtol=1e-6, atol=1e-6)
 
 
 def test_a_trainer_with_a_budget_learns_as_one_without():

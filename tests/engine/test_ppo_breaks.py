@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from rlhf_engine.config import load_config
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.ppo import trainer as ppo
 from rlhf_engine.recipes import run_ppo, run_rm
 from tests.engine.cli_run import new_model, new_run, rlhf, write_lines
 from tests.engine.tiny_trainer import make_trainer, weights_of

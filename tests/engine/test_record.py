@@ -3,16 +3,16 @@
 import torch
 
 from rlhf_engine.config import RolloutConfig
-from rlhf_engine.rollout.state import Record, Running
+from rlhf_engine.rollout.state import ActiveSlots, RolloutState
 from rlhf_engine.rollout.stopping import EOS, LENGTH
 
 
 def make():
     config = RolloutConfig(max_prompt_tokens=4, max_response_tokens=2, batch_size=3)
     ends = torch.tensor([2, 7])
-    record = Record(2, 4, 6, config, eos_token_ids=ends, pad_token_id=0, stop_token_id=None, stops=None)
+    record = RolloutState(2, 4, 6, config, eos_token_ids=ends, pad_token_id=0, stop_token_id=None, stops=None)
     record.begin([torch.tensor([5]), torch.tensor([6, 5])], torch.tensor([10, 11]))
-    running = Running.of(4, 2, ends.device)
+    running = ActiveSlots.of(4, 2, ends.device)
     running.keep(0)
     running.row[0], running.position[0], running.count = 1, 1, 1
     return record, running

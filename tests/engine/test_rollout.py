@@ -5,7 +5,7 @@ import torch
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic, ValueHead
-from rlhf_engine.rollout import Generator, score_rollout
+from rlhf_engine.rollout import Generator, rollout_logprobs
 from rlhf_engine.rollout.decode.slots import Decoder, prompt_width
 from rlhf_kernels import sample_tokens
 from tests.engine.tiny_models import FAMILIES, VOCABULARY, tiny
@@ -94,7 +94,7 @@ def test_logprobs_and_values_are_those_of_a_forward_pass(family):
 def test_scoring_again_gives_the_sampled_logprobs_and_values(temperature):
     actor = make_actor()
     rollout = make_generator(actor, temperature=temperature).generate(make_prompts(24), torch.arange(24))
-    logprobs, values = score_rollout(actor, rollout, microbatch=5, temperature=temperature, values=True)
+    logprobs, values = rollout_logprobs(actor, rollout, microbatch=5, temperature=temperature, values=True)
     torch.testing.assert_close(logprobs, rollout.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(values, rollout.values, rtol=1e-4, atol=1e-4)
 
@@ -179,7 +179,7 @@ def test_a_cache_longer_than_one_block():
     prompts = [torch.arange(600) % VOCABULARY, torch.arange(505) % VOCABULARY]
     settings = {"max_prompt_tokens": 700, "max_response_tokens": 10, "ends": (VOCABULARY + 1,)}
     rollout = make_generator(actor, **settings).generate(prompts, torch.arange(2))
-    logprobs, _ = score_rollout(actor, rollout, microbatch=1)
+    logprobs, _ = rollout_logprobs(actor, rollout, microbatch=1)
     torch.testing.assert_close(logprobs, rollout.logprobs, rtol=0, atol=2e-5)
     alone = make_generator(actor, **settings).generate(prompts[1:], torch.tensor([1]))
     assert same_sequence(rollout, 1, alone, 0)
@@ -189,7 +189,7 @@ def test_a_cache_longer_than_one_block():
 def test_half_precision_sampling_is_close_to_a_forward_pass(family):
     actor = ActorCritic(tiny(family, initializer_range=0.1).bfloat16())
     rollout = make_generator(actor).generate(make_prompts(24), torch.arange(24))
-    logprobs, _ = score_rollout(actor, rollout, microbatch=8)
+    logprobs, _ = rollout_logprobs(actor, rollout, microbatch=8)
     assert rollout.logprobs.dtype == torch.float32
     assert (logprobs - rollout.logprobs).abs().max() < 0.1
 

@@ -8,7 +8,7 @@ from rlhf_engine.config import RolloutConfig
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import EOS, LENGTH, STOP_STRING, Generator, logprob_deviation
-from rlhf_engine.rollout.decode.cpu import PackedHead
+from rlhf_engine.rollout.decode.cpu import ReorderedHead
 from rlhf_engine.rollout.decode.slots import Decoder, prompt_width, slot_bytes
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens
@@ -296,7 +296,7 @@ def test_a_row_of_the_packed_head_does_not_depend_on_the_others():
     """A vocabulary that is shared out among threads and ends in no whole block; against float64 as well."""
     torch.manual_seed(0)
     policy = ActorCritic(LlamaForCausalLM(LlamaConfig(vocab_size=5003, **SMALL)))
-    head, hidden = PackedHead(policy), torch.randn(64, 96)
+    head, hidden = ReorderedHead(policy), torch.randn(64, 96)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):

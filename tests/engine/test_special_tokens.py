@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from rlhf_engine.data import Codec, Demonstration, Message, packed_sequences, train_tokenizer
+from rlhf_engine.data import Codec, Demonstration, Message, token_rows, train_tokenizer
 from rlhf_engine.evaluate import read_documents
 from rlhf_engine.model.pretrained import load_tokenizer
 
@@ -44,7 +44,7 @@ def test_s19_special_tokens_in_a_text_are_text(codec, tmp_path, saved):
 def test_s9_s20_special_tokens_in_pretraining_text_are_text(codec, tmp_path):
     (tmp_path / "text.txt").write_text(f"{TEXT}\n\n{TEXT}\n")
     length = len(codec.encode_response(TEXT))
-    rows = packed_sequences(tmp_path / "text.txt", codec, length, tmp_path).tolist()
+    rows = token_rows(tmp_path / "text.txt", codec, length, tmp_path).tolist()
     assert [controls(codec, row) for row in rows] == [["<|endoftext|>"]] * 2
     found = read_documents(tmp_path / "text.txt", codec, tmp_path)
     assert [controls(codec, document.response) for document in found] == [["<|endoftext|>"]] * 2

@@ -13,8 +13,9 @@ import torch
 
 from rlhf_kernels import _cpu, _cuda, _native, logits_ppo_loss, reference
 from rlhf_kernels.launch_args import LogitRows, RowStats, Transform
+from rlhf_kernels.ops import fused_logits_loss
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import Terms
+from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 
 from . import cuda_emulator
 from .bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
@@ -35,7 +36,7 @@ def ppo_loss(*arguments):
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     launchers = {"cuda": _cuda, "triton": types.SimpleNamespace(ppo_loss=ppo_loss)}
-    monkeypatch.setattr(one_pass, "kernels", launchers.__getitem__)
+    monkeypatch.setattr(fused_logits_loss, "kernels", launchers.__getitem__)
     monkeypatch.setattr(sys.modules["rlhf_kernels.ops.logits_ppo_loss"], "resolve", lambda *_: "cuda")
     with cuda_emulator.emulated():
         yield
@@ -89,7 +90,7 @@ def test_a_temperature_costs_no_accuracy(kind, split):
     transform = Transform(**options)
     ones = torch.ones(len(ids))
     args = PPOArguments(objective="policy_gradient")
-    terms = Terms.of(args, ones, ones, ones.bool())
+    terms = ObjectiveTerms.of(args, ones, ones, ones.bool())
     with room(split):
         rows = LogitRows(logits, ids, transform, terms.mask)
         _cuda.logits_ppo_loss(rows, terms.ppo, stats, torch.empty(2, len(ids)), terms.denominators[0], None)
@@ -210,9 +211,10 @@ def test_an_id_out_of_range_makes_its_row_nan(split, upstream):
 def launch(rows, constants, objective="clip", upstream=1.0):
     """The launchers themselves: what the public function refuses on a CPU."""
     from rlhf_kernels.ops.ppo_arguments import PPOArguments
-    from rlhf_kernels.ops.ppo_terms import Terms
+    from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 
-    terms = Terms.of(PPOArguments(objective=objective), *(constants[k] for k in ("old_logprobs", "advantages", "mask")))
+    taken = (constants[name] for name in ("old_logprobs", "advantages", "mask"))
+    terms = ObjectiveTerms.of(PPOArguments(objective=objective), *taken)
     n = rows.ids.numel()
     stats, coefficients = RowStats.empty(n, rows.ids.device), torch.empty(2, n)
     out = torch.empty(n, rows.logits.shape[-1], dtype=rows.logits.dtype)
@@ -352,7 +354,7 @@ def test_below_sm_90_there_are_no_clusters():
 def test_registered_op(monkeypatch):
     seen = []
     op = torch.ops.rlhf_kernels.logits_ppo_loss.default
-    monkeypatch.setattr(one_pass, "_op", lambda *x: seen.append(x) or op(*x))
+    monkeypatch.setattr(fused_logits_loss, "_op", lambda *x: seen.append(x) or op(*x))
     logits, constants, extra = batch(torch.float32, 33, b=2, t=3)
     options = {"temperature": extra["temperature"], "values": extra["returns"] + 0.1, "returns": extra["returns"]}
     logits_ppo_loss(logits.requires_grad_(), **constants, **options)

@@ -10,7 +10,7 @@ from rlhf_kernels._triton.ppo_loss import _add_up
 from rlhf_kernels.backend import kernels
 from rlhf_kernels.launch_args import Sequences
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import Terms
+from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 
 from .bounds import check_error
 from .gpu import DEVICE, to_device
@@ -211,7 +211,7 @@ def test_cu_seqlens_that_lie_read_nothing_outside(ends, monkeypatch):
     mask = torch.ones(2000, dtype=torch.bool, device=DEVICE)
     ends = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     args = PPOArguments(ratio_level="sequence", cu_seqlens=ends, values=x[:4], returns=x[:4])
-    terms = Terms.of(args, x[:4], x[:4], mask[:4])
+    terms = ObjectiveTerms.of(args, x[:4], x[:4], mask[:4])
     if DEVICE.type == "cpu":
         with pytest.raises(ValueError, match="cu_seqlens: got"):
             terms.sums(kernels("triton"), x[:4], None, x[:4], None, x[:4])
@@ -231,7 +231,7 @@ def test_registered_op():
         ref_logprobs=values[2],
         aggregation="token_sum",
     )
-    terms = Terms.of(args, values[3] - 3, values[4], torch.rand(n, device=DEVICE) > 0.3)
+    terms = ObjectiveTerms.of(args, values[3] - 3, values[4], torch.rand(n, device=DEVICE) > 0.3)
     leaves = [torch.randn(n, device=DEVICE, requires_grad=True) for _ in range(3)]
     op = torch.ops.rlhf_kernels.ppo_loss
     result = torch.library.opcheck(op, (*leaves, None, args.returns, *terms.pack(), "triton"))

@@ -7,7 +7,7 @@ from rlhf_kernels import METRICS, has_products, linear_ppo_loss, linear_token_lo
 from rlhf_kernels.ops import head
 from rlhf_kernels.ops import products as ops_products
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import Terms
+from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 
 from .head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
 from .heads import differentiate, make, widen
@@ -382,7 +382,7 @@ def test_unknown_option_names_the_nearest():
 def test_opcheck():
     n, v, h = 9, 37, 8
     args = PPOArguments(returns=torch.randn(n), entropy_coef=0.1)
-    terms = Terms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
+    terms = ObjectiveTerms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
     head = (torch.randn(n, h), torch.randn(v, h), torch.randn(v), torch.randn(h), torch.randn(()), None)
     options = ([True] * 5 + [False], torch.randint(0, v, (n,)), None, 1.0, None, 1.0, None, False, None, args.returns)
     result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_ppo_loss, (*head, *options, *terms.pack(), "cpu"))

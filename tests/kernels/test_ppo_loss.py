@@ -9,7 +9,7 @@ import torch
 
 from rlhf_kernels import METRICS, explained_variance, ppo_loss, reference
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import Terms
+from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 from rlhf_kernels.reference.ppo_loss import _surrogate as surrogate_of_the_definition
 
 from .bounds import check_error
@@ -360,7 +360,7 @@ def test_opcheck():
     args = PPOArguments(
         returns=torch.randn(n), values=torch.randn(n), entropy_coef=0.1, kl_coef=0.1, ref_logprobs=torch.randn(n)
     )
-    terms = Terms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
+    terms = ObjectiveTerms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
     leaves = [torch.randn(n, requires_grad=True) for _ in range(3)]
     result = torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss, (*leaves, None, args.returns, *terms.pack(), "cpu"))
     assert set(result.values()) == {"SUCCESS"}

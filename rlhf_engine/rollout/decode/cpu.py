@@ -104,36 +104,35 @@ class InvariantLayers:
 
 
 # ---- the language-model head ----
-# The language-model head with its weight laid out once for the matrix product of every step.
-#
-# A weight of [V, H] has more bytes than the processor's cache, so a product with few rows reads it at the speed of memory, and in
-# an order that is not the product's. oneDNN's layout is: one copy of the weight, while a `Decoder` lives, for logits in about
-# two thirds of the time. The operations are private ones of torch, asked for by name; without them the weight stays where it is.
+# The weight of the language-model head is reordered once into oneDNN's layout, for the matrix product of every step.
+# A weight of [V, H] has more bytes than the processor's cache, so a product with few rows reads it at the speed of memory and
+# out of order. One reordered copy, for the lifetime of a decoder, gives logits in about two thirds of the time. The operations
+# are private ones of torch, looked up by name; without them the weight is used as it is.
 
 
 _ROWS = 64
 """Rows that the layout is made for; a product with another number of them reads the same layout."""
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_reorder(weight: Tensor) -> bool:
     """Whether torch has oneDNN's packed product for this weight."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     here = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
     return here and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-class PackedHead:
+class ReorderedHead:
     """`head(hidden)` are the policy's logits with the weight of the first call."""
 
     def __init__(self, policy: ActorCritic) -> None:
         self.policy, self.bias = policy, policy.lm_bias
-        self.packed: Tensor | None = None
+        self.reordered: Tensor | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:  # (rows, H) -> (rows, V)
         weight = self.policy.lm_weight
-        if self.policy.compute_dtype is not None or not can_pack(weight):
+        if self.policy.compute_dtype is not None or not can_reorder(weight):
             return self.policy.logits(hidden)
-        if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        product = torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
+        if self.reordered is None:
+            self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        product = torch.ops.mkldnn._linear_pointwise(hidden, self.reordered, self.bias, "none", [], "")
         return self.policy.transform(product)

@@ -66,11 +66,10 @@ def ladder(count: int, least: int = 1) -> int:
 
 
 # ---- compiled layers ----
-# The layers of a trunk compiled for the decode step, once for all of them.
-#
-# transformers' layers are dozens of small kernels each: a decode step of a model of 28 layers has 1,200, compiled 390. One graph
-# serves every layer. What differs between layers is weights, and keys and values, which a cache of the layer's own hands over, so
-# that no layer's number is in what is compiled.
+# The layers of a trunk are compiled for the decode step, once for all of them.
+# A layer of transformers launches dozens of small kernels: with 28 layers a decode step launches 1,200, compiled 390.
+# One graph serves every layer. Layers differ in their weights and in their keys and values only; those come from a cache object
+# per layer, so that no layer index is compiled in.
 
 
 LIMIT = 512

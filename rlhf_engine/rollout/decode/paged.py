@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.trunk import attention
 from rlhf_engine.rollout.decode.cache import Allocate, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.decode.cpu import PackedHead
+from rlhf_engine.rollout.decode.cpu import ReorderedHead
 from rlhf_engine.rollout.decode.gpu import CompiledLayers, GraphedStep, ladder, why_not
 from rlhf_engine.rollout.decode.pages import Pages, Sequences
 from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prompt_width
@@ -206,7 +206,7 @@ class PagedDecoder(Decoder):
         self.sequences = Sequences(Pages(opened, first=1), self.page_size, self.slots)
         self.table.zero_()
         self.restarted = 0
-        self.head = PackedHead(self.policy)  # the weights may have changed
+        self.head = ReorderedHead(self.policy)  # the weights may have changed
         # What a captured graph reads by its address, and the size that says where a layer's pages begin.
         self._key = (self.pool.data_ptr(), opened, *(weight.data_ptr() for weight in self.policy.parameters()))
 

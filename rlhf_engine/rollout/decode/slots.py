@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.decode.cache import Allocate, SlotCache, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.decode.cpu import REPLACED, InvariantLayers, PackedHead
+from rlhf_engine.rollout.decode.cpu import REPLACED, InvariantLayers, ReorderedHead
 
 MIN_ROWS = 16
 Act = Callable[[Tensor, Tensor, slice], None]
@@ -69,7 +69,7 @@ class Decoder:
         self.slots = slots + -slots % slot_step(policy)
         self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
         self.layers = InvariantLayers(policy)
-        self.head = PackedHead(policy)
+        self.head = ReorderedHead(policy)
         self.column = torch.arange(self.columns, device=policy.device)
 
     def prefill(self, prompts: list[Tensor], first: int) -> Tensor:  # -> (rows >= MIN_ROWS, H)
