@@ -171,3 +171,10 @@ def test_no_catch_all_and_no_pickle():
                 caught = ast.unparse(node.type) if node.type else "everything"
                 assert caught not in ("everything", "Exception", "BaseException"), f"{name(path)}:{node.lineno}"
         assert all(module.split(".")[0] != "pickle" for module, _ in imports(path)), name(path)
+
+
+def test_no_test_imports_another():
+    """What tests share is in a `helpers` folder."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        shared = [module for module, _ in imports(path) if module.split(".")[-1].startswith("test_")]
+        assert not shared, f"{name(path)} imports {shared}"

@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import cases, same_bits
 from benchmarks.gpu.entries import Entry
 from benchmarks.gpu.timing import capture
 from rlhf_kernels import linear_token_logprobs, logits_ppo_loss, reference, token_logprobs
-from tests.kernels.bounds import check_error
+from tests.kernels.helpers.bounds import check_error
 
 FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TritonError, TypeError,

@@ -8,9 +8,9 @@ import torch
 from rlhf_engine.config import MemoryConfig, RolloutConfig
 from rlhf_engine.memory import PoolArena
 from rlhf_engine.rollout import Generator, rollout_logprobs
-from tests.engine.test_rollout import make_actor, make_prompts
-from tests.engine.tiny_models import FAMILIES
-from tests.engine.tiny_trainer import make_trainer, weights_of
+from tests.engine.helpers.sampling import make_actor, make_prompts
+from tests.engine.helpers.tiny_models import FAMILIES
+from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
 pytestmark = pytest.mark.gpu
 CUDA = "cuda"

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_engine.cli import main
 from rlhf_engine.config import RunConfig, load_config
-from tests.engine.cli_run import new_model, new_run
+from tests.engine.helpers.cli_run import new_model, new_run
 
 README = Path(__file__).parents[2] / "README.md"
 SMALL = (

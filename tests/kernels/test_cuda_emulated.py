@@ -9,7 +9,7 @@ from rlhf_kernels import _cuda, reference
 from rlhf_kernels.launch_args import KL_ESTIMATORS
 
 from . import cuda_emulator
-from .bounds import check_error
+from .helpers.bounds import check_error
 from .test_gae import INF, MASKS, batch
 from .test_rollout_advantages import double, rollout
 

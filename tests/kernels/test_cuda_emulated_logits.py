@@ -18,8 +18,8 @@ from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 
 from . import cuda_emulator
-from .bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
-from .heads import differentiate, make, widen
+from .helpers.bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
+from .helpers.heads import differentiate, make, widen
 
 REAL = _native._C
 FRONT = 208  # bytes of a block's shared memory in front of its part of a row

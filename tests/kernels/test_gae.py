@@ -5,7 +5,7 @@ import torch
 
 from rlhf_kernels import gae, reference
 
-from .bounds import check_error
+from .helpers.bounds import check_error
 
 NAN, INF = float("nan"), float("inf")
 

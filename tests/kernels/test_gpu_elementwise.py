@@ -9,8 +9,8 @@ from rlhf_kernels import group_advantages, kl_penalty, reference
 from rlhf_kernels._triton import elementwise
 from rlhf_kernels.backend import kernels
 
-from .bounds import check_error
-from .gpu import DEVICE
+from .helpers.bounds import check_error
+from .helpers.gpu import DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [1, 5, 4096, 9001]  # less than a block, a block, and some of the third

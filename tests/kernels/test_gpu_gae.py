@@ -10,8 +10,8 @@ from rlhf_kernels._triton import scan
 from rlhf_kernels.backend import kernels
 from rlhf_kernels.launch_args import Sequences
 
-from .bounds import check_error
-from .gpu import DEVICE, to_device
+from .helpers.bounds import check_error
+from .helpers.gpu import DEVICE, to_device
 from .test_gae import INF, MASKS, NAN, batch
 
 

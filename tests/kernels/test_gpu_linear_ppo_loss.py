@@ -5,10 +5,10 @@ import torch
 
 from rlhf_kernels import METRICS, linear_ppo_loss, logits_ppo_loss, reference
 
-from .bounds import check_error
-from .gpu import to_device
-from .head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
-from .heads import differentiate, make, widen
+from .helpers.bounds import check_error
+from .helpers.gpu import to_device
+from .helpers.head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
+from .helpers.heads import differentiate, make, widen
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

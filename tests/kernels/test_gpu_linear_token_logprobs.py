@@ -5,9 +5,9 @@ import torch
 
 from rlhf_kernels import linear_token_logprobs, reference
 
-from .bounds import check_error
-from .gpu import DEVICE, to_device
-from .heads import differentiate, make, widen
+from .helpers.bounds import check_error
+from .helpers.gpu import DEVICE, to_device
+from .helpers.heads import differentiate, make, widen
 
 
 def batch(*args, **kwargs):

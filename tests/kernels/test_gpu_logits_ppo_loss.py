@@ -7,9 +7,9 @@ import torch
 
 from rlhf_kernels import logits_ppo_loss, reference
 
-from .bounds import check_error
-from .gpu import BACKENDS, to_device
-from .heads import make, widen
+from .helpers.bounds import check_error
+from .helpers.gpu import BACKENDS, to_device
+from .helpers.heads import make, widen
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = [

@@ -6,8 +6,8 @@ import torch
 from rlhf_kernels import masked_mean, masked_whiten
 from rlhf_kernels._triton import masked
 
-from .bounds import check_error
-from .gpu import DEVICE, to_device
+from .helpers.bounds import check_error
+from .helpers.gpu import DEVICE, to_device
 from .test_masked import NAN, batch
 
 OPS = (masked_mean, masked_whiten)

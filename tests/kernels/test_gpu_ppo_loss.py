@@ -12,8 +12,8 @@ from rlhf_kernels.launch_args import Sequences
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 
-from .bounds import check_error
-from .gpu import DEVICE, to_device
+from .helpers.bounds import check_error
+from .helpers.gpu import DEVICE, to_device
 from .test_ppo_loss import OPTIONS, case, run
 
 triton_loss = partial(ppo_loss, backend="triton")

@@ -9,8 +9,8 @@ from rlhf_kernels import reference, rollout_advantages
 from rlhf_kernels._triton import scan
 from rlhf_kernels.backend import kernels
 
-from .bounds import check_error
-from .gpu import DEVICE, to_device
+from .helpers.bounds import check_error
+from .helpers.gpu import DEVICE, to_device
 from .test_gae import INF, MASKS, NAN
 from .test_gpu_gae import LIES, check_lies
 from .test_rollout_advantages import double, rollout

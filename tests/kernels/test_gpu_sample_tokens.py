@@ -12,7 +12,7 @@ from rlhf_kernels import _native, reference, sample_tokens
 from rlhf_kernels._triton.sample_tokens import look_up, uniform
 from rlhf_kernels.reference.sample_tokens import uniform as defined_uniform
 
-from .gpu import DEVICE, to_device
+from .helpers.gpu import DEVICE, to_device
 from .test_sample_tokens import brute_force, rows
 
 FILTERS = [

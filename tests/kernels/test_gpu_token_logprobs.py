@@ -12,8 +12,14 @@ from rlhf_kernels.backend import kernels
 from rlhf_kernels.launch_args import LogitRows, PpoRows, PpoScalars, RowStats, Transform
 from rlhf_kernels.ops.head import front_of
 
-from .bounds import TEMPERATURES, check_error, check_softcap_slope, check_temperature_costs_nothing, temperature_scene
-from .gpu import DEVICE, to_device
+from .helpers.bounds import (
+    TEMPERATURES,
+    check_error,
+    check_softcap_slope,
+    check_temperature_costs_nothing,
+    temperature_scene,
+)
+from .helpers.gpu import DEVICE, to_device
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = DTYPES[1:]

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_kernels import group_advantages, reference
 
-from .bounds import check_error
+from .helpers.bounds import check_error
 
 KINDS = ("rloo", "grpo", "dr_grpo")
 

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_kernels import kl_penalty
 
-from .bounds import check_error
+from .helpers.bounds import check_error
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 

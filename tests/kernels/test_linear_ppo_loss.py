@@ -9,8 +9,8 @@ from rlhf_kernels.ops import products as ops_products
 from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 
-from .head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
-from .heads import differentiate, make, widen
+from .helpers.head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
+from .helpers.heads import differentiate, make, widen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,8 +5,8 @@ import torch
 
 from rlhf_kernels import linear_token_logprobs, reference
 
-from .bounds import check_error
-from .heads import differentiate, make, widen
+from .helpers.bounds import check_error
+from .helpers.heads import differentiate, make, widen
 
 
 def run(function, leaves, ids, dtype, **options):

@@ -5,8 +5,8 @@ import torch
 
 from rlhf_kernels import linear_ppo_loss, logits_ppo_loss, reference
 
-from .bounds import check_error
-from .heads import make, widen
+from .helpers.bounds import check_error
+from .helpers.heads import make, widen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

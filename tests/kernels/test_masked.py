@@ -7,7 +7,7 @@ import torch
 
 from rlhf_kernels import masked_mean, masked_whiten, reference
 
-from .bounds import check_error
+from .helpers.bounds import check_error
 
 NAN = float("nan")
 BACKENDS = ("reference", "cpu")

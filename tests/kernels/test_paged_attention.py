@@ -15,8 +15,8 @@ from rlhf_kernels import _varlen, backend, paged_attention, reference
 from rlhf_kernels._triton.paged_attention import SPLIT_TOKENS, SPLITS, splits_of, tile_of
 from rlhf_kernels.backend import choose, why_no_varlen
 
-from .bounds import check_error
-from .gpu import DEVICE, to_device
+from .helpers.bounds import check_error
+from .helpers.gpu import DEVICE, to_device
 
 NAN = math.nan
 BACKENDS = ["reference", "triton"]

@@ -12,7 +12,7 @@ from rlhf_kernels.ops.ppo_arguments import PPOArguments
 from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
 from rlhf_kernels.reference.ppo_loss import _surrogate as surrogate_of_the_definition
 
-from .bounds import check_error
+from .helpers.bounds import check_error
 
 
 def one(logprob: float, old: float, advantage: float, **options):

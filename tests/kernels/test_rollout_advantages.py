@@ -7,7 +7,7 @@ import torch
 
 from rlhf_kernels import reference, rollout_advantages
 
-from .bounds import check_error
+from .helpers.bounds import check_error
 from .test_gae import INF, MASKS, NAN, batch
 
 LOGPROBS, REF_LOGPROBS = [-1.0, -2.0, -1.5], [-1.5, -2.25, -1.0]  # k1: .5, .25, -.5

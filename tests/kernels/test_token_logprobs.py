@@ -7,7 +7,13 @@ import torch
 
 from rlhf_kernels import reference, token_logprobs
 
-from .bounds import TEMPERATURES, check_error, check_softcap_slope, check_temperature_costs_nothing, temperature_scene
+from .helpers.bounds import (
+    TEMPERATURES,
+    check_error,
+    check_softcap_slope,
+    check_temperature_costs_nothing,
+    temperature_scene,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ import torch
 from rlhf_kernels import head_workspace_bytes, lend_workspace, linear_ppo_loss, release_workspace
 from rlhf_kernels.workspace import WORKSPACE
 
-from .heads import make
+from .helpers.heads import make
 
 
 def test_a_block_is_kept_grown_and_released():

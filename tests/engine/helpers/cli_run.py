@@ -1,0 +1,65 @@
+"""A tiny run on a user's own files, for tests of the command line."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from rlhf_engine.cli import main
+from rlhf_engine.data import train_tokenizer
+from tests.engine.helpers.tiny_models import CONFIGS
+
+ANSWERS = ["yes", "no", "maybe so", "I do not know"]
+
+
+def new_model(folder, seed=0, family="llama_tied", *, texts=ANSWERS, rows=300, **changes):
+    """A random model of `rows` tokens and a tokenizer trained on `texts`, as a user would bring them."""
+    kind, arguments = CONFIGS[family]
+    torch.manual_seed(seed)
+    special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    config = kind(vocab_size=rows, **special, **arguments | {"initializer_range": 0.1} | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_tokenizer(texts, 300).save_pretrained(folder)
+    return folder
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def new_run(folder, model):
+    """Config file of a tiny run, and the files that it names."""
+    lines = {
+        "demonstrations": [{"prompt": f"q{i}", "response": ANSWERS[i % 4]} for i in range(8)],
+        "comparisons": [{"prompt": f"q{i}", "completions": ANSWERS, "ranking": "A > B = C > D"} for i in range(6)],
+        "prompts": [{"prompt": f"q{i}", "user_id": f"u{i}", "split": "train" if i < 6 else "test"} for i in range(10)],
+    }
+    for name, records in lines.items():
+        write_lines(folder / f"{name}.jsonl", records)
+    config = {
+        "output_dir": str(folder / "out"),
+        "model": {"path": str(model)},
+        "data": {name: str(folder / f"{name}.jsonl") for name in lines} | {"validation_share": 0.25},
+        "sft": {"epochs": 1, "batch_size": 4, "optim": {"lr": 1e-3}},
+        "reward": {"batch_size": 2, "optim": {"lr": 1e-3}},
+        "rollout": {"max_prompt_tokens": 8, "max_response_tokens": 6},
+        "ppo": {"updates": 1, "rollout_batch": 4, "minibatch": 2, "microbatch": 2, "optim": {"lr": 1e-3}},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def rlhf(capsys, command, *arguments, sets=()):
+    """Exit code, stdout and stderr of a command; `sets` are overrides."""
+    options = [part for override in sets for part in ("--set", override)]
+    with pytest.raises(SystemExit) as exit_:
+        main([command, *map(str, arguments), *options])
+    shown = capsys.readouterr()
+    return exit_.value.code or 0, shown.out, shown.err

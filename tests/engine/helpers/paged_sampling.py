@@ -1,0 +1,34 @@
+"""Generators over pages, compared with slots."""
+
+from functools import partial
+
+import torch
+
+from rlhf_engine.config import RolloutConfig
+from rlhf_engine.rollout import Generator
+from rlhf_engine.rollout.decode.paged import PagedDecoder
+from tests.engine.helpers.sampling import ENDS
+
+SETTINGS = {"max_prompt_tokens": 20, "max_response_tokens": 12, "batch_size": 16}
+
+
+def dirty(shape, dtype, device):
+    """An arena hands out bytes that were something else."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def make_generator(actor, *, cache="paged", page_size=4, pages=None, ends=ENDS, allocate=dirty, **settings):
+    config = RolloutConfig(**{**SETTINGS, "cache": cache, **settings})
+    generator = Generator(actor, config, eos_token_ids=ends, pad_token_id=0, seed=3)
+    generator.generate = partial(generator.generate, allocate=allocate)
+    if cache == "paged":
+        generator.paged = PagedDecoder(actor, config.batch_size, generator.columns, pages=pages, page_size=page_size)
+    return generator
+
+
+def check_same(paged, slots):
+    assert torch.equal(paged.response_ids, slots.response_ids) and torch.equal(paged.ended, slots.ended)
+    assert torch.equal(paged.mask, slots.mask)
+    for name in ("logprobs", "sampling_logprobs"):
+        torch.testing.assert_close(getattr(paged, name), getattr(slots, name), rtol=0, atol=1e-5)
+    torch.testing.assert_close(paged.values, slots.values, rtol=1e-4, atol=1e-4)

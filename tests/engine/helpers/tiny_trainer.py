@@ -1,0 +1,58 @@
+"""A trainer over a tiny random model, whose every step takes a fraction of a second."""
+
+import torch
+
+from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
+from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.ppo.trainer import PPOTrainer
+from rlhf_engine.rollout import Generator
+from tests.engine.helpers.tiny_models import VOCABULARY, tiny
+
+ROLLOUT = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16)
+SETTINGS = {"updates": 2, "rollout_batch": 16, "minibatch": 8, "microbatch": 4, "ppo_epochs": 2, "kl_coef": 0.05}
+
+
+def target_share(rollout):
+    """Share of the response that is token 5: easy to learn."""
+    return ((rollout.response_ids == 5) & rollout.mask).sum(1) / rollout.response_lengths
+
+
+def make_trainer(
+    family="llama",
+    *,
+    seed=1,
+    model_seed=0,
+    rollout=ROLLOUT,
+    reward=target_share,
+    pretrain=None,
+    value_model=None,
+    attention=None,
+    memory=None,
+    dtype=torch.float32,
+    device="cpu",
+    **settings,
+):
+    generator = torch.Generator().manual_seed(5)
+    head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2).to(device)
+    model = tiny(family, seed=model_seed, initializer_range=0.1).to(device, dtype)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    policy = ActorCritic(model, head) if value_model is None else ActorCritic(model, value_model=value_model)
+    stream = torch.Generator().manual_seed(9)
+    prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
+    config = PPOConfig(**{**SETTINGS, "optim": OptimConfig(lr=1e-3), **settings})
+    return PPOTrainer(
+        policy,
+        frozen_copy(policy),
+        Generator(policy, rollout, eos_token_ids=(2, 7), pad_token_id=0, seed=seed),
+        lambda first, count: [prompts[n % 40] for n in range(first, first + count)],
+        reward,
+        config,
+        seed=seed,
+        pretrain=pretrain,
+        memory=memory,
+    )
+
+
+def weights_of(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.policy.named_parameters()}

@@ -1,0 +1,143 @@
+"""ActorCritic agrees with the Hugging Face model that it wraps, and refuses one that it would get wrong."""
+
+import pytest
+import torch
+
+from rlhf_engine.model import ActorCritic, HeadTransform, ValueHead, frozen_copy, token_batch
+from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY, tiny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_the_models_own(family):
+    model = tiny(family)
+    actor = ActorCritic(model)
+    ids = torch.arange(40).reshape(2, 20) % VOCABULARY
+    expected = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    logprobs = actor.token_logprobs(actor.hidden(ids)[:, :-1], ids[:, 1:]).logprobs
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_changes_nothing(family):
+    actor = ActorCritic(tiny(family))
+    ids = torch.arange(3, 18)[None]
+    padded = torch.nn.functional.pad(ids, (6, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (6, 0))
+    torch.testing.assert_close(actor.hidden(padded, mask)[:, 6:], actor.hidden(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, changes, transform",
+    [
+        ("gemma2", {}, HeadTransform(softcap=5.0)),
+        ("cohere", {}, HeadTransform(logit_scale=0.25)),
+        ("granite", {}, HeadTransform(logit_scale=0.25)),
+        ("llama", {}, HeadTransform()),
+    ],
+)
+def test_head_transform_comes_from_the_config(family, changes, transform):
+    assert ActorCritic(tiny(family, **changes)).transform == transform
+
+
+class ScaledHead(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 3.0
+
+
+def scale_head(model):
+    model.lm_head.__class__ = ScaledHead
+    return model
+
+
+def cap_head(model):
+    forward = model.forward
+
+    def capped(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 2.0 * torch.tanh(output.logits / 2.0)
+        return output
+
+    model.forward = capped
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change, words", [(scale_head, "3 times ours: a logit scale"), (cap_head, "a softcap")])
+def test_a_transform_that_the_config_hides_is_refused_by_name(change, words, dtype):
+    # The initialisation is so small that the logits alone would not show a softcap.
+    with pytest.raises(ValueError, match=words):
+        ActorCritic(change(tiny("llama", initializer_range=0.01).to(dtype)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_passes_the_check(family):
+    ActorCritic(tiny(family).bfloat16())
+
+
+def test_trunk_keeps_evaluation_mode():
+    actor = ActorCritic(tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
+    ids = torch.arange(12)[None]
+    assert torch.equal(actor.hidden(ids), actor.hidden(ids))
+
+
+def test_value_head_starts_at_zero_or_as_a_copy():
+    actor = ActorCritic(tiny())
+    hidden = actor.hidden(torch.arange(6)[None])
+    assert torch.equal(actor.values(hidden), torch.zeros(1, 6))
+    head = ValueHead.from_weights(torch.full((1, 32), 0.5), 1.0)
+    expected = 0.5 * hidden.sum(-1) + 1.0
+    torch.testing.assert_close(ActorCritic(tiny(), head).values(hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_value_head_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"value_head: got a weight of shape \(7,\), expected \(32,\)"):
+        ActorCritic(tiny(), ValueHead(7))
+    with pytest.raises(ValueError, match=r"weight: got shape \(2, 32\)"):
+        ValueHead.from_weights(torch.zeros(2, 32))
+
+
+def test_value_head_computes_in_float32_on_half_precision_states():
+    head = ValueHead.from_weights(torch.full((4096,), 1.0))
+    assert head(torch.full((1, 4096), 1.0, dtype=torch.bfloat16)).item() == 4096.0
+    assert head(torch.full((1, 4097 - 1), 1.0, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_frozen_copy_stays_when_the_policy_moves():
+    policy = ActorCritic(tiny())
+    reference = frozen_copy(policy)
+    ids = torch.arange(8)[None]
+    before = policy.hidden(ids)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(reference.hidden(ids), before)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_token_batch_shifts_once():
+    # Two sequences: prompt 5 6, response 7 8 9; prompt 4, response 3. Prompt width 3, response width 4, pad 0.
+    input_ids = torch.tensor([[0, 5, 6, 7, 8, 9, 0], [0, 0, 4, 3, 0, 0, 0]])
+    batch = token_batch(input_ids, torch.tensor([2, 1]), torch.tensor([3, 1]), 4, torch.tensor([1, 0]))
+    assert batch.input_ids.tolist() == [[4, 3, 3, 3], [5, 6, 7, 8]]
+    assert batch.ids.tolist() == [3, 7, 8, 9]
+    # The states of the actions: the 4; then the 6, the 7 and the 8.
+    assert batch.input_ids.flatten()[batch.rows].tolist() == [4, 6, 7, 8]
+    assert batch.source.tolist() == [4, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 1, 4]
+
+
+def test_ppo_loss_is_the_sum_of_its_parts():
+    from rlhf_kernels import ppo_loss
+
+    actor = ActorCritic(tiny("gemma2"), ValueHead.from_weights(torch.linspace(-1, 1, 32), 0.3))
+    ids = torch.arange(3, 33).reshape(2, 15)
+    hidden, actions = actor.hidden(ids)[:, :-1], ids[:, 1:]
+    generator = torch.Generator().manual_seed(0)
+    old, advantages, returns = (torch.randn(2, 14, generator=generator) for _ in range(3))
+    mask = torch.rand(2, 14, generator=generator) > 0.3
+    old = old - 4
+    fused = actor.ppo_loss(hidden, actions, old, advantages, mask, old_values=returns, returns=returns + 1).loss
+    logprobs = actor.token_logprobs(hidden, actions, mask=mask).logprobs
+    values = actor.values(hidden)
+    whole = ppo_loss(logprobs, old, advantages, mask, values=values, old_values=returns, returns=returns + 1).loss
+    torch.testing.assert_close(fused, whole, rtol=1e-5, atol=1e-5)

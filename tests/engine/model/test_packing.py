@@ -1,0 +1,225 @@
+"""Micro-batches of a token budget: how they are cut, and that neither cutting nor packing changes the gradient."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import LlamaModel
+
+from rlhf_engine.config import OptimConfig, PPOConfig, SFTConfig
+from rlhf_engine.data import Example
+from rlhf_engine.model import ActorCritic, ValueHead
+from rlhf_engine.model.layout import token_cuts
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
+from rlhf_engine.rollout import Rollout, rollout_logprobs, rollout_values
+from rlhf_engine.supervised.sft import _parts, fit_language_model
+from tests.engine.helpers.rollouts import RESPONSES, gradients, make_rollout
+from tests.engine.helpers.tiny_models import tiny
+from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
+
+BUDGETS = (1, 13, 17, 30, 1000)
+
+
+def make_policy(family="llama", *, value_model=False, **settings) -> ActorCritic:
+    """A policy that computes in float64, so that only mistakes show."""
+    model = tiny(family, initializer_range=0.2)
+    if value_model:
+        policy = ActorCritic(model, value_model=RewardModel.from_causal_lm(model, 4), backend="reference", **settings)
+    else:
+        head = ValueHead.from_weights(torch.linspace(-0.3, 0.4, 32), 0.1)
+        policy = ActorCritic(model, head, backend="reference", **settings)
+    return policy.double()
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Up to the rounding of the loss, which is float32 whatever the model is."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        worst = float((found[name] - gradient).abs().max())
+        assert worst <= 2e-6 * float(gradient.abs().max()) + 1e-9, f"{name}: {worst} of {float(gradient.abs().max())}"
+
+
+def test_cuts_by_hand():
+    lengths = [9, 7, 4, 4, 2, 1]
+    assert token_cuts(lengths, 14) == [1, 2, 3]  # 9 | 7 7 | 4 4 4: what is padded counts
+    assert token_cuts(lengths, 14, packed=True) == [1, 2, 3]  # 9 | 7 4 | 4 2 1
+    assert token_cuts(lengths, 16) == [1, 2, 3]
+    assert token_cuts(lengths, 16, packed=True) == [2, 4]  # 9 7 | 4 4 2 1
+    assert token_cuts(lengths, 8) == [1, 1, 2, 2]  # 9 alone, over the budget; 7; 4 4; 2 2
+    assert token_cuts(lengths, 1) == [1] * 6
+    assert token_cuts([3], 100) == [1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_no_batch_is_over_its_budget_and_no_sequence_is_split(budget, packed):
+    rollout = make_rollout()
+    batches = list(rollout.batches(torch.arange(7), 16, budget, packed=packed))
+    for batch in batches:
+        assert batch.input_ids.numel() <= budget or len(batch.cu_seqlens) == 2
+    assert sum(len(batch.ids) for batch in batches) == sum(RESPONSES)
+    assert (
+        sorted(torch.cat([batch.source for batch in batches]).tolist())
+        == rollout.mask.view(-1).nonzero()[:, 0].tolist()
+    )
+
+
+def test_packed_layout_by_hand():
+    rollout = make_rollout()
+    batch = rollout.batch(torch.tensor([1, 3]), packed=True)
+    row3, row1 = rollout.input_ids[3][rollout.attention_mask[3] == 1], rollout.input_ids[1][7:9]
+    assert batch.input_ids.tolist() == [[int(row1[0]), *row3[:-1].tolist()]]  # prompts 1 and 3, responses 1 and 5
+    assert batch.cu_inputs.tolist() == [0, 1, 8]
+    assert batch.rows.tolist() == [0, 3, 4, 5, 6, 7]
+    assert batch.ids.tolist() == [int(row1[1]), *row3[3:].tolist()]
+    assert batch.cu_seqlens.tolist() == [0, 1, 6]
+    assert positions(batch.cu_inputs, 8).tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+
+
+AGGREGATIONS = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum")
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_cut_gives_the_gradient_of_the_whole_minibatch(packed, aggregation, level):
+    rollout, policy = make_rollout(), make_policy()
+    settings = {"aggregation": aggregation, "ratio_level": level, "entropy_coef": 0.01}
+    whole = gradients(policy, rollout, microbatch=7, **settings)
+    policy.packs = packed
+    for budget in BUDGETS:
+        assert_same(gradients(policy, rollout, microbatch_tokens=budget, **settings), whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied", "mistral", "qwen2_tied", "cohere", "granite"])
+def test_packed_gives_the_padded_gradient(family):
+    """Positions that restart, grouped keys, windows of 7 that end within a sequence, tied heads."""
+    rollout, policy = make_rollout(), make_policy(family)
+    whole = gradients(policy, rollout, microbatch=7)
+    policy.packs = True
+    assert_same(gradients(policy, rollout, microbatch_tokens=30), whole)
+
+
+def test_packed_value_model_and_scores():
+    rollout, policy = make_rollout(torch.float64), make_policy(value_model=True)
+    whole = gradients(policy, rollout, microbatch=7)
+    logprobs, values = rollout_logprobs(policy, rollout, microbatch=2, values=True)
+    policy.packs = True
+    assert_same(gradients(policy, rollout, microbatch_tokens=30), whole)
+    budget = {"microbatch": 16, "microbatch_tokens": 30}
+    packed_logprobs, packed_values = rollout_logprobs(policy, rollout, values=True, **budget)
+    torch.testing.assert_close(packed_logprobs, logprobs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(packed_values, values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rollout_values(policy, rollout, **budget), values, rtol=1e-6, atol=1e-6)
+
+
+def test_a_trainer_with_a_budget_learns_as_one_without():
+    one, other = make_trainer(microbatch=8), make_trainer(microbatch=16, microbatch_tokens=40)
+    first, second = one.step(), other.step()
+    assert first["policy_loss"] == pytest.approx(second["policy_loss"], abs=1e-5)
+    for name, weight in weights_of(one).items():
+        torch.testing.assert_close(weights_of(other)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_kernel_gets_what_it_asks_for():
+    """A stand-in for the CUDA kernel: the arguments bind to its signature, and its maths gives what packing gives here."""
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(1, 4, 9, 8), torch.randn(2, 1, 2, 9, 8)
+    cu_inputs, seen = torch.tensor([0, 5, 9], dtype=torch.int32), {}
+
+    def kernel(*args, **options):
+        bound = inspect.signature(varlen_attn).bind(*args, **options).arguments
+        seen.update(bound)
+        mask = cu_inputs[None, None, None]
+        window = bound["window_size"][0] + 1 or None
+        q, k, v = (bound[name].transpose(0, 1)[None] for name in ("query", "key", "value"))
+        return packed_attention(None, q, k, v, mask, bound["scale"], window)[0][0]
+
+    for window in (None, 3):
+        found = varlen_attention(query, key, value, cu_inputs, 5, 0.3, window, kernel)
+        expected, _ = packed_attention(None, query, key, value, cu_inputs[None, None, None], 0.3, window)
+        torch.testing.assert_close(found, expected)
+        assert seen["query"].shape == (9, 4, 8) and seen["key"].shape == (9, 2, 8) and seen["enable_gqa"]
+        assert (seen["max_q"], seen["max_k"], seen["window_size"]) == (5, 5, (-1 if window is None else 2, 0))
+
+
+def test_demonstrations_are_cut_by_tokens_as_well():
+    """Inputs of 9, 7, 4, 4, 2 and 1 tokens, from short to long, with a budget of 14: see `test_cuts_by_hand`."""
+    lengths = [2, 3, 5, 5, 8, 10]
+    config = SFTConfig(batch_size=6, microbatch_tokens=14)
+    assert _parts([0, 1, 2, 3, 4, 5], lengths, config) == [[5], [4, 3], [2, 1, 0]]
+    with pytest.raises(ValueError, match="microbatch: got 2 beside microbatch_tokens 14, expected one of the two"):
+        SFTConfig(microbatch=2, microbatch_tokens=14)
+
+
+def test_supervised_learning_by_tokens_is_the_same():
+    examples, results = [Example((4, 5), (6,) * n + (2,)) for n in (1, 6, 3, 2)], []
+    for size in ({}, {"microbatch_tokens": 9}):
+        model, config = tiny(), SFTConfig(epochs=1, batch_size=4, optim=OptimConfig(lr=1e-3), **size)
+        fit_language_model(ActorCritic(model), examples, examples, config, pad_id=0, seed=1)
+        results.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=2e-5)
+
+
+class Leaky(LlamaModel):
+    """Every state sees all before it, in whatever sequence, as a recurrent layer's does."""
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.last_hidden_state = output.last_hidden_state.cumsum(1)
+        return output
+
+
+def test_a_trunk_whose_packed_sequences_see_each_other_is_refused():
+    model = tiny()
+    check_packing(model.model, None)
+    with pytest.raises(ValueError, match=r"ppo\.microbatch_tokens: got a budget for Leaky"):
+        check_packing(Leaky(model.config).eval(), None)
+
+
+@pytest.mark.parametrize("value_model", [False, True])
+def test_a_trainer_asks_before_it_packs(value_model):
+    leaky = RewardModel(Leaky(tiny().config), ValueHead(32))
+    policy = ActorCritic(tiny(), value_model=leaky) if value_model else ActorCritic(tiny())
+    policy.check_packing()  # which does not pack here
+    policy.packs = True
+    if value_model:
+        with pytest.raises(ValueError, match="got a budget for Leaky"):
+            policy.check_packing()
+    else:
+        policy.check_packing()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gpt2_tied", "mistral"])
+def test_packed_on_a_gpu_is_near_the_padded_gradient(family):
+    """Both in bfloat16, by torch's kernel for packed sequences and by the one for padded."""
+    rollout = make_rollout()
+    rollout = Rollout(**{item.name: getattr(rollout, item.name).cuda() for item in fields(rollout)})
+    policy = ActorCritic(tiny(family, initializer_range=0.2).cuda(), compute_dtype=torch.bfloat16)
+    assert policy.packs
+    policy.check_packing()
+    whole = gradients(policy, rollout, microbatch=7)
+    found = gradients(policy, rollout, microbatch_tokens=30)
+    for name, gradient in whole.items():
+        assert float((found[name] - gradient).norm()) <= 0.05 * float(gradient.norm()), name
+
+
+def test_only_a_gpu_in_half_precision_packs():
+    model = tiny()
+    assert not packs(model, None) and not packs(model, torch.bfloat16)
+
+
+def test_a_softcap_in_attention_is_refused():
+    x = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"softcap: got 50\.0, expected None"):
+        packed_attention(None, x, x, x, torch.tensor([[[[0, 4]]]]), softcap=50.0)
+
+
+def test_a_size_that_the_budget_replaces_is_refused():
+    with pytest.raises(ValueError, match="microbatch: got 8, expected 16; only microbatch_tokens None reads it"):
+        PPOConfig(microbatch=8, microbatch_tokens=100)
+    assert PPOConfig(rollout_batch=4, minibatch=4, microbatch_tokens=100).microbatch == 16

@@ -1,0 +1,99 @@
+"""What the memory plan refuses, and how it says so."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from transformers import MambaConfig
+
+from rlhf_engine.config import RunConfig, load_config
+from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner.report import refuse
+from rlhf_engine.planner.strategies import _tried
+from tests.engine.helpers.plans import RUN, SMALL
+
+
+def test_an_unknown_architecture_names_the_fields_it_needs(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"model_type 'mamba' without num_attention_heads/n_head.*expected one of gpt2"
+    ):
+        ModelShape.from_config(MambaConfig(num_hidden_layers=2, hidden_size=8, vocab_size=10))
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(ValueError, match=r"nonesuch.*vocab_size, hidden_size/n_embd, intermediate_size"):
+        ModelShape.of(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"got 'no/such', expected a folder with a config.json, or one of qwen2.5-0.5b"
+    ):
+        ModelShape.of("no/such")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": "abc"}, "'hidden_size'.*expected int, got str"),
+        (
+            {"hidden_size": 64, "num_attention_heads": 5},
+            r"\(64\) is not a multiple of the number of attention heads \(5\)",
+        ),
+        ({"num_attention_heads": 0}, "num_attention_heads: got 0, expected at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: got 0, expected at least 1"),
+        ({"model_type": ["a"]}, "TypeError: unhashable"),
+        ({"torch_dtype": "float99"}, "float99"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: got 0, expected at least 1"),
+        ({"hidden_size": -64, "num_attention_heads": 4}, "hidden_size: got -64, expected at least 1"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads: got 3, expected a divisor of 4"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: got 0, expected at least 1"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused_with_its_file(tmp_path, fields, words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama"} | fields))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{words}"):
+        ModelShape.of(str(tmp_path))
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    config = RunConfig.from_dict({"rollout": {"max_prompt_tokens": 40, "max_response_tokens": 24}})
+    assert Workload.of(config, SMALL, None).length == 64
+    with pytest.raises(
+        ValueError, match="max_prompt_tokens 40 and max_response_tokens 24, expected at most 63 together"
+    ):
+        Workload.of(config, SMALL, SMALL)
+
+
+def test_trpo_is_not_planned():
+    config = RunConfig.from_dict({"ppo": {"objective": "trpo", "trpo": {}}, "model": {"attention": "eager"}})
+    with pytest.raises(ValueError, match=r"ppo\.objective: got 'trpo', whose memory the plan does not know"):
+        Workload.of(config, SMALL, None)
+
+
+def test_a_budget_that_is_too_small_is_refused_by_how_much():
+    shape = ModelShape.of("qwen2.5-0.5b")
+    workload = Workload(shape, shape, 64, 64, 16, 16, 16, 16, device="cuda")
+    peak = MemoryPlan.of(workload).peak
+    refuse(MemoryPlan.of(replace(workload, budget=peak)))
+    with pytest.raises(ValueError, match=r"which is 102.4 MiB too small.*would fit \(\d"):
+        refuse(MemoryPlan.of(replace(workload, budget=peak - 2**30 // 10)))
+    with pytest.raises(ValueError, match=r"nothing that was tried fits, the least is \d+\.\d\d GiB with"):
+        refuse(MemoryPlan.of(replace(workload, budget=2**30)))
+    with pytest.raises(ValueError, match=r"which is 9 bytes too small"):
+        refuse(MemoryPlan.of(replace(workload, budget=peak - 9)))
+
+
+def test_what_is_tried_goes_with_the_rest_of_the_config():
+    """8-bit state has no form of epsilon but one, and a setting that is there already is a strategy too."""
+    shape = ModelShape.of("qwen2.5-0.5b")
+
+    def states(**memory):
+        sets = [f"memory.{name}={value}" for name, value in memory.items()]
+        found = {}
+        for form in ("corrected", "raw"):
+            config = load_config(None, ["device=cuda", f"ppo.optim.eps_form={form}", *sets])
+            workload = replace(Workload.of(config, shape, shape), budget=12 * 2**30)
+            found[form] = {one.plan.workload.optimizer_state for one in _tried(workload, planned=False)}
+        return found
+
+    assert states() == {"corrected": {"resident", "8bit", "host"}, "raw": {"resident", "host"}}
+    on_cpu = replace(RUN, optimizer_state="host", budget=2**30)  # where nothing else would try it
+    assert "host" in {one.plan.workload.optimizer_state for one in _tried(on_cpu, planned=False)}

@@ -1,0 +1,344 @@
+"""The memory plan against sums made by hand and tensors that exist."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+
+from rlhf_engine.config import OptimConfig
+from rlhf_engine.model import ActorCritic, frozen_copy, upcast
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.optim.adamw import build_optimizer
+from rlhf_engine.optim.offload import BUCKET_BYTES
+from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner.activations import Pass
+from rlhf_engine.planner.items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
+from rlhf_engine.planner.presets import PRESETS
+from rlhf_engine.planner.strategies import fitting, smallest
+from rlhf_engine.rollout.decode import slots as decoder
+from rlhf_engine.rollout.decode.cache import SlotCache
+from rlhf_engine.rollout.decode.paged import PAGE_SIZE
+from rlhf_engine.supervised.reward_model import score_examples
+from rlhf_kernels.ops.products import Plan
+from tests.engine.helpers.plans import RUN, SMALL
+from tests.engine.helpers.tiny_models import tiny
+
+PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "llama-3.2-3b": 3_212_749_824,
+    "qwen2.5-7b": 7_615_616_512,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-72b": 72_706_203_648,
+}
+"""Weights by the models' cards."""
+FAMILIES = ("llama", "llama_tied", "qwen2", "qwen3", "gpt2", "gpt2_tied", "mistral", "granite")
+
+
+def make(family, **changes):
+    if family != "qwen3":
+        return tiny(family, **changes)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen3Config(**sizes, vocab_size=61, num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+# ---- by hand ----
+
+
+def test_a_small_run_by_hand():
+    """340 weights (40 embedding, 2 x 128, norm 4, head 40) and a value head of 5; sequences of 3 + 2 tokens."""
+    plan = MemoryPlan.of(RUN)
+    assert plan.persistent == {
+        "policy": 4 * 345,
+        "reference": 4 * 345,
+        "reward_model": 4 * 305,
+        "optimizer_state": 8 * 345,
+        "context": 28 * 2**20,
+    }
+    generate, score, train = (plan.phases[name] for name in ("generate", "score", "train"))
+    # 2 layers x 4 slots x 2 numbers x 16 columns, keys and values; the head's 40 weights in a layout of their own; a prompt is
+    # read as 16 columns, 64 tokens in all: 12 bytes of the stream and 3 x 6 numbers of the feed-forward product each.
+    held = {"kv_cache": 2048, "rollout": 488, "reordered_head": 160}
+    assert generate.moments["prefill"] == held | {"prefill_workspace": 64 * (4 * 12 + 72)}
+    # The mask, logits twice.
+    assert generate.moments["decode"] == held | {"decode_workspace": 16 * 16 + 16 * 10 * 2 * 4}
+    # 40 tokens at a time, in whole rows of 16 columns.
+    few = MemoryPlan.of(replace(RUN, prefill_tokens=40)).phases["generate"].moments["prefill"]
+    assert few == held | {"prefill_workspace": 48 * (4 * 12 + 72)}
+    # The reward model reads 4 sequences of 6 tokens; 16 rows of logits stay from the reference's head.
+    assert score.items == {"rollout": 584, "head_workspace": 640, "score_workspace": 24 * (4 * 12 + 72)}
+    # 4 tokens: 2 layers of 256 bytes each (norms 104, attention 48 + 8, feed-forward 96), last norm 36, id 8; the angles.
+    saved = 4 * (2 * 256 + 36 + 8) + 64
+    assert train.moments["forward"] == {
+        "rollout": 584,
+        "activations": saved,
+        "head_gradients": (40 + 8) * 4 + 8 * 4,
+        "head_workspace": 640,
+        "gradients": 4 * 345,
+    }
+    room = 4 * 2 * 6 * 4 + 24 * 4 + 4 * 4 * 4
+    assert train.items == {
+        "rollout": 584,
+        "activations": saved,
+        "head_workspace": 640,
+        "gradients": 4 * 345,
+        "backward_workspace": room,
+    }
+    assert train["gradients"] == 1380 and train["head_workspace"] == 640
+    assert plan.peak == 6740 + 28 * 2**20 + 2048 + 488 + 160 + 7680 and plan.largest == "generate"
+
+
+@pytest.mark.parametrize(
+    "changes, persistent",
+    [
+        ({"dtype": "bfloat16"}, {"policy": 700, "reference": 700, "reward_model": 620, "master_weights": 1380}),
+        ({"optimizer_state": "host", "device": "cuda"}, {"optimizer_state": None}),
+        ({"value": "backbone"}, {"policy": 1360, "value_model": 1220, "optimizer_state": 8 * (340 + 305)}),
+        ({"average": True}, {"average": 1360}),
+        ({"reward": None}, {"reward_model": None}),
+    ],
+)
+def test_what_persists_by_hand(changes, persistent):
+    found = MemoryPlan.of(replace(RUN, **changes)).persistent
+    assert {name: found.get(name) for name in persistent} == persistent
+
+
+def test_state_in_host_memory_passes_through_two_buckets():
+    train = MemoryPlan.of(replace(RUN, optimizer_state="host", device="cuda")).phases["train"]
+    assert all(items["state_in_transit"] == 8 * 345 for items in train.moments.values())
+    shape = ModelShape.of("qwen2.5-0.5b")
+    large = MemoryPlan.of(replace(RUN, policy=shape, optimizer_state="host", device="cuda", dtype="bfloat16"))
+    assert large.phases["train"]["state_in_transit"] == 2 * 64 * 2**20
+    assert not {"optimizer_state", "master_weights"} & large.persistent.keys()
+    on_cpu = MemoryPlan.of(replace(RUN, optimizer_state="host"))  # where host and device are one memory
+    assert on_cpu.persistent["optimizer_state"] == 8 * 345
+    assert [name for name, items in on_cpu.phases["train"].moments.items() if "state_in_transit" in items] == [
+        "optimiser step"
+    ]
+
+
+def test_gradients_have_their_room_from_the_first_forward_pass_on():
+    for microbatch in (1, 2):
+        moments = MemoryPlan.of(replace(RUN, microbatch=microbatch)).phases["train"].moments
+        assert all(items["gradients"] == 1380 for items in moments.values())
+    tied = replace(SMALL, tied=True)  # the head's gradient waits for the embedding's, and both are moved there together
+    moments = MemoryPlan.of(replace(RUN, policy=tied, microbatch=2)).phases["train"].moments
+    assert moments["backward begins"]["head_gradients"] == moments["backward ends"]["backward_workspace"] == 160
+    # In bfloat16 the embedding's comes in half of the bytes, beside its float32 sum.
+    half = MemoryPlan.of(replace(RUN, policy=tied, microbatch=2, dtype="bfloat16")).phases["train"].moments
+    assert half["backward ends"]["backward_workspace"] == 160 + 80
+
+
+def test_8bit_state_is_a_byte_a_number_and_a_scale_a_block():
+    wide = replace(SMALL, vocab=512, hidden=64, intermediate=128, head_dim=32)
+    # Matrices of 4096 numbers and more: two of 512 x 64, and in each layer 64 x 64 twice and 64 x 128 three times.
+    large = 2 * 512 * 64 + 2 * (2 * 64 * 64 + 3 * 64 * 128)
+    small = wide.parameters - large
+    found = MemoryPlan.of(replace(RUN, policy=wide, optimizer_state="8bit")).persistent["optimizer_state"]
+    assert found == 2 * (large + 4 * large // 256) + 8 * small
+
+
+# ---- against what exists ----
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_weights_of_their_models(name):
+    with torch.device("meta"):
+        fields = {field: value for field, value in PRESETS[name].items() if field != "model_type"}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(PRESETS[name]["model_type"], **fields))
+    shape = ModelShape.of(name)
+    assert shape.parameters == sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+    assert shape.trunk_parameters == sum(p.numel() for p in model.base_model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_what_autograd_saves(monkeypatch, family, attention, dtype):
+    monkeypatch.setattr(upcast, "has_products", lambda dtype, device: True)  # without, no rounded weights are kept
+    model = make(family)
+    model.set_attn_implementation(attention)
+    policy = ActorCritic(model, compute_dtype=torch.bfloat16 if dtype == "autocast" else None)
+    policy = policy.to(torch.bfloat16) if dtype == "bfloat16" else policy
+    shape, found = ModelShape.from_config(model.config), {}
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            found[x.untyped_storage().data_ptr()] = x  # kept, so that no other tensor gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        policy.hidden(torch.randint(3, 61, (3, 20)))
+    bytes_ = sum(x.untyped_storage().nbytes() for x in found.values())
+    sizes = {"float32": (4, 4), "bfloat16": (2, 2), "autocast": (4, 2)}[dtype]
+    rounded = 2 * shape.layer_matrices if dtype == "autocast" else 0
+    assert bytes_ - rounded == Pass(shape, 3, 20, attention == "eager", *sizes).saved(checkpointed=False)
+
+
+def test_checkpointed_layers_keep_their_inputs_alone():
+    model = make("llama", num_hidden_layers=5)
+    policy, found = ActorCritic(model, gradient_checkpointing=True), {}
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            found[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        policy.hidden(torch.randint(3, 61, (3, 20)))
+    kept = sum(x.untyped_storage().nbytes() for x in found.values())
+    angles = 2 * 20 * 8 * 4  # what a layer takes beside its input is kept for it, and not by autograd
+    assert Pass(ModelShape.from_config(model.config), 3, 20, False, 4, 4).saved(checkpointed=True) == kept + angles
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_state_and_cache_are_as_large_as_planned(family):
+    model = make(family)
+    shape = ModelShape.from_config(model.config)
+    policy = ActorCritic(model)
+    plan = MemoryPlan.of(replace(RUN, policy=shape, reward=shape, prompt=20, response=10, slots=20))
+    held = {"policy": policy, "reference": frozen_copy(policy), "reward_model": RewardModel.from_causal_lm(model, 0)}
+    for name, module in held.items():
+        assert plan.persistent[name] == sum(p.numel() * 4 for p in module.parameters()), name
+    optimizer = build_optimizer(policy, OptimConfig())
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
+    assert plan.persistent["optimizer_state"] == sum(x.nbytes for x in moments)
+    assert plan.phases["train"]["gradients"] == sum(p.grad.nbytes for p in policy.parameters())
+    decoding = decoder.Decoder(policy, 20, 30)
+    with torch.no_grad():
+        decoding.prefill([torch.arange(3, 20)], 0)
+    assert isinstance(decoding.cache, SlotCache)
+    kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoding.cache.layers)
+    assert plan.phases["generate"]["kv_cache"] == kv_cache
+
+
+def test_the_plan_knows_the_engine_s_sizes():
+    assert (decoder.MIN_ROWS, PAGE_SIZE, BUCKET_BYTES) == (MIN_SLOTS, PAGE, BUCKET)
+    assert all(prompt_width(length) == decoder.prompt_width(length) for length in range(1, 2000))
+    assert inspect.signature(score_examples).parameters["chunk"].default == SCORE_ROWS
+    for dtype, actions in (("float32", 5), ("float32", 5000), ("bfloat16", 700), ("bfloat16", 5000)):
+        plan = Plan.of(actions, 10, getattr(torch, dtype), "cpu", None, None)
+        for gradient, rows in ((True, plan.chunk), (False, plan.step)):
+            size = max(min(rows, actions), plan.pad_to) * 10 * plan.logits_dtype.itemsize
+            assert head_block(replace(RUN, dtype=dtype), actions, gradient=gradient) == size
+    gpu = Plan.of(5000, 151_936, torch.bfloat16, "triton", None, None)
+    wide = replace(RUN, policy=replace(SMALL, vocab=151_936), device="cuda")
+    assert head_block(wide, 5000, gradient=True) == gpu.chunk * 151_936 * 4
+
+
+# ---- what follows from it ----
+
+
+def test_more_of_anything_takes_more():
+    shape = ModelShape.of("qwen2.5-0.5b")
+    base = Workload(shape, shape, 256, 128, 64, 32, 4, 16, device="cuda")
+    before = MemoryPlan.of(base)
+    for field, value in (("prompt", 512), ("response", 512), ("slots", 64), ("rollout_batch", 128), ("microbatch", 8)):
+        after = MemoryPlan.of(replace(base, **{field: value}))
+        phases = [(after.phases[name].total, before.phases[name].total) for name in before.phases]
+        assert all(more >= less for more, less in phases) and any(more > less for more, less in phases), field
+    for field, value in (
+        ("gradient_checkpointing", True),
+        ("compute_dtype", "bfloat16"),
+        ("dtype", "bfloat16"),
+        ("optimizer_state", "8bit"),
+        ("optimizer_state", "host"),
+    ):
+        assert MemoryPlan.of(replace(base, **{field: value})).peak < before.peak, field
+    eager = MemoryPlan.of(replace(base, eager=True)).phases["train"]
+    assert eager["activations"] > before.phases["train"]["activations"]
+
+
+def test_slots_take_what_the_budget_leaves():
+    shape = ModelShape.of("qwen2.5-0.5b")
+    workload = Workload(shape, shape, 512, 512, 256, 64, 1, 256, device="cuda", cache="slots", optimizer_state="host")
+    whole = MemoryPlan.of(workload)
+    assert whole.slots == 256
+    generate = whole.kept + whole.phases["generate"].total
+    plan = MemoryPlan.of(replace(workload, budget=generate - 1))
+    assert plan.slots == 255
+    tight = MemoryPlan.of(replace(workload, budget=(whole.kept + generate) // 2))
+    more = MemoryPlan.of(replace(workload, slots=tight.slots + 1))
+    assert 16 < tight.slots < 255 and tight.kept + tight.phases["generate"].total <= tight.workload.budget
+    assert more.kept + more.phases["generate"].total > tight.workload.budget
+    assert MemoryPlan.of(replace(workload, budget=whole.kept)).slots == 0
+
+
+def test_pages_take_what_the_budget_leaves_and_every_slot_stays():
+    shape = ModelShape.of("qwen2.5-0.5b")
+    workload = Workload(shape, shape, 512, 512, 256, 64, 1, 256, device="cuda", optimizer_state="host")
+    page = 64 * 24 * 128 * 2 * 4  # tokens, layers, key width, keys and values, bytes
+    whole = MemoryPlan.of(workload)
+    assert whole.kv_bytes == (256 * 16 + 1) * page
+    generate = whole.kept + whole.phases["generate"].total
+    for missing, pages in ((0, 256 * 16), (1, 256 * 16 - 1), (page, 256 * 16 - 1), (1000 * page, 256 * 16 - 1000)):
+        plan = MemoryPlan.of(replace(workload, budget=generate - missing))
+        assert plan.slots == 256 and plan.kv_bytes == (pages + 1) * page, missing
+        assert plan.kept + plan.phases["generate"].total <= plan.workload.budget
+    # Every slot begins with the 8 pages of its prompt and one to grow into; with less room there are fewer slots.
+    least = generate - (256 * 16 - 256 * 9) * page
+    assert (
+        MemoryPlan.of(replace(workload, budget=least)).slots,
+        MemoryPlan.of(replace(workload, budget=least - 1)).slots,
+    ) == (
+        256,
+        255,
+    )
+    # One slot needs its longest response: nothing but the oldest sequence may be left in the pool.
+    alone = MemoryPlan.of(replace(workload, slots=1))
+    alone = MemoryPlan.of(replace(workload, budget=alone.kept + alone.phases["generate"].total))
+    assert alone.slots == 1 and alone.kv_bytes == (16 + 1) * page
+    assert MemoryPlan.of(replace(alone.workload, budget=alone.workload.budget - 1)).slots == 0
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    shape = ModelShape.of("qwen2.5-0.5b")
+    plan = MemoryPlan.of(Workload(shape, None, 512, 512, 64, 64, 64, 16, device="cuda", budget=48 * 2**30))
+    rows = plan.largest_microbatch()
+    assert 1 <= rows < 64
+    peaks = [MemoryPlan.of(replace(plan.workload, microbatch=count)).peak for count in (rows, rows + 1)]
+    assert peaks[0] <= plan.workload.budget < peaks[1]
+
+
+def test_strategies_fit_and_the_fastest_is_first():
+    shape = ModelShape.of("qwen2.5-1.5b")
+    workload = Workload(shape, shape, 512, 512, 64, 64, 16, 64, device="cuda", budget=60 * 2**30)
+    assert not MemoryPlan.of(workload).fits
+    found = fitting(workload, planned=True)
+    assert found and [one.cost for one in found] == sorted(one.cost for one in found)
+    for one in found:
+        again = MemoryPlan.of(replace(workload, **one.changes))
+        assert again.fits and again.slots and again.peak == one.plan.peak, one.words
+        for name in one.changes:
+            fewer = {key: value for key, value in one.changes.items() if key != name}
+            assert name in ("dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (one.words, name)
+    built = fitting(workload)
+    assert (
+        built and all(one.built for one in built) and "adapter" not in {name for one in built for name in one.changes}
+    )
+    assert fitting(replace(workload, budget=2**30)) == []
+    assert smallest(workload).plan.peak == min(one.plan.peak for one in (smallest(workload), *built))
+
+
+def test_a_micro_batch_of_tokens_is_planned_as_its_longest_sequences():
+    whole = MemoryPlan.of(replace(RUN, microbatch_tokens=8)).phases  # two of 4 inputs
+    two = MemoryPlan.of(replace(RUN, microbatch=2)).phases
+    assert whole["train"] == two["train"]
+    # 3 more inputs, of shorter sequences.
+    more = MemoryPlan.of(replace(RUN, microbatch_tokens=11, minibatch=4, rollout_batch=4)).phases["train"]
+    assert more["activations"] == 11 * (2 * 256 + 36 + 8) + 64
+    # All 8 actions of a minibatch's 4 sequences fit in 11 tokens after prompts of one token.
+    assert more.moments["forward"]["head_gradients"] == (40 + 8 * 4) * 4 + 8 * 4 * 4

@@ -1,0 +1,139 @@
+"""`rlhf generate`: prompts in, answers out."""
+
+import json
+
+import pytest
+
+from rlhf_engine.config import load_config
+from rlhf_engine.data import PromptRecord
+from rlhf_engine.recipes.generate import Answerer
+from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf, write_lines
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return new_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run(tmp_path, base):
+    return new_run(tmp_path, base)
+
+
+def generate(capsys, run, name, *arguments, sets=()):
+    files = ("--prompts", run / "prompts.jsonl", "--output", run / name)
+    return rlhf(capsys, "generate", "--config", run / "run.yaml", *files, *arguments, sets=sets)
+
+
+def test_every_prompt_is_answered_in_order(run, capsys):
+    code, shown, _ = generate(capsys, run, "a.jsonl", "--samples", 3)
+    lines = read_lines(run / "a.jsonl")
+    assert code == 0 and "10 prompts, 0 of them cut on the left, 3 answers each" in shown
+    assert [line["prompt"] for line in lines] == [f"q{i}" for i in range(10)]
+    assert all(len(line["answers"]) == len(line["ended"]) == 3 for line in lines)
+    assert len({tuple(line["answers"]) for line in lines}) > 5
+
+
+def test_a_line_says_why_each_answer_ended_and_its_logprobs(run, capsys):
+    """With a stop string that the answers have: they are those of a run without it, up to there."""
+    assert generate(capsys, run, "free.jsonl", "--samples", 4)[0] == 0
+    free = read_lines(run / "free.jsonl")
+    stop = next(text[1] for line in free for text in line["answers"] if len(text) > 2 and text[1] not in " \ufffd")
+    settings = [f"rollout.stop=[{json.dumps(stop)}]"]
+    assert generate(capsys, run, "a.jsonl", "--samples", 4, sets=settings)[0] == 0
+    seen = set()
+    for line, before in zip(read_lines(run / "a.jsonl"), free, strict=True):
+        said = zip(line["answers"], line["ended"], line["stop_reason"], line["logprobs"], strict=True)
+        for (text, ended, reason, logprobs), (whole, all_logprobs) in zip(
+            said, zip(before["answers"], before["logprobs"], strict=True), strict=True
+        ):
+            assert text == whole.partition(stop)[0].strip() and (reason == "stop_string") == (stop in whole)
+            assert ended == (reason != "length") and logprobs == all_logprobs[: len(logprobs)]
+            assert (
+                1 <= len(logprobs) <= 6 and all(x < 0 for x in logprobs) and (reason != "length" or len(logprobs) == 6)
+            )
+            seen.add(reason)
+    assert {"stop_string", "length"} <= seen
+
+
+def test_a_stop_string_that_can_never_occur_is_refused(run, capsys):
+    code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.stop=['']"])
+    assert code == 2 and "stop[0]: got an empty text" in shown and not (run / "a.jsonl").exists()
+
+
+def test_answers_depend_on_the_seed_and_not_on_the_batch(run, capsys):
+    assert generate(capsys, run, "a.jsonl", "--samples", 2)[0] == 0
+    assert generate(capsys, run, "b.jsonl", "--samples", 2, sets=["rollout.batch_size=1"])[0] == 0
+    assert generate(capsys, run, "c.jsonl", "--samples", 2, "--seed", 7)[0] == 0
+    a, b, c = ((run / name).read_bytes() for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    assert a == b and a != c
+
+
+def test_the_temperature_reaches_the_sampler(run, capsys):
+    assert generate(capsys, run, "cold.jsonl", "--samples", 4, "--temperature", 0.001)[0] == 0
+    assert all(len(set(line["answers"])) == 1 for line in read_lines(run / "cold.jsonl"))
+
+
+def test_a_split_may_be_chosen(run, capsys):
+    assert generate(capsys, run, "a.jsonl", "--split", "test")[0] == 0
+    assert [line["prompt"] for line in read_lines(run / "a.jsonl")] == ["q6", "q7", "q8", "q9"]
+    code, _, shown = generate(capsys, run, "b.jsonl", "--split", "validation")
+    assert code == 2 and "prompts.jsonl: got no prompts of split validation" in shown
+    assert not (run / "b.jsonl").exists()
+
+
+def test_a_split_that_is_none_is_refused_by_the_names_of_the_splits(run, capsys):
+    code, _, shown = generate(capsys, run, "b.jsonl", "--split", "tset")
+    assert code == 2 and "split: got 'tset', expected 'train', 'validation' or 'test'" in shown
+
+
+def test_the_prompts_are_not_overwritten_by_the_answers(run, capsys, monkeypatch):
+    before = (run / "prompts.jsonl").read_bytes()
+    (run / "link.jsonl").symlink_to(run / "prompts.jsonl")
+    monkeypatch.chdir(run)
+    for name in ("prompts.jsonl", "link.jsonl"):
+        code, _, shown = generate(capsys, run, name)
+        assert code == 2 and f"output: got {run / name}, the file of prompts, expected another" in shown
+    assert (run / "prompts.jsonl").read_bytes() == before
+
+
+def test_a_folder_is_no_place_for_answers(run, capsys):
+    code, _, shown = generate(capsys, run, "", "--samples", "100")
+    assert code == 2 and f"output: got {run}, a folder, expected a file" in shown
+
+
+def test_a_bad_line_leaves_the_file_that_was_there(run, capsys):
+    (run / "a.jsonl").write_text("before")
+    write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}] * 3 + [{"prompt": "q"}])
+    code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.batch_size=1"])
+    assert code == 2 and "prompts.jsonl:4: no field 'user_id'" in shown
+    assert (run / "a.jsonl").read_text() == "before"
+    assert not [path for path in run.iterdir() if path.name.startswith("a.jsonl.")]
+    write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}, {"prompt": "q" * 30, "user_id": "u"}])
+    code, _, shown = generate(capsys, run, "a.jsonl")
+    assert code == 2 and "prompts.jsonl:2: prompt: got" in shown
+
+
+def test_what_the_positions_do_not_hold_is_refused(run, capsys):
+    code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.max_prompt_tokens=123"])
+    assert code == 2 and "max_prompt_tokens 123 and max_response_tokens 6, expected at most 128 together" in shown
+
+
+def test_s20_a_prefix_stands_in_front_of_every_prompt_and_a_stop_text_cuts(run, base):
+    config = load_config(run / "run.yaml", ["rollout.max_prompt_tokens=40"])
+    records = [PromptRecord("q1", "u"), PromptRecord("q2", "u")]
+    few = Answerer(config, str(base), seed=1, prefix="q8\nyes\n\n")
+    whole = Answerer(config, str(base), seed=1).answer(None, [PromptRecord("q8\nyes\n\nq1", "u")], 4)
+    assert few.answer(None, records, 4)[0] == whole[0]
+    first = next(text for text in whole[0].texts if len(text) > 2)
+    stopped = Answerer(config, str(base), seed=1, prefix="q8\nyes\n\n", stop=first[1]).answer(None, records, 4)[0]
+    index = whole[0].texts.index(first)
+    assert stopped.texts[index] == first[0].strip() and stopped.ended[index]
+    with pytest.raises(ValueError, match=r"prefix: got a text with \{prompt\} in it"):
+        Answerer(config, str(base), seed=1, prefix="{prompt}")
+
+
+def test_lines_keep_every_letter(run, capsys):
+    write_lines(run / "prompts.jsonl", [{"prompt": "ü", "user_id": "u"}])
+    assert generate(capsys, run, "a.jsonl")[0] == 0
+    assert json.loads((run / "a.jsonl").read_text(encoding="utf-8"))["prompt"] == "ü"

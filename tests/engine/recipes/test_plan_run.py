@@ -1,0 +1,185 @@
+"""The engine runs by its memory plan, and `rlhf plan` prints it."""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlhf_engine.config import RunConfig, load_config
+from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner.report import items_table
+from rlhf_engine.recipes import planning
+from rlhf_engine.recipes.planning import RunPlan
+from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
+
+BATCH = ("ppo.rollout_batch=40", "ppo.minibatch=2", "ppo.microbatch=1", "rollout.batch_size=40")
+
+
+def with_function(folder):
+    """Overrides: a Python function as the reward, so that nothing is larger than the keys and values."""
+    (folder / "reward.py").write_text("def length(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
+    return [f"reward.function={folder / 'reward.py'}:length", "ppo.value_init=zero"]
+
+
+def ppo(capsys, folder, out, *sets):
+    sets = [*with_function(folder), f"output_dir={folder / out}", *sets]
+    return rlhf(capsys, "ppo", "--config", folder / "run.yaml", sets=sets)
+
+
+def test_ppo_runs_by_its_plan(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "resident_mb", lambda: 123.5)
+    new_run(tmp_path, new_model(tmp_path / "base"))
+    code, _, err = ppo(capsys, tmp_path, "free", *BATCH)
+    assert code == 0, err
+    config = load_config(tmp_path / "run.yaml", [*with_function(tmp_path), *BATCH])
+    plan = MemoryPlan.of_run(config, ModelShape.of(str(tmp_path / "base")), None)
+    written = json.loads((tmp_path / "free" / "plan.json").read_text())
+    assert written == plan.to_dict() and written["slots"] == 40
+    line = read_lines(tmp_path / "free" / "metrics.jsonl")[-1]
+    planned = {name: line[f"planned_{name}_mb"] for name in plan.phases}
+    before = planned["train"] - (plan.kept + plan.phases["train"].total) / 1e6
+    assert before == pytest.approx(123.5)
+    for name, phase in plan.phases.items():
+        assert planned[name] == pytest.approx(before + (plan.kept + phase.total) / 1e6)
+    assert line["planned_peak_mb"] == max(planned.values())
+
+    # A budget for 20 slots of 40: fewer sequences together, the same ones.
+    budget = MemoryPlan.of(replace(plan.workload, slots=20)).peak
+    code, _, err = ppo(capsys, tmp_path, "tight", *BATCH, f"memory.budget={budget}B")
+    assert code == 0, err
+    assert json.loads((tmp_path / "tight" / "plan.json").read_text())["slots"] == 20
+    timed = ("seconds_", "tokens_per", "sampled_tokens", "peak_", "planned_")
+    runs = [
+        {name: value for name, value in row.items() if not name.startswith(timed)}
+        for row in (line, read_lines(tmp_path / "tight" / "metrics.jsonl")[-1])
+    ]
+    assert runs[0] == runs[1]
+
+    # Not even one sequence: refused before anything is read or written.
+    code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=100KB")
+    assert code == 2 and err.startswith("rlhf: memory.budget: got 100000 bytes, which is")
+    assert (
+        "no room for the keys and values of one sequence of 14 tokens" in err and "nothing that was tried fits" in err
+    )
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_budget_cuts_the_pool_of_pages_and_not_the_sequences(tmp_path, capsys):
+    """Pages of 64 tokens, sequences of at most 184: three pages each, of which a prompt begins with two."""
+    new_run(tmp_path, new_model(tmp_path / "base", max_position_embeddings=192))
+    sizes = ("rollout.cache=paged", "rollout.max_response_tokens=176", *BATCH)
+    code, _, err = ppo(capsys, tmp_path, "free", *sizes)
+    assert code == 0, err
+    free = json.loads((tmp_path / "free" / "plan.json").read_text())
+    page = free["phases"]["generate"]["kv_cache"] // (3 * 40 + 1)
+    budget = sum(free["persistent"].values()) + sum(free["phases"]["generate"].values()) - 35 * page
+    code, _, err = ppo(capsys, tmp_path, "tight", *sizes, f"memory.budget={budget}B")
+    assert code == 0, err
+    tight = json.loads((tmp_path / "tight" / "plan.json").read_text())
+    assert (tight["slots"], tight["phases"]["generate"]["kv_cache"]) == (40, (3 * 40 + 1 - 35) * page)
+    rows = [read_lines(tmp_path / run / "metrics.jsonl")[-1] for run in ("free", "tight")]
+    assert rows[0]["restarted_sequences"] == 0 < rows[1]["restarted_sequences"]
+    assert rows[0]["score_mean"] == rows[1]["score_mean"] and rows[0]["kl"] == rows[1]["kl"]
+
+
+def test_a_generator_is_given_the_slots_of_its_plan():
+    config = RunConfig.from_dict({"rollout": {"batch_size": 8}, "ppo": {"rollout_batch": 64, "minibatch": 64}})
+    shape = ModelShape.of("qwen2.5-0.5b")
+    workload = replace(Workload.of(config, shape, None), slots=8)
+    tight = replace(MemoryPlan.of(workload), slots=3)
+    assert RunPlan(tight).within(config).rollout.batch_size == 3
+    assert RunPlan(MemoryPlan.of(workload)).within(config) == config == RunPlan().within(config)
+    few = RunConfig.from_dict(
+        {"rollout": {"batch_size": 8}, "ppo": {"rollout_batch": 4, "minibatch": 4, "microbatch": 4}}
+    )
+    assert RunPlan().within(few).rollout.batch_size == 4
+    assert RunPlan(MemoryPlan.of(Workload.of(few, shape, None))).within(few).rollout.batch_size == 4
+
+
+def test_a_budget_and_pages_for_one_sequence_of_one_page_run(tmp_path, capsys):
+    new_run(tmp_path, new_model(tmp_path / "base"))
+    one = ("rollout.cache=paged", "ppo.rollout_batch=1", "ppo.minibatch=1", "ppo.microbatch=1", "memory.budget=100GiB")
+    code, _, err = ppo(capsys, tmp_path, "one", *one)
+    assert code == 0, err
+
+
+def test_ppo_of_an_unknown_architecture_runs_without_a_plan(capsys, tmp_path):
+    new_run(tmp_path, new_model(tmp_path / "base", family="gemma2"))
+    sets = [*with_function(tmp_path), "model.attention=eager"]
+    command = ("ppo", "--config", tmp_path / "run.yaml")
+    code, _, err = rlhf(capsys, *command, sets=sets)
+    assert code == 0, err
+    assert "'gemma2'" in json.loads((tmp_path / "out" / "plan.json").read_text())["unknown"]
+    assert "planned_peak_mb" not in read_lines(tmp_path / "out" / "metrics.jsonl")[-1]
+    code, _, err = rlhf(capsys, *command, sets=[*sets, "memory.budget=1GiB"])
+    assert code == 2 and "got model_type 'gemma2'" in err
+
+
+FREEING = """
+import runpy, sys
+freeing = runpy.run_path("rlhf_engine/memory/freeing.py")
+if sys.argv[1] == "returned":
+    assert freeing["return_freed_blocks"]()
+large = bytearray(b"x") * 30_000_000
+del large  # glibc's threshold is now 30 MB
+blocks = [bytearray(b"x") * 600_000 for _ in range(200)]
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+before = resident()
+del blocks[::2]
+print((before - resident()) * 4096 / 1e6)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its blocks in another way")
+@pytest.mark.parametrize("way, least, most", [("kept", 0, 10), ("returned", 50, 65)])
+def test_freed_blocks_go_back_to_the_system(way, least, most):
+    """Every second of 200 blocks of 0.6 MB is freed: holes between blocks that live on."""
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", FREEING, way], cwd=root, capture_output=True, text=True, check=True)
+    assert least <= float(done.stdout) <= most
+
+
+def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
+    arguments = (
+        "--model",
+        "qwen2.5-0.5b",
+        "--gpu-memory",
+        "4GiB",
+        "--gpu-memory",
+        "80GiB",
+        "--output",
+        tmp_path / "out",
+    )
+    code, out, err = rlhf(capsys, "plan", *arguments)
+    assert code == 0, err
+    plan = MemoryPlan.of(replace(Workload.of(RunConfig(), *[ModelShape.of("qwen2.5-0.5b")] * 2), device="cuda"))
+    assert items_table(plan) in out and "optimizer_state" in out
+    assert "of 4.00 GiB: does not fit" in out and "of 80.00 GiB" in out
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == plan.to_dict()
+    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "much")
+    assert code == 2 and "--gpu-memory: got 'much', expected a size such as 24GiB" in err
+    code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "0")
+    assert code == 2 and "--gpu-memory: got '0', expected more than 0 bytes" in err
+    code, out, _ = rlhf(capsys, "plan", "--model", "qwen2.5-72b", "--gpu-memory", "80GiB", "--planned")
+    assert code == 0 and re.search(r"does not fit, [\d.]+ GiB too much; not even one sequence", out)
+    assert re.search(r"nothing that was tried fits.*\nnor with parts that are NOT BUILT YET; the least is .* LoRA", out)
+    code, out, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--output", tmp_path / "out" / "plan.json")
+    assert code == 2 and not out and "plan.json, a file, expected a folder" in err
+    (tmp_path / "config.json").write_text("{")
+    code, _, err = rlhf(capsys, "plan", "--model", tmp_path)
+    assert code == 2 and f"{tmp_path / 'config.json'}: not valid JSON" in err
+    code, _, err = rlhf(capsys, "plan")
+    assert code == 2 and "model.path: got nothing" in err
+
+
+def test_readme_shows_what_the_command_prints():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    plan = MemoryPlan.of(replace(Workload.of(RunConfig(), *[ModelShape.of("qwen2.5-7b")] * 2), device="cuda"))
+    assert items_table(plan) in readme

@@ -1,0 +1,57 @@
+"""A user's own reward: what it is given for a prompt, and prompts that the policy cannot tell apart."""
+
+import json
+
+import pytest
+
+from rlhf_engine.model.pretrained import load_tokenizer
+from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf, write_lines
+from tests.engine.helpers.conversations import CHAT
+
+REWARD = """
+import json
+
+def told(prompts, answers):
+    with open({path!r}, "a") as file:
+        file.write("".join(json.dumps(prompt) + "\\n" for prompt in prompts))
+    return [0.0] * len(answers)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Config file of a tiny run whose reward function writes what it is asked to `told.jsonl`."""
+    model = new_model(tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model)
+    (tmp_path / "rewards.py").write_text(REWARD.format(path=str(tmp_path / "told.jsonl")))
+    return new_run(tmp_path, model)
+
+
+def ppo(run, capsys, prompts, *sets):
+    """The command on these prompts, with the function as the reward."""
+    write_lines(run / "prompts.jsonl", [{"user_id": f"u{i}", **prompt} for i, prompt in enumerate(prompts)])
+    options = (f"reward.function={run / 'rewards.py'}:told", "ppo.value_init=zero", "rollout.max_prompt_tokens=64")
+    return rlhf(capsys, "ppo", "--config", run / "run.yaml", sets=(*options, *sets))
+
+
+def test_s6_a_reward_function_gets_plain_text_and_plain_messages(run, capsys):
+    prompts = [{"prompt": "q"}, {"messages": [{"role": "user", "content": "one"}]}]
+    assert ppo(run, capsys, prompts)[0] == 0
+    asked = [json.dumps(prompt) for prompt in read_lines(run / "told.jsonl")]
+    assert set(asked) == {json.dumps("q"), json.dumps(prompts[1]["messages"])}
+
+
+def test_s6_prompts_that_encode_alike_need_the_same_text(run, capsys):
+    """The function would be asked about one prompt with an answer to the other."""
+    prompts = [
+        {"prompt": "first words " * 9 + "and then yes"},
+        {"prompt": "q"},
+        {"prompt": "other " * 30 + "and then yes"},
+    ]
+    cut = ("rollout.max_prompt_tokens=8", "data.long_prompts=truncate")
+    code, _, shown = ppo(run, capsys, prompts, *cut)
+    assert code == 2 and f"{run / 'prompts.jsonl'}:3: prompt: got the tokens of line 1, whose text is another" in shown
+    assert not (run / "told.jsonl").exists()
+    assert ppo(run, capsys, [prompts[0], prompts[1], prompts[0]], *cut)[0] == 0

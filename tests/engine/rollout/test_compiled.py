@@ -1,0 +1,85 @@
+"""Decode steps through compiled layers: the same tokens, one graph for all layers of a kind, and nothing left behind."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from rlhf_engine.model.trunk import layers_of
+from rlhf_engine.rollout.decode.gpu import CompiledLayers
+from tests.engine.helpers.paged_sampling import check_same, make_generator
+from tests.engine.helpers.sampling import make_actor, make_prompts
+
+
+def compiling(generator, backend):
+    """The generator with its decode steps, which no graph holds here, through compiled layers."""
+    decoder = generator.paged
+    compiled, forward = CompiledLayers(generator.policy, decoder.cache, backend), decoder._forward
+    decoder.compiles = True
+
+    def through_compiled(*arguments):
+        with compiled():
+            return forward(*arguments)
+
+    decoder._forward = through_compiled
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("family", "graphs"), [("llama", 1), ("qwen2", 1), ("gpt2", 1), ("mistral", 1), ("gemma2", 2), ("cohere", 1)]
+)
+def test_one_graph_for_all_layers(family, graphs):
+    """Gemma 2 has layers with a window and layers without."""
+    torch._dynamo.reset()
+    actor, prompts, counter = make_actor(family), make_prompts(16), CompileCounter()
+    expected = make_generator(actor).generate(prompts, torch.arange(16))
+    generator = make_generator(actor)
+    compiling(generator, counter)
+    check_same(generator.generate(prompts, torch.arange(16)), expected)
+    assert counter.frame_count == graphs
+    generator.generate(prompts[:9], torch.arange(9))  # as many rows, and a smaller pool of pages
+    assert counter.frame_count == graphs
+    assert not any("forward" in layer.__dict__ for layer in layers_of(actor.trunk))
+
+
+def test_layers_are_themselves_again_after_an_error():
+    actor = make_actor()
+    compiled = compiling(make_generator(actor), "eager")
+    before = torch._dynamo.config.recompile_limit
+    with pytest.raises(KeyError), compiled():
+        assert all("forward" in layer.__dict__ for layer in layers_of(actor.trunk))
+        raise KeyError
+    assert not any("forward" in layer.__dict__ for layer in layers_of(actor.trunk))
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_a_limit_that_is_hit_is_no_silence(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("rlhf_engine.rollout.decode.gpu.LIMIT", 1)
+    actor = make_actor("gemma2")
+    generator = make_generator(actor)
+    compiling(generator, "eager")
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        generator.generate(make_prompts(16), torch.arange(16))
+
+
+def test_a_trunk_whose_layers_are_not_marked_is_refused():
+    actor = make_actor()
+    generator = make_generator(actor)
+    generator.paged.cache.layers.append(generator.paged.cache.layers[0])
+    with pytest.raises(ValueError, match=r"rollout\.compile: got LlamaForCausalLM with 2 layers .*expected 3"):
+        CompiledLayers(actor, generator.paged.cache)
+
+
+def test_layers_with_a_forward_of_somebody_else_are_refused():
+    actor = make_actor()
+    generator = make_generator(actor)
+    layer = next(layers_of(actor.trunk))
+    layer.forward = layer.forward
+    with pytest.raises(ValueError, match="layers whose forward was replaced"):
+        CompiledLayers(actor, generator.paged.cache)
+
+
+@pytest.mark.parametrize("cache", ["slots", "paged"])
+def test_where_no_step_is_a_graph_none_is_compiled(cache):
+    with pytest.raises(ValueError, match=r"rollout\.compile: got True for LlamaForCausalLM on cpu"):
+        make_generator(make_actor(), cache=cache, compile=True)
