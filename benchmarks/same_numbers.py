@@ -10,7 +10,6 @@ put it in that commit's `benchmarks` folder, or run it with PYTHONPATH set to it
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_engine.cli import main
 
 ALLOWED = 1e-6
 """Largest difference of a weight or a metric, relative to the largest number of its tensor or to 1."""
@@ -79,13 +80,14 @@ def record(folder: Path) -> None:
 
 
 def run(command: str, folder: Path, sets: list[str], *flags: str) -> None:
-    """One `rlhf` command in a process of its own, on one thread."""
-    code = "import sys, torch; torch.set_num_threads(1); from rlhf_engine.cli import main; main(sys.argv[1:])"
+    """One `rlhf` command, in this process and on one thread."""
     options = [part for one in sets for part in ("--set", one)]
-    arguments = [sys.executable, "-c", code, command, "--config", str(folder / "run.yaml"), *options, *flags]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{command} {sets}: exit code {done.returncode}\n{done.stderr}")
+    torch.set_num_threads(1)
+    try:
+        main([command, "--config", str(folder / "run.yaml"), *options, *flags])
+    except SystemExit as end:
+        if end.code:
+            raise SystemExit(f"{command} {sets}: exit code {end.code}") from None
 
 
 def make_inputs(folder: Path) -> None:
