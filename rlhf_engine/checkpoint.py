@@ -16,28 +16,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_engine.config import ModelConfig, RunConfig, flat_settings, load_config, save_config
+from rlhf_engine.config import RunConfig, flat_settings, load_config, save_config
 from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
-from rlhf_engine.model import ActorCritic
-from rlhf_engine.model.pretrained import load_head, load_pretrained
-from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.heads import VALUE_HEAD
+from rlhf_engine.model.saving import copy_weights, save_policy
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 from rlhf_engine.ppo.trainer import PPOTrainer
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
-EMA, VALUE_MODEL = "ema", "value_model"
-"""Folders inside a checkpoint: the averaged weights, a model like the checkpoint itself, and a value model."""
+EMA = "ema"
+"""Folder inside a checkpoint: the averaged weights, a model like the checkpoint itself."""
 
-VALUE_HEAD, OPTIMIZER, TRAINER, CONFIG = (
-    "value_head.safetensors",
-    "optimizer.safetensors",
-    "trainer.json",
-    "config.yaml",
-)
+OPTIMIZER, TRAINER, CONFIG = "optimizer.safetensors", "trainer.json", "config.yaml"
 
 _MAY_CHANGE = {
     "output_dir",
@@ -73,29 +66,6 @@ _SAME = {"memory.optimizer_state": ("resident", "host")}
 """Values of a key that a resumed run may exchange: the same numbers in another place."""
 
 
-def load_policy(
-    folder: str | Path,
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    backend: str = "auto",
-) -> ActorCritic:
-    """Read any Hugging Face causal LM as a policy; its value head starts at zero where the folder has none.
-
-    Raises ValueError naming the folder and what it lacks.
-    """
-    folder = Path(folder)
-    model = load_pretrained(AutoModelForCausalLM, folder, attention=config.attention, dtype=dtype, device=device)
-    head = value_model = None
-    if (folder / VALUE_MODEL).is_dir():
-        where = {"attention": config.attention, "dtype": dtype, "device": device}
-        value_model = RewardModel.load(folder / VALUE_MODEL, **where)
-    elif (folder / VALUE_HEAD).is_file():
-        head = load_head(folder / VALUE_HEAD, model.get_output_embeddings().weight.shape[1]).to(device)
-    return ActorCritic(model, head, value_model=value_model, backend=backend)
-
-
 def save_checkpoint(
     folder: str | Path,
     trainer: PPOTrainer,
@@ -111,15 +81,15 @@ def save_checkpoint(
     state = trainer.state() | {
         "seed": trainer.seed,
         "optimizer_tensors": len(tensors),
-        "reference": fingerprint(trainer.reference.model),
+        "reference": fingerprint(trainer.reference.weights()),
         "data": dict(data),
     }
 
     def write(new: Path) -> None:
-        _write_policy(new, trainer.policy, tokenizer)
+        save_policy(new, trainer.policy, tokenizer)
         if trainer.average is not None:
             (new / EMA).mkdir()
-            _write_policy(new / EMA, trainer.average.average, tokenizer)
+            save_policy(new / EMA, trainer.average.average, tokenizer)
         save_file(tensors, new / OPTIMIZER)
         write_json(new / TRAINER, state)
         save_config(config, new / CONFIG)
@@ -136,7 +106,7 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig, data: Map
     """
     folder = Path(folder)
     recover(folder)
-    heads = () if trainer.policy.value_head is None else (VALUE_HEAD,)
+    heads = (VALUE_HEAD,) if trainer.policy.value.shares_trunk else ()
     require(folder, "config.json", *heads, OPTIMIZER, TRAINER, CONFIG)
     kinds = {name: type(value) for name, value in trainer.state().items()}
     kinds |= {"seed": int, "optimizer_tensors": int, "reference": str, "data": dict}
@@ -144,7 +114,7 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig, data: Map
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     check_settings(folder, config)
-    if state["reference"] != fingerprint(trainer.reference.model):
+    if state["reference"] != fingerprint(trainer.reference.weights()):
         raise ValueError(
             f"{folder}: its reference policy is another model than the one given; expected the model it began with"
         )
@@ -156,10 +126,10 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig, data: Map
         raise ValueError(
             f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected the {state['optimizer_tensors']} of {TRAINER}"
         )
-    _read_weights(folder, trainer.policy)
+    copy_weights(folder, trainer.policy)
     if trainer.average is not None:
         require(folder / EMA, "config.json", *heads)
-        _read_weights(folder / EMA, trainer.average.average)
+        copy_weights(folder / EMA, trainer.average.average)
     load_optimizer_tensors(trainer.optimizer, tensors, folder / OPTIMIZER)
     trainer.load_state(state)
 
@@ -174,10 +144,10 @@ def check_settings(folder: str | Path, config: RunConfig) -> None:
             raise ValueError(f"{key}: got {value!r}, expected {before[key]!r} to go on with the run of {source}")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters, by name and in bytes."""
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 of named tensors, by name and in bytes."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(weights):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -190,33 +160,6 @@ def fingerprint_rows(rows: Iterable[torch.Tensor]) -> str:
         digest.update(f"{len(row)} ".encode())
         digest.update(row.long().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _write_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    policy.model.save_pretrained(folder)
-    if policy.value_model is not None:
-        (folder / VALUE_MODEL).mkdir()
-        policy.value_model.save(folder / VALUE_MODEL)
-    if policy.value_head is not None:
-        head = policy.value_head.state_dict()
-        save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, folder / VALUE_HEAD)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _read_weights(folder: Path, policy: ActorCritic) -> None:
-    """Copy a saved policy into the tensors of `policy`, which its optimiser already holds."""
-    attention = ModelConfig(attention=policy.model.config.get_text_config()._attn_implementation)
-    saved = load_policy(
-        folder, attention, dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
-    )
-    theirs = dict(saved.named_parameters())
-    for name, parameter in policy.named_parameters():
-        if name not in theirs or theirs[name].shape != parameter.shape:
-            got = "nothing" if name not in theirs else f"shape {tuple(theirs[name].shape)}"
-            raise ValueError(f"{folder}: got {got} for {name}, expected shape {tuple(parameter.shape)}")
-        with torch.no_grad():
-            parameter.copy_(theirs[name])
 
 
 def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:

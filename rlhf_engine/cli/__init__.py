@@ -140,7 +140,3 @@ def main(arguments: list[str] | None = None) -> None:
     except FloatingPointError as error:
         print(f"rlhf: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

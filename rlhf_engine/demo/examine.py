@@ -18,7 +18,7 @@ from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.recipes import computing, load_model, load_reward_model, make_generator, reward_function
-from rlhf_engine.rollout import Rollout, rollout_logprobs
+from rlhf_engine.rollout import Rollout, recompute
 
 _SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}
 """Added to the run's seed: no answer of the examination shares its random numbers with another policy's or a rollout's."""
@@ -109,9 +109,8 @@ def _answer(
     rollout = make_generator(policy, codec, config, seed).generate(ids, torch.arange(len(ids)))
     texts = _texts(rollout, codec)
     verdicts = [judge(records[row // count].prompt, text) for row, text in enumerate(texts)]
-    ref_logprobs, _ = rollout_logprobs(
-        reference, rollout, microbatch=config.rollout.batch_size, temperature=config.rollout.temperature
-    )
+    size = {"microbatch": config.rollout.batch_size, "temperature": config.rollout.temperature}
+    ref_logprobs = recompute(reference, rollout, ("logprobs",), **size)["logprobs"]
     return Answers(
         texts=[texts[start : start + count] for start in range(0, len(texts), count)],
         verdicts=[verdicts[start : start + count] for start in range(0, len(verdicts), count)],

@@ -15,7 +15,7 @@ from rlhf_engine.config import RunConfig, load_config, refuse_overrides
 from rlhf_engine.data import Codec, Example, read_demonstrations, train_tokenizer
 from rlhf_engine.demo.examine import examine
 from rlhf_engine.demo.report import write_report
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import LanguageModel
 from rlhf_engine.recipes import computing, run_ppo, run_rm, run_sft, save_model, stage_metrics
 from rlhf_engine.supervised.sft import FitReport, fit_language_model
 
@@ -83,7 +83,7 @@ def make_base(config: RunConfig) -> FitReport:
     held_out = len(documents) // 20
     with stage_metrics(config, "pretrain") as metrics:
         report = fit_language_model(
-            ActorCritic(model, backend=config.backend, **computing(config)),
+            LanguageModel(model, backend=config.backend, **computing(config)),
             documents[held_out:],
             documents[:held_out],
             config.demo.pretrain,

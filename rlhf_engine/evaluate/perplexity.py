@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf_engine.data import EXAMPLES, Codec, Example, read_texts, stored
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import LanguageModel
 from rlhf_engine.supervised.sft import evaluate_nll
 
 
-def perplexity(actor: ActorCritic, examples: Sequence[Example], *, pad_id: int, batch_size: int = 32) -> float:
+def perplexity(actor: LanguageModel, examples: Sequence[Example], *, pad_id: int, batch_size: int = 32) -> float:
     """`exp` of the mean negative log-likelihood of the response tokens.
 
     Raises:

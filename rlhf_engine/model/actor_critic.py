@@ -8,70 +8,65 @@ Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_engine.model.heads import HeadTransform, ValueHead
 from rlhf_engine.model.layout import TokenBatch
-from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.roles import Outputs, ValueFunction, Want
 from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, packs, products
 from rlhf_engine.model.upcast import upcast_products
 from rlhf_kernels import PPOLoss, TokenLogprobs, linear_ppo_loss, linear_token_logprobs
+
+_WANTS = frozenset(get_args(Want))
 
 _PROBE_LOGIT = 60.0
 """Largest logit of the check at construction: far enough for a softcap to bend, whatever the initialisation."""
 
 
-class ActorCritic(nn.Module):
-    """A causal language model as policy, with a value head on the same hidden states or a value model beside it.
+class LanguageModel(nn.Module):
+    """A causal language model: its trunk, and the fused ops of `rlhf_kernels` on its output layer.
 
-    On construction the log-probs of a few tokens are compared with the model's own; ValueError if they differ. The trunk
-    stays in evaluation mode: dropout would make the ratio of one policy with itself differ from 1.
+    A call is the only reader of weights, so that whatever gathers or switches them does it once for a whole pass. On
+    construction the log-probs of a few tokens are compared with the model's own; ValueError if they differ. The trunk stays in
+    evaluation mode: dropout would make the ratio of a policy with itself differ from 1.
 
-    `compute_dtype` is that of matrix products, None the weights' own; log-probs, values and gradients are the weights' still.
-    With `gradient_checkpointing` a backward pass runs the trunk's layers again. A value model has settings of its own.
+    Args:
+        model: any Hugging Face causal LM, or one that peft wrapped or injected adapters into.
+        backend: of the kernels.
+        compute_dtype: of the matrix products; None is the weights' own. Log-probs, values and gradients keep their dtype.
+        gradient_checkpointing: run the trunk's layers again in the backward pass.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        value_head: ValueHead | None = None,
+        model: nn.Module,
         *,
-        value_model: RewardModel | None = None,
         backend: str = "auto",
         compute_dtype: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        model = _without_wrapper(model)
         if model.get_output_embeddings() is None:
             raise ValueError(f"model: got {type(model).__name__}, which has no output embeddings; expected a causal LM")
         self.model = model
         self.trunk_name = _trunk_name(model)
         self.transform = HeadTransform.from_config(model.config)
+        self.value: ValueFunction | None = None
         self.backend, self.compute_dtype = backend, None
-        hidden_size = self.lm_weight.shape[1]
-        if value_model is not None and value_head is not None:
-            raise ValueError("value_model: got one beside a value_head, expected one of the two")
-        self.value_model = value_model
-        self.value_head = value_head
-        if value_head is None and value_model is None:
-            self.value_head = ValueHead(hidden_size, self.lm_weight.device)
-        if self.value_head is not None and self.value_head.weight.shape != (hidden_size,):
-            got = tuple(self.value_head.weight.shape)
-            raise ValueError(f"value_head: got a weight of shape {got}, expected ({hidden_size},), the hidden size")
         self.eval()
         self._check_head()
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
         upcast_products(model, self.product_dtype)
         if gradient_checkpointing:
             checkpoint_layers(self.trunk)
-        self.packs = all(packs(*trunk) for trunk in self._trunks())
-        """Whether micro-batches of a token budget are packed."""
+        self.packs = packs(self.trunk, self.compute_dtype)
 
     @property
     def trunk(self) -> nn.Module:
@@ -80,171 +75,126 @@ class ActorCritic(nn.Module):
 
     @property
     def lm_weight(self) -> Tensor:  # (V, H)
+        """The weight of the output layer, for its shape, dtype and device."""
         return self.model.get_output_embeddings().weight
 
     @property
     def lm_bias(self) -> Tensor | None:  # (V,)
+        """The bias of the output layer."""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Type of the matrix products, and of keys and values."""
+        """Dtype of the matrix products, and of keys and values."""
         return self.compute_dtype or self.lm_weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.lm_weight.device
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the heads; the trunk keeps evaluation mode (no dropout), which does not stop gradients."""
+        """Set the mode of the heads; trunks keep evaluation mode (no dropout), which does not stop gradients."""
         super().train(mode)
         self.model.eval()
-        if self.value_model is not None:
-            self.value_model.eval()
         return self
 
-    def hidden(
-        self,
-        input_ids: Tensor,  # (B, S)
-        attention_mask: Tensor | dict[str, Tensor] | None = None,  # (B, S), or prepared as transformers takes it
-        position_ids: Tensor | None = None,  # (B, S)
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        *,
-        cu_inputs: Tensor | None = None,  # (B + 1,), where each sequence begins in packed `input_ids` [1, N]
-    ) -> Tensor:  # (B, S, H) or (1, N, H)
-        """Last hidden states, after the final norm. Row s belongs to the state in which token s + 1 is the action.
-
-        Without `position_ids` they are counted from the attention mask, so that left padding changes nothing; without
-        either, sequences start at column 0. `past_key_values` is updated in place.
-        """
-        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        return last_hidden(
-            self.trunk,
-            input_ids,
-            compute_dtype=self.compute_dtype,
-            cu_inputs=cu_inputs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
-        """Logits of a few rows, for sampling."""
-        with self.products():
-            return self.transform(self.model.get_output_embeddings()(hidden))
-
-    def products(self) -> AbstractContextManager[None]:
-        """Matrix products within are made in `compute_dtype`; around many forward passes, weights are copied once."""
-        return products(self.compute_dtype, self.device)
-
-    def values(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...), float32
-        """V of every state as the value head has it; 0 where the value function is a model of its own."""
-        if self.value_head is None:
-            return hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
-        return self.value_head(hidden)
-
-    def state_values(
+    def forward(
         self,
         batch: TokenBatch,
-        hidden: Tensor | None,  # (N, H), the policy's there; not read where the value function is a model of its own
-    ) -> Tensor:  # (N,), float32
-        """V of the states of a batch's actions, whoever has the value function."""
-        if self.value_model is None:
-            return self.values(hidden)
-        return self.value_model.values(batch.input_ids, batch.rows, batch.cu_inputs)
+        want: Collection[Want],
+        *,
+        temperature: float = 1.0,
+        loss: Mapping[str, Any] | None = None,
+        project: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    ) -> Outputs:
+        """Run the trunk once and return what `want` names, for the N states `batch.rows`.
+
+        Row s of the hidden states belongs to the state in which token s + 1 is the action.
+
+        Args:
+            batch: the tokens; `ids` are needed for log-probs and loss.
+            want: names of `Outputs`.
+            temperature: divides the logits of log-probs, entropy and loss.
+            loss: for "loss", the arguments of `linear_ppo_loss` from `old_logprobs` on; with `returns` it trains the values.
+            project: for "logits", computes `hidden @ weight.T + bias` in place of the output layer.
+
+        Raises:
+            ValueError: a name that `Outputs` does not have, or "values" without a value function.
+        """
+        want = frozenset(want)
+        if unknown := want - _WANTS:
+            raise ValueError(f"want: got {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(_WANTS))}")
+        if "values" in want and self.value is None:
+            raise ValueError("want: got 'values' of a model without a value function")
+        hidden = self._states(batch) if want != {"values"} or self.value.shares_trunk else None
+        logprobs = entropy = None
+        if want & {"logprobs", "entropy"}:
+            logprobs, entropy = self._logprobs(hidden, batch.ids, temperature, entropy="entropy" in want)
+        return Outputs(
+            hidden=hidden if "hidden" in want else None,
+            logits=self._logits(hidden, project) if "logits" in want else None,
+            logprobs=logprobs if "logprobs" in want else None,
+            entropy=entropy,
+            values=self.value.batch_values(batch, hidden) if "values" in want else None,
+            loss=self._loss(hidden, batch, temperature, loss) if "loss" in want else None,
+        )
+
+    def products(self) -> AbstractContextManager[None]:
+        """Compute matrix products within in `compute_dtype`; around several passes, weights are rounded once."""
+        return products(self.compute_dtype, self.device)
 
     def check_packing(self) -> None:
-        """ValueError where `packs` is on and a trunk's packed sequences see each other."""
-        for trunk in self._trunks() if self.packs else ():
-            check_packing(*trunk)
+        """Raise ValueError if micro-batches are packed and packed sequences affect each other."""
+        if self.packs:
+            check_packing(self.trunk, self.compute_dtype)
 
-    def _trunks(self) -> list[tuple[PreTrainedModel, torch.dtype | None]]:
-        """Of the policy and of a value model, with the type of its products."""
-        values = [] if self.value_model is None else [(self.value_model.trunk, self.value_model.compute_dtype)]
-        return [(self.trunk, self.compute_dtype), *values]
+    def _states(self, batch: TokenBatch) -> Tensor:  # (N, H)
+        positions, mask = batch.position_ids, batch.attention_mask
+        if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -batch.input_ids.shape[1] :]
+        hidden = last_hidden(
+            self.trunk,
+            batch.input_ids,
+            compute_dtype=self.compute_dtype,
+            cu_inputs=batch.cu_inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=batch.cache,
+            use_cache=batch.cache is not None,
+        ).flatten(0, 1)
+        return hidden if batch.rows is None else hidden.index_select(0, batch.rows)
 
-    def value_parameters(self) -> list[nn.Parameter]:
-        """Those of the value function alone."""
-        return list((self.value_head if self.value_model is None else self.value_model).parameters())
-
-    def token_logprobs(
-        self,
-        hidden: Tensor,  # (..., H)
-        ids: Tensor,  # (...)
-        **options: Any,
-    ) -> TokenLogprobs:
-        """`rlhf_kernels.linear_token_logprobs` with this model's head; `options` are temperature, mask, entropy."""
+    def _logits(
+        self, hidden: Tensor, project: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
+    ) -> Tensor:  # (N, V)
         with self.products():
-            return linear_token_logprobs(hidden, self.lm_weight, ids, **self._head_options(), **options)
+            if project is not None:
+                return self.transform(project(hidden, self.lm_weight, self.lm_bias))
+            return self.transform(self.model.get_output_embeddings()(hidden))
 
-    def ppo_loss(
-        self,
-        hidden: Tensor,  # (B, T, H) or (N, H)
-        ids: Tensor,  # (B, T) or (N,)
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,  # bool
-        **options: Any,
-    ) -> PPOLoss:
-        """`rlhf_kernels.linear_ppo_loss` with this model's two heads; `options` are that function's."""
-        if self.value_head is not None:
-            options |= {"value_weight": self.value_head.weight, "value_bias": self.value_head.bias}
+    def _logprobs(self, hidden: Tensor, ids: Tensor, temperature: float, *, entropy: bool) -> TokenLogprobs:
+        with self.products():
+            return linear_token_logprobs(
+                hidden, self.lm_weight, ids, temperature=temperature, entropy=entropy, **self._head_options()
+            )
+
+    def _loss(self, hidden: Tensor, batch: TokenBatch, temperature: float, loss: Mapping[str, Any]) -> PPOLoss:
+        options = dict(loss)
+        if self.value is not None and "returns" in options:
+            options |= self.value.loss_inputs(batch)
         with self.products():
             return linear_ppo_loss(
                 hidden,
                 self.lm_weight,
-                ids,
-                old_logprobs,
-                advantages,
-                mask,
+                batch.ids,
+                options.pop("old_logprobs"),
+                options.pop("advantages"),
+                options.pop("mask"),
+                temperature=temperature,
                 **self._head_options(),
                 **options,
             )
-
-    def language_model_loss(
-        self,
-        input_ids: Tensor,  # (B, S), whole sequences without padding
-        *,
-        num_tokens: int,
-    ) -> Tensor:  # ()
-        """`-sum log pi(x_s | x_<s) / num_tokens` over all tokens but the first of each sequence, at temperature 1."""
-        hidden, ids = self.hidden(input_ids[:, :-1]).flatten(0, 1), input_ids[:, 1:].flatten()
-        # -A log pi with an advantage of 1: the gradient is made in the forward pass, and no [N, V] tensor exists.
-        ones = torch.ones(len(ids), device=ids.device)
-        with self.products():
-            result = linear_ppo_loss(
-                hidden,
-                self.lm_weight,
-                ids,
-                torch.zeros_like(ones),
-                ones,
-                torch.ones_like(ids, dtype=torch.bool),
-                objective="policy_gradient",
-                num_tokens=num_tokens,
-                **self._head_options(),
-            )
-        return result.loss
-
-    def forward(
-        self,
-        input_ids: Tensor,  # (B, S), padded on the right
-        rows: Tensor,  # (N,), the states of the actions in the flattened (B * S) positions
-        ids: Tensor,  # (N,)
-        old_logprobs: Tensor,  # (N,)
-        advantages: Tensor,  # (N,)
-        mask: Tensor,  # (N,)
-        *,
-        cu_inputs: Tensor | None = None,  # (B + 1,), where each sequence begins in packed `input_ids` [1, sum of S]
-        **options: Any,
-    ) -> PPOLoss:
-        """Trunk and loss in one call, so that a sharded root holds every weight, the tied head's too, where it is read."""
-        hidden = self.hidden(input_ids, cu_inputs=cu_inputs).flatten(0, 1).index_select(0, rows)
-        if self.value_model is not None:
-            options["values"] = self.value_model.values(input_ids, rows, cu_inputs)
-        return self.ppo_loss(hidden, ids, old_logprobs, advantages, mask, **options)
 
     def _head_options(self) -> dict[str, Any]:
         return {
@@ -259,7 +209,7 @@ class ActorCritic(nn.Module):
         """Compare with the model's own log-probs, the product of its head blown up so that any transform shows."""
         vocabulary = self.lm_weight.shape[0]
         ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
-        hidden = self.hidden(ids)
+        hidden = self._states(TokenBatch(input_ids=ids))[None]
         product = nn.functional.linear(hidden, self.lm_weight, self.lm_bias).float()
         gain = _PROBE_LOGIT / max(float(self.transform(product).abs().max()), 1e-6)
         handle = self.model.get_output_embeddings().register_forward_hook(lambda module, args, output: output * gain)
@@ -278,6 +228,41 @@ class ActorCritic(nn.Module):
             )
 
 
+class ActorCritic(LanguageModel):
+    """A policy and its value function: a head on the policy's hidden states, or a model of its own.
+
+    Args:
+        model: the policy's causal LM.
+        value: the value function; None is a `ValueHead` of zeros.
+        settings: those of `LanguageModel`. A value model has settings of its own.
+    """
+
+    def __init__(self, model: nn.Module, value: ValueFunction | None = None, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        hidden_size = self.lm_weight.shape[1]
+        value = ValueHead(hidden_size, self.lm_weight.device) if value is None else value
+        if isinstance(value, ValueHead) and value.weight.shape != (hidden_size,):
+            got = tuple(value.weight.shape)
+            raise ValueError(
+                f"value: got a head with a weight of shape {got}, expected ({hidden_size},), the hidden size"
+            )
+        self.value = value
+        self.packs = self.packs and value.packs
+
+    def check_packing(self) -> None:
+        """Raise ValueError if micro-batches are packed and packed sequences affect each other in a trunk."""
+        super().check_packing()
+        if self.packs:
+            self.value.check_packing()
+
+
+def _without_wrapper(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model that peft wrapped, its adapters included; any other model as it is."""
+    return (
+        model if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model") else model.get_base_model()
+    )
+
+
 def _trunk_name(model: PreTrainedModel) -> str:
     """Attribute path of the module that makes the last hidden states."""
     trunk = model.base_model if model.base_model is not model else model.get_decoder()
@@ -287,12 +272,3 @@ def _trunk_name(model: PreTrainedModel) -> str:
     raise ValueError(
         f"model: found no trunk in {type(model).__name__}; expected a base_model or get_decoder() of its own"
     )
-
-
-def frozen_copy(policy: ActorCritic) -> ActorCritic:
-    """A deep copy of `policy` as it is now, without gradients; costs the weights once more.
-
-    It answers `hidden` and `token_logprobs`; its value head is the policy's and has no use, and a value model is not copied.
-    """
-    left_out = {} if policy.value_model is None else {id(policy.value_model): None}
-    return copy.deepcopy(policy, left_out).requires_grad_(False)

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+from rlhf_engine.model.layout import TokenBatch
+
+VALUE_HEAD = "value_head.safetensors"
+"""File of a policy's value head, in the policy's folder."""
 
 
 class ValueHead(nn.Module):
@@ -42,6 +49,26 @@ class ValueHead(nn.Module):
             head.weight.copy_(weight.reshape(-1))
             head.bias.copy_(torch.as_tensor(bias).reshape(()))
         return head
+
+    shares_trunk = True
+    packs = True
+
+    def batch_values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:  # (N,)
+        """Return the value of each state, read from the policy's hidden states (N, H)."""
+        return self(hidden)
+
+    def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return the head's weights, with which the fused loss computes values from its own read of the hidden states."""
+        return {"value_weight": self.weight, "value_bias": self.bias}
+
+    def save_value(self, folder: Path) -> None:
+        """Write the head into the folder of a policy."""
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}, folder / VALUE_HEAD
+        )
+
+    def check_packing(self) -> None:
+        """Do nothing: it looks at one state at a time."""
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...)
         # A product and a sum instead of a matrix product: a row's value has the same bits whatever the rows around it.

@@ -14,18 +14,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """Some sequences as one forward pass reads them, and where its actions lie."""
+    """Some sequences as one forward pass reads them, and the states in which their actions are taken."""
 
     input_ids: Tensor  # (B, S), int64, padded on the right; (1, sum of lengths) packed
-    rows: Tensor  # (N,), int64, into the flattened hidden states: the state of every action
-    ids: Tensor  # (N,), int64, the actions
-    source: Tensor  # (N,), int64, into flattened (all sequences * T) response tensors
-    cu_seqlens: Tensor  # (B + 1,), int32, where each sequence's actions begin in N
+    rows: Tensor | None = (
+        None  # (N,), int64, into the flattened positions: the state of every action; None: all positions
+    )
+    ids: Tensor | None = None  # (N,), int64, the actions
+    source: Tensor | None = None  # (N,), int64, into flattened (all sequences * T) response tensors
+    cu_seqlens: Tensor | None = None  # (B + 1,), int32, where each sequence's actions begin in N
     cu_inputs: Tensor | None = None  # (B + 1,), int32, where each packed sequence begins; None: padded
+    attention_mask: Tensor | dict[str, Tensor] | None = None  # (B, S), or prepared as transformers takes it
+    position_ids: Tensor | None = None  # (B, S); None: counted from the mask, or from column 0
+    cache: Cache | None = None  # keys and values of earlier tokens, updated in place
 
 
 def token_batch(
@@ -57,7 +63,14 @@ def token_batch(
     states = (begins + prompt - 1)[:, None] + steps
     source = (sequences * response_width)[:, None] + steps
     actions = input_ids[:, input_ids.shape[1] - response_width :].reshape(-1)[source[taken]]
-    return TokenBatch(inputs, states[taken], actions, source[taken], cumulated(response), cu_inputs)
+    return TokenBatch(
+        input_ids=inputs,
+        rows=states[taken],
+        ids=actions,
+        source=source[taken],
+        cu_seqlens=cumulated(response),
+        cu_inputs=cu_inputs,
+    )
 
 
 def cumulated(lengths: Tensor) -> Tensor:  # (B,) -> (B + 1,), int32

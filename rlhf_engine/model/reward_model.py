@@ -16,9 +16,13 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlhf_engine.files import read_json, require, write_json
 from rlhf_engine.model.heads import ValueHead
+from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.pretrained import load_head, load_pretrained
-from rlhf_engine.model.trunk import checkpoint_layers, last_hidden
+from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, packs
 from rlhf_engine.model.upcast import upcast_products
+
+VALUE_MODEL = "value_model"
+"""Folder of a value function with its own trunk, in the policy's folder."""
 
 _HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 
@@ -50,6 +54,12 @@ class RewardModel(nn.Module):
             checkpoint_layers(self.trunk)
         return self
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the head; the trunk keeps evaluation mode (no dropout), which does not stop gradients."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -64,15 +74,32 @@ class RewardModel(nn.Module):
         hidden = self._hidden(ids)
         return self.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
 
-    def values(
-        self,
-        ids: Tensor,  # (B, S), padded on the right, or (1, sum of S) packed
-        rows: Tensor,  # (N,), places in the flattened ids
-        cu_inputs: Tensor | None = None,  # (B + 1,), where each packed sequence begins
-    ) -> Tensor:  # (N,) float32
-        """The head at chosen tokens instead of the last: a value function that starts as the reward (InstructGPT's)."""
-        hidden = self._hidden(ids, cu_inputs)
-        return self.head(hidden.flatten(0, 1).index_select(0, rows))
+    # ---- as a value function with a trunk of its own ----
+
+    shares_trunk = False
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches of a token budget are packed without padding."""
+        return packs(self.trunk, self.compute_dtype)
+
+    def batch_values(self, batch: TokenBatch, hidden: Tensor | None = None) -> Tensor:  # (N,) float32
+        """Return the head's value at the states of a batch: a value function that starts as the reward (InstructGPT's)."""
+        states = self._hidden(batch.input_ids, batch.cu_inputs).flatten(0, 1)
+        return self.head(states.index_select(0, batch.rows))
+
+    def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return the values of a batch's states, with a gradient."""
+        return {"values": self.batch_values(batch)}
+
+    def save_value(self, folder: Path) -> None:
+        """Write the model into the folder of a policy."""
+        (folder / VALUE_MODEL).mkdir()
+        self.save(folder / VALUE_MODEL)
+
+    def check_packing(self) -> None:
+        """Raise ValueError if packed sequences affect each other in the trunk."""
+        check_packing(self.trunk, self.compute_dtype)
 
     def score_rows(
         self,

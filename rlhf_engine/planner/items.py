@@ -32,12 +32,12 @@ BLOCK_STATE = 256
 def persistent(w: Workload) -> Items:
     """What lives as long as the run."""
     policy, size = w.policy, w.weight_bytes
-    head = 0 if w.value == "backbone" else (policy.hidden + 1) * FLOAT  # the reference has one too and does not use it
+    head = 0 if w.value == "backbone" else (policy.hidden + 1) * FLOAT
     items = {"policy": _frozen(w, policy, policy.parameters) + head}
     if w.adapter:
         items["policy"] += adapter_numbers(w) * FLOAT  # the reference is the policy without them
     else:
-        items["reference"] = policy.parameters * size + head
+        items["reference"] = policy.parameters * size
     if w.value == "backbone":
         items["value_model"] = _scalar_model(w, w.reward or policy)
     if w.reward is not None:

@@ -9,7 +9,7 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.metrics import MetricSum
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.ppo.experience import Experience
-from rlhf_engine.rollout import rollout_logprobs
+from rlhf_engine.rollout import recompute
 from rlhf_kernels import masked_whiten
 
 
@@ -36,24 +36,19 @@ def minibatch_backward(
         def actions(x: Tensor, source: Tensor = batch.source) -> Tensor:  # (B, T) -> (N,)
             return x.reshape(-1)[source]
 
-        result = policy(
-            batch.input_ids,
-            batch.rows,
-            batch.ids,
-            actions(experience.old_logprobs),
-            actions(scaled),
-            torch.ones_like(batch.ids, dtype=torch.bool),
-            old_values=actions(experience.old_values),
-            returns=actions(experience.returns),
-            weights=None if experience.weights is None else actions(experience.weights),
-            num_tokens=num_tokens,
-            num_value_tokens=num_tokens,
-            num_sequences=len(sequences),
-            cu_seqlens=batch.cu_seqlens,
-            cu_inputs=batch.cu_inputs,
-            temperature=temperature,
-            **loss_options(config) | changing,
-        )
+        loss = loss_options(config) | {
+            "old_logprobs": actions(experience.old_logprobs),
+            "advantages": actions(scaled),
+            "mask": torch.ones_like(batch.ids, dtype=torch.bool),
+            "old_values": actions(experience.old_values),
+            "returns": actions(experience.returns),
+            "weights": None if experience.weights is None else actions(experience.weights),
+            "num_tokens": num_tokens,
+            "num_value_tokens": num_tokens,
+            "num_sequences": len(sequences),
+            "cu_seqlens": batch.cu_seqlens,
+        }
+        result = policy(batch, ("loss",), temperature=temperature, loss=loss | changing).loss
         result.loss.backward()
         totals.add(result.metrics)
     return totals.total()
@@ -67,14 +62,14 @@ def microbatch_size(config: PPOConfig) -> dict[str, int | None]:
 def old_policy_kl(policy: ActorCritic, experience: Experience, config: PPOConfig, temperature: float) -> float:
     """Mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
     rollout = experience.rollout
-    logprobs, _ = rollout_logprobs(policy, rollout, temperature=temperature, **microbatch_size(config))
+    logprobs = recompute(policy, rollout, ("logprobs",), temperature=temperature, **microbatch_size(config))["logprobs"]
     log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
     return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
 
 
 def keep_value_gradients(policy: ActorCritic) -> None:
     """Drop every gradient but the value function's: the optimiser leaves a parameter without one as it is."""
-    values = {id(parameter) for parameter in policy.value_parameters()}
+    values = {id(parameter) for parameter in policy.value.parameters()}
     for parameter in policy.parameters():
         if id(parameter) not in values:
             parameter.grad = None

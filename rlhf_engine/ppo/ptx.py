@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.data.streams import shuffled_stream
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import Policy, TokenBatch
 
 
 class PretrainStream:
@@ -30,8 +30,30 @@ class PretrainStream:
         return self.sequences[rows].long()
 
 
+def language_model_loss(
+    policy: Policy,
+    sequences: Tensor,  # (B, L), without padding
+    *,
+    num_tokens: int,
+) -> Tensor:  # ()
+    """Return `-sum log pi(x_s | x_<s) / num_tokens` over all tokens but the first of each sequence, at temperature 1.
+
+    That is a policy gradient with advantages of 1: its gradient is computed in the forward pass, without an [N, V] tensor.
+    """
+    ids = sequences[:, 1:].flatten()
+    ones = torch.ones(len(ids), device=ids.device)
+    loss = {
+        "old_logprobs": torch.zeros_like(ones),
+        "advantages": ones,
+        "mask": torch.ones_like(ids, dtype=torch.bool),
+        "objective": "policy_gradient",
+        "num_tokens": num_tokens,
+    }
+    return policy(TokenBatch(input_ids=sequences[:, :-1], ids=ids), ("loss",), loss=loss).loss.loss
+
+
 def ptx_backward(
-    policy: ActorCritic, sequences: Tensor, *, coef: float, microbatch: int, microbatch_tokens: int | None = None
+    policy: Policy, sequences: Tensor, *, coef: float, microbatch: int, microbatch_tokens: int | None = None
 ) -> dict[str, Tensor]:
     """Add the gradient of `-coef` times the mean log-prob of the sequences' tokens; returns the loss in nats a token.
 
@@ -43,7 +65,7 @@ def ptx_backward(
     if microbatch_tokens is not None:
         microbatch = max(1, microbatch_tokens // (sequences.shape[1] - 1))
     for part in sequences.to(policy.device).split(microbatch):
-        nll = policy.language_model_loss(part, num_tokens=num_tokens)
+        nll = language_model_loss(policy, part, num_tokens=num_tokens)
         (coef * nll).backward()
         loss += nll.detach()
     return {"ptx_loss": loss}

@@ -19,7 +19,7 @@ from rlhf_engine.config import MemoryConfig, PPOConfig
 from rlhf_engine.data.streams import shuffled
 from rlhf_engine.memory import AnyArena, PeakMeter, PoolArena, gradients_in, open_arena
 from rlhf_engine.metrics import MetricSum, peak_rss_mb
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import ActorCritic, Reference
 from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
 from rlhf_engine.optim.ema import WeightAverage
 from rlhf_engine.optim.offload import StagedAdamW
@@ -30,7 +30,7 @@ from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
 from rlhf_engine.ppo.room import head_bytes, phase_bytes
 from rlhf_engine.ppo.trpo import TrustRegionProblem, trpo_step
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
-from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, rollout_logprobs, rollout_values
+from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, recompute, reference_logprobs
 
 
 def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor, arena: AnyArena) -> Rollout:
@@ -41,7 +41,7 @@ def collect(generator: Generator, prompts: Sequence[Tensor], sequence: Tensor, a
 def score(
     rollout: Rollout,
     policy: ActorCritic,
-    reference: ActorCritic,
+    reference: Reference,
     reward_fn: RewardFunction,
     config: PPOConfig,
     temperature: float,
@@ -57,12 +57,13 @@ def score(
     rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
     size = microbatch_size(config)
     with transients():
-        ref_logprobs, _ = rollout_logprobs(reference, rollout, temperature=temperature, **size)
+        ref_logprobs = reference_logprobs(reference, rollout, temperature=temperature, **size)
         old_logprobs, old_values = rollout.logprobs, rollout.values
         if config.old_logprobs == "rescored":
-            old_logprobs, old_values = rollout_logprobs(policy, rollout, temperature=temperature, values=True, **size)
-        elif policy.value_model is not None:
-            old_values = rollout_values(policy, rollout, **size)
+            again = recompute(policy, rollout, ("logprobs", "values"), temperature=temperature, **size)
+            old_logprobs, old_values = again["logprobs"], again["values"]
+        elif not policy.value.shares_trunk:
+            old_values = recompute(policy, rollout, ("values",), **size)["values"]
         if config.baseline == "none":
             old_values = torch.zeros_like(old_values)
     # What survives the phase is copied out of it.
@@ -83,7 +84,7 @@ class PPOTrainer:
     def __init__(
         self,
         policy: ActorCritic,
-        reference: ActorCritic,
+        reference: Reference,
         generator: Generator,
         prompts: Callable[[int, int], Sequence[Tensor]],
         reward_fn: RewardFunction,

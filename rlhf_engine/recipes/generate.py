@@ -19,7 +19,7 @@ from rlhf_engine.data import Codec, PromptRecord, read_prompts
 from rlhf_engine.data.records import prompt_field
 from rlhf_engine.files import with_new_file
 from rlhf_engine.metrics import progress
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.recipes.loading import check_room, computing, encode_records, load_model, make_generator
 from rlhf_engine.rollout import STOP_REASONS, Generator
@@ -58,7 +58,7 @@ class Answerer:
         self.prefix = prefix
         self.codec: Codec = replace(codec, prompt_template=prefix + codec.prompt_template)
         self.batch_size = config.rollout.batch_size
-        self.actor = ActorCritic(model, backend=config.backend, **computing(config, learns=False))
+        self.actor = LanguageModel(model, backend=config.backend, **computing(config, learns=False))
         self.generator: Generator = make_generator(self.actor, self.codec, config, seed)
 
     def answer(

@@ -17,7 +17,7 @@ from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCo
 from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.files import recover
 from rlhf_engine.metrics import progress
-from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.ppo.ptx import PretrainStream
@@ -68,7 +68,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     pretrain = pretrain_stream(config, codec)
     trainer = PPOTrainer(
         policy,
-        frozen_copy(policy),
+        FrozenCopy(policy),
         make_generator(policy, codec, plan.within(config), config.seed, kv_bytes=plan.kv_bytes),
         prompt_stream(prompts, config.seed),
         reward,
@@ -81,7 +81,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     if pretrain is not None:
         data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
     if reward_model is not None:
-        data["reward.path"] = fingerprint(reward_model)
+        data["reward.path"] = fingerprint(reward_model.named_parameters())
     if resume:
         resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
     return _train(config, trainer, codec, data, plan)
@@ -136,7 +136,7 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
         value_model = copy.deepcopy(reward_model) if from_reward else RewardModel.from_causal_lm(model, config.seed)
         if not from_reward:
             nn.init.zeros_(value_model.head.weight)
-        return ActorCritic(model, value_model=value_model.computing(**settings), backend=config.backend, **settings)
+        return ActorCritic(model, value_model.computing(**settings), backend=config.backend, **settings)
     if not from_reward:
         return ActorCritic(model, backend=config.backend, **settings)
     head = reward_model.head

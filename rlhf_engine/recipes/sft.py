@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Example, Stored, read_demonstrations, stored
 from rlhf_engine.data.split import split
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import LanguageModel
 from rlhf_engine.recipes.loading import (
     check_records,
     computing,
@@ -33,7 +33,7 @@ def run_sft(config: RunConfig) -> FitReport:
         f"data.demonstrations: {config.data.demonstrations}",
         "demonstrations",
     )
-    actor = ActorCritic(model, backend=config.backend, **computing(config))
+    actor = LanguageModel(model, backend=config.backend, **computing(config))
     with stage_metrics(config, "sft") as metrics:
         report = fit_language_model(
             actor,

@@ -1,7 +1,7 @@
 """Sampling responses and scoring them again."""
 
 from rlhf_engine.rollout.generator import Generator
-from rlhf_engine.rollout.logprobs import logprob_deviation, rollout_logprobs, rollout_values
+from rlhf_engine.rollout.logprobs import logprob_deviation, recompute, reference_logprobs
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_REASONS, STOP_STRING, STOP_TOKEN
 
@@ -14,6 +14,6 @@ __all__ = [
     "Generator",
     "Rollout",
     "logprob_deviation",
-    "rollout_logprobs",
-    "rollout_values",
+    "recompute",
+    "reference_logprobs",
 ]

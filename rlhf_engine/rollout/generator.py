@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RolloutConfig
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import ActorCritic, Outputs
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.decode.cache import Allocate, new_memory
 from rlhf_engine.rollout.decode.gpu import ladder
@@ -126,8 +126,8 @@ class Generator:
                 waiting += reversed(group[fits:])
                 del group[fits:]
             if group:
-                hidden = self._admit(decoder, running, prompts, group)
-                act(hidden, decoder.logits(hidden), slice(first, running.count))
+                outputs = self._admit(decoder, running, prompts, group)
+                act(outputs, slice(first, running.count))
             else:
                 _make_room(decoder, record, running, waiting)
                 first = 0
@@ -159,26 +159,25 @@ class Generator:
             self._state = shape, state
         return state
 
-    def _admit(self, decoder: Decoder, running: ActiveSlots, prompts: list[Tensor], rows: list[int]) -> Tensor:
+    def _admit(self, decoder: Decoder, running: ActiveSlots, prompts: list[Tensor], rows: list[int]) -> Outputs:
         first, new = running.count, slice(running.count, running.count + len(rows))
-        hidden = decoder.prefill([prompts[row] for row in rows], first)
-        running.row[new] = torch.tensor(rows, device=hidden.device)
-        running.position[new] = torch.tensor([len(prompts[row]) - 1 for row in rows], device=hidden.device)
+        outputs = decoder.prefill([prompts[row] for row in rows], first)
+        running.row[new] = torch.tensor(rows, device=running.row.device)
+        running.position[new] = torch.tensor([len(prompts[row]) - 1 for row in rows], device=running.row.device)
         running.step[new] = 0
         running.count += len(rows)
-        return hidden
+        return outputs
 
     def _act(
         self,
         record: RolloutState,
         running: ActiveSlots,
-        hidden: Tensor,  # (rows, H), rows >= N
-        logits: Tensor,  # (rows, V)
+        outputs: Outputs,  # of rows >= N
         here: slice,
     ) -> None:
         """An action in each of N states, those of the slots `here`, noted."""
         config, backend, size = self.config, self.policy.backend, here.stop - here.start
-        logits = logits[:size]
+        logits = outputs.logits[:size]
         sequence, position, *seen = record.streams(running, here)
         taken = sample_tokens(
             penalised(logits.float(), *seen, config.repetition_penalty) if seen else logits,
@@ -194,7 +193,8 @@ class Generator:
         full = taken.logprobs
         if seen:
             full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
-        record.note(taken.ids, full, taken.sampling_logprobs, self.policy.values(hidden)[:size], running, here)
+        values = torch.zeros_like(full) if outputs.values is None else outputs.values[:size]
+        record.note(taken.ids, full, taken.sampling_logprobs, values, running, here)
 
     def _next_group(self, waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
         """Take up to `room` prompts of one prefill width, read within the token budget, off the end of `waiting`.

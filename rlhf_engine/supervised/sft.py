@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of, pad_sequences
 from rlhf_engine.metrics import progress
-from rlhf_engine.model import ActorCritic
-from rlhf_engine.model.layout import token_cuts
+from rlhf_engine.model import LanguageModel
+from rlhf_engine.model.layout import TokenBatch, token_cuts
 from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step
 
 Log = Callable[[int, dict[str, float]], None]
@@ -46,7 +46,7 @@ class FitReport:
     """Tokens that carried a loss."""
 
 
-def batch_logprobs(actor: ActorCritic, batch: LanguageBatch) -> Tensor:  # -> (N,) float32
+def batch_logprobs(actor: LanguageModel, batch: LanguageBatch) -> Tensor:  # -> (N,) float32
     """Log-probs of the response tokens of a batch, one row after the other.
 
     `log pi(a_t | s_t)` for every token under `response_mask` that has a token before it. Rows are padded on the right,
@@ -54,12 +54,12 @@ def batch_logprobs(actor: ActorCritic, batch: LanguageBatch) -> Tensor:  # -> (N
     """
     taken = batch.response_mask[:, 1:].to(actor.device)
     ids = batch.ids.to(actor.device)
-    hidden = actor.hidden(ids[:, :-1])[taken]
-    return actor.token_logprobs(hidden, ids[:, 1:][taken]).logprobs
+    rows = taken.flatten().nonzero().squeeze(1)
+    return actor(TokenBatch(input_ids=ids[:, :-1], rows=rows, ids=ids[:, 1:][taken]), ("logprobs",)).logprobs
 
 
 def fit_language_model(
-    actor: ActorCritic,
+    actor: LanguageModel,
     train: Sequence[Example],
     validation: Sequence[Example],
     config: SFTConfig,
@@ -130,7 +130,7 @@ class _Minimum:
 
 
 @torch.no_grad()
-def evaluate_nll(actor: ActorCritic, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
+def evaluate_nll(actor: LanguageModel, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
     """Mean negative log-likelihood of the response tokens, in nats per token."""
     total, count = 0.0, 0
     for indices in length_batches(lengths_of(examples), batch_size):
@@ -165,7 +165,7 @@ def _parts(indices: list[int], lengths: list[int], config: SFTConfig) -> list[li
     return [rest[start:end] for start, end in pairwise([0, *ends])]
 
 
-def _train_step(actor: ActorCritic, batch: list[LanguageBatch]) -> tuple[float, int]:
+def _train_step(actor: LanguageModel, batch: list[LanguageBatch]) -> tuple[float, int]:
     """Backward of `-sum(logprobs) / tokens of the whole batch`; returns that loss and the tokens."""
     count = sum(int(part.response_mask[:, 1:].sum()) for part in batch)
     loss = 0.0

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_engine.config import MemoryConfig, RolloutConfig
 from rlhf_engine.memory import PoolArena
-from rlhf_engine.rollout import Generator, rollout_logprobs
+from rlhf_engine.rollout import Generator, recompute
 from tests.engine.helpers.sampling import make_actor, make_prompts
 from tests.engine.helpers.tiny_models import FAMILIES
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
@@ -43,9 +43,9 @@ def test_graphs_with_a_softcap_in_attention():
 
 
 def check_logprobs(generator, found, atol):
-    fresh, values = rollout_logprobs(generator.policy, found, microbatch=20, values=True)
-    torch.testing.assert_close(found.logprobs, fresh, rtol=0, atol=atol)
-    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=max(atol, 1e-4))
+    fresh = recompute(generator.policy, found, ("logprobs", "values"), microbatch=20)
+    torch.testing.assert_close(found.logprobs, fresh["logprobs"], rtol=0, atol=atol)
+    torch.testing.assert_close(found.values, fresh["values"], rtol=1e-4, atol=max(atol, 1e-4))
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.5}, {"min_p": 0.05}])

@@ -121,18 +121,18 @@ def can_reorder(weight: Tensor) -> bool:
     return here and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-class ReorderedHead:
-    """`head(hidden)` are the policy's logits with the weight of the first call."""
+def head_product(policy: ActorCritic) -> ReorderedHead | None:
+    """Return the output layer's product for the decode steps of one rollout; None where the layer's own is used."""
+    return ReorderedHead() if policy.compute_dtype is None and can_reorder(policy.lm_weight) else None
 
-    def __init__(self, policy: ActorCritic) -> None:
-        self.policy, self.bias = policy, policy.lm_bias
+
+class ReorderedHead:
+    """`hidden @ weight.T + bias` with the weight of the first call, which is reordered then."""
+
+    def __init__(self) -> None:
         self.reordered: Tensor | None = None
 
-    def __call__(self, hidden: Tensor) -> Tensor:  # (rows, H) -> (rows, V)
-        weight = self.policy.lm_weight
-        if self.policy.compute_dtype is not None or not can_reorder(weight):
-            return self.policy.logits(hidden)
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (rows, H) -> (rows, V)
         if self.reordered is None:
             self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        product = torch.ops.mkldnn._linear_pointwise(hidden, self.reordered, self.bias, "none", [], "")
-        return self.policy.transform(product)
+        return torch.ops.mkldnn._linear_pointwise(hidden, self.reordered, bias, "none", [], "")

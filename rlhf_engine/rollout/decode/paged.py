@@ -11,7 +11,7 @@ in `Decoder`. Page 0 belongs to nobody: rows without a sequence write to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +23,14 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import ActorCritic, Outputs, TokenBatch
+from rlhf_engine.model.roles import Want
 from rlhf_engine.model.trunk import attention
 from rlhf_engine.rollout.decode.cache import Allocate, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.decode.cpu import ReorderedHead
+from rlhf_engine.rollout.decode.cpu import head_product
 from rlhf_engine.rollout.decode.gpu import CompiledLayers, GraphedStep, ladder, why_not
 from rlhf_engine.rollout.decode.pages import Pages, Sequences
-from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prompt_width
+from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prefill_batch, prompt_width
 from rlhf_kernels import paged_attention
 
 ATTENTION = "rlhf_pages"
@@ -206,13 +207,13 @@ class PagedDecoder(Decoder):
         self.sequences = Sequences(Pages(opened, first=1), self.page_size, self.slots)
         self.table.zero_()
         self.restarted = 0
-        self.head = ReorderedHead(self.policy)  # the weights may have changed
+        self.project = head_product(self.policy)  # the weights may have changed
         # What a captured graph reads by its address, and the size that says where a layer's pages begin.
         self._key = (self.pool.data_ptr(), opened, *(weight.data_ptr() for weight in self.policy.parameters()))
 
     def close(self) -> None:
         """Give the memory of the pages back. A graph that read autocast's copies of weights, which end here, is no more use."""
-        self.pool = self.head = None
+        self.pool = self.project = None
         if self.policy.compute_dtype is not None:
             self._graphed = None
         for layer in self.cache.layers:
@@ -244,8 +245,8 @@ class PagedDecoder(Decoder):
         self.restarted += len(left)
         return left
 
-    def prefill(self, prompts: list[Tensor], first: int) -> Tensor:  # -> (rows >= MIN_ROWS, H)
-        """Read prompts of one `prompt_width` into slots `first`, ...; returns the hidden state after each prompt.
+    def prefill(self, prompts: list[Tensor], first: int) -> Outputs:  # rows >= MIN_ROWS
+        """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt.
 
         Prompts with the same ids are read once and share their pages. Rows beyond the prompts repeat the first one.
         """
@@ -254,33 +255,32 @@ class PagedDecoder(Decoder):
             like = None if firsts[kind] == index else first + firsts[kind]
             self.sequences.admit(first + index, len(prompt), like)
         self._write_table(range(first, first + len(prompts)))
-        hidden = self._read([prompts[index] for index in firsts], [first + index for index in firsts])
-        return hidden[torch.tensor(kinds + [0] * (MIN_ROWS - len(kinds)), device=hidden.device)]
+        read = [prompts[index] for index in firsts]
+        self._write_prefill(read, [first + index for index in firsts])
+        with self.layers.prefill():
+            return self.policy(prefill_batch(self.policy, read, kinds, self.cache), self.want, project=self.project)
 
-    def _read(self, prompts: list[Tensor], slots: list[int]) -> Tensor:  # -> (prompts, H)
+    def _write_prefill(self, prompts: list[Tensor], slots: list[int]) -> None:
+        """Set where the layers write the keys and values of the next pass."""
         device, width = self.policy.device, prompt_width(len(prompts[0]))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        # Beyond its end a prompt repeats its last token; no real token sees it, and no page keeps it.
-        inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
         row, token = (torch.arange(width, device=device) < lengths[:, None]).nonzero(as_tuple=True)
         step, slot = self.now, torch.tensor(slots, device=device)
         step.page = self.table[slot[row], token // self.page_size].long()
         step.within, step.source = token % self.page_size, row * width + token
-        with self.layers.prefill():
-            hidden = self.policy.hidden(inputs, None, self._prefill_positions(inputs), self.cache, use_cache=True)
-        return hidden[torch.arange(len(prompts), device=device), lengths - 1]
 
     def decode(
         self,
         tokens: Tensor,  # (slots,), the last token of each sequence; slots at `count` and beyond hold none
         positions: Tensor,  # (slots,), its position
         count: int,
-    ) -> Tensor:  # (rows >= MIN_ROWS, H)
-        """Feed one token to each of the first `count` slots; returns the hidden states after them."""
+        want: Collection[Want] | None = None,
+    ) -> Outputs:  # rows >= MIN_ROWS
+        """Feed one token to each of the first `count` slots; return the outputs in the states after them."""
         self._grow(count)
         rows = max(count, MIN_ROWS)
         tokens, positions = (_padded(x[:count], rows) for x in (tokens, positions))
-        return self._forward(tokens, positions, self._rows(rows, count))
+        return self._forward(tokens, positions, self._rows(rows, count), want or self.want)
 
     def step(
         self,
@@ -290,7 +290,7 @@ class PagedDecoder(Decoder):
         act: Act,
         idle: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`act(hidden, logits, here)` in the states after `decode`: all of it one graph on a GPU."""
+        """Call `act(outputs, here)` in the states after `decode`: all of it one graph on a GPU."""
         if not self.captures:
             super().step(tokens, positions, count, act, idle)
             return
@@ -304,8 +304,8 @@ class PagedDecoder(Decoder):
     def _act(self, act: Act, tokens: Tensor, positions: Tensor, rows: int) -> None:
         """What a graph captures."""
         with self.compiled():
-            hidden = self._forward(tokens[:rows], positions[:rows], self.table[:rows])
-        act(hidden, self.logits(hidden), slice(0, rows))
+            outputs = self._forward(tokens[:rows], positions[:rows], self.table[:rows], self.want)
+        act(outputs, slice(0, rows))
 
     @contextmanager
     def _idle(self, idle: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
@@ -322,8 +322,12 @@ class PagedDecoder(Decoder):
         return self.table[:rows].masked_fill(torch.arange(rows, device=self.table.device)[:, None] >= count, 0)
 
     def _forward(
-        self, tokens: Tensor, positions: Tensor, table: Tensor
-    ) -> Tensor:  # (rows,) twice, (rows, M) -> (rows, H)
+        self,
+        tokens: Tensor,  # (rows,)
+        positions: Tensor,  # (rows,)
+        table: Tensor,  # (rows, M)
+        want: Collection[Want],
+    ) -> Outputs:
         step = self.now
         step.page = table.gather(1, (positions // self.page_size)[:, None])[:, 0].long()
         step.within, step.source = positions % self.page_size, None
@@ -331,7 +335,10 @@ class PagedDecoder(Decoder):
         # Nobody reads the mask; without one some models look for padding among the tokens, and wait for the device.
         mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool, device=tokens.device)
         with self._attending():
-            return self.policy.hidden(tokens[:, None], mask, positions[:, None], self.cache, use_cache=True)[:, 0]
+            batch = TokenBatch(
+                input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], cache=self.cache
+            )
+            return self.policy(batch, want, project=self.project)
 
     @contextmanager
     def _attending(self) -> Iterator[None]:

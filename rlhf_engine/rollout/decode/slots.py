@@ -13,21 +13,23 @@ and `room`, `make_room`, `keep` and `close`, which say something where memory is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import Cache
 
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import ActorCritic, Outputs, TokenBatch
 from rlhf_engine.model.pretrained import max_positions
+from rlhf_engine.model.roles import Want
 from rlhf_engine.rollout.decode.cache import Allocate, SlotCache, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.decode.cpu import REPLACED, InvariantLayers, ReorderedHead
+from rlhf_engine.rollout.decode.cpu import REPLACED, InvariantLayers, head_product
 
 MIN_ROWS = 16
-Act = Callable[[Tensor, Tensor, slice], None]
-"""What is done in the states of a step, given their hidden states, logits and slots: work on tensors alone, for graphs."""
+Act = Callable[[Outputs, slice], None]
+"""What is done in the states of a step, given the policy's outputs and the slots: work on tensors only, for graphs."""
 _BLOCK = 512
 """Columns that attention takes at a time on CPU; a longer cache is read in whole blocks."""
 
@@ -51,6 +53,27 @@ def slot_step(policy: ActorCritic) -> int:
     return MIN_ROWS if policy.model.config.get_text_config()._attn_implementation == "eager" else 1
 
 
+def sampled_outputs(policy: ActorCritic) -> tuple[Want, ...]:
+    """Return what a decode step asks the policy for: values too, where they come from the same hidden states."""
+    return ("logits", "values") if policy.value is not None and policy.value.shares_trunk else ("logits",)
+
+
+def prefill_batch(policy: ActorCritic, prompts: list[Tensor], source: list[int], cache: Cache) -> TokenBatch:
+    """Return prompts of one `prompt_width` as one pass reads them; row r is the state after prompt `source[r]`.
+
+    There are at least `MIN_ROWS` rows; those beyond `source` repeat the first prompt's. Columns beyond a prompt's end repeat
+    its last token: no real token sees them, and no key or value of theirs is used. Positions stay within the model's.
+    """
+    device, width, limit = policy.device, prompt_width(len(prompts[0])), max_positions(policy.model)
+    inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
+    last = torch.tensor([row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)], device=device)
+    rows = last[torch.tensor(source + [0] * (MIN_ROWS - len(source)), device=device)]
+    positions = None
+    if limit is not None and width > limit:
+        positions = torch.arange(width, device=device).clamp(max=limit - 1).expand_as(inputs)
+    return TokenBatch(input_ids=inputs, rows=rows, position_ids=positions, cache=cache)
+
+
 class Decoder:
     """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
 
@@ -69,44 +92,29 @@ class Decoder:
         self.slots = slots + -slots % slot_step(policy)
         self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
         self.layers = InvariantLayers(policy)
-        self.head = ReorderedHead(policy)
+        self.want = sampled_outputs(policy)
+        self.project = head_product(policy)
         self.column = torch.arange(self.columns, device=policy.device)
 
-    def prefill(self, prompts: list[Tensor], first: int) -> Tensor:  # -> (rows >= MIN_ROWS, H)
-        """Read prompts of one `prompt_width` into slots `first`, ...; returns the hidden state after each prompt.
+    def prefill(self, prompts: list[Tensor], first: int) -> Outputs:  # rows >= MIN_ROWS
+        """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt.
 
         Prompts with the same ids are read once. Rows beyond the prompts repeat the first one.
         """
         firsts, source = same_as(prompts)
-        hidden = self._read(
-            [prompts[index] for index in firsts], first, torch.tensor(source, device=self.policy.device)
-        )
-        return hidden[torch.tensor(source + [0] * (MIN_ROWS - len(source)), device=hidden.device)]
-
-    def _read(self, prompts: list[Tensor], first: int, source: Tensor) -> Tensor:  # -> (prompts, H)
-        width = prompt_width(len(prompts[0]))
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.policy.device)
-        # Beyond its end a prompt repeats its last token; no real token sees it, and its columns are overwritten later.
-        inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
-        self.cache.prefill(first, source)
+        batch = prefill_batch(self.policy, [prompts[index] for index in firsts], source, self.cache)
+        self.cache.prefill(first, torch.tensor(source, device=self.policy.device))
         with self.layers.prefill():
-            hidden = self.policy.hidden(inputs, None, self._prefill_positions(inputs), self.cache, use_cache=True)
-        return hidden[torch.arange(len(prompts), device=lengths.device), lengths - 1]
-
-    def _prefill_positions(self, inputs: Tensor) -> Tensor | None:
-        """None where the trunk counts them itself; where padding would count past its last position, it stays there."""
-        width, limit = inputs.shape[1], max_positions(self.policy.model)
-        if limit is None or width <= limit:
-            return None
-        return torch.arange(width, device=inputs.device).clamp(max=limit - 1).expand_as(inputs)
+            return self.policy(batch, self.want, project=self.project)
 
     def decode(
         self,
         tokens: Tensor,  # (slots,), the last token of each sequence; slots at `count` and beyond hold none
         positions: Tensor,  # (slots,), its position
         count: int,
-    ) -> Tensor:  # (rows >= MIN_ROWS, H)
-        """Feed one token to each of the first `count` slots; returns the hidden states after them."""
+        want: Collection[Want] | None = None,
+    ) -> Outputs:  # rows >= MIN_ROWS
+        """Feed one token to each of the first `count` slots; return the outputs in the states after them."""
         spare = max(0, MIN_ROWS - count)
         tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
         width = self.columns
@@ -116,11 +124,10 @@ class Decoder:
         self.cache.decode(positions if self.eager else positions[:count], width)
         mask = self._mask(positions, width)
         with self.layers.decode():
-            return self.policy.hidden(tokens[:, None], mask, positions[:, None], self.cache, use_cache=True)[:, 0]
-
-    def logits(self, hidden: Tensor) -> Tensor:  # (rows >= MIN_ROWS, H) -> (rows, V)
-        """Logits of states that `prefill` or `decode` returned."""
-        return self.head(hidden)
+            batch = TokenBatch(
+                input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], cache=self.cache
+            )
+            return self.policy(batch, want or self.want, project=self.project)
 
     def step(
         self,
@@ -130,12 +137,11 @@ class Decoder:
         act: Act,
         idle: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`act(hidden, logits, here)` in the states after `decode`, of the rows `here`: those of the first `count` slots.
+        """Call `act(outputs, here)` in the states after `decode`, of the rows `here`: those of the first `count` slots.
 
         A graph may hold it, and then `here` has rows behind those, without a sequence. In `idle` it has no sequence at all.
         """
-        hidden = self.decode(tokens, positions, count)
-        act(hidden, self.logits(hidden), slice(0, count))
+        act(self.decode(tokens, positions, count), slice(0, count))
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Sequences of at most `width` tokens in slots `source` go on in slots `target`; the two must not overlap."""
@@ -180,9 +186,10 @@ class Decoder:
         self.prefill([sequence[:-read] for sequence in sequences], 0)
         for ahead in range(read, 0, -1):
             at = torch.tensor([len(sequence) - ahead for sequence in sequences], device=ids.device)
-            decoded = self.decode(torch.stack([sequence[-ahead] for sequence in sequences]), at, len(sequences))
+            tokens = torch.stack([sequence[-ahead] for sequence in sequences])
+            decoded = self.decode(tokens, at, len(sequences), ("hidden",)).hidden
         for row, sequence in enumerate(sequences):
-            expected = self.policy.hidden(sequence[None])[0, -1]
+            expected = self.policy(TokenBatch(input_ids=sequence[None]), ("hidden",)).hidden[-1]
             # Scores near a softcap c round to c eps, and the softmax makes that a relative error, in every layer.
             rounding = 64 + 4 * (getattr(self.text_config, "attn_logit_softcapping", None) or 0)
             allowed = rounding * torch.finfo(expected.dtype).eps * float(expected.abs().max())

@@ -3,7 +3,7 @@
 import torch
 
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
-from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rollout import Generator
 from tests.engine.helpers.tiny_models import VOCABULARY, tiny
@@ -37,13 +37,13 @@ def make_trainer(
     model = tiny(family, seed=model_seed, initializer_range=0.1).to(device, dtype)
     if attention is not None:
         model.set_attn_implementation(attention)
-    policy = ActorCritic(model, head) if value_model is None else ActorCritic(model, value_model=value_model)
+    policy = ActorCritic(model, head) if value_model is None else ActorCritic(model, value_model)
     stream = torch.Generator().manual_seed(9)
     prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
     config = PPOConfig(**{**SETTINGS, "optim": OptimConfig(lr=1e-3), **settings})
     return PPOTrainer(
         policy,
-        frozen_copy(policy),
+        FrozenCopy(policy),
         Generator(policy, rollout, eos_token_ids=(2, 7), pad_token_id=0, seed=seed),
         lambda first, count: [prompts[n % 40] for n in range(first, first + count)],
         reward,

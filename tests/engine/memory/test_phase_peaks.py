@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
 from rlhf_engine.metrics import peak_rss_mb, phase_peak_mb, start_phase_peak
-from rlhf_engine.model import ActorCritic, frozen_copy
+from rlhf_engine.model import ActorCritic, FrozenCopy
 from rlhf_engine.rollout import Generator
 from rlhf_engine.ppo.trainer import PPOTrainer
 
@@ -29,7 +29,7 @@ prompts = [torch.randint(0, 1024, (4,)) for _ in range(64)]
 settings = PPOConfig(updates=9, rollout_batch=64, minibatch=64, microbatch=4, optim=OptimConfig(lr=1e-5))
 reward = lambda rollout: rollout.mask.sum(1).float()
 trainer = PPOTrainer(
-    policy, frozen_copy(policy), generator, lambda first, count: prompts[:count], reward, settings, seed=0
+    policy, FrozenCopy(policy), generator, lambda first, count: prompts[:count], reward, settings, seed=0
 )
 for _ in range(2):
     trainer.step()

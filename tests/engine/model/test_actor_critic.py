@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlhf_engine.model import ActorCritic, HeadTransform, ValueHead, frozen_copy, token_batch
+from rlhf_engine.model import ActorCritic, FrozenCopy, HeadTransform, TokenBatch, ValueHead, token_batch
+from tests.engine.helpers.passes import hidden_of, logprobs_of
 from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY, tiny
 
 
@@ -13,8 +14,7 @@ def test_logprobs_are_the_models_own(family):
     actor = ActorCritic(model)
     ids = torch.arange(40).reshape(2, 20) % VOCABULARY
     expected = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    logprobs = actor.token_logprobs(actor.hidden(ids)[:, :-1], ids[:, 1:]).logprobs
-    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprobs_of(actor, ids), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -23,7 +23,7 @@ def test_left_padding_changes_nothing(family):
     ids = torch.arange(3, 18)[None]
     padded = torch.nn.functional.pad(ids, (6, 0))
     mask = torch.nn.functional.pad(torch.ones_like(ids), (6, 0))
-    torch.testing.assert_close(actor.hidden(padded, mask)[:, 6:], actor.hidden(ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden_of(actor, padded, mask)[:, 6:], hidden_of(actor, ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -77,20 +77,20 @@ def test_half_precision_passes_the_check(family):
 def test_trunk_keeps_evaluation_mode():
     actor = ActorCritic(tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
     ids = torch.arange(12)[None]
-    assert torch.equal(actor.hidden(ids), actor.hidden(ids))
+    assert torch.equal(hidden_of(actor, ids), hidden_of(actor, ids))
 
 
 def test_value_head_starts_at_zero_or_as_a_copy():
     actor = ActorCritic(tiny())
-    hidden = actor.hidden(torch.arange(6)[None])
-    assert torch.equal(actor.values(hidden), torch.zeros(1, 6))
+    hidden = hidden_of(actor, torch.arange(6)[None])
+    assert torch.equal(actor.value(hidden), torch.zeros(1, 6))
     head = ValueHead.from_weights(torch.full((1, 32), 0.5), 1.0)
     expected = 0.5 * hidden.sum(-1) + 1.0
-    torch.testing.assert_close(ActorCritic(tiny(), head).values(hidden), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ActorCritic(tiny(), head).value(hidden), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_value_head_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"value_head: got a weight of shape \(7,\), expected \(32,\)"):
+    with pytest.raises(ValueError, match=r"value: got a head with a weight of shape \(7,\), expected \(32,\)"):
         ActorCritic(tiny(), ValueHead(7))
     with pytest.raises(ValueError, match=r"weight: got shape \(2, 32\)"):
         ValueHead.from_weights(torch.zeros(2, 32))
@@ -104,13 +104,13 @@ def test_value_head_computes_in_float32_on_half_precision_states():
 
 def test_frozen_copy_stays_when_the_policy_moves():
     policy = ActorCritic(tiny())
-    reference = frozen_copy(policy)
+    reference = FrozenCopy(policy).model
     ids = torch.arange(8)[None]
-    before = policy.hidden(ids)
+    before = hidden_of(policy, ids)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.1)
-    assert torch.equal(reference.hidden(ids), before)
+    assert torch.equal(hidden_of(reference, ids), before)
     assert not any(parameter.requires_grad for parameter in reference.parameters())
 
 
@@ -131,13 +131,15 @@ def test_ppo_loss_is_the_sum_of_its_parts():
 
     actor = ActorCritic(tiny("gemma2"), ValueHead.from_weights(torch.linspace(-1, 1, 32), 0.3))
     ids = torch.arange(3, 33).reshape(2, 15)
-    hidden, actions = actor.hidden(ids)[:, :-1], ids[:, 1:]
+    states = (torch.arange(2)[:, None] * 15 + torch.arange(14)).flatten()
+    batch = TokenBatch(input_ids=ids, rows=states, ids=ids[:, 1:].flatten())
     generator = torch.Generator().manual_seed(0)
-    old, advantages, returns = (torch.randn(2, 14, generator=generator) for _ in range(3))
-    mask = torch.rand(2, 14, generator=generator) > 0.3
+    old, advantages, returns = (torch.randn(28, generator=generator) for _ in range(3))
+    mask = torch.rand(28, generator=generator) > 0.3
     old = old - 4
-    fused = actor.ppo_loss(hidden, actions, old, advantages, mask, old_values=returns, returns=returns + 1).loss
-    logprobs = actor.token_logprobs(hidden, actions, mask=mask).logprobs
-    values = actor.values(hidden)
-    whole = ppo_loss(logprobs, old, advantages, mask, values=values, old_values=returns, returns=returns + 1).loss
+    constants = {"old_logprobs": old, "advantages": advantages, "mask": mask}
+    targets = {"old_values": returns, "returns": returns + 1}
+    outputs = actor(batch, ("logprobs", "values", "loss"), loss=constants | targets)
+    logprobs = torch.where(mask, outputs.logprobs, 0)
+    whole, fused = ppo_loss(logprobs, **constants, values=outputs.values, **targets).loss, outputs.loss.loss
     torch.testing.assert_close(fused, whole, rtol=1e-5, atol=1e-5)

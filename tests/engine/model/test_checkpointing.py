@@ -13,6 +13,7 @@ from rlhf_engine.model.trunk import checkpoint_layers
 from rlhf_engine.recipes.loading import computing
 from rlhf_engine.recipes.ppo import make_policy as make_ppo_policy
 from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
+from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.rollouts import gradients, make_rollout
 from tests.engine.helpers.tiny_models import tiny
 
@@ -20,7 +21,7 @@ from tests.engine.helpers.tiny_models import tiny
 def make_policy(family, value_model=None, **settings) -> ActorCritic:
     """With dropout in the configuration where the family has some: a layer run in training mode would use it."""
     changes = {"resid_pdrop": 0.5, "attn_pdrop": 0.5} if family.startswith("gpt2") else {"attention_dropout": 0.5}
-    return ActorCritic(tiny(family, initializer_range=0.2, **changes), value_model=value_model, **settings)
+    return ActorCritic(tiny(family, initializer_range=0.2, **changes), value_model, **settings)
 
 
 def saved_bytes(policy: ActorCritic, rollout) -> int:
@@ -35,7 +36,7 @@ def saved_bytes(policy: ActorCritic, rollout) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        hidden = policy.hidden(rollout.input_ids)
+        hidden = hidden_of(policy, rollout.input_ids)
     assert hidden.requires_grad
     return sum(kept.values())
 
@@ -72,8 +73,8 @@ def test_a_layer_with_dropout_of_its_own_keeps_evaluation_mode():
     }
     model = OPTForCausalLM(OPTConfig(vocab_size=61, max_position_embeddings=64, dropout=0.5, **sizes))
     ids = torch.tensor([[4, 5, 6, 7]])
-    expected = ActorCritic(model).hidden(ids)
-    assert torch.equal(ActorCritic(model, gradient_checkpointing=True).hidden(ids), expected)
+    expected = hidden_of(ActorCritic(model), ids)
+    assert torch.equal(hidden_of(ActorCritic(model, gradient_checkpointing=True), ids), expected)
 
 
 def test_a_gradient_of_a_gradient_is_the_same():
@@ -83,7 +84,7 @@ def test_a_gradient_of_a_gradient_is_the_same():
         policy = make_policy("llama", gradient_checkpointing=again)
         policy.model.set_attn_implementation("eager")
         weights = list(policy.trunk.parameters())
-        loss = policy.hidden(torch.tensor([[4, 5, 6]])).square().sum()
+        loss = hidden_of(policy, torch.tensor([[4, 5, 6]])).square().sum()
         slopes = torch.autograd.grad(loss, weights, create_graph=True)
         results.append(torch.autograd.grad(sum(slope.square().sum() for slope in slopes), weights))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
@@ -102,12 +103,12 @@ def test_layers_run_again_once_and_only_where_a_gradient_is_wanted():
     calls = []
     policy = make_policy("llama", gradient_checkpointing=True)
     policy.trunk.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    hidden = policy.hidden(torch.tensor([[4, 5, 6]]))
+    hidden = hidden_of(policy, torch.tensor([[4, 5, 6]]))
     assert len(calls) == 1
     hidden.sum().backward()
     assert len(calls) == 2
     with torch.no_grad():
-        policy.hidden(torch.tensor([[4, 5, 6]]))
+        hidden_of(policy, torch.tensor([[4, 5, 6]]))
     assert len(calls) == 3
     assert not any(module.training for module in policy.model.modules())
 
@@ -151,7 +152,7 @@ def test_a_trunk_without_such_layers_is_refused():
 def test_ppo_makes_its_models_so(kind):
     settings = ["ppo.value_init=zero", f"ppo.value_model={kind}", "compute_dtype=bfloat16"]
     policy = make_ppo_policy(load_config(None, [*settings, "memory.gradient_checkpointing=true"]), tiny(), None)
-    models = [policy] if kind == "head" else [policy, policy.value_model]
+    models = [policy] if kind == "head" else [policy, policy.value]
     for model in models:
         assert model.compute_dtype == torch.bfloat16
         assert all(layer.gradient_checkpointing for layer in model.trunk.layers)

@@ -5,10 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_engine.config import RolloutConfig, load_config
-from rlhf_engine.model import ActorCritic, ValueHead
+from rlhf_engine.model import ActorCritic, TokenBatch, ValueHead
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.ppo.trainer import collect
-from rlhf_engine.rollout import Generator, rollout_logprobs
+from rlhf_engine.rollout import Generator, recompute
+from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.rollouts import gradients, make_rollout
 from tests.engine.helpers.tiny_models import VOCABULARY, tiny
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
@@ -43,11 +44,11 @@ def test_products_are_of_bfloat16_and_the_rest_is_not():
     layer = policy.trunk.layers[0]
     layer.mlp.down_proj.register_forward_hook(lambda module, args, output: seen.update(product=output.dtype))
     layer.register_forward_hook(lambda module, args, output: seen.update(stream=output.dtype))
-    hidden = policy.hidden(torch.tensor([[4, 5, 6]]))
-    assert (seen["product"], seen["stream"], hidden.dtype) == (BF16, torch.float32, BF16)
-    logprobs = policy.token_logprobs(hidden[0], torch.tensor([5, 6, 7])).logprobs
-    assert logprobs.dtype == policy.values(hidden).dtype == torch.float32
-    assert policy.logits(hidden).dtype == BF16
+    batch = TokenBatch(input_ids=torch.tensor([[4, 5, 6]]), ids=torch.tensor([5, 6, 7]))
+    outputs = policy(batch, ("hidden", "logits", "logprobs", "values"))
+    assert (seen["product"], seen["stream"], outputs.hidden.dtype) == (BF16, torch.float32, BF16)
+    assert outputs.logprobs.dtype == outputs.values.dtype == torch.float32
+    assert outputs.logits.dtype == BF16
 
 
 def test_a_forward_pass_without_gradient_leaves_none_out_of_the_next():
@@ -55,9 +56,9 @@ def test_a_forward_pass_without_gradient_leaves_none_out_of_the_next():
     rollout = make_rollout()
     fresh = gradients(make_policy(compute_dtype=BF16), rollout, microbatch=4)
     policy = make_policy(compute_dtype=BF16)
-    rollout_logprobs(policy, rollout, microbatch=4)
+    recompute(policy, rollout, ("logprobs",), microbatch=4)
     with torch.no_grad(), policy.products():
-        policy.hidden(rollout.input_ids)
+        hidden_of(policy, rollout.input_ids)
     found = gradients(policy, rollout, microbatch=4)
     assert all(torch.equal(found[name], gradient) for name, gradient in fresh.items())
 
@@ -65,9 +66,9 @@ def test_a_forward_pass_without_gradient_leaves_none_out_of_the_next():
 def test_a_changed_weight_is_copied_anew():
     policy, ids = make_policy(compute_dtype=BF16), torch.tensor([[4, 5, 6]])
     with torch.no_grad():
-        before = policy.hidden(ids)
+        before = hidden_of(policy, ids)
         policy.trunk.layers[0].mlp.down_proj.weight.mul_(2.0)
-        assert not torch.equal(policy.hidden(ids), before)
+        assert not torch.equal(hidden_of(policy, ids), before)
 
 
 def test_sampled_logprobs_are_near_those_of_the_learner():
@@ -83,7 +84,8 @@ def test_sampled_logprobs_are_near_those_of_the_learner():
     stream = torch.Generator().manual_seed(6)
     prompts = [torch.randint(3, VOCABULARY, (length,), generator=stream) for length in (1, 3, 8, 5)]
     rollout = generator.generate(prompts, torch.arange(4))
-    logprobs, values = rollout_logprobs(policy, rollout, microbatch=4, values=True)
+    found = recompute(policy, rollout, ("logprobs", "values"), microbatch=4)
+    logprobs, values = found["logprobs"], found["values"]
     scale = float(rollout.logprobs.abs().max())
     assert float((logprobs - rollout.logprobs).abs().max()) < 0.02 * scale
     assert float((values - rollout.values).abs().max()) < 0.05 * float(values.abs().max())

@@ -11,6 +11,7 @@ import torch
 from transformers import modeling_flash_attention_utils
 
 from rlhf_engine.config import load_config
+from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.sampling import make_actor, make_generator, make_prompts
 
 CALLS = []
@@ -56,10 +57,10 @@ def stand_in(monkeypatch):
 def test_the_trunk_and_the_sampler_through_flash_attention(stand_in, family, window):
     actor, prompts = make_actor(family), make_prompts(12)
     ids = torch.arange(40)[None].expand(2, -1).contiguous()
-    plain = actor.hidden(ids), make_generator(actor).generate(prompts, torch.arange(12))
+    plain = hidden_of(actor, ids), make_generator(actor).generate(prompts, torch.arange(12))
     # set_attn_implementation asks for the package and a GPU.
     actor.model.config._attn_implementation = "flash_attention_2"
-    torch.testing.assert_close(actor.hidden(ids), plain[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(hidden_of(actor, ids), plain[0], rtol=0, atol=1e-4)
     assert len(CALLS) == 2 and all(causal for causal, _ in CALLS) and {w[0] for _, w in CALLS} == {window[0]}
     rollout = make_generator(actor).generate(prompts, torch.arange(12))
     assert len(CALLS) > 2 and actor.model.config._attn_implementation == "flash_attention_2"

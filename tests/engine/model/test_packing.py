@@ -14,7 +14,7 @@ from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.layout import token_cuts
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
-from rlhf_engine.rollout import Rollout, rollout_logprobs, rollout_values
+from rlhf_engine.rollout import Rollout, recompute
 from rlhf_engine.supervised.sft import _parts, fit_language_model
 from tests.engine.helpers.rollouts import RESPONSES, gradients, make_rollout
 from tests.engine.helpers.tiny_models import tiny
@@ -27,7 +27,7 @@ def make_policy(family="llama", *, value_model=False, **settings) -> ActorCritic
     """A policy that computes in float64, so that only mistakes show."""
     model = tiny(family, initializer_range=0.2)
     if value_model:
-        policy = ActorCritic(model, value_model=RewardModel.from_causal_lm(model, 4), backend="reference", **settings)
+        policy = ActorCritic(model, RewardModel.from_causal_lm(model, 4), backend="reference", **settings)
     else:
         head = ValueHead.from_weights(torch.linspace(-0.3, 0.4, 32), 0.1)
         policy = ActorCritic(model, head, backend="reference", **settings)
@@ -106,14 +106,14 @@ def test_packed_gives_the_padded_gradient(family):
 def test_packed_value_model_and_scores():
     rollout, policy = make_rollout(torch.float64), make_policy(value_model=True)
     whole = gradients(policy, rollout, microbatch=7)
-    logprobs, values = rollout_logprobs(policy, rollout, microbatch=2, values=True)
+    both = ("logprobs", "values")
+    padded = recompute(policy, rollout, both, microbatch=2)
     policy.packs = True
     assert_same(gradients(policy, rollout, microbatch_tokens=30), whole)
     budget = {"microbatch": 16, "microbatch_tokens": 30}
-    packed_logprobs, packed_values = rollout_logprobs(policy, rollout, values=True, **budget)
-    torch.testing.assert_close(packed_logprobs, logprobs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(packed_values, values, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(rollout_values(policy, rollout, **budget), values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(recompute(policy, rollout, both, **budget), padded, rtol=1e-6, atol=1e-6)
+    alone = recompute(policy, rollout, ("values",), **budget)
+    torch.testing.assert_close(alone["values"], padded["values"], rtol=1e-6, atol=1e-6)
 
 
 def test_a_trainer_with_a_budget_learns_as_one_without():
@@ -183,7 +183,7 @@ def test_a_trunk_whose_packed_sequences_see_each_other_is_refused():
 @pytest.mark.parametrize("value_model", [False, True])
 def test_a_trainer_asks_before_it_packs(value_model):
     leaky = RewardModel(Leaky(tiny().config), ValueHead(32))
-    policy = ActorCritic(tiny(), value_model=leaky) if value_model else ActorCritic(tiny())
+    policy = ActorCritic(tiny(), leaky) if value_model else ActorCritic(tiny())
     policy.check_packing()  # which does not pack here
     policy.packs = True
     if value_model:

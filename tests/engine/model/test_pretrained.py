@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_engine.checkpoint import load_policy
 from rlhf_engine.config import ModelConfig
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.saving import load_policy
 from tests.engine.helpers.tiny_models import FAMILIES, tiny
 
 

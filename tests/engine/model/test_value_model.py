@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
+from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import ModelConfig, OptimConfig, RunConfig
-from rlhf_engine.model import ActorCritic, ValueHead, frozen_copy
+from rlhf_engine.model import ActorCritic, FrozenCopy, frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.saving import load_policy
 from tests.engine.helpers.experience import gradients, make_experience
 from tests.engine.helpers.pretraining import make_stream
 from tests.engine.helpers.tiny_models import tiny
@@ -20,14 +21,14 @@ def make_value_model(hidden_size=16):
 
 def split(weights):
     """Weights of the policy and of the value function."""
-    policy = {name: weight for name, weight in weights.items() if not name.startswith("value_")}
+    policy = {name: weight for name, weight in weights.items() if not name.startswith("value.")}
     return policy, {name: weight for name, weight in weights.items() if name not in policy}
 
 
 def test_s8_values_are_the_value_models():
     trainer = make_trainer(value_model=make_value_model())
     experience = make_experience(trainer)
-    rollout, model = experience.rollout, trainer.policy.value_model
+    rollout, model = experience.rollout, trainer.policy.value
     assert float(rollout.values.abs().max()) == 0.0  # nobody asked the policy
     for row in range(16):
         ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
@@ -50,8 +51,8 @@ def test_s8_policy_and_value_gradients_do_not_mix(microbatch):
     policy, value = split(found)
     for name, gradient in split(without)[0].items():
         torch.testing.assert_close(policy[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
-    assert set(value) == {n for n, _ in trainer.policy.named_parameters() if n.startswith("value_model")}
-    model, rollout = trainer.policy.value_model.double(), experience.rollout
+    assert set(value) == {n for n, _ in trainer.policy.named_parameters() if n.startswith("value.")}
+    model, rollout = trainer.policy.value.double(), experience.rollout
     model.zero_grad()
     loss = 0.0
     for row in range(16):
@@ -65,7 +66,7 @@ def test_s8_policy_and_value_gradients_do_not_mix(microbatch):
     assert float(metrics["value_loss"]) == pytest.approx(float(loss.detach()), rel=1e-3)
     for name, parameter in model.named_parameters():
         scale = float(parameter.grad.abs().max())
-        ours = value[f"value_model.{name}"].double()
+        ours = value[f"value.{name}"].double()
         torch.testing.assert_close(ours, parameter.grad, rtol=2e-3, atol=1e-3 * scale + 1e-9, msg=name)
 
 
@@ -106,7 +107,7 @@ def test_s8_a_run_resumed_in_its_warm_up_has_the_same_bits(tmp_path, backbone):
     assert all(torch.equal(weight, after[name]) for name, weight in weights_of(straight).items())
     assert (tmp_path / "checkpoint" / "value_model").is_dir() == backbone
     loaded = load_policy(tmp_path / "checkpoint", ModelConfig())
-    assert (loaded.value_model is not None) == backbone
+    assert loaded.value.shares_trunk != backbone
 
 
 def test_s10_a_run_with_everything_on_is_resumed_with_the_same_bits(tmp_path):
@@ -157,12 +158,10 @@ def test_s10_a_run_with_everything_on_is_resumed_with_the_same_bits(tmp_path):
 
 
 def test_s8_the_reference_takes_no_value_model_along():
-    policy = ActorCritic(tiny(), value_model=make_value_model())
-    copy = frozen_copy(policy)
-    assert copy.value_model is None and policy.value_model is not None
-    assert not any(parameter.requires_grad for parameter in copy.parameters())
-    with pytest.raises(ValueError, match="value_model: got one beside a value_head"):
-        ActorCritic(tiny(), ValueHead(32), value_model=make_value_model())
+    policy = ActorCritic(tiny(), make_value_model())
+    for copy in (frozen_copy(policy), FrozenCopy(policy).model):
+        assert copy.value is None and policy.value is not None
+        assert not any(parameter.requires_grad for parameter in copy.parameters())
 
 
 def test_s16_without_a_baseline_the_values_are_zero():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_engine.checkpoint import load_policy, resume, save_checkpoint
+from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import ModelConfig, RunConfig
+from rlhf_engine.model.saving import load_policy
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
 
@@ -49,8 +50,8 @@ def test_s10_average_is_a_model_of_its_own_and_is_resumed(tmp_path):
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "ema").eval()(input_ids=ids).logits
     assert torch.equal(logits, first.average.average.model(input_ids=ids).logits)
     assert not torch.equal(logits, first.policy.model(input_ids=ids).logits)
-    head = load_policy(tmp_path / "checkpoint" / "ema", ModelConfig()).value_head
-    assert torch.equal(head.weight, first.average.average.value_head.weight)
+    head = load_policy(tmp_path / "checkpoint" / "ema", ModelConfig()).value
+    assert torch.equal(head.weight, first.average.average.value.weight)
     (tmp_path / "checkpoint" / "ema" / "value_head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"ema: the file value_head\.safetensors is missing"):
         resume(tmp_path / "checkpoint", make_trainer(ema_decay=0.9), RunConfig())

@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_engine.checkpoint import check_settings, load_policy, resume, save_checkpoint
+from rlhf_engine.checkpoint import check_settings, resume, save_checkpoint
 from rlhf_engine.config import MemoryConfig, ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
 from rlhf_engine.files import with_new_folder
+from rlhf_engine.model.saving import load_policy
 from rlhf_engine.ppo.experience import Scored, advantages
 from rlhf_engine.ppo.trainer import score
 from tests.engine.helpers.experience import gradients, make_experience
+from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
 
 
@@ -61,8 +63,8 @@ def test_s11_s12_gradient_is_that_of_the_formula():
         ids = rollout.input_ids[i, rollout.attention_mask[i].bool()][None]
         p, n = int(rollout.prompt_lengths[i]), int(rollout.response_lengths[i])
         logprobs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, p - 1 : -1].gather(-1, ids[0, p:, None])[:, 0]
-        hidden = policy.hidden(ids)[0, p - 1 : -1]
-        values = hidden @ policy.value_head.weight + policy.value_head.bias
+        hidden = hidden_of(policy, ids)[0, p - 1 : -1]
+        values = hidden @ policy.value.weight + policy.value.bias
         old, a, old_v, target = (
             x[i, :n].double()
             for x in (experience.old_logprobs, experience.advantages, experience.old_values, experience.returns)
@@ -147,7 +149,7 @@ def test_s12_value_loss_is_half_the_mean_squared_error():
     policy.zero_grad()
     for row in range(16):
         ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
-        values = policy.values(policy.hidden(ids))[0, int(rollout.prompt_lengths[row]) - 1 : -1]
+        values = policy.value(hidden_of(policy, ids))[0, int(rollout.prompt_lengths[row]) - 1 : -1]
         total = total + (values - experience.returns[row, : len(values)]).square().sum() / 2
     loss = total / rollout.mask.sum()
     (3.0 * loss).backward()
@@ -251,8 +253,8 @@ def test_a_checkpoint_loads_with_transformers(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint").eval()
     assert torch.equal(model(input_ids=ids).logits, trainer.policy.model(input_ids=ids).logits)
     loaded = load_policy(tmp_path / "run" / "checkpoint", ModelConfig())
-    hidden = loaded.hidden(ids)
-    assert torch.equal(loaded.values(hidden), trainer.policy.values(trainer.policy.hidden(ids)))
+    hidden = hidden_of(loaded, ids)
+    assert torch.equal(loaded.value(hidden), trainer.policy.value(hidden_of(trainer.policy, ids)))
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_s15_the_optimiser_moves_values_alone_and_a_resumed_run_has_the_same_bit
     before = weights_of(still)
     still.step()
     moved = {name for name, weight in weights_of(still).items() if not torch.equal(weight, before[name])}
-    assert moved == {"value_head.weight", "value_head.bias"}
+    assert moved == {"value.weight", "value.bias"}
     straight, first, second = make(), make(), make()
     straight.step()
     log = straight.step()

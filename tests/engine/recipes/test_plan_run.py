@@ -122,7 +122,7 @@ def test_ppo_of_an_unknown_architecture_runs_without_a_plan(capsys, tmp_path):
 
 FREEING = """
 import runpy, sys
-freeing = runpy.run_path("rlhf_engine/memory/freeing.py")
+freeing = runpy.run_path("rlhf_engine/memory/malloc.py")
 if sys.argv[1] == "returned":
     assert freeing["return_freed_blocks"]()
 large = bytearray(b"x") * 30_000_000

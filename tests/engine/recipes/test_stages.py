@@ -252,15 +252,15 @@ def test_s8_the_value_function_starts_as_the_reward_model(run):
     with torch.no_grad():
         for parameter in reward_model.trunk.parameters():
             parameter.add_(0.01)
-    head = policy().value_head
+    head = policy().value
     assert torch.equal(head.weight, reward_model.head.weight) and torch.equal(head.bias, reward_model.head.bias)
-    own = policy(value_model="backbone").value_model
+    own = policy(value_model="backbone").value
     theirs = dict(reward_model.named_parameters())
     assert all(torch.equal(weight, theirs[name]) for name, weight in own.named_parameters())
     assert all(weight.data_ptr() != theirs[name].data_ptr() for name, weight in own.named_parameters())
     assert head.weight.data_ptr() != reward_model.head.weight.data_ptr()
-    assert not policy(value_init="zero").value_head.weight.any()
-    zero = policy(value_init="zero", value_model="backbone").value_model
+    assert not policy(value_init="zero").value.weight.any()
+    zero = policy(value_init="zero", value_model="backbone").value
     ours = dict(model.base_model.named_parameters())
     assert not zero.head.weight.any()
     assert all(torch.equal(weight, ours[name]) for name, weight in zero.trunk.named_parameters())

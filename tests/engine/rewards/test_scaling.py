@@ -197,9 +197,10 @@ def test_s10_minibatch_whitening_is_over_the_minibatch():
         trainer = make_trainer(whiten_scope=scope, minibatch=4, ppo_epochs=1)
         seen, forward = [], trainer.policy.forward
 
-        def spy(input_ids, rows, ids, old, advantages, mask, seen=seen, forward=forward, **options):
-            seen.append(advantages)
-            return forward(input_ids, rows, ids, old, advantages, mask, **options)
+        def spy(batch, want, seen=seen, forward=forward, **options):
+            if "loss" in want:
+                seen.append(options["loss"]["advantages"])
+            return forward(batch, want, **options)
 
         trainer.policy.forward = spy
         trainer.step()

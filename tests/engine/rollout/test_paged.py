@@ -10,6 +10,7 @@ from rlhf_engine.rollout import Generator
 from rlhf_engine.rollout.decode.paged import PagedDecoder, pages_within, pool_shape
 from rlhf_kernels import sample_tokens
 from tests.engine.helpers.paged_sampling import SETTINGS, check_same, dirty, make_generator
+from tests.engine.helpers.passes import hidden_of, logits_of
 from tests.engine.helpers.recorded_graphs import RecordedCuda
 from tests.engine.helpers.sampling import ENDS, make_actor, make_prompts, same_sequence
 from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY
@@ -33,7 +34,7 @@ def test_the_tokens_of_an_uncached_loop(family):
         ids = prompt.tolist()
         with torch.no_grad():
             for step in range(8):
-                logits = actor.logits(actor.hidden(torch.tensor([ids]))[:, -1])
+                logits = logits_of(actor, hidden_of(actor, torch.tensor([ids]))[:, -1])
                 drawn = sample_tokens(logits, seed=3, sequence=torch.tensor([row]), position=torch.tensor([step]))
                 ids.append(int(drawn.ids))
                 torch.testing.assert_close(rollout.logprobs[row, step : step + 1], drawn.logprobs, rtol=0, atol=1e-5)
@@ -90,17 +91,18 @@ def test_samples_of_one_prompt_share_its_pages():
     decoder = PagedDecoder(actor, 10, 32, page_size=4)
     decoder.open(dirty)
     with torch.no_grad():
-        hidden = decoder.prefill(prompts, 0)
+        decoder.want = ("hidden",)
+        hidden = decoder.prefill(prompts, 0).hidden
         assert decoder.sequences.pages.free == decoder.page_count - 6
         assert torch.equal(decoder.table[0, :3], decoder.table[4, :3])
-        expected = torch.cat([actor.hidden(prompt[None])[0, -1:] for prompt in prompts])
+        expected = torch.cat([hidden_of(actor, prompt[None])[0, -1:] for prompt in prompts])
         torch.testing.assert_close(hidden[:10], expected, rtol=1e-4, atol=1e-4)
         tokens = torch.arange(20, 20 + decoder.slots)
         positions = torch.tensor([len(prompt) for prompt in prompts] + [0] * decoder.slots)[: decoder.slots]
-        decoded = decoder.decode(tokens, positions, 10)
+        decoded = decoder.decode(tokens, positions, 10).hidden
         assert decoder.sequences.pages.free == decoder.page_count - 6 - 8
         for row, prompt in enumerate(prompts):
-            whole = actor.hidden(torch.cat([prompt, tokens[row : row + 1]])[None])[0, -1]
+            whole = hidden_of(actor, torch.cat([prompt, tokens[row : row + 1]])[None])[0, -1]
             torch.testing.assert_close(decoded[row], whole, rtol=1e-4, atol=1e-4)
     slots = make_generator(actor, cache="slots").generate(prompts, torch.arange(10))
     check_same(make_generator(actor, pages=14).generate(prompts, torch.arange(10)), slots)

@@ -5,9 +5,10 @@ import torch
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout import Generator, rollout_logprobs
+from rlhf_engine.rollout import Generator, recompute
 from rlhf_engine.rollout.decode.slots import Decoder, prompt_width
 from rlhf_kernels import sample_tokens
+from tests.engine.helpers.passes import hidden_of, logits_of
 from tests.engine.helpers.sampling import ENDS, make_actor, make_generator, make_prompts, same_sequence
 from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY, tiny
 
@@ -58,20 +59,20 @@ def test_logprobs_and_values_are_those_of_a_forward_pass(family):
         ids = rollout.input_ids[i, rollout.attention_mask[i].bool()][None]
         n, p = int(rollout.response_lengths[i]), int(rollout.prompt_lengths[i])
         with torch.no_grad():
-            hidden = actor.hidden(ids)[:, p - 1 : -1]
+            hidden = hidden_of(actor, ids)[:, p - 1 : -1]
             logits = actor.model(input_ids=ids).logits[:, p - 1 : -1] / temperature
         expected = logits.log_softmax(-1).gather(-1, ids[:, p:, None])[0, :, 0]
         torch.testing.assert_close(rollout.logprobs[i, :n], expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(rollout.values[i, :n], actor.values(hidden)[0].detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rollout.values[i, :n], actor.value(hidden)[0].detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_scoring_again_gives_the_sampled_logprobs_and_values(temperature):
     actor = make_actor()
     rollout = make_generator(actor, temperature=temperature).generate(make_prompts(24), torch.arange(24))
-    logprobs, values = rollout_logprobs(actor, rollout, microbatch=5, temperature=temperature, values=True)
-    torch.testing.assert_close(logprobs, rollout.logprobs, rtol=0, atol=1e-5)
-    torch.testing.assert_close(values, rollout.values, rtol=1e-4, atol=1e-4)
+    again = recompute(actor, rollout, ("logprobs", "values"), microbatch=5, temperature=temperature)
+    torch.testing.assert_close(again["logprobs"], rollout.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again["values"], rollout.values, rtol=1e-4, atol=1e-4)
 
 
 def test_layout_of_a_rollout():
@@ -101,7 +102,9 @@ def test_a_sequence_ends_at_eos_or_at_its_budget():
 def test_finished_sequences_are_not_stepped(monkeypatch):
     fed = []
     decode = Decoder.decode
-    monkeypatch.setattr(Decoder, "decode", lambda self, t, p, count: fed.append(count) or decode(self, t, p, count))
+    monkeypatch.setattr(
+        Decoder, "decode", lambda self, t, p, count, *want: fed.append(count) or decode(self, t, p, count, *want)
+    )
     generator = make_generator(make_actor())
     fed.clear()
     rollout = generator.generate(make_prompts(40), torch.arange(40))
@@ -114,7 +117,7 @@ def test_the_sample_follows_the_distribution():
     actor = make_actor()
     prompt = torch.tensor([5, 6, 7])
     rollout = make_generator(actor, max_response_tokens=1, batch_size=512).generate([prompt] * 4096, torch.arange(4096))
-    p = actor.logits(actor.hidden(prompt[None])[0, -1:]).softmax(-1)[0].detach()
+    p = logits_of(actor, hidden_of(actor, prompt[None])[0, -1:]).softmax(-1)[0].detach()
     counts = torch.bincount(rollout.response_ids[:, 0], minlength=VOCABULARY)
     deviation = (counts - 4096 * p) / (4096 * p * (1 - p)).sqrt().clamp(min=1)
     assert deviation.abs().max() < 4.5
@@ -127,7 +130,7 @@ def test_kept_set_and_its_logprobs():
     assert (rollout.sampling_logprobs > rollout.logprobs)[rollout.mask].any()
     for i in range(8):
         ids = rollout.input_ids[i, rollout.attention_mask[i].bool()]
-        best = actor.logits(actor.hidden(ids[None]))[0].topk(4).indices[int(rollout.prompt_lengths[i]) - 1 : -1]
+        best = logits_of(actor, hidden_of(actor, ids[None]))[0].topk(4).indices[int(rollout.prompt_lengths[i]) - 1 : -1]
         assert (best == rollout.response_ids[i, : len(best), None]).any(1).all()
 
 
@@ -136,7 +139,7 @@ def test_the_counter_is_the_response_position():
     rollout = make_generator(actor, max_response_tokens=2, ends=(VOCABULARY,)).generate(prompts, torch.arange(6))
     for i in range(6):
         ids = rollout.input_ids[i, rollout.attention_mask[i].bool()]
-        logits = actor.logits(actor.hidden(ids[None])[0, -3:-1])
+        logits = logits_of(actor, hidden_of(actor, ids[None])[0, -3:-1])
         drawn = sample_tokens(logits, seed=3, sequence=torch.tensor([i, i]), position=torch.tensor([0, 1])).ids
         assert drawn.tolist() == rollout.response_ids[i].tolist()
 
@@ -154,7 +157,7 @@ def test_a_cache_longer_than_one_block():
     prompts = [torch.arange(600) % VOCABULARY, torch.arange(505) % VOCABULARY]
     settings = {"max_prompt_tokens": 700, "max_response_tokens": 10, "ends": (VOCABULARY + 1,)}
     rollout = make_generator(actor, **settings).generate(prompts, torch.arange(2))
-    logprobs, _ = rollout_logprobs(actor, rollout, microbatch=1)
+    logprobs = recompute(actor, rollout, ("logprobs",), microbatch=1)["logprobs"]
     torch.testing.assert_close(logprobs, rollout.logprobs, rtol=0, atol=2e-5)
     alone = make_generator(actor, **settings).generate(prompts[1:], torch.tensor([1]))
     assert same_sequence(rollout, 1, alone, 0)
@@ -164,7 +167,7 @@ def test_a_cache_longer_than_one_block():
 def test_half_precision_sampling_is_close_to_a_forward_pass(family):
     actor = ActorCritic(tiny(family, initializer_range=0.1).bfloat16())
     rollout = make_generator(actor).generate(make_prompts(24), torch.arange(24))
-    logprobs, _ = rollout_logprobs(actor, rollout, microbatch=8)
+    logprobs = recompute(actor, rollout, ("logprobs",), microbatch=8)["logprobs"]
     assert rollout.logprobs.dtype == torch.float32
     assert (logprobs - rollout.logprobs).abs().max() < 0.1
 

@@ -8,8 +8,9 @@ from rlhf_engine.config import RolloutConfig
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import EOS, LENGTH, STOP_STRING, Generator, logprob_deviation
-from rlhf_engine.rollout.decode.cpu import ReorderedHead
-from rlhf_engine.rollout.decode.slots import Decoder, prompt_width, slot_bytes
+from rlhf_engine.rollout.decode import slots as slot_decoding
+from rlhf_engine.rollout.decode.cpu import head_product
+from rlhf_engine.rollout.decode.slots import prompt_width, slot_bytes
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens
 from tests.engine.helpers.sampling import ENDS, make_actor, make_generator, make_prompts, same_sequence
@@ -95,9 +96,11 @@ def test_repetition_penalty(settings):
 def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
     """Three prompts, five samples each: the trunk reads three rows, and every sample has the bits of one read alone."""
     read = []
-    plain = Decoder._read
+    plain = slot_decoding.prefill_batch
     monkeypatch.setattr(
-        Decoder, "_read", lambda self, prompts, *rest: read.append(prompts) or plain(self, prompts, *rest)
+        slot_decoding,
+        "prefill_batch",
+        lambda policy, prompts, *rest: read.append(prompts) or plain(policy, prompts, *rest),
     )
     generator, prompts = make_generator(make_actor()), [p[:7] for p in make_prompts(40) if len(p) >= 7][:3]
     read.clear()
@@ -110,12 +113,12 @@ def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
 
 def test_prompts_are_read_within_the_token_budget(monkeypatch):
     sizes = []
-    plain = Decoder._read
+    plain = slot_decoding.prefill_batch
     monkeypatch.setattr(
-        Decoder,
-        "_read",
-        lambda self, prompts, *rest: (
-            sizes.append((len(prompts), prompt_width(len(prompts[0])))) or plain(self, prompts, *rest)
+        slot_decoding,
+        "prefill_batch",
+        lambda policy, prompts, *rest: (
+            sizes.append((len(prompts), prompt_width(len(prompts[0])))) or plain(policy, prompts, *rest)
         ),
     )
     generator, prompts = make_generator(make_actor(), prefill_tokens=70, batch_size=64), make_prompts(30)
@@ -292,11 +295,15 @@ def test_a_generator_follows_the_weights():
     assert logprob_deviation(actor, after, sequences=8, microbatch=8, temperature=1.0) <= 1e-5
 
 
-def test_a_row_of_the_packed_head_does_not_depend_on_the_others():
+def test_a_row_of_the_reordered_head_does_not_depend_on_the_others():
     """A vocabulary that is shared out among threads and ends in no whole block; against float64 as well."""
     torch.manual_seed(0)
     policy = ActorCritic(LlamaForCausalLM(LlamaConfig(vocab_size=5003, **SMALL)))
-    head, hidden = ReorderedHead(policy), torch.randn(64, 96)
+    product, hidden = head_product(policy), torch.randn(64, 96)
+
+    def head(hidden):
+        return product(hidden, policy.lm_weight, policy.lm_bias)
+
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
@@ -308,6 +315,6 @@ def test_a_row_of_the_packed_head_does_not_depend_on_the_others():
                     assert torch.equal(head(hidden[chosen]), whole[chosen])
     finally:
         torch.set_num_threads(threads)
-    assert head.packed is not None
+    assert product.reordered is not None
     exact = hidden.double() @ policy.lm_weight.double().T
     assert (whole - exact).abs().max() <= 64 * torch.finfo(torch.float32).eps * exact.abs().max()

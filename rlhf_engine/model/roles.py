@@ -1,0 +1,142 @@
+"""The four roles of a PPO update: policy, value function, reference, reward.
+
+The trainer, scoring and sampling know these protocols only. A new kind of value function or reference is a new class here or in
+another module; nothing that uses a role asks which class it has.
+Shapes: B sequences, N actions of a batch, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_engine.model.layout import TokenBatch
+from rlhf_kernels import PPOLoss
+
+Want = Literal["hidden", "logits", "logprobs", "entropy", "values", "loss"]
+"""What a forward pass of a policy can return."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The parts of a forward pass that were asked for; None for the rest. N states, those of `batch.rows`."""
+
+    hidden: Tensor | None = None  # (N, H)
+    logits: Tensor | None = None  # (N, V), before any temperature
+    logprobs: Tensor | None = None  # (N,), float32
+    entropy: Tensor | None = None  # (N,), float32
+    values: Tensor | None = None  # (N,), float32
+    loss: PPOLoss | None = None
+
+
+@runtime_checkable
+class ValueFunction(Protocol):
+    """V of the state in which each action of a batch is taken."""
+
+    shares_trunk: bool
+    """Whether it reads the policy's hidden states; otherwise it has a trunk of its own and runs it per batch."""
+
+    def batch_values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:  # (N,), float32
+        """Return the values of a batch's states; `hidden` (N, H) are the policy's there, None if `shares_trunk` is False."""
+
+    def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return the arguments of `linear_ppo_loss` that give it the values: a head's weights, or values with a gradient."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches of a token budget are packed without padding."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over its weights."""
+
+    def check_packing(self) -> None:
+        """Raise ValueError if packed sequences affect each other in it."""
+
+    def save_value(self, folder: Path) -> None:
+        """Write it into the folder of a policy, where `load_policy` finds it."""
+
+
+class Policy(Protocol):
+    """The model that is trained and sampled from."""
+
+    value: ValueFunction | None
+    backend: str
+    """Backend of the kernels."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Dtype of the matrix products, and of keys and values."""
+
+    packs: bool
+    """Whether micro-batches of a token budget are packed without padding."""
+
+    def __call__(
+        self,
+        batch: TokenBatch,
+        want: Collection[Want],
+        *,
+        temperature: float = 1.0,
+        loss: Mapping[str, Any] | None = None,
+    ) -> Outputs:
+        """Run the trunk once and return what `want` names, for the states `batch.rows`."""
+
+
+class Reference(Protocol):
+    """The policy that the KL penalty is measured to."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches of a token budget are packed without padding."""
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
+        """Return the log-probs of a batch's actions, without a gradient."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the names and tensors that determine the log-probs, for a fingerprint."""
+
+
+Rollout = TypeVar("Rollout", contravariant=True)
+
+
+class Reward(Protocol[Rollout]):
+    """One score per response."""
+
+    def __call__(self, rollout: Rollout) -> Tensor:  # (B,), float32
+        """Return a score for each response of a rollout."""
+
+
+def frozen_copy(policy: Any) -> Any:
+    """Return a deep copy of a policy as it is now, without gradients and without a value function that has its own trunk."""
+    left_out = {} if policy.value is None or policy.value.shares_trunk else {id(policy.value): None}
+    return copy.deepcopy(policy, left_out).requires_grad_(False)
+
+
+class FrozenCopy:
+    """A reference that is a second set of the policy's weights, as they are at construction."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        value = {} if policy.value is None else {id(policy.value): None}
+        self.model = copy.deepcopy(policy, value).requires_grad_(False)
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches of a token budget are packed without padding."""
+        return self.model.packs
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
+        """Return the log-probs of a batch's actions."""
+        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the names and tensors of the language model."""
+        return self.model.model.named_parameters()

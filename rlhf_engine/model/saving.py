@@ -1,0 +1,67 @@
+"""A policy as a folder: the causal LM as transformers saves it, and its value function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from rlhf_engine.config import ModelConfig
+from rlhf_engine.model.actor_critic import ActorCritic
+from rlhf_engine.model.heads import VALUE_HEAD
+from rlhf_engine.model.pretrained import load_head, load_pretrained
+from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
+
+
+def load_policy(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    backend: str = "auto",
+) -> ActorCritic:
+    """Read any Hugging Face causal LM as a policy; its value head starts at zero where the folder has no value function.
+
+    Raises ValueError naming the folder and what it lacks.
+    """
+    folder = Path(folder)
+    where = {"attention": config.attention, "dtype": dtype, "device": device}
+    model = load_pretrained(AutoModelForCausalLM, folder, **where)
+    value = None
+    if (folder / VALUE_MODEL).is_dir():
+        value = RewardModel.load(folder / VALUE_MODEL, **where)
+    elif (folder / VALUE_HEAD).is_file():
+        value = load_head(folder / VALUE_HEAD, model.get_output_embeddings().weight.shape[1]).to(device)
+    return ActorCritic(model, value, backend=backend)
+
+
+def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write what `load_policy` and `AutoModelForCausalLM.from_pretrained` read into an existing folder."""
+    policy.model.save_pretrained(folder)
+    if policy.value is not None:
+        policy.value.save_value(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def copy_weights(folder: Path, policy: ActorCritic) -> None:
+    """Copy a saved policy into the tensors of `policy`, which its optimizer already holds."""
+    attention = ModelConfig(attention=policy.model.config.get_text_config()._attn_implementation)
+    saved = load_policy(
+        folder, attention, dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
+    )
+    _copy_parameters(folder, dict(saved.named_parameters()), policy)
+
+
+@torch.no_grad()
+def _copy_parameters(folder: Path, theirs: dict[str, nn.Parameter], policy: ActorCritic) -> None:
+    for name, parameter in policy.named_parameters():
+        if name not in theirs:
+            raise ValueError(f"{folder}: the weight {name} is missing, expected shape {tuple(parameter.shape)}")
+        if theirs[name].shape != parameter.shape:
+            got = tuple(theirs[name].shape)
+            raise ValueError(f"{folder}: got shape {got} for {name}, expected shape {tuple(parameter.shape)}")
+        parameter.copy_(theirs[name])
