@@ -33,6 +33,7 @@ PEERS = ("trl", "openrlhf", "verl", "deepspeed", "peft")
 
 # Lower to higher: a module or package of the engine imports from those before it, and from itself.
 ENGINE_LAYERS = (
+    "_lazy",
     "config",
     "files",
     "data",

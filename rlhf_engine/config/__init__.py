@@ -4,40 +4,54 @@
 types and ranges. Defaults are InstructGPT's where the paper gives a value.
 """
 
-from rlhf_engine.config.data import DataConfig
-from rlhf_engine.config.demo import DemoConfig, FigureConfig
-from rlhf_engine.config.evaluate import EvalConfig
-from rlhf_engine.config.files import flat_settings, load_config, refuse_overrides, save_config
-from rlhf_engine.config.hygiene import HygieneConfig
-from rlhf_engine.config.iterate import IterateConfig
-from rlhf_engine.config.memory import MemoryConfig, byte_count
-from rlhf_engine.config.model import ModelConfig
-from rlhf_engine.config.optim import OptimConfig
-from rlhf_engine.config.ppo import PPOConfig, TRPOConfig
-from rlhf_engine.config.reward import RewardConfig
-from rlhf_engine.config.rollout import RolloutConfig
-from rlhf_engine.config.run import RunConfig
-from rlhf_engine.config.sft import SFTConfig
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "DataConfig",
-    "DemoConfig",
-    "EvalConfig",
-    "FigureConfig",
-    "HygieneConfig",
-    "IterateConfig",
-    "MemoryConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "PPOConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SFTConfig",
-    "TRPOConfig",
-    "byte_count",
-    "flat_settings",
-    "load_config",
-    "refuse_overrides",
-    "save_config",
-]
+from rlhf_engine._lazy import exports
+
+if TYPE_CHECKING:
+    from rlhf_engine.config.data import DataConfig as DataConfig
+    from rlhf_engine.config.demo import DemoConfig as DemoConfig
+    from rlhf_engine.config.demo import FigureConfig as FigureConfig
+    from rlhf_engine.config.evaluate import EvalConfig as EvalConfig
+    from rlhf_engine.config.files import flat_settings as flat_settings
+    from rlhf_engine.config.files import load_config as load_config
+    from rlhf_engine.config.files import refuse_overrides as refuse_overrides
+    from rlhf_engine.config.files import save_config as save_config
+    from rlhf_engine.config.hygiene import HygieneConfig as HygieneConfig
+    from rlhf_engine.config.iterate import IterateConfig as IterateConfig
+    from rlhf_engine.config.memory import MemoryConfig as MemoryConfig
+    from rlhf_engine.config.memory import byte_count as byte_count
+    from rlhf_engine.config.model import ModelConfig as ModelConfig
+    from rlhf_engine.config.optim import OptimConfig as OptimConfig
+    from rlhf_engine.config.ppo import PPOConfig as PPOConfig
+    from rlhf_engine.config.ppo import TRPOConfig as TRPOConfig
+    from rlhf_engine.config.reward import RewardConfig as RewardConfig
+    from rlhf_engine.config.rollout import RolloutConfig as RolloutConfig
+    from rlhf_engine.config.run import RunConfig as RunConfig
+    from rlhf_engine.config.sft import SFTConfig as SFTConfig
+
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "DataConfig": "data",
+        "DemoConfig": "demo",
+        "FigureConfig": "demo",
+        "EvalConfig": "evaluate",
+        "flat_settings": "files",
+        "load_config": "files",
+        "refuse_overrides": "files",
+        "save_config": "files",
+        "HygieneConfig": "hygiene",
+        "IterateConfig": "iterate",
+        "MemoryConfig": "memory",
+        "byte_count": "memory",
+        "ModelConfig": "model",
+        "OptimConfig": "optim",
+        "PPOConfig": "ppo",
+        "TRPOConfig": "ppo",
+        "RewardConfig": "reward",
+        "RolloutConfig": "rollout",
+        "RunConfig": "run",
+        "SFTConfig": "sft",
+    },
+)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_engine.data.loading import read_texts
 from rlhf_engine.data.records import PretrainingText
-from rlhf_engine.data.stored import mapped
+from rlhf_engine.data.store import mapped
 from rlhf_engine.data.tokenize import Codec
 
 _BATCH, _CHARACTERS = 1024, 2**22

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data.stored import Selection
+from rlhf_engine.data.store import Selection
 
 Made = TypeVar("Made")
 
