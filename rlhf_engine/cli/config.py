@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_engine.cli.options import SetOption, read_config
+from rlhf_engine.cli.options import SetOption
 
 config_app = typer.Typer(no_args_is_help=True, help="What can be set, and what a file sets.")
 
@@ -15,16 +15,21 @@ config_app = typer.Typer(no_args_is_help=True, help="What can be set, and what a
 @config_app.command()
 def show(
     section: Annotated[
-        str, typer.Argument(help="Section to show, such as ppo or ppo.optim; all of them if none.")
+        str,
+        typer.Argument(help="Section to show, such as ppo or ppo.optim; without one, all but demo and figure."),
     ] = "",
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Show this file's values.")] = None,
     overrides: SetOption = None,
 ) -> None:
     """Prints every field with its docstring, type and default, as YAML that every command reads back."""
+    from rlhf_engine.config import RunConfig, load_config
     from rlhf_engine.config.describe import describe
     from rlhf_engine.config.schema import Section, unknown_key_message
+    from rlhf_engine.demo.config import DemoRunConfig
 
-    shown, defaults = read_config(config, overrides), read_config(None, None)
+    whole = load_config(config, overrides or (), kind=DemoRunConfig)
+    shown: Section = whole if section else whole.without_demo()
+    defaults: Section = DemoRunConfig() if section else RunConfig()
     for depth, name in enumerate(section.split(".") if section else []):
         known = [key for key, value in vars(shown).items() if isinstance(value, Section)]
         if name not in known:

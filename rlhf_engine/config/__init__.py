@@ -10,11 +10,10 @@ from rlhf_engine._lazy import exports
 
 if TYPE_CHECKING:
     from rlhf_engine.config.data import DataConfig as DataConfig
-    from rlhf_engine.config.demo import DemoConfig as DemoConfig
-    from rlhf_engine.config.demo import FigureConfig as FigureConfig
     from rlhf_engine.config.evaluate import EvalConfig as EvalConfig
     from rlhf_engine.config.files import flat_settings as flat_settings
     from rlhf_engine.config.files import load_config as load_config
+    from rlhf_engine.config.files import load_saved_config as load_saved_config
     from rlhf_engine.config.files import refuse_overrides as refuse_overrides
     from rlhf_engine.config.files import save_config as save_config
     from rlhf_engine.config.hygiene import HygieneConfig as HygieneConfig
@@ -34,11 +33,10 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "DataConfig": "data",
-        "DemoConfig": "demo",
-        "FigureConfig": "demo",
         "EvalConfig": "evaluate",
         "flat_settings": "files",
         "load_config": "files",
+        "load_saved_config": "files",
         "refuse_overrides": "files",
         "save_config": "files",
         "HygieneConfig": "hygiene",

@@ -41,9 +41,11 @@ def _lines(section: Section, defaults: Section, indent: str) -> Iterator[str]:
 
 @cache
 def field_docs(section: type) -> dict[str, str]:
-    """The docstring of every field of a dataclass, the string that stands below it, in YAML's words."""
+    """Return the docstring of every field of a dataclass, the string that follows it, in YAML's words."""
+    docs: dict[str, str] = {}
+    for base in section.__bases__:
+        docs |= field_docs(base) if is_dataclass(base) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
-    docs = {}
     for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             words = " ".join(inspect.cleandoc(following.value.value).split())

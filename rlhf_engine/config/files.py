@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 
 from rlhf_engine.config.run import RunConfig
+
+Kind = TypeVar("Kind", bound=RunConfig)
+
+_DEMO_SECTIONS = ("demo", "figure")
+"""Sections of `rlhf_engine.demo.config.DemoRunConfig` that no other command reads."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,20 +37,43 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+@overload
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig: ...
+
+
+@overload
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, kind: type[Kind]) -> Kind: ...
+
+
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, kind: type[RunConfig] = RunConfig
+) -> RunConfig:
     """Read a YAML file, or the defaults if `path` is None, and apply overrides such as `ppo.optim.lr=1e-5` in order.
 
-    Raises ValueError naming the file and key for YAML that does not parse, an unknown key, a wrong type, a value out
-    of range or an override without `=`.
+    `kind` is the class of the config: `RunConfig`, or one with more sections. Raises ValueError naming the file and key for
+    YAML that does not parse, an unknown key, a wrong type, a value out of range or an override without `=`.
     """
     given = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
         _apply_override(given, override)
     source = ", ".join(filter(None, [str(path or ""), " ".join(overrides)]))
     try:
-        return RunConfig.from_dict(given)
+        _refuse_demo(given, kind)
+        return kind.from_dict(given)
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if source else str(error)) from None
+
+
+def load_saved_config(path: str | Path) -> RunConfig:
+    """Read the config of a checkpoint. Raises ValueError as `load_config` does."""
+    given = _read_yaml(Path(path))
+    for name in _DEMO_SECTIONS:
+        # Versions in which RunConfig had these sections saved them in every checkpoint, which must still resume.
+        given.pop(name, None)
+    try:
+        return RunConfig.from_dict(given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,6 +101,16 @@ def refuse_overrides(overrides: Sequence[str], decided: Collection[str], who: st
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as YAML that `load_config` reads back to an equal config."""
     Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _refuse_demo(given: dict[str, Any], kind: type[RunConfig]) -> None:
+    """Raise ValueError for a section of the demo in the config of another command."""
+    known = {item.name for item in fields(kind)}
+    for name in _DEMO_SECTIONS:
+        if name in given and name not in known:
+            raise ValueError(
+                f"{name}: this section belongs to `rlhf demo` and `rlhf figure`, and this command does not read it; remove it"
+            )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

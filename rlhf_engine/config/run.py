@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_engine.config.data import DataConfig
-from rlhf_engine.config.demo import DemoConfig, FigureConfig
 from rlhf_engine.config.evaluate import EvalConfig
 from rlhf_engine.config.iterate import IterateConfig
 from rlhf_engine.config.memory import MemoryConfig
 from rlhf_engine.config.model import ModelConfig
+from rlhf_engine.config.optim import OptimConfig
 from rlhf_engine.config.ppo import PPOConfig
 from rlhf_engine.config.reward import RewardConfig
 from rlhf_engine.config.rollout import RolloutConfig
@@ -55,10 +55,10 @@ class RunConfig(Section):
     """A contest of two models."""
     iterate: IterateConfig = field(default_factory=IterateConfig)
     """Rounds of the whole procedure."""
-    figure: FigureConfig = field(default_factory=FigureConfig)
-    """Used by `rlhf figure` alone."""
-    demo: DemoConfig = field(default_factory=DemoConfig)
-    """Used by `rlhf demo` and `rlhf figure` alone."""
+
+    def optimizers(self) -> dict[str, OptimConfig]:
+        """Return the optimiser settings of every stage by the key of its section."""
+        return {"sft": self.sft.optim, "reward": self.reward.optim, "ppo": self.ppo.optim}
 
     def check(self) -> None:
         """float16 is refused: without a scaled loss, gradients below 6e-8 are 0 in it.
@@ -80,8 +80,7 @@ class RunConfig(Section):
                 f"model.attention: got 'flash_attention_2' with device {self.device!r}, expected 'sdpa' or 'eager': "
                 "flash-attn runs on CUDA devices alone"
             )
-        stages = {"sft": self.sft, "reward": self.reward, "ppo": self.ppo, "demo.pretrain": self.demo.pretrain}
-        raw = [name for name, stage in stages.items() if stage.optim.eps_form == "raw"]
+        raw = [name for name, optim in self.optimizers().items() if optim.eps_form == "raw"]
         if self.memory.optimizer_state == "8bit" and raw:
             raise ValueError(
                 f"{raw[0]}.optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit': torchao would "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
+from rlhf_engine.demo.config import DemoConfig
 from rlhf_engine.demo.judge import WEIGHTS, Verdict, judge
 from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
 from rlhf_engine.model import ActorCritic
@@ -66,7 +67,7 @@ class Examination:
     """Who -> win rate over SFT by the judge."""
 
 
-def examine(config: RunConfig) -> Examination:
+def examine(config: RunConfig, demo: DemoConfig) -> Examination:
     """Lets SFT (`config.model.path`) and PPO answer the test prompts and has the judge compare them."""
     records = list(read_prompts(config.data.prompts, "test"))
     sft_model, codec = load_model(config)
@@ -80,16 +81,16 @@ def examine(config: RunConfig) -> Examination:
         return _answer(config, codec, policy, sft, reward_model, records, count, generator_seed)
 
     answers = {
-        "sft": ask("sft", sft, config.demo.samples),
-        "sft again": ask("sft again", sft, config.demo.opponents),
-        "ppo": ask("ppo", ppo, config.demo.opponents),
+        "sft": ask("sft", sft, demo.samples),
+        "sft again": ask("sft again", sft, demo.opponents),
+        "ppo": ask("ppo", ppo, demo.opponents),
     }
     # best-of-n is measured against answers that it could not choose from.
     again = answers["sft again"].scores
     best = best_of_n(answers["sft"].scores, answers["sft"].rewards)
     rates = {
         "PPO": win_rate(answers["ppo"].scores, answers["sft"].scores),
-        f"SFT, best of {config.demo.samples} by the reward model": win_rate(best, again),
+        f"SFT, best of {demo.samples} by the reward model": win_rate(best, again),
         "SFT against itself, resampled": win_rate(again, answers["sft"].scores),
     }
     return Examination([record.prompt for record in records], answers["sft"], answers["ppo"], rates)

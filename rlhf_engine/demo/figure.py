@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_engine.config import RunConfig, load_config, refuse_overrides
 from rlhf_engine.data import PromptRecord, read_demonstrations, read_prompts
+from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.judge import score
 from rlhf_engine.demo.run import CONFIG, DATA, DECIDED, POSITIONS, make_base, starting_from, with_shipped_data
 from rlhf_engine.evaluate import WinRate, perplexity, read_documents, win_rate
@@ -106,16 +107,16 @@ def run_figure(
     return _report(root, config, results, baseline, seconds_of(steps))
 
 
-def prepare(root: Path, seed: int, overrides: tuple[str, ...]) -> tuple[RunConfig, Steps, Path]:
+def prepare(root: Path, seed: int, overrides: tuple[str, ...]) -> tuple[DemoRunConfig, Steps, Path]:
     """The config of a figure in `root`, what of it is done, and the text that no model is trained on."""
-    config = with_shipped_data(load_config(CONFIG, overrides), root, seed)
+    config = with_shipped_data(load_config(CONFIG, overrides, kind=DemoRunConfig), root, seed)
     root.mkdir(parents=True, exist_ok=True)
     steps = Steps(root / "state.json", config, _MAY_CHANGE)
     held_out, rest = split_text(root)
     return replace(config, data=replace(config.data, pretrain=str(rest))), steps, held_out
 
 
-def train(config: RunConfig, ptx: dict[str, float], steps: Steps, say: Callable[[str], object]) -> None:
+def train(config: DemoRunConfig, ptx: dict[str, float], steps: Steps, say: Callable[[str], object]) -> None:
     """Base, SFT, reward model and PPO of one size, and a PPO-ptx of each coefficient in the folder that `ptx` names."""
     root, width = Path(config.output_dir), config.demo.hidden_size
     sft = starting_from(config, root / "sft")
@@ -156,14 +157,14 @@ def seconds_of(steps: Steps) -> float:
     return sum(result["seconds"] for result in steps.results.values())
 
 
-def at_width(config: RunConfig, width: int) -> RunConfig:
+def at_width(config: DemoRunConfig, width: int) -> DemoRunConfig:
     """The config of the models of one size, feed-forward layers 11/4 as wide as the rest."""
     heads = width // config.figure.head_size
     demo = replace(config.demo, hidden_size=width, intermediate_size=width * 11 // 4, heads=heads)
     return replace(config, demo=demo, output_dir=str(Path(config.output_dir) / f"width_{width}"))
 
 
-def judge(config: RunConfig, name: str, model: str, index: int, held_out: Path) -> dict[str, Any]:
+def judge(config: DemoRunConfig, name: str, model: str, index: int, held_out: Path) -> dict[str, Any]:
     """Lets the contestant in folder `model` answer the test prompts; `index` gives it random numbers of its own."""
     start = time.perf_counter()
     setting, prefix = config.figure, ""
@@ -192,7 +193,7 @@ def judge(config: RunConfig, name: str, model: str, index: int, held_out: Path) 
     return asdict(result)
 
 
-def few_shot_prefix(config: RunConfig) -> str:
+def few_shot_prefix(config: DemoRunConfig) -> str:
     """Short demonstrations, drawn by the seed, as the prompts of the config are framed."""
     short = [record for record in read_demonstrations(config.data.demonstrations) if len(record.response) < 100]
     chosen = Random(config.seed).sample(short, config.figure.shots)
@@ -211,7 +212,9 @@ def split_text(root: Path) -> tuple[Path, Path]:
     return paths
 
 
-def _report(root: Path, config: RunConfig, results: dict[str, list[Result]], baseline: Result, seconds: float) -> str:
+def _report(
+    root: Path, config: DemoRunConfig, results: dict[str, list[Result]], baseline: Result, seconds: float
+) -> str:
     rates = {
         name: [win_rate(one.marks, baseline.marks, seed=config.seed) for one in of_size]
         for name, of_size in results.items()

@@ -6,7 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from rlhf_engine.config import RunConfig, save_config
+from rlhf_engine.config import save_config
+from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.examine import Answers, Examination
 from rlhf_engine.metrics import peak_rss_mb
 from rlhf_engine.plots import plot_calibration, plot_curves, plot_histograms, plot_win_rates
@@ -18,7 +19,7 @@ PPOHistory = list[dict[str, float]]
 
 def write_report(
     root: Path,
-    config: RunConfig,
+    config: DemoRunConfig,
     fits: dict[str, FitReport],
     rm: tuple[RankingEvaluation, ...],
     ppo: PPOHistory,

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_engine.config import RunConfig, load_config, refuse_overrides
 from rlhf_engine.data import Codec, Example, read_demonstrations, train_tokenizer
+from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.examine import examine
 from rlhf_engine.demo.report import write_report
 from rlhf_engine.model import LanguageModel
@@ -40,7 +41,7 @@ def run_demo(
     `say` hears of every stage as it begins and ends.
     """
     refuse_overrides(overrides, DECIDED, "the demo, by its options --seed and --output or by its stages,")
-    config = with_shipped_data(load_config(CONFIG, overrides), output, seed)
+    config = with_shipped_data(load_config(CONFIG, overrides, kind=DemoRunConfig), output, seed)
     root, seconds = Path(output), {}
 
     def timed(name: str, stage: Callable[[], Result]) -> Result:
@@ -56,22 +57,22 @@ def run_demo(
     rm = timed("reward model", lambda: run_rm(starting_from(config, root / "sft")))
     ppo_config = starting_from(replace(config, reward=replace(config.reward, path=str(root / "rm"))), root / "sft")
     ppo = timed("ppo", lambda: run_ppo(ppo_config))
-    examination = timed("examination", lambda: examine(ppo_config))
+    examination = timed("examination", lambda: examine(ppo_config, config.demo))
     return write_report(root, config, {"pretrain": base, "sft": sft}, rm, ppo, examination, seconds)
 
 
-def with_shipped_data(config: RunConfig, output: str | Path, seed: int) -> RunConfig:
+def with_shipped_data(config: DemoRunConfig, output: str | Path, seed: int) -> DemoRunConfig:
     """The config with the demo's own files, an output folder and a seed."""
     files = {name: str(DATA / f"{name}.jsonl") for name in ("demonstrations", "comparisons", "prompts")}
     return replace(config, data=replace(config.data, **files), output_dir=str(output), seed=seed)
 
 
-def starting_from(config: RunConfig, folder: Path) -> RunConfig:
-    """The config of a stage that starts from the model in `folder`."""
-    return replace(config, model=replace(config.model, path=str(folder)))
+def starting_from(config: DemoRunConfig, folder: Path) -> RunConfig:
+    """Return the config of a stage that starts from the model in `folder`."""
+    return replace(config.without_demo(), model=replace(config.model, path=str(folder)))
 
 
-def make_base(config: RunConfig) -> FitReport:
+def make_base(config: DemoRunConfig) -> FitReport:
     """A tokenizer and a small Llama-family model, trained on `pretrain.txt`, in `output_dir/base`."""
     pages = (DATA / "pretrain.txt").read_text(encoding="utf-8").strip().split("\n\n")
     demonstrations = read_demonstrations(DATA / "demonstrations.jsonl")
@@ -96,7 +97,7 @@ def make_base(config: RunConfig) -> FitReport:
     return report
 
 
-def new_model(config: RunConfig, codec: Codec) -> LlamaForCausalLM:
+def new_model(config: DemoRunConfig, codec: Codec) -> LlamaForCausalLM:
     """A Llama-family model with random weights, drawn by the config's seed."""
     demo = config.demo
     torch.manual_seed(config.seed)

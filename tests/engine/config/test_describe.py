@@ -11,6 +11,7 @@ import rlhf_engine
 from rlhf_engine.cli import main
 from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.config.describe import field_docs
+from rlhf_engine.demo.config import DemoRunConfig
 
 SHIPPED = [Path(rlhf_engine.__path__[0]) / name for name in ("demo/demo.yaml", "examples/one_gpu_7b.yaml")]
 
@@ -32,7 +33,7 @@ def sections(kind=RunConfig):
 
 
 def test_every_field_of_every_section_has_a_docstring():
-    for section in sections():
+    for section in sections(DemoRunConfig):
         assert set(field_docs(section)) == {item.name for item in fields(section)}, section.__name__
 
 
@@ -67,4 +68,13 @@ def test_an_unknown_section_is_refused(capsys):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_the_example_configs_load(capsys, path):
     code, shown, _ = show(capsys, "--config", path)
-    assert code == 0 and yaml.safe_load(shown) == load_config(path).to_dict()
+    assert code == 0 and yaml.safe_load(shown) == load_config(path, kind=DemoRunConfig).without_demo().to_dict()
+
+
+@pytest.mark.parametrize("section", ["demo", "figure"])
+def test_the_sections_of_the_demo_are_shown_by_name_only(capsys, section):
+    _, shown, _ = show(capsys)
+    assert not {"demo", "figure"} & yaml.safe_load(shown).keys()
+    code, shown, _ = show(capsys, section, "--set", f"{section}.samples=7")
+    expected = getattr(DemoRunConfig(), section).to_dict() | {"samples": 7}
+    assert code == 0 and yaml.safe_load(shown) == expected and "default 16" in show(capsys, "demo")[1]

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_engine.config import load_config
 from rlhf_engine.demo import figure, run
+from rlhf_engine.demo.config import DemoRunConfig, FigureConfig
 from rlhf_engine.demo.figure import CONTESTANTS, few_shot_prefix, run_figure
 from rlhf_engine.demo.run import CONFIG, with_shipped_data
 from tests.engine.helpers.cli_run import read_lines, rlhf
@@ -62,18 +63,18 @@ def test_s9_the_figures_ppo_ptx_reads_text_that_perplexity_does_not(made):
     whole = (figure.DATA / "pretrain.txt").read_text().strip().split("\n\n")
     assert [*held_out[:-1], held_out[-1].strip(), *rest[:-1], rest[-1].strip()] == whole
     config = load_config(root / "width_32" / "ptx" / "ppo" / "config.yaml")
-    assert config.ppo.ptx_coef == config.figure.ptx_coef > 0 and config.data.pretrain == str(root / "pretrain.txt")
+    assert config.ppo.ptx_coef == FigureConfig().ptx_coef > 0 and config.data.pretrain == str(root / "pretrain.txt")
     assert load_config(root / "width_32" / "ppo" / "config.yaml").ppo.ptx_coef == 0.0
 
 
 def test_s20_few_shot_examples_are_demonstrations_in_the_frame_of_a_prompt(tmp_path):
-    config = with_shipped_data(load_config(CONFIG), tmp_path, 0)
+    config = with_shipped_data(load_config(CONFIG, kind=DemoRunConfig), tmp_path, 0)
     shots = few_shot_prefix(config)
     parts = shots.removesuffix("\n\n").split("\n\n")
     assert len(parts) == 3 and shots.endswith("\n\n")
     demonstrations = {(given["prompt"], given["response"]) for given in read_lines(Path(config.data.demonstrations))}
     assert all(tuple(part.split("\n")) in demonstrations for part in parts)
-    assert few_shot_prefix(with_shipped_data(load_config(CONFIG), tmp_path, 1)) != shots
+    assert few_shot_prefix(with_shipped_data(load_config(CONFIG, kind=DemoRunConfig), tmp_path, 1)) != shots
 
 
 @pytest.mark.parametrize("command", ["demo", "figure"])

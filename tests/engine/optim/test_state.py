@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_engine.config import MemoryConfig, OptimConfig, load_config
+from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.memory import Arena
 from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
 from rlhf_engine.optim.offload import StagedAdamW, buckets
@@ -251,4 +252,4 @@ def test_8_bits_without_torchao_are_refused_by_name(monkeypatch):
     for section in ("sft", "reward", "ppo", "demo.pretrain"):
         sets = ["memory.optimizer_state=8bit", f"{section}.optim.eps_form=raw"]
         with pytest.raises(ValueError, match=rf" {section}\.optim\.eps_form: got 'raw', expected 'corrected' with"):
-            load_config(None, sets)
+            load_config(None, sets, kind=DemoRunConfig)

@@ -253,7 +253,7 @@ def test_s21_every_setting_is_some_steps_or_nobodys():
     unread = {
         key for key, _ in flat_settings(RunConfig().to_dict()) if not any(is_among(key, r) for r in READS.values())
     }
-    nobodys = ("output_dir", "device", "iterate.rounds", "sft", "data.hygiene", "demo", "figure")
+    nobodys = ("output_dir", "device", "iterate.rounds", "sft", "data.hygiene")
     assert {key for key in unread if not is_among(key, nobodys)} == set()
     known = [key for key, _ in flat_settings(RunConfig().to_dict())]
     assert all(any(is_among(key, [name]) for key in known) for names in READS.values() for name in names)

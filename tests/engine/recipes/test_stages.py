@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_engine.config import load_config
+from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.run import run_demo
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.recipes import load_model, reward_function, rollout_examples
@@ -319,7 +320,7 @@ def test_the_demo_in_miniature(tmp_path):
     assert report["seed"] == 3
     assert all(0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1 for rate in report["win_rates"].values())
     assert all(rate["prompts"] >= 200 for rate in report["win_rates"].values())
-    assert load_config(tmp_path / "demo" / "config.yaml").demo.layers == 1
+    assert load_config(tmp_path / "demo" / "config.yaml", kind=DemoRunConfig).demo.layers == 1
     plots = {path.name for path in (tmp_path / "demo" / "plots").iterdir()}
     stages = {"sft.png", "rm.png", "rm_calibration.png", "ppo.png"}
     assert plots == stages | {"win_rate.png", "pretrain.png", "reward_model.png", "marks.png"}

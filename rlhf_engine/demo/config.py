@@ -1,9 +1,11 @@
-"""Settings of `rlhf demo` and `rlhf figure`."""
+"""Settings of `rlhf demo` and `rlhf figure`: two sections more than a run has."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from rlhf_engine.config.optim import OptimConfig
+from rlhf_engine.config.run import RunConfig
 from rlhf_engine.config.schema import Count, Positive, Section
 from rlhf_engine.config.sft import SFTConfig
 
@@ -54,3 +56,21 @@ class DemoConfig(Section):
     """SFT answers to each held-out prompt, among which best-of-n chooses."""
     opponents: Count = 4
     """Answers to each held-out prompt by PPO, and by SFT with another seed."""
+
+
+@dataclass(frozen=True)
+class DemoRunConfig(RunConfig):
+    """A whole run with the settings of the demo and of the figure."""
+
+    figure: FigureConfig = field(default_factory=FigureConfig)
+    """Used by `rlhf figure` only."""
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    """Used by `rlhf demo` and `rlhf figure` only."""
+
+    def optimizers(self) -> dict[str, OptimConfig]:
+        """Return the optimiser settings of every stage by the key of its section, pretraining included."""
+        return super().optimizers() | {"demo.pretrain": self.demo.pretrain.optim}
+
+    def without_demo(self) -> RunConfig:
+        """Return the config that the stages of a run read and save."""
+        return RunConfig(**{item.name: getattr(self, item.name) for item in fields(RunConfig)})

@@ -1,0 +1,31 @@
+"""The sections `demo` and `figure`: who reads them, and what becomes of those in the files of other commands."""
+
+from dataclasses import replace
+
+import pytest
+
+from rlhf_engine.config import RunConfig, load_config, save_config
+from rlhf_engine.demo.config import DemoConfig, DemoRunConfig
+from tests.engine.helpers.cli_run import rlhf
+
+
+def test_a_run_config_with_the_demo_reads_back_as_its_own_kind(tmp_path):
+    original = DemoRunConfig(seed=3, demo=DemoConfig(layers=5))
+    save_config(original, tmp_path / "run.yaml")
+    found = load_config(tmp_path / "run.yaml", ["figure.shots=2"], kind=DemoRunConfig)
+    assert type(found) is DemoRunConfig and found == replace(original, figure=replace(original.figure, shots=2))
+    assert type(found.without_demo()) is RunConfig and found.without_demo() == RunConfig(seed=3)
+
+
+@pytest.mark.parametrize(("section", "key"), [("demo", "samples"), ("figure", "shots")])
+def test_other_commands_refuse_the_sections_of_the_demo(tmp_path, capsys, section, key):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{section}: {{{key}: 2}}")
+    words = f"{section}: this section belongs to `rlhf demo` and `rlhf figure`, and this command does not read it; remove it"
+    with pytest.raises(ValueError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: {words}"
+    with pytest.raises(ValueError, match=f"^{section}.{key}=3: {section}: this section belongs to"):
+        load_config(None, [f"{section}.{key}=3"])
+    code, _, shown = rlhf(capsys, "ppo", "--config", path)
+    assert code == 2 and shown == f"rlhf: {path}: {words}\n"
