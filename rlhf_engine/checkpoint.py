@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_engine.config import RunConfig, flat_settings, load_config, save_config
+from rlhf_engine.config import RunConfig, flat_settings, load_saved_config, save_config
 from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
 from rlhf_engine.model.heads import VALUE_HEAD
 from rlhf_engine.model.saving import copy_weights, save_policy
@@ -54,8 +54,6 @@ _MAY_CHANGE = {
     "sft",
     "eval",
     "iterate",
-    "figure",
-    "demo",
 }
 """Keys and sections that a resumed run may have otherwise: places, the length of the run, and what PPO does not read.
 
@@ -137,7 +135,7 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig, data: Map
 def check_settings(folder: str | Path, config: RunConfig) -> None:
     """ValueError naming the first setting that is not what the run of a checkpoint began with, and may not differ."""
     source = Path(folder) / CONFIG
-    before = dict(flat_settings(load_config(source).to_dict(), _MAY_CHANGE))
+    before = dict(flat_settings(load_saved_config(source).to_dict(), _MAY_CHANGE))
     for key, value in flat_settings(config.to_dict(), _MAY_CHANGE):
         same = _SAME.get(key, ())
         if value != before[key] and not (value in same and before[key] in same):

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 
-from rlhf_engine.config import RunConfig, load_config, save_config
+from rlhf_engine.checkpoint import check_settings
+from rlhf_engine.config import PPOConfig, RunConfig, load_config, load_saved_config, save_config
 from rlhf_engine.demo.config import DemoConfig, DemoRunConfig
 from tests.engine.helpers.cli_run import rlhf
 
@@ -29,3 +31,16 @@ def test_other_commands_refuse_the_sections_of_the_demo(tmp_path, capsys, sectio
         load_config(None, [f"{section}.{key}=3"])
     code, _, shown = rlhf(capsys, "ppo", "--config", path)
     assert code == 2 and shown == f"rlhf: {path}: {words}\n"
+
+
+def test_a_checkpoint_that_was_saved_with_the_demo_still_resumes(tmp_path):
+    """Versions in which RunConfig had the two sections saved them with every run."""
+    saved = DemoRunConfig(seed=3, ppo=PPOConfig(kl_coef=0.5)).to_dict()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert load_saved_config(tmp_path / "config.yaml") == RunConfig(seed=3, ppo=PPOConfig(kl_coef=0.5))
+    check_settings(tmp_path, RunConfig(seed=3, ppo=PPOConfig(kl_coef=0.5)))
+    with pytest.raises(ValueError, match=r"ppo\.kl_coef: got 0\.1, expected 0\.5"):
+        check_settings(tmp_path, RunConfig(seed=3, ppo=PPOConfig(kl_coef=0.1)))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved | {"seed": -1}))
+    with pytest.raises(ValueError, match=r"config\.yaml: seed: got -1"):
+        load_saved_config(tmp_path / "config.yaml")
