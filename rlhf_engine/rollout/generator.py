@@ -14,7 +14,7 @@ from rlhf_engine.model import ActorCritic, Outputs
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.rollout.decode.cache import Allocate, new_memory
 from rlhf_engine.rollout.decode.gpu import ladder
-from rlhf_engine.rollout.decode.paged import PAGE_SIZE, PagedDecoder, kv_bytes_of, pages_within
+from rlhf_engine.rollout.decode.paged import PAGE_SIZE, PagedDecoder, is_paged, kv_bytes_of, pages_within
 from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prompt_width, slot_bytes, slot_step
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.state import ActiveSlots, RolloutState
@@ -59,7 +59,7 @@ class Generator:
         self.slots = config.batch_size
         self.paged: PagedDecoder | None = None
         self._state: tuple[object, tuple[RolloutState, ActiveSlots, Act]] | None = None
-        if config.cache == "paged" or (config.cache == "auto" and policy.device.type == "cuda"):
+        if is_paged(config.cache, policy.device.type):
             pages = None if kv_bytes is None else self._pages_within(kv_bytes)
             self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages, compiles=config.compile)
             self._refuse_compile()

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from rlhf_engine.model.layout import TokenBatch, token_batch, token_cuts
 from rlhf_engine.rollout.stopping import LENGTH
+
+
+def rollout_bytes(tokens: int, actions: int, *, sampling: bool = False) -> int:
+    """Return the bytes of a `Rollout` of B (P + T) tokens and B T actions, without its (B,) tensors.
+
+    While it is sampled, `RolloutState` holds the ids of the responses once more.
+    """
+    ids, number = torch.int64.itemsize, torch.float32.itemsize
+    by_token = 2 * ids  # input_ids, attention_mask
+    by_action = torch.bool.itemsize + 3 * number  # mask, logprobs, sampling_logprobs, values
+    return tokens * by_token + actions * (by_action + sampling * ids)
 
 
 @dataclass(frozen=True)

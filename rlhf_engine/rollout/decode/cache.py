@@ -6,6 +6,7 @@ finished sequence's slot is overwritten by the next one, and nothing is ever con
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ def kv_shape(policy: ActorCritic) -> tuple[int, int, int]:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, size
+
+
+def kv_bytes(shape: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of `tokens` tokens in all layers; `shape` is that of `kv_shape`."""
+    return 2 * math.prod(shape) * tokens * dtype.itemsize
 
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]

@@ -114,11 +114,16 @@ _ROWS = 64
 """Rows that the layout is made for; a product with another number of them reads the same layout."""
 
 
-def can_reorder(weight: Tensor) -> bool:
-    """Whether torch has oneDNN's packed product for this weight."""
+def reorders(device: str, dtype: torch.dtype) -> bool:
+    """Return whether torch has oneDNN's packed product for weights of `dtype` on a device of type `device`."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     here = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return here and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return here and device == "cpu" and dtype == torch.float32
+
+
+def can_reorder(weight: Tensor) -> bool:
+    """Return `reorders` of this weight."""
+    return reorders(weight.device.type, weight.dtype)
 
 
 def head_product(policy: ActorCritic) -> ReorderedHead | None:

@@ -26,10 +26,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf_engine.model import ActorCritic, Outputs, TokenBatch
 from rlhf_engine.model.roles import Want
 from rlhf_engine.model.trunk import attention
-from rlhf_engine.rollout.decode.cache import Allocate, kv_shape, new_memory, same_as
+from rlhf_engine.rollout.decode.cache import Allocate, kv_bytes, kv_shape, new_memory, same_as
 from rlhf_engine.rollout.decode.cpu import head_product
 from rlhf_engine.rollout.decode.gpu import CompiledLayers, GraphedStep, ladder, why_not
-from rlhf_engine.rollout.decode.pages import Pages, Sequences
+from rlhf_engine.rollout.decode.pages import Pages, Sequences, pages_of
 from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prefill_batch, prompt_width
 from rlhf_kernels import paged_attention
 
@@ -126,9 +126,19 @@ def pool_shape(policy: ActorCritic, pages: int, page_size: int) -> tuple[int, ..
     return layers, 2, pages, page_size, groups, size
 
 
+def is_paged(cache: str, device: str) -> bool:
+    """Return whether `rollout.cache` asks for pages on a device of type `device`."""
+    return cache == "paged" or (cache == "auto" and device == "cuda")
+
+
+def pool_bytes(shape: tuple[int, int, int], pages: int, dtype: torch.dtype, page_size: int = PAGE_SIZE) -> int:
+    """Return the bytes of `pages` pages and of page 0, which no sequence has; `shape` is that of `kv_shape`."""
+    return kv_bytes(shape, (1 + pages) * page_size, dtype)
+
+
 def kv_bytes_of(policy: ActorCritic, pages: int, page_size: int = PAGE_SIZE) -> int:
-    """Memory of so many pages and of page 0, which is nobody's."""
-    return torch.Size(pool_shape(policy, 1 + pages, page_size)).numel() * policy.product_dtype.itemsize
+    """Return `pool_bytes` of a policy's keys and values."""
+    return pool_bytes(kv_shape(policy), pages, policy.product_dtype, page_size)
 
 
 def pages_within(policy: ActorCritic, kv_bytes: int, page_size: int = PAGE_SIZE) -> int:
@@ -156,7 +166,7 @@ class PagedDecoder(Decoder):
     ) -> None:
         super().__init__(policy, slots, columns)
         self.page_size = page_size
-        places = -(-self.columns // page_size)
+        places = pages_of(self.columns, page_size)
         self.page_count = self.slots * places if pages is None else min(pages, self.slots * places)
         if self.page_count < places:
             raise ValueError(

@@ -11,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def pages_of(tokens: int, page_size: int) -> int:
+    """Return how many pages `tokens` tokens fill, the last one in part."""
+    return -(-tokens // page_size)
+
+
 class Pages:
     """A free list with counts of holders; pages are numbers from `first` on."""
 
@@ -60,7 +65,7 @@ class Sequences:
 
     def pages_of(self, tokens: int) -> int:
         """How many pages they fill, the last one in part."""
-        return -(-tokens // self.page_size)
+        return pages_of(tokens, self.page_size)
 
     def admit(self, slot: int, length: int, like: int | None = None) -> None:
         """A prompt of `length` tokens comes to an empty slot; it shares all pages of slot `like`, which has the same prompt."""

@@ -12,7 +12,6 @@ and `room`, `make_room`, `keep` and `close`, which say something where memory is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 
@@ -24,7 +23,7 @@ from transformers import Cache
 from rlhf_engine.model import ActorCritic, Outputs, TokenBatch
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.model.roles import Want
-from rlhf_engine.rollout.decode.cache import Allocate, SlotCache, kv_shape, new_memory, same_as
+from rlhf_engine.rollout.decode.cache import Allocate, SlotCache, kv_bytes, kv_shape, new_memory, same_as
 from rlhf_engine.rollout.decode.cpu import REPLACED, InvariantLayers, head_product
 
 MIN_ROWS = 16
@@ -42,15 +41,24 @@ def prompt_width(length: int) -> int:
     return -(-length // step) * step
 
 
+def slot_columns(tokens: int) -> int:
+    """Return the columns of a slot for sequences of at most `tokens` tokens."""
+    return -(-tokens // MIN_ROWS) * MIN_ROWS
+
+
 def slot_bytes(policy: ActorCritic, columns: int) -> int:
     """Bytes of the keys and values of one sequence of at most `columns` tokens."""
-    columns = -(-columns // MIN_ROWS) * MIN_ROWS
-    return 2 * math.prod(kv_shape(policy)) * columns * policy.product_dtype.itemsize
+    return kv_bytes(kv_shape(policy), slot_columns(columns), policy.product_dtype)
+
+
+def slots_per_step(*, eager: bool) -> int:
+    """Return the number of which slots come in multiples: eager attention needs keys for every row of a step."""
+    return MIN_ROWS if eager else 1
 
 
 def slot_step(policy: ActorCritic) -> int:
-    """Slots come in multiples of this: eager attention wants keys for every row of a step."""
-    return MIN_ROWS if policy.model.config.get_text_config()._attn_implementation == "eager" else 1
+    """Return `slots_per_step` of the policy's attention."""
+    return slots_per_step(eager=policy.model.config.get_text_config()._attn_implementation == "eager")
 
 
 def sampled_outputs(policy: ActorCritic) -> tuple[Want, ...]:
@@ -85,7 +93,7 @@ class Decoder:
 
     def __init__(self, policy: ActorCritic, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
         self.policy = policy
-        self.columns = -(-columns // MIN_ROWS) * MIN_ROWS
+        self.columns = slot_columns(columns)
         self.text_config = policy.model.config.get_text_config()
         self.attention = _attention_of(policy)
         self.eager = self.text_config._attn_implementation == "eager"
