@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from rlhf_engine.memory.arena import Arena, room_for
 
+SUM_DTYPE = torch.float32
+"""Type in which gradients are summed, of half-precision weights too."""
+
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
     """What a parameter's gradients are summed in."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_engine.config import OptimConfig
+from rlhf_engine.memory.gradients import SUM_DTYPE
 from rlhf_engine.optim.eight_bit import EightBitAdamW
 from rlhf_engine.optim.offload import HALF, StagedAdamW
 from rlhf_engine.optim.schedule import learning_rate
@@ -28,7 +29,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     half = [parameter for parameter in trained if parameter.dtype in HALF]
     for parameter in half:
-        parameter.grad_dtype = torch.float32
+        parameter.grad_dtype = SUM_DTYPE
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},

@@ -10,6 +10,16 @@ from torch import Tensor, nn
 
 from rlhf_engine.optim.offload import HALF
 
+SMALLEST, BLOCK = 4096, 256
+"""Elements of the smallest tensor that torchao quantises, and of a block, which has one float32 scale."""
+
+
+def moment_bytes(elements: int) -> int:
+    """Return the bytes of one moment of a parameter with so many elements: codes and scales, or float32."""
+    if elements < SMALLEST or elements % BLOCK:
+        return elements * torch.float32.itemsize
+    return elements + elements // BLOCK * torch.float32.itemsize
+
 
 class EightBitAdamW(torch.optim.Optimizer):
     """`torchao.optim.AdamW8bit` over the parameters, and over float32 masters of those in half precision.
@@ -35,7 +45,7 @@ class EightBitAdamW(torch.optim.Optimizer):
             if parameter.dtype in HALF
         }
         held = [group | {"params": [self.held(parameter) for parameter in group["params"]]} for group in groups]
-        self.inner = AdamW8bit(held, **options)
+        self.inner = AdamW8bit(held, block_size=BLOCK, **options)
 
     def held(self, parameter: nn.Parameter) -> nn.Parameter:
         """What torchao steps for a parameter."""

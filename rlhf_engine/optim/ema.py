@@ -6,6 +6,9 @@ import torch
 
 from rlhf_engine.model import ActorCritic, frozen_copy
 
+AVERAGE_DTYPE = torch.float32
+"""Type of the average, in which 1 - decay of a weight is not lost."""
+
 
 class WeightAverage:
     """`average <- decay * average + (1 - decay) * weights` after every optimiser step, from the first weights on.
@@ -15,7 +18,7 @@ class WeightAverage:
 
     def __init__(self, policy: ActorCritic, decay: float) -> None:
         self.decay, self.policy = decay, policy
-        self.average = frozen_copy(policy).float()
+        self.average = frozen_copy(policy).to(AVERAGE_DTYPE)
         theirs = dict(policy.named_parameters())
         names = [name for name, _ in self.average.named_parameters()]
         self.pairs = [(self.average.get_parameter(name), theirs[name]) for name in names]

@@ -32,6 +32,11 @@ _UNIT = 4096
 """A tensor is cut at multiples of this many elements, so that vector code meets the same ends as in the whole tensor."""
 
 
+def most_in_transit(state_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> int:
+    """Return an upper bound of the room that `state_bytes` of state take on the device: two buckets, or all of it."""
+    return min(2 * bucket_bytes, state_bytes)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of one parameter."""
