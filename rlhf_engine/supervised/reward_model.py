@@ -32,6 +32,9 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step
 from rlhf_engine.supervised.sft import Log
 
+SCORED_TOGETHER = 64
+"""Sequences that `score_examples` reads in one pass."""
+
 
 @dataclass(frozen=True)
 class RankedPrompt:
@@ -177,7 +180,9 @@ def centre_on_demonstrations(model: RewardModel, demonstrations: Sequence[Exampl
 
 
 @torch.no_grad()
-def score_examples(model: RewardModel, examples: Sequence[Example], pad_id: int, chunk: int = 64) -> Tensor:
+def score_examples(
+    model: RewardModel, examples: Sequence[Example], pad_id: int, chunk: int = SCORED_TOGETHER
+) -> Tensor:
     """Scores of prompts with responses, [len(examples)] float32 on the CPU, in the order given."""
     scores = torch.empty(len(examples))
     for indices in length_batches(lengths_of(examples), chunk):
