@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.rollout import Rollout
 from rlhf_kernels import rollout_advantages
+
+
+def experience_bytes(actions: int) -> int:
+    """Return the bytes that scoring adds to a rollout of B T actions.
+
+    They are those of reference log-probs, advantages, returns, rewards and KL.
+    """
+    return 5 * actions * torch.float32.itemsize
 
 
 @dataclass(frozen=True)
