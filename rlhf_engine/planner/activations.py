@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from rlhf_engine.planner.model_shape import ModelShape
 
-FLOAT = 4
-"""Bytes of float32."""
-IDS = 8
-"""Bytes of a token's id."""
+FLOAT, IDS = torch.float32.itemsize, torch.int64.itemsize
+"""Bytes of a float32 number and of a token's id."""
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,36 @@
-"""Bytes of every item of a run: what it keeps, and what each moment of a phase holds beside that.
+"""Bytes of every item of a run: what it keeps, and what each moment of a phase holds in addition.
 
-A phase is as large as its largest moment.
+A phase is as large as its largest moment. Sizes and rules of other modules are imported from them, never repeated here.
 """
 
 from __future__ import annotations
 
 import math
 
-from rlhf_engine.planner.activations import FLOAT, IDS, Pass
+from rlhf_engine.memory.gradients import SUM_DTYPE
+from rlhf_engine.optim.eight_bit import moment_bytes
+from rlhf_engine.optim.ema import AVERAGE_DTYPE
+from rlhf_engine.optim.offload import HALF, most_in_transit
+from rlhf_engine.planner.activations import FLOAT, Pass
 from rlhf_engine.planner.model_shape import ModelShape
 from rlhf_engine.planner.workload import Workload
+from rlhf_engine.ppo.experience import experience_bytes
+from rlhf_engine.rollout.decode.cache import kv_bytes
+from rlhf_engine.rollout.decode.cpu import reorders
+from rlhf_engine.rollout.decode.paged import PAGE_SIZE, pool_bytes
+from rlhf_engine.rollout.decode.pages import pages_of
+from rlhf_engine.rollout.decode.slots import MIN_ROWS, prompt_width, slot_columns, slots_per_step
+from rlhf_engine.rollout.rollout import rollout_bytes
+from rlhf_engine.supervised.reward_model import SCORED_TOGETHER
+from rlhf_kernels import head_workspace_bytes
 
 Items = dict[str, int]
 
-MIN_SLOTS = 16
-"""Rows that a decoding pass has at least, and slots of the cache where attention is eager: rlhf_engine.rollout.decode.slots's
-MIN_ROWS."""
-PAGE = 64
-"""Tokens of a page of keys and values on a GPU: rlhf_engine.rollout.decode.paged's PAGE_SIZE."""
-SCORE_ROWS = 64
-"""Sequences that the reward model scores at a time: the default of rlhf_engine.supervised.reward_model.score_examples."""
-BUCKET = 64 * 2**20
-"""Bytes of optimiser state that are copied from host memory at a time."""
 CONTEXT = {"cuda": 600 * 2**20, "cpu": 28 * 2**20}
-"""What a process holds beside its tensors: of a GPU before the first of them, taken from others' machines and not measured
-here; on the CPU pages of libraries that first calls touch, measured with a model of 0.2 million weights."""
-BLOCK_STATE = 256
-"""Numbers that share one scale in 8-bit optimiser state."""
+"""Bytes of a process besides its tensors. CUDA: the context, an estimate that was not measured by us. CPU: pages of libraries
+that first calls touch, measured with a model of 0.2 million weights."""
+_SCALE, _SCALED = 2, 64
+"""Bytes of a scale of quantised frozen weights, which are not built yet, and the weights that share it."""
 
 
 def persistent(w: Workload) -> Items:
@@ -43,31 +47,35 @@ def persistent(w: Workload) -> Items:
     if w.reward is not None:
         items["reward_model"] = _scalar_model(w, w.reward)
     if w.average:
-        # In float32, whatever the weights are (rlhf_engine.optim.ema).
-        items["average"] = (adapter_numbers(w) if w.adapter else policy.parameters) * FLOAT
+        items["average"] = (adapter_numbers(w) if w.adapter else policy.parameters) * AVERAGE_DTYPE.itemsize
     if w.optimizer_state != "host" or w.device == "cpu":
         items |= {"optimizer_state": optimizer_state(w)} | _masters(w)
     return items | {"context": CONTEXT["cpu" if w.device == "cpu" else "cuda"]}
 
 
 def _masters(w: Workload) -> Items:
-    """Float32 weights, whose rounding half-precision ones are."""
-    return {"master_weights": trained(w) * FLOAT} if w.weight_bytes < FLOAT and not w.adapter else {}
+    """Return the float32 weights, of which half-precision ones are the rounding."""
+    return {"master_weights": trained(w) * FLOAT} if w.weight_dtype in HALF and not w.adapter else {}
 
 
 def in_transit(w: Workload) -> Items:
-    """Two buckets of state on its way from host memory and back."""
+    """Return the state on its way from host memory and back."""
     if w.optimizer_state != "host":
         return {}
-    return {"state_in_transit": min(2 * BUCKET, optimizer_state(w) + sum(_masters(w).values()))}
+    return {"state_in_transit": most_in_transit(optimizer_state(w) + sum(_masters(w).values()))}
+
+
+def gradients(w: Workload) -> Items:
+    """Return the gradients of one optimiser step."""
+    return {"gradients": trained(w) * SUM_DTYPE.itemsize}
 
 
 def _frozen(w: Workload, shape: ModelShape, numbers: int) -> int:
-    """Bytes of a model's weights, those within its layers in `base_bits` with a 2-byte scale a block of 64."""
+    """Return the bytes of a model's weights, those within its layers in `base_bits` with their scales."""
     if not w.base_bits:
         return numbers * w.weight_bytes
     inside = shape.layer_matrices
-    return (numbers - inside) * w.weight_bytes + inside * w.base_bits // 8 + 2 * (inside // 64)
+    return (numbers - inside) * w.weight_bytes + inside * w.base_bits // 8 + _SCALE * (inside // _SCALED)
 
 
 def adapter_numbers(w: Workload) -> int:
@@ -90,7 +98,7 @@ def trained(w: Workload) -> int:
 
 
 def optimizer_state(w: Workload) -> int:
-    """AdamW's two moments: in float32, or a byte a number and a scale a block where a matrix is large enough."""
+    """Return the bytes of AdamW's two moments, in float32 or in 8 bits."""
     if w.optimizer_state != "8bit" or w.adapter:
         return 2 * FLOAT * trained(w)
     shapes = [w.policy.trunk() | w.policy.head()]
@@ -99,25 +107,23 @@ def optimizer_state(w: Workload) -> int:
     state = 0
     for shape in (one for weights in shapes for one in weights.values()):
         count, numbers = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
-        numbers = math.prod(numbers)
-        blocks = numbers >= 4096 and numbers % BLOCK_STATE == 0
-        state += 2 * count * (numbers + FLOAT * (numbers // BLOCK_STATE) if blocks else FLOAT * numbers)
+        state += 2 * count * moment_bytes(math.prod(numbers))
     return state
 
 
 def rollout(w: Workload, *, scored: bool) -> int:
-    """Tensors of a rollout batch, and with `scored` what the learner reads beside them."""
+    """Return the bytes of a rollout batch while it is sampled, and with `scored` those that an update learns from."""
     tokens, actions = w.rollout_batch * w.length, w.rollout_batch * w.response
-    by_action = 1 + 3 * FLOAT + (5 * FLOAT if scored else IDS)
-    return tokens * 2 * IDS + actions * by_action
+    return rollout_bytes(tokens, actions, sampling=not scored) + (experience_bytes(actions) if scored else 0)
 
 
 def kv_cache(w: Workload, slots: int) -> int:
-    """Keys and values of `slots` sequences, all as long as they may be."""
-    slots += -slots % MIN_SLOTS if w.eager else 0
+    """Return the bytes of the keys and values of `slots` sequences, all as long as they may be."""
+    slots += -slots % slots_per_step(eager=w.eager)
+    columns = slot_columns(w.length)
     if w.paged:
-        return (slots * _pages(_columns(w)) + 1) * page_bytes(w)
-    return slots * _columns(w) * _token_bytes(w)
+        return _pool_bytes(w, slots * pages_of(columns, PAGE_SIZE))
+    return slots * kv_bytes(w.policy.kv_shape, columns, w.product_dtype)
 
 
 def least_kv_cache(w: Workload, slots: int) -> int:
@@ -127,34 +133,29 @@ def least_kv_cache(w: Workload, slots: int) -> int:
     """
     if not w.paged:
         return kv_cache(w, slots)
-    longest = _pages(_columns(w))
-    begun = slots * min(longest, _pages(w.prompt) + 1)
-    return (max(longest, begun) + 1) * page_bytes(w)
+    longest = pages_of(slot_columns(w.length), PAGE_SIZE)
+    begun = slots * min(longest, pages_of(w.prompt, PAGE_SIZE) + 1)
+    return _pool_bytes(w, max(longest, begun))
 
 
 def page_bytes(w: Workload) -> int:
-    """One page, of all layers."""
-    return PAGE * _token_bytes(w)
+    """Return the bytes of one page of all layers."""
+    return kv_bytes(w.policy.kv_shape, PAGE_SIZE, w.product_dtype)
 
 
-def _columns(w: Workload) -> int:
-    return -(-w.length // MIN_SLOTS) * MIN_SLOTS
+def _pool_bytes(w: Workload, pages: int) -> int:
+    return pool_bytes(w.policy.kv_shape, pages, w.product_dtype)
 
 
-def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE)
+def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
+    """Return the moments of sampling with `slots` sequences at a time and `cache` bytes of keys and values.
 
-
-def _token_bytes(w: Workload) -> int:
-    return w.policy.layers * w.policy.key_width * 2 * w.compute_bytes
-
-
-def generate(w: Workload, slots: int, kv_bytes: int) -> dict[str, Items]:
-    """Moments of sampling with `slots` sequences at a time: the first prompts are read, the last token is decoded."""
-    policy, rows, columns = w.policy, max(slots, MIN_SLOTS), _columns(w)
-    held = {"kv_cache": kv_bytes, "rollout": rollout(w, scored=False)}
+    The first prompts are read, and the last token is decoded.
+    """
+    policy, rows, columns = w.policy, max(slots, MIN_ROWS), slot_columns(w.length)
+    held = {"kv_cache": cache, "rollout": rollout(w, scored=False)}
     if w.autocast:
-        held["rounded_weights"] = rounded_weights(policy)
+        held["rounded_weights"] = rounded_weights(w, policy)
     logits = rows * policy.vocab * 2 * FLOAT
     width = prompt_width(w.prompt)
     # Shorter prompts come closer to the budget of a pass than the longest do, where their widths do not divide it.
@@ -165,20 +166,12 @@ def generate(w: Workload, slots: int, kv_bytes: int) -> dict[str, Items]:
         decoding += 2 * rows * policy.heads * columns * w.compute_bytes
     if w.paged and w.device == "cpu":
         # A layer's pages are read into one tensor, and what does not count is zeroed in another.
-        decoding += 2 * rows * _pages(columns) * PAGE * policy.key_width * FLOAT
+        decoding += 2 * rows * pages_of(columns, PAGE_SIZE) * PAGE_SIZE * policy.key_width * FLOAT
     prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
-    if w.device == "cpu" and w.compute_bytes == FLOAT:
-        # The head's weight in oneDNN's layout, from the first step to the last (rlhf_engine.rollout.decode.cpu).
-        held["reordered_head"] = policy.vocab * policy.hidden * FLOAT
+    if not w.autocast and reorders(w.device, w.weight_dtype):
+        # The head's weight in oneDNN's layout, from the first step to the last.
+        held["reordered_head"] = policy.vocab * policy.hidden * w.weight_bytes
     return {"prefill": held | prefill, "decode": held | {"decode_workspace": decoding + logits}}
-
-
-def prompt_width(length: int) -> int:
-    """Columns of a prompt's prefill: rlhf_engine.rollout.decode.slots's function of the same name."""
-    step = MIN_SLOTS
-    while step * 4 < length:
-        step *= 2
-    return -(-length // step) * step
 
 
 def score(w: Workload) -> dict[str, Items]:
@@ -195,7 +188,7 @@ def score(w: Workload) -> dict[str, Items]:
     def rounded(
         shape: ModelShape,
     ) -> Items:  # of models whose weights ask for gradients, which autocast keeps while it runs
-        return {"rounded_weights": rounded_weights(shape)} if w.autocast else {}
+        return {"rounded_weights": rounded_weights(w, shape)} if w.autocast else {}
 
     moments = {
         "reference": held | kept | {"score_workspace": max(reading.forward_room(), last + actions)},
@@ -203,7 +196,7 @@ def score(w: Workload) -> dict[str, Items]:
     }
     if w.reward is not None:
         shape = w.reward
-        batch = pass_of(w, shape, min(SCORE_ROWS, w.rollout_batch), w.length + 1)
+        batch = pass_of(w, shape, min(SCORED_TOGETHER, w.rollout_batch), w.length + 1)
         moments["reward model"] = held | kept | rounded(shape) | {"score_workspace": batch.forward_room()}
     if w.value == "backbone":
         shape = w.reward or w.policy
@@ -221,8 +214,7 @@ def train(w: Workload) -> dict[str, Items]:
         tokens = min(w.pretraining, w.train_rows) * (w.length - 1)
         pretraining = _micro_batch(w, tokens, tokens, values=False)
         moments |= {f"pretraining, {name}": items for name, items in pretraining.items()}
-    step = {"rollout": rollout(w, scored=True), "gradients": trained(w) * FLOAT}
-    return moments | {"optimiser step": step | in_transit(w)}
+    return moments | {"optimiser step": {"rollout": rollout(w, scored=True)} | gradients(w) | in_transit(w)}
 
 
 def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dict[str, Items]:
@@ -232,12 +224,12 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
     weight = 0 if w.adapter else policy.vocab * policy.hidden
     block = {"head_workspace": head_block(w, actions, gradient=True)}
     kept = block if w.device == "cpu" else {}
-    gradients = {"gradients": trained(w) * FLOAT}  # room of the arena, from the first forward pass on
+    summed = gradients(w)  # room of the arena, from the first forward pass on
     held = {"rollout": rollout(w, scored=True)}
     if w.device != "cpu":  # whose stream brings the first buckets while gradients are made
         held |= in_transit(w)
     if w.autocast:
-        held["rounded_weights"] = sum(rounded_weights(one.shape) for one in passes)
+        held["rounded_weights"] = sum(rounded_weights(w, one.shape) for one in passes)
     saved = {"activations": sum(one.saved(checkpointed=checkpointed) for one in passes)}
     made = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.compute_bytes}
     # A tied weight's gradient waits for the embedding's, to be added to it.
@@ -247,9 +239,9 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
     embedding = weight * (FLOAT + (w.weight_bytes if w.weight_bytes < FLOAT else 0))
     begins, ends = {"backward_workspace": room}, {"backward_workspace": embedding}
     return {
-        "forward": held | saved | made | block | gradients,
-        "backward begins": held | saved | waiting | kept | begins | gradients,
-        "backward ends": held | waiting | kept | ends | gradients,
+        "forward": held | saved | made | block | summed,
+        "backward begins": held | saved | waiting | kept | begins | summed,
+        "backward ends": held | waiting | kept | ends | summed,
     }
 
 
@@ -263,15 +255,12 @@ def pass_of(w: Workload, shape: ModelShape, rows: int, columns: int) -> Pass:
     return Pass(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes)
 
 
-def rounded_weights(shape: ModelShape) -> int:
-    """What autocast keeps of a model that learns: its matrices in half precision, the head's among them."""
-    return 2 * (shape.layer_matrices + shape.vocab * shape.hidden)
+def rounded_weights(w: Workload, shape: ModelShape) -> int:
+    """Return the bytes that autocast keeps of a model that learns: its matrices in half precision, the head's among them."""
+    return w.compute_bytes * (shape.layer_matrices + shape.vocab * shape.hidden)
 
 
 def head_block(w: Workload, actions: int, *, gradient: bool) -> int:
-    """The chunk of logits that the fused head works in (rlhf_kernels.ops.products.Plan)."""
-    if w.device == "cpu":
-        chunk, step = (512, 512) if w.compute_bytes == FLOAT else (2048, 256)
-        return max(min(chunk if gradient else step, actions), MIN_SLOTS) * w.policy.vocab * w.compute_bytes
-    rows = max(128, min(4096, 2**30 // (FLOAT * w.policy.vocab) // 128 * 128))
-    return rows * w.policy.vocab * FLOAT
+    """Return the bytes of the chunk of logits that the fused head works in."""
+    backend = "cpu" if w.device == "cpu" else "triton"
+    return head_workspace_bytes(w.policy.vocab, w.product_dtype, tokens=actions, gradient=gradient, backend=backend)

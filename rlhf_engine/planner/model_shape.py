@@ -75,6 +75,11 @@ class ModelShape:
     def key_width(self) -> int:
         return self.groups * self.head_dim
 
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(layers, heads, size of a head) of keys, and so of values."""
+        return self.layers, self.groups, self.head_dim
+
     def trunk(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight below the language-model head, one layer's with the number of layers in front."""
         H, I, A, K, L = self.hidden, self.intermediate, self.query_width, self.key_width, self.layers

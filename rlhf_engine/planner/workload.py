@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Self
 
-from rlhf_engine.config import RunConfig
+import torch
+
+from rlhf_engine.config import RolloutConfig, RunConfig
 from rlhf_engine.config.memory import byte_count
 from rlhf_engine.planner.model_shape import ModelShape, UnknownMemoryError
-
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from rlhf_engine.rollout.decode.paged import is_paged
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Workload:
     microbatch: int
     slots: int
     """Most sequences that are decoded together."""
-    prefill_tokens: int = 4096
+    prefill_tokens: int = RolloutConfig.prefill_tokens
     """Most prompt tokens, padding included, that one forward pass reads."""
     microbatch_tokens: int | None = None
     """Tokens of a micro-batch, in place of `microbatch` sequences."""
@@ -96,12 +97,21 @@ class Workload:
         )
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Type of the factors of a matrix product."""
+        return min(self.weight_dtype, getattr(torch, self.compute_dtype), key=lambda dtype: dtype.itemsize)
+
+    @property
     def weight_bytes(self) -> int:
-        return _SIZES[self.dtype]
+        return self.weight_dtype.itemsize
 
     @property
     def compute_bytes(self) -> int:
-        return min(self.weight_bytes, _SIZES[self.compute_dtype])
+        return self.product_dtype.itemsize
 
     @property
     def autocast(self) -> bool:
@@ -110,8 +120,8 @@ class Workload:
 
     @property
     def paged(self) -> bool:
-        """Whether keys and values lie in pages."""
-        return self.cache == "paged" or (self.cache == "auto" and self.device == "cuda")
+        """Whether keys and values are stored in pages."""
+        return is_paged(self.cache, self.device)
 
     @property
     def length(self) -> int:

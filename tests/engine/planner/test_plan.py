@@ -1,7 +1,6 @@
 """The memory plan against sums made by hand and tensors that exist."""
 
-import inspect
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,19 +10,21 @@ from rlhf_engine.config import OptimConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, upcast
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.adamw import build_optimizer
-from rlhf_engine.optim.offload import BUCKET_BYTES
+from rlhf_engine.optim.eight_bit import EightBitAdamW, moment_bytes
+from rlhf_engine.optim.offload import StagedAdamW, most_in_transit
 from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
 from rlhf_engine.planner.activations import Pass
-from rlhf_engine.planner.items import BUCKET, MIN_SLOTS, PAGE, SCORE_ROWS, head_block, prompt_width
 from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.planner.strategies import fitting, smallest
+from rlhf_engine.ppo.experience import experience_bytes
 from rlhf_engine.rollout.decode import slots as decoder
 from rlhf_engine.rollout.decode.cache import SlotCache
-from rlhf_engine.rollout.decode.paged import PAGE_SIZE
-from rlhf_engine.supervised.reward_model import score_examples
-from rlhf_kernels.ops.products import Plan
+from rlhf_engine.rollout.decode.paged import PagedDecoder
+from rlhf_engine.rollout.rollout import rollout_bytes
+from rlhf_kernels import rollout_advantages
 from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.plans import RUN, SMALL
+from tests.engine.helpers.rollouts import make_rollout
 from tests.engine.helpers.tiny_models import tiny
 
 PUBLISHED = {
@@ -228,20 +229,40 @@ def test_weights_state_and_cache_are_as_large_as_planned(family):
     assert isinstance(decoding.cache, SlotCache)
     kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoding.cache.layers)
     assert plan.phases["generate"]["kv_cache"] == kv_cache
+    paged = PagedDecoder(policy, 20, 30)
+    paged.open()
+    pages = MemoryPlan.of(replace(plan.workload, cache="paged")).phases["generate"]
+    assert pages["kv_cache"] == paged.pool.nbytes
 
 
-def test_the_plan_knows_the_engine_s_sizes():
-    assert (decoder.MIN_ROWS, PAGE_SIZE, BUCKET_BYTES) == (MIN_SLOTS, PAGE, BUCKET)
-    assert all(prompt_width(length) == decoder.prompt_width(length) for length in range(1, 2000))
-    assert inspect.signature(score_examples).parameters["chunk"].default == SCORE_ROWS
-    for dtype, actions in (("float32", 5), ("float32", 5000), ("bfloat16", 700), ("bfloat16", 5000)):
-        plan = Plan.of(actions, 10, getattr(torch, dtype), "cpu", None, None)
-        for gradient, rows in ((True, plan.chunk), (False, plan.step)):
-            size = max(min(rows, actions), plan.pad_to) * 10 * plan.logits_dtype.itemsize
-            assert head_block(replace(RUN, dtype=dtype), actions, gradient=gradient) == size
-    gpu = Plan.of(5000, 151_936, torch.bfloat16, "triton", None, None)
-    wide = replace(RUN, policy=replace(SMALL, vocab=151_936), device="cuda")
-    assert head_block(wide, 5000, gradient=True) == gpu.chunk * 151_936 * 4
+def test_a_rollout_and_what_is_learned_from_it_are_as_large_as_planned():
+    rollout = make_rollout()
+    held = [item.name for item in fields(rollout) if item.name not in ("response_ids", "stop_reason")]  # a view, (B,)
+    tokens, actions = rollout.input_ids.numel(), rollout.mask.numel()
+    assert rollout_bytes(tokens, actions) == sum(getattr(rollout, name).nbytes for name in held)
+    assert rollout_bytes(tokens, actions, sampling=True) == rollout_bytes(tokens, actions) + rollout.response_ids.nbytes
+    ref_logprobs = torch.zeros_like(rollout.logprobs)
+    result = rollout_advantages(
+        torch.zeros(len(rollout)), rollout.logprobs, ref_logprobs, rollout.values, rollout.mask, kl_coef=0.1
+    )
+    assert experience_bytes(actions) == ref_logprobs.nbytes + sum(x.nbytes for x in result)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 64), (64, 65), (40, 128)])
+def test_an_8bit_moment_is_as_large_as_torchao_makes_it(shape):
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    moment = EightBitAdamW([{"params": [parameter]}]).new_moments(parameter)["exp_avg"]
+    codes = getattr(moment, "codes", None)
+    found = moment.nbytes if codes is None else codes.nbytes + moment.scale.nbytes  # the table of values is shared
+    assert moment_bytes(parameter.numel()) == found and (codes is None) == (shape in [(32, 64), (64, 65)])
+
+
+@pytest.mark.parametrize("sizes", [(4096,), (4096, 8192, 40960), (50_000, 300)])
+def test_state_in_transit_takes_no_more_than_planned(sizes):
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = StagedAdamW([{"params": parameters}], host=True, bucket_bytes=2**16)
+    bound = most_in_transit(8 * sum(sizes), 2**16)
+    assert 0.5 * bound < optimizer.transit_bytes <= bound + 2 * 64  # both buckets are aligned
 
 
 # ---- what follows from it ----
