@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.harness import MB, Check, Row, Session, Worker, alternate_workers, report
 from rlhf_engine.config import RunConfig
 from rlhf_engine.memory.malloc import return_freed_blocks
-from rlhf_engine.model import frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.planner import MemoryPlan, ModelShape
+from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.ppo import make_policy, reward_function
@@ -121,17 +121,15 @@ def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
     policy, rollout, vocab = make_policy(config, model, reward_model), config.rollout, shape.vocab_size
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
     text = torch.randint(0, vocab, (config.ppo.minibatch, length))
-    return PPOTrainer(
+    return build_trainer(
         policy,
-        frozen_copy(policy),
-        # An end token outside the vocabulary is never sampled.
-        Generator(policy, rollout, eos_token_ids=vocab, pad_token_id=0, seed=0),
-        lambda first, count: list(torch.randint(0, vocab, (count, rollout.max_prompt_tokens))),
+        None,
         reward_function(reward_model, SimpleNamespace(eos_id=1, pad_id=0)),
-        config.ppo,
-        seed=0,
+        lambda first, count: list(torch.randint(0, vocab, (count, rollout.max_prompt_tokens))),
+        config,
+        # An end token outside the vocabulary is never sampled.
+        generator=Generator(policy, rollout, eos_token_ids=vocab, pad_token_id=0, seed=0),
         pretrain=PretrainStream(text, 0) if config.ppo.ptx_coef else None,
-        memory=config.memory,
     )
 
 

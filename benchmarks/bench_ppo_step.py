@@ -20,9 +20,10 @@ import torch._dynamo  # the first call of a custom op imports it, as TRL's impor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Check, Session, Worker, alternate_workers, ratio, report
-from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
-from rlhf_engine.model import ActorCritic, frozen_copy
+from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig
+from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rollout import Generator, Rollout
 
@@ -74,15 +75,14 @@ def make_trainer(model: dict, batch: dict) -> PPOTrainer:
     def reward(rollout: Rollout) -> torch.Tensor:
         return reward_model.score_rows(rollout.input_ids, rollout.attention_mask.sum(1))
 
-    return PPOTrainer(
+    return build_trainer(
         policy,
-        frozen_copy(policy),
-        # An end token outside the vocabulary is never sampled.
-        Generator(policy, rollout, eos_token_ids=vocab_size, pad_token_id=0, seed=0),
-        lambda first, count: list(torch.randint(0, vocab_size, (count, batch["prompt_tokens"]))),
+        None,
         reward,
-        ppo,
-        seed=0,
+        lambda first, count: list(torch.randint(0, vocab_size, (count, batch["prompt_tokens"]))),
+        RunConfig(ppo=ppo, rollout=rollout),
+        # An end token outside the vocabulary is never sampled.
+        generator=Generator(policy, rollout, eos_token_ids=vocab_size, pad_token_id=0, seed=0),
     )
 
 

@@ -75,7 +75,7 @@ def save_checkpoint(
 
     `data` are fingerprints of what the run reads, by the key of its place, such as data.prompts.
     """
-    tensors = optimizer_tensors(trainer.optimizer)
+    tensors = optimizer_tensors(trainer.update_rule.optimizer)
     state = trainer.state() | {
         "seed": trainer.seed,
         "optimizer_tensors": len(tensors),
@@ -85,9 +85,9 @@ def save_checkpoint(
 
     def write(new: Path) -> None:
         save_policy(new, trainer.policy, tokenizer)
-        if trainer.average is not None:
+        if trainer.update_rule.average is not None:
             (new / EMA).mkdir()
-            save_policy(new / EMA, trainer.average.average, tokenizer)
+            save_policy(new / EMA, trainer.update_rule.average.model, tokenizer)
         save_file(tensors, new / OPTIMIZER)
         write_json(new / TRAINER, state)
         save_config(config, new / CONFIG)
@@ -125,10 +125,10 @@ def resume(folder: str | Path, trainer: PPOTrainer, config: RunConfig, data: Map
             f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected the {state['optimizer_tensors']} of {TRAINER}"
         )
     copy_weights(folder, trainer.policy)
-    if trainer.average is not None:
+    if trainer.update_rule.average is not None:
         require(folder / EMA, "config.json", *heads)
-        copy_weights(folder / EMA, trainer.average.average)
-    load_optimizer_tensors(trainer.optimizer, tensors, folder / OPTIMIZER)
+        copy_weights(folder / EMA, trainer.update_rule.average.model)
+    load_optimizer_tensors(trainer.update_rule.optimizer, tensors, folder / OPTIMIZER)
     trainer.load_state(state)
 
 

@@ -3,108 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from rlhf_kernels import explained_variance
-
 METRICS = "metrics.jsonl"
-
-
-class _PeakRss:
-    """The system's mark of the largest resident set, which a phase moves down to measure itself, and where it stood before."""
-
-    def __init__(self) -> None:
-        self.before, self.moves = 0.0, False
-
-    def so_far(self) -> float:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return max(self.before, peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)
-
-    def restart(self) -> None:
-        self.before = self.so_far()
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            self.moves = True
-        except OSError:
-            self.moves = False
-
-    def since_restart(self) -> float | None:
-        return _of_status("VmHWM:" if self.moves else "VmRSS:")
-
-
-def _of_status(key: str) -> float | None:
-    """A size of this process as Linux tells it, in 10^6 bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
-
-
-_PEAK = _PeakRss()
-
-
-def peak_rss_mb() -> float:
-    """Largest resident set of this process so far, in 10^6 bytes."""
-    return _PEAK.so_far()
-
-
-def resident_mb() -> float:
-    """What is resident now, in 10^6 bytes; the largest so far on systems that do not say."""
-    now = _of_status("VmRSS:")
-    return peak_rss_mb() if now is None else now
-
-
-def start_phase_peak() -> None:
-    """Let `phase_peak_mb` count from here. Whoever reads VmHWM or ru_maxrss of this process from outside sees them fall."""
-    _PEAK.restart()
-
-
-def phase_peak_mb() -> float | None:
-    """Largest resident set since `start_phase_peak`, in 10^6 bytes; None on systems that do not say.
-
-    Linux moves the mark. Where a sandbox forbids that, this is what is resident now.
-    """
-    return _PEAK.since_restart()
-
-
-class MetricSum:
-    """Sums dictionaries of device scalars without a host sync; keys that end in `_max` keep the largest."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add one dictionary; all must have the same keys."""
-        self.count += 1
-        for name, value in metrics.items():
-            before = self.sums.get(name)
-            if before is None:
-                self.sums[name] = value.clone()
-            else:
-                self.sums[name] = torch.maximum(before, value) if name.endswith("_max") else before + value
-
-    def total(self) -> dict[str, Tensor]:
-        """The sums, on the device: micro-batches that were given global denominators add up to their minibatch."""
-        return self.sums
-
-    def mean(self) -> dict[str, float]:
-        """Means over the dictionaries (largest for `_max`) as floats, explained variance from its sums."""
-        log = {name: float(value) / (1 if name.endswith("_max") else self.count) for name, value in self.sums.items()}
-        if "num_value_tokens" in self.sums:
-            log["explained_variance"] = float(explained_variance(self.sums))
-        parts = ("returns_sum", "returns_sq_sum", "residual_sum", "residual_sq_sum", "num_value_tokens")
-        return {name: value for name, value in log.items() if name not in parts}
 
 
 class MetricsWriter:

@@ -18,7 +18,8 @@ from rlhf_engine.demo.judge import WEIGHTS, Verdict, judge
 from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.recipes import computing, load_model, load_reward_model, make_generator, reward_function
+from rlhf_engine.ppo.build import make_generator
+from rlhf_engine.recipes import computing, load_model, load_reward_model, reward_function
 from rlhf_engine.rollout import Rollout, recompute
 
 _SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}

@@ -128,6 +128,10 @@ class Arena:
         with lend_workspace(self.take((self.head_bytes,), torch.uint8)):
             yield
 
+    def metrics(self) -> dict[str, float]:
+        """Return what an update logs of it: nothing."""
+        return {}
+
     def reset(self) -> None:
         """Close a phase that an interrupt left open."""
         self.open = None

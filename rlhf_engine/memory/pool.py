@@ -87,6 +87,10 @@ class PoolArena:
         with torch.autograd.set_multithreading_enabled(False), self._route():
             yield
 
+    def metrics(self) -> dict[str, float]:
+        """Return what an update logs of it: the most that a phase has left in the pool, in 10^6 bytes."""
+        return {"pool_held_mb": self.held_bytes / 1e6}
+
     def reset(self) -> None:
         """Close a phase that an interrupt left open."""
         self.open, self._block = None, None

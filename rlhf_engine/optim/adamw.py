@@ -12,18 +12,22 @@ from rlhf_engine.config import OptimConfig
 from rlhf_engine.memory.gradients import SUM_DTYPE
 from rlhf_engine.optim.eight_bit import EightBitAdamW
 from rlhf_engine.optim.offload import HALF, StagedAdamW
+from rlhf_engine.optim.protocol import Optimizer, ResidentState
 from rlhf_engine.optim.schedule import learning_rate
 
 OptimizerState = Literal["resident", "host", "8bit"]
 """Where moments live, `MemoryConfig.optimizer_state`."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> torch.optim.Optimizer:
-    """Fused AdamW over the parameters that ask for a gradient; only matrices are decayed.
+class AdamW(ResidentState, torch.optim.AdamW):
+    """`torch.optim.AdamW` with its state on the device."""
 
-    Half-precision parameters are given gradients in
-    float32, and masters in float32, which are stepped in their place. ValueError for 8 bits where torchao is missing or with
-    `eps_form` "raw", whose epsilon is another one at each step: torchao would compile each of them.
+
+def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> Optimizer:
+    """Return fused AdamW over the parameters that require a gradient; only matrices are decayed.
+
+    Half-precision parameters get float32 gradients, and float32 masters that are stepped in their place. ValueError for 8 bits
+    if torchao is missing or with `eps_form` "raw", whose epsilon differs at each step: torchao would compile each of them.
     Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -43,11 +47,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
     if state == "host" or half:
         cuda = torch.cuda if trained[0].is_cuda else None
         return StagedAdamW(groups, host=state == "host", cuda=cuda, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    return AdamW(groups, fused=True, **options)
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int
+    optimizer: Optimizer, config: OptimConfig, step: int, total_steps: int
 ) -> tuple[torch.Tensor, float]:
     """Clip, step and clear the gradients; returns the gradient norm before clipping and the learning rate used.
 
@@ -72,7 +76,7 @@ def optimizer_step(
     return norm, rate
 
 
-def raw_eps(optimizer: torch.optim.Optimizer, group: dict[str, Any], config: OptimConfig) -> float:
+def raw_eps(optimizer: Optimizer, group: dict[str, Any], config: OptimConfig) -> float:
     """The epsilon that, added after the bias correction, does what `config.eps` does before it, in the step to come.
 
         m_hat / (sqrt(v_hat) + e'),  e' = eps / sqrt(1 - beta_2^t),  is  m sqrt(1 - beta_2^t) / (1 - beta_1^t) / (sqrt(v) + eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_engine.optim.offload import HALF
+from rlhf_engine.optim.protocol import ResidentState
 
 SMALLEST, BLOCK = 4096, 256
 """Elements of the smallest tensor that torchao quantises, and of a block, which has one float32 scale."""
@@ -21,7 +22,7 @@ def moment_bytes(elements: int) -> int:
     return elements + elements // BLOCK * torch.float32.itemsize
 
 
-class EightBitAdamW(torch.optim.Optimizer):
+class EightBitAdamW(ResidentState, torch.optim.Optimizer):
     """`torchao.optim.AdamW8bit` over the parameters, and over float32 masters of those in half precision.
 
     It quantises tensors of 4096 elements or more in blocks of 256; the rest stays in float32. A step is compiled for each shape

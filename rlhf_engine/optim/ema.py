@@ -18,10 +18,10 @@ class WeightAverage:
 
     def __init__(self, policy: ActorCritic, decay: float) -> None:
         self.decay, self.policy = decay, policy
-        self.average = frozen_copy(policy).to(AVERAGE_DTYPE)
+        self.model = frozen_copy(policy).to(AVERAGE_DTYPE)
         theirs = dict(policy.named_parameters())
-        names = [name for name, _ in self.average.named_parameters()]
-        self.pairs = [(self.average.get_parameter(name), theirs[name]) for name in names]
+        names = [name for name, _ in self.model.named_parameters()]
+        self.pairs = [(self.model.get_parameter(name), theirs[name]) for name in names]
 
     @torch.no_grad()
     def update(self) -> None:

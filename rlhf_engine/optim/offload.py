@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from rlhf_engine.memory.arena import room_for
+from rlhf_engine.optim.protocol import Take
 
 HALF = (torch.bfloat16, torch.float16)
 """Types of weights whose updates need a master."""
@@ -77,8 +78,7 @@ class StagedAdamW(torch.optim.AdamW):
     """Fused AdamW, element by element what `torch.optim.AdamW` does, whose state is where `host` says.
 
     Masters start as the weights that are there at construction; whoever writes weights later writes the masters as well. Each
-    half-precision weight needs a float32 `grad_dtype`. `take` gives a float32 vector on the device for state in transit;
-    `cuda` is torch.cuda, None for a device without streams.
+    half-precision weight needs a float32 `grad_dtype`. `cuda` is torch.cuda, None for a device without streams.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class StagedAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 self.state[parameter] = self._new_state(parameter)
         self.buckets = buckets(self.param_groups, bucket_bytes, self._bytes_of_element)
-        self.take: Callable[[tuple[int, ...], torch.dtype], Tensor] = self._allocate
+        self._take: Take = self._allocate
         self._transit: _Transit | None = None
         self._stream = cuda.Stream() if host and cuda is not None else None
 
@@ -104,6 +104,10 @@ class StagedAdamW(torch.optim.AdamW):
     def transit_bytes(self) -> int:
         """Room that the state in transit takes on the device."""
         return sum(room_for((size,), torch.float32) for size in self._bucket_sizes()) if self.host else 0
+
+    def allocate_from(self, take: Take) -> None:
+        """Use `take` for the memory of state in transit."""
+        self._take = take
 
     def prefetch(self) -> None:
         """Start to copy the first buckets to the device, where something can run meanwhile."""
@@ -191,7 +195,7 @@ class StagedAdamW(torch.optim.AdamW):
         return [max(sizes[first::2]) for first in (0, 1) if sizes[first::2]]
 
     def _new_transit(self) -> _Transit:
-        vectors = [self.take((size,), torch.float32) for size in self._bucket_sizes()]
+        vectors = [self._take((size,), torch.float32) for size in self._bucket_sizes()]
         return _Transit(
             vectors, [[self._parts(piece) for piece in bucket] for bucket in self.buckets], self.cuda, self._stream
         )

@@ -1,14 +1,18 @@
-"""From scored answers to what an update learns from. B sequences, T response width."""
+"""From a rollout to what an update learns from: scores, log-probs, values, advantages. B sequences, T response width."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.rollout import Rollout
+from rlhf_engine.model import Policy, Reference
+from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
+from rlhf_engine.rollout import Rollout, recompute, reference_logprobs
 from rlhf_kernels import rollout_advantages
 
 
@@ -42,6 +46,44 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     weights: Tensor | None
+
+
+def microbatch_size(config: PPOConfig) -> dict[str, int | None]:
+    """Return how much goes through a trunk at a time, as arguments of `Rollout.batches`."""
+    return {"microbatch": config.microbatch, "microbatch_tokens": config.microbatch_tokens}
+
+
+def score(
+    rollout: Rollout,
+    policy: Policy,
+    reference: Reference,
+    reward_fn: RewardFunction,
+    config: PPOConfig,
+    temperature: float,
+    scale: ScoreScale | None = None,
+    first: int = 0,
+    transients: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Scored:
+    """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference.
+
+    `transients` is where forward passes of the models find memory.
+    """
+    scale = scale or ScoreScale(config.score_scale)
+    rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
+    size = microbatch_size(config)
+    with transients():
+        ref_logprobs = reference_logprobs(reference, rollout, temperature=temperature, **size)
+        old_logprobs, old_values = rollout.logprobs, rollout.values
+        if config.old_logprobs == "rescored":
+            again = recompute(policy, rollout, ("logprobs", "values"), temperature=temperature, **size)
+            old_logprobs, old_values = again["logprobs"], again["values"]
+        elif not policy.value.shares_trunk:
+            old_values = recompute(policy, rollout, ("values",), **size)["values"]
+        if config.baseline == "none":
+            old_values = torch.zeros_like(old_values)
+    # Copied, because the memory of the phase is reused by the next one.
+    kept = (old_logprobs.clone(), old_values.clone(), ref_logprobs.clone())
+    return Scored(rollout, scores, raw_scores, *kept)
 
 
 def advantages(

@@ -6,25 +6,24 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.metrics import MetricSum
-from rlhf_engine.model import ActorCritic
-from rlhf_engine.ppo.experience import Experience
+from rlhf_engine.model import Policy
+from rlhf_engine.ppo.experience import Experience, microbatch_size
 from rlhf_engine.rollout import recompute
-from rlhf_kernels import masked_whiten
+from rlhf_kernels import explained_variance, masked_whiten
 
 
 def minibatch_backward(
-    policy: ActorCritic,
+    policy: Policy,
     experience: Experience,
     sequences: Tensor,
     config: PPOConfig,
     temperature: float,
     **changing: float,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; returns its metrics.
+    """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; return its metrics.
 
-    The denominators are the minibatch's, so the gradient does not depend on how it is cut. `changing` are coefficients that
-    are not the config's any more.
+    The denominators are the minibatch's, so the gradient does not depend on the micro-batches. `changing` are loss options that
+    replace the config's.
     """
     rollout, totals = experience.rollout, MetricSum()
     num_tokens, scaled = int(rollout.response_lengths[sequences].sum()), experience.advantages
@@ -54,21 +53,16 @@ def minibatch_backward(
     return totals.total()
 
 
-def microbatch_size(config: PPOConfig) -> dict[str, int | None]:
-    """How much goes through a trunk at a time, as arguments of what cuts a rollout."""
-    return {"microbatch": config.microbatch, "microbatch_tokens": config.microbatch_tokens}
-
-
-def old_policy_kl(policy: ActorCritic, experience: Experience, config: PPOConfig, temperature: float) -> float:
-    """Mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
+def old_policy_kl(policy: Policy, experience: Experience, config: PPOConfig, temperature: float) -> float:
+    """Return the mean over tokens of KL(old || policy now), by k3 with r = new / old: `r - 1 - log r`."""
     rollout = experience.rollout
     logprobs = recompute(policy, rollout, ("logprobs",), temperature=temperature, **microbatch_size(config))["logprobs"]
     log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
     return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())
 
 
-def keep_value_gradients(policy: ActorCritic) -> None:
-    """Drop every gradient but the value function's: the optimiser leaves a parameter without one as it is."""
+def keep_value_gradients(policy: Policy) -> None:
+    """Drop every gradient but the value function's; the optimizer does not step a parameter without one."""
     values = {id(parameter) for parameter in policy.value.parameters()}
     for parameter in policy.parameters():
         if id(parameter) not in values:
@@ -76,11 +70,41 @@ def keep_value_gradients(policy: ActorCritic) -> None:
 
 
 def loss_options(config: PPOConfig) -> dict[str, object]:
-    """The arguments of `linear_ppo_loss` that a config decides."""
+    """Return the arguments of `linear_ppo_loss` that a config decides."""
     names = (
         "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
         "entropy_coef aggregation"
     )
     options = {name: getattr(config, name) for name in names.split()}
-    # TRPO's surrogate; its gradient is not the optimiser's to follow.
+    # TRPO's surrogate, of which the optimizer follows the value loss only.
     return options | {"objective": "ratio"} if config.objective == "trpo" else options
+
+
+class MetricSum:
+    """Sums dictionaries of device scalars without a host sync; keys that end in `_max` keep the largest."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one dictionary; all must have the same keys."""
+        self.count += 1
+        for name, value in metrics.items():
+            before = self.sums.get(name)
+            if before is None:
+                self.sums[name] = value.clone()
+            else:
+                self.sums[name] = torch.maximum(before, value) if name.endswith("_max") else before + value
+
+    def total(self) -> dict[str, Tensor]:
+        """The sums, on the device: micro-batches that were given global denominators add up to their minibatch."""
+        return self.sums
+
+    def mean(self) -> dict[str, float]:
+        """Means over the dictionaries (largest for `_max`) as floats, explained variance from its sums."""
+        log = {name: float(value) / (1 if name.endswith("_max") else self.count) for name, value in self.sums.items()}
+        if "num_value_tokens" in self.sums:
+            log["explained_variance"] = float(explained_variance(self.sums))
+        parts = ("returns_sum", "returns_sq_sum", "residual_sum", "residual_sq_sum", "num_value_tokens")
+        return {name: value for name, value in log.items() if name not in parts}

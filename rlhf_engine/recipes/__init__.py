@@ -4,7 +4,6 @@ from rlhf_engine.recipes.loading import (
     computing,
     load_model,
     load_reward_model,
-    make_generator,
     save_model,
     stage_metrics,
 )
@@ -16,7 +15,6 @@ __all__ = [
     "computing",
     "load_model",
     "load_reward_model",
-    "make_generator",
     "reward_function",
     "rollout_examples",
     "run_ppo",

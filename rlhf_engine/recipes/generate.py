@@ -21,7 +21,8 @@ from rlhf_engine.files import with_new_file
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.recipes.loading import check_room, computing, encode_records, load_model, make_generator
+from rlhf_engine.ppo.build import make_generator
+from rlhf_engine.recipes.loading import check_room, computing, encode_records, load_model
 from rlhf_engine.rollout import STOP_REASONS, Generator
 
 

@@ -13,11 +13,9 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord
 from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
-from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import PANELS, plot_stage
-from rlhf_engine.rollout import Generator
 
 Item = TypeVar("Item", Demonstration, Comparison, PromptRecord)
 Made = TypeVar("Made")
@@ -62,20 +60,6 @@ def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[
         write_json(new / "report.json", report)
 
     with_new_folder(folder, write)
-
-
-def make_generator(
-    policy: ActorCritic, codec: Codec, config: RunConfig, seed: int, *, kv_bytes: int | None = None
-) -> Generator:
-    """A sampler with the config's rollout settings; its keys and values take at most `kv_bytes`."""
-    text, stop = config.rollout.stop_token, None
-    if text is not None:
-        ids = codec.encode_texts([text])[0]
-        if len(ids) != 1:
-            raise ValueError(f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one")
-        stop = ids[0]
-    ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
-    return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, kv_bytes=kv_bytes, **ends)
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:

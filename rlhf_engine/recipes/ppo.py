@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +14,12 @@ from rlhf_engine.checkpoint import fingerprint, fingerprint_rows, save_checkpoin
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCodec, read_prompts, stored, token_rows
-from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.files import recover
-from rlhf_engine.metrics import progress
-from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead
+from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.ppo.build import build_trainer
+from rlhf_engine.ppo.callbacks import Checkpoints, MetricsLog
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.loading import (
@@ -30,7 +30,6 @@ from rlhf_engine.recipes.loading import (
     given,
     load_model,
     load_reward_model,
-    make_generator,
     plot,
     stage_metrics,
     truncated,
@@ -66,17 +65,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     else:
         reward = text_reward(function, told, codec, config.reward.function)
     pretrain = pretrain_stream(config, codec)
-    trainer = PPOTrainer(
-        policy,
-        FrozenCopy(policy),
-        make_generator(policy, codec, plan.within(config), config.seed, kv_bytes=plan.kv_bytes),
-        prompt_stream(prompts, config.seed),
-        reward,
-        config.ppo,
-        seed=config.seed,
-        pretrain=pretrain,
-        memory=config.memory,
-    )
+    trainer = build_trainer(policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain)
     data = {"data.prompts": fingerprint_rows(prompts)}
     if pretrain is not None:
         data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
@@ -90,37 +79,25 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
 def _train(
     config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan
 ) -> list[dict[str, float]]:
-    """The updates that are left; where one fails before it has changed a weight, those before it are saved.
+    """Run the updates that are left, with metrics and checkpoints; return their numbers.
 
-    A failed run does not take the place of another one's checkpoint.
+    A run that fails before its first update does not replace the checkpoint of another run.
     """
     plan.write(config.output_dir)
     folder = Path(config.output_dir) / "ppo"
     recover(folder)
-    ours = trainer.updates_done > 0 or not folder.exists()
-    history: list[dict[str, float]] = []
-    done, updates, every = trainer.updates_done, config.ppo.updates, config.ppo.checkpoint_every
-    with stage_metrics(config, "ppo", done) as metrics, progress(updates, "ppo", unit="update", done=done) as bar:
 
-        def on_update(number: int, log: dict[str, float]) -> None:
-            nonlocal ours
-            log |= truncated(codec) | plan.metrics()
-            metrics.write(number, log)
-            history.append(log)
-            bar.update()
-            bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
-            if number == updates or (every and number % every == 0):
-                save_checkpoint(folder, trainer, codec.tokenizer, config, data)
-                ours = True
+    def save(trainer: PPOTrainer) -> Path:
+        save_checkpoint(folder, trainer, codec.tokenizer, config, data)
+        return folder
 
-        try:
-            trainer.train(on_update)
-        except (ValueError, RuntimeError, FloatingPointError, KeyboardInterrupt):
-            if ours and trainer.whole and trainer.updates_done > done:
-                save_checkpoint(folder, trainer, codec.tokenizer, config, data)
-            raise
+    with stage_metrics(config, "ppo", trainer.updates_done) as metrics:
+        log = MetricsLog(metrics, extra=lambda: truncated(codec) | plan.metrics())
+        replaces = folder.exists() and trainer.updates_done == 0
+        trainer.callbacks += [log, Checkpoints(save, config.ppo.checkpoint_every, replaces=replaces)]
+        trainer.train()
     plot(config, "ppo", "update")
-    return history
+    return log.history
 
 
 def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
@@ -170,12 +147,6 @@ def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = N
         return torch.tensor(ids)
 
     return stored(encode_records(path, read_prompts(path, "train"), encode), _PROMPTS, config.output_dir)
-
-
-def prompt_stream(prompts: Sequence[Tensor], seed: int) -> Callable[[int, int], list[Tensor]]:
-    """Prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
-    take = shuffled_stream(len(prompts), seed, "prompts")
-    return lambda first, count: [prompts[index] for index in take(first, count)]
 
 
 def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:

@@ -85,6 +85,10 @@ class Generator:
         step = slot_step(self.policy)
         return -(-self.slots // step) * step * slot_bytes(self.policy, self.columns)
 
+    def metrics(self) -> dict[str, float]:
+        """Return what an update logs of the last rollout."""
+        return {} if self.paged is None else {"restarted_sequences": self.paged.restarted}
+
     @torch.no_grad()
     def generate(
         self,

@@ -10,9 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.metrics import MetricSum, MetricsWriter, peak_rss_mb, read_metrics
+from rlhf_engine.memory.meter import peak_rss_mb
+from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
 from rlhf_engine.optim.schedule import learning_rate
+from rlhf_engine.ppo.loss import MetricSum
 
 
 def test_sums_add_and_largest_counts():

@@ -3,15 +3,14 @@
 import torch
 
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.ppo.experience import advantages
+from rlhf_engine.ppo.experience import advantages, score
 from rlhf_engine.ppo.loss import minibatch_backward
-from rlhf_engine.ppo.trainer import score
 from tests.engine.helpers.tiny_trainer import SETTINGS
 
 
 def make_experience(trainer, temperature=1.0):
     rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
-    scored = score(rollout, trainer.policy, trainer.reference, trainer.reward_fn, trainer.config, temperature)
+    scored = score(rollout, trainer.policy, trainer.reference, trainer.reward, trainer.config, temperature)
     return advantages(scored, trainer.config, trainer.kl_coef)[0]
 
 

@@ -2,9 +2,10 @@
 
 import torch
 
-from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
-from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead
-from rlhf_engine.ppo.trainer import PPOTrainer
+from rlhf_engine.config import MemoryConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig
+from rlhf_engine.model import ActorCritic, ValueHead
+from rlhf_engine.ppo.build import build_trainer
+from rlhf_engine.ppo.callbacks import Callback
 from rlhf_engine.rollout import Generator
 from tests.engine.helpers.tiny_models import VOCABULARY, tiny
 
@@ -28,6 +29,7 @@ def make_trainer(
     value_model=None,
     attention=None,
     memory=None,
+    arena=None,
     dtype=torch.float32,
     device="cpu",
     **settings,
@@ -41,17 +43,26 @@ def make_trainer(
     stream = torch.Generator().manual_seed(9)
     prompts = [torch.randint(3, VOCABULARY, (1 + n % 8,), generator=stream) for n in range(40)]
     config = PPOConfig(**{**SETTINGS, "optim": OptimConfig(lr=1e-3), **settings})
-    return PPOTrainer(
+    return build_trainer(
         policy,
-        FrozenCopy(policy),
-        Generator(policy, rollout, eos_token_ids=(2, 7), pad_token_id=0, seed=seed),
-        lambda first, count: [prompts[n % 40] for n in range(first, first + count)],
+        None,
         reward,
-        config,
-        seed=seed,
+        lambda first, count: [prompts[n % 40] for n in range(first, first + count)],
+        RunConfig(seed=seed, ppo=config, rollout=rollout, memory=memory or MemoryConfig()),
+        generator=Generator(policy, rollout, eos_token_ids=(2, 7), pad_token_id=0, seed=seed),
         pretrain=pretrain,
-        memory=memory,
+        arena=arena,
     )
+
+
+class OnUpdate(Callback):
+    """Calls a function with the number and the log of every update."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_update(self, trainer, log):
+        self.function(trainer.updates_done, log)
 
 
 def weights_of(trainer):

@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from rlhf_engine.memory import Arena, PoolArena, gradient_bytes, gradients_in, open_arena
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.ppo import trainer as ppo
+from rlhf_engine.ppo import update
+from rlhf_engine.rollout.decode.cache import new_memory
 from rlhf_kernels.workspace import WORKSPACE
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
@@ -153,7 +156,7 @@ def watch(monkeypatch, trainer):
         seen["logits"].append((tensor.data_ptr(), tensor.nbytes))
         return tensor
 
-    def watched_step(optimizer, *args, step=ppo.optimizer_step):
+    def watched_step(optimizer, *args, step=update.optimizer_step):
         for group in optimizer.param_groups:
             seen["gradients"] += [(p.grad.data_ptr(), p.grad.nbytes) for p in group["params"]]
         return step(optimizer, *args)
@@ -161,7 +164,7 @@ def watch(monkeypatch, trainer):
     monkeypatch.setattr(trainer.arena, "memory", watched_memory)
     monkeypatch.setattr(trainer.arena, "take", take)
     monkeypatch.setattr(WORKSPACE, "take", watched_workspace)
-    monkeypatch.setattr(ppo, "optimizer_step", watched_step)
+    monkeypatch.setattr(update, "optimizer_step", watched_step)
     return seen
 
 
@@ -197,11 +200,9 @@ def test_an_update_in_the_arena_has_the_bits_of_one_without(monkeypatch, setting
     trainer, plain = make_trainer("qwen2", **settings), make_trainer("qwen2", **settings)
     trainer.arena.poison = True
     trainer.train()
-    monkeypatch.setattr(
-        ppo, "collect", lambda generator, prompts, sequence, arena: generator.generate(prompts, sequence)
-    )
-    monkeypatch.setattr(ppo, "gradients_in", lambda arena, parameters: ppo.nullcontext())
-    monkeypatch.setattr(Arena, "transients", lambda self: ppo.nullcontext())
+    monkeypatch.setattr(plain.arena, "memory", new_memory)
+    monkeypatch.setattr(ppo, "gradients_in", lambda arena, parameters: nullcontext())
+    monkeypatch.setattr(Arena, "transients", lambda self: nullcontext())
     plain.train()
     theirs = weights_of(plain)
     assert all(torch.equal(weight, theirs[name]) for name, weight in weights_of(trainer).items())
@@ -211,18 +212,17 @@ def test_an_update_in_the_arena_has_the_bits_of_one_without(monkeypatch, setting
 @pytest.mark.parametrize("where", ["change", "prefill", "decode", "reward", "backward", "step"])
 @pytest.mark.parametrize("held", [True, False])
 def test_an_interrupted_phase_leaves_a_trainer_that_starts_clean(monkeypatch, where, held):
-    trainer, straight = make_trainer(), make_trainer()
+    settings = {"value_warmup": 1} if where == "backward" else {}
+    trainer, straight = make_trainer(**settings), make_trainer(**settings)
     trainer.arena.poison = True
     owner, name = {
         "change": ("rlhf_engine.memory.arena", "_trim"),
         "prefill": ("rlhf_engine.rollout.decode.slots.Decoder", "prefill"),
         "decode": ("rlhf_engine.rollout.decode.slots.Decoder", "decode"),
-        "reward": ("rlhf_engine.ppo.trainer", "score_answers"),
-        "backward": ("rlhf_engine.ppo.trainer", "keep_value_gradients"),
-        "step": ("rlhf_engine.ppo.trainer", "optimizer_step"),
+        "reward": ("rlhf_engine.ppo.experience", "score_answers"),
+        "backward": ("rlhf_engine.ppo.update", "keep_value_gradients"),
+        "step": ("rlhf_engine.ppo.update", "optimizer_step"),
     }[where]
-    if where == "backward":
-        trainer.config = straight.config = make_trainer(value_warmup=1).config
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -315,5 +315,5 @@ def test_what_a_phase_leaves_in_the_pool_is_reported_and_keys_are_refused():
 def test_an_update_logs_what_a_phase_left_in_the_pool():
     trainer, cuda = make_trainer(), StandIn()
     assert "pool_held_mb" not in trainer.step()
-    trainer.arena, cuda.held = PoolArena(trainer.arena.sizes, torch.device("cpu"), cuda), 96
-    assert trainer.step()["pool_held_mb"] == 96e-6
+    arena, cuda.held = PoolArena(trainer.arena.sizes, torch.device("cpu"), cuda), 96
+    assert make_trainer(arena=arena).step()["pool_held_mb"] == 96e-6

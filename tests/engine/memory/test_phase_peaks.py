@@ -13,11 +13,11 @@ UPDATE = """
 import ctypes, gc, json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig
-from rlhf_engine.metrics import peak_rss_mb, phase_peak_mb, start_phase_peak
-from rlhf_engine.model import ActorCritic, FrozenCopy
+from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig
+from rlhf_engine.memory.meter import peak_rss_mb, phase_peak_mb, start_phase_peak
+from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator
-from rlhf_engine.ppo.trainer import PPOTrainer
+from rlhf_engine.ppo.build import build_trainer
 
 torch.manual_seed(0)
 sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8)
@@ -28,9 +28,8 @@ generator = Generator(policy, rollout, eos_token_ids=list(range(0, 1024, 2)), pa
 prompts = [torch.randint(0, 1024, (4,)) for _ in range(64)]
 settings = PPOConfig(updates=9, rollout_batch=64, minibatch=64, microbatch=4, optim=OptimConfig(lr=1e-5))
 reward = lambda rollout: rollout.mask.sum(1).float()
-trainer = PPOTrainer(
-    policy, FrozenCopy(policy), generator, lambda first, count: prompts[:count], reward, settings, seed=0
-)
+config = RunConfig(ppo=settings, rollout=rollout)
+trainer = build_trainer(policy, None, reward, lambda first, count: prompts[:count], config, generator=generator)
 for _ in range(2):
     trainer.step()
 trainer.arena._block = None
@@ -70,7 +69,7 @@ def test_the_sum_of_the_phases_is_never_paid():
 TOGETHER = """
 import torch
 from rlhf_engine.memory import PeakMeter
-from rlhf_engine.metrics import peak_rss_mb
+from rlhf_engine.memory.meter import peak_rss_mb
 
 meter = PeakMeter(torch.device("cpu"))
 before = peak_rss_mb()

@@ -7,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_engine.config import RolloutConfig, load_config
 from rlhf_engine.model import ActorCritic, TokenBatch, ValueHead
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.ppo.trainer import collect
 from rlhf_engine.rollout import Generator, recompute
 from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.rollouts import gradients, make_rollout
@@ -110,7 +109,8 @@ def test_sampling_copies_a_weight_once():
     layer = trainer.policy.trunk.layers[0]
     watched = [layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight, trainer.policy.lm_weight]
     with Copies(watched) as copies, trainer.arena.phase("generate"):
-        rollout = collect(trainer.generator, trainer.prompts(0, 4), torch.arange(4), trainer.arena)
+        prompts = trainer.prompts(0, 4)
+        rollout = trainer.generator.generate(prompts, torch.arange(4), allocate=trainer.arena.memory)
     assert rollout.response_ids.shape[1] > 2  # steps, each of which multiplies by all of them
     assert list(copies.counts.values()) == [1, 1, 1]
 

@@ -10,7 +10,7 @@ from rlhf_engine.data import Example
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim import adamw as optim
-from rlhf_engine.ppo import trainer as ppo
+from rlhf_engine.ppo import update as ppo
 from rlhf_engine.recipes import run_ppo, run_sft
 from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
 from rlhf_engine.supervised.sft import fit_language_model
@@ -45,13 +45,15 @@ def test_a_resumed_run_in_bfloat16_has_the_same_bits(tmp_path, monkeypatch, fami
     assert all(torch.equal(weight, theirs[name]) for name, weight in weights_of(second).items())
     assert any(not torch.equal(weight, began[name]) for name, weight in theirs.items())
     for parameter, other in zip(straight.policy.parameters(), second.policy.parameters(), strict=True):
-        ours, theirs = straight.optimizer.state[parameter], second.optimizer.state[other]
+        ours, theirs = straight.update_rule.optimizer.state[parameter], second.update_rule.optimizer.state[other]
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         if parameter.dtype == HALF:
             assert torch.equal(parameter, ours["master"].to(HALF)) and not torch.equal(
                 parameter.float(), ours["master"]
             )
-    averages = zip(straight.average.average.parameters(), second.average.average.parameters(), strict=True)
+    averages = zip(
+        straight.update_rule.average.model.parameters(), second.update_rule.average.model.parameters(), strict=True
+    )
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in averages)
     assert all(x.dtype == torch.float32 for x in load_file(tmp_path / "run" / "ema" / "model.safetensors").values())
 

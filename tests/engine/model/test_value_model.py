@@ -152,7 +152,10 @@ def test_s10_a_run_with_everything_on_is_resumed_with_the_same_bits(tmp_path):
         for name in log:
             assert "second" in name or name.startswith("peak_") or resumed[name] == log[name], name
     assert second.state() == straight.state()
-    for ours, theirs in ((second.policy, straight.policy), (second.average.average, straight.average.average)):
+    for ours, theirs in (
+        (second.policy, straight.policy),
+        (second.update_rule.average.model, straight.update_rule.average.model),
+    ):
         expected = dict(theirs.named_parameters())
         assert all(torch.equal(weight, expected[name]) for name, weight in ours.named_parameters())
 

@@ -11,13 +11,13 @@ from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
 
 def averages_of(trainer):
-    return {name: parameter.clone() for name, parameter in trainer.average.average.named_parameters()}
+    return {name: parameter.clone() for name, parameter in trainer.update_rule.average.model.named_parameters()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied"])
 def test_s10_average_is_the_recurrence_over_optimiser_steps(family):
     trainer = make_trainer(family, ema_decay=0.9, updates=1)
-    expected, step = weights_of(trainer), trainer.optimizer.step
+    expected, step = weights_of(trainer), trainer.update_rule.optimizer.step
     steps = []
 
     def watched():
@@ -26,7 +26,7 @@ def test_s10_average_is_the_recurrence_over_optimiser_steps(family):
             expected[name] = 0.9 * expected[name] + 0.1 * weight
         steps.append(1)
 
-    trainer.optimizer.step = watched
+    trainer.update_rule.optimizer.step = watched
     trainer.step()
     assert len(steps) == 4
     found, now = averages_of(trainer), weights_of(trainer)
@@ -48,10 +48,10 @@ def test_s10_average_is_a_model_of_its_own_and_is_resumed(tmp_path):
         assert torch.equal(average, after[name]), name
     ids = torch.arange(9)[None]
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "ema").eval()(input_ids=ids).logits
-    assert torch.equal(logits, first.average.average.model(input_ids=ids).logits)
+    assert torch.equal(logits, first.update_rule.average.model.model(input_ids=ids).logits)
     assert not torch.equal(logits, first.policy.model(input_ids=ids).logits)
     head = load_policy(tmp_path / "checkpoint" / "ema", ModelConfig()).value
-    assert torch.equal(head.weight, first.average.average.value.weight)
+    assert torch.equal(head.weight, first.update_rule.average.model.value.weight)
     (tmp_path / "checkpoint" / "ema" / "value_head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"ema: the file value_head\.safetensors is missing"):
         resume(tmp_path / "checkpoint", make_trainer(ema_decay=0.9), RunConfig())
@@ -60,4 +60,4 @@ def test_s10_average_is_a_model_of_its_own_and_is_resumed(tmp_path):
 def test_s10_no_average_unless_asked(tmp_path):
     trainer = make_trainer()
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
-    assert trainer.average is None and not (tmp_path / "checkpoint" / "ema").exists()
+    assert trainer.update_rule.average is None and not (tmp_path / "checkpoint" / "ema").exists()

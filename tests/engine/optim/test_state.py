@@ -75,14 +75,15 @@ def test_state_in_transit_lies_where_the_head_s_logits_were():
     """And an update has the same bits as one whose state is resident."""
     host, resident = make_trainer(memory=MemoryConfig(optimizer_state="host")), make_trainer()
     places, take, arena = [], host.arena.take, host.arena
-    host.optimizer.take = lambda *asked: places.append(take(*asked).data_ptr()) or take(*asked)
+    optimizer = host.update_rule.optimizer
+    optimizer.allocate_from(lambda *asked: places.append(take(*asked).data_ptr()) or take(*asked))
     host.train()
     resident.train()
     theirs = weights_of(resident)
     assert all(torch.equal(weight, theirs[name]) for name, weight in weights_of(host).items())
     with arena.phase("train"):
         start = arena.take((1,), torch.uint8).data_ptr()
-    gradients = arena.sizes["train"] - max(arena.head_bytes, host.optimizer.transit_bytes)
+    gradients = arena.sizes["train"] - max(arena.head_bytes, optimizer.transit_bytes)
     assert len(places) == 8 and set(places) == {start + gradients}
 
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from rlhf_engine.config import load_config
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.ppo import trainer as ppo
+from rlhf_engine.ppo import update as ppo
 from rlhf_engine.recipes import run_ppo, run_rm
 from tests.engine.helpers.cli_run import new_model, new_run, rlhf, write_lines
-from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
+from tests.engine.helpers.tiny_trainer import OnUpdate, make_trainer, weights_of
 
 REWARD = """
 from pathlib import Path
@@ -78,8 +78,9 @@ def test_s10_a_trainer_knows_whether_an_update_that_failed_has_changed_a_weight(
         return metrics
 
     monkeypatch.setattr(ppo, "minibatch_backward", backward)
+    trainer.callbacks.append(OnUpdate(lambda number, log: ends.append((trainer.state(), weights_of(trainer)))))
     with pytest.raises(FloatingPointError, match=f"optimiser step {call}"):
-        trainer.train(lambda number, log: ends.append((trainer.state(), weights_of(trainer))))
+        trainer.train()
     assert trainer.whole == whole
     if whole:
         state, weights = ends[-1]

@@ -89,8 +89,8 @@ def test_s14_measured_kl_is_that_of_the_distributions():
 def test_s10_epochs_stop_on_kl():
     settings = {"ppo_epochs": 4, "optim": FAST, "updates": 1}
     whole, stopped = make_trainer(**settings), make_trainer(**settings, stop_kl=1e-6)
-    assert whole.step()["epochs"] == 4 and whole.optimizer_steps == 8
-    assert stopped.step()["epochs"] == 1 and stopped.optimizer_steps == 2
+    assert whole.step()["epochs"] == 4 and whole.update_rule.optimizer_steps == 8
+    assert stopped.step()["epochs"] == 1 and stopped.update_rule.optimizer_steps == 2
     assert make_trainer(**settings, stop_kl=100.0).step()["epochs"] == 4
 
 

@@ -16,7 +16,7 @@ from rlhf_engine.ppo.experience import gradient_discounts
 from rlhf_engine.ppo.loss import loss_options
 from rlhf_kernels import gae, ppo_loss
 from tests.engine.helpers.bandits import arm
-from tests.engine.helpers.tiny_trainer import make_trainer
+from tests.engine.helpers.tiny_trainer import OnUpdate, make_trainer
 
 ROWS = {"reinforce": "s16", "reinforce_baseline": "s17", "actor_critic": "s18"}
 
@@ -228,7 +228,8 @@ def test_s10_s16_s17_s18_without_a_kl_the_optimum_of_a_bandit_is_reached(preset)
         | {"optim": OptimConfig(lr=1e-2)},
     )
     scores = []
-    trainer.train(lambda number, log: scores.append(log["score_mean"]))
+    trainer.callbacks.append(OnUpdate(lambda number, log: scores.append(log["score_mean"])))
+    trainer.train()
     assert scores[0] < 0.45 and sum(scores[-3:]) / 3 > 0.97, scores
 
 
@@ -248,5 +249,6 @@ def test_s7_s10_with_equal_rewards_the_policy_returns_to_the_reference(preset):
         for parameter in trainer.policy.model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
     kls = []
-    trainer.train(lambda number, log: kls.append(log["kl"]))
+    trainer.callbacks.append(OnUpdate(lambda number, log: kls.append(log["kl"])))
+    trainer.train()
     assert kls[0] > 0.8 and sum(kls[-5:]) / 5 < 0.15 * kls[0], kls

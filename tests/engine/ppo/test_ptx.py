@@ -6,9 +6,9 @@ import torch
 from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, RunConfig
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.ppo.build import prompt_stream
 from rlhf_engine.ppo.loss import minibatch_backward
 from rlhf_engine.ppo.ptx import PretrainStream, language_model_loss, ptx_backward
-from rlhf_engine.recipes.ppo import prompt_stream
 from tests.engine.helpers.experience import make_experience
 from tests.engine.helpers.pretraining import make_stream
 from tests.engine.helpers.tiny_models import tiny
@@ -42,10 +42,10 @@ def test_s9_both_gradients_are_in_the_same_optimiser_step():
     minibatch_backward(expected.policy, make_experience(expected), torch.arange(16), expected.config, 1.0)
     ptx_backward(expected.policy, make_stream().take(8), coef=5.0, microbatch=8)
     expected = gradients(expected.policy)
-    steps, step = [], trainer.optimizer.step
-    trainer.optimizer.step = lambda: steps.append(gradients(trainer.policy)) or step()
+    steps, step = [], trainer.update_rule.optimizer.step
+    trainer.update_rule.optimizer.step = lambda: steps.append(gradients(trainer.policy)) or step()
     log = trainer.step()
-    assert len(steps) == trainer.optimizer_steps == 1 and trainer.pretrain.position == 8
+    assert len(steps) == trainer.update_rule.optimizer_steps == 1 and trainer.update_rule.pretrain.position == 8
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(steps[0][name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
@@ -75,7 +75,7 @@ def test_s9_every_stream_of_a_run_has_an_order_of_its_own():
     """With one seed: as many prompts as sequences of text as answers in a rollout, the same number of each so far."""
     prompts = prompt_stream([torch.tensor([number]) for number in range(24)], 1)(0, 24)
     text = PretrainStream(torch.arange(24)[:, None], 1).take(24)
-    answers = make_trainer()._shuffled(0, 24)
+    answers = make_trainer().update_rule.order(24, 0, 0)
     orders = [torch.cat(prompts).tolist(), text[:, 0].tolist(), answers.tolist()]
     assert all(sorted(order) == list(range(24)) for order in orders)
     assert len(set(map(tuple, orders))) == 3
@@ -93,14 +93,16 @@ def test_s9_a_resumed_run_goes_on_in_the_text(tmp_path):
     first.step()
     save_checkpoint(tmp_path / "checkpoint", first, None, RunConfig())
     resume(tmp_path / "checkpoint", second, RunConfig())
-    assert second.pretrain.position == first.pretrain.position == 16  # the second epoch was left out
+    assert (
+        second.update_rule.pretrain.position == first.update_rule.pretrain.position == 16
+    )  # the second epoch was left out
     assert second.step()["ptx_loss"] == log["ptx_loss"]
     for name, parameter in weights_of(straight).items():
         assert torch.equal(parameter, weights_of(second)[name]), name
 
 
 def test_s9_coefficient_and_stream_come_together():
-    with pytest.raises(ValueError, match=r"pretrain: got none with ptx_coef 1\.0"):
+    with pytest.raises(ValueError, match=r"pretrain: got no stream with ptx_coef 1\.0"):
         make_trainer(ptx_coef=1.0)
-    with pytest.raises(ValueError, match=r"pretrain: got one with ptx_coef 0\.0"):
+    with pytest.raises(ValueError, match=r"pretrain: got a stream with ptx_coef 0\.0"):
         make_trainer(pretrain=make_stream())

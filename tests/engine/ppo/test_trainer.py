@@ -11,11 +11,10 @@ from rlhf_engine.checkpoint import check_settings, resume, save_checkpoint
 from rlhf_engine.config import MemoryConfig, ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
 from rlhf_engine.files import with_new_folder
 from rlhf_engine.model.saving import load_policy
-from rlhf_engine.ppo.experience import Scored, advantages
-from rlhf_engine.ppo.trainer import score
+from rlhf_engine.ppo.experience import Scored, advantages, score
 from tests.engine.helpers.experience import gradients, make_experience
 from tests.engine.helpers.passes import hidden_of
-from tests.engine.helpers.tiny_trainer import SETTINGS, make_trainer, target_share, weights_of
+from tests.engine.helpers.tiny_trainer import SETTINGS, OnUpdate, make_trainer, target_share, weights_of
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied"])
@@ -165,14 +164,15 @@ def test_temperature_and_kept_set_enter_the_loss():
     rollout = RolloutConfig(max_prompt_tokens=8, max_response_tokens=10, batch_size=16, temperature=0.6, top_p=0.7)
     trainer = make_trainer(rollout=rollout, minibatch=16, ppo_epochs=1, importance_cap=2.0)
     weights = None
-    original = trainer.update
+    original = trainer.update_rule
 
-    def update(experience, temperature):
+    def update(experience, step):
         nonlocal weights
         weights = experience.weights[experience.rollout.mask]
-        return original(experience, temperature)
+        return original(experience, step)
 
-    trainer.update = update
+    update.state, update.load_state, update.optimizer = original.state, original.load_state, original.optimizer
+    trainer.update_rule = update
     assert trainer.step()["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert (weights <= 1.0 + 1e-5).all() and weights.min() < 0.9
 
@@ -182,15 +182,16 @@ def test_s10_training_raises_the_reward():
         updates=25, rollout_batch=64, minibatch=32, microbatch=32, kl_coef=0.0, optim=OptimConfig(lr=4e-3)
     )
     scores = []
-    trainer.train(lambda number, log: scores.append(log["score_mean"]))
+    trainer.callbacks.append(OnUpdate(lambda number, log: scores.append(log["score_mean"])))
+    trainer.train()
     assert len(scores) == 25
     assert sum(scores[-5:]) / 5 > 3 * sum(scores[:5]) / 5
 
 
 def test_every_epoch_has_an_order_of_its_own():
     trainer, orders = make_trainer(), []
-    for trainer.updates_done in (0, 1):
-        orders += [trainer._shuffled(epoch, 16).tolist() for epoch in (0, 1)]
+    for number in (0, 1):
+        orders += [trainer.update_rule.order(16, number, epoch).tolist() for epoch in (0, 1)]
     assert all(sorted(order) == list(range(16)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
@@ -215,7 +216,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, family):
     save_checkpoint(tmp_path / "checkpoint", first, None, RunConfig())
     second = make_trainer(family)
     resume(tmp_path / "checkpoint", second, RunConfig())
-    assert (second.updates_done, second.optimizer_steps) == (1, 4)
+    assert (second.updates_done, second.update_rule.optimizer_steps) == (1, 4)
     resumed_log = second.step()
     after = weights_of(second)
     for name, parameter in weights_of(straight).items():

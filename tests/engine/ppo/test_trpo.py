@@ -22,7 +22,7 @@ from rlhf_engine.ppo.trpo import (
 )
 from tests.engine.helpers.bandits import arm
 from tests.engine.helpers.experience import make_experience
-from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
+from tests.engine.helpers.tiny_trainer import OnUpdate, make_trainer, weights_of
 
 SHORT = RolloutConfig(max_prompt_tokens=8, max_response_tokens=4, batch_size=16)
 
@@ -197,7 +197,8 @@ def test_s15_training_reaches_the_optimum_of_a_bandit():
     )
     trainer.prompts = lambda first, count: [torch.tensor([4, 9])] * count
     logs = []
-    trainer.train(lambda number, log: logs.append(log))
+    trainer.callbacks.append(OnUpdate(lambda number, log: logs.append(log)))
+    trainer.train()
     scores = [log["score_mean"] for log in logs]
     assert scores[0] < 0.45 and sum(scores[-3:]) / 3 > 0.9, scores
     assert all(log["trpo_kl"] <= 0.2 for log in logs)

@@ -155,7 +155,11 @@ def test_s6_s9_skipping_may_leave_a_short_minibatch():
     settings = {"ptx_coef": 1.0, "ptx_ratio": 0.25, "ppo_epochs": 1, "nonfinite_scores": "skip"}
     trainer = make_trainer(reward=reward, pretrain=make_stream(), **settings)
     log = trainer.step()
-    assert log["scores_skipped"] == 7 and trainer.optimizer_steps == 2 and trainer.pretrain.position == 2 + 1
+    assert (
+        log["scores_skipped"] == 7
+        and trainer.update_rule.optimizer_steps == 2
+        and trainer.update_rule.pretrain.position == 2 + 1
+    )
     assert all(weight.isfinite().all() for weight in weights_of(trainer).values())
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_engine.ppo.trainer import score
+from rlhf_engine.ppo.experience import score
 from rlhf_engine.rollout import LENGTH, STOP_STRING
 from tests.engine.helpers.tiny_trainer import ROLLOUT, make_trainer, target_share
 

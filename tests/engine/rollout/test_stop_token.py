@@ -5,7 +5,8 @@ import torch
 
 from rlhf_engine.config import RolloutConfig, load_config
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.recipes import load_model, make_generator, rollout_examples
+from rlhf_engine.ppo.build import make_generator
+from rlhf_engine.recipes import load_model, rollout_examples
 from rlhf_engine.rollout import EOS, STOP_TOKEN, Generator, Rollout
 from tests.engine.helpers.cli_run import new_model, new_run, rlhf
 from tests.engine.helpers.sampling import ENDS, make_actor, make_prompts

@@ -1,0 +1,148 @@
+"""A trainer from a policy, a reward and prompts, without files: every part that is not given is made from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.config import RunConfig
+from rlhf_engine.data.streams import shuffled_stream
+from rlhf_engine.data.tokenize import Codec
+from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
+from rlhf_engine.memory.arena import room_for
+from rlhf_engine.model import ActorCritic, FrozenCopy, Reference
+from rlhf_engine.optim.adamw import build_optimizer
+from rlhf_engine.optim.protocol import Optimizer, Resident
+from rlhf_engine.ppo.callbacks import Callback
+from rlhf_engine.ppo.ptx import PretrainStream
+from rlhf_engine.ppo.trainer import PPOTrainer
+from rlhf_engine.ppo.update import SurrogateSteps, TrustRegionStep, UpdateRule
+from rlhf_engine.rewards.scaling import RewardFunction
+from rlhf_engine.rollout import Generator
+from rlhf_kernels import head_workspace_bytes
+
+Prompts = Sequence[Tensor | Sequence[int]] | Callable[[int, int], Sequence[Tensor]]
+"""Token ids of prompts, taken in a new random order each time all have been used, or a function of (first, count)."""
+
+
+class Plan(Protocol):
+    """What a memory plan decides of a run."""
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Most bytes of keys and values; None for all that sampling asks for."""
+
+    def within(self, config: RunConfig) -> RunConfig:
+        """Return the config with as many sequences decoded together as the plan has room for."""
+
+
+def build_trainer(
+    policy: ActorCritic,
+    reference: Reference | None,
+    reward: RewardFunction,
+    prompts: Prompts,
+    config: RunConfig,
+    *,
+    codec: Codec | None = None,
+    generator: Generator | None = None,
+    optimizer: Optimizer | torch.optim.Optimizer | None = None,
+    arena: AnyArena | None = None,
+    plan: Plan | None = None,
+    pretrain: PretrainStream | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> PPOTrainer:
+    """Return a trainer with the settings of `config.ppo`, `config.rollout`, `config.memory` and `config.seed`.
+
+    Args:
+        policy: what is trained and sampled.
+        reference: what the KL penalty is measured to; None makes a frozen copy of the policy.
+        reward: one score per response of a rollout, such as `text_reward` of a Python function.
+        prompts: see `Prompts`.
+        config: the settings.
+        codec: the tokenizer with its prompt format; needed unless `generator` is given.
+        generator: the sampler; None makes one with `config.rollout`.
+        optimizer: None makes AdamW with `config.ppo.optim` over all parameters that require a gradient.
+        arena: the memory that the phases share; None makes one of the size that they need.
+        plan: a memory plan that bounds what sampling takes.
+        pretrain: text for PPO-ptx, needed if `config.ppo.ptx_coef` is above 0.
+        callbacks: called in this order.
+
+    Raises:
+        ValueError: neither codec nor generator; a pretraining stream without `ptx_coef` or the reverse.
+    """
+    if generator is None:
+        if codec is None:
+            raise ValueError("codec: got None without a generator, expected the tokenizer's codec")
+        settings, kv_bytes = (config, None) if plan is None else (plan.within(config), plan.kv_bytes)
+        generator = make_generator(policy, codec, settings, config.seed, kv_bytes=kv_bytes)
+    if optimizer is None:
+        optimizer = build_optimizer(policy, config.ppo.optim, config.memory.optimizer_state)
+    elif not isinstance(optimizer, Optimizer):
+        optimizer = Resident(optimizer)
+    if arena is None:
+        arena = open_arena(policy.device, phase_bytes(policy, generator, optimizer), head_bytes(policy))
+    optimizer.allocate_from(arena.take)
+    trpo = config.ppo.objective == "trpo"
+    rule: UpdateRule = SurrogateSteps(
+        policy,
+        optimizer,
+        config.ppo,
+        arena,
+        temperature=generator.config.temperature,
+        seed=config.seed,
+        pretrain=pretrain,
+        values_only=trpo,
+    )
+    return PPOTrainer(
+        policy,
+        FrozenCopy(policy) if reference is None else reference,
+        generator,
+        prompts if callable(prompts) else prompt_stream(prompts, config.seed),
+        reward,
+        config.ppo,
+        TrustRegionStep(rule) if trpo else rule,
+        arena,
+        seed=config.seed,
+        callbacks=callbacks,
+    )
+
+
+def make_generator(
+    policy: ActorCritic, codec: Codec, config: RunConfig, seed: int, *, kv_bytes: int | None = None
+) -> Generator:
+    """Return a sampler with the config's rollout settings; its keys and values take at most `kv_bytes`."""
+    text, stop = config.rollout.stop_token, None
+    if text is not None:
+        ids = codec.encode_texts([text])[0]
+        if len(ids) != 1:
+            raise ValueError(f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one")
+        stop = ids[0]
+    ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
+    return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, kv_bytes=kv_bytes, **ends)
+
+
+def prompt_stream(prompts: Sequence[Tensor | Sequence[int]], seed: int) -> Callable[[int, int], list[Tensor]]:
+    """Return prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
+    take = shuffled_stream(len(prompts), seed, "prompts")
+    return lambda first, count: [torch.as_tensor(prompts[index]) for index in take(first, count)]
+
+
+def head_bytes(policy: ActorCritic) -> int:
+    """Return the bytes of the fused head's logits on the CPU; on a GPU they come from an allocator that keeps blocks."""
+    if policy.device.type != "cpu":
+        return 0
+    backend = "triton" if policy.backend == "triton" else "cpu"
+    return head_workspace_bytes(policy.lm_weight.shape[0], policy.product_dtype, backend=backend)
+
+
+def phase_bytes(policy: ActorCritic, generator: Generator, optimizer: Optimizer) -> dict[str, int]:
+    """Return the arena's bytes by phase: keys and values; logits; gradients, and either logits or state in transit.
+
+    The gradients of a step are complete before its state arrives, unless the state is copied while they are computed.
+    """
+    head = room_for((head_bytes(policy),), torch.uint8)
+    gradients = gradient_bytes(p for group in optimizer.param_groups for p in group["params"])
+    return {"generate": generator.cache_bytes, "score": head, "train": gradients + max(head, optimizer.transit_bytes)}
