@@ -20,7 +20,8 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.ppo.build import make_generator
 from rlhf_engine.recipes import computing, load_model, load_reward_model, reward_function
-from rlhf_engine.rollout import Rollout, recompute
+from rlhf_engine.rewards.functions import response_texts
+from rlhf_engine.rollout import recompute
 
 _SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}
 """Added to the run's seed: no answer of the examination shares its random numbers with another policy's or a rollout's."""
@@ -109,7 +110,7 @@ def _answer(
 ) -> Answers:
     ids = [torch.tensor(codec.encode_prompt(record.prompt)) for record in records for _ in range(count)]
     rollout = make_generator(policy, codec, config, seed).generate(ids, torch.arange(len(ids)))
-    texts = _texts(rollout, codec)
+    texts = response_texts(rollout, codec)
     verdicts = [judge(records[row // count].prompt, text) for row, text in enumerate(texts)]
     size = {"microbatch": config.rollout.batch_size, "temperature": config.rollout.temperature}
     ref_logprobs = recompute(reference, rollout, ("logprobs",), **size)["logprobs"]
@@ -121,8 +122,3 @@ def _answer(
         length=float(rollout.response_lengths.float().mean()),
         ended=float(rollout.ended.float().mean()),
     )
-
-
-def _texts(rollout: Rollout, codec: Codec) -> list[str]:
-    lengths = rollout.response_lengths.tolist()
-    return [codec.decode_response(row[:size]) for row, size in zip(rollout.response_ids.tolist(), lengths, strict=True)]

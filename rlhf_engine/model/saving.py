@@ -39,7 +39,15 @@ def load_policy(
 
 
 def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write what `load_policy` and `AutoModelForCausalLM.from_pretrained` read into an existing folder."""
+    """Write what `load_policy` and `AutoModelForCausalLM.from_pretrained` read into an existing folder.
+
+    Raises ValueError for a model with peft's adapters, which those functions do not read.
+    """
+    if any("lora_" in name for name, _ in policy.model.named_parameters()):
+        raise ValueError(
+            "policy: got a model with LoRA adapters, which a checkpoint does not hold; save them with the PeftModel's "
+            "save_pretrained, or call its merge_and_unload first"
+        )
     policy.model.save_pretrained(folder)
     if policy.value is not None:
         policy.value.save_value(folder)

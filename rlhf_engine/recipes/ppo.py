@@ -63,7 +63,7 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
     if function is None:
         reward = reward_function(reward_model, codec)
     else:
-        reward = text_reward(function, told, codec, config.reward.function)
+        reward = text_reward(function, codec, prompt_of=told, name=config.reward.function)
     pretrain = pretrain_stream(config, codec)
     trainer = build_trainer(policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain)
     data = {"data.prompts": fingerprint_rows(prompts)}

@@ -17,21 +17,30 @@ TextReward = Callable[[list[PlainPrompt], list[str]], Sequence[float]]
 
 
 def text_reward(
-    function: TextReward, prompt_of: Callable[[Sequence[int]], PlainPrompt], codec: Codec, name: str = ""
+    function: TextReward,
+    codec: Codec,
+    *,
+    prompt_of: Callable[[Sequence[int]], PlainPrompt] | None = None,
+    name: str = "",
 ) -> RewardFunction:
-    """`function` of a rollout's prompts and answers: all of them in one call; `name` is the function's in an error.
+    """Return a reward that calls `function(prompts, responses)` once per rollout, with texts.
 
-    `prompt_of` gives the prompt of some ids, as it was before its frame. Raises SampleError, with the row of the
-    rollout, where the function raises on one answer or gives no number for it; ValueError unless there is one number an
-    answer. A number that is not finite is told by `score_answers`.
+    Args:
+        function: returns one number for each (prompt, response).
+        codec: decodes the responses.
+        prompt_of: returns the prompt of some token ids as it was before its format; None decodes the ids, format included.
+        name: the function's name in an error.
+
+    Raises:
+        SampleError: with the row of the rollout, if the function raises on a response or returns no number for it.
+        ValueError: if it does not return one number per response.
     """
     what = f"reward.function {name}".rstrip()
 
     def scores(rollout: Rollout) -> Tensor:
         rows = zip(rollout.prompt_ids.tolist(), rollout.prompt_lengths.tolist(), strict=True)
-        asked = [prompt_of(ids[len(ids) - length :]) for ids, length in rows]
-        rows = zip(rollout.response_ids.tolist(), rollout.response_lengths.tolist(), strict=True)
-        answers = [codec.decode_response(ids[:length]) for ids, length in rows]
+        asked = [(prompt_of or codec.tokenizer.decode)(ids[len(ids) - length :]) for ids, length in rows]
+        answers = response_texts(rollout, codec)
         try:
             found = _floats(ask(function, [asked, answers], f"{what}: {len(answers)} answers"), len(answers), what)
         except SampleError as error:
@@ -39,6 +48,12 @@ def text_reward(
         return torch.tensor(found, dtype=torch.float32)
 
     return scores
+
+
+def response_texts(rollout: Rollout, codec: Codec) -> list[str]:
+    """Return the text of every response of a rollout, up to its EOS or stop string."""
+    rows = zip(rollout.response_ids.tolist(), rollout.response_lengths.tolist(), strict=True)
+    return [codec.decode_response(ids[:length]) for ids, length in rows]
 
 
 def _floats(said: object, count: int, what: str) -> list[float]:

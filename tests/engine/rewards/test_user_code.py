@@ -126,7 +126,7 @@ def test_s6_the_sample_on_which_a_reward_function_raises_is_that_of_the_run():
 
     config = PPOConfig(**SETTINGS, missing_eos_score=-1.0)
     for function, message in ((raises, r"it raised KeyError: 'no\\nidea'"), (spells, "got '0', expected a number")):
-        score = text_reward(function, lambda ids: prompts[tuple(ids)], Codec, "f.py:f")
+        score = text_reward(function, Codec, prompt_of=lambda ids: prompts[tuple(ids)], name="f.py:f")
         with pytest.raises(ValueError, match=rf"^sample {100 + rows[2]} of the run: reward.function f.py:f: {message}"):
             score_answers(rollout, score, config, ScoreScale("none"), 100)
 
