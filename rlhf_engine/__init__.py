@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from rlhf_engine.data.tokenize import Codec as Codec
     from rlhf_engine.data.tokenize import train_tokenizer as train_tokenizer
     from rlhf_engine.model.actor_critic import ActorCritic as ActorCritic
+    from rlhf_engine.model.actor_critic import FrozenCopy as FrozenCopy
     from rlhf_engine.model.actor_critic import LanguageModel as LanguageModel
     from rlhf_engine.model.heads import ValueHead as ValueHead
     from rlhf_engine.model.pretrained import load_tokenizer as load_tokenizer
     from rlhf_engine.model.reward_model import RewardModel as RewardModel
-    from rlhf_engine.model.roles import FrozenCopy as FrozenCopy
     from rlhf_engine.model.roles import Policy as Policy
     from rlhf_engine.model.roles import Reference as Reference
     from rlhf_engine.model.roles import Reward as Reward
@@ -80,7 +80,7 @@ __getattr__, __dir__, __all__ = exports(
         "ValueHead": "model.heads",
         "load_tokenizer": "model.pretrained",
         "RewardModel": "model.reward_model",
-        "FrozenCopy": "model.roles",
+        "FrozenCopy": "model.actor_critic",
         "Policy": "model.roles",
         "Reference": "model.roles",
         "Reward": "model.roles",

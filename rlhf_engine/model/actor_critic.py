@@ -8,7 +8,8 @@ Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self, get_args
 
@@ -272,3 +273,31 @@ def _trunk_name(model: PreTrainedModel) -> str:
     raise ValueError(
         f"model: found no trunk in {type(model).__name__}; expected a base_model or get_decoder() of its own"
     )
+
+
+def frozen_copy(policy: Any) -> Any:
+    """Return a deep copy of a policy as it is now, without gradients and without a value function that has its own trunk."""
+    left_out = {} if policy.value is None or policy.value.shares_trunk else {id(policy.value): None}
+    return copy.deepcopy(policy, left_out).requires_grad_(False)
+
+
+class FrozenCopy:
+    """A reference that is a second set of the policy's weights, as they are at construction."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        value = {} if policy.value is None else {id(policy.value): None}
+        self.model = copy.deepcopy(policy, value).requires_grad_(False)
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches of a token budget are packed without padding."""
+        return self.model.packs
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
+        """Return the log-probs of a batch's actions."""
+        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the names and tensors of the language model."""
+        return self.model.model.named_parameters()

@@ -7,7 +7,6 @@ Shapes: B sequences, N actions of a batch, H hidden.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,31 +111,3 @@ class Reward(Protocol[Rollout]):
 
     def __call__(self, rollout: Rollout) -> Tensor:  # (B,), float32
         """Return a score for each response of a rollout."""
-
-
-def frozen_copy(policy: Any) -> Any:
-    """Return a deep copy of a policy as it is now, without gradients and without a value function that has its own trunk."""
-    left_out = {} if policy.value is None or policy.value.shares_trunk else {id(policy.value): None}
-    return copy.deepcopy(policy, left_out).requires_grad_(False)
-
-
-class FrozenCopy:
-    """A reference that is a second set of the policy's weights, as they are at construction."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        value = {} if policy.value is None else {id(policy.value): None}
-        self.model = copy.deepcopy(policy, value).requires_grad_(False)
-
-    @property
-    def packs(self) -> bool:
-        """Whether micro-batches of a token budget are packed without padding."""
-        return self.model.packs
-
-    @torch.no_grad()
-    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
-        """Return the log-probs of a batch's actions."""
-        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the names and tensors of the language model."""
-        return self.model.model.named_parameters()

@@ -1,22 +1,71 @@
-"""AdamW over a model's parameters and the learning rate of every step."""
+"""AdamW over a model's parameters, what a trainer needs of any optimizer, and the learning rate of every step."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.memory.gradients import SUM_DTYPE
-from rlhf_engine.optim.eight_bit import EightBitAdamW
-from rlhf_engine.optim.offload import HALF, StagedAdamW
-from rlhf_engine.optim.protocol import Optimizer, ResidentState
-from rlhf_engine.optim.schedule import learning_rate
+from rlhf_engine.memory.arena import SUM_DTYPE
+
+HALF = (torch.bfloat16, torch.float16)
+"""Types of weights whose updates need a float32 master."""
 
 OptimizerState = Literal["resident", "host", "8bit"]
 """Where moments live, `MemoryConfig.optimizer_state`."""
+
+Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""`take(shape, dtype)` returns memory on the device that may hold anything, such as an arena's."""
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """An optimizer whose state may be in host memory and is copied to the device for each step."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def transit_bytes(self) -> int:
+        """Bytes on the device of the state in transit; 0 where the state is resident."""
+
+    def allocate_from(self, take: Take) -> None:
+        """Use `take` for the memory of state in transit."""
+
+    def prefetch(self) -> None:
+        """Start to copy the state of the next step to the device, while gradients are computed."""
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any: ...
+
+
+class ResidentState:
+    """Mixin for an optimizer whose state stays on the device: nothing is in transit."""
+
+    transit_bytes = 0
+
+    def allocate_from(self, take: Take) -> None:
+        """Do nothing."""
+
+    def prefetch(self) -> None:
+        """Do nothing."""
+
+
+class Resident(ResidentState):
+    """Any `torch.optim.Optimizer` as an `Optimizer` with resident state."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
 class AdamW(ResidentState, torch.optim.AdamW):
@@ -30,6 +79,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
     if torchao is missing or with `eps_form` "raw", whose epsilon differs at each step: torchao would compile each of them.
     Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
     """
+    from rlhf_engine.optim.eight_bit import EightBitAdamW
+    from rlhf_engine.optim.offload import StagedAdamW
+
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     half = [parameter for parameter in trained if parameter.dtype in HALF]
     for parameter in half:
@@ -48,6 +100,21 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
         cuda = torch.cuda if trained[0].is_cuda else None
         return StagedAdamW(groups, host=state == "host", cuda=cuda, **options)
     return AdamW(groups, fused=True, **options)
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (0 is the first) of `total_steps`.
+
+    It climbs linearly over `warmup_steps`, then stays (constant) or falls to `final_lr_share * lr` at the last step
+    along a line or half a cosine. A function of the step alone, so that a resumed run needs no state for it.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    passed = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    left = 1.0 - passed if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
+    return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
 
 
 def optimizer_step(

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_engine.optim.offload import HALF
-from rlhf_engine.optim.protocol import ResidentState
+from rlhf_engine.optim.adamw import HALF, ResidentState
 
 SMALLEST, BLOCK = 4096, 256
 """Elements of the smallest tensor that torchao quantises, and of a block, which has one float32 scale."""

@@ -22,10 +22,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from rlhf_engine.memory.arena import room_for
-from rlhf_engine.optim.protocol import Take
-
-HALF = (torch.bfloat16, torch.float16)
-"""Types of weights whose updates need a master."""
+from rlhf_engine.optim.adamw import HALF, Take
 
 BUCKET_BYTES = 64 * 2**20
 """Of state that is copied at a time: long enough for the copy to run at full speed, short beside what it is a part of."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from rlhf_engine.memory.gradients import SUM_DTYPE
+from rlhf_engine.memory.arena import SUM_DTYPE
 from rlhf_engine.optim.eight_bit import moment_bytes
 from rlhf_engine.optim.ema import AVERAGE_DTYPE
 from rlhf_engine.optim.offload import HALF, most_in_transit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     weights: Tensor | None
+
+
+class Step(NamedTuple):
+    """What an update rule is told of the update that it is part of."""
+
+    number: int
+    """Updates done before it."""
+    old_kl_coef: float
+    """Weight of KL(old || new) in the objective `kl_penalty`."""
+    on_change: Callable[[], object]
+    """Called before a weight changes other than by the optimizer."""
 
 
 def microbatch_size(config: PPOConfig) -> dict[str, int | None]:

@@ -5,8 +5,7 @@ B sequences, T response width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -14,24 +13,12 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.data.streams import shuffled
 from rlhf_engine.memory import AnyArena
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.optim.adamw import optimizer_step
+from rlhf_engine.optim.adamw import Optimizer, optimizer_step
 from rlhf_engine.optim.ema import WeightAverage
-from rlhf_engine.optim.protocol import Optimizer
-from rlhf_engine.ppo.experience import Experience, microbatch_size
+from rlhf_engine.ppo.experience import Experience, Step, microbatch_size
 from rlhf_engine.ppo.loss import MetricSum, keep_value_gradients, minibatch_backward
 from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
 from rlhf_engine.ppo.trpo import TrustRegionProblem, trpo_step
-
-
-class Step(NamedTuple):
-    """What an update rule is told of the update that it is part of."""
-
-    number: int
-    """Updates done before it."""
-    old_kl_coef: float
-    """Weight of KL(old || new) in the objective `kl_penalty`."""
-    on_change: Callable[[], object]
-    """Called before a weight changes other than by the optimizer."""
 
 
 class UpdateRule(Protocol):

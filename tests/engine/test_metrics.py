@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.memory.meter import peak_rss_mb
 from rlhf_engine.metrics import MetricsWriter, read_metrics
-from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
-from rlhf_engine.optim.schedule import learning_rate
+from rlhf_engine.optim.adamw import build_optimizer, learning_rate, optimizer_step
 from rlhf_engine.ppo.loss import MetricSum
 
 
