@@ -17,22 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
 from rlhf_engine.memory.arena import Arena, refuse_beyond, refuse_outside, room_for
 
 
 class PoolArena:
-    """`Arena` on a CUDA device. `sizes` bounds the phase "generate" alone: the others take what their operations need.
+    """`Arena` on a CUDA device. `sizes` bounds the phase "generate" alone: the others take what their operations need."""
 
-    `cuda` is torch.cuda; a test brings a stand-in.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], device: torch.device, cuda: ModuleType = torch.cuda) -> None:
-        self.sizes, self.device, self.cuda = dict(sizes), device, cuda
+    def __init__(self, sizes: Mapping[str, int], device: torch.device) -> None:
+        self.sizes, self.device = dict(sizes), device
         self.open: str | None = None
         self.held_bytes = 0
         """Most that a phase has left in the pool."""
@@ -101,7 +97,7 @@ class PoolArena:
         assert not self._routed
         self._routed = True
         try:
-            with self.cuda.use_mem_pool(self._pool, self.device):
+            with cuda.use_mem_pool(self._pool, self.device):
                 yield
         finally:
             self._routed = False

@@ -97,8 +97,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
             raise ValueError("optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit'")
         return EightBitAdamW(groups, **options)
     if state == "host" or half:
-        cuda = torch.cuda if trained[0].is_cuda else None
-        return StagedAdamW(groups, host=state == "host", cuda=cuda, **options)
+        return StagedAdamW(groups, host=state == "host", **options)
     return AdamW(groups, fused=True, **options)
 
 

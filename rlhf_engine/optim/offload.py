@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, cuda, nn
 from torch.optim.adamw import adamw
 
 from rlhf_engine.memory.arena import room_for
@@ -71,11 +70,16 @@ def buckets(groups: Sequence[dict[str, Any]], most: int, each: Callable[[nn.Para
     return made
 
 
+def has_streams(device: torch.device) -> bool:
+    """Return whether copies to a device can run while it computes."""
+    return device.type == "cuda"
+
+
 class StagedAdamW(torch.optim.AdamW):
     """Fused AdamW, element by element what `torch.optim.AdamW` does, whose state is where `host` says.
 
     Masters start as the weights that are there at construction; whoever writes weights later writes the masters as well. Each
-    half-precision weight needs a float32 `grad_dtype`. `cuda` is torch.cuda, None for a device without streams.
+    half-precision weight needs a float32 `grad_dtype`.
     """
 
     def __init__(
@@ -83,19 +87,19 @@ class StagedAdamW(torch.optim.AdamW):
         groups: Iterable[dict[str, Any]],
         *,
         host: bool,
-        cuda: ModuleType | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         **options: Any,
     ) -> None:
         super().__init__(groups, fused=True, **options)
-        self.host, self.cuda = host, cuda
+        self.host = host
+        self._streams = has_streams(self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = self._new_state(parameter)
         self.buckets = buckets(self.param_groups, bucket_bytes, self._bytes_of_element)
         self._take: Take = self._allocate
         self._transit: _Transit | None = None
-        self._stream = cuda.Stream() if host and cuda is not None else None
+        self._stream = cuda.Stream() if host and self._streams else None
 
     @property
     def transit_bytes(self) -> int:
@@ -137,7 +141,7 @@ class StagedAdamW(torch.optim.AdamW):
             self._stream.synchronize()
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        where = {"device": "cpu", "pin_memory": self.cuda is not None} if self.host else {"device": parameter.device}
+        where = {"device": "cpu", "pin_memory": self._streams} if self.host else {"device": parameter.device}
         names = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.dtype in HALF)
         state = {name: torch.zeros(parameter.shape, dtype=torch.float32, **where) for name in names}
         if "master" in state:
@@ -193,9 +197,7 @@ class StagedAdamW(torch.optim.AdamW):
 
     def _new_transit(self) -> _Transit:
         vectors = [self._take((size,), torch.float32) for size in self._bucket_sizes()]
-        return _Transit(
-            vectors, [[self._parts(piece) for piece in bucket] for bucket in self.buckets], self.cuda, self._stream
-        )
+        return _Transit(vectors, [[self._parts(piece) for piece in bucket] for bucket in self.buckets], self._stream)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.param_groups[0]["params"][0].device)
@@ -208,10 +210,9 @@ class _Transit:
         self,
         vectors: list[Tensor],
         parts: list[list[dict[str, Tensor]]],  # of each bucket, in host memory
-        cuda: ModuleType | None,
         stream: Any,
     ) -> None:
-        self.vectors, self.parts, self.cuda, self.stream = vectors, parts, cuda, stream
+        self.vectors, self.parts, self.stream = vectors, parts, stream
         self.staged: dict[int, list[dict[str, Tensor]]] = {}
         self.events: dict[int, Any] = {}
         if stream is not None:
@@ -222,13 +223,13 @@ class _Transit:
     def arrived(self, number: int) -> list[dict[str, Tensor]]:
         """The bucket's state on the device, for the current stream."""
         if self.stream is not None:
-            self.cuda.current_stream().wait_event(self.events.pop(number))
+            cuda.current_stream().wait_event(self.events.pop(number))
         return self.staged[number]
 
     def leave(self, number: int) -> None:
         """Copy a bucket back, and the one after the next into its room."""
         if self.stream is not None:
-            self.stream.wait_stream(self.cuda.current_stream())  # the bucket's step
+            self.stream.wait_stream(cuda.current_stream())  # the bucket's step
         with self._aside():
             for host, device in zip(self.parts[number], self.staged.pop(number), strict=True):
                 for name, tensor in host.items():
@@ -236,7 +237,7 @@ class _Transit:
         if number + 2 < len(self.parts):
             self._arrive(number + 2)
         elif self.stream is not None:
-            self.cuda.current_stream().wait_stream(self.stream)  # before the vectors' bytes are somebody else's
+            cuda.current_stream().wait_stream(self.stream)  # before the vectors' bytes are somebody else's
 
     def _arrive(self, number: int) -> None:
         vector, staged = self.vectors[number % 2], []
@@ -253,4 +254,4 @@ class _Transit:
             self.events[number] = self.stream.record_event()
 
     def _aside(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.stream is None else self.cuda.stream(self.stream)
+        return nullcontext() if self.stream is None else cuda.stream(self.stream)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_engine.memory import Arena, PoolArena, gradient_bytes, gradients_in, open_arena
+from rlhf_engine.memory import Arena, PoolArena, gradient_bytes, gradients_in, open_arena, pool
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.ppo import trainer as ppo
 from rlhf_engine.ppo import update
@@ -275,9 +275,16 @@ class StandIn:
         self.said.append("out")
 
 
-def test_the_pool_of_a_gpu_holds_one_block_of_keys_and_then_what_passes_allocate():
-    cuda = StandIn()
-    arena = PoolArena({"generate": 256, "score": 0, "train": 0}, torch.device("cpu"), cuda)
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as the arena sees it."""
+    stand_in = StandIn()
+    monkeypatch.setattr(pool, "cuda", stand_in)
+    return stand_in
+
+
+def test_the_pool_of_a_gpu_holds_one_block_of_keys_and_then_what_passes_allocate(cuda):
+    arena = PoolArena({"generate": 256, "score": 0, "train": 0}, torch.device("cpu"))
     with arena.phase("generate"):
         assert cuda.said == ["empty_cache", "in", "out"]  # the block alone: graphs and samples are not in the pool
         keys, values = (arena.memory((4, 4), FLOATS, torch.device("cpu")) for _ in range(2))
@@ -297,9 +304,8 @@ def test_the_pool_of_a_gpu_holds_one_block_of_keys_and_then_what_passes_allocate
         arena.take((1,), FLOATS)
 
 
-def test_what_a_phase_leaves_in_the_pool_is_reported_and_keys_are_refused():
-    cuda = StandIn()
-    arena = PoolArena({"generate": 256, "train": 0}, torch.device("cpu"), cuda)
+def test_what_a_phase_leaves_in_the_pool_is_reported_and_keys_are_refused(cuda):
+    arena = PoolArena({"generate": 256, "train": 0}, torch.device("cpu"))
     cuda.held = 100
     with arena.phase("train"):
         pass
@@ -312,8 +318,8 @@ def test_what_a_phase_leaves_in_the_pool_is_reported_and_keys_are_refused():
     assert arena.open is None
 
 
-def test_an_update_logs_what_a_phase_left_in_the_pool():
-    trainer, cuda = make_trainer(), StandIn()
+def test_an_update_logs_what_a_phase_left_in_the_pool(cuda):
+    trainer = make_trainer()
     assert "pool_held_mb" not in trainer.step()
-    arena, cuda.held = PoolArena(trainer.arena.sizes, torch.device("cpu"), cuda), 96
+    arena, cuda.held = PoolArena(trainer.arena.sizes, torch.device("cpu")), 96
     assert make_trainer(arena=arena).step()["pool_held_mb"] == 96e-6

@@ -11,6 +11,7 @@ from torch import nn
 from rlhf_engine.config import MemoryConfig, OptimConfig, load_config
 from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.memory import Arena
+from rlhf_engine.optim import offload
 from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
 from rlhf_engine.optim.offload import StagedAdamW, buckets
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
@@ -121,12 +122,21 @@ class _Stream:
         self.cuda.said.append("the host waits")
 
 
-def test_a_stream_copies_the_next_bucket_while_one_is_stepped(monkeypatch):
-    model, cuda = model_of(64, 128, 64), StandIn()
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as the optimizer sees it, on a device with streams; host memory is not pinned."""
+    stand_in = StandIn()
+    monkeypatch.setattr(offload, "cuda", stand_in)
+    monkeypatch.setattr(offload, "has_streams", lambda device: True)
     monkeypatch.setattr(torch, "zeros", lambda *a, zeros=torch.zeros, **k: zeros(*a, **{**k, "pin_memory": False}))
+    return stand_in
+
+
+def test_a_stream_copies_the_next_bucket_while_one_is_stepped(cuda):
+    model = model_of(64, 128, 64)
     options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}
     groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    optimizer = StagedAdamW(groups, host=True, cuda=cuda, bucket_bytes=2**16, **options)
+    optimizer = StagedAdamW(groups, host=True, bucket_bytes=2**16, **options)
     assert len(optimizer.buckets) == 3
     optimizer.prefetch()
     assert cuda.said == ["side waits for main", "side has copied in", "side has copied in"]
@@ -151,13 +161,12 @@ def test_a_stream_copies_the_next_bucket_while_one_is_stepped(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
 
 
-def test_state_that_no_step_came_for_is_dropped(monkeypatch):
-    model, cuda = model_of(64, 64), StandIn()
-    monkeypatch.setattr(torch, "zeros", lambda *a, zeros=torch.zeros, **k: zeros(*a, **{**k, "pin_memory": False}))
+def test_state_that_no_step_came_for_is_dropped(cuda):
+    model = model_of(64, 64)
     groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    optimizer = StagedAdamW(groups, host=True, cuda=cuda, lr=0.01)
+    optimizer = StagedAdamW(groups, host=True, lr=0.01)
     arena = Arena({"train": optimizer.transit_bytes})
-    optimizer.take = arena.take
+    optimizer.allocate_from(arena.take)
     with arena.phase("train"):
         optimizer.prefetch()
         assert optimizer._transit is not None
