@@ -1,12 +1,17 @@
 """What tests do without a GPU: Triton's kernels run through its interpreter, which is chosen before anything imports Triton."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        from .interpreter import patch_language_once_per_launch
+
+        patch_language_once_per_launch()
 # What cuBLAS wants of a process that asks torch for deterministic algorithms, as the kernel tests do.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
