@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if find_spec("triton"):
-        from .interpreter import patch_language_once_per_launch
+        from benchmarks.gpu.interpreter import patch_language_once_per_launch
 
         patch_language_once_per_launch()
 # What cuBLAS wants of a process that asks torch for deterministic algorithms, as the kernel tests do.

@@ -1,6 +1,7 @@
 """`rlhf iterate`: rounds, what they leave, and how they go on."""
 
 import json
+import shutil
 
 import pytest
 
@@ -76,16 +77,32 @@ def test_s21_ppo_starts_from_the_policy_before_or_from_sft(run, base, monkeypatc
     assert started[0][1] != started[1][1]
 
 
+@pytest.fixture(scope="module")
+def one_and_two_rounds(tmp_path_factory, base):
+    """A folder with a run of two rounds in `whole` and a run of one round in `first`, which was written to `out`."""
+    folder = tmp_path_factory.mktemp("rounds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "judge_by_length.py").write_text(JUDGE)
+        run = new_run(folder, base)
+        run_iterate(config_of(run, f"output_dir={run / 'whole'}", "iterate.rounds=2"), lambda text: None)
+        run_iterate(config_of(run, "iterate.rounds=1"), lambda text: None)
+        (run / "out").rename(run / "first")
+    return run
+
+
 @pytest.mark.parametrize("broken", ["run_rm", "run_ppo", "run_eval"])
-def test_s21_a_broken_run_goes_on_where_it_was(run, monkeypatch, broken):
+def test_s21_a_broken_run_goes_on_where_it_was(one_and_two_rounds, monkeypatch, broken):
     """What a run that broke ends with is what a whole run ends with, and nothing is done twice."""
-    run_iterate(config_of(run, f"output_dir={run / 'whole'}", "iterate.rounds=2"), lambda text: None)
+    run = one_and_two_rounds
+    monkeypatch.chdir(run)
+    shutil.rmtree(run / "out", ignore_errors=True)
+    shutil.copytree(run / "first", run / "out")
 
     def fail(*arguments, **options):
         raise OSError("the disk is full")
 
     config = config_of(run, "iterate.rounds=2")
-    run_iterate(config_of(run, "iterate.rounds=1"), lambda text: None)
     with monkeypatch.context() as patch:
         patch.setattr(iterate, broken, fail)
         with pytest.raises(OSError, match="disk"):

@@ -1,4 +1,4 @@
-"""Triton's interpreter without its largest overhead, for tests that run GPU kernels on a CPU."""
+"""Triton's interpreter without its largest overhead, for tests and dry runs of GPU kernels on a CPU."""
 
 from triton.runtime import interpreter
 
