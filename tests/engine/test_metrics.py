@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.memory.meter import peak_rss_mb
+from rlhf_engine.memory.meter import peak_rss_mb, resident_mb
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.optim.adamw import build_optimizer, learning_rate, optimizer_step
 from rlhf_engine.ppo.loss import MetricSum
@@ -129,8 +129,10 @@ def test_any_other_broken_line_is_named_and_kept(tmp_path, line):
 
 def test_peak_memory_grows_with_an_allocation():
     before = peak_rss_mb()
-    block = torch.ones(int(before * 1.5e6) // 4)
-    assert peak_rss_mb() > before + 0.4 * block.numel() * 4 / 1e6
+    # What other tests freed is filled first. A system that does not report what is resident gives the peak again.
+    freed = before - resident_mb() or before
+    block = torch.ones(int((freed + 200) * 1e6) // 4)
+    assert peak_rss_mb() > before + 100, len(block)
 
 
 @pytest.mark.parametrize(

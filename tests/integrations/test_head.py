@@ -1,6 +1,7 @@
 """The head in the place of a model's output layer: against the logits, under FSDP2, with an adapter, and what it refuses."""
 
 import copy
+import multiprocessing
 import socket
 
 import pytest
@@ -215,7 +216,11 @@ def test_fsdp_gathers_the_head_for_its_forward(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_sharded, args=(port, str(tmp_path / "out")), nprocs=2)
+    # Its server imports this module once for both; `spawn` would do so in each.
+    multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        _sharded, args=(port, str(tmp_path / "out")), nprocs=2, start_method="forkserver"
+    )
     logprobs, gradient, refused = torch.load(tmp_path / "out")
     plain = model()
     ids, attended = tokens()

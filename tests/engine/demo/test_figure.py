@@ -11,6 +11,7 @@ from rlhf_engine.demo.config import DemoRunConfig, FigureConfig
 from rlhf_engine.demo.figure import CONTESTANTS, few_shot_prefix, run_figure
 from rlhf_engine.demo.run import CONFIG, with_shipped_data
 from tests.engine.helpers.cli_run import read_lines, rlhf
+from tests.engine.helpers.demo_data import with_few_examples
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,13 @@ def made(tmp_path_factory):
             raise KeyboardInterrupt
         return real(config)
 
-    figure.make_base = break_off
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_figure(root, 3, quick=True, say=said[0].append)
-    finally:
-        figure.make_base = real
-    return root, run_figure(root, 3, quick=True, say=said[1].append), said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "with_shipped_data", with_few_examples)
+        with patch.context() as broken:
+            broken.setattr(figure, "make_base", break_off)
+            with pytest.raises(KeyboardInterrupt):
+                run_figure(root, 3, quick=True, say=said[0].append)
+        yield root, run_figure(root, 3, quick=True, say=said[1].append), said
 
 
 def test_s20_the_figure_has_every_contestant_at_every_size(made):

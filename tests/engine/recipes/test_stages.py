@@ -17,6 +17,7 @@ from rlhf_engine.recipes import load_model, reward_function, rollout_examples
 from rlhf_engine.recipes.ppo import make_policy
 from rlhf_engine.rollout import EOS, LENGTH, Rollout
 from tests.engine.helpers.cli_run import ANSWERS, new_model, rlhf
+from tests.engine.helpers.demo_data import with_few_examples
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +293,9 @@ def test_a_response_that_ran_out_of_budget_is_scored_with_an_end(run):
     assert scores.shape == (2,) and scores.isfinite().all()
 
 
-def test_the_demo_in_miniature(tmp_path):
+def test_the_demo_in_miniature(tmp_path, monkeypatch):
     """All stages with next to no training: every file of the report is there and says what it should."""
+    monkeypatch.setattr("rlhf_engine.demo.run.with_shipped_data", with_few_examples)
     overrides = [
         "demo.hidden_size=32",
         "demo.intermediate_size=48",
