@@ -22,6 +22,14 @@ jmp_buf scheduler;
 ucontext_t outside;
 const std::function<void()>* body = nullptr;
 std::exception_ptr failure;
+std::vector<std::unique_ptr<unsigned char[]>> free_stacks;  // of fibers that are done: fresh pages would be slow
+
+std::unique_ptr<unsigned char[]> new_stack() {
+    if (free_stacks.empty()) return std::unique_ptr<unsigned char[]>(new unsigned char[kStack]);
+    auto stack = std::move(free_stacks.back());
+    free_stacks.pop_back();
+    return stack;
+}
 
 void enter() {
     try {
@@ -47,7 +55,7 @@ void resume(Fiber& f) {
     if (f.started) _longjmp(f.place, 1);
     f.started = true;
     getcontext(&f.start);
-    f.stack.reset(new unsigned char[kStack]);
+    f.stack = new_stack();
     f.start.uc_stack.ss_sp = f.stack.get();
     f.start.uc_stack.ss_size = kStack;
     f.start.uc_link = nullptr;
@@ -122,6 +130,7 @@ void run(int64_t blocks, int threads, size_t shared, int cluster_size, const std
             }
         }
         run_cluster(fibers);
+        for (Fiber& f : fibers) free_stacks.push_back(std::move(f.stack));
         for (const Block& b : group.blocks) {
             for (size_t i = 0; i < kCanary; i++) {
                 if (b.shared[shared + i] != 0xff) throw std::runtime_error("emulated kernel: wrote behind its shared memory");
