@@ -14,9 +14,9 @@ demo: build
 figure: build
 	$(BIN)/rlhf figure --output runs/figure
 
-# A process for every core, up to eight, and one thread in each.
+# A process for every core, up to eight, and one thread in each. Modules start in the order of tests/conftest.py, slowest first.
 test: build lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 lint: build
 	$(BIN)/ruff check .

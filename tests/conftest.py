@@ -16,8 +16,17 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+SLOWEST = (
+    "test_gpu_linear_ppo_loss", "test_gpu_suite", "test_cuda_emulated", "test_examples", "test_gpu_token_logprobs",
+    "test_gpu_gae", "test_gpu_rollout_advantages", "test_gpu_sample_tokens", "test_iterate", "test_figure", "test_gae",
+    "test_cuda_emulated_logits", "test_linear_ppo_loss", "test_stages", "test_phase_peaks", "test_gpu_ppo_loss",
+)  # fmt: skip
+"""Modules of many seconds. They run first, so that at the end no worker has one left while the others are idle."""
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` have nothing to run on without a device."""
+    """Put the slowest modules first, and skip tests marked `gpu` where there is no device."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
