@@ -1,6 +1,7 @@
 """The CUDA kernels on the host: compiles csrc/cuda against the emulator, and puts it in the place of the extension."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -27,8 +28,6 @@ FLAGS = [
 
 def build() -> Path:
     """The compiled module, made again only where a source has changed."""
-    cuda = ROOT / "csrc/cuda"
-    sources = sorted([*cuda.glob("*.cu"), cuda / "bindings.cpp", HERE / "emulator.cpp"])
     read = sorted(
         p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"
     )
@@ -39,6 +38,18 @@ def build() -> Path:
     if module.exists():
         return module
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a test run builds, the others wait for it
+        if not module.exists():
+            compile_into(module)
+    return module
+
+
+def compile_into(module: Path) -> None:
+    """Compile the sources and link them as `module`, whose folder exists."""
+    folder = module.parent
+    cuda = ROOT / "csrc/cuda"
+    sources = sorted([*cuda.glob("*.cu"), cuda / "bindings.cpp", HERE / "emulator.cpp"])
     include = [pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc", HERE]
     options = [*FLAGS, *(f"-I{x}" for x in include)]
 
@@ -52,7 +63,6 @@ def build() -> Path:
     whole = module.with_suffix(".part")
     subprocess.run(["g++", "-shared", *objects, "-o", whole], check=True)
     whole.rename(module)
-    return module
 
 
 @functools.cache
