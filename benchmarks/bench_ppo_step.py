@@ -73,7 +73,9 @@ def make_trainer(model: dict, batch: dict) -> PPOTrainer:
 
     @torch.no_grad()
     def reward(rollout: Rollout) -> torch.Tensor:
-        return reward_model.score_rows(rollout.input_ids, rollout.attention_mask.sum(1))
+        # All prompts have the same length.
+        ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+        return reward_model.score_rows(ids, rollout.prompt_lengths + rollout.response_lengths)
 
     return build_trainer(
         policy,

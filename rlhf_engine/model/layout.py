@@ -35,24 +35,23 @@ class TokenBatch:
 
 
 def token_batch(
-    input_ids: Tensor,  # (M, P + T), prompts padded on the left, responses on the right
-    prompt_lengths: Tensor,  # (M,)
+    prompt_ids: Tensor,  # (M, P), padded on the right
+    prompt_lengths: Tensor,  # (M,), at least 1
+    response_ids: Tensor,  # (M, T), padded on the right
     response_lengths: Tensor,  # (M,), at least 1
-    response_width: int,  # T
     sequences: Tensor,  # (B,), which of the M to take
     *,
     packed: bool = False,
 ) -> TokenBatch:
     """Take `sequences`, packed or without padding beyond the longest of them, and find the state of every action."""
-    device = input_ids.device
+    device, (_, prompt_width), (_, response_width) = prompt_ids.device, prompt_ids.shape, response_ids.shape
     prompt, response = prompt_lengths[sequences], response_lengths[sequences]
     lengths = prompt + response - 1
     width = int(lengths.max())
-    start = input_ids.shape[1] - response_width - prompt
     # Columns past a sequence's end repeat its last token: a pad id there would make transformers warn.
-    last = (prompt + response - 1)[:, None]
-    column = start[:, None] + torch.minimum(torch.arange(width, device=device), last)
-    inputs = input_ids[sequences[:, None], column]
+    column = torch.minimum(torch.arange(width, device=device), lengths[:, None])
+    column += (column >= prompt[:, None]) * (prompt_width - prompt)[:, None]  # skips the prompt's padding
+    inputs = torch.cat([prompt_ids[sequences], response_ids[sequences]], 1).gather(1, column)
     steps = torch.arange(int(response.max()), device=device)
     taken = steps < response[:, None]  # (B, longest response)
     begins, cu_inputs = torch.arange(len(sequences), device=device) * width, None
@@ -62,11 +61,10 @@ def token_batch(
         begins = cu_inputs[:-1].long()
     states = (begins + prompt - 1)[:, None] + steps
     source = (sequences * response_width)[:, None] + steps
-    actions = input_ids[:, input_ids.shape[1] - response_width :].reshape(-1)[source[taken]]
     return TokenBatch(
         input_ids=inputs,
         rows=states[taken],
-        ids=actions,
+        ids=response_ids.reshape(-1)[source[taken]],
         source=source[taken],
         cu_seqlens=cumulated(response),
         cu_inputs=cu_inputs,

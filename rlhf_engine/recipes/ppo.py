@@ -175,14 +175,8 @@ def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
 
 def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
     """Prompt and response of every sequence of a rollout, each response with EOS at its end."""
-    prompt_lengths, lengths = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
-    prompts, responses = rollout.prompt_ids.tolist(), rollout.response_ids.tolist()
-    examples = []
-    for row, by_eos in enumerate((rollout.stop_reason == EOS).tolist()):
-        prompt = prompts[row][len(prompts[row]) - prompt_lengths[row] :]
-        response = responses[row][: lengths[row]] + ([] if by_eos else [codec.eos_id])
-        examples.append(Example(tuple(prompt), tuple(response)))
-    return examples
+    rows = zip(rollout.prompts(), rollout.responses(), (rollout.stop_reason == EOS).tolist(), strict=True)
+    return [Example(tuple(prompt), (*response, *[codec.eos_id] * (not by_eos))) for prompt, response, by_eos in rows]
 
 
 def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel | None) -> None:

@@ -38,8 +38,7 @@ def text_reward(
     what = f"reward.function {name}".rstrip()
 
     def scores(rollout: Rollout) -> Tensor:
-        rows = zip(rollout.prompt_ids.tolist(), rollout.prompt_lengths.tolist(), strict=True)
-        asked = [(prompt_of or codec.tokenizer.decode)(ids[len(ids) - length :]) for ids, length in rows]
+        asked = [(prompt_of or codec.tokenizer.decode)(ids) for ids in rollout.prompts()]
         answers = response_texts(rollout, codec)
         try:
             found = _floats(ask(function, [asked, answers], f"{what}: {len(answers)} answers"), len(answers), what)
@@ -52,8 +51,7 @@ def text_reward(
 
 def response_texts(rollout: Rollout, codec: Codec) -> list[str]:
     """Return the text of every response of a rollout, up to its EOS or stop string."""
-    rows = zip(rollout.response_ids.tolist(), rollout.response_lengths.tolist(), strict=True)
-    return [codec.decode_response(ids[:length]) for ids, length in rows]
+    return [codec.decode_response(ids) for ids in rollout.responses()]
 
 
 def _floats(said: object, count: int, what: str) -> list[float]:

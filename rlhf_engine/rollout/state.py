@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.rollout.rollout import Rollout
@@ -165,20 +166,12 @@ class RolloutState:
         """Copies: the next rollout is noted in the same place."""
         everyone = slice(0, self.count)
         lengths = self.lengths[everyone]
-        width, widest = int(lengths.max()), max(map(len, self.prompts))
-        ids, device = self.ids[everyone, :width], self.ids.device
-        mask = torch.arange(width, device=device) < lengths[:, None]
-        input_ids = torch.full((len(ids), widest + width), self.pad_token_id, device=device)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(self.prompts):
-            input_ids[row, widest - len(prompt) : widest] = prompt
-            attention_mask[row, widest - len(prompt) : widest] = 1
-        input_ids[:, widest:], attention_mask[:, widest:] = ids, mask
+        width = int(lengths.max())
         return Rollout(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            response_ids=input_ids[:, widest:],
-            mask=mask,
+            prompt_ids=pad_sequence(self.prompts, batch_first=True, padding_value=self.pad_token_id),
+            prompt_lengths=self.prompt_lengths[everyone].clone(),
+            response_ids=self.ids[everyone, :width].clone(),
+            mask=torch.arange(width, device=lengths.device) < lengths[:, None],
             logprobs=self.logprobs[everyone, :width].clone(),
             sampling_logprobs=self.sampling_logprobs[everyone, :width].clone(),
             values=self.values[everyone, :width].clone(),

@@ -15,22 +15,26 @@ PROMPTS, RESPONSES = (5, 1, 7, 3, 8, 2, 4), (9, 1, 12, 5, 3, 11, 2)  # one of th
 def make_rollout(dtype: torch.dtype = torch.float32) -> Rollout:
     """Seven sequences of odd lengths with random tokens."""
     generator = torch.Generator().manual_seed(3)
-    p, t = max(PROMPTS), max(RESPONSES)
-    input_ids = torch.randint(3, VOCABULARY, (len(PROMPTS), p + t), generator=generator)
-    prompts, responses = torch.tensor(PROMPTS)[:, None], torch.tensor(RESPONSES)[:, None]
-    mask = torch.arange(t) < responses
-    attention_mask = torch.cat([torch.arange(p) >= p - prompts, mask], 1).long()
-    empty = torch.zeros(len(PROMPTS), t, dtype=dtype)
+    prompts, responses = torch.tensor(PROMPTS), torch.tensor(RESPONSES)
+    mask = torch.arange(max(RESPONSES)) < responses[:, None]
+    real = torch.arange(max(PROMPTS)) < prompts[:, None]
+    empty = torch.zeros(mask.shape, dtype=dtype)
     return Rollout(
-        input_ids=input_ids * attention_mask,
-        attention_mask=attention_mask,
-        response_ids=(input_ids * attention_mask)[:, p:],
+        prompt_ids=torch.randint(3, VOCABULARY, real.shape, generator=generator) * real,
+        prompt_lengths=prompts,
+        response_ids=torch.randint(3, VOCABULARY, mask.shape, generator=generator) * mask,
         mask=mask,
         logprobs=empty,
         sampling_logprobs=empty,
         values=empty,
         stop_reason=torch.full((len(PROMPTS),), EOS),
     )
+
+
+def sequence_of(rollout: Rollout, row: int) -> torch.Tensor:
+    """Prompt and response of one sequence, (its length,), without padding."""
+    prompt, response = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+    return torch.cat([rollout.prompt_ids[row, :prompt], rollout.response_ids[row, :response]])
 
 
 def random_experience(rollout: Rollout) -> Experience:

@@ -116,8 +116,8 @@ def test_frozen_copy_stays_when_the_policy_moves():
 
 def test_token_batch_shifts_once():
     # Two sequences: prompt 5 6, response 7 8 9; prompt 4, response 3. Prompt width 3, response width 4, pad 0.
-    input_ids = torch.tensor([[0, 5, 6, 7, 8, 9, 0], [0, 0, 4, 3, 0, 0, 0]])
-    batch = token_batch(input_ids, torch.tensor([2, 1]), torch.tensor([3, 1]), 4, torch.tensor([1, 0]))
+    prompts, responses = torch.tensor([[5, 6, 0], [4, 0, 0]]), torch.tensor([[7, 8, 9, 0], [3, 0, 0, 0]])
+    batch = token_batch(prompts, torch.tensor([2, 1]), responses, torch.tensor([3, 1]), torch.tensor([1, 0]))
     assert batch.input_ids.tolist() == [[4, 3, 3, 3], [5, 6, 7, 8]]
     assert batch.ids.tolist() == [3, 7, 8, 9]
     # The states of the actions: the 4; then the 6, the 7 and the 8.

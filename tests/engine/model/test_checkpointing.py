@@ -24,6 +24,10 @@ def make_policy(family, value_model=None, **settings) -> ActorCritic:
     return ActorCritic(tiny(family, initializer_range=0.2, **changes), value_model, **settings)
 
 
+def inputs_of(rollout) -> torch.Tensor:
+    return torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+
+
 def saved_bytes(policy: ActorCritic, rollout) -> int:
     """Bytes of what the trunk keeps for its backward pass, each storage once and the weights not at all."""
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -36,7 +40,7 @@ def saved_bytes(policy: ActorCritic, rollout) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        hidden = hidden_of(policy, rollout.input_ids)
+        hidden = hidden_of(policy, inputs_of(rollout))
     assert hidden.requires_grad
     return sum(kept.values())
 
@@ -93,7 +97,7 @@ def test_a_gradient_of_a_gradient_is_the_same():
 def test_fewer_activations_are_kept():
     rollout = make_rollout()
     plain, again = (saved_bytes(make_policy("llama", gradient_checkpointing=on), rollout) for on in (False, True))
-    inputs = rollout.input_ids.numel() * 32 * 4  # bytes of one tensor (B, S, H)
+    inputs = inputs_of(rollout).numel() * 32 * 4  # bytes of one tensor (B, S, H)
     # The inputs of two layers and of the final norm, what that norm keeps, cosines and sines, ids.
     assert 2 * inputs < again < 6 * inputs
     assert again < 0.2 * plain

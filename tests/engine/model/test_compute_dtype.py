@@ -57,7 +57,7 @@ def test_a_forward_pass_without_gradient_leaves_none_out_of_the_next():
     policy = make_policy(compute_dtype=BF16)
     recompute(policy, rollout, ("logprobs",), microbatch=4)
     with torch.no_grad(), policy.products():
-        hidden_of(policy, rollout.input_ids)
+        hidden_of(policy, rollout.response_ids)
     found = gradients(policy, rollout, microbatch=4)
     assert all(torch.equal(found[name], gradient) for name, gradient in fresh.items())
 

@@ -16,7 +16,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import check_packing, packed_attention, packs, positions, varlen_attention
 from rlhf_engine.rollout import Rollout, recompute
 from rlhf_engine.supervised.sft import _parts, fit_language_model
-from tests.engine.helpers.rollouts import RESPONSES, gradients, make_rollout
+from tests.engine.helpers.rollouts import RESPONSES, gradients, make_rollout, sequence_of
 from tests.engine.helpers.tiny_models import tiny
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
@@ -70,7 +70,7 @@ def test_no_batch_is_over_its_budget_and_no_sequence_is_split(budget, packed):
 def test_packed_layout_by_hand():
     rollout = make_rollout()
     batch = rollout.batch(torch.tensor([1, 3]), packed=True)
-    row3, row1 = rollout.input_ids[3][rollout.attention_mask[3] == 1], rollout.input_ids[1][7:9]
+    row3, row1 = sequence_of(rollout, 3), sequence_of(rollout, 1)
     assert batch.input_ids.tolist() == [[int(row1[0]), *row3[:-1].tolist()]]  # prompts 1 and 3, responses 1 and 5
     assert batch.cu_inputs.tolist() == [0, 1, 8]
     assert batch.rows.tolist() == [0, 3, 4, 5, 6, 7]

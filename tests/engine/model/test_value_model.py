@@ -10,6 +10,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.saving import load_policy
 from tests.engine.helpers.experience import gradients, make_experience
 from tests.engine.helpers.pretraining import make_stream
+from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.tiny_models import tiny
 from tests.engine.helpers.tiny_trainer import make_trainer, target_share, weights_of
 
@@ -31,7 +32,7 @@ def test_s8_values_are_the_value_models():
     rollout, model = experience.rollout, trainer.policy.value
     assert float(rollout.values.abs().max()) == 0.0  # nobody asked the policy
     for row in range(16):
-        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        ids = sequence_of(rollout, row)[None]
         p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
         hidden = model.trunk(input_ids=ids).last_hidden_state[0, p - 1 : -1]
         expected = hidden @ model.head.weight + model.head.bias
@@ -56,7 +57,7 @@ def test_s8_policy_and_value_gradients_do_not_mix(microbatch):
     model.zero_grad()
     loss = 0.0
     for row in range(16):
-        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        ids = sequence_of(rollout, row)[None]
         p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
         hidden = model.trunk(input_ids=ids).last_hidden_state[0, p - 1 : -1]
         values = hidden @ model.head.weight + model.head.bias

@@ -68,7 +68,7 @@ def test_a_small_run_by_hand():
     generate, score, train = (plan.phases[name] for name in ("generate", "score", "train"))
     # 2 layers x 4 slots x 2 numbers x 16 columns, keys and values; the head's 40 weights in a layout of their own; a prompt is
     # read as 16 columns, 64 tokens in all: 12 bytes of the stream and 3 x 6 numbers of the feed-forward product each.
-    held = {"kv_cache": 2048, "rollout": 488, "reordered_head": 160}
+    held = {"kv_cache": 2048, "rollout": 328, "reordered_head": 160}
     assert generate.moments["prefill"] == held | {"prefill_workspace": 64 * (4 * 12 + 72)}
     # The mask, logits twice.
     assert generate.moments["decode"] == held | {"decode_workspace": 16 * 16 + 16 * 10 * 2 * 4}
@@ -76,11 +76,11 @@ def test_a_small_run_by_hand():
     few = MemoryPlan.of(replace(RUN, prefill_tokens=40)).phases["generate"].moments["prefill"]
     assert few == held | {"prefill_workspace": 48 * (4 * 12 + 72)}
     # The reward model reads 4 sequences of 6 tokens; 16 rows of logits stay from the reference's head.
-    assert score.items == {"rollout": 584, "head_workspace": 640, "score_workspace": 24 * (4 * 12 + 72)}
+    assert score.items == {"rollout": 424, "head_workspace": 640, "score_workspace": 24 * (4 * 12 + 72)}
     # 4 tokens: 2 layers of 256 bytes each (norms 104, attention 48 + 8, feed-forward 96), last norm 36, id 8; the angles.
     saved = 4 * (2 * 256 + 36 + 8) + 64
     assert train.moments["forward"] == {
-        "rollout": 584,
+        "rollout": 424,
         "activations": saved,
         "head_gradients": (40 + 8) * 4 + 8 * 4,
         "head_workspace": 640,
@@ -88,14 +88,14 @@ def test_a_small_run_by_hand():
     }
     room = 4 * 2 * 6 * 4 + 24 * 4 + 4 * 4 * 4
     assert train.items == {
-        "rollout": 584,
+        "rollout": 424,
         "activations": saved,
         "head_workspace": 640,
         "gradients": 4 * 345,
         "backward_workspace": room,
     }
     assert train["gradients"] == 1380 and train["head_workspace"] == 640
-    assert plan.peak == 6720 + 28 * 2**20 + 2048 + 488 + 160 + 7680 and plan.largest == "generate"
+    assert plan.peak == 6720 + 28 * 2**20 + 2048 + 328 + 160 + 7680 and plan.largest == "generate"
 
 
 @pytest.mark.parametrize(
@@ -237,9 +237,9 @@ def test_weights_state_and_cache_are_as_large_as_planned(family):
 
 def test_a_rollout_and_what_is_learned_from_it_are_as_large_as_planned():
     rollout = make_rollout()
-    held = [item.name for item in fields(rollout) if item.name not in ("response_ids", "stop_reason")]  # a view, (B,)
-    tokens, actions = rollout.input_ids.numel(), rollout.mask.numel()
-    assert rollout_bytes(tokens, actions) == sum(getattr(rollout, name).nbytes for name in held)
+    held = [getattr(rollout, item.name) for item in fields(rollout)]
+    tokens, actions = rollout.prompt_ids.numel() + rollout.response_ids.numel(), rollout.mask.numel()
+    assert rollout_bytes(tokens, actions) == sum(tensor.nbytes for tensor in held if tensor.dim() == 2)
     assert rollout_bytes(tokens, actions, sampling=True) == rollout_bytes(tokens, actions) + rollout.response_ids.nbytes
     ref_logprobs = torch.zeros_like(rollout.logprobs)
     result = rollout_advantages(

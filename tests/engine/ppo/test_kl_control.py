@@ -8,6 +8,7 @@ from rlhf_engine.config import OptimConfig, RunConfig
 from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef
 from rlhf_engine.ppo.loss import old_policy_kl
 from tests.engine.helpers.experience import gradients, make_experience
+from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.tiny_trainer import make_trainer
 
 FAST = OptimConfig(lr=1e-2)
@@ -75,7 +76,7 @@ def test_s14_measured_kl_is_that_of_the_distributions():
     rollout = experience.rollout
     expected, count = torch.zeros(()), 0
     for row in range(16):
-        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        ids = sequence_of(rollout, row)[None]
         p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
         new = trainer.policy.model(input_ids=ids).logits.log_softmax(-1)[0, p - 1 : -1].gather(-1, ids[0, p:, None])
         log_ratio = new[:, 0] - experience.old_logprobs[row, :n]
@@ -145,7 +146,7 @@ def test_s14_every_objective_has_the_gradient_of_its_formula(objective, coef):
     policy, rollout, loss = trainer.policy.double(), experience.rollout, 0.0
     policy.zero_grad()
     for row in range(16):
-        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        ids = sequence_of(rollout, row)[None]
         p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
         logprobs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, p - 1 : -1].gather(-1, ids[0, p:, None])[:, 0]
         log_ratio = logprobs - experience.old_logprobs[row, :n].double()

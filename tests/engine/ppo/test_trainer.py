@@ -14,6 +14,7 @@ from rlhf_engine.model.saving import load_policy
 from rlhf_engine.ppo.experience import Scored, advantages, score
 from tests.engine.helpers.experience import gradients, make_experience
 from tests.engine.helpers.passes import hidden_of
+from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.tiny_trainer import SETTINGS, OnUpdate, make_trainer, target_share, weights_of
 
 
@@ -59,7 +60,7 @@ def test_s11_s12_gradient_is_that_of_the_formula():
     policy.zero_grad()
     count, loss = rollout.mask.sum(), 0.0
     for i in range(16):
-        ids = rollout.input_ids[i, rollout.attention_mask[i].bool()][None]
+        ids = sequence_of(rollout, i)[None]
         p, n = int(rollout.prompt_lengths[i]), int(rollout.response_lengths[i])
         logprobs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, p - 1 : -1].gather(-1, ids[0, p:, None])[:, 0]
         hidden = hidden_of(policy, ids)[0, p - 1 : -1]
@@ -126,7 +127,7 @@ def test_s13_entropy_bonus_is_the_mean_entropy_of_the_states():
     rollout, policy, total = experience.rollout, trainer.policy, 0.0
     policy.zero_grad()
     for row in range(16):
-        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        ids = sequence_of(rollout, row)[None]
         logprobs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, int(rollout.prompt_lengths[row]) - 1 : -1]
         total = total - (logprobs.exp() * logprobs).sum()
     entropy = total / rollout.mask.sum()
@@ -147,7 +148,7 @@ def test_s12_value_loss_is_half_the_mean_squared_error():
     rollout, policy, total = experience.rollout, trainer.policy, 0.0
     policy.zero_grad()
     for row in range(16):
-        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        ids = sequence_of(rollout, row)[None]
         values = policy.value(hidden_of(policy, ids))[0, int(rollout.prompt_lengths[row]) - 1 : -1]
         total = total + (values - experience.returns[row, : len(values)]).square().sum() / 2
     loss = total / rollout.mask.sum()

@@ -22,6 +22,7 @@ from rlhf_engine.ppo.trpo import (
 )
 from tests.engine.helpers.bandits import arm
 from tests.engine.helpers.experience import make_experience
+from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.tiny_trainer import OnUpdate, make_trainer, weights_of
 
 SHORT = RolloutConfig(max_prompt_tokens=8, max_response_tokens=4, batch_size=16)
@@ -48,7 +49,7 @@ def by_hand(problem):
     """Mean of `exp(log pi - log pi_old) A` over the actions, from the model's own logits."""
     rollout, total = problem.rollout, 0.0
     for row in range(16):
-        ids = rollout.input_ids[row, rollout.attention_mask[row].bool()][None]
+        ids = sequence_of(rollout, row)[None]
         p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
         logits = problem.policy.model(input_ids=ids).logits[0, p - 1 : -1] / problem.temperature
         taken = logits.log_softmax(-1).gather(-1, ids[0, p:, None])[:, 0]

@@ -282,11 +282,11 @@ def test_s16_s17_s18_presets_run_from_the_command_line(run, capsys, preset):
 
 def test_a_response_that_ran_out_of_budget_is_scored_with_an_end(run):
     model, codec = load_model(load_config(run / "run.yaml"))
-    ids = torch.tensor([[1, 5, 6, 7, 8, 0], [4, 5, 6, 7, 8, 9]])
+    prompts, responses = torch.tensor([[5, 6, 1], [4, 5, 6]]), torch.tensor([[7, 8, 0], [7, 8, 9]])
     mask = torch.ones(2, 3, dtype=torch.bool)
     zeros = torch.zeros(2, 3)
-    attention_mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
-    rollout = Rollout(ids, attention_mask, ids[:, 3:], mask, zeros, zeros, zeros, torch.tensor([EOS, LENGTH]))
+    reasons = torch.tensor([EOS, LENGTH])
+    rollout = Rollout(prompts, torch.tensor([2, 3]), responses, mask, zeros, zeros, zeros, reasons)
     examples = rollout_examples(rollout, codec)
     assert [(e.prompt, e.response) for e in examples] == [((5, 6), (7, 8, 0)), ((4, 5, 6), (7, 8, 9, 0))]
     scores = reward_function(RewardModel.from_causal_lm(model, seed=1), codec)(rollout)

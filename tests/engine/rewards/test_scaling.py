@@ -28,8 +28,8 @@ def test_s6_a_fixed_score_in_place_of_the_reward_of_what_does_not_end(rollout):
     assert 0 < int(ended.sum()) < 16 and kept is rollout
     assert torch.equal(scores[~ended], torch.full((16 - int(ended.sum()),), -1.0))
     torch.testing.assert_close(scores[ended], target_share(rollout)[ended] + 1)
-    assert torch.equal(seen[0].input_ids, rollout.input_ids[ended]) and bool(seen[0].ended.all())
-    assert seen[0].response_ids.data_ptr() >= seen[0].input_ids.data_ptr()
+    assert torch.equal(seen[0].response_ids, rollout.response_ids[ended]) and bool(seen[0].ended.all())
+    assert torch.equal(seen[0].prompt_ids, rollout.prompt_ids[ended])
 
 
 def test_s6_no_call_where_nothing_ended(rollout):
@@ -137,7 +137,8 @@ def test_s6_skipping_leaves_the_sample_out_and_counts_it():
     rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
     kept, scores, _ = score_answers(rollout, reward, trainer.config, trainer.scale)
     others = [row for row in range(16) if row != 3]
-    assert torch.equal(kept.input_ids, rollout.input_ids[others])
+    assert torch.equal(kept.prompt_ids, rollout.prompt_ids[others])
+    assert torch.equal(kept.response_ids, rollout.response_ids[others])
     torch.testing.assert_close(scores, target_share(rollout)[others])
     log = trainer.step()
     assert log["scores_skipped"] == 1 and log["score_mean"] == pytest.approx(float(scores.mean()))

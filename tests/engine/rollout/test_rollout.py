@@ -9,6 +9,7 @@ from rlhf_engine.rollout import Generator, recompute
 from rlhf_engine.rollout.decode.slots import Decoder, prompt_width
 from rlhf_kernels import sample_tokens
 from tests.engine.helpers.passes import hidden_of, logits_of
+from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.sampling import ENDS, make_actor, make_generator, make_prompts, same_sequence
 from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY, tiny
 
@@ -56,7 +57,7 @@ def test_logprobs_and_values_are_those_of_a_forward_pass(family):
     actor, temperature = make_actor(family), 0.7
     rollout = make_generator(actor, temperature=temperature).generate(make_prompts(24), torch.arange(24))
     for i in range(len(rollout)):
-        ids = rollout.input_ids[i, rollout.attention_mask[i].bool()][None]
+        ids = sequence_of(rollout, i)[None]
         n, p = int(rollout.response_lengths[i]), int(rollout.prompt_lengths[i])
         with torch.no_grad():
             hidden = hidden_of(actor, ids)[:, p - 1 : -1]
@@ -82,7 +83,7 @@ def test_layout_of_a_rollout():
         n = int(rollout.response_lengths[i])
         assert rollout.prompt_lengths[i] == len(prompt)
         assert rollout.mask[i].tolist() == [t < n for t in range(rollout.mask.shape[1])]
-        sequence = rollout.input_ids[i, rollout.attention_mask[i].bool()]
+        sequence = sequence_of(rollout, i)
         assert sequence.tolist() == prompt.tolist() + rollout.response_ids[i, :n].tolist()
         assert not rollout.logprobs[i, n:].any() and not rollout.values[i, n:].any()
         assert (rollout.response_ids[i, n:] == 0).all()
@@ -129,7 +130,7 @@ def test_kept_set_and_its_logprobs():
     assert (rollout.sampling_logprobs >= rollout.logprobs)[rollout.mask].all()
     assert (rollout.sampling_logprobs > rollout.logprobs)[rollout.mask].any()
     for i in range(8):
-        ids = rollout.input_ids[i, rollout.attention_mask[i].bool()]
+        ids = sequence_of(rollout, i)
         best = logits_of(actor, hidden_of(actor, ids[None]))[0].topk(4).indices[int(rollout.prompt_lengths[i]) - 1 : -1]
         assert (best == rollout.response_ids[i, : len(best), None]).any(1).all()
 
@@ -138,7 +139,7 @@ def test_the_counter_is_the_response_position():
     actor, prompts = make_actor(), make_prompts(6)
     rollout = make_generator(actor, max_response_tokens=2, ends=(VOCABULARY,)).generate(prompts, torch.arange(6))
     for i in range(6):
-        ids = rollout.input_ids[i, rollout.attention_mask[i].bool()]
+        ids = sequence_of(rollout, i)
         logits = logits_of(actor, hidden_of(actor, ids[None])[0, -3:-1])
         drawn = sample_tokens(logits, seed=3, sequence=torch.tensor([i, i]), position=torch.tensor([0, 1])).ids
         assert drawn.tolist() == rollout.response_ids[i].tolist()

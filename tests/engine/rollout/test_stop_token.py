@@ -44,11 +44,10 @@ def test_s6_the_reward_model_reads_an_end_behind_the_stop_token(tmp_path):
     model, codec = load_model(config)
     stop = codec.encode_texts(["o"])[0]
     assert make_generator(ActorCritic(model), codec, config, 0).stop_token_id == stop[0]
-    ids = torch.tensor([[5, 6, 7, *stop], [5, 6, 7, 0]])
+    prompts, responses = torch.tensor([[5, 6], [5, 6]]), torch.tensor([[7, *stop], [7, 0]])
     mask, zeros = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
-    rollout = Rollout(
-        ids, torch.ones_like(ids), ids[:, 2:], mask, zeros, zeros, zeros, stop_reason=torch.tensor([STOP_TOKEN, EOS])
-    )
+    reasons = torch.tensor([STOP_TOKEN, EOS])
+    rollout = Rollout(prompts, torch.tensor([2, 2]), responses, mask, zeros, zeros, zeros, stop_reason=reasons)
     assert [one.response for one in rollout_examples(rollout, codec)] == [(7, *stop, 0), (7, 0)]
 
 
