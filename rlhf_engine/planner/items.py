@@ -15,11 +15,10 @@ from rlhf_engine.planner.activations import FLOAT, Pass
 from rlhf_engine.planner.model_shape import ModelShape
 from rlhf_engine.planner.workload import Workload
 from rlhf_engine.ppo.experience import experience_bytes
-from rlhf_engine.rollout.decode.cache import kv_bytes
 from rlhf_engine.rollout.decode.cpu import reorders
-from rlhf_engine.rollout.decode.paged import PAGE_SIZE, pool_bytes
-from rlhf_engine.rollout.decode.pages import pages_of
-from rlhf_engine.rollout.decode.slots import MIN_ROWS, prompt_width, slot_columns, slots_per_step
+from rlhf_engine.rollout.decode.pages import PAGE_SIZE, pages_of, pool_bytes
+from rlhf_engine.rollout.decode.protocol import MIN_ROWS, kv_bytes, prompt_width
+from rlhf_engine.rollout.decode.slots import slot_columns, slots_per_step
 from rlhf_engine.rollout.rollout import rollout_bytes
 from rlhf_engine.supervised.reward_model import SCORED_TOGETHER
 from rlhf_kernels import head_workspace_bytes
@@ -119,10 +118,10 @@ def rollout(w: Workload, *, scored: bool) -> int:
 
 def kv_cache(w: Workload, slots: int) -> int:
     """Return the bytes of the keys and values of `slots` sequences, all as long as they may be."""
-    slots += -slots % slots_per_step(eager=w.eager)
     columns = slot_columns(w.length)
     if w.paged:
         return _pool_bytes(w, slots * pages_of(columns, PAGE_SIZE))
+    slots += -slots % slots_per_step(eager=w.eager)
     return slots * kv_bytes(w.policy.kv_shape, columns, w.product_dtype)
 
 

@@ -10,7 +10,7 @@ import torch
 from rlhf_engine.config import RolloutConfig, RunConfig
 from rlhf_engine.config.memory import byte_count
 from rlhf_engine.planner.model_shape import ModelShape, UnknownMemoryError
-from rlhf_engine.rollout.decode.paged import is_paged
+from rlhf_engine.rollout.decode import is_paged
 
 
 @dataclass(frozen=True)

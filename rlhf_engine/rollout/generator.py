@@ -1,4 +1,4 @@
-"""Sampling responses with continuous batching: a finished sequence leaves at once, and the next prompt takes its slot."""
+"""Sampling responses with continuous batching: the slot of a finished sequence is filled by the next prompt."""
 
 from __future__ import annotations
 
@@ -10,35 +10,41 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RolloutConfig
-from rlhf_engine.model import ActorCritic, Outputs
+from rlhf_engine.model import LanguageModel, Outputs
 from rlhf_engine.model.pretrained import max_positions
-from rlhf_engine.rollout.decode.cache import Allocate, new_memory
-from rlhf_engine.rollout.decode.gpu import ladder
-from rlhf_engine.rollout.decode.paged import PAGE_SIZE, PagedDecoder, is_paged, kv_bytes_of, pages_within
-from rlhf_engine.rollout.decode.slots import MIN_ROWS, Act, Decoder, prompt_width, slot_bytes, slot_step
+from rlhf_engine.rollout.decode import make_decoder
+from rlhf_engine.rollout.decode.protocol import Act, Allocate, Decoder, new_memory, prompt_width
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.state import ActiveSlots, RolloutState
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens, token_logprobs
 
-_CHECKED = 2
-"""Slots of the decoder whose decoding is compared with forward passes before the first rollout."""
-
 
 class Generator:
-    """Samples from a policy, with log-probs and values on the way.
+    """Samples responses from a policy, with their log-probs and values.
 
-    A sequence depends on the weights, its prompt, `seed` and its number, and on nothing else: not on its slot, the
-    batch or the order. `tokenizer` is read for `config.stop` alone. Keys and values take at
-    most `kv_bytes`.
+    A sequence depends on the weights, its prompt, `seed` and its number in the run, and on nothing else: not on its slot, the
+    batch or the order.
 
-    Raises ValueError for a policy that it cannot decode (see `Decoder`), a stop string that no response can contain, or
-    `kv_bytes` that do not hold one sequence.
+    Args:
+        policy: the model.
+        config: the settings of sampling.
+        eos_token_ids: ids that end a response.
+        pad_token_id: fills prompts and responses on the right.
+        seed: of all random numbers.
+        stop_token_id: the id of `config.stop_token`.
+        tokenizer: needed only for `config.stop`.
+        kv_bytes: most bytes of keys and values.
+        decoder: replaces the one that `config.cache` and `kv_bytes` ask for.
+
+    Raises:
+        ValueError: for a policy that the decoder does not support, a stop string that no response can contain, or `kv_bytes`
+            that do not hold one sequence.
     """
 
     def __init__(
         self,
-        policy: ActorCritic,
+        policy: LanguageModel,
         config: RolloutConfig,
         *,
         eos_token_ids: int | Sequence[int],
@@ -47,6 +53,7 @@ class Generator:
         stop_token_id: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         kv_bytes: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self.policy, self.config, self.seed, self.pad_token_id = policy, config, seed, pad_token_id
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
@@ -56,38 +63,19 @@ class Generator:
             raise ValueError(f"tokenizer: got None, expected the one whose tokens spell rollout.stop {config.stop}")
         self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens) if config.stop else None
         self.columns = config.max_prompt_tokens + config.max_response_tokens
-        self.slots = config.batch_size
-        self.paged: PagedDecoder | None = None
+        self.max_position = max_positions(policy.model)
+        self.decoder = make_decoder(policy, config, self.columns, kv_bytes) if decoder is None else decoder
+        self.decoder.check()
         self._state: tuple[object, tuple[RolloutState, ActiveSlots, Act]] | None = None
-        if is_paged(config.cache, policy.device.type):
-            pages = None if kv_bytes is None else self._pages_within(kv_bytes)
-            self.paged = PagedDecoder(policy, self.slots, self.columns, pages=pages, compiles=config.compile)
-            self._refuse_compile()
-            self.paged.check()
-            return
-        self._refuse_compile()
-        if kv_bytes is not None:
-            self.slots = min(self.slots, self._slots_within(kv_bytes))
-        self._new_decoder(_CHECKED, new_memory).check()
-
-    def _refuse_compile(self) -> None:
-        if self.config.compile and (self.paged is None or not self.paged.compiles):
-            raise ValueError(
-                f"rollout.compile: got True for {type(self.policy.model).__name__} on {self.policy.device} with rollout.cache "
-                f"{self.config.cache!r}, expected None or False: only a graph's step without compute_dtype is compiled"
-            )
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the keys and values of all slots or pages."""
-        if self.paged is not None:
-            return self.paged.pool_bytes
-        step = slot_step(self.policy)
-        return -(-self.slots // step) * step * slot_bytes(self.policy, self.columns)
+        """Most bytes of keys and values."""
+        return self.decoder.cache_bytes
 
     def metrics(self) -> dict[str, float]:
-        """Return what an update logs of the last rollout."""
-        return {} if self.paged is None else {"restarted_sequences": self.paged.restarted}
+        """Return the decoder's counts of the last rollout."""
+        return self.decoder.metrics()
 
     @torch.no_grad()
     def generate(
@@ -97,92 +85,101 @@ class Generator:
         on_finished: Callable[[int], object] | None = None,
         allocate: Allocate = new_memory,
     ) -> Rollout:
-        """One response for each prompt. `on_finished` hears how many sequences ended since its last call.
+        """Return one response per prompt. `on_finished` is called with the number of sequences that ended in a step.
 
-        `allocate` gives the memory of keys and values, at most `cache_bytes`; nothing holds it after the call.
+        `allocate` gives the keys and values their memory, at most `cache_bytes`, to which no reference is kept after the call.
         """
         prompts = self._check(prompts, sequence)
-        decoder = self._new_decoder(len(prompts), allocate)
         try:
-            with self.policy.products():  # one copy of the weights for all steps
-                return self._generate(decoder, prompts, sequence, on_finished)
+            self.decoder.open(len(prompts), allocate)
+            with self.policy.products():  # weights are rounded once for all steps
+                return self._generate(prompts, sequence, on_finished)
         finally:
-            decoder.close()
+            self.decoder.close()
 
     def _generate(
-        self,
-        decoder: Decoder,
-        prompts: list[Tensor],
-        sequence: Tensor,
-        on_finished: Callable[[int], object] | None,
+        self, prompts: list[Tensor], sequence: Tensor, on_finished: Callable[[int], object] | None
     ) -> Rollout:
-        record, running, act = self._state_for(decoder, len(prompts))
-        record.begin(prompts, sequence)
-        running.keep(0)
-        # Popped from the end: long ones first, and those with the same ids together.
+        decoder, (state, active, act) = self.decoder, self._state_for(len(prompts))
+        state.begin(prompts, sequence)
+        active.keep(0)
+        # Popped from the end: long prompts first, and those with the same ids together.
         waiting = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row].tolist()))
-        slots = min(self.slots, len(prompts))
-        while waiting or running.count:
-            first, group = running.count, []
+        slots = min(decoder.slots, len(prompts))
+        while waiting or active.count:
+            first, group = active.count, []
             if waiting and slots - first >= min(len(waiting), max(1, slots // 4)):
                 group = self._next_group(waiting, prompts, slots - first)
-                fits = decoder.room([prompts[row] for row in group], first)
-                waiting += reversed(group[fits:])
-                del group[fits:]
+                admitted = decoder.admissible([prompts[row] for row in group], first)
+                waiting += reversed(group[admitted:])
+                del group[admitted:]
             if group:
-                outputs = self._admit(decoder, running, prompts, group)
-                act(outputs, slice(first, running.count))
+                outputs = self._admit(active, prompts, group)
+                act(outputs, slice(first, active.count))
             else:
-                _make_room(decoder, record, running, waiting)
+                self._preempt(state, active, waiting)
                 first = 0
-                decoder.step(running.token, running.position, running.count, act, running.idle)
-            ended = record.count_ended(running, first)
+                decoder.step(active.token, active.position, active.count, act, active.idle)
+            ended = state.count_ended(active, first)
             if ended:
-                _release(decoder, running, record.finished[first : running.count], first)
+                self._release(active, state.finished[first : active.count], first)
                 if on_finished is not None:
                     on_finished(ended)
-        return record.rollout()
+        return state.rollout()
 
-    def _state_for(self, decoder: Decoder, prompts: int) -> tuple[RolloutState, ActiveSlots, Act]:
-        """Where sampling keeps its books; the last rollout's, where they have room for these prompts, for graphs' sake."""
-        shape = (ladder(decoder.slots, MIN_ROWS), self.config)
-        known, state = self._state or (None, None)
-        if known != shape or state[0].most < prompts:
-            record = RolloutState(
+    def _state_for(self, prompts: int) -> tuple[RolloutState, ActiveSlots, Act]:
+        """Return the state of sampling: the last rollout's if its capacity suffices, because graphs hold its addresses."""
+        config, (known, kept) = self.config, self._state or (None, None)
+        if known != config or kept[0].capacity < prompts:
+            state = RolloutState(
                 prompts,
-                shape[0],
+                self.decoder.rows,
                 self.columns,
-                self.config,
+                config,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self.pad_token_id,
                 stop_token_id=self.stop_token_id,
                 stops=self.stops,
             )
-            running = ActiveSlots.of(shape[0], prompts, self.policy.device)
-            state = record, running, partial(self._act, record, running)
-            self._state = shape, state
-        return state
+            active = ActiveSlots.of(self.decoder.rows, prompts, self.policy.device)
+            kept = state, active, partial(self._act, state, active)
+            self._state = config, kept
+        return kept
 
-    def _admit(self, decoder: Decoder, running: ActiveSlots, prompts: list[Tensor], rows: list[int]) -> Outputs:
-        first, new = running.count, slice(running.count, running.count + len(rows))
-        outputs = decoder.prefill([prompts[row] for row in rows], first)
-        running.row[new] = torch.tensor(rows, device=running.row.device)
-        running.position[new] = torch.tensor([len(prompts[row]) - 1 for row in rows], device=running.row.device)
-        running.step[new] = 0
-        running.count += len(rows)
+    def _next_group(self, waiting: list[int], prompts: list[Tensor], most: int) -> list[int]:
+        """Pop up to `most` prompts of one prefill width, within the token budget, off the end of `waiting`.
+
+        `waiting` is sorted by length and ids. Prompts with the same ids count once.
+        """
+        width, group, distinct = prompt_width(len(prompts[waiting[-1]])), [], 0
+        while waiting and len(group) < most and prompt_width(len(prompts[waiting[-1]])) == width:
+            distinct += not group or not torch.equal(prompts[group[-1]], prompts[waiting[-1]])
+            if distinct > 1 and distinct * width > self.config.prefill_tokens:
+                break
+            group.append(waiting.pop())
+        return group
+
+    def _admit(self, active: ActiveSlots, prompts: list[Tensor], rows: list[int]) -> Outputs:
+        """Read the prompts of these rows into the next slots."""
+        first, new = active.count, slice(active.count, active.count + len(rows))
+        outputs = self.decoder.prefill([prompts[row] for row in rows], first)
+        active.row[new] = torch.tensor(rows, device=active.row.device)
+        active.position[new] = torch.tensor([len(prompts[row]) - 1 for row in rows], device=active.row.device)
+        active.step[new] = 0
+        active.count += len(rows)
         return outputs
 
     def _act(
         self,
-        record: RolloutState,
-        running: ActiveSlots,
+        state: RolloutState,
+        active: ActiveSlots,
         outputs: Outputs,  # of rows >= N
-        here: slice,
+        slots: slice,
     ) -> None:
-        """An action in each of N states, those of the slots `here`, noted."""
-        config, backend, size = self.config, self.policy.backend, here.stop - here.start
+        """Sample an action in each of N states, those of `slots`, and append it."""
+        config, backend, size = self.config, self.policy.backend, slots.stop - slots.start
         logits = outputs.logits[:size]
-        sequence, position, *seen = record.streams(running, here)
+        sequence, position, *seen = state.sampling_inputs(active, slots)
         taken = sample_tokens(
             penalised(logits.float(), *seen, config.repetition_penalty) if seen else logits,
             temperature=config.temperature,
@@ -198,96 +195,60 @@ class Generator:
         if seen:
             full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
         values = torch.zeros_like(full) if outputs.values is None else outputs.values[:size]
-        record.note(taken.ids, full, taken.sampling_logprobs, values, running, here)
+        state.append(taken.ids, full, taken.sampling_logprobs, values, active, slots)
 
-    def _next_group(self, waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
-        """Take up to `room` prompts of one prefill width, read within the token budget, off the end of `waiting`.
+    def _preempt(self, state: RolloutState, active: ActiveSlots, waiting: list[int]) -> None:
+        """Preempt sequences when the KV cache is full.
 
-        `waiting` is sorted by length and ids. A prompt that is there several times is read once.
+        They are generated again later with the same tokens, because random numbers are counter-based.
         """
-        width, group, distinct = prompt_width(len(prompts[waiting[-1]])), [], 0
-        while waiting and len(group) < room and prompt_width(len(prompts[waiting[-1]])) == width:
-            distinct += not group or not torch.equal(prompts[group[-1]], prompts[waiting[-1]])
-            if distinct > 1 and distinct * width > self.config.prefill_tokens:
-                break
-            group.append(waiting.pop())
-        return group
+        slots = self.decoder.preempt(active.count)
+        if slots:
+            preempted = torch.zeros(active.count, dtype=torch.bool, device=active.row.device)
+            preempted[slots] = True
+            state.restart(active.row[slots])
+            waiting += active.row[slots].tolist()
+            self._release(active, preempted, 0)
 
-    def _pages_within(self, kv_bytes: int) -> int:
-        pages, least = pages_within(self.policy, kv_bytes), -(-self.columns // PAGE_SIZE)
-        if pages < least:
-            raise ValueError(self._too_small(kv_bytes, kv_bytes_of(self.policy, least), "one sequence"))
-        return pages
-
-    def _slots_within(self, kv_bytes: int) -> int:
-        each, step = slot_bytes(self.policy, self.columns), slot_step(self.policy)
-        if kv_bytes < each * step:
-            what = "one sequence" if step == 1 else f"{step} sequences, the fewest that eager attention decodes,"
-            raise ValueError(self._too_small(kv_bytes, each * step, what))
-        return kv_bytes // (each * step) * step
-
-    def _too_small(self, kv_bytes: int, least: int, what: str) -> str:
-        return (
-            f"kv_bytes: got {kv_bytes}, expected at least {least}, the keys and values of {what} of "
-            f"max_prompt_tokens {self.config.max_prompt_tokens} and max_response_tokens {self.config.max_response_tokens}"
-        )
-
-    def _new_decoder(self, prompts: int, allocate: Allocate) -> Decoder:
-        if self.paged is None:
-            return Decoder(self.policy, min(self.slots, prompts), self.columns, allocate)
-        self.paged.open(allocate, prompts)
-        return self.paged
+    def _release(self, active: ActiveSlots, finished: Tensor, first: int) -> None:
+        """Free the slots from `first` on where `finished` is True, and move the last active sequences into the gaps."""
+        live = torch.ones(active.count, dtype=torch.bool, device=finished.device)
+        live[first:] = ~finished
+        count = int(live.sum())
+        gaps, movers = (~live[:count]).nonzero()[:, 0], count + live[count:].nonzero()[:, 0]
+        if len(gaps):
+            self.decoder.move(movers, gaps, int(active.position[movers].max()))
+            for vector in active.vectors():
+                vector[gaps] = vector[movers]
+        self.decoder.keep(count)
+        active.keep(count)
 
     def _check(self, prompts: Sequence[Tensor | Sequence[int]], sequence: Tensor) -> list[Tensor]:
+        """Return the prompts as tensors on the policy's device, or raise ValueError."""
         if len(prompts) == 0 or len(sequence) != len(prompts):
             raise ValueError(
                 f"sequence: got {len(sequence)} numbers for {len(prompts)} prompts, expected one each, at least one"
             )
+        config, limit = self.config, self.max_position
         tensors = [torch.as_tensor(prompt, dtype=torch.int64, device=self.policy.device) for prompt in prompts]
         for index, prompt in enumerate(tensors):
-            if prompt.dim() != 1 or not 1 <= len(prompt) <= self.config.max_prompt_tokens:
+            if prompt.dim() != 1 or not 1 <= len(prompt) <= config.max_prompt_tokens:
                 raise ValueError(
-                    f"prompts[{index}]: got shape {tuple(prompt.shape)}, expected 1 to {self.config.max_prompt_tokens} ids "
+                    f"prompts[{index}]: got shape {tuple(prompt.shape)}, expected 1 to {config.max_prompt_tokens} ids "
                     "(rollout.max_prompt_tokens)"
                 )
-            longest, limit = len(prompt) + self.config.max_response_tokens, max_positions(self.policy.model)
-            if limit is not None and longest > limit:
+            if limit is not None and len(prompt) + config.max_response_tokens > limit:
                 raise ValueError(
-                    f"prompts[{index}]: got {len(prompt)} ids beside rollout.max_response_tokens "
-                    f"{self.config.max_response_tokens}, expected at most {limit} together, the policy's positions"
+                    f"prompts[{index}]: got {len(prompt)} ids and rollout.max_response_tokens {config.max_response_tokens}, "
+                    f"expected at most {limit} together, the policy's positions"
                 )
         return tensors
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V), (R, S) ids -> (R, V)
-    """Logits of ids that were seen are divided by `penalty` where above 0 and multiplied by it elsewhere.
+    """Return logits with those of `seen` ids divided by `penalty` where positive and multiplied by it elsewhere.
 
-    Source: Keskar et al. 2019 (CTRL), section 4.1, with the sign that transformers minds.
+    Source: Keskar et al. 2019 (CTRL), section 4.1, with the treatment of signs in transformers.
     """
     z = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(z > 0, z / penalty, z * penalty))
-
-
-def _make_room(decoder: Decoder, record: RolloutState, running: ActiveSlots, waiting: list[int]) -> None:
-    """Sequences that memory runs out for go back to `waiting`. They will say the same again: a number is a counter's."""
-    left = decoder.make_room(running.count)
-    if left:
-        leaving = torch.zeros(running.count, dtype=torch.bool, device=running.row.device)
-        leaving[left] = True
-        record.forget(running.row[left])
-        waiting += running.row[left].tolist()
-        _release(decoder, running, leaving, 0)
-
-
-def _release(decoder: Decoder, running: ActiveSlots, finished: Tensor, first: int) -> None:
-    """Close the gaps that finished slots leave with the last live slots: each gap costs one slot's copy."""
-    live = torch.ones(running.count, dtype=torch.bool, device=finished.device)
-    live[first:] = ~finished
-    count = int(live.sum())
-    gaps, movers = (~live[:count]).nonzero()[:, 0], count + live[count:].nonzero()[:, 0]
-    if len(gaps):
-        decoder.move(movers, gaps, int(running.position[movers].max()))
-        for vector in running.vectors():
-            vector[gaps] = vector[movers]
-    decoder.keep(count)
-    running.keep(count)

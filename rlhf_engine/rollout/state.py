@@ -1,6 +1,6 @@
-"""The books of a rollout, on the device and at fixed addresses: which sequence is in which slot, and all that was said.
+"""Rollout state in fixed-address device tensors: the slot of each sequence and its tokens, log-probs and values so far.
 
-A graph that holds a decode step keeps them too, rows without a sequence included, whose entries go to a row that is nobody's.
+A graph that captures a decode step also captures the updates of this state. Its rows without a sequence write to a spare row.
 """
 
 from __future__ import annotations
@@ -20,31 +20,33 @@ from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, STOP_TOKEN, S
 
 @dataclass
 class ActiveSlots:
-    """The sequences in the first `count` slots. All tensors are (slots,), int64; a graph knows their addresses."""
+    """The sequences in the first `count` slots. All tensors are (slots,), int64, at addresses that a graph may hold."""
 
     token: Tensor  # the last token, not yet read by the trunk
     position: Tensor  # its position
-    row: Tensor  # the prompt that it answers; `nobody` in slots without a sequence
-    step: Tensor  # actions taken
-    nobody: int
+    row: Tensor  # the row of its prompt in the rollout; `spare_row` in slots without a sequence
+    step: Tensor  # actions so far
+    spare_row: int
     count: int = 0
 
     @classmethod
-    def of(cls, slots: int, nobody: int, device: torch.device) -> ActiveSlots:
-        return cls(*(torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)), nobody)
+    def of(cls, slots: int, spare_row: int, device: torch.device) -> ActiveSlots:
+        """Return `slots` slots with `count` 0."""
+        return cls(*(torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)), spare_row)
 
     def vectors(self) -> tuple[Tensor, ...]:
+        """Return all tensors."""
         return self.token, self.position, self.row, self.step
 
     def keep(self, count: int) -> None:
-        """Slots at `count` and beyond have no sequence."""
+        """Empty the slots from `count` on."""
         self.count = count
         for vector in self.vectors():
-            vector[count:] = self.nobody if vector is self.row else 0
+            vector[count:] = self.spare_row if vector is self.row else 0
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """No slot has a sequence, whatever is done to them meanwhile."""
+        """Empty all slots within, and restore them afterwards."""
         kept, count = [vector.clone() for vector in self.vectors()], self.count
         self.keep(0)
         try:
@@ -56,14 +58,14 @@ class ActiveSlots:
 
 
 class RolloutState:
-    """Everything said while sampling, by prompt and step, of up to `most` prompts.
+    """What was sampled so far, by prompt and step, of up to `capacity` prompts.
 
-    Row `most`, nobody's, takes what slots without a sequence say.
+    Row `capacity` is spare: slots without a sequence write to it.
     """
 
     def __init__(
         self,
-        most: int,
+        capacity: int,
         slots: int,
         columns: int,
         config: RolloutConfig,
@@ -73,11 +75,11 @@ class RolloutState:
         stop_token_id: int | None,
         stops: StopStrings | None,
     ) -> None:
-        self.config, self.most, self.pad_token_id = config, most, pad_token_id
+        self.config, self.capacity, self.pad_token_id = config, capacity, pad_token_id
         self.eos_token_ids, self.stop_token_id, self.stops = eos_token_ids, stop_token_id, stops
-        device, shape = eos_token_ids.device, (most + 1, config.max_response_tokens)
+        device, shape = eos_token_ids.device, (capacity + 1, config.max_response_tokens)
         self.sequence, self.lengths, self.stop_reason, self.prompt_lengths = (
-            torch.zeros(most + 1, dtype=torch.int64, device=device) for _ in range(4)
+            torch.zeros(capacity + 1, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs, self.sampling_logprobs, self.values = (torch.zeros(shape, device=device) for _ in range(3))
@@ -85,85 +87,85 @@ class RolloutState:
         self.ended = torch.zeros((), dtype=torch.int64, device=device)
         self.history: Tensor | None = None
         if self.config.repetition_penalty != 1.0:
-            # A prompt's ids and then the response's; what is behind them repeats the first one and changes nothing.
-            self.history = torch.zeros(most + 1, columns, dtype=torch.int64, device=device)
+            # The ids of prompt and response; the columns after them repeat the first id, which changes no penalty.
+            self.history = torch.zeros(capacity + 1, columns, dtype=torch.int64, device=device)
 
     def begin(self, prompts: list[Tensor], sequence: Tensor) -> None:
-        """Nothing said yet."""
+        """Reset the state for new prompts; `sequence` (B,) are the numbers of their sequences in the run."""
         self.prompts, self.count = prompts, len(prompts)
         self.sequence[: self.count] = sequence.to(self.sequence.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.prompt_lengths[: self.count] = lengths.to(self.sequence.device)
         self.ids.fill_(self.pad_token_id)
-        for said in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
-            said.zero_()
+        for tensor in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
+            tensor.zero_()
         self.stop_reason.fill_(LENGTH)
         if self.history is not None:
             for row, prompt in enumerate(prompts):
                 self.history[row] = prompt[0]
                 self.history[row, : len(prompt)] = prompt
 
-    def streams(self, running: ActiveSlots, here: slice) -> tuple[Tensor, ...]:
-        """What an action depends on beside its state: the numbers of its sequence and step, and ids that are penalised."""
-        row, step = running.row[here], running.step[here]
+    def sampling_inputs(self, active: ActiveSlots, slots: slice) -> tuple[Tensor, ...]:
+        """Return what sampling reads besides logits: each slot's sequence number, step and, with a repetition penalty, ids."""
+        row, step = active.row[slots], active.step[slots]
         return self.sequence[row], step, *(() if self.history is None else (self.history[row],))
 
-    def note(
+    def append(
         self,
         ids: Tensor,  # (N,), and so the next three
         logprobs: Tensor,
         sampling_logprobs: Tensor,
         values: Tensor,
-        running: ActiveSlots,
-        here: slice,
+        active: ActiveSlots,
+        slots: slice,
     ) -> None:
-        """An action of each of the slots `here`; work on tensors alone."""
-        row, step = running.row[here].clone(), running.step[here].clone()
-        live = row < self.most
+        """Append one action to the sequence in each of N slots, without waiting for the device."""
+        row, step = active.row[slots].clone(), active.step[slots].clone()
+        live = row < self.capacity
         self.ids[row, step], self.logprobs[row, step] = ids, logprobs
         self.sampling_logprobs[row, step], self.values[row, step] = sampling_logprobs, values
         if self.history is not None:
             self.history[row, self.prompt_lengths[row] + step] = ids
-        running.token[here] = ids
-        running.position[here] += live
-        running.step[here] += live
-        reason = self._why(ids, step)
+        active.token[slots] = ids
+        active.position[slots] += live
+        active.step[slots] += live
+        reason = self._stop_reasons(ids, step)
         self.stop_reason[row], self.lengths[row] = reason, step + 1
-        self.finished[here] = live & ((reason != LENGTH) | (step + 1 == self.config.max_response_tokens))
-        self.ended.copy_(self.finished[here].sum())
+        self.finished[slots] = live & ((reason != LENGTH) | (step + 1 == self.config.max_response_tokens))
+        self.ended.copy_(self.finished[slots].sum())
 
-    def _why(self, ids: Tensor, step: Tensor) -> Tensor:  # (N,), int64
-        """Why each response ends with this action; LENGTH where nothing but its budget, or a stop string, can end it."""
+    def _stop_reasons(self, ids: Tensor, step: Tensor) -> Tensor:  # (N,), int64
+        """Return why each response ends with this action; LENGTH where only its budget or a stop string can end it."""
         reason = torch.full_like(ids, LENGTH)
         if self.stop_token_id is not None:
             stopped = (ids == self.stop_token_id) & (step >= self.config.stop_after)
             reason.masked_fill_(stopped, STOP_TOKEN)
         return reason.masked_fill((ids[:, None] == self.eos_token_ids).any(1), EOS)
 
-    def count_ended(self, running: ActiveSlots, first: int) -> int:
-        """How many sequences the last action of the slots `first` to `running.count` ended. Waits for the device."""
+    def count_ended(self, active: ActiveSlots, first: int) -> int:
+        """Return how many sequences the last action of slots `first` to `active.count` ended. Waits for the device."""
         if self.stops is None:
             return int(self.ended)
-        here = slice(first, running.count)
-        row = running.row[here]
-        said = zip(self.ids[row].tolist(), self.lengths[row].tolist(), strict=True)
-        found = [self.stops.found(response[:length]) for response, length in said]
+        slots = slice(first, active.count)
+        row = active.row[slots]
+        responses = zip(self.ids[row].tolist(), self.lengths[row].tolist(), strict=True)
+        found = [self.stops.found(response[:length]) for response, length in responses]
         stopped = torch.tensor(found, device=row.device) & (self.stop_reason[row] == LENGTH)
         self.stop_reason[row] = self.stop_reason[row].masked_fill(stopped, STOP_STRING)
-        self.finished[here] |= stopped
-        return int(self.finished[here].sum())
+        self.finished[slots] |= stopped
+        return int(self.finished[slots].sum())
 
-    def forget(self, row: Tensor) -> None:
-        """The responses of these prompts begin again."""
+    def restart(self, row: Tensor) -> None:
+        """Erase the responses to these prompts."""
         self.ids[row] = self.pad_token_id
-        for said in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
-            said[row] = 0
+        for tensor in (self.logprobs, self.sampling_logprobs, self.values, self.lengths):
+            tensor[row] = 0
         if self.history is not None:
             for index in row.tolist():
                 self.history[index, len(self.prompts[index]) :] = self.prompts[index][0]
 
     def rollout(self) -> Rollout:
-        """Copies: the next rollout is noted in the same place."""
+        """Return a copy of what was sampled: the next rollout reuses this state."""
         everyone = slice(0, self.count)
         lengths = self.lengths[everyone]
         width = int(lengths.max())

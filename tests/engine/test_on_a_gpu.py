@@ -26,7 +26,7 @@ def sampled(actor, count=20, slots=16, **settings):
 def test_graphs_sample_what_the_cpu_samples(family):
     """Token by token; the log-probs are those of a fresh forward pass."""
     generator, found = sampled(make_actor(family).to(CUDA))
-    assert generator.paged.captures and generator.paged._graphed is not None
+    assert generator.decoder.captures and generator.decoder._graphed is not None
     _, expected = sampled(make_actor(family))
     assert torch.equal(found.response_ids.cpu(), expected.response_ids)
     check_logprobs(generator, found, atol=2e-5)

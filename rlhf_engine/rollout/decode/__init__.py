@@ -1,1 +1,33 @@
-"""The trunk as a decoder: one token per sequence and step."""
+"""Decoders: one token per sequence and step, with keys and values in slots or in pages."""
+
+from __future__ import annotations
+
+from rlhf_engine.config import RolloutConfig
+from rlhf_engine.model import LanguageModel
+from rlhf_engine.rollout.decode.protocol import Decoder
+
+
+def is_paged(cache: str, device: str) -> bool:
+    """Return whether `rollout.cache` asks for pages on a device of type `device`."""
+    return cache == "paged" or (cache == "auto" and device == "cuda")
+
+
+def make_decoder(policy: LanguageModel, config: RolloutConfig, columns: int, kv_bytes: int | None = None) -> Decoder:
+    """Return the decoder that `config.cache` asks for, for sequences of at most `columns` tokens.
+
+    Its keys and values take at most `kv_bytes`. Raises ValueError as `SlotDecoder` or `PagedDecoder` does, and for
+    `config.compile` without pages.
+    """
+    # Imported here, so that a run loads only the decoder that it uses.
+    if is_paged(config.cache, policy.device.type):
+        from rlhf_engine.rollout.decode.paged import PagedDecoder
+
+        return PagedDecoder(policy, config.batch_size, columns, kv_bytes=kv_bytes, compiles=config.compile)
+    if config.compile:
+        raise ValueError(
+            f"rollout.compile: got True for {type(policy.model).__name__} on {policy.device} with rollout.cache "
+            f"{config.cache!r}, expected None or False: decode steps are compiled only on pages"
+        )
+    from rlhf_engine.rollout.decode.slots import SlotDecoder
+
+    return SlotDecoder(policy, config.batch_size, columns, kv_bytes=kv_bytes)

@@ -1,8 +1,8 @@
-"""Layers whose bits do not depend on the batch, put in place of torch's while a trunk decodes.
+"""Decoding on CPU: layers whose bits do not depend on the batch, and a faster product of the output layer.
 
-Attention: torch's fused kernel on CPU hands each thread a scratch block whose alignment depends on the thread, and BLAS
-rounds by alignment: with one query a sequence the bits depend on which thread took it. `decode_attention` reads the columns of
-a row's own sequence and nothing else.
+Attention: torch's fused kernel on CPU gives each thread a scratch block whose alignment depends on the thread, and BLAS
+rounds by alignment: with one query per sequence the bits depend on which thread computed it. `decode_attention` reads only the
+columns of a row's own sequence.
 
 Activations: torch's loops for SiLU, GELU and sigmoid on CPU end in scalar code, which rounds differently from the vector
 code, wherever a thread's share of the tensor ends. exp, erf and tanh do not.
@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from rlhf_engine.model import ActorCritic
+from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.trunk import attention
 from rlhf_kernels import decode_attention
 
 ATTENTION = "rlhf_slots"
-REPLACED = ("sdpa", "flash_attention_2")
-"""Implementations in whose place it decodes."""
 
 
 def slot_attention(
@@ -35,7 +33,7 @@ def slot_attention(
     value: Tensor,  # (slots, groups, W, D)
     attention_mask: Tensor,  # (R, 1, 1, W), bool
     scaling: float | None = None,  # default: D ** -0.5
-    **unused: object,  # what other implementations are told too: dropout, sliding_window, is_causal
+    **unused: object,  # arguments of other implementations: dropout, sliding_window, is_causal
 ) -> tuple[Tensor, None]:  # (R, 1, heads, D)
     """`decode_attention` in transformers' attention interface; rows without a slot get zeros."""
     slots = len(key)
@@ -49,7 +47,7 @@ AttentionInterface.register(ATTENTION, slot_attention)
 
 
 _CHUNK = 2**16
-"""Elements that a chain of element-wise operations takes at a time: they stay in the cache, and no large temporary is made."""
+"""Elements per block of a chain of element-wise operations: they stay in the processor's cache, without a large temporary."""
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -69,7 +67,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The formula of an activation that ends in scalar code; None for every other module."""
+    """Return the formula of an activation whose kernel ends in scalar code; None for every other module."""
     if isinstance(module, (nn.SiLU, SiLUActivation)):
         return _silu
     if isinstance(module, nn.GELU):
@@ -78,9 +76,9 @@ def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | Non
 
 
 class InvariantLayers:
-    """`with layers.prefill():` and `with layers.decode():` run the policy's trunk so. Eager attention stays eager."""
+    """`with layers.prefill():` and `with layers.decode():` replace the layers of the policy's trunk; eager attention stays."""
 
-    def __init__(self, policy: ActorCritic) -> None:
+    def __init__(self, policy: LanguageModel) -> None:
         self.config = policy.model.config.get_text_config()
         found = ((module, _invariant_activation(module)) for module in policy.trunk.modules())
         on_cpu = policy.device.type == "cpu"
@@ -88,6 +86,7 @@ class InvariantLayers:
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
+        """Replace the activations within."""
         for module, formula in self.activations:
             module.forward = formula
         try:
@@ -98,20 +97,21 @@ class InvariantLayers:
 
     @contextmanager
     def decode(self) -> Iterator[None]:
+        """Replace the activations and the attention within."""
         kept = self.config._attn_implementation
-        with attention(self.config, ATTENTION if kept in REPLACED else kept), self.prefill():
+        with attention(self.config, kept if kept == "eager" else ATTENTION), self.prefill():
             yield
 
 
 # ---- the language-model head ----
-# The weight of the language-model head is reordered once into oneDNN's layout, for the matrix product of every step.
+# The weight of the language-model head is reordered into oneDNN's layout once per rollout, for the matrix product of each step.
 # A weight of [V, H] has more bytes than the processor's cache, so a product with few rows reads it at the speed of memory and
-# out of order. One reordered copy, for the lifetime of a decoder, gives logits in about two thirds of the time. The operations
-# are private ones of torch, looked up by name; without them the weight is used as it is.
+# out of order. With a reordered copy logits take about two thirds of the time. The operations are private ones of torch, looked
+# up by name; without them the output layer is called.
 
 
 _ROWS = 64
-"""Rows that the layout is made for; a product with another number of them reads the same layout."""
+"""Rows for which the layout is optimised; a product with any number of rows reads the same layout."""
 
 
 def reorders(device: str, dtype: torch.dtype) -> bool:
@@ -121,18 +121,14 @@ def reorders(device: str, dtype: torch.dtype) -> bool:
     return here and device == "cpu" and dtype == torch.float32
 
 
-def can_reorder(weight: Tensor) -> bool:
-    """Return `reorders` of this weight."""
-    return reorders(weight.device.type, weight.dtype)
-
-
-def head_product(policy: ActorCritic) -> ReorderedHead | None:
-    """Return the output layer's product for the decode steps of one rollout; None where the layer's own is used."""
-    return ReorderedHead() if policy.compute_dtype is None and can_reorder(policy.lm_weight) else None
+def head_product(policy: LanguageModel) -> ReorderedHead | None:
+    """Return the product of the output layer for the decode steps of one rollout; None for the layer's own."""
+    weight = policy.lm_weight
+    return ReorderedHead() if policy.compute_dtype is None and reorders(weight.device.type, weight.dtype) else None
 
 
 class ReorderedHead:
-    """`hidden @ weight.T + bias` with the weight of the first call, which is reordered then."""
+    """`hidden @ weight.T + bias`; the first call reorders its weight, which all calls then use."""
 
     def __init__(self) -> None:
         self.reordered: Tensor | None = None

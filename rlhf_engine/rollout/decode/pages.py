@@ -1,14 +1,26 @@
-"""Which sequence has which pages of keys and values: bookkeeping on the host, without tensors.
+"""The page table of a paged cache: bookkeeping on the host, without tensors.
 
-A page is claimed when a sequence grows into it, not when the sequence begins: answers are often several times shorter than the
-longest one allowed, and a pool that kept room for the longest answer of each would run a fraction of the sequences. The price
-is that the pool can run out under way. Then the youngest sequence leaves and begins again later. The oldest one never leaves,
-and the pool holds its longest answer, so sampling ends.
+A page is allocated when a sequence grows into it, not when the sequence begins: responses are often several times shorter than
+the longest one allowed, and a pool that reserved pages for the longest response of each would run a fraction of the sequences.
+So the pool can run out of pages during decoding. Then the youngest sequence is preempted and generated again later. The oldest
+one is never preempted, and the pool has enough pages for its longest response, so sampling ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+
+from rlhf_engine.rollout.decode.protocol import kv_bytes
+
+PAGE_SIZE = 64
+"""Tokens per page: a sequence leaves half a page unused on average, and a tile of the kernel spans one or two pages."""
+
+
+def pool_bytes(shape: tuple[int, int, int], pages: int, dtype: torch.dtype, page_size: int = PAGE_SIZE) -> int:
+    """Return the bytes of `pages` pages and of page 0, which no sequence has; `shape` is that of `kv_shape`."""
+    return kv_bytes(shape, (1 + pages) * page_size, dtype)
 
 
 def pages_of(tokens: int, page_size: int) -> int:
@@ -17,7 +29,7 @@ def pages_of(tokens: int, page_size: int) -> int:
 
 
 class Pages:
-    """A free list with counts of holders; pages are numbers from `first` on."""
+    """A free list with reference counts; pages are numbered from `first` on."""
 
     def __init__(self, count: int, first: int = 0) -> None:
         self._free = list(range(first + count - 1, first - 1, -1))
@@ -25,23 +37,23 @@ class Pages:
 
     @property
     def free(self) -> int:
-        """How many pages nobody holds."""
+        """Free pages."""
         return len(self._free)
 
     def claim(self) -> int:
-        """A free page, held once."""
+        """Return a free page with a reference count of 1."""
         page = self._free.pop()
         self._holders[page] = 1
         return page
 
     def share(self, pages: Sequence[int]) -> None:
-        """One more holder for each."""
+        """Add a reference to each."""
         for page in pages:
             assert self._holders[page] > 0, page
             self._holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder less for each; a page without any is free."""
+        """Drop a reference of each; a page without references becomes free."""
         for page in pages:
             assert self._holders[page] > 0, page
             self._holders[page] -= 1
@@ -49,12 +61,12 @@ class Pages:
                 self._free.append(page)
 
     def holders(self, page: int) -> int:
-        """How many sequences read it."""
+        """Return the reference count of a page."""
         return self._holders[page]
 
 
 class Sequences:
-    """The pages of the sequence in each slot, in the order of its tokens, and how long it is."""
+    """The pages of the sequence in each slot, in the order of its tokens, and its length."""
 
     def __init__(self, pages: Pages, page_size: int, slots: int) -> None:
         self.pages, self.page_size = pages, page_size
@@ -64,11 +76,11 @@ class Sequences:
         self._admitted = 0
 
     def pages_of(self, tokens: int) -> int:
-        """How many pages they fill, the last one in part."""
+        """Return how many pages `tokens` tokens fill, the last one in part."""
         return pages_of(tokens, self.page_size)
 
     def admit(self, slot: int, length: int, like: int | None = None) -> None:
-        """A prompt of `length` tokens comes to an empty slot; it shares all pages of slot `like`, which has the same prompt."""
+        """Allocate pages for a prompt of `length` tokens in an empty slot, or share those of a slot `like` with that prompt."""
         assert not self.held[slot], slot
         if like is None:
             self.held[slot] = [self.pages.claim() for _ in range(self.pages_of(length))]
@@ -80,36 +92,36 @@ class Sequences:
         self.lengths[slot], self._ages[slot] = length, self._admitted
 
     def drop(self, slot: int) -> None:
-        """The slot's sequence is gone."""
+        """Release the pages of a slot's sequence."""
         self.pages.release(self.held[slot])
         self.held[slot], self.lengths[slot] = [], 0
 
     def move(self, source: int, target: int) -> None:
-        """The sequence in `source` goes on in `target`, whose own is gone."""
+        """Move the sequence in slot `source` to slot `target`, whose own sequence is dropped."""
         self.drop(target)
         for of_slot in (self.held, self.lengths, self._ages):
             of_slot[source], of_slot[target] = of_slot[target], of_slot[source]
 
     def needed(self, slots: Sequence[int]) -> int:
-        """Free pages that one more token for each of these slots takes; between them they hold all that is held."""
+        """Return how many free pages one more token per slot takes; no other slot may have a sequence."""
         new = sum(self.lengths[slot] % self.page_size == 0 for slot in slots)
         begun = (self.held[slot][-1] for slot in slots if self.lengths[slot] % self.page_size)
-        # Of the holders of a page that is full in part, all but the last to write take a copy.
+        # All sequences that share a partly filled page copy it on writing, except the last one to write.
         return new + sum(self.pages.holders(page) - 1 for page in set(begun))
 
-    def make_room(self, count: int) -> list[int]:
-        """Drop the youngest of the first `count` sequences until all others have room for a token; returns their slots."""
+    def preempt(self, count: int) -> list[int]:
+        """Drop the youngest of the first `count` sequences until pages suffice for a token of the others; return the slots."""
         staying, dropped = list(range(count)), []
         while self.needed(staying) > self.pages.free:
             youngest = max(staying, key=self._ages.__getitem__)
-            assert len(staying) > 1, "the pool holds one sequence of any length"
+            assert len(staying) > 1, "the pool has pages for one sequence of any length"
             staying.remove(youngest)
             dropped.append(youngest)
             self.drop(youngest)
         return dropped
 
     def grow(self, slot: int) -> tuple[int, int, int | None] | None:
-        """Room for one more token: None, or (place, page that comes there, page to copy into it first)."""
+        """Make space for one more token; return None or (index in the table, new page there, page to copy into it first)."""
         place, begun = divmod(self.lengths[slot], self.page_size)
         self.lengths[slot] += 1
         held = self.held[slot]

@@ -1,44 +1,41 @@
-"""The trunk as a decoder: prompts in, then one token a sequence and step, through a `SlotCache`.
+"""Decoding with keys and values in slots: one preallocated slot per sequence.
 
-A row's hidden state has the same bits whatever the rows around it, which is what makes a sample independent of its batch.
-Four things see to that on CPU: a matrix product has at least `MIN_ROWS` rows (fewer take another path in BLAS), a prompt
-is padded to a width that its own length decides, attention reads the columns of its own sequence alone (eager attention: a
-width that the configuration decides), and activations are replaced where torch's kernels round by position
-(`InvariantLayers`).
-
-Whatever decodes for a `Generator` has what `Decoder` has: `slots`, `prefill`, `decode`, `logits`, `step`, `move` and `check`;
-and `room`, `make_room`, `keep` and `close`, which say something where memory is not one slot a sequence (`PagedDecoder`).
+In a slot a token's column is its position, so that a sequence's attention reads the same columns whatever the other slots hold.
+The slot of a finished sequence is overwritten by the next one, and no tensor is concatenated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rlhf_engine.model import ActorCritic, Outputs, TokenBatch
+from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.model.roles import Want
-from rlhf_engine.rollout.decode.cache import Allocate, SlotCache, kv_bytes, kv_shape, new_memory, same_as
-from rlhf_engine.rollout.decode.cpu import REPLACED, InvariantLayers, head_product
+from rlhf_engine.rollout.decode.cpu import InvariantLayers, ReorderedHead, head_product
+from rlhf_engine.rollout.decode.protocol import (
+    MIN_ROWS,
+    Act,
+    Allocate,
+    attention_kinds,
+    check_decoding,
+    check_kv_bytes,
+    kv_bytes,
+    kv_shape,
+    new_memory,
+    prefill_batch,
+    same_as,
+    sampled_outputs,
+)
 
-MIN_ROWS = 16
-Act = Callable[[Outputs, slice], None]
-"""What is done in the states of a step, given the policy's outputs and the slots: work on tensors only, for graphs."""
 _BLOCK = 512
-"""Columns that attention takes at a time on CPU; a longer cache is read in whole blocks."""
-
-
-def prompt_width(length: int) -> int:
-    """Columns of the prefill of a prompt: a function of its own length, with at most a quarter of padding beyond 64."""
-    step = MIN_ROWS
-    while step * 4 < length:
-        step *= 2
-    return -(-length // step) * step
+"""Columns that attention on CPU reads at a time; a longer cache is read in whole blocks."""
 
 
 def slot_columns(tokens: int) -> int:
@@ -46,9 +43,9 @@ def slot_columns(tokens: int) -> int:
     return -(-tokens // MIN_ROWS) * MIN_ROWS
 
 
-def slot_bytes(policy: ActorCritic, columns: int) -> int:
-    """Bytes of the keys and values of one sequence of at most `columns` tokens."""
-    return kv_bytes(kv_shape(policy), slot_columns(columns), policy.product_dtype)
+def slot_bytes(policy: LanguageModel, tokens: int) -> int:
+    """Return the bytes of the keys and values of one slot for sequences of at most `tokens` tokens."""
+    return kv_bytes(kv_shape(policy), slot_columns(tokens), policy.product_dtype)
 
 
 def slots_per_step(*, eager: bool) -> int:
@@ -56,69 +53,153 @@ def slots_per_step(*, eager: bool) -> int:
     return MIN_ROWS if eager else 1
 
 
-def slot_step(policy: ActorCritic) -> int:
-    """Return `slots_per_step` of the policy's attention."""
-    return slots_per_step(eager=policy.model.config.get_text_config()._attn_implementation == "eager")
+@dataclass
+class _Pass:
+    """The forward pass under way, as the layers of the cache need to know it."""
+
+    first: int = 0  # prefill writes slots first, first + 1, ...
+    source: Tensor | None = None  # (rows,), prefill: the prompt that each of these slots copies
+    positions: Tensor | None = None  # (R,), decode: the column that each of the first R slots writes; None in prefill
+    rows: Tensor | None = None  # (R,), decode: 0, 1, ... R - 1
+    width: int = 0  # decode: columns that attention reads
 
 
-def sampled_outputs(policy: ActorCritic) -> tuple[Want, ...]:
-    """Return what a decode step asks the policy for: values too, where they come from the same hidden states."""
-    return ("logits", "values") if policy.value is not None and policy.value.shares_trunk else ("logits",)
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer: [slots, heads, columns, head size]."""
+
+    is_sliding = False
+
+    def __init__(self, slots: int, columns: int, now: _Pass, allocate: Allocate) -> None:
+        super().__init__()
+        self.slots, self.columns, self.now, self.allocate = slots, columns, now, allocate
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def zeros(states: Tensor) -> Tensor:
+            shape = (self.slots, states.shape[1], self.columns, states.shape[3])
+            # Autocast makes keys float32, and attention then reads them in the dtype of values. Zeros: attention that
+            # multiplies masked columns by 0 would turn a NaN there into a NaN of the output.
+            return self.allocate(shape, value_states.dtype, states.device).zero_()
+
+        self.keys, self.values = zeros(key_states), zeros(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new columns; return what attention reads: in prefill the new columns, in decode all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        now = self.now
+        if now.positions is None:
+            length = min(key_states.shape[2], self.columns)  # padding may be wider than the longest sequence
+            slots = slice(now.first, now.first + len(now.source))
+            self.keys[slots, :, :length] = key_states[:, :, :length][now.source]
+            self.values[slots, :, :length] = value_states[:, :, :length][now.source]
+            return key_states, value_states
+        rows = len(now.positions)  # further rows only fill up the matrix products and have no slot
+        self.keys[now.rows, :, now.positions] = key_states[:rows, :, 0].to(self.keys.dtype)
+        self.values[now.rows, :, now.positions] = value_states[:rows, :, 0]
+        return self.keys[:rows, :, : now.width], self.values[:rows, :, : now.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Called in prefill only, where attention reads the new columns; decode passes its own mask.
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.columns
 
 
-def prefill_batch(policy: ActorCritic, prompts: list[Tensor], source: list[int], cache: Cache) -> TokenBatch:
-    """Return prompts of one `prompt_width` as one pass reads them; row r is the state after prompt `source[r]`.
+class SlotCache(Cache):
+    """A transformers cache in which every sequence has its own length. Call `prefill` or `decode` before each forward pass."""
 
-    There are at least `MIN_ROWS` rows; those beyond `source` repeat the first prompt's. Columns beyond a prompt's end repeat
-    its last token: no real token sees them, and no key or value of theirs is used. Positions stay within the model's.
+    def __init__(self, layers: int, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
+        self.now = _Pass()
+        super().__init__(layers=[SlotLayer(slots, columns, self.now, allocate) for _ in range(layers)])
+
+    def prefill(self, first: int, source: Tensor) -> None:
+        """Expect a forward pass over whole prompts; slots `first`, `first + 1`, ... store its rows `source`."""
+        self.now.first, self.now.source, self.now.positions = first, source, None
+
+    def decode(self, positions: Tensor, width: int) -> None:
+        """Expect a forward pass over one token per slot, at `positions` [R], that reads `width` columns."""
+        self.now.positions = positions
+        self.now.rows = torch.arange(len(positions), device=positions.device)
+        self.now.width = width
+
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy the first `width` columns of slots `source` over those of slots `target`; the two must not overlap."""
+        for layer in self.layers:
+            layer.keys[target, :, :width] = layer.keys[source, :, :width]
+            layer.values[target, :, :width] = layer.values[source, :, :width]
+
+
+class SlotDecoder:
+    """`Decoder` with a slot for a sequence of up to `columns` tokens each: `slots` of them, or fewer to fit into `kv_bytes`.
+
+    Raises ValueError for a model whose attention is neither full nor sliding-window, and for `kv_bytes` that are too few.
     """
-    device, width, limit = policy.device, prompt_width(len(prompts[0])), max_positions(policy.model)
-    inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
-    last = torch.tensor([row * width + len(prompt) - 1 for row, prompt in enumerate(prompts)], device=device)
-    rows = last[torch.tensor(source + [0] * (MIN_ROWS - len(source)), device=device)]
-    positions = None
-    if limit is not None and width > limit:
-        positions = torch.arange(width, device=device).clamp(max=limit - 1).expand_as(inputs)
-    return TokenBatch(input_ids=inputs, rows=rows, position_ids=positions, cache=cache)
 
-
-class Decoder:
-    """Runs a policy's trunk on a cache with `slots` sequences of at most `columns` tokens.
-
-    Made anew for new weights. `allocate` gives the memory of keys and values.
-
-    Raises ValueError for a model whose attention is not plain or sliding-window, or whose decoding with the cache does not
-    give what one forward pass over the whole sequence gives (`check`).
-    """
-
-    def __init__(self, policy: ActorCritic, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
-        self.policy = policy
-        self.columns = slot_columns(columns)
+    def __init__(self, policy: LanguageModel, slots: int, columns: int, kv_bytes: int | None = None) -> None:
+        self.policy, self.columns = policy, slot_columns(columns)
         self.text_config = policy.model.config.get_text_config()
-        self.attention = _attention_of(policy)
+        self.kinds = attention_kinds(policy)
         self.eager = self.text_config._attn_implementation == "eager"
-        self.slots = slots + -slots % slot_step(policy)
-        self.cache = SlotCache(self.text_config.num_hidden_layers, self.slots, self.columns, allocate)
+        self.slots = slots if kv_bytes is None else min(slots, self._slots_within(kv_bytes, columns))
+        self.rows = self.slots
         self.layers = InvariantLayers(policy)
         self.want = sampled_outputs(policy)
-        self.project = head_product(policy)
+        self.max_position = max_positions(policy.model)
         self.column = torch.arange(self.columns, device=policy.device)
+        self.cache: SlotCache | None = None
+        self.project: ReorderedHead | None = None
+
+    def _slots_within(self, kv_bytes: int, columns: int) -> int:
+        step = slots_per_step(eager=self.eager)
+        few = "one sequence" if step == 1 else f"{step} sequences, the fewest that eager attention decodes,"
+        check_kv_bytes(kv_bytes, self._bytes(step), f"{few} of {columns} tokens")
+        return kv_bytes // self._bytes(step) * step
+
+    def _bytes(self, slots: int) -> int:
+        return self._allocated(slots) * slot_bytes(self.policy, self.columns)
+
+    def _allocated(self, slots: int) -> int:
+        return slots + -slots % slots_per_step(eager=self.eager)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values in all slots."""
+        return self._bytes(self.slots)
+
+    def check(self) -> None:
+        """Raise ValueError where decoding differs from one forward pass over the whole sequence."""
+        check_decoding(self, self.policy, self.slots)
+
+    def open(self, sequences: int, allocate: Allocate = new_memory) -> None:
+        """Begin a rollout: no more slots are allocated than there are sequences, each layer's in its first forward pass."""
+        slots = self._allocated(min(self.slots, sequences))
+        self.cache = SlotCache(self.text_config.num_hidden_layers, slots, self.columns, allocate)
+        self.project = head_product(self.policy)  # of the weights as they are now
+
+    def close(self) -> None:
+        """Drop the cache and the reordered weight."""
+        self.cache = self.project = None
 
     def prefill(self, prompts: list[Tensor], first: int) -> Outputs:  # rows >= MIN_ROWS
-        """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt.
-
-        Prompts with the same ids are read once. Rows beyond the prompts repeat the first one.
-        """
+        """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt."""
         firsts, source = same_as(prompts)
-        batch = prefill_batch(self.policy, [prompts[index] for index in firsts], source, self.cache)
+        distinct = [prompts[index] for index in firsts]
+        batch = prefill_batch(self.policy, distinct, source, self.cache, self.max_position)
         self.cache.prefill(first, torch.tensor(source, device=self.policy.device))
         with self.layers.prefill():
             return self.policy(batch, self.want, project=self.project)
 
     def decode(
         self,
-        tokens: Tensor,  # (slots,), the last token of each sequence; slots at `count` and beyond hold none
-        positions: Tensor,  # (slots,), its position
+        tokens: Tensor,  # (rows,), the last token of each sequence; slots from `count` on are empty
+        positions: Tensor,  # (rows,), the position of that token
         count: int,
         want: Collection[Want] | None = None,
     ) -> Outputs:  # rows >= MIN_ROWS
@@ -139,91 +220,41 @@ class Decoder:
 
     def step(
         self,
-        tokens: Tensor,  # (slots,)
-        positions: Tensor,  # (slots,)
+        tokens: Tensor,  # (rows,)
+        positions: Tensor,  # (rows,)
         count: int,
         act: Act,
         idle: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Call `act(outputs, here)` in the states after `decode`, of the rows `here`: those of the first `count` slots.
-
-        A graph may hold it, and then `here` has rows behind those, without a sequence. In `idle` it has no sequence at all.
-        """
+        """Call `act(outputs, slots)` on the outputs of `decode`, of the first `count` slots."""
         act(self.decode(tokens, positions, count), slice(0, count))
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
-        """Sequences of at most `width` tokens in slots `source` go on in slots `target`; the two must not overlap."""
+        """Copy sequences of at most `width` tokens from slots `source` to slots `target`; the two must not overlap."""
         self.cache.move(source, target, width)
 
-    def room(self, prompts: list[Tensor], count: int) -> int:
-        """How many of these prompts, in their order, there is memory for beside `count` running sequences: a slot each."""
+    def keep(self, count: int) -> None:
+        """Drop the sequences in slots from `count` on, which needs no work."""
+
+    def admissible(self, prompts: list[Tensor], count: int) -> int:
+        """Return the number of prompts: every slot has space for a whole sequence."""
         return len(prompts)
 
-    def make_room(self, count: int) -> list[int]:
-        """The slots whose sequences had to leave, so that all others of the first `count` can take one more token: none."""
+    def preempt(self, count: int) -> list[int]:
+        """Return no slot: every sequence has space to its end."""
         return []
 
-    def room_of(self, length: int) -> int:
-        """How many sequences of `length` tokens there is memory for at a time."""
-        return self.slots
-
-    def keep(self, count: int) -> None:
-        """The sequences in slots at `count` and beyond are gone."""
-
-    def close(self) -> None:
-        """Sampling is over."""
+    def metrics(self) -> dict[str, float]:
+        """Return nothing to log."""
+        return {}
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         column, position = self.column[:width], positions[:, None, None, None]
         masks = {"full_attention": column <= position}
-        if "sliding_attention" in self.attention:
+        if "sliding_attention" in self.kinds:
             masks["sliding_attention"] = masks["full_attention"] & (column > position - self.text_config.sliding_window)
         if self.eager:
             lowest = torch.finfo(self.policy.lm_weight.dtype).min
             zero = torch.zeros((), dtype=self.policy.lm_weight.dtype, device=positions.device)
             masks = {kind: torch.where(mask, zero, lowest) for kind, mask in masks.items()}
-        return masks if len(self.attention) > 1 else masks[self.attention[0]]
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Compare two sequences of different lengths (one slot: one), decoded, with one forward pass over each."""
-        ids = torch.arange(1, 11, device=self.policy.device).remainder(self.policy.lm_weight.shape[0])
-        if self.columns < len(ids):
-            return
-        sequences, read = (ids, ids.flip(0)[:7])[: self.room_of(len(ids))], 2
-        self.prefill([sequence[:-read] for sequence in sequences], 0)
-        for ahead in range(read, 0, -1):
-            at = torch.tensor([len(sequence) - ahead for sequence in sequences], device=ids.device)
-            tokens = torch.stack([sequence[-ahead] for sequence in sequences])
-            decoded = self.decode(tokens, at, len(sequences), ("hidden",)).hidden
-        for row, sequence in enumerate(sequences):
-            expected = self.policy(TokenBatch(input_ids=sequence[None]), ("hidden",)).hidden[-1]
-            # Scores near a softcap c round to c eps, and the softmax makes that a relative error, in every layer.
-            rounding = 64 + 4 * (getattr(self.text_config, "attn_logit_softcapping", None) or 0)
-            allowed = rounding * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-            difference = float((decoded[row].float() - expected.float()).abs().max())
-            if not difference <= allowed:
-                raise ValueError(
-                    f"policy: {type(self.policy.model).__name__} decoded token by token differs from its own forward pass by "
-                    f"{difference:.3g} (at most {allowed:.3g} expected); its attention does not read a plain 4D mask"
-                )
-
-
-def _attention_of(policy: ActorCritic) -> list[str]:
-    """The kinds of attention layers that need a mask each; ValueError for kinds that the cache cannot hold."""
-    model, text = policy.model, policy.model.config.get_text_config()
-    if text._attn_implementation not in (*REPLACED, "eager"):
-        raise ValueError(
-            f"policy: got attention {text._attn_implementation!r}, expected {', '.join(map(repr, REPLACED))} or 'eager'"
-        )
-    default = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
-    kinds = sorted(set(getattr(text, "layer_types", None) or [default]))
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-    if getattr(model, "_is_stateful", False):
-        unknown.append("a recurrent state")
-    if getattr(text, "alibi", False) or hasattr(policy.trunk, "build_alibi_tensor"):
-        unknown.append("ALiBi biases made from the padding mask")
-    if unknown:
-        got = ", ".join(unknown)
-        raise ValueError(f"policy: {type(model).__name__} has {got}, expected full or sliding-window attention")
-    return kinds
+        return masks if len(self.kinds) > 1 else masks[self.kinds[0]]

@@ -6,23 +6,26 @@ import torch
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.rollout import Generator
-from rlhf_engine.rollout.decode.paged import PagedDecoder
+from rlhf_engine.rollout.decode.paged import PagedDecoder, kv_bytes_of
 from tests.engine.helpers.sampling import ENDS
 
 SETTINGS = {"max_prompt_tokens": 20, "max_response_tokens": 12, "batch_size": 16}
 
 
 def dirty(shape, dtype, device):
-    """An arena hands out bytes that were something else."""
+    """Memory as an arena gives it, with old content."""
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 
 def make_generator(actor, *, cache="paged", page_size=4, pages=None, ends=ENDS, allocate=dirty, **settings):
     config = RolloutConfig(**{**SETTINGS, "cache": cache, **settings})
-    generator = Generator(actor, config, eos_token_ids=ends, pad_token_id=0, seed=3)
-    generator.generate = partial(generator.generate, allocate=allocate)
+    decoder = None
     if cache == "paged":
-        generator.paged = PagedDecoder(actor, config.batch_size, generator.columns, pages=pages, page_size=page_size)
+        columns = config.max_prompt_tokens + config.max_response_tokens
+        kv_bytes = None if pages is None else kv_bytes_of(actor, pages, page_size)
+        decoder = PagedDecoder(actor, config.batch_size, columns, kv_bytes=kv_bytes, page_size=page_size)
+    generator = Generator(actor, config, eos_token_ids=ends, pad_token_id=0, seed=3, decoder=decoder)
+    generator.generate = partial(generator.generate, allocate=allocate)
     return generator
 
 

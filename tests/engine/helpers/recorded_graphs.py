@@ -53,6 +53,13 @@ class Stream:
 class RecordedCuda:
     """Counts what was captured; `available` False is a machine without a device."""
 
+    @classmethod
+    def installed(cls, monkeypatch, **options):
+        """Replace torch.cuda in the module that captures decode steps."""
+        made = cls(**options)
+        monkeypatch.setattr("rlhf_engine.rollout.decode.gpu.cuda", made)
+        return made
+
     Stream = Stream
 
     def __init__(self, available=True):

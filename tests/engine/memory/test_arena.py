@@ -12,7 +12,7 @@ from rlhf_engine.memory import Arena, PoolArena, gradient_bytes, gradients_in, o
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.ppo import trainer as ppo
 from rlhf_engine.ppo import update
-from rlhf_engine.rollout.decode.cache import new_memory
+from rlhf_engine.rollout.decode.protocol import new_memory
 from rlhf_kernels.workspace import WORKSPACE
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
@@ -217,8 +217,8 @@ def test_an_interrupted_phase_leaves_a_trainer_that_starts_clean(monkeypatch, wh
     trainer.arena.poison = True
     owner, name = {
         "change": ("rlhf_engine.memory.arena", "_trim"),
-        "prefill": ("rlhf_engine.rollout.decode.slots.Decoder", "prefill"),
-        "decode": ("rlhf_engine.rollout.decode.slots.Decoder", "decode"),
+        "prefill": ("rlhf_engine.rollout.decode.slots.SlotDecoder", "prefill"),
+        "decode": ("rlhf_engine.rollout.decode.slots.SlotDecoder", "decode"),
         "reward": ("rlhf_engine.ppo.experience", "score_answers"),
         "backward": ("rlhf_engine.ppo.update", "keep_value_gradients"),
         "step": ("rlhf_engine.ppo.update", "optimizer_step"),

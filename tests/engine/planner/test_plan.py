@@ -17,9 +17,8 @@ from rlhf_engine.planner.activations import Pass
 from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.planner.strategies import fitting, smallest
 from rlhf_engine.ppo.experience import experience_bytes
-from rlhf_engine.rollout.decode import slots as decoder
-from rlhf_engine.rollout.decode.cache import SlotCache
-from rlhf_engine.rollout.decode.paged import PagedDecoder
+from rlhf_engine.rollout.decode.paged import PagedDecoder, kv_bytes_of
+from rlhf_engine.rollout.decode.slots import SlotDecoder, slot_bytes
 from rlhf_engine.rollout.rollout import rollout_bytes
 from rlhf_kernels import rollout_advantages
 from tests.engine.helpers.passes import hidden_of
@@ -223,16 +222,27 @@ def test_weights_state_and_cache_are_as_large_as_planned(family):
     moments = [x for state in optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
     assert plan.persistent["optimizer_state"] == sum(x.nbytes for x in moments)
     assert plan.phases["train"]["gradients"] == sum(p.grad.nbytes for p in policy.parameters())
-    decoding = decoder.Decoder(policy, 20, 30)
+    slots = SlotDecoder(policy, 20, 30)
+    slots.open(20)
     with torch.no_grad():
-        decoding.prefill([torch.arange(3, 20)], 0)
-    assert isinstance(decoding.cache, SlotCache)
-    kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoding.cache.layers)
-    assert plan.phases["generate"]["kv_cache"] == kv_cache
+        slots.prefill([torch.arange(3, 20)], 0)
+    kv_cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in slots.cache.layers)
+    assert plan.phases["generate"]["kv_cache"] == slots.cache_bytes == kv_cache
     paged = PagedDecoder(policy, 20, 30)
-    paged.open()
+    paged.open(20)
     pages = MemoryPlan.of(replace(plan.workload, cache="paged")).phases["generate"]
-    assert pages["kv_cache"] == paged.pool.nbytes
+    assert pages["kv_cache"] == paged.cache_bytes == paged.pool.nbytes
+
+
+@pytest.mark.parametrize("cache", ["slots", "paged"])
+def test_eager_attention_rounds_the_number_of_slots_and_not_of_pages(cache):
+    model = make("mistral")
+    model.set_attn_implementation("eager")
+    policy, shape = ActorCritic(model), ModelShape.from_config(model.config)
+    run = replace(RUN, policy=shape, reward=shape, prompt=20, response=10, slots=20, eager=True, cache=cache)
+    decoder = {"slots": SlotDecoder, "paged": PagedDecoder}[cache](policy, 20, 30)
+    expected = {"slots": 32 * slot_bytes(policy, 30), "paged": kv_bytes_of(policy, 20)}[cache]
+    assert MemoryPlan.of(run).phases["generate"]["kv_cache"] == decoder.cache_bytes == expected
 
 
 def test_a_rollout_and_what_is_learned_from_it_are_as_large_as_planned():

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model.trunk import layers_of
+from rlhf_engine.rollout.decode import make_decoder
 from rlhf_engine.rollout.decode.gpu import CompiledLayers
 from tests.engine.helpers.paged_sampling import check_same, make_generator
 from tests.engine.helpers.sampling import make_actor, make_prompts
@@ -12,7 +14,7 @@ from tests.engine.helpers.sampling import make_actor, make_prompts
 
 def compiling(generator, backend):
     """The generator with its decode steps, which no graph holds here, through compiled layers."""
-    decoder = generator.paged
+    decoder = generator.decoder
     compiled, forward = CompiledLayers(generator.policy, decoder.cache, backend), decoder._forward
     decoder.compiles = True
 
@@ -65,9 +67,9 @@ def test_a_limit_that_is_hit_is_no_silence(monkeypatch):
 def test_a_trunk_whose_layers_are_not_marked_is_refused():
     actor = make_actor()
     generator = make_generator(actor)
-    generator.paged.cache.layers.append(generator.paged.cache.layers[0])
+    generator.decoder.cache.layers.append(generator.decoder.cache.layers[0])
     with pytest.raises(ValueError, match=r"rollout\.compile: got LlamaForCausalLM with 2 layers .*expected 3"):
-        CompiledLayers(actor, generator.paged.cache)
+        CompiledLayers(actor, generator.decoder.cache)
 
 
 def test_layers_with_a_forward_of_somebody_else_are_refused():
@@ -76,10 +78,10 @@ def test_layers_with_a_forward_of_somebody_else_are_refused():
     layer = next(layers_of(actor.trunk))
     layer.forward = layer.forward
     with pytest.raises(ValueError, match="layers whose forward was replaced"):
-        CompiledLayers(actor, generator.paged.cache)
+        CompiledLayers(actor, generator.decoder.cache)
 
 
 @pytest.mark.parametrize("cache", ["slots", "paged"])
 def test_where_no_step_is_a_graph_none_is_compiled(cache):
     with pytest.raises(ValueError, match=r"rollout\.compile: got True for LlamaForCausalLM on cpu"):
-        make_generator(make_actor(), cache=cache, compile=True)
+        make_decoder(make_actor(), RolloutConfig(cache=cache, compile=True), 32)

@@ -9,14 +9,19 @@ from rlhf_engine.rollout.decode.gpu import WARM_UP, GraphedStep, ladder
 from tests.engine.helpers.recorded_graphs import RecordedCuda
 
 
+@pytest.fixture
+def cuda(monkeypatch):
+    return RecordedCuda.installed(monkeypatch)
+
+
 def make():
-    cuda, x, calls = RecordedCuda(), torch.arange(8.0), []
+    x, calls = torch.arange(8.0), []
 
     def function(size):
         calls.append(size)
         x[:size] *= 2
 
-    return GraphedStep(function, cuda), cuda, x, calls
+    return GraphedStep(function), x, calls
 
 
 @contextmanager
@@ -26,36 +31,37 @@ def kept(x):
     x.copy_(before)
 
 
-def test_a_size_is_captured_once_and_replayed():
-    step, cuda, x, calls = make()
+def test_a_size_is_captured_once_and_replayed(cuda):
+    step, x, calls = make()
     for times in (1, 2):
         step("key", 4, lambda: kept(x))
         assert x.tolist() == [2**times * n if n < 4 else n for n in range(8)]
     assert calls == [4] * (WARM_UP + 1) and [graph.replays for graph in cuda.graphs] == [2]
-    x.fill_(1.0)  # in place: the graph reads it where it lies
+    x.fill_(1.0)  # in place: the graph reads the same address
     step("key", 2, lambda: kept(x))
     assert x.tolist() == [2.0, 2.0] + [1.0] * 6
     assert [graph.replays for graph in cuda.graphs] == [2, 1] and cuda.pools == [None, cuda.graphs[0].pool()]
 
 
-def test_another_key_captures_again():
-    step, cuda, x, calls = make()
+def test_another_key_captures_again(cuda):
+    step, x, calls = make()
     for key, size in ((1, 4), (1, 2), (2, 4), (2, 4)):
         step(key, size, lambda: kept(x))
     assert [graph.replays for graph in cuda.graphs] == [1, 1, 2] and len(calls) == 3 * (WARM_UP + 1)
     assert cuda.pools[2] is None and x[:4].tolist() == [0.0, 16.0, 16.0, 24.0]
 
 
-def test_a_function_that_waits_is_not_captured():
+def test_a_function_that_waits_is_not_captured(cuda):
     x = torch.ones(2)
-    step = GraphedStep(lambda size: x.mul_(float(x.sum())), RecordedCuda())
+    step = GraphedStep(lambda size: x.mul_(float(x.sum())))
     with pytest.raises(RuntimeError, match="waits for the device"):
         step("key", 2)
 
 
-def test_no_device():
-    with pytest.raises(ValueError, match="graphs: got a machine without a CUDA device"):
-        GraphedStep(lambda size: None, RecordedCuda(available=False))
+def test_no_device(monkeypatch):
+    RecordedCuda.installed(monkeypatch, available=False)
+    with pytest.raises(ValueError, match="graphs: no CUDA device is available"):
+        GraphedStep(lambda size: None)
 
 
 def test_ladder():

@@ -8,6 +8,7 @@ import torch
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.rollout import Generator
 from rlhf_engine.rollout.decode.paged import PagedDecoder, pages_within, pool_shape
+from rlhf_engine.rollout.decode.slots import SlotDecoder
 from rlhf_kernels import sample_tokens
 from tests.engine.helpers.paged_sampling import SETTINGS, check_same, dirty, make_generator
 from tests.engine.helpers.passes import hidden_of, logits_of
@@ -49,20 +50,20 @@ def test_a_small_pool_makes_sequences_wait_and_begin_again(family):
     """8 pages of 4 tokens hold one sequence of 32: the same bits as with room for all."""
     actor, prompts = make_actor(family), make_prompts(20)
     whole = make_generator(actor).generate(prompts, torch.arange(20))
-    heard = []
+    ended = []
     for pages in (8, 13):
         generator = make_generator(actor, pages=pages)
-        rollout = generator.generate(prompts, torch.arange(20), heard.append)
+        rollout = generator.generate(prompts, torch.arange(20), ended.append)
         assert all(same_sequence(whole, i, rollout, i) for i in range(20))
         assert not rollout.response_ids.masked_fill(rollout.mask, 0).any()
         assert not rollout.logprobs.masked_fill(rollout.mask, 0).any()
-        assert sum(heard) == 20
-        heard.clear()
-    assert generator.paged.restarted > 0
+        assert sum(ended) == 20
+        ended.clear()
+    assert generator.metrics()["restarted_sequences"] > 0
 
 
-def test_what_was_said_before_a_restart_is_forgotten():
-    """A repetition penalty sees the prompt and what was said since, not what the same sequence had said before."""
+def test_a_preempted_response_is_forgotten():
+    """A repetition penalty counts the ids of the prompt and the new response, not those of the preempted one."""
     actor, prompts, settings = (
         make_actor(),
         make_prompts(10, longest=3),
@@ -71,7 +72,7 @@ def test_what_was_said_before_a_restart_is_forgotten():
     whole = make_generator(actor, **settings).generate(prompts, torch.arange(10))
     generator = make_generator(actor, **settings, pages=10)
     rollout = generator.generate(prompts, torch.arange(10))
-    assert generator.paged.restarted > 0
+    assert generator.metrics()["restarted_sequences"] > 0
     assert all(same_sequence(whole, i, rollout, i) for i in range(10))
 
 
@@ -89,7 +90,7 @@ def test_samples_of_one_prompt_share_its_pages():
     """Two prompts of 10 and 11 tokens, 5 samples each: 3 pages of 4 each; each sample but one then copies the last page."""
     actor, prompts = make_actor(), [torch.arange(3, 13)] * 5 + [torch.arange(4, 15)] * 5
     decoder = PagedDecoder(actor, 10, 32, page_size=4)
-    decoder.open(dirty)
+    decoder.open(10, dirty)
     with torch.no_grad():
         decoder.want = ("hidden",)
         hidden = decoder.prefill(prompts, 0).hidden
@@ -108,7 +109,7 @@ def test_samples_of_one_prompt_share_its_pages():
     check_same(make_generator(actor, pages=14).generate(prompts, torch.arange(10)), slots)
 
 
-def test_the_memory_is_asked_for_once_and_given_back():
+def test_the_memory_is_allocated_once_and_given_back():
     actor, taken = make_actor(), []
 
     def allocate(shape, dtype, device):
@@ -121,9 +122,9 @@ def test_the_memory_is_asked_for_once_and_given_back():
     generator.generate(make_prompts(9), torch.arange(9))
     ((shape, dtype, memory),) = taken
     assert shape == (2, 2, 21, 4, 2, 8) == pool_shape(actor, 21, 4) and dtype == torch.float32
-    assert memory() is None and generator.paged.pool is None
+    assert memory() is None and generator.decoder.pool is None
 
-    def broken(ended):
+    def broken(count):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -154,8 +155,8 @@ def test_a_step_as_a_graph(monkeypatch, family, settings):
         pools.append(dirty(shape, dtype, device) if len(pools) != 1 else pools[0])
         return pools[-1]
 
-    generator, cuda = make_generator(actor, allocate=allocate, **settings), RecordedCuda()
-    generator.paged.captures, generator.paged.cuda = True, cuda
+    generator, cuda = make_generator(actor, allocate=allocate, **settings), RecordedCuda.installed(monkeypatch)
+    generator.decoder.captures = True
     for graphs in (1, 1, 2):
         check_same(generator.generate(prompts, torch.arange(20)), expected)
         assert len(cuda.graphs) == graphs and cuda.graphs[-1].replays > 10
@@ -175,21 +176,21 @@ def test_a_step_as_a_graph(monkeypatch, family, settings):
     assert pools[-1].data_ptr() == buffer.data_ptr() and len(cuda.graphs) == graphs + 1
     # Autocast's copies of the weights, which a graph has read, do not outlive a rollout.
     actor.compute_dtype = torch.bfloat16
-    generator.paged.close()
-    assert generator.paged._graphed is None
+    generator.decoder.close()
+    assert generator.decoder._graphed is None
 
 
 def test_who_decides():
     actor = make_actor()
-    assert make_generator(actor, cache="auto").paged is None and make_generator(actor, cache="slots").paged is None
+    assert all(isinstance(make_generator(actor, cache=cache).decoder, SlotDecoder) for cache in ("auto", "slots"))
     config = RolloutConfig(**SETTINGS, cache="paged")
     one = 2 * 2 * 64 * 2 * 8 * 4
     for kv_bytes, pages in (
         (10 * one + 5, 9),
         (100 * one, 16),
-    ):  # page 0 is nobody's; 16 sequences of one page need no more
+    ):  # page 0 is spare; 16 sequences of one page need no more
         generator = Generator(actor, config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
-        assert generator.paged.page_count == pages <= pages_within(actor, kv_bytes) == kv_bytes // one - 1
+        assert generator.decoder.page_count == pages <= pages_within(actor, kv_bytes) == kv_bytes // one - 1
 
 
 def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
@@ -202,16 +203,16 @@ def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
     generator = make_generator(make_actor(), cache="paged", batch_size=1000)
     prompts = [torch.arange(3, 8), torch.arange(4, 7)]
     generator.generate(prompts, torch.arange(2), allocate=allocate)
-    places = generator.paged.table.shape[1]
+    places = generator.decoder.table.shape[1]
     assert [shape[2] for shape in shapes] == [1 + 2 * places]
     # With fewer pages than for all slots, those that fit to their end are admitted whatever is free beside them.
     few = make_generator(make_actor(), cache="paged", pages=4 * places)
-    few.paged.open(sequences=4)
-    assert few.paged.room([torch.arange(4 * places) + number for number in range(4)], 0) == 4
-    # Where one prompt fills the pool it is admitted alone: there is nobody to wait for.
+    few.decoder.open(4)
+    assert few.decoder.admissible([torch.arange(4 * places) + number for number in range(4)], 0) == 4
+    # Where one prompt fills the pool it is admitted: no active sequence would free a page.
     one = make_generator(make_actor(), cache="paged", pages=places)
-    one.paged.open(sequences=2)
-    assert one.paged.room([torch.arange(4 * places)] * 2, 0) == 1
+    one.decoder.open(2)
+    assert one.decoder.admissible([torch.arange(4 * places)] * 2, 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_a_pool_that_holds_no_sequence(cache, words):
         Generator(make_actor(), config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
 
 
-def test_heads_that_the_config_does_not_tell():
+def test_heads_that_differ_from_the_config():
     actor = make_actor()
     actor.model.config.num_key_value_heads = 4
     with pytest.raises(ValueError, match=r"policy: got keys or values of \(heads, size\) \(2, 8\), expected \(4, 8\)"):

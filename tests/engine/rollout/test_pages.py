@@ -7,7 +7,7 @@ import pytest
 from rlhf_engine.rollout.decode.pages import Pages, Sequences
 
 
-def test_pages_are_free_when_nobody_holds_them():
+def test_pages_without_references_are_free():
     pages = Pages(3, first=1)
     a, b = pages.claim(), pages.claim()
     assert {a, b} < {1, 2, 3} and pages.free == 1
@@ -41,17 +41,17 @@ def test_samples_of_one_prompt_share_its_pages():
     assert sequences.held == [[], [], [full, begun, page]] and sequences.lengths == [0, 0, 9]
 
 
-def test_the_youngest_leave():
+def test_the_youngest_are_preempted():
     """Six pages of 2, three sequences of 2, 2 and 4 tokens: two pages are free and all three want one."""
     sequences = Sequences(Pages(6), 2, slots=4)
     for slot, length in ((2, 2), (0, 2), (1, 4)):
         sequences.admit(slot, length)
-    assert sequences.make_room(3) == [1]
-    assert sequences.held[1] == [] and sequences.pages.free == 4 and sequences.make_room(3) == []
+    assert sequences.preempt(3) == [1]
+    assert sequences.held[1] == [] and sequences.pages.free == 4 and sequences.preempt(3) == []
     sequences = Sequences(Pages(4), 2, slots=3)
     for slot, length in ((2, 4), (0, 2), (1, 2)):
         sequences.admit(slot, length)
-    assert sequences.make_room(3) == [1, 0] and sequences.pages.free == 2
+    assert sequences.preempt(3) == [1, 0] and sequences.pages.free == 2
 
 
 class Life:
@@ -59,41 +59,41 @@ class Life:
 
     def __init__(self, seed):
         self.rng, self.sequences = random.Random(seed), Sequences(Pages(12), 3, slots=6)
-        self.content, self.said = {}, []
+        self.content, self.tokens = {}, []
 
     def write(self, slot, position, token):
         self.content[self.sequences.held[slot][position // 3], position % 3] = token
 
     def admit(self, samples):
-        prompt, first = [self.rng.random() for _ in range(self.rng.randint(1, 5))], len(self.said)
+        prompt, first = [self.rng.random() for _ in range(self.rng.randint(1, 5))], len(self.tokens)
         for slot in range(first, min(first + samples, 6)):
             self.sequences.admit(slot, len(prompt), None if slot == first else first)
-            self.said.append(list(prompt))
+            self.tokens.append(list(prompt))
             for position, token in enumerate(prompt):
                 self.write(slot, position, token)
 
     def leave(self, slots):
         for slot in sorted(slots, reverse=True):
-            last = len(self.said) - 1
+            last = len(self.tokens) - 1
             if slot != last:
                 self.sequences.move(last, slot)
-                self.said[slot] = self.said[last]
-            self.said.pop()
+                self.tokens[slot] = self.tokens[last]
+            self.tokens.pop()
             self.sequences.drop(last)
 
     def grow(self):
-        for slot, said in enumerate(self.said):
+        for slot, tokens in enumerate(self.tokens):
             change = self.sequences.grow(slot)
             if change is not None and change[2] is not None:
-                self.content |= {(change[1], i): self.content[change[2], i] for i in range(len(said) % 3)}
-            said.append(self.rng.random())
-            self.write(slot, len(said) - 1, said[-1])
+                self.content |= {(change[1], i): self.content[change[2], i] for i in range(len(tokens) % 3)}
+            tokens.append(self.rng.random())
+            self.write(slot, len(tokens) - 1, tokens[-1])
 
     def check(self):
         held = self.sequences.held
-        for slot, said in enumerate(self.said):
-            assert self.sequences.lengths[slot] == len(said)
-            assert [self.content[held[slot][t // 3], t % 3] for t in range(len(said))] == said
+        for slot, tokens in enumerate(self.tokens):
+            assert self.sequences.lengths[slot] == len(tokens)
+            assert [self.content[held[slot][t // 3], t % 3] for t in range(len(tokens))] == tokens
         assert len({page for pages in held for page in pages}) + self.sequences.pages.free == 12
 
 
@@ -103,7 +103,7 @@ def test_a_random_life_loses_and_mixes_no_token():
         for _ in range(60):
             if life.rng.random() < 0.3 and life.sequences.pages.free >= 2:
                 life.admit(samples=life.rng.randint(1, 3))
-            life.leave([slot for slot, said in enumerate(life.said) if len(said) > 30 or life.rng.random() < 0.1])
-            life.leave(life.sequences.make_room(len(life.said)))
+            life.leave([slot for slot, tokens in enumerate(life.tokens) if len(tokens) > 30 or life.rng.random() < 0.1])
+            life.leave(life.sequences.preempt(len(life.tokens)))
             life.grow()
             life.check()

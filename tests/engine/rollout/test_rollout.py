@@ -6,7 +6,8 @@ import torch
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator, recompute
-from rlhf_engine.rollout.decode.slots import Decoder, prompt_width
+from rlhf_engine.rollout.decode.protocol import prompt_width
+from rlhf_engine.rollout.decode.slots import SlotDecoder
 from rlhf_kernels import sample_tokens
 from tests.engine.helpers.passes import hidden_of, logits_of
 from tests.engine.helpers.rollouts import sequence_of
@@ -102,9 +103,9 @@ def test_a_sequence_ends_at_eos_or_at_its_budget():
 
 def test_finished_sequences_are_not_stepped(monkeypatch):
     fed = []
-    decode = Decoder.decode
+    decode = SlotDecoder.decode
     monkeypatch.setattr(
-        Decoder, "decode", lambda self, t, p, count, *want: fed.append(count) or decode(self, t, p, count, *want)
+        SlotDecoder, "decode", lambda self, t, p, count, *want: fed.append(count) or decode(self, t, p, count, *want)
     )
     generator = make_generator(make_actor())
     fed.clear()

@@ -10,7 +10,8 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import EOS, LENGTH, STOP_STRING, Generator, logprob_deviation
 from rlhf_engine.rollout.decode import slots as slot_decoding
 from rlhf_engine.rollout.decode.cpu import head_product
-from rlhf_engine.rollout.decode.slots import prompt_width, slot_bytes
+from rlhf_engine.rollout.decode.protocol import prompt_width
+from rlhf_engine.rollout.decode.slots import slot_bytes
 from rlhf_engine.rollout.stopping import StopStrings
 from rlhf_kernels import sample_tokens
 from tests.engine.helpers.sampling import ENDS, make_actor, make_generator, make_prompts, same_sequence
@@ -30,7 +31,7 @@ def penalise(logits, seen, penalty):
 @torch.no_grad()
 def slow_loop(actor, prompt, number, *, seed=3, budget=12, penalty=1.0, temperature=1.0, top_k=None):
     """(ids, log-probs of the full distribution, log-probs of what was sampled from)."""
-    ids, said = prompt.tolist(), ([], [], [])
+    ids, loop = prompt.tolist(), ([], [], [])
     for step in range(budget):
         full = actor.model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1].float()
         taken = sample_tokens(
@@ -44,18 +45,18 @@ def slow_loop(actor, prompt, number, *, seed=3, budget=12, penalty=1.0, temperat
         )
         token = int(taken.ids)
         found = token, float((full / temperature).log_softmax(-1)[0, token]), float(taken.sampling_logprobs)
-        for part, value in zip(said, found, strict=True):
+        for part, value in zip(loop, found, strict=True):
             part.append(value)
         ids.append(token)
         if token in ENDS:
             break
-    return said
+    return loop
 
 
-def assert_is_the_loop(rollout, row, said):
+def assert_is_the_loop(rollout, row, loop):
     n = int(rollout.response_lengths[row])
-    assert rollout.response_ids[row, :n].tolist() == said[0]
-    for name, expected in (("logprobs", said[1]), ("sampling_logprobs", said[2])):
+    assert rollout.response_ids[row, :n].tolist() == loop[0]
+    for name, expected in (("logprobs", loop[1]), ("sampling_logprobs", loop[2])):
         torch.testing.assert_close(getattr(rollout, name)[row, :n], torch.tensor(expected), rtol=0, atol=1e-5)
 
 
@@ -63,14 +64,14 @@ def assert_is_the_loop(rollout, row, said):
 def test_every_token_is_that_of_the_loop(family):
     """Whatever the slots and the order: 11 prompts in the slots of 1, 3 or all of them, forwards and shuffled."""
     actor, prompts = make_actor(family), make_prompts(11)
-    said = [slow_loop(actor, prompt, number) for number, prompt in enumerate(prompts)]
+    loop = [slow_loop(actor, prompt, number) for number, prompt in enumerate(prompts)]
     for slots in (1, 3, 64):
         generator = make_generator(actor, batch_size=slots, prefill_tokens=48)
         order = torch.randperm(11, generator=torch.Generator().manual_seed(slots))
         for numbers in (torch.arange(11), order):
             rollout = generator.generate([prompts[i] for i in numbers], numbers)
             for row, number in enumerate(numbers.tolist()):
-                assert_is_the_loop(rollout, row, said[number])
+                assert_is_the_loop(rollout, row, loop[number])
 
 
 def test_eager_attention_gives_the_loop_too():
@@ -160,9 +161,7 @@ def test_memory_comes_from_the_allocator_and_may_hold_anything():
 def test_what_the_positions_do_not_hold_is_refused():
     generator = make_generator(make_actor(max_position_embeddings=24))
     generator.generate([[5] * 12], torch.arange(1))
-    with pytest.raises(
-        ValueError, match=r"prompts\[1\]: got 13 ids beside rollout.max_response_tokens 12, expected at"
-    ):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: got 13 ids and rollout.max_response_tokens 12, expected at"):
         generator.generate([[5], [5] * 13], torch.arange(2))
 
 
