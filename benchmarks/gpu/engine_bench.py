@@ -94,7 +94,7 @@ def decode(bench: Bench, trainer: PPOTrainer, batch: dict) -> Iterator[Entry]:
         return time.perf_counter() - start
 
     prefill = sample(1)
-    sample(batch["response_tokens"])  # captures the step of this length's books
+    sample(batch["response_tokens"])  # captures the step for this length's state
     took = sample(batch["response_tokens"]) - prefill
     steps = batch["response_tokens"] - 1
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())

@@ -1,8 +1,8 @@
-"""How prompts and responses lie in the tensors of a forward pass, and the one place where tokens are shifted.
+"""The layout of prompts and responses in the tensors of a forward pass, and the one place where tokens are shifted.
 
 B sequences, S input positions, N actions. Sequences start at column 0 and are padded on the right: a causal trunk then needs
-neither an attention mask nor position ids, because no real token can see a pad. Or they are packed, one behind the other
-in a single row, and `cu_inputs` says where each begins. The action `a_t` is taken in the state
+neither an attention mask nor position ids, because no real token can see a pad. Or they are packed, one after the other
+in a single row, and `cu_inputs` is where each begins. The action `a_t` is taken in the state
 whose last token is the one before it, so row t of the selected hidden states is column `prompt_length - 1 + t`. The
 last action is never an input.
 """

@@ -1,4 +1,4 @@
-"""Sampling responses and scoring them again."""
+"""Sampling responses, and computing their log-probs again."""
 
 from rlhf_engine.rollout.generator import Generator
 from rlhf_engine.rollout.logprobs import logprob_deviation, recompute, reference_logprobs

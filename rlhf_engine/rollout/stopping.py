@@ -1,7 +1,7 @@
-"""Why a response ended, and the texts at which it does.
+"""Reasons why a response ends, and the search for stop strings.
 
-Which tokens spell a text is not unique, and a text may begin within one token and end within another, so the texts are looked
-for in what the last tokens decode to together.
+Different tokens can spell the same text, and a text may begin within one token and end within another. So stop strings are
+searched for in the decoded text of the last tokens together.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ LENGTH, EOS, STOP_STRING, STOP_TOKEN = range(4)
 STOP_REASONS = ("length", "eos", "stop_string", "stop_token")
 """Names of the numbers in `Rollout.stop_reason`."""
 _MARGIN = 4
-"""Tokens read in front of the longest text: as many bytes may be missing from a letter that a window cuts."""
+"""Tokens decoded before the longest text: a character that the window cuts may miss as many bytes."""
 
 
 class StopStrings:
-    """Finds stop strings in responses of at most `tokens` tokens. ValueError for one that none of them can contain."""
+    """Finds stop strings in responses of at most `tokens` tokens. Raises ValueError for one that no response can contain."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], tokens: int | None = None) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
@@ -33,23 +33,23 @@ class StopStrings:
                 )
         if tokens is not None:
             self._check_lengths(tokens)
-        # A token that shows at all writes one byte or more.
+        # Every token that decodes to some text writes at least one byte.
         self.reach = max(len(stop.encode()) for stop in self.stops) + _MARGIN
         self._shows = lru_cache(maxsize=None)(lambda token: bool(self._text([token])))
 
     def found(self, ids: Sequence[int]) -> bool:
-        """Whether the last token of a response completes one of the texts, given that none came before."""
+        """Return whether the last token of a response completes one of the texts, if none was complete before it."""
         first, left = len(ids), self.reach
         while first > 0 and left > 0:
             first -= 1
             left -= self._shows(ids[first])
-        # A letter whose bytes are not all there yet is no letter.
+        # A character whose bytes are incomplete decodes to U+FFFD.
         text = self._text(ids[first:]).rstrip("\ufffd")
         return any(stop in text for stop in self.stops)
 
     def _check_lengths(self, tokens: int) -> None:
-        # A token's name has a letter for each of its text, or for each byte of it; words may come with a space between them.
-        # Special tokens spell nothing.
+        # A token's name has one character per character or per byte of its text; decoding may add a space between words.
+        # Special tokens decode to no text.
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         room = tokens * (1 + max((len(name) for name in self.tokenizer.get_vocab() if name not in special), default=0))
         for index, stop in enumerate(self.stops):
@@ -60,7 +60,7 @@ class StopStrings:
                 )
 
     def _possible(self, stop: str) -> bool:
-        # Between letters too, because some tokenizers drop a space in front of a text.
+        # Between letters too, because some tokenizers drop a space at the start of a text.
         return any(stop in self._text(self._ids(text)) for text in (stop, f"a{stop}a"))
 
     def _ids(self, text: str) -> list[int]:
