@@ -59,14 +59,16 @@ class Generator:
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
         self.stop_token_id = stop_token_id
-        if config.stop and tokenizer is None:
-            raise ValueError(f"tokenizer: got None, expected the one whose tokens spell rollout.stop {config.stop}")
-        self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens) if config.stop else None
+        self.stops: StopStrings | None = None
+        if config.stop:
+            if tokenizer is None:
+                raise ValueError(f"tokenizer: got None, expected the one whose tokens spell rollout.stop {config.stop}")
+            self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens)
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.max_position = max_positions(policy.model)
         self.decoder = make_decoder(policy, config, self.columns, kv_bytes) if decoder is None else decoder
         self.decoder.check()
-        self._state: tuple[object, tuple[RolloutState, ActiveSlots, Act]] | None = None
+        self._state: tuple[RolloutState, ActiveSlots, Act] | None = None
 
     @property
     def cache_bytes(self) -> int:
@@ -129,21 +131,20 @@ class Generator:
 
     def _state_for(self, prompts: int) -> tuple[RolloutState, ActiveSlots, Act]:
         """Return the state of sampling: the last rollout's if its capacity suffices, because graphs hold its addresses."""
-        config, (known, kept) = self.config, self._state or (None, None)
-        if known != config or kept[0].capacity < prompts:
+        kept = self._state
+        if kept is None or kept[0].config != self.config or kept[0].capacity < prompts:
             state = RolloutState(
                 prompts,
                 self.decoder.rows,
                 self.columns,
-                config,
+                self.config,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self.pad_token_id,
                 stop_token_id=self.stop_token_id,
                 stops=self.stops,
             )
             active = ActiveSlots.of(self.decoder.rows, prompts, self.policy.device)
-            kept = state, active, partial(self._act, state, active)
-            self._state = config, kept
+            kept = self._state = state, active, partial(self._act, state, active)
         return kept
 
     def _next_group(self, waiting: list[int], prompts: list[Tensor], most: int) -> list[int]:

@@ -88,6 +88,10 @@ def test_layout_of_a_rollout():
         assert sequence.tolist() == prompt.tolist() + rollout.response_ids[i, :n].tolist()
         assert not rollout.logprobs[i, n:].any() and not rollout.values[i, n:].any()
         assert (rollout.response_ids[i, n:] == 0).all()
+        assert rollout.prompt_ids[i].tolist() == prompt.tolist() + [0] * (max(map(len, prompts)) - len(prompt))
+        assert (
+            rollout.prompts()[i] == prompt.tolist() and rollout.responses()[i] == rollout.response_ids[i, :n].tolist()
+        )
 
 
 def test_a_sequence_ends_at_eos_or_at_its_budget():
