@@ -72,7 +72,8 @@ def attention(
     With `dtype` and `device`, torch's attention has float32 products where the device has none of that type.
     """
     kept = config._attn_implementation
-    upcast = device is not None and name in ("sdpa", PACKED) and upcasts(dtype, device.type)
+    half = device is not None and dtype.itemsize == 2
+    upcast = half and name in ("sdpa", PACKED) and upcasts(dtype, device.type)
     config._attn_implementation = name
     try:
         with UpcastAttention() if upcast else nullcontext():

@@ -21,8 +21,7 @@ from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
 from rlhf_engine.memory.meter import peak_rss_mb
 from rlhf_engine.model import ActorCritic, Reference
 from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, microbatch_size, score
-from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef
-from rlhf_engine.ppo.loss import old_policy_kl
+from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale
 from rlhf_engine.rollout import Generator, Rollout, logprob_deviation
 

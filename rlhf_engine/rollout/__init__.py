@@ -1,8 +1,7 @@
 """Sampling responses, and computing their log-probs again."""
 
 from rlhf_engine.rollout.generator import Generator
-from rlhf_engine.rollout.logprobs import logprob_deviation, recompute, reference_logprobs
-from rlhf_engine.rollout.rollout import Rollout
+from rlhf_engine.rollout.rollout import Rollout, logprob_deviation, recompute, reference_logprobs
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_REASONS, STOP_STRING, STOP_TOKEN
 
 __all__ = [

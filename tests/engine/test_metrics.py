@@ -13,7 +13,7 @@ from rlhf_engine.config import OptimConfig
 from rlhf_engine.memory.meter import peak_rss_mb, resident_mb
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.optim.adamw import build_optimizer, learning_rate, optimizer_step
-from rlhf_engine.ppo.loss import MetricSum
+from rlhf_engine.ppo.update import MetricSum
 
 
 def test_sums_add_and_largest_counts():

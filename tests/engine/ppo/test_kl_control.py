@@ -5,8 +5,7 @@ import torch
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, RunConfig
-from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef
-from rlhf_engine.ppo.loss import old_policy_kl
+from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
 from tests.engine.helpers.experience import gradients, make_experience
 from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.tiny_trainer import make_trainer
