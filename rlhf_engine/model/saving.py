@@ -61,12 +61,14 @@ def copy_weights(folder: Path, policy: ActorCritic) -> None:
     saved = load_policy(
         folder, attention, dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
     )
-    _copy_parameters(folder, dict(saved.named_parameters()), policy)
+    copy_parameters(folder, saved, policy)
 
 
 @torch.no_grad()
-def _copy_parameters(folder: Path, theirs: dict[str, nn.Parameter], policy: ActorCritic) -> None:
-    for name, parameter in policy.named_parameters():
+def copy_parameters(folder: Path, saved: nn.Module, model: nn.Module) -> None:
+    """Copy the parameters of `saved`, which was read from `folder`, into `model`; ValueError naming the first that differs."""
+    theirs = dict(saved.named_parameters())
+    for name, parameter in model.named_parameters():
         if name not in theirs:
             raise ValueError(f"{folder}: the weight {name} is missing, expected shape {tuple(parameter.shape)}")
         if theirs[name].shape != parameter.shape:

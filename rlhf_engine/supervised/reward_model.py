@@ -3,16 +3,19 @@
 Legend: B completions, P pairs.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
-from random import Random
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RewardConfig
 from rlhf_engine.data import (
@@ -27,10 +30,9 @@ from rlhf_engine.data import (
     pad_sequences,
     rank_batch,
 )
-from rlhf_engine.metrics import progress
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step
-from rlhf_engine.supervised.sft import Log
+from rlhf_engine.optim.adamw import OptimizerState
+from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 SCORED_TOGETHER = 64
 """Sequences that `score_examples` reads in one pass."""
@@ -82,6 +84,11 @@ class RankingEvaluation:
     bins: tuple[tuple[float, float, int], ...]
     """(mean predicted probability, share preferred, pairs) of each bin that has pairs."""
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Self:
+        """Return the evaluation that JSON holds as an object, its tuples as lists."""
+        return cls(**found | {"bins": tuple((low, high, count) for low, high, count in found["bins"])})
+
 
 def encode_comparison(comparison: Comparison, codec: Codec) -> RankedPrompt | None:
     """Tokens of a comparison; None when all its completions are tied, which teaches nothing."""
@@ -116,40 +123,104 @@ def fit_reward_model(
     optimizer_state: OptimizerState = "resident",
     log: Log | None = None,
 ) -> tuple[RankingEvaluation, ...]:
-    """Trains for `config.epochs` and returns every evaluation on the held-out rankings; the last one is the model's.
+    """Train for `config.epochs` and return every evaluation on the held-out rankings; the last one is the model's.
 
     Raises:
         ValueError: an empty training or validation set.
     """
-    for name, prompts in (("train", train), ("validation", validation)):
-        if not prompts:
-            raise ValueError(f"{name}: got no rankings with an untied pair, expected at least one")
-    optimizer = build_optimizer(model, config.optim, optimizer_state)
-    total = config.epochs * -(-len(train) // config.batch_size)
-    history = []
-    with progress(total, "reward model", unit="step") as bar:
-        for step, batch in enumerate(_epochs(train, config, pad_id, Random(seed))):
-            loss = _train_step(model, batch)
-            norm, rate = optimizer_step(optimizer, config.optim, step, total)
-            bar.update()
-            if log:
-                log(step + 1, {"loss": loss, "grad_norm": float(norm), "lr": rate})
-            last = step + 1 == total
-            if last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0):
-                found = evaluate_rankings(model, validation, pad_id, step + 1)
-                history.append(found)
-                bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.3f}")
-                if log:
-                    log(
-                        step + 1,
-                        {
-                            "validation_loss": found.loss,
-                            "accuracy": found.accuracy,
-                            "margin": found.margin,
-                            "calibration_error": found.calibration_error,
-                        },
-                    )
-    return tuple(history)
+    trainer = RewardTrainer(
+        model, train, validation, config, pad_id=pad_id, seed=seed, optimizer_state=optimizer_state, log=log
+    )
+    trainer.train()
+    return tuple(trainer.history)
+
+
+class RewardTrainer(SupervisedTrainer):
+    """Training of a reward model; `history` has every evaluation. It can be saved and resumed after every step."""
+
+    stage = "rm"
+
+    def __init__(
+        self,
+        model: RewardModel,
+        train: Sequence[RankedPrompt],
+        validation: Sequence[RankedPrompt],
+        config: RewardConfig,
+        *,
+        pad_id: int,
+        seed: int,
+        optimizer_state: OptimizerState = "resident",
+        log: Log | None = None,
+    ) -> None:
+        for name, prompts in (("train", train), ("validation", validation)):
+            if not prompts:
+                raise ValueError(f"{name}: got no rankings with an untied pair, expected at least one")
+        super().__init__(
+            model,
+            train,
+            config,
+            seed=seed,
+            evaluate_every=config.evaluate_every,
+            optimizer_state=optimizer_state,
+            log=log,
+            label="reward model",
+        )
+        self.prompts, self.validation, self.pad_id = train, validation, pad_id
+        self.history: list[RankingEvaluation] = []
+
+    @property
+    def last_evaluation(self) -> int:
+        """Steps that were finished at the last evaluation; 0 before the first."""
+        return self.history[-1].step if self.history else 0
+
+    def backward(self, indices: list[int]) -> float:
+        """Add the gradients of a batch, each micro-batch weighted by its share of the prompts; return the loss."""
+        size, loss = self.config.microbatch or len(indices), 0.0
+        for at in range(0, len(indices), size):
+            part = [self.prompts[i] for i in indices[at : at + size]]
+            batch = rank_batch([(prompt.completions, prompt.pairs) for prompt in part], self.pad_id)
+            term = ranking_loss(_scores(self.model, batch), batch) * (len(part) / len(indices))
+            term.backward()
+            loss += term.item()
+        return loss
+
+    def stepped(self, loss: float) -> None:
+        """Keep nothing: the state of a reward model's training is its weights, its optimizer and its evaluations."""
+
+    def evaluate(self, bar: tqdm) -> dict[str, float]:
+        """Evaluate the held-out rankings."""
+        found = evaluate_rankings(self.model, self.validation, self.pad_id, self.done)
+        self.history.append(found)
+        bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.3f}")
+        return {
+            "validation_loss": found.loss,
+            "accuracy": found.accuracy,
+            "margin": found.margin,
+            "calibration_error": found.calibration_error,
+        }
+
+    # ---- checkpoints ----
+
+    def state(self) -> dict[str, Any]:
+        """Return the counter and all evaluations."""
+        return super().state() | {"history": [asdict(found) for found in self.history]}
+
+    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Write the model as it is, which `RewardModel.load` reads."""
+        self.model.save(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def read_model(self, folder: Path) -> nn.Module:
+        """Return the model in a folder that `write_model` wrote."""
+        trunk = self.model.trunk
+        attention = trunk.config.get_text_config()._attn_implementation
+        return RewardModel.load(folder, attention=attention, dtype=trunk.dtype, device=self.model.device)
+
+    def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Continue from a checkpoint; ValueError naming the file that does not fit."""
+        super().load(folder, state, tensors)
+        self.history = [RankingEvaluation.from_json(found) for found in state["history"]]
 
 
 @torch.no_grad()
@@ -195,30 +266,6 @@ def score_examples(
 def _scores(model: RewardModel, batch: RankedBatch) -> Tensor:
     lengths = batch.batch.attention_mask.sum(1)
     return model.score_rows(batch.batch.ids.to(model.device), lengths.to(model.device))
-
-
-def _epochs(
-    train: Sequence[RankedPrompt], config: RewardConfig, pad_id: int, rng: Random
-) -> Iterator[list[tuple[RankedBatch, float]]]:
-    """Batches of every epoch, cut into micro-batches, each with its share of the batch's prompts."""
-    lengths = lengths_of(train)
-    for _ in range(config.epochs):
-        for indices in length_batches(lengths, config.batch_size, rng):
-            size = config.microbatch or len(indices)
-            parts = [indices[at : at + size] for at in range(0, len(indices), size)]
-            yield [
-                (rank_batch([(train[i].completions, train[i].pairs) for i in part], pad_id), len(part) / len(indices))
-                for part in parts
-            ]
-
-
-def _train_step(model: RewardModel, batch: list[tuple[RankedBatch, float]]) -> float:
-    loss = 0.0
-    for part, share in batch:
-        term = ranking_loss(_scores(model, part), part) * share
-        term.backward()
-        loss += term.item()
-    return loss
 
 
 def _reliability(gap: Tensor) -> tuple[tuple[float, float, int], ...]:

@@ -4,22 +4,25 @@ The loss is the negative log-likelihood of the demonstration's tokens, EOS inclu
 a prompt counts from its second token on, which makes the same loop pretrain.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from random import Random
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rlhf_engine.checkpoint import OPTIMIZER
 from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of, pad_sequences
-from rlhf_engine.metrics import progress
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.layout import TokenBatch, token_cuts
-from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step
-
-Log = Callable[[int, dict[str, float]], None]
+from rlhf_engine.model.pretrained import load_pretrained
+from rlhf_engine.optim.adamw import OptimizerState
+from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 
 @dataclass(frozen=True)
@@ -70,63 +73,186 @@ def fit_language_model(
     log: Log | None = None,
     label: str = "sft",
 ) -> FitReport:
-    """Trains until the validation loss has not fallen for `patience` evaluations, then puts the best weights back.
+    """Train until the validation loss has not fallen for `patience` evaluations, then put the best weights back.
 
     Raises:
         ValueError: an empty training or validation set.
     """
-    _check_sets(train, validation)
-    per_epoch = -(-len(train) // config.batch_size)
-    total, every = config.epochs * per_epoch, config.evaluate_every or per_epoch
-    optimizer = build_optimizer(actor.model, config.optim, optimizer_state)
-    minimum, losses, tokens = _Minimum(actor.model, config.patience), [], 0
-    with progress(total, label, unit="step") as bar:
-        for step, batch in enumerate(_epochs(train, config, pad_id, Random(seed))):
-            loss, count = _train_step(actor, batch)
-            norm, rate = optimizer_step(optimizer, config.optim, step, total)
-            tokens += count
-            losses.append(loss)
-            bar.update()
-            if log:
-                log(step + 1, {"loss": loss, "grad_norm": float(norm), "lr": rate})
-            if (step + 1) % every and step + 1 < total:
-                continue
-            found = Evaluation(
-                step + 1, sum(losses) / len(losses), evaluate_nll(actor, validation, config.batch_size, pad_id)
-            )
-            losses.clear()
-            bar.set_postfix(train=f"{found.train_loss:.3f}", validation=f"{found.validation_loss:.3f}")
-            if log:
-                log(step + 1, {"validation_loss": found.validation_loss})
-            if minimum.passed(found):
-                break
-    return FitReport(tuple(minimum.history), minimum.restore(), tokens)
+    trainer = SFTTrainer(
+        actor,
+        train,
+        validation,
+        config,
+        pad_id=pad_id,
+        seed=seed,
+        optimizer_state=optimizer_state,
+        log=log,
+        label=label,
+    )
+    trainer.train()
+    return trainer.finish()
+
+
+class SFTTrainer(SupervisedTrainer):
+    """Fine-tuning of a language model: `train()`, then `finish()`. It can be saved and resumed after every step."""
+
+    stage = "sft"
+
+    def __init__(
+        self,
+        actor: LanguageModel,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        config: SFTConfig,
+        *,
+        pad_id: int,
+        seed: int,
+        optimizer_state: OptimizerState = "resident",
+        log: Log | None = None,
+        label: str = "sft",
+    ) -> None:
+        _check_sets(train, validation)
+        super().__init__(
+            actor.model,
+            train,
+            config,
+            seed=seed,
+            evaluate_every=config.evaluate_every or -(-len(train) // config.batch_size),
+            optimizer_state=optimizer_state,
+            log=log,
+            label=label,
+        )
+        self.actor, self.examples, self.validation, self.pad_id = actor, train, validation, pad_id
+        self.minimum = _Minimum(actor.model, config.patience)
+        self.losses: list[float] = []
+        self.tokens = 0
+        self._tokens_of_step = 0
+
+    def finish(self) -> FitReport:
+        """Put the weights of the lowest validation loss back and return the history."""
+        return FitReport(tuple(self.minimum.history), self.minimum.restore(), self.tokens)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or `patience` evaluations have brought no new minimum."""
+        return super().finished or self.minimum.passed
+
+    @property
+    def last_evaluation(self) -> int:
+        """Steps that were finished at the last evaluation; 0 before the first."""
+        return self.minimum.history[-1].step if self.minimum.history else 0
+
+    def backward(self, indices: list[int]) -> float:
+        """Add the gradients of `-sum(logprobs) / tokens of the whole batch`; return that loss."""
+        parts = _parts(indices, self.lengths, self.config)
+        batch = [pad_sequences([self.examples[i] for i in part], self.pad_id) for part in parts]
+        self._tokens_of_step = sum(int(part.response_mask[:, 1:].sum()) for part in batch)
+        loss = 0.0
+        for part in batch:
+            share = -batch_logprobs(self.actor, part).sum() / self._tokens_of_step
+            share.backward()
+            loss += share.item()
+        return loss
+
+    def stepped(self, loss: float) -> None:
+        """Keep the loss for the mean of the next evaluation, and count the tokens."""
+        self.losses.append(loss)
+        self.tokens += self._tokens_of_step
+
+    def evaluate(self, bar: tqdm) -> dict[str, float]:
+        """Measure the validation loss and keep the weights if it is a new minimum."""
+        validation_loss = evaluate_nll(self.actor, self.validation, self.config.batch_size, self.pad_id)
+        found = Evaluation(self.done, sum(self.losses) / len(self.losses), validation_loss)
+        self.minimum.add(found)
+        self.losses.clear()
+        bar.set_postfix(train=f"{found.train_loss:.3f}", validation=f"{found.validation_loss:.3f}")
+        return {"validation_loss": found.validation_loss}
+
+    # ---- checkpoints ----
+
+    def state(self) -> dict[str, Any]:
+        """Return the counters, the losses since the last evaluation, and all evaluations."""
+        history = [[one.step, one.train_loss, one.validation_loss] for one in self.minimum.history]
+        return super().state() | {
+            "tokens": self.tokens,
+            "losses": list(self.losses),
+            "history": history,
+            "best": self.minimum.best,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state and the weights of the lowest validation loss so far."""
+        best = {f"{_BEST}{name}": weight for name, weight in self.minimum.weights.items()}
+        return super().tensors() | best
+
+    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Write the model as it is, which `AutoModelForCausalLM` reads."""
+        self.model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def read_model(self, folder: Path) -> nn.Module:
+        """Return the model in a folder that `write_model` wrote."""
+        attention = self.model.config.get_text_config()._attn_implementation
+        weight = self.actor.lm_weight
+        return load_pretrained(
+            AutoModelForCausalLM, folder, attention=attention, dtype=weight.dtype, device=str(weight.device)
+        )
+
+    def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Continue from a checkpoint; ValueError naming the file that does not fit."""
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_BEST)}
+        super().load(folder, state, rest)
+        history = [Evaluation(*found) for found in state["history"]]
+        weights = {name.removeprefix(_BEST): tensor for name, tensor in tensors.items() if name not in rest}
+        self.minimum.load(history, state["best"], weights, folder / OPTIMIZER)
+        self.tokens, self.losses = state["tokens"], list(state["losses"])
+
+
+_BEST = "best."
+"""Prefix of the weights of the minimum in a checkpoint, by their names in the model."""
 
 
 class _Minimum:
-    """Remembers the weights at the lowest validation loss."""
+    """The evaluations so far, and a copy of the weights at the lowest validation loss."""
 
     def __init__(self, model: nn.Module, patience: int) -> None:
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.patience = patience
         self.history: list[Evaluation] = []
         self.best = -1
-        self.weights: list[Tensor] = []
+        self.weights: dict[str, Tensor] = {}
 
-    def passed(self, found: Evaluation) -> bool:
-        """Takes note of an evaluation; True when `patience` of them have gone by without a new minimum."""
-        self.history.append(found)
+    def add(self, found: Evaluation) -> None:
+        """Keep an evaluation, and the weights if it is the lowest."""
         if self.best < 0 or found.validation_loss < self.history[self.best].validation_loss:
-            self.best = len(self.history) - 1
-            self.weights = [parameter.detach().clone() for parameter in self.trained]
-        return len(self.history) - 1 - self.best >= self.patience
+            self.best = len(self.history)
+            self.weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        self.history.append(found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether `patience` evaluations have gone by without a new minimum."""
+        return bool(self.history) and len(self.history) - 1 - self.best >= self.patience
 
     @torch.no_grad()
     def restore(self) -> Evaluation:
-        """Puts the best weights back and says where they came from."""
-        for parameter, weight in zip(self.trained, self.weights, strict=True):
-            parameter.copy_(weight)
+        """Put the best weights back and return their evaluation."""
+        for name, parameter in self.trained.items():
+            parameter.copy_(self.weights[name])
         return self.history[self.best]
+
+    def load(self, history: list[Evaluation], best: int, weights: dict[str, Tensor], source: Path) -> None:
+        """Continue from what a checkpoint holds; ValueError naming the first weight that does not fit."""
+        expected = {name: parameter.shape for name, parameter in self.trained.items()} if best >= 0 else {}
+        found = {name: weight.shape for name, weight in weights.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(f"{source}: got {found.get(name)} for {_BEST}{name}, expected {expected.get(name)}")
+        if not -1 <= best < len(history) or (best < 0) != (not history):
+            raise ValueError(f"{source.parent}: got best {best} of {len(history)} evaluations in its state")
+        self.history, self.best = history, best
+        self.weights = {name: weight.to(self.trained[name]) for name, weight in weights.items()}
 
 
 @torch.no_grad()
@@ -146,14 +272,6 @@ def _check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None
             raise ValueError(f"{name}: got no examples, expected at least one")
 
 
-def _epochs(train: Sequence[Example], config: SFTConfig, pad_id: int, rng: Random) -> Iterator[list[LanguageBatch]]:
-    """Batches of every epoch, each already cut into micro-batches."""
-    lengths = lengths_of(train)
-    for _ in range(config.epochs):
-        for indices in length_batches(lengths, config.batch_size, rng):
-            yield [pad_sequences([train[i] for i in part], pad_id) for part in _parts(indices, lengths, config)]
-
-
 def _parts(indices: list[int], lengths: list[int], config: SFTConfig) -> list[list[int]]:
     """A batch, which comes from short to long, in micro-batches; those of a token budget from long to short."""
     if config.microbatch_tokens is None:
@@ -163,14 +281,3 @@ def _parts(indices: list[int], lengths: list[int], config: SFTConfig) -> list[li
     # The last token of a row is never an input.
     ends = accumulate(token_cuts([lengths[index] - 1 for index in rest], config.microbatch_tokens))
     return [rest[start:end] for start, end in pairwise([0, *ends])]
-
-
-def _train_step(actor: LanguageModel, batch: list[LanguageBatch]) -> tuple[float, int]:
-    """Backward of `-sum(logprobs) / tokens of the whole batch`; returns that loss and the tokens."""
-    count = sum(int(part.response_mask[:, 1:].sum()) for part in batch)
-    loss = 0.0
-    for part in batch:
-        share = -batch_logprobs(actor, part).sum() / count
-        share.backward()
-        loss += share.item()
-    return loss, count
