@@ -10,16 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from rlhf_engine.checkpoint import OPTIMIZER
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.files import require
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
 from rlhf_engine.memory.meter import peak_rss_mb
 from rlhf_engine.model import ActorCritic, Reference
+from rlhf_engine.model.heads import VALUE_HEAD
+from rlhf_engine.model.saving import copy_weights, save_policy
+from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, microbatch_size, score
 from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale
@@ -28,6 +35,9 @@ from rlhf_engine.rollout import Generator, Rollout, logprob_deviation
 if TYPE_CHECKING:
     from rlhf_engine.ppo.callbacks import Callback
     from rlhf_engine.ppo.update import UpdateRule
+
+EMA = "ema"
+"""Folder in a checkpoint: the averaged weights, a model like the checkpoint itself."""
 
 _NUMBERS = ("updates_done", "kl_coef", "old_kl_coef")
 
@@ -38,6 +48,10 @@ class PPOTrainer:
     All randomness is a function of `seed` and the counters, so a resumed run draws the same numbers. `prompts(first, count)`
     returns the prompts number `first` to `first + count` of an endless stream.
     """
+
+    stage, unit = "ppo", "update"
+
+    stage, unit = "ppo", "update"
 
     def __init__(
         self,
@@ -150,6 +164,46 @@ class PPOTrainer:
             setattr(self, name, state[name])
         self.update_rule.load_state(state)
         self.scale.load_state(state)
+
+    # ---- checkpoints: `rlhf_engine.checkpoint.Checkpointable` ----
+
+    @property
+    def done(self) -> int:
+        """Finished updates."""
+        return self.updates_done
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state by name."""
+        return optimizer_tensors(self.update_rule.optimizer)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the tensors of the policy, its value function and the average."""
+        yield from self.policy.named_parameters()
+        if self.update_rule.average is not None:
+            yield from ((f"{EMA}.{name}", weight) for name, weight in self.update_rule.average.model.named_parameters())
+
+    def constants(self) -> dict[str, Iterator[tuple[str, Tensor]]]:
+        """Return the reference's tensors."""
+        return {"reference": self.reference.weights()}
+
+    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Write the policy and its value function, and the average of the weights as a model in a folder `ema`."""
+        save_policy(folder, self.policy, tokenizer)
+        if self.update_rule.average is not None:
+            (folder / EMA).mkdir()
+            save_policy(folder / EMA, self.update_rule.average.model, tokenizer)
+
+    def load(self, folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Continue from a checkpoint; ValueError naming the file that is missing or does not fit."""
+        heads = (VALUE_HEAD,) if self.policy.value.shares_trunk else ()
+        average = self.update_rule.average
+        places = {folder: self.policy} | ({} if average is None else {folder / EMA: average.model})
+        for place in places:
+            require(place, "config.json", *heads)
+        for place, policy in places.items():
+            copy_weights(place, policy)
+        load_optimizer_tensors(self.update_rule.optimizer, tensors, folder / OPTIMIZER)
+        self.load_state(state)
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
