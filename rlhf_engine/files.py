@@ -118,16 +118,26 @@ def with_new_folder(folder: str | Path, write: Callable[[Path], object]) -> None
 
 
 def recover(folder: Path) -> None:
-    """Finish what a crash between the two renames of `with_new_folder` left undone; otherwise do nothing.
+    """Finish what a crash after the first rename of `with_new_folder` left undone; otherwise do nothing.
 
-    The old folder is moved away only when the new one is whole, so where both lie beside an absent folder the new one is
-    it. A new one alone may be half-written and is never taken.
+    The old folder is moved away only when the new one is complete, so where both exist and `folder` does not, the new one takes
+    its place. A new one without an old one may be half-written and is never used. An old one next to `folder` is deleted.
     """
     new, old = _beside(folder)
-    if folder.exists() or not old.is_dir():
+    if not old.is_dir():
+        return
+    if folder.exists():
+        shutil.rmtree(old)
         return
     (new if new.is_dir() else old).rename(folder)
     _sync(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder and what an interrupted `with_new_folder` left next to it; do nothing where there is none."""
+    for path in (folder, *_beside(folder)):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, BinaryIO, Self
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from rlhf_engine.files import with_new_file
 
 METRICS = "metrics.jsonl"
 
@@ -16,9 +19,10 @@ METRICS = "metrics.jsonl"
 class MetricsWriter:
     """Writes each step's numbers as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
 
-    Every stage has a board of its own, `tensorboard/<stage>`: where a board begins again it hides all later steps, whatever
-    their names. A resumed run appends, after dropping the lines of steps that it is going to repeat: when it has the first
-    number of its own, so that a run that fails before takes nothing away. Use it as a context manager.
+    Each stage has its own board, `tensorboard/<stage>`: where a board begins again it hides all later steps, whatever their
+    names. A resumed run appends, after dropping the lines of steps that it is going to repeat: when it has its first number, so
+    that a run that fails before takes nothing away. A line that could not be written, on a full disk, is kept and written
+    before the next one; the file never holds a part of it. Use it as a context manager.
 
     Raises ValueError, as `read_metrics` does, for a file that is there and broken.
     """
@@ -26,35 +30,55 @@ class MetricsWriter:
     def __init__(self, folder: str | Path, stage: str, *, resume_after: int | None = None) -> None:
         self.stage, self.folder, self.resume_after = stage, Path(folder), resume_after
         self.path = self.folder / METRICS
-        self.file: IO[str] | None = None
+        self.file: BinaryIO | None = None
         self.board: SummaryWriter | None = None
+        self.waiting: list[bytes] = []
         read_metrics(self.folder)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the numbers of `step`."""
-        if self.file is None or self.board is None:
-            self.file, self.board = self._open()
         # JSON has no NaN: a number that is not one becomes null.
         clean = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
-        self.file.write(json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n")
-        self.file.flush()
+        line = json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n"
+        self.waiting.append(line.encode())
+        self._flush()
         for name, value in metrics.items():
             self.board.add_scalar(f"{self.stage}/{name}", value, step)
 
+    def sync(self) -> None:
+        """Write the lines that could not be written before, and wait until the disk has all of them."""
+        self._flush()
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
-        """Flush and close both."""
-        if self.file is not None and self.board is not None:
+        """Close both."""
+        if self.file is not None:
             self.file.close()
+        if self.board is not None:
             self.board.close()
 
-    def _open(self) -> tuple[IO[str], SummaryWriter]:
+    def _flush(self) -> None:
+        if not self.waiting:
+            return
+        if self.file is None or self.board is None:
+            self.file, self.board = self._open()
+        size, rest = self.file.seek(0, os.SEEK_END), b"".join(self.waiting)
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError:
+            self.file.truncate(size)
+            raise
+        self.waiting.clear()
+
+    def _open(self) -> tuple[BinaryIO, SummaryWriter]:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
             self._drop_after(self.resume_after)
         purge = None if self.resume_after is None else self.resume_after + 1
-        return self.path.open("a", encoding="utf-8"), SummaryWriter(
-            str(self.folder / "tensorboard" / self.stage), purge_step=purge
-        )
+        board = self.board or SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=purge)
+        return self.path.open("ab", buffering=0), board
 
     def __enter__(self) -> Self:
         return self
@@ -71,9 +95,8 @@ class MetricsWriter:
             for row in read_metrics(self.folder)
             if row["stage"] != self.stage or step is None or row["step"] <= step
         ]
-        aside = self.path.with_name(self.path.name + ".new")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        aside.replace(self.path)
+        content = "".join(json.dumps(row) + "\n" for row in kept)
+        with_new_file(self.path, lambda new: new.write_text(content, encoding="utf-8"))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_engine.cli.options import ConfigOption, SetOption, quiet, read_config
+from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
 
 
 def generate(
@@ -34,12 +34,12 @@ def generate(
     typer.echo(f"{count} prompts, {cut} of them cut on the left, {samples} answers each: {output}")
 
 
-def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:
+def evaluate(config: ConfigOption, overrides: SetOption = None, overwrite: OverwriteOption = False) -> None:
     """Win rate of eval.candidate over eval.baseline by eval.judge; writes OUTPUT_DIR/eval."""
     quiet()
     from rlhf_engine.recipes.evaluate import run_eval
 
-    typer.echo(run_eval(read_config(config, overrides))[1])
+    typer.echo(run_eval(read_config(config, overrides), overwrite=overwrite)[1])
 
 
 def figure(

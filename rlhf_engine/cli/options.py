@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see rlhf_engine/examples.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, such as ppo.kl_coef=0.05; repeatable.")]
 
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in OUTPUT_DIR.")]
+
 
 def read_config(config: Path | None, overrides: list[str] | None) -> RunConfig:
     """The config of a command. Imports sit inside, so that `--help` and a mistyped option answer without loading torch."""

@@ -175,8 +175,9 @@ class PPOConfig(Section):
     ema_decay: Share | None = None
     """Decay of a moving average of the weights, one step of it an optimiser step; InstructGPT's is 0.992. It is saved as a
     model of its own in the folder `ema` of the checkpoint. None: no average, which saves a copy of the weights."""
-    checkpoint_every: WholeNumber = 0
-    """Updates between checkpoints; 0 writes one at the end only, or where an update fails before it has changed a weight."""
+    checkpoint_every: WholeNumber | None = None
+    """Updates between checkpoints; 0 writes one only at the end and where the run ends early. None writes one whenever ten
+    minutes have passed since the last, or twenty times as long as that one took: the most that `kill -9` can cost."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
     """Optimiser of this stage."""
 

@@ -26,6 +26,9 @@ class RewardConfig(Section):
     """Prompts of one forward and backward pass; 0 takes the whole batch at once."""
     evaluate_every: WholeNumber = 0
     """Optimiser steps between validations; 0 validates at the end only."""
+    checkpoint_every: WholeNumber | None = None
+    """Optimiser steps between checkpoints in OUTPUT_DIR/rm.checkpoint; 0 writes one only where the run ends early. None writes
+    one whenever ten minutes have passed since the last, or twenty times as long as that one took."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
 

@@ -24,6 +24,9 @@ class SFTConfig(Section):
     """Optimiser steps between validations; 0 validates after each epoch."""
     patience: Count = 2
     """Validations without a new minimum after which the run stops; the weights of the minimum are kept."""
+    checkpoint_every: WholeNumber | None = None
+    """Optimiser steps between checkpoints in OUTPUT_DIR/sft.checkpoint; 0 writes one only where the run ends early. None writes
+    one whenever ten minutes have passed since the last, or twenty times as long as that one took."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser of this stage."""
 

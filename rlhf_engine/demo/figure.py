@@ -24,6 +24,7 @@ from rlhf_engine.files import with_new_file, write_json
 from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.recipes import run_ppo, run_rm, run_sft
 from rlhf_engine.recipes.generate import Answerer, answer_all
+from rlhf_engine.recipes.session import continued
 from rlhf_engine.recipes.steps import Steps
 
 QUICK = (
@@ -50,7 +51,7 @@ QUICK = (
 
 CONTESTANTS = ("base", "base, prompted", "SFT", "PPO", "PPO-ptx")
 _FOLDERS = {"base": "base", "base, prompted": "base", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ptx/ppo"}
-_MAY_CHANGE = frozenset({"output_dir", "device"})
+_MAY_CHANGE = frozenset({"output_dir", "device", *(f"{stage}.checkpoint_every" for stage in ("sft", "reward", "ppo"))})
 _DECIDED = (
     *(f"demo.{name}" for name in ("hidden_size", "intermediate_size", "heads", "samples", "opponents")),
     *(*DECIDED, "data.pretrain", "ppo.ptx_coef"),
@@ -123,9 +124,9 @@ def train(config: DemoRunConfig, ptx: dict[str, float], steps: Steps, say: Calla
     ppo = replace(sft, reward=replace(config.reward, path=str(root / "rm")))
     stages: dict[str, Callable[[], object]] = {
         "pretrain": lambda: make_base(config),
-        "sft": lambda: run_sft(starting_from(config, root / "base")),
-        "reward model": lambda: run_rm(sft),
-        "ppo": lambda: run_ppo(ppo, resume=(root / "ppo").is_dir()),
+        "sft": lambda: run_sft(starting_from(config, root / "base"), **continued(root / "sft.checkpoint")),
+        "reward model": lambda: run_rm(sft, **continued(root / "rm.checkpoint")),
+        "ppo": lambda: run_ppo(ppo, **continued(root / "ppo")),
     }
     for folder, coef in ptx.items():
         mixed = replace(ppo, ppo=replace(ppo.ppo, ptx_coef=coef), output_dir=str(root / folder))
@@ -135,7 +136,7 @@ def train(config: DemoRunConfig, ptx: dict[str, float], steps: Steps, say: Calla
 
 
 def _train_ptx(config: RunConfig) -> object:
-    return run_ppo(config, resume=(Path(config.output_dir) / "ppo").is_dir())
+    return run_ppo(config, **continued(Path(config.output_dir) / "ppo"))
 
 
 def timed(run: Callable[[], object]) -> dict[str, float]:

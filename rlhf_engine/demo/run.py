@@ -34,15 +34,23 @@ POSITIONS = 256
 
 
 def run_demo(
-    output: str | Path, seed: int = 0, overrides: tuple[str, ...] = (), say: Callable[[str], object] = print
+    output: str | Path,
+    seed: int = 0,
+    overrides: tuple[str, ...] = (),
+    say: Callable[[str], object] = print,
+    *,
+    overwrite: bool = False,
 ) -> str:
-    """Runs everything into `output`, with the settings of `demo.yaml`; returns the report as text.
+    """Run everything into `output`, with the settings of `demo.yaml`; return the report as text.
 
-    `say` hears of every stage as it begins and ends.
+    `say` is called at the start and the end of each stage. Raises ValueError over a finished demo without `overwrite`; one that
+    was interrupted begins again.
     """
     refuse_overrides(overrides, DECIDED, "the demo, by its options --seed and --output or by its stages,")
     config = with_shipped_data(load_config(CONFIG, overrides, kind=DemoRunConfig), output, seed)
     root, seconds = Path(output), {}
+    if (root / "report.json").is_file() and not overwrite:
+        raise ValueError(f"{root}: a finished demo is there; replace it with --overwrite, or choose another --output")
 
     def timed(name: str, stage: Callable[[], Result]) -> Result:
         say(f"{name} ...")
@@ -53,10 +61,10 @@ def run_demo(
         return result
 
     base = timed("pretrain", lambda: make_base(config))
-    sft = timed("sft", lambda: run_sft(starting_from(config, root / "base")))
-    rm = timed("reward model", lambda: run_rm(starting_from(config, root / "sft")))
+    sft = timed("sft", lambda: run_sft(starting_from(config, root / "base"), overwrite=True))
+    rm = timed("reward model", lambda: run_rm(starting_from(config, root / "sft"), overwrite=True))
     ppo_config = starting_from(replace(config, reward=replace(config.reward, path=str(root / "rm"))), root / "sft")
-    ppo = timed("ppo", lambda: run_ppo(ppo_config))
+    ppo = timed("ppo", lambda: run_ppo(ppo_config, overwrite=True))
     examination = timed("examination", lambda: examine(ppo_config, config.demo))
     return write_report(root, config, {"pretrain": base, "sft": sft}, rm, ppo, examination, seconds)
 

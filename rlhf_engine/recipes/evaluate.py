@@ -29,7 +29,7 @@ from rlhf_engine.evaluate import (
     read_preferences,
     write_pairs,
 )
-from rlhf_engine.files import read_json, read_json_lines, with_new_file, with_new_folder, write_json
+from rlhf_engine.files import read_json, read_json_lines, recover, with_new_file, with_new_folder, write_json
 from rlhf_engine.plots import plot_win_rates
 from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
 from rlhf_engine.recipes.loading import given
@@ -77,12 +77,12 @@ class Contest:
     """What was judged."""
 
 
-def run_eval(config: RunConfig) -> tuple[Contest | None, str]:
+def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | None, str]:
     """`rlhf eval`: the contest of `config.eval` and its table, in OUTPUT_DIR/eval.
 
     With judge `file` it writes pairs to judge into OUTPUT_DIR/judging and returns no contest but what to do; when the judged
     file is there, it reads it. Raises ValueError for a setting that is missing and writes nothing; for a judge that fails,
-    and keeps the answers in OUTPUT_DIR/unjudged for the next call.
+    and keeps the answers in OUTPUT_DIR/unjudged for the next call; over an earlier contest without `overwrite`.
     """
     setting = config.eval
     for name in ("candidate", "baseline", "judge"):
@@ -90,6 +90,12 @@ def run_eval(config: RunConfig) -> tuple[Contest | None, str]:
             raise ValueError(f"eval.{name}: got nothing, expected {'a judge' if name == 'judge' else 'a path'}")
     if setting.judge == BY_HAND:
         return _by_hand(config)
+    folder = Path(config.output_dir) / "eval"
+    recover(folder)
+    if folder.exists() and not overwrite:
+        raise ValueError(
+            f"{folder}: an earlier contest is there; replace it with --overwrite, or set another output_dir"
+        )
     judge, unjudged = configured_judge(config, setting.judge), Path(config.output_dir) / _UNJUDGED
     said = _kept(config, unjudged) or ask_both(config)
     with_new_folder(unjudged, lambda new: _write_said(new, config, said))
@@ -99,7 +105,7 @@ def run_eval(config: RunConfig) -> tuple[Contest | None, str]:
         _write_answers(new, said)
         _write_report(new, config, contest)
 
-    with_new_folder(Path(config.output_dir) / "eval", write)
+    with_new_folder(folder, write)
     shutil.rmtree(unjudged)
     return contest, table(config, contest)
 

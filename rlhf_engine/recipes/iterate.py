@@ -24,9 +24,10 @@ from rlhf_engine.recipes import run_ppo, run_rm
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
 from rlhf_engine.recipes.generate import Answerer, answer_all
 from rlhf_engine.recipes.preflight import check_rounds
+from rlhf_engine.recipes.session import continued
 from rlhf_engine.recipes.steps import Steps
 
-_MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every")
+_MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every", "reward.checkpoint_every")
 _STATE = "state.json"
 
 _ALWAYS = ("seed", "dtype", "compute_dtype", "backend", "model", "memory")
@@ -110,7 +111,7 @@ def _round(
         step("rank", lambda: _check_rankings(folder))
     else:
         step("rank", lambda: _rank(config, folder))
-    step("rm", lambda: _train_rm(config, folder, number))
+    step("rm", lambda: _train_rm(config, folder, number, say))
     step("ppo", lambda: _train_policy(config, policy, folder, number, say))
     step("eval", lambda: _evaluate(config, folder))
     return None
@@ -180,13 +181,14 @@ def _check_rankings(folder: Path) -> dict[str, int]:
     return {"rankings": count}
 
 
-def _train_rm(config: RunConfig, folder: Path, number: int) -> dict[str, float]:
+def _train_rm(config: RunConfig, folder: Path, number: int, say: Callable[[str], object]) -> dict[str, float]:
     """A reward model from the SFT model on the rankings of data.comparisons, if any, and of all rounds so far."""
     rounds = [folder.parent / f"round_{earlier}" / "rankings.jsonl" for earlier in range(1, number + 1)]
     sources = [*([] if config.data.comparisons is None else [Path(config.data.comparisons)]), *rounds]
     everything = folder / "comparisons.jsonl"
     _write_lines(everything, (_line(found) for source in sources for found in read_comparisons(source)))
-    found = run_rm(replace(config, data=replace(config.data, comparisons=str(everything)), output_dir=str(folder)))[-1]
+    stage = replace(config, data=replace(config.data, comparisons=str(everything)), output_dir=str(folder))
+    found = run_rm(stage, **_continued(stage, folder / "rm.checkpoint", "rm", say))[-1]
     return {"accuracy": found.accuracy, "loss": found.loss}
 
 
@@ -198,7 +200,7 @@ def _line(comparison: Comparison) -> dict[str, Any]:
 def _train_policy(
     config: RunConfig, policy: str, folder: Path, number: int, say: Callable[[str], object]
 ) -> dict[str, float]:
-    """The round's PPO, from its checkpoint on if there is one; from its start, said so, where its settings are others now."""
+    """Train the round's policy."""
     start = policy if config.iterate.start == "previous" else config.model.path
     stage = replace(
         config,
@@ -208,20 +210,25 @@ def _train_policy(
         reward=replace(config.reward, path=str(folder / "rm")),
         output_dir=str(folder),
     )
-    resume = (folder / "ppo").is_dir()
-    if resume:
-        try:
-            check_settings(folder / "ppo", stage)
-        except ValueError as changed:
-            say(f"ppo begins again: {changed}")
-            resume = False
-    history = run_ppo(stage, resume=resume)
+    history = run_ppo(stage, **_continued(stage, folder / "ppo", "ppo", say))
     return {name: history[-1][name] for name in ("score_mean", "kl")} if history else {}
+
+
+def _continued(stage: RunConfig, checkpoint: Path, name: str, say: Callable[[str], object]) -> dict[str, bool]:
+    """Return how a stage starts: from its checkpoint, or anew where there is none or its settings have changed."""
+    found = continued(checkpoint)
+    if found["resume"]:
+        try:
+            check_settings(checkpoint, stage, name)
+        except ValueError as changed:
+            say(f"{name} begins again: {changed}")
+            return {"resume": False, "overwrite": True}
+    return found
 
 
 def _evaluate(config: RunConfig, folder: Path) -> dict[str, Any]:
     setting = replace(config.eval, candidate=str(folder / "ppo"), baseline=config.model.path)
-    contest, _ = run_eval(replace(config, eval=setting, output_dir=str(folder)))
+    contest, _ = run_eval(replace(config, eval=setting, output_dir=str(folder)), overwrite=True)
     return asdict(contest.win_rate)
 
 

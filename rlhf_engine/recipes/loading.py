@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_engine.checkpoint import fingerprint_rows
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord
+from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, RecordCodec
 from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import PANELS, plot_stage
+
+REPORT = "report.json"
+"""A file that every finished model of `rlhf sft` and `rlhf rm` has."""
 
 Item = TypeVar("Item", Demonstration, Comparison, PromptRecord)
 Made = TypeVar("Made")
@@ -57,7 +62,7 @@ def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[
     def write(new: Path) -> None:
         model.save_pretrained(new)
         codec.tokenizer.save_pretrained(new)
-        write_json(new / "report.json", report)
+        write_json(new / REPORT, report)
 
     with_new_folder(folder, write)
 
@@ -70,6 +75,21 @@ def check_room(config: RunConfig, positions: int | None, whose: str) -> None:
             f"rollout: got max_prompt_tokens {rollout.max_prompt_tokens} and max_response_tokens "
             f"{rollout.max_response_tokens}, expected at most {positions} together, {whose}"
         )
+
+
+def stage_folders(config: RunConfig, stage: str) -> tuple[Path, Path]:
+    """Return the folder of a stage's finished model and the folder of its checkpoint, which is not a finished model."""
+    root = Path(config.output_dir)
+    return root / stage, root / f"{stage}.checkpoint"
+
+
+def fingerprint_records(sets: Iterable[Iterable[Made]], codec: RecordCodec[Made]) -> str:
+    """Return the SHA-256 of several sets of records, of their order and of where one set ends."""
+    return fingerprint_rows(
+        torch.as_tensor(codec.encode(record)) if record is not None else torch.empty(0)
+        for records in sets
+        for record in chain(records, (None,))
+    )
 
 
 def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter:

@@ -3,72 +3,122 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from rlhf_engine.checkpoint import fingerprint
+from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import read_comparisons, read_demonstrations, stored
+from rlhf_engine.data import EXAMPLES, Codec, Example, read_comparisons, read_demonstrations, stored
 from rlhf_engine.data.split import split
-from rlhf_engine.files import with_new_folder, write_json
+from rlhf_engine.files import read_json, remove, with_new_folder, write_json
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
 from rlhf_engine.recipes.loading import (
+    REPORT,
     check_records,
     computing,
     encode_records,
+    fingerprint_records,
     load_model,
     plot,
+    stage_folders,
     stage_metrics,
     truncated,
 )
+from rlhf_engine.recipes.session import TrainingSession, check_start
 from rlhf_engine.recipes.sft import demonstrations
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
+    RankedPrompt,
     RankingEvaluation,
+    RewardTrainer,
     centre_on_demonstrations,
     encode_comparison,
-    fit_reward_model,
 )
 
 
-def run_rm(config: RunConfig) -> tuple[RankingEvaluation, ...]:
-    """Rankings to a reward model in `output_dir/rm`, its bias such that the demonstrations score 0 on average."""
-    path = config.data.comparisons
-    check_records(path, "data.comparisons", read_comparisons)
+def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> tuple[RankingEvaluation, ...]:
+    """Train a reward model on rankings; write it to `output_dir/rm`, its bias such that the demonstrations score 0 on average.
+
+    While it trains, and where it ends early, its state is in `output_dir/rm.checkpoint`, which is deleted when `output_dir/rm`
+    is complete. `resume` continues from it with the numbers of an unbroken run; it returns the evaluations of a finished one.
+    Raises ValueError over an earlier run without `resume` or `overwrite`, which replaces it.
+    """
+    folder, unfinished = stage_folders(config, "rm")
+    check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
+    if resume and not unfinished.exists() and (folder / REPORT).is_file():
+        return tuple(RankingEvaluation.from_json(found) for found in read_json(folder / REPORT)["history"])
+    check_records(config.data.comparisons, "data.comparisons", read_comparisons)
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
+    data = {"model.path": fingerprint(model.named_parameters())}
     examples = demonstrations(config, codec)
+    train, validation = _rankings(config, codec)
+    data["data.comparisons"] = fingerprint_records((train, validation), RANKED_PROMPTS)
+    data["data.demonstrations"] = fingerprint_records((examples,), EXAMPLES)
+    reward_model = RewardModel.from_causal_lm(model, config.seed).computing(**computing(config))
+    trainer = RewardTrainer(
+        reward_model,
+        train,
+        validation,
+        config.reward,
+        pad_id=codec.pad_id,
+        seed=config.seed,
+        optimizer_state=config.memory.optimizer_state,
+    )
+    if resume:
+        resume_trainer(unfinished, trainer, config, data)
+    every = config.reward.checkpoint_every
+    with (
+        stage_metrics(config, "rm", trainer.done) as metrics,
+        TrainingSession(
+            trainer, unfinished, codec.tokenizer, config, data, metrics, every=every, overwrites=overwrite
+        ) as session,
+    ):
+        trainer.log = session.write
+        trainer.train(session.after, session.interruptible)
+        session.hold_signals()
+        _write_centred(folder, trainer, codec, examples)
+    remove(unfinished)
+    plot(config, "rm", "optimiser step")
+    last = trainer.history[-1]
+    plot_calibration(last.bins, last.accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
+    return tuple(trainer.history)
+
+
+def _rankings(config: RunConfig, codec: Codec) -> tuple[Sequence[RankedPrompt], Sequence[RankedPrompt]]:
+    """Return the rankings that are not all ties, as token ids, to train and to validate on."""
+    path = config.data.comparisons
     ranked = encode_records(path, read_comparisons(path), lambda comparison: encode_comparison(comparison, codec))
     kept = stored((prompt for prompt in ranked if prompt is not None), RANKED_PROMPTS, config.output_dir)
-    train, validation = split(
+    return split(
         kept,
         lambda one: one.completions[0].prompt,
         config,
         f"data.comparisons: {path}",
         "rankings that are not all ties",
     )
-    reward_model = RewardModel.from_causal_lm(model, config.seed).computing(**computing(config))
-    with stage_metrics(config, "rm") as metrics:
-        history = fit_reward_model(
-            reward_model,
-            train,
-            validation,
-            config.reward,
-            pad_id=codec.pad_id,
-            seed=config.seed,
-            optimizer_state=config.memory.optimizer_state,
-            log=metrics.write,
-        )
-    shift = centre_on_demonstrations(reward_model, examples, codec.pad_id)
 
-    def write(folder: Path) -> None:
-        reward_model.save(folder)
-        codec.tokenizer.save_pretrained(folder)
-        write_json(
-            folder / "report.json",
-            {"history": [dataclasses.asdict(found) for found in history], "bias_shift": shift} | truncated(codec),
-        )
 
-    with_new_folder(Path(config.output_dir) / "rm", write)
-    plot(config, "rm", "optimiser step")
-    plot_calibration(history[-1].bins, history[-1].accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
-    return history
+def _write_centred(folder: Path, trainer: RewardTrainer, codec: Codec, examples: Sequence[Example]) -> None:
+    """Write the model with the bias that gives the demonstrations a mean score of 0; the trainer's model keeps its bias.
+
+    Where the write fails, the state that is saved is that of training, and a resumed run centres it again.
+    """
+    bias = trainer.model.head.bias
+    before = bias.detach().clone()
+    try:
+        shift = centre_on_demonstrations(trainer.model, examples, codec.pad_id)
+        report = {"history": [dataclasses.asdict(found) for found in trainer.history], "bias_shift": shift}
+
+        def write(new: Path) -> None:
+            trainer.write_model(new, codec.tokenizer)
+            write_json(new / REPORT, report | truncated(codec))
+
+        with_new_folder(folder, write)
+    finally:
+        with torch.no_grad():
+            bias.copy_(before)

@@ -19,7 +19,7 @@ class Steps:
     """
 
     def __init__(self, path: Path, config: RunConfig, may_change: Collection[str]) -> None:
-        self.path = path
+        self.path, self.may_change = path, may_change
         self.settings = dict(flat_settings(config.to_dict(), may_change))
         self.read: dict[str, dict[str, Any]] = {}
         self.results: dict[str, Any] = {}
@@ -51,7 +51,7 @@ class Steps:
             raise ValueError(f"{self.path}: expected an object with settings and steps, the settings of each step")
         for name, settings in self.read.items():
             for key, value in settings.items():
-                if self.settings.get(key) != value:
+                if not is_among(key, self.may_change) and self.settings.get(key) != value:
                     raise ValueError(
                         f"{key}: got {self.settings.get(key)!r}, expected {value!r} to go on with the run of {self.path}, "
                         f"whose step {name!r} has read it"

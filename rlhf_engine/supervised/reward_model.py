@@ -135,7 +135,7 @@ def fit_reward_model(
     return tuple(trainer.history)
 
 
-class RewardTrainer(SupervisedTrainer):
+class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
     """Training of a reward model; `history` has every evaluation. It can be saved and resumed after every step."""
 
     stage = "rm"
@@ -187,9 +187,12 @@ class RewardTrainer(SupervisedTrainer):
     def stepped(self, loss: float) -> None:
         """Keep nothing: the state of a reward model's training is its weights, its optimizer and its evaluations."""
 
-    def evaluate(self, bar: tqdm) -> dict[str, float]:
+    def evaluate(self) -> RankingEvaluation:
         """Evaluate the held-out rankings."""
-        found = evaluate_rankings(self.model, self.validation, self.pad_id, self.done)
+        return evaluate_rankings(self.model, self.validation, self.pad_id, self.done)
+
+    def keep(self, found: RankingEvaluation, bar: tqdm) -> dict[str, float]:
+        """Keep an evaluation."""
         self.history.append(found)
         bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.3f}")
         return {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,12 @@ class FitReport:
     """The one whose weights the model now has."""
     tokens: int
     """Tokens that carried a loss."""
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Self:
+        """Return the report that JSON holds as an object."""
+        history = tuple(Evaluation(**one) for one in found["history"])
+        return cls(history, Evaluation(**found["best"]), found["tokens"])
 
 
 def batch_logprobs(actor: LanguageModel, batch: LanguageBatch) -> Tensor:  # -> (N,) float32
@@ -93,7 +99,7 @@ def fit_language_model(
     return trainer.finish()
 
 
-class SFTTrainer(SupervisedTrainer):
+class SFTTrainer(SupervisedTrainer[Evaluation]):
     """Fine-tuning of a language model: `train()`, then `finish()`. It can be saved and resumed after every step."""
 
     stage = "sft"
@@ -159,10 +165,13 @@ class SFTTrainer(SupervisedTrainer):
         self.losses.append(loss)
         self.tokens += self._tokens_of_step
 
-    def evaluate(self, bar: tqdm) -> dict[str, float]:
-        """Measure the validation loss and keep the weights if it is a new minimum."""
+    def evaluate(self) -> Evaluation:
+        """Measure the validation loss."""
         validation_loss = evaluate_nll(self.actor, self.validation, self.config.batch_size, self.pad_id)
-        found = Evaluation(self.done, sum(self.losses) / len(self.losses), validation_loss)
+        return Evaluation(self.done, sum(self.losses) / len(self.losses), validation_loss)
+
+    def keep(self, found: Evaluation, bar: tqdm) -> dict[str, float]:
+        """Keep an evaluation, and the weights if it is a new minimum."""
         self.minimum.add(found)
         self.losses.clear()
         bar.set_postfix(train=f"{found.train_loss:.3f}", validation=f"{found.validation_loss:.3f}")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,13 +27,14 @@ from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_s
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 
 Log = Callable[[int, dict[str, float]], None]
+Evaluated = TypeVar("Evaluated")
 
 
 def _nothing() -> None:
     pass
 
 
-class SupervisedTrainer(ABC):
+class SupervisedTrainer(ABC, Generic[Evaluated]):
     """Optimizer steps over shuffled batches of like length, with an evaluation every so many steps and after the last one.
 
     Follows `rlhf_engine.checkpoint.Checkpointable`. A subclass defines the loss, the evaluation and what it keeps of them.
@@ -75,8 +77,12 @@ class SupervisedTrainer(ABC):
         """Keep what a finished step adds to the state."""
 
     @abstractmethod
-    def evaluate(self, bar: tqdm) -> dict[str, float]:
-        """Evaluate the model after `done` steps, keep the result, show it in the bar and return what the log gets."""
+    def evaluate(self) -> Evaluated:
+        """Evaluate the model after `done` steps and change nothing."""
+
+    @abstractmethod
+    def keep(self, found: Evaluated, bar: tqdm) -> dict[str, float]:
+        """Add an evaluation to the state, show it in the bar and return what the log gets."""
 
     @property
     @abstractmethod
@@ -94,11 +100,15 @@ class SupervisedTrainer(ABC):
 
     # ---- the run ----
 
-    def train(self, on_step: Callable[[], object] = _nothing, on_pause: Callable[[], object] = _nothing) -> None:
+    def train(
+        self,
+        on_step: Callable[[], object] = _nothing,
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Run to the end.
 
-        `on_step` follows each finished step and its evaluation, if one is due. `on_pause` precedes an evaluation, which can be
-        interrupted without a loss: a resumed run begins with it.
+        `on_step` follows each finished step and its evaluation, if one is due. An evaluation runs in `interruptible()`: it can
+        be interrupted without a loss, since a resumed run begins with it.
         """
         batches = islice(self._batches(), self.done, None)
         with progress(self.total, self.label, unit="step", done=self.done) as bar:
@@ -107,8 +117,9 @@ class SupervisedTrainer(ABC):
                     self._step(next(batches))
                     bar.update()
                 if self._evaluation_due:
-                    on_pause()
-                    self.log(self.done, self.evaluate(bar))
+                    with interruptible():
+                        found = self.evaluate()
+                    self.log(self.done, self.keep(found, bar))
                 on_step()
 
     def _batches(self) -> Iterator[list[int]]:

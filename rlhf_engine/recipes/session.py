@@ -1,0 +1,275 @@
+"""A training session: checkpoints while a stage trains, and what is saved where it ends early.
+
+Guaranteed, for `rlhf sft`, `rlhf rm` and `rlhf ppo` alike:
+
+* A checkpoint on disk is complete, whatever ends the process, and a resumed run draws the numbers of an unbroken one.
+* By default a checkpoint is written whenever ten minutes have passed since the last one, so `kill -9`, a power cut and an error
+  after an update's first optimizer step cost at most those minutes and the step or update that was running.
+* Ctrl-C, SIGTERM and SIGHUP save what is finished. PPO abandons an update that has not changed a weight yet, and completes one
+  that has; a second signal, two seconds later or more, abandons that one too. The first two seconds count as one signal, since
+  terminals and batch systems often send several.
+* Any exception saves the finished steps or updates if the weights are still those; otherwise nothing replaces the last
+  checkpoint, and the exception has a note that says what that one holds.
+* A save that fails leaves the last checkpoint as it was, and the session tries other places (`rescue`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_engine.checkpoint import Checkpointable, save_checkpoint
+from rlhf_engine.config import RunConfig
+from rlhf_engine.files import recover, with_new_folder
+from rlhf_engine.metrics import MetricsWriter
+
+INTERVAL = 600.0
+"""Seconds between checkpoints where the config gives no number of steps; more where a save takes a twentieth of that."""
+ONE_SIGNAL = 2.0
+"""Seconds in which further signals count as the first one."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CANNOT_SAVE = (OSError, ValueError, RuntimeError)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the training; the notes say what is saved.
+
+    A KeyboardInterrupt, so that neither a user's `except Exception` nor the reports of a user's function keep it.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.saved = False
+        """Whether a checkpoint holds everything that was finished."""
+
+
+class TrainingSession:
+    """Saves `trainer` in `folder` as it goes and where it ends early; handles signals in the main thread until it exits.
+
+    The config's `checkpoint_every` is `every`: None saves by time (`INTERVAL`), 0 only at the end. With `overwrites` the
+    checkpoint of an earlier run in `folder` is deleted when the first step is finished. Signals that the process ignores, as
+    under `nohup`, stay ignored.
+    """
+
+    def __init__(
+        self,
+        trainer: Checkpointable,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RunConfig,
+        data: Mapping[str, str],
+        metrics: MetricsWriter,
+        *,
+        every: int | None,
+        overwrites: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.trainer, self.folder, self.metrics = trainer, folder, metrics
+        self.tokenizer, self.config, self.data = tokenizer, config, data
+        self.every, self.overwrites, self.clock = every, overwrites, clock
+        self.saved = self.started = trainer.done
+        self._seen = trainer.done
+        self._time, self._cost = clock(), 0.0
+        self._received: int | None = None
+        self._received_at = 0.0
+        self._masked = False
+        self._handlers: dict[int, object] = {}
+
+    # ---- what a stage calls ----
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the numbers of a finished step."""
+        if self.overwrites:
+            recover(self.folder)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.overwrites = False
+        self.metrics.write(step, metrics)
+
+    def after(self) -> None:
+        """Save if a checkpoint is due, then end the training if a signal has arrived. Call it after every finished step."""
+        if self._due():
+            self.save()
+        self._seen = self.trainer.done
+        if self._received is not None:
+            self._stop()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal end the training within the block, which changes no state of it."""
+        self._seen = self.trainer.done
+        if self._received is not None:
+            self._stop()
+        try:
+            yield
+        finally:
+            self._seen = -1
+
+    def hold_signals(self) -> None:
+        """Let no signal end the training any more: only its result has to be written."""
+        self._masked = True
+
+    def save(self) -> None:
+        """Write the checkpoint, the metrics before it."""
+        if self.saved == self.trainer.done:
+            return
+        masked, self._masked = self._masked, True
+        begun = self.clock()
+        try:
+            self.metrics.sync()
+            self._write(self.folder)
+        finally:
+            self._masked = masked
+        self.saved, self._time = self.trainer.done, self.clock()
+        self._cost = self._time - begun
+
+    def _due(self) -> bool:
+        if self.every is not None:
+            return self.every > 0 and self.trainer.done % self.every == 0
+        return self.clock() - self._time >= max(INTERVAL, 20.0 * self._cost)
+
+    # ---- signals ----
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for signum in _SIGNALS:
+                before = signal.getsignal(signum)
+                if before not in (signal.SIG_IGN, None):
+                    self._handlers[signum] = before
+                    signal.signal(signum, self._receive)
+        return self
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        first = self._received is None
+        if first:
+            self._received, self._received_at = signum, time.monotonic()
+        if self._masked:
+            return
+        # Between the end of a step and `after`, metrics and counters do not agree yet.
+        between_steps = self.trainer.whole and self.trainer.done == self._seen
+        again = not first and time.monotonic() - self._received_at >= ONE_SIGNAL
+        if between_steps or (again and not self.trainer.whole):
+            self._stop()
+
+    def _stop(self) -> None:
+        self._masked = True
+        raise Stopped(self._received)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._masked = True
+        try:
+            if error is not None:
+                saved, note = self._save_what_is_whole()
+                if note:
+                    error.add_note(note)
+                if isinstance(error, Stopped):
+                    error.saved = saved
+        finally:
+            for signum, handler in self._handlers.items():
+                signal.signal(signum, handler)
+
+    # ---- where a run ends early ----
+
+    def _save_what_is_whole(self) -> tuple[bool, str]:
+        """Save the finished steps; returns whether a checkpoint has all of them, and a sentence about it."""
+        trainer = self.trainer
+        if not trainer.whole:
+            lost = f"{trainer.unit} {trainer.done + 1} had changed weights and was not finished, so nothing was saved"
+            if self.saved:
+                return self.saved == trainer.done, f"{lost}; {self._last()}"
+            return False, f"{lost}; there is no checkpoint"
+        if trainer.done == self.saved:
+            return self.saved > 0, self._last() if self.saved else ""
+        try:
+            self.save()
+        except FloatingPointError as diverged:
+            return False, f"{diverged}; {self._last() if self.saved else 'there is no checkpoint'}"
+        except _CANNOT_SAVE as failure:
+            return False, f"{failure}; {self._rescue()}"
+        return True, self._last()
+
+    def _last(self) -> str:
+        count = f"{self.saved} {self.trainer.unit}{'s' if self.saved > 1 else ''}"
+        return f"the checkpoint {self.folder} holds {count}, and a resumed run continues from there"
+
+    def _rescue(self) -> str:
+        """Save next to the folder that could not be written, or on the disk of temporary files; returns what is where.
+
+        The whole state is tried in both places before the model without the optimizer's state, which takes about a third.
+        """
+        last = self._last() if self.saved else "there is no checkpoint"
+        places = self._other_places()
+        for write, what in ((self._write, "everything"), (self._write_model, "the model, without optimizer state,")):
+            for place in places:
+                try:
+                    write(place)
+                except _CANNOT_SAVE:
+                    continue
+                done = f"{what} after {self.trainer.unit} {self.trainer.done} is in {place}"
+                if write == self._write:
+                    return f"{done}; move it to {self.folder} and resume the run{self._missing()}"
+                return f"{done}; {last}{self._missing()}"
+        return f"no other place could be written either; {last}{self._missing()}"
+
+    def _other_places(self) -> list[Path]:
+        places = [self.folder.with_name(self.folder.name + ".rescued")]
+        try:
+            if Path(tempfile.gettempdir()).stat().st_dev != self.folder.parent.stat().st_dev:
+                places.append(Path(tempfile.mkdtemp(prefix="rlhf-")) / places[0].name)
+        except OSError:
+            pass  # no temporary files here
+        return places
+
+    def _missing(self) -> str:
+        """How many bytes a checkpoint lacks on the folder's disk."""
+        needed = sum(tensor.nbytes for _, tensor in self.trainer.weights())
+        needed += sum(tensor.nbytes for tensor in self.trainer.tensors().values())
+        missing = needed - shutil.disk_usage(self.folder.parent).free
+        return f"; {missing:,} bytes are missing on the disk of {self.folder.parent}" if missing > 0 else ""
+
+    def _write(self, place: Path) -> None:
+        save_checkpoint(place, self.trainer, self.tokenizer, self.config, self.data)
+
+    def _write_model(self, place: Path) -> None:
+        with_new_folder(place, lambda new: self.trainer.write_model(new, self.tokenizer))
+
+
+def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError unless a run may begin: over an earlier one only with `resume` or `overwrite`.
+
+    `result` is the folder that the run writes, `marker` a file that every result has, so that a folder with a user's own files
+    is never replaced; `others` are further folders of an earlier run.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; pass one of them")
+    for folder in (result, *others):
+        recover(folder)
+    if result.exists() and not (result.is_dir() and ((result / marker).is_file() or not any(result.iterdir()))):
+        raise ValueError(
+            f"{result}: its contents are not those of an earlier run; move them away, or set another output_dir"
+        )
+    for folder in (*others, result):
+        if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
+            kind = "an unfinished run" if folder in others else "an earlier run"
+            raise ValueError(f"{folder}: {kind} is there; continue it with --resume, or replace it with --overwrite")
+
+
+def continued(checkpoint: Path) -> dict[str, bool]:
+    """Return the arguments of a stage that continues from its checkpoint if there is one, and begins anew otherwise."""
+    recover(checkpoint)
+    found = checkpoint.is_dir()
+    return {"resume": found, "overwrite": not found}
