@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from rlhf_engine.metrics import MetricsWriter, progress
+from rlhf_engine.metrics import progress
 
 if TYPE_CHECKING:
     from rlhf_engine.ppo.experience import Scored
@@ -33,10 +33,17 @@ class Callback:
         """Called when training ends; `error` is what ended it early, None otherwise."""
 
 
+class Writer(Protocol):
+    """Where the numbers of updates go, such as a `MetricsWriter`."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the numbers of a step."""
+
+
 class MetricsLog(Callback):
     """Write the numbers of every update with `writer`, and show a progress bar where stderr is a terminal."""
 
-    def __init__(self, writer: MetricsWriter, *, extra: Callable[[], dict[str, float]] = dict) -> None:
+    def __init__(self, writer: Writer, *, extra: Callable[[], dict[str, float]] = dict) -> None:
         self.writer, self.extra, self.bar = writer, extra, None
         self.history: list[dict[str, float]] = []
 
@@ -57,14 +64,14 @@ class MetricsLog(Callback):
 
 
 class Checkpoints(Callback):
-    """Call `save(trainer)` every `every` updates (0: never), at the end, and when an error ends a run between two updates.
+    """Call `save(trainer)`, which returns the folder written, every `every` updates (0: never) and at the end.
 
-    An update that failed after it had changed a weight leaves a state that no run could have reached, which is not saved. With
-    `replaces`, the first checkpoint takes the place of another run's; an error does not save it then.
+    An error that ends a run between two updates saves those that are done. After an error within an update that had changed a
+    weight nothing is saved: no run could have reached that state.
     """
 
-    def __init__(self, save: Callable[[PPOTrainer], Path], every: int = 0, *, replaces: bool = False) -> None:
-        self.save, self.every, self.replaces, self.saved = save, every, replaces, -1
+    def __init__(self, save: Callable[[PPOTrainer], Path], every: int = 0) -> None:
+        self.save, self.every, self.saved = save, every, -1
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
         """Save where the number of updates says so."""
@@ -73,8 +80,6 @@ class Checkpoints(Callback):
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
         """Save the updates that are done."""
-        if error is not None and self.replaces and self.saved < 0:
-            return
         if trainer.whole and trainer.updates_done > max(self.saved, trainer.resumed_at):
             self._save(trainer)
 

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_engine.checkpoint import fingerprint, fingerprint_rows, save_checkpoint
+from rlhf_engine.checkpoint import TRAINER, fingerprint, fingerprint_rows
 from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCodec, read_prompts, stored, token_rows
-from rlhf_engine.files import recover
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.ppo.build import build_trainer
-from rlhf_engine.ppo.callbacks import Checkpoints, MetricsLog
+from rlhf_engine.ppo.callbacks import Callback, MetricsLog
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.loading import (
@@ -35,6 +34,7 @@ from rlhf_engine.recipes.loading import (
     truncated,
 )
 from rlhf_engine.recipes.planning import RunPlan, plan_run
+from rlhf_engine.recipes.session import TrainingSession, check_start
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rewards.user_code import import_function
@@ -44,11 +44,13 @@ from rlhf_engine.supervised.reward_model import score_examples
 _PROMPTS: RecordCodec[Tensor] = RecordCodec(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 
 
-def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]]:
-    """Prompts and a reward model to a policy in `output_dir/ppo`; returns the numbers of every update of this call.
+def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, float]]:
+    """Train a policy on prompts and write it to `output_dir/ppo`; return the numbers of every update of this call.
 
-    With `resume` it goes on from the checkpoint in that folder, drawing the numbers that an unbroken run would draw.
+    `resume` continues from the checkpoint in that folder with the numbers of an unbroken run. Raises ValueError over an earlier
+    run without `resume` or `overwrite`, which replaces it once the first update is finished.
     """
+    check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
     check_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
     plan = plan_run(config)
     function = None
@@ -73,29 +75,39 @@ def run_ppo(config: RunConfig, *, resume: bool = False) -> list[dict[str, float]
         data["reward.path"] = fingerprint(reward_model.named_parameters())
     if resume:
         resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
-    return _train(config, trainer, codec, data, plan)
+    return _train(config, trainer, codec, data, plan, overwrite=overwrite)
+
+
+class SessionCheckpoints(Callback):
+    """Let the session save when a checkpoint is due, or end training when a signal has arrived."""
+
+    def __init__(self, session: TrainingSession) -> None:
+        self.session = session
+
+    def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
+        """Save if a checkpoint is due."""
+        saved = self.session.saved
+        self.session.after()
+        if self.session.saved != saved:
+            trainer.notify("on_checkpoint", self.session.folder)
 
 
 def _train(
-    config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan
+    config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan, *, overwrite: bool
 ) -> list[dict[str, float]]:
-    """Run the updates that are left, with metrics and checkpoints; return their numbers.
-
-    A run that fails before its first update does not replace the checkpoint of another run.
-    """
+    """Run the updates that are left, in a `TrainingSession`, which saves them."""
     plan.write(config.output_dir)
-    folder = Path(config.output_dir) / "ppo"
-    recover(folder)
-
-    def save(trainer: PPOTrainer) -> Path:
-        save_checkpoint(folder, trainer, codec.tokenizer, config, data)
-        return folder
-
-    with stage_metrics(config, "ppo", trainer.updates_done) as metrics:
-        log = MetricsLog(metrics, extra=lambda: truncated(codec) | plan.metrics())
-        replaces = folder.exists() and trainer.updates_done == 0
-        trainer.callbacks += [log, Checkpoints(save, config.ppo.checkpoint_every, replaces=replaces)]
+    folder, every = Path(config.output_dir) / "ppo", config.ppo.checkpoint_every
+    with (
+        stage_metrics(config, "ppo", trainer.done) as metrics,
+        TrainingSession(
+            trainer, folder, codec.tokenizer, config, data, metrics, every=every, overwrites=overwrite
+        ) as session,
+    ):
+        log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())
+        trainer.callbacks += [log, SessionCheckpoints(session)]
         trainer.train()
+        session.save()
     plot(config, "ppo", "update")
     return log.history
 
