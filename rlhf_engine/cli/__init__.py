@@ -41,7 +41,7 @@ class _Commands(TyperGroup):
             signum = getattr(interrupt, "signum", signal.SIGINT)
             saved = getattr(interrupt, "saved", False)
             how = f"; to continue: {_resuming(ctx.obj)}" if saved else ""
-            print(f"rlhf: {interrupt or 'interrupted'}{_notes(interrupt)}{how}", file=sys.stderr)
+            print(f"rlhf: {str(interrupt) or 'interrupted'}{_notes(interrupt)}{how}", file=sys.stderr)
             ended = 0 if saved else 128 + signum
             raise typer.Exit(INTERRUPTED if signum == signal.SIGINT else ended) from None
 

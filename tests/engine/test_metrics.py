@@ -192,3 +192,38 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(limit):
     with pytest.raises(FloatingPointError, match=r"norm of (inf|nan) at optimiser step 1"):
         optimizer_step(optimizer, config, 0, 1)
     assert torch.equal(layer.weight.detach(), before)
+
+
+class Disk:
+    """A file on a disk with room for `free` more bytes."""
+
+    def __init__(self, file, free):
+        self.file, self.free = file, free
+
+    def write(self, data):
+        if self.free == 0:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[: self.free])
+        self.free -= written
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("free", [0, 1, 30])
+def test_a_line_that_a_full_disk_refuses_is_written_later_and_never_in_parts(tmp_path, free):
+    with MetricsWriter(tmp_path, "ppo") as writer:
+        writer.write(1, {"kl": 0.1})
+        writer.file = Disk(writer.file, free)
+        with pytest.raises(OSError, match="No space"):
+            writer.write(2, {"kl": 0.2})
+        assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+        with pytest.raises(OSError, match="No space"):
+            writer.sync()
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+        writer.file.free = 1000
+        writer.sync()
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+        writer.write(3, {"kl": 0.3})
+    assert [(row["step"], row["kl"]) for row in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 0.3)]

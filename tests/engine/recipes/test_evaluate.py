@@ -39,8 +39,8 @@ def sets(models, judge, *more):
     return [f"eval.candidate={models / 'a'}", f"eval.baseline={models / 'b'}", f"eval.judge={judge}", *more]
 
 
-def evaluate(capsys, run, models, judge, *more):
-    return rlhf(capsys, "eval", "--config", run / "run.yaml", sets=sets(models, judge, *more))
+def evaluate(capsys, run, models, judge, *more, flags=()):
+    return rlhf(capsys, "eval", "--config", run / "run.yaml", *flags, sets=sets(models, judge, *more))
 
 
 def write_judge(run, name, body):
@@ -99,7 +99,7 @@ def test_s22_a_smaller_reward_model_judges(run, models, capsys):
     again = rlhf(
         capsys,
         "eval",
-        *("--config", run / "run.yaml"),
+        *("--config", run / "run.yaml", "--overwrite"),
         sets=[f"eval.candidate={models / 'b'}", f"eval.baseline={models / 'a'}", f"eval.judge={models / 'rm'}"],
     )
     assert again[0] == 0 and report["win_rate"]["prompts"] == 4 and report["perplexity"] is None
@@ -167,7 +167,7 @@ def test_s20_a_judge_that_fails_leaves_what_was_there(run, models, capsys, body,
     (run / "out" / "eval").mkdir(parents=True)
     (run / "out" / "eval" / "report.json").write_text("before")
     judge = write_judge(run, "judge_broken", body)
-    code, _, shown = evaluate(capsys, run, models, judge)
+    code, _, shown = evaluate(capsys, run, models, judge, flags=("--overwrite",))
     assert code == 2 and shown == f"rlhf: judge {judge}: {message}\n"
     assert sorted(path.name for path in (run / "out").iterdir()) == ["eval", "unjudged"]
     assert (run / "out" / "eval" / "report.json").read_text() == "before"
@@ -189,10 +189,11 @@ def test_s20_a_judge_that_failed_is_asked_again_about_the_same_answers(run, mode
     assert (run / "out" / "eval" / "answers.jsonl").read_bytes() == said
     assert [path.name for path in (run / "out").iterdir()] == ["eval"]
     # Other settings, and a model that is another since, are asked anew.
-    assert evaluate(capsys, run, models, broken, *more)[0] == 2 and len(asked) == 2
-    assert evaluate(capsys, run, models, broken, *more, "eval.samples=1")[0] == 2 and len(asked) == 3
+    over = {"flags": ("--overwrite",)}
+    assert evaluate(capsys, run, models, broken, *more, **over)[0] == 2 and len(asked) == 2
+    assert evaluate(capsys, run, models, broken, *more, "eval.samples=1", **over)[0] == 2 and len(asked) == 3
     new_model(run / "a", 5)
-    assert evaluate(capsys, run, models, good, *more, "eval.samples=1")[0] == 0 and len(asked) == 4
+    assert evaluate(capsys, run, models, good, *more, "eval.samples=1", **over)[0] == 0 and len(asked) == 4
 
 
 @pytest.mark.parametrize(

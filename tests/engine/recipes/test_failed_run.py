@@ -16,6 +16,7 @@ def until(prompts, answers):
 
 
 def test_a_new_run_that_fails_leaves_another_run_s_checkpoint(tmp_path, capsys):
+    """Not before its first finished update does a run with --overwrite replace what is there."""
     new_run(tmp_path, new_model(tmp_path / "base"))
     (tmp_path / "reward.py").write_text(REWARD)
     sets = [f"reward.function={tmp_path / 'reward.py'}:until", "ppo.value_init=zero", "ppo.updates=2"]
@@ -25,12 +26,22 @@ def test_a_new_run_that_fails_leaves_another_run_s_checkpoint(tmp_path, capsys):
         calls.write_text(str(good))
         return rlhf(capsys, "ppo", "--config", tmp_path / "run.yaml", *options, sets=sets)
 
-    assert run(1)[0] == 2  # nothing was there: its one update is saved
+    def numbers():
+        return [row["score_mean"] for row in read_lines(tmp_path / "out" / "metrics.jsonl")]
+
+    code, _, err = run(1)  # nothing was there: its one update is saved
+    assert (
+        code == 2 and f"the checkpoint {weights.parent} holds 1 update, and a resumed run continues from there" in err
+    )
     first = weights.read_bytes()
     code, _, err = run(9, "--resume")
     assert code == 0, err
-    finished = weights.read_bytes()
-    assert finished != first and len(read_lines(tmp_path / "out" / "metrics.jsonl")) == 2
-    assert run(1)[0] == 2
-    assert weights.read_bytes() == finished
+    finished, rows = weights.read_bytes(), numbers()
+    assert finished != first and len(rows) == 2
+    code, _, err = run(9)
+    assert code == 2 and "--resume" in err and "--overwrite" in err
+    assert run(0, "--overwrite")[0] == 2
+    assert weights.read_bytes() == finished and numbers() == rows
+    assert run(1, "--overwrite")[0] == 2
+    assert weights.read_bytes() == first and numbers() == rows[:1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("ppo")) == ["ppo"]

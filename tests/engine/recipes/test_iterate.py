@@ -140,9 +140,9 @@ def test_s21_identical_and_empty_answers_are_left_out_and_counted(run, monkeypat
 def test_s21_ppo_goes_on_from_its_checkpoint(run, monkeypatch):
     real, calls = iterate.run_ppo, []
 
-    def break_after(config, *, resume):
+    def break_after(config, *, resume, overwrite):
         calls.append(resume)
-        history = real(config, resume=resume)
+        history = real(config, resume=resume, overwrite=overwrite)
         if len(calls) == 1:
             raise KeyboardInterrupt
         return history
@@ -250,9 +250,9 @@ def test_s21_what_no_finished_step_has_read_may_change(run):
 def test_s21_a_ppo_with_other_settings_does_not_go_on_from_its_checkpoint(run, monkeypatch):
     real, resumed = iterate.run_ppo, []
 
-    def break_after(config, *, resume):
+    def break_after(config, *, resume, overwrite):
         resumed.append(resume)
-        real(config, resume=resume)
+        real(config, resume=resume, overwrite=overwrite)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(iterate, "run_ppo", break_after)

@@ -116,7 +116,7 @@ def test_ppo_of_an_unknown_architecture_runs_without_a_plan(capsys, tmp_path):
     assert code == 0, err
     assert "'gemma2'" in json.loads((tmp_path / "out" / "plan.json").read_text())["unknown"]
     assert "planned_peak_mb" not in read_lines(tmp_path / "out" / "metrics.jsonl")[-1]
-    code, _, err = rlhf(capsys, *command, sets=[*sets, "memory.budget=1GiB"])
+    code, _, err = rlhf(capsys, *command, "--overwrite", sets=[*sets, "memory.budget=1GiB"])
     assert code == 2 and "got model_type 'gemma2'" in err
 
 

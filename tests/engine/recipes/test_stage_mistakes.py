@@ -138,7 +138,7 @@ def test_unknown_options_exit_with_2(capsys):
 
 
 def test_an_interrupted_command_says_so(run, capsys, monkeypatch):
-    def interrupted(config):
+    def interrupted(config, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rlhf_engine.recipes.run_sft", interrupted)

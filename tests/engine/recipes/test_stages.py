@@ -112,7 +112,7 @@ def test_s19_long_prompts_are_cut_and_counted_by_every_stage(run, capsys):
 
 def test_a_stage_run_again_replaces_its_own_numbers(run, capsys):
     for _ in range(2):
-        assert rlhf(capsys, "sft", "--config", run / "run.yaml")[0] == 0
+        assert rlhf(capsys, "sft", "--config", run / "run.yaml", "--overwrite")[0] == 0
     steps = [json.loads(line)["step"] for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2, 3, 4, 4]
 

@@ -1,0 +1,194 @@
+"""Checkpoints of every trainer: what they hold, the layout of earlier releases, and what a resumed run refuses."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from rlhf_engine.checkpoint import fingerprint, resume, save_checkpoint
+from rlhf_engine.config import OptimConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_engine.data import Example
+from rlhf_engine.model import LanguageModel
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.optim.state_dict import optimizer_tensors
+from rlhf_engine.supervised.reward_model import RankedPrompt, RewardTrainer
+from rlhf_engine.supervised.sft import SFTTrainer
+from tests.engine.helpers.tiny_models import tiny
+from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
+
+EXAMPLES = [Example((5, 6), (8 + n, 9, 2)) for n in range(6)]
+PROMPTS = [RankedPrompt(tuple(EXAMPLES[n : n + 3]), ((0, 1), (2, 0))) for n in range(4)]
+OPTIM = OptimConfig(lr=1e-2)
+
+
+def sft(dtype=torch.float32, log=None, state="resident", seed=3):
+    config = SFTConfig(epochs=4, batch_size=2, evaluate_every=2, patience=9, optim=OPTIM)
+    actor = LanguageModel(tiny().to(dtype))
+    return SFTTrainer(actor, EXAMPLES, EXAMPLES[:2], config, pad_id=0, seed=seed, log=log, optimizer_state=state)
+
+
+def rm(dtype=torch.float32, log=None, state="resident", seed=3):
+    config = RewardConfig(epochs=4, batch_size=2, evaluate_every=3, optim=OPTIM)
+    model = RewardModel.from_causal_lm(tiny().to(dtype), seed=1)
+    return RewardTrainer(model, PROMPTS, PROMPTS[:2], config, pad_id=0, seed=seed, log=log, optimizer_state=state)
+
+
+class Enough(Exception):
+    """The number of steps that a test wants."""
+
+
+def train(trainer, until):
+    def after():
+        if trainer.done == until:
+            raise Enough
+
+    with pytest.raises(Enough):
+        trainer.train(after)
+
+
+def everything(trainer):
+    tensors = trainer.tensors() | dict(trainer.weights())
+    return trainer.state(), {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("make", [sft, rm])
+@pytest.mark.parametrize("until", [1, 2, 5, 7])
+@pytest.mark.parametrize(
+    "dtype, state", [(torch.float32, "resident"), (torch.bfloat16, "resident"), (torch.float32, "host")], ids=str
+)
+def test_a_resumed_trainer_ends_as_an_unbroken_one(tmp_path, make, until, dtype, state):
+    """The weights, the optimizer's state, the minimum so far and every logged number, between epochs and within one."""
+    logs = [[], []]
+    whole = make(dtype, lambda *row: logs[0].append(row), state)
+    whole.train()
+    first = make(dtype, lambda *row: logs[1].append(row), state)
+    train(first, until)
+    save_checkpoint(tmp_path / "run", first, None, RunConfig())
+    second = make(dtype, lambda *row: logs[1].append(row), state)
+    resume(tmp_path / "run", second, RunConfig())
+    assert second.done == until
+    second.train()
+    assert logs[0] == logs[1]
+    (state_a, tensors_a), (state_b, tensors_b) = everything(whole), everything(second)
+    assert state_a == state_b and tensors_a.keys() == tensors_b.keys()
+    assert all(torch.equal(tensors_a[name], tensors_b[name]) for name in tensors_a)
+    if make is sft:
+        assert whole.finish() == second.finish()
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole.weights(), second.weights(), strict=True))
+
+
+@pytest.mark.parametrize("make", [sft, rm])
+def test_an_evaluation_that_failed_is_the_first_thing_of_a_resumed_run(tmp_path, make):
+    """The step before it is finished and logged, so that nothing is logged twice."""
+    logs = [[], []]
+    make(log=lambda *row: logs[0].append(row)).train()
+    first = make(log=lambda *row: logs[1].append(row))
+    real = first.evaluate
+
+    def fail():
+        if first.done >= 6:
+            raise Enough
+        return real()
+
+    first.evaluate = fail
+    with pytest.raises(Enough):
+        first.train()
+    assert first.whole and first.done == 6
+    save_checkpoint(tmp_path / "run", first, None, RunConfig())
+    second = make(log=lambda *row: logs[1].append(row))
+    resume(tmp_path / "run", second, RunConfig())
+    second.train()
+    assert logs[0] == logs[1]
+
+
+def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path):
+    """Written by hand as commit 4216677 wrote it: no stage in trainer.json, and none of the keys that came later."""
+    first = make_trainer(ema_decay=0.9, score_scale="running")
+    first.step()
+    folder = tmp_path / "ppo"
+    for place, policy in ((folder, first.policy), (folder / "ema", first.average.average)):
+        policy.model.save_pretrained(place)
+        save_file(
+            {"weight": policy.value.weight.data, "bias": policy.value.bias.data}, place / "value_head.safetensors"
+        )
+    tensors = optimizer_tensors(first.optimizer)
+    save_file(tensors, folder / "optimizer.safetensors")
+    state = first.state() | {"seed": 1, "optimizer_tensors": len(tensors), "data": {}}
+    state["reference"] = fingerprint(first.reference.weights())
+    (folder / "trainer.json").write_text(json.dumps(state))
+    settings = RunConfig().to_dict()
+    del settings["sft"]["checkpoint_every"], settings["reward"]["checkpoint_every"]
+    settings["ppo"]["checkpoint_every"] = 0
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    second = make_trainer(ema_decay=0.9, score_scale="running")
+    resume(folder, second, RunConfig())
+    assert second.state() == first.state() and second.updates_done == 1
+    first.step()
+    second.step()
+    ours, theirs = weights_of(first), weights_of(second)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    save_checkpoint(tmp_path / "now", first, None, RunConfig())
+    names = {path.name for path in (tmp_path / "now").iterdir()}
+    assert names == {path.name for path in folder.iterdir()}
+
+
+def damage(folder, change):
+    tensors = load_file(folder / "optimizer.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "optimizer.safetensors")
+    state = json.loads((folder / "trainer.json").read_text())
+    (folder / "trainer.json").write_text(json.dumps(state | {"optimizer_tensors": len(tensors)}))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda tensors: tensors.pop("best.model.norm.weight"),
+            r"optimizer\.safetensors: got None for best\.model\.norm",
+        ),
+        (
+            lambda tensors: tensors.update({"best.x": torch.zeros(1)}),
+            r"optimizer\.safetensors: got .* for best\.x, expected None",
+        ),
+        (lambda tensors: tensors.pop("0.exp_avg"), r"optimizer\.safetensors: got no 0\.exp_avg"),
+    ],
+)
+def test_a_tensor_that_is_missing_or_too_many_is_named(tmp_path, change, message):
+    trainer = sft()
+    train(trainer, 2)
+    save_checkpoint(tmp_path / "run", trainer, None, RunConfig())
+    damage(tmp_path / "run", change)
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path / "run", sft(), RunConfig())
+
+
+def test_what_a_resumed_stage_refuses(tmp_path):
+    """The checkpoint of another stage, another seed, other data and settings, each named."""
+    trainer = rm()
+    train(trainer, 2)
+    folder, data = tmp_path / "run", {"data.comparisons": "a"}
+    save_checkpoint(folder, trainer, None, RunConfig(), data)
+    with pytest.raises(ValueError, match="got a checkpoint of the stage rm, expected one of sft"):
+        resume(folder, SwappedStage(rm(), "sft"), RunConfig(), data)
+    with pytest.raises(ValueError, match="got a run with seed 3, expected 4"):
+        resume(folder, rm(seed=4), RunConfig(), data)
+    with pytest.raises(ValueError, match=r"data\.comparisons: got another content"):
+        resume(folder, rm(), RunConfig(), {"data.comparisons": "b"})
+    changed = RunConfig(reward=RewardConfig(batch_size=4))
+    with pytest.raises(ValueError, match=r"reward\.batch_size: got 4, expected 8 to go on"):
+        resume(folder, rm(), changed, data)
+    free = RunConfig(reward=RewardConfig(checkpoint_every=7, path="x"), sft=SFTConfig(epochs=9))
+    resume(folder, rm(), free, data)
+
+
+class SwappedStage:
+    """A trainer under the name of another stage."""
+
+    def __init__(self, trainer, stage):
+        self.trainer, self.stage = trainer, stage
+
+    def __getattr__(self, name):
+        return getattr(self.trainer, name)
