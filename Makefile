@@ -9,7 +9,7 @@ PEERS := .venv-peers
 .PHONY: demo figure test test-peers lint compile-check bench bench-env build clean
 
 demo: build
-	$(BIN)/rlhf demo --output runs/demo
+	$(BIN)/rlhf demo --output runs/demo --overwrite
 
 figure: build
 	$(BIN)/rlhf figure --output runs/figure

@@ -220,10 +220,13 @@ def test_a_line_that_a_full_disk_refuses_is_written_later_and_never_in_parts(tmp
             writer.write(2, {"kl": 0.2})
         assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
         with pytest.raises(OSError, match="No space"):
+            writer.write(3, {"kl": 0.3})
+        with pytest.raises(OSError, match="No space"):
             writer.sync()
         assert [row["step"] for row in read_metrics(tmp_path)] == [1]
         writer.file.free = 1000
         writer.sync()
-        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-        writer.write(3, {"kl": 0.3})
-    assert [(row["step"], row["kl"]) for row in read_metrics(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+        writer.write(4, {"kl": 0.4})
+    rows = [(row["step"], row["kl"]) for row in read_metrics(tmp_path)]
+    assert rows == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
