@@ -173,7 +173,7 @@ class TrainingSession:
         self._masked = True
         try:
             if error is not None:
-                saved, note = self._save_what_is_whole()
+                saved, note = self._save_what_is_whole(error)
                 if note:
                     error.add_note(note)
                 if isinstance(error, Stopped):
@@ -184,7 +184,7 @@ class TrainingSession:
 
     # ---- where a run ends early ----
 
-    def _save_what_is_whole(self) -> tuple[bool, str]:
+    def _save_what_is_whole(self, error: BaseException) -> tuple[bool, str]:
         """Save the finished steps; returns whether a checkpoint has all of them, and a sentence about it."""
         trainer = self.trainer
         if not trainer.whole:
@@ -199,7 +199,8 @@ class TrainingSession:
         except FloatingPointError as diverged:
             return False, f"{diverged}; {self._last() if self.saved else 'there is no checkpoint'}"
         except _CANNOT_SAVE as failure:
-            return False, f"{failure}; {self._rescue()}"
+            why = "" if str(failure) == str(error) else f"{failure}; "
+            return False, why + self._rescue()
         return True, self._last()
 
     def _last(self) -> str:

@@ -1,5 +1,6 @@
 """`rlhf ppo`, `sft`, `rm`, `eval` and `demo` that end early or begin over an earlier run, through the command line."""
 
+import errno
 import json
 import signal
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_engine import files
 from rlhf_engine.metrics import MetricsWriter
 from rlhf_engine.ppo import trainer as ppo
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
@@ -134,6 +136,39 @@ def test_an_error_between_updates_saves_them(run, capsys, monkeypatch, error):
     assert "holds 3 updates" in shown and updates(run / "out" / "ppo") == 3
     assert start(capsys, "--resume")[0] == 0 and start(capsys, sets=["output_dir=whole"])[0] == 0
     assert same_end(run / "out", run / "whole")
+
+
+# ---- F4 ----
+
+
+@pytest.mark.parametrize(
+    "command, place", [("sft", "recipes.loading"), ("rm", "recipes.reward_model"), ("ppo", "checkpoint")]
+)
+def test_a_finished_run_whose_result_cannot_be_written_is_kept(run, capsys, monkeypatch, command, place):
+    """The last write finds the disk full; when there is room, a resumed run has nothing to do but to write."""
+    calls, real = [], files.write_json
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    sets = SETS if command == "ppo" else []
+    with monkeypatch.context() as patch:
+        patch.setattr(f"rlhf_engine.{place}.write_json", full)
+        code, _, shown = rlhf(capsys, command, "--config", "run.yaml", sets=sets)
+    assert code == 2 and "No space left on device; the checkpoint" in shown and "a resumed run continues" in shown
+    assert calls and (command == "ppo" or not (run / "out" / command).exists())
+    rows = read_lines(run / "out" / "metrics.jsonl")
+    assert rlhf(capsys, command, "--config", "run.yaml", "--resume", sets=sets)[0] == 0
+    assert read_lines(run / "out" / "metrics.jsonl") == rows
+    assert rlhf(capsys, command, "--config", "run.yaml", sets=[*sets, "output_dir=whole"])[0] == 0
+    tensors = [
+        {path.name: path.read_bytes() for path in sorted((out / command).glob("*.safetensors"))}
+        for out in (run / "out", run / "whole")
+    ]
+    assert tensors[0] == tensors[1] and tensors[0]
 
 
 # ---- F5 ----
