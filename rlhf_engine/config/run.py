@@ -86,11 +86,6 @@ class RunConfig(Section):
                 f"{raw[0]}.optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit': torchao would "
                 "compile a step for each of its epsilons"
             )
-        if self.demo.pretrain.checkpoint_every is not None:
-            raise ValueError(
-                f"demo.pretrain.checkpoint_every: got {self.demo.pretrain.checkpoint_every}, expected null: the demo's base "
-                "model trains in one go"
-            )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder")
         if self.compute_dtype == "bfloat16" and self.ppo.objective == "trpo":

@@ -67,6 +67,15 @@ class DemoRunConfig(RunConfig):
     demo: DemoConfig = field(default_factory=DemoConfig)
     """Used by `rlhf demo` and `rlhf figure` only."""
 
+    def check(self) -> None:
+        """The rules of a run; and the demo's base model has no checkpoints."""
+        super().check()
+        if self.demo.pretrain.checkpoint_every is not None:
+            raise ValueError(
+                f"demo.pretrain.checkpoint_every: got {self.demo.pretrain.checkpoint_every}, expected null: the demo's base "
+                "model trains in one go"
+            )
+
     def optimizers(self) -> dict[str, OptimConfig]:
         """Return the optimiser settings of every stage by the key of its section, pretraining included."""
         return super().optimizers() | {"demo.pretrain": self.demo.pretrain.optim}

@@ -108,7 +108,7 @@ def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path):
     first = make_trainer(ema_decay=0.9, score_scale="running")
     first.step()
     folder = tmp_path / "ppo"
-    for place, policy in ((folder, first.policy), (folder / "ema", first.average.average)):
+    for place, policy in ((folder, first.policy), (folder / "ema", first.update_rule.average.model)):
         policy.model.save_pretrained(place)
         save_file(
             {"weight": policy.value.weight.data, "bias": policy.value.bias.data}, place / "value_head.safetensors"

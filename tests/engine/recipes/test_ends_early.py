@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from rlhf_engine import files
 from rlhf_engine.metrics import MetricsWriter
-from rlhf_engine.ppo import trainer as ppo
+from rlhf_engine.ppo import update as ppo
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
 
 REWARD = """
