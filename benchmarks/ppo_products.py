@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Session
-from rlhf_kernels.ops.products import Plan
+from rlhf_kernels.ops.head import Plan
 
 
 class Products:

@@ -33,7 +33,7 @@ struct LogitRows {
     RLHF_MEMBER int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * row_stride; }
 };
 
-// What one read of a row leaves behind: p_j = exp((w_j - shift) * factor) * inv_sum, w being the logit before the temperature.
+// Statistics of one read of a row: p_j = exp((w_j - shift) * factor) * inv_sum, w being the logit before the temperature.
 struct RowStats {
     float* logprobs;  // (N)
     float* entropy;   // (N)
@@ -65,7 +65,7 @@ struct Sequences {
     const int32_t* cu_seqlens;  // (B + 1) or null
 };
 
-// Sums over the tokens of one call, in this order; the Python side names them in the same order (ops/ppo_terms.py).
+// Sums over the tokens of one call, in this order; the Python side names them in the same order (launch_args.SUMS).
 enum PpoSum : int {
     kPolicy, kRefKlTerm, kEntropyTerm, kValueTerm,  // times the aggregation's weight
     kEntropy, kClipped, kDualClipped, kApproxKl, kK3, kRatio, kRefKl, kActive, kNumTokens,  // plain

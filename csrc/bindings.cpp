@@ -69,6 +69,7 @@ py::list cuda_architectures() {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of rlhf_kernels; private.";
+    using py::arg;
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def("isa", isa_name);
     m.def("set_isa", set_isa);
@@ -116,7 +117,9 @@ PYBIND11_MODULE(_C, m) {
                                      at<float>(value_slope),
                                      at<double>(sums)};
               RLHF_CPU(ppo_loss(args));
-          }, unlocked);
+          }, unlocked, py::kw_only(), arg("ppo"), arg("n"), arg("sequences"), arg("length"), arg("cu_seqlens"),
+          arg("sequence_level"), arg("mask"), arg("logprobs"), arg("entropy"), arg("values"), arg("old_values"), arg("returns"),
+          arg("value_mask"), arg("value_row_weight"), arg("slope"), arg("value_slope"), arg("sums"));
     m.def("accumulate",
           [](Address sum, Address part, int dtype, int64_t n, bool first) {
               RLHF_CPU(accumulate(at<float>(sum), at<const void>(part), DType(dtype), n, first));
@@ -127,13 +130,7 @@ PYBIND11_MODULE(_C, m) {
           }, unlocked);
     m.def("gae", [](const GaeArgs& a) { RLHF_CPU(gae(a)); }, unlocked);
     m.def("rollout_advantages",
-          [](const GaeArgs& gae, Address scores, Address logprobs, Address ref_logprobs, Address score_index, int kl_estimator,
-             float kl_coef, float score_clip, bool whiten_rewards, bool whiten_advantages, Address rewards, Address kl) {
-              const RolloutArgs args{gae, at<const float>(scores), at<const float>(logprobs), at<const float>(ref_logprobs),
-                                     at<const int64_t>(score_index), KlEstimator(kl_estimator), kl_coef, score_clip,
-                                     whiten_rewards, whiten_advantages, at<float>(rewards), at<float>(kl)};
-              RLHF_CPU(rollout_advantages(args));
-          }, unlocked);
+          [](const RolloutArgs& a) { RLHF_CPU(rollout_advantages(a)); }, unlocked);
     m.def("sample_tokens",
           [](Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float temperature, Address temperatures,
              int64_t top_k, double top_p, double min_p, int64_t seed, Address sequence, Address position, Address ids,
@@ -143,7 +140,9 @@ PYBIND11_MODULE(_C, m) {
                                     at<const int64_t>(sequence), at<const int64_t>(position), at<int64_t>(ids),
                                     at<float>(logprobs), at<float>(sampling_logprobs)};
               RLHF_CPU(sample_tokens(args));
-          }, unlocked);
+          }, unlocked, py::kw_only(), arg("logits"), arg("dtype"), arg("rows"), arg("vocab"), arg("row_stride"),
+          arg("temperature"), arg("temperatures"), arg("top_k"), arg("top_p"), arg("min_p"), arg("seed"), arg("sequence"),
+          arg("position"), arg("ids"), arg("logprobs"), arg("sampling_logprobs"));
     m.def("decode_attention",
           [](Address query, Address keys, Address values, int dtype, int64_t rows, int64_t heads, int64_t groups, int64_t width,
              int64_t size, std::array<int64_t, 3> key_strides, std::array<int64_t, 3> value_strides, Address mask, float scale,
@@ -154,7 +153,9 @@ PYBIND11_MODULE(_C, m) {
                                        {value_strides[0], value_strides[1], value_strides[2]},
                                        at<const uint8_t>(mask), scale, at<void>(out)};
               RLHF_CPU(decode_attention(args));
-          }, unlocked);
+          }, unlocked, py::kw_only(), arg("query"), arg("keys"), arg("values"), arg("dtype"), arg("rows"), arg("heads"),
+          arg("groups"), arg("width"), arg("size"), arg("key_strides"), arg("value_strides"), arg("mask"), arg("scale"),
+          arg("out"));
     m.def("kl_penalty",
           [](Address logprobs, Address ref, int64_t n, int estimator, Address out) {
               RLHF_CPU(kl_penalty(at<float>(logprobs), at<float>(ref), n, KlEstimator(estimator), at<float>(out)));

@@ -26,30 +26,57 @@ static inline LogitRows logit_rows(Address logits, int dtype, int64_t n, int64_t
             at<const uint8_t>(mask), transform};
 }
 
-// Local to the module, so that a second one, made for tests, can have its own.
+// Every scalar by its name, and nothing else.
+static inline PpoScalars ppo_scalars(const pybind11::kwargs& given) {
+    PpoScalars s;
+    size_t known = 0;
+#define RLHF_CHOICE(Type, name) s.name = Type(given[#name].cast<int>()), known++;
+#define RLHF_NUMBER(name) s.name = given[#name].cast<float>(), known++;
+    RLHF_PPO_SCALARS(RLHF_CHOICE, RLHF_NUMBER)
+#undef RLHF_CHOICE
+#undef RLHF_NUMBER
+    if (given.size() != known) throw pybind11::type_error("PpoScalars: got a name that csrc/math/ppo.h does not have");
+    return s;
+}
+
+// Local to the module, so that a second one, built for tests, can register the same types.
 static inline void bind_arguments(pybind11::module_& m) {
     namespace py = pybind11;
-    py::class_<PpoScalars>(m, "PpoScalars", py::module_local())
-        .def(py::init([](int objective, int kl_estimator, float low, float high, float dual_clip, float clamp, float old_kl_coef,
-                         float kl_coef, float entropy_coef, float cliprange_value) {
-            return PpoScalars{Objective(objective), KlEstimator(kl_estimator), low, high, dual_clip, clamp, old_kl_coef, kl_coef,
-                              entropy_coef, cliprange_value};
-        }));
-    py::class_<LogitRows>(m, "LogitRows", py::module_local()).def(py::init(&logit_rows));
+    using py::arg;
+    py::class_<PpoScalars>(m, "PpoScalars", py::module_local()).def(py::init(&ppo_scalars));
+    py::class_<LogitRows>(m, "LogitRows", py::module_local())
+        .def(py::init(&logit_rows), py::kw_only(), arg("logits"), arg("dtype"), arg("n"), arg("vocab"), arg("row_stride"),
+             arg("inner"), arg("outer_stride"), arg("ids"), arg("mask"), arg("temperature"), arg("temperatures"), arg("softcap"),
+             arg("logit_scale"));
     py::class_<PpoRows>(m, "PpoRows", py::module_local())
         .def(py::init([](const PpoScalars& scalars, Address old_logprobs, Address advantages, Address weights,
                          Address ref_logprobs, Address row_weight) {
-            return PpoRows{scalars, at<const float>(old_logprobs), at<const float>(advantages), at<const float>(weights),
-                           at<const float>(ref_logprobs), at<const float>(row_weight)};
-        }));
+                 return PpoRows{scalars, at<const float>(old_logprobs), at<const float>(advantages), at<const float>(weights),
+                                at<const float>(ref_logprobs), at<const float>(row_weight)};
+             }),
+             py::kw_only(), arg("scalars"), arg("old_logprobs"), arg("advantages"), arg("weights"), arg("ref_logprobs"),
+             arg("row_weight"));
     py::class_<GaeArgs>(m, "GaeArgs", py::module_local())
         .def(py::init([](int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, Address rewards, Address values,
                          Address mask, Address bootstrap, float gamma, float lam, bool skip_holes, Address advantages,
                          Address returns) {
-            return GaeArgs{n, {sequences, length, at<const int32_t>(cu_seqlens)}, at<const float>(rewards),
-                           at<const float>(values), at<const uint8_t>(mask), at<const float>(bootstrap), gamma, lam, skip_holes,
-                           at<float>(advantages), at<float>(returns)};
-        }));
+                 return GaeArgs{n, {sequences, length, at<const int32_t>(cu_seqlens)}, at<const float>(rewards),
+                                at<const float>(values), at<const uint8_t>(mask), at<const float>(bootstrap), gamma, lam,
+                                skip_holes, at<float>(advantages), at<float>(returns)};
+             }),
+             py::kw_only(), arg("n"), arg("sequences"), arg("length"), arg("cu_seqlens"), arg("rewards"), arg("values"),
+             arg("mask"), arg("bootstrap"), arg("gamma"), arg("lam"), arg("skip_holes"), arg("advantages"), arg("returns"));
+    py::class_<RolloutArgs>(m, "RolloutArgs", py::module_local())
+        .def(py::init([](const GaeArgs& gae, Address scores, Address logprobs, Address ref_logprobs, Address score_index,
+                         int kl_estimator, float kl_coef, float score_clip, bool whiten_rewards, bool whiten_advantages,
+                         Address rewards, Address kl) {
+                 return RolloutArgs{gae, at<const float>(scores), at<const float>(logprobs), at<const float>(ref_logprobs),
+                                    at<const int64_t>(score_index), KlEstimator(kl_estimator), kl_coef, score_clip,
+                                    whiten_rewards, whiten_advantages, at<float>(rewards), at<float>(kl)};
+             }),
+             py::kw_only(), arg("gae"), arg("scores"), arg("logprobs"), arg("ref_logprobs"), arg("score_index"),
+             arg("kl_estimator"), arg("kl_coef"), arg("score_clip"), arg("whiten_rewards"), arg("whiten_advantages"),
+             arg("rewards"), arg("kl"));
 }
 
 }  // namespace rlhf

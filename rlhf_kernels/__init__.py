@@ -1,5 +1,17 @@
 """Fused PPO maths for language models: one function from hidden states to the whole objective, and everything around it."""
 
+from ._native import lend_workspace, release_workspace
+from ._options import PPOOptions
+from .launch_args import (
+    METRICS,
+    Advantages,
+    PPOLoss,
+    RolloutAdvantages,
+    SampledTokens,
+    TokenLogprobs,
+    explained_variance,
+)
+from .modules import FusedHead
 from .ops import (
     decode_attention,
     gae,
@@ -16,14 +28,14 @@ from .ops import (
     sample_tokens,
     token_logprobs,
 )
-from .ops.products import has_products, head_workspace_bytes
-from .types import METRICS, Advantages, PPOLoss, RolloutAdvantages, SampledTokens, TokenLogprobs, explained_variance
-from .workspace import lend_workspace, release_workspace
+from .ops.head import has_products, head_workspace_bytes
 
 __all__ = [
     "METRICS",
     "Advantages",
+    "FusedHead",
     "PPOLoss",
+    "PPOOptions",
     "RolloutAdvantages",
     "SampledTokens",
     "TokenLogprobs",

@@ -60,17 +60,29 @@ def ppo_loss(
     value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
     sums = torch.empty(_native.NUM_SUMS, dtype=torch.float64)
     sequences.check(logprobs.numel())
-    layout = (sequences.count, sequences.length, address(sequences.cu_seqlens))
-    inputs = (address(mask), *map(floats, (logprobs, entropy, values, old_values, returns)))
-    outputs = (floats(slope), floats(value_slope), address(sums))
-    rows = (address(value_mask), floats(value_row_weight))
-    ppo_rows = _native.ppo_rows(ppo)
-    _native.extension().ppo_loss(ppo_rows, logprobs.numel(), *layout, sequence_level, *inputs, *rows, *outputs)
+    _native.extension().ppo_loss(
+        ppo=_native.ppo_rows(ppo),
+        n=logprobs.numel(),
+        sequences=sequences.count,
+        length=sequences.length,
+        cu_seqlens=address(sequences.cu_seqlens),
+        sequence_level=sequence_level,
+        mask=address(mask),
+        logprobs=floats(logprobs),
+        entropy=floats(entropy),
+        values=floats(values),
+        old_values=floats(old_values),
+        returns=floats(returns),
+        value_mask=address(value_mask),
+        value_row_weight=floats(value_row_weight),
+        slope=floats(slope),
+        value_slope=floats(value_slope),
+        sums=address(sums),
+    )
     return slope, value_slope, sums
 
 
 def accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
-    """`total = part` (first) or `total += part`; `total` is float32."""
     dtype = _native.DTYPES[part.dtype]
     _native.extension().accumulate(address(total), address(part), dtype, part.numel(), first)
 
@@ -99,10 +111,11 @@ def rollout_advantages(
     recursion = _native.gae_args(
         rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns
     )
-    _native.extension().rollout_advantages(
-        recursion, address(scores), address(logprobs), address(ref_logprobs), address(score_index), kl_estimator, kl_coef,
-        score_clip, whiten_rewards, whiten_advantages, address(rewards), address(kl),
+    args = _native.rollout_args(
+        recursion, scores, logprobs, ref_logprobs, score_index, rewards, kl, kl_estimator=kl_estimator, kl_coef=kl_coef,
+        score_clip=score_clip, whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages,
     )  # fmt: skip
+    _native.extension().rollout_advantages(args)
     return advantages, returns, rewards, kl
 
 
@@ -110,21 +123,47 @@ def sample_tokens(
     logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, v = logits.shape
-    out = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b)
+    ids, logprobs, sampling_logprobs = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b)
     _native.extension().sample_tokens(
-        logits.data_ptr(), _native.DTYPES[logits.dtype], b, v, logits.stride(0), temperature, address(temperatures),
-        top_k, top_p, min_p, seed, address(sequence), address(position), *map(address, out),
-    )  # fmt: skip
-    return out
+        logits=logits.data_ptr(),
+        dtype=_native.DTYPES[logits.dtype],
+        rows=b,
+        vocab=v,
+        row_stride=logits.stride(0),
+        temperature=temperature,
+        temperatures=address(temperatures),
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        sequence=address(sequence),
+        position=address(position),
+        ids=address(ids),
+        logprobs=address(logprobs),
+        sampling_logprobs=address(sampling_logprobs),
+    )
+    return ids, logprobs, sampling_logprobs
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     out = torch.empty_like(query)
     rows, heads, size = query.shape
     _native.extension().decode_attention(
-        address(query), keys.data_ptr(), values.data_ptr(), _native.DTYPES[query.dtype], rows, heads, keys.shape[1],
-        keys.shape[2], size, keys.stride()[:3], values.stride()[:3], address(mask), scale, address(out),
-    )  # fmt: skip
+        query=address(query),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        dtype=_native.DTYPES[query.dtype],
+        rows=rows,
+        heads=heads,
+        groups=keys.shape[1],
+        width=keys.shape[2],
+        size=size,
+        key_strides=keys.stride()[:3],
+        value_strides=values.stride()[:3],
+        mask=address(mask),
+        scale=scale,
+        out=address(out),
+    )
     return out
 
 

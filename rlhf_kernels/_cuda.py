@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._native import address, floats
+from ._native import floats
 from .launch_args import LogitRows, PpoRows, RowStats
 
 
@@ -48,13 +48,13 @@ def rollout_advantages(
     recursion = _native.gae_args(
         rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns
     )
+    args = _native.rollout_args(
+        recursion, scores, logprobs, ref_logprobs, score_index, rewards, kl, kl_estimator=kl_estimator, kl_coef=kl_coef,
+        score_clip=score_clip, whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages,
+    )  # fmt: skip
     with on_stream(logprobs) as stream:
         workspace = _workspace(_native.extension().cuda_rollout_workspace(recursion), logprobs)
-        _native.extension().cuda_rollout_advantages(
-            recursion, address(scores), address(logprobs), address(ref_logprobs), address(score_index), kl_estimator,
-            kl_coef, score_clip, whiten_rewards, whiten_advantages, address(rewards), address(kl), workspace.data_ptr(),
-            stream,
-        )  # fmt: skip
+        _native.extension().cuda_rollout_advantages(args, workspace.data_ptr(), stream)
     return advantages, returns, rewards, kl
 
 
@@ -88,8 +88,12 @@ def _one_pass_args(x, ppo, stats, coefficients, denominator, out):
     packed = out is None or out.is_contiguous()
     assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
     assert out is None or out.dtype == x.logits.dtype, "the gradient has the dtype of the logits"
-    per_row = floats(stats.buffer), floats(coefficients), floats(denominator)
-    address_out = 0 if out is None else out.data_ptr()
     return _native.extension().LogitsPpoArgs(
-        _native.logit_rows(x), _native.ppo_rows(ppo), *per_row, address_out, packed
+        x=_native.logit_rows(x),
+        ppo=_native.ppo_rows(ppo),
+        stats=floats(stats.buffer),
+        coefficients=floats(coefficients),
+        denominator=floats(denominator),
+        dlogits=0 if out is None else out.data_ptr(),
+        packed=packed,
     )

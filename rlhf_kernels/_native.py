@@ -1,14 +1,18 @@
-"""Loads the compiled extension `rlhf_kernels._C`, after torch, and turns tensors into what it takes: addresses.
+"""The compiled extension `rlhf_kernels._C`: loading it, tensors as the addresses that it takes, and large blocks of memory.
 
-The extension is linked against no OpenMP runtime: importing torch first puts torch's own into the process, and the
-extension's parallel regions run on it. So there is one pool of threads, and `torch.set_num_threads` rules it.
+The extension is linked against no OpenMP runtime. Importing torch first loads torch's own, on which the extension's parallel
+regions run, so that there is one pool of threads and `torch.set_num_threads` sets its size.
 """
 
 import importlib
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch  # before _C, see above
 
-from .launch_args import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows
+from .launch_args import SUMS, LogitRows, PpoRows
 
 try:
     _C = importlib.import_module("rlhf_kernels._C")
@@ -21,9 +25,9 @@ except ImportError as error:
 AVAILABLE = _C is not None
 """Whether the extension was built and loads here."""
 
-# The number that csrc/math/common.h gives each dtype, and how many sums csrc/args.h counts.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NUM_SUMS = 20
+"""The number of each dtype in csrc/math/common.h."""
+NUM_SUMS = len(SUMS)
 
 
 def why_missing() -> str:
@@ -65,42 +69,135 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 def logit_rows(x: LogitRows):
     logits, t = x.logits, x.transform
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "rows of logits are contiguous along the vocabulary"
-    per_row = t.temperature if isinstance(t.temperature, torch.Tensor) else None
+    n, vocab, row_stride, inner, outer_stride = x.layout()
     return _C.LogitRows(
-        logits.data_ptr(),
-        DTYPES[logits.dtype],
-        *x.layout(),
-        address(x.ids),
-        address(x.mask),
-        1.0 if per_row is not None else t.temperature,
-        address(per_row),
-        t.softcap or 0.0,
-        t.logit_scale,
+        logits=logits.data_ptr(),
+        dtype=DTYPES[logits.dtype],
+        n=n,
+        vocab=vocab,
+        row_stride=row_stride,
+        inner=inner,
+        outer_stride=outer_stride,
+        ids=address(x.ids),
+        mask=address(x.mask),
+        temperature=t.temperature,
+        temperatures=address(t.temperatures),
+        softcap=t.softcap or 0.0,
+        logit_scale=t.logit_scale,
     )
 
 
 def ppo_rows(x: PpoRows):
-    s = x.scalars
-    scalars = _C.PpoScalars(
-        OBJECTIVES.index(s.objective),
-        KL_ESTIMATORS.index(s.kl_estimator),
-        s.cliprange,
-        s.cliprange_high,
-        s.dual_clip,
-        s.log_ratio_clamp,
-        s.old_kl_coef,
-        s.kl_coef,
-        s.entropy_coef,
-        s.cliprange_value,
-    )
-    tensors = (x.old_logprobs, x.advantages, x.weights, x.ref_logprobs, x.row_weight)
-    return _C.PpoRows(scalars, *map(floats, tensors))
+    addresses = {name: floats(tensor) for name, tensor in x.tensors().items()}
+    return _C.PpoRows(scalars=_C.PpoScalars(**x.scalars._asdict()), **addresses)
 
 
 def gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns):
-    """The tensors stay the caller's to keep alive."""
+    """Return the arguments of the recursion; the caller keeps the tensors alive."""
     b, t = (cu_seqlens.numel() - 1, 0) if rewards.dim() == 1 else rewards.shape
     return _C.GaeArgs(
-        rewards.numel(), b, t, address(cu_seqlens), address(rewards), address(values), address(mask), address(bootstrap),
-        gamma, lam, skip_holes, address(advantages), address(returns),
-    )  # fmt: skip
+        n=rewards.numel(),
+        sequences=b,
+        length=t,
+        cu_seqlens=address(cu_seqlens),
+        rewards=address(rewards),
+        values=address(values),
+        mask=address(mask),
+        bootstrap=address(bootstrap),
+        gamma=gamma,
+        lam=lam,
+        skip_holes=skip_holes,
+        advantages=address(advantages),
+        returns=address(returns),
+    )
+
+
+def rollout_args(recursion, scores, logprobs, ref_logprobs, score_index, rewards, kl, **scalars):
+    return _C.RolloutArgs(
+        gae=recursion,
+        scores=address(scores),
+        logprobs=address(logprobs),
+        ref_logprobs=address(ref_logprobs),
+        score_index=address(score_index),
+        rewards=address(rewards),
+        kl=address(kl),
+        **scalars,
+    )
+
+
+ALIGNMENT = 64
+"""Bytes to which torch aligns a tensor on the CPU, and which matrix libraries prefer."""
+
+
+class Workspace(threading.local):
+    """The block that holds chunks of logits, one per thread, kept from call to call.
+
+    The system zeroes a fresh block page by page, which for a chunk of logits costs a quarter of its matrix product's time.
+    The block is as large as the thread's largest chunk so far and holds nothing between calls. A caller can lend memory
+    instead.
+    """
+
+    def __init__(self):
+        self._block: torch.Tensor | None = None  # bytes
+        self._lent: torch.Tensor | None = None  # bytes
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return an uninitialised tensor of `shape`, valid until the next call."""
+        if device.type != "cpu":  # its allocator keeps blocks, and knows the stream
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = math.prod(shape) * dtype.itemsize
+        if self._lent is not None:
+            if self._lent.numel() < size:
+                raise ValueError(
+                    f"block: got {self._lent.numel()} bytes lent, expected at least {size} for logits of shape {shape}, "
+                    "see head_workspace_bytes"
+                )
+            return self._lent[:size].view(dtype).view(shape)
+        block = self._block
+        if block is None or block.device != device or block.numel() < size:
+            self._block = None  # before the new one: their sum is never paid
+            self._block = block = empty((size,), torch.uint8, device)
+        return block[:size].view(dtype).view(shape)
+
+    @contextmanager
+    def lend(self, block: torch.Tensor) -> Iterator[None]:
+        """Take everything from `block` while the context is open."""
+        self.release()
+        before, self._lent = self._lent, block
+        try:
+            yield
+        finally:
+            self._lent = before
+
+    def release(self) -> None:
+        """Free the block."""
+        self._block = None
+
+
+WORKSPACE = Workspace()
+
+
+@contextmanager
+def lend_workspace(
+    block: torch.Tensor,  # (bytes,), uint8, on the CPU
+) -> Iterator[None]:
+    """While the context is open, the fused head of this thread uses `block` for its chunks of logits and keeps no block.
+
+    The content of the block is overwritten, and the head stores nothing in it between calls. `head_workspace_bytes` returns the
+    size that it needs. On a GPU the caching allocator provides the memory and `block` is not used.
+
+    Raises:
+        ValueError: a block that is not contiguous bytes on the CPU or not aligned to 64 of them; in a call, one too small.
+    """
+    if block.dtype != torch.uint8 or block.dim() != 1 or block.device.type != "cpu" or not block.is_contiguous():
+        got = f"{block.dtype} of shape {tuple(block.shape)} on {block.device}"
+        raise ValueError(f"block: got {got}, expected contiguous uint8 [bytes] on cpu")
+    if block.data_ptr() % ALIGNMENT:
+        raise ValueError(f"block: got the address {block.data_ptr():#x}, expected a multiple of {ALIGNMENT}")
+    with WORKSPACE.lend(block):
+        yield
+
+
+def release_workspace() -> None:
+    """Free the block that the fused head of this thread keeps between calls; the next call allocates a new one."""
+    WORKSPACE.release()

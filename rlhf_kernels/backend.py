@@ -1,14 +1,15 @@
-"""Which implementation serves a call, and what every implementation provides.
+"""Which implementation serves a call, what every implementation provides, and how an op is registered with torch.library.
 
-`"auto"` takes the fastest one that can serve the op on the tensor's device and dtype; a backend that is asked for by name
+`"auto"` takes the fastest one that can serve the op on the tensor's device and dtype; a backend that is requested by name
 serves the call or raises. `rlhf_kernels.info` prints what `"auto"` chooses for every op, and why.
 """
 
 import importlib
 import inspect
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -79,6 +80,9 @@ class Kernels(Protocol):
         value_row_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The slope of each log-prob and value, times their denominators, and the sums of csrc/args.h (20,), float64."""
+
+    def accumulate(self, total: Tensor, part: Tensor, *, first: bool) -> None:
+        """`total = part` (first) or `total += part`, in place; `total` is float32, `part` of any of NATIVE_DTYPES."""
 
     def scale_cast(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """`x * scale` (a scalar), rounded once to `dtype`; in the bytes of `x` where the dtype stays."""
@@ -269,3 +273,87 @@ def _why_not(op: str, backend: str, tensor: Tensor) -> str:
     if device.type == "cpu" and not interprets():
         return "Triton takes CPU tensors through its interpreter only: set TRITON_INTERPRET=1 before Python starts"
     return "" if device.type in ("cpu", "cuda") else f"the tensors are on {device}, expected CUDA tensors"
+
+
+# ---- registration ----
+
+_LIBRARY = torch.library.Library("rlhf_kernels", "FRAGMENT")
+
+
+def define(
+    schema: str, *, run: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None
+) -> Any:
+    """Register `rlhf_kernels::<schema>` and return it.
+
+    `save(ctx, inputs, output)` and `backward(ctx, *gradients)` make it differentiable; without them its results never
+    require gradients. `backward=refuse` is for ops that compute gradients. One implementation serves CPU and CUDA tensors: an
+    argument names the backend. `Library` instead of `custom_op`: a call costs 2 us instead of 9, and the smallest rollouts
+    take 10 us.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"rlhf_kernels::{name}", fake, lib=_LIBRARY)
+    if backward is None:
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(f"rlhf_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
+    return getattr(torch.ops.rlhf_kernels, name).default
+
+
+def define_record(name: str, inputs: type, run: Callable, fake: Callable, **gradient: Callable) -> Any:
+    """`define` an op whose flat arguments are the fields of the NamedTuple `inputs`, which `run` and `fake` receive."""
+    fields = [
+        inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+        for field, annotation in _flat_fields(inputs)
+    ]
+
+    def run_flat(*arguments):
+        return run(unflatten(inputs, arguments))
+
+    def fake_flat(*arguments):
+        return fake(unflatten(inputs, arguments))
+
+    run_flat.__signature__ = inspect.Signature(fields, return_annotation=inspect.signature(run).return_annotation)
+    schema = torch.library.infer_schema(run_flat, op_name=name, mutates_args=())
+    return define(schema, run=run_flat, fake=fake_flat, **gradient)
+
+
+def flatten(record: tuple) -> tuple:
+    """Return the fields of a NamedTuple in order, with the fields of nested ones in their place."""
+    flat: list = []
+    for value in record:
+        flat.extend(flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,))
+    return tuple(flat)
+
+
+def unflatten(record: type, flat: tuple) -> Any:
+    """Return the NamedTuple `record` of which `flat` are the flattened fields."""
+    return _take(record, iter(flat))
+
+
+def _take(record: type, values: Iterator) -> Any:
+    annotations = record.__annotations__.values()
+    return record(*[_take(a, values) if _is_record(a) else next(values) for a in annotations])
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, tuple)
+
+
+def _flat_fields(record: type) -> list[tuple[str, Any]]:
+    fields: list[tuple[str, Any]] = []
+    for name, annotation in record.__annotations__.items():
+        fields += _flat_fields(annotation) if _is_record(annotation) else [(name, annotation)]
+    return fields
+
+
+def names_of(record: type) -> tuple[str, ...]:
+    """Return the names of the flattened fields of a NamedTuple."""
+    return tuple(name for name, _ in _flat_fields(record))
+
+
+def refuse(ctx: Any, *gradients: Tensor) -> None:
+    """Raise for the derivative of a derivative, which a gradient penalty would otherwise silently lack."""
+    raise RuntimeError("rlhf_kernels differentiates once; use backend='reference' for a second derivative")

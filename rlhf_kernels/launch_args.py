@@ -1,35 +1,41 @@
-"""What every backend's kernels take: rows of logits, the per-token inputs of the objective, and how to read their results.
+"""What every backend's kernels receive, and what the public functions return.
 
 Legend: N tokens, V vocabulary, B sequences, T positions.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-OBJECTIVES = ("clip", "kl_penalty", "ratio", "policy_gradient")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
-"""Choices that the kernels know by their place here (csrc/math)."""
+from ._options import SCALARS, PPOArguments
 
 
-@dataclass(frozen=True)
-class Transform:
+class Transform(NamedTuple):
     """`z = softcap * tanh(logit_scale * u / softcap) / temperature`."""
 
-    temperature: float | Tensor = 1.0  # or (N,), float32
+    temperatures: Tensor | None = None  # (N,), float32; None: `temperature` everywhere
+    temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    @classmethod
+    def of(
+        cls, temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0
+    ) -> "Transform":
+        """From the arguments of a public function; a tensor of temperatures may have any shape and dtype."""
+        if isinstance(temperature, Tensor):
+            return cls(temperature.detach().reshape(-1).float().contiguous(), 1.0, softcap, float(logit_scale))
+        return cls(None, float(temperature), softcap, float(logit_scale))
+
     def rows(self, index: Tensor | slice) -> "Transform":
-        if not isinstance(self.temperature, Tensor):
-            return self
-        return replace(self, temperature=self.temperature[index])
+        return self if self.temperatures is None else self._replace(temperatures=self.temperatures[index])
 
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Rows of logits seen as (N, V), with what was taken in each."""
+    """Rows of logits viewed as (N, V), with the id taken in each."""
 
     logits: Tensor  # (N, V) or (B, T, V); unit stride along V, any other strides
     ids: Tensor  # (N,), int64
@@ -37,7 +43,7 @@ class LogitRows:
     mask: Tensor | None = None  # (N,), bool
 
     def layout(self) -> tuple[int, int, int, int, int]:
-        """N, V, row stride, inner, outer stride: row r lies at `r // inner * outer + r % inner * row`, in elements."""
+        """Return N, V, row stride, inner, outer stride: row r starts at `r // inner * outer + r % inner * row`, in elements."""
         vocab = self.logits.shape[-1]
         n = self.logits.numel() // vocab
         inner, outer = (n, 0) if self.logits.dim() == 2 else (self.logits.shape[1], self.logits.stride(0))
@@ -46,7 +52,7 @@ class LogitRows:
 
 @dataclass(frozen=True)
 class RowStats:
-    """What one read of a row leaves behind: log-prob, entropy, shift, 1 / sum; `p_j = exp((w_j - shift) * factor) / sum`."""
+    """Statistics of each row: log-prob, entropy, shift, 1 / sum; `p_j = exp((w_j - shift) * factor) / sum`."""
 
     buffer: Tensor  # (4, N), float32
 
@@ -63,20 +69,38 @@ class RowStats:
         return self.buffer[1]
 
 
-@dataclass(frozen=True)
-class PpoScalars:
-    """The numbers of the objective, as the kernels want them: None is gone."""
+KERNEL_SCALARS = tuple(row for row in SCALARS if row.kernel)
+NUMBERS = tuple(row.name for row in KERNEL_SCALARS if not row.choices)
+CHOICES = tuple(row.name for row in KERNEL_SCALARS if row.choices)
 
-    objective: str
-    kl_estimator: str
-    cliprange: float
-    cliprange_high: float
-    dual_clip: float  # inf: off
-    log_ratio_clamp: float  # inf: off
-    old_kl_coef: float
-    kl_coef: float
-    entropy_coef: float
-    cliprange_value: float  # inf: off
+
+class PpoScalars(NamedTuple("PpoScalars", [(row.name, int if row.choices else float) for row in KERNEL_SCALARS])):
+    """The scalars of the objective as the kernels receive them: choices as their index, and a number instead of None."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, args: PPOArguments) -> "PpoScalars":
+        def value(row):
+            x = getattr(args, row.name)
+            if row.choices:
+                return row.choices.index(x)
+            if x is None:
+                x = getattr(args, row.off) if isinstance(row.off, str) else row.off
+            return float(x)
+
+        return cls(*map(value, KERNEL_SCALARS))
+
+    @classmethod
+    def from_lists(cls, numbers: list[float], choices: list[int]) -> "PpoScalars":
+        """The inverse of `numbers` and `choices`, the form in which a registered op takes them."""
+        return cls(**dict(zip(NUMBERS, numbers, strict=True)), **dict(zip(CHOICES, choices, strict=True)))
+
+    def numbers(self) -> list[float]:
+        return [getattr(self, name) for name in NUMBERS]
+
+    def choices(self) -> list[int]:
+        return [getattr(self, name) for name in CHOICES]
 
 
 @dataclass(frozen=True)
@@ -90,23 +114,17 @@ class PpoRows:
     ref_logprobs: Tensor | None
     row_weight: Tensor | None
 
-    def rows(self, index: Tensor | slice) -> "PpoRows":
-        def take(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index].contiguous()
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {name: x for name, x in vars(self).items() if name != "scalars"}
 
-        return PpoRows(
-            self.scalars,
-            take(self.old_logprobs),
-            take(self.advantages),
-            take(self.weights),
-            take(self.ref_logprobs),
-            take(self.row_weight),
-        )
+    def rows(self, index: Tensor | slice) -> "PpoRows":
+        taken = {name: None if x is None else x[index].contiguous() for name, x in self.tensors().items()}
+        return PpoRows(self.scalars, **taken)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where sequences lie among N flat tokens: `cu_seqlens`, or `count` rows of `length`."""
+    """The sequences of N flat tokens: their ends in `cu_seqlens`, or `count` rows of `length`."""
 
     count: int
     length: int
@@ -119,7 +137,7 @@ class Sequences:
         return cls(*(tokens.shape if tokens.dim() == 2 else (1, tokens.numel())), None)
 
     def check(self, n: int) -> None:
-        """ValueError unless the sequences lie inside the `n` tokens and cover them; looks at values."""
+        """Raise ValueError unless the sequences cover the `n` tokens in order; reads values."""
         if self.cu_seqlens is None:
             return
         ends = self.cu_seqlens.tolist()
@@ -127,12 +145,12 @@ class Sequences:
             raise ValueError(f"cu_seqlens: got {ends}, expected 0 <= ... <= {n}, from 0 to N and never falling")
 
     def check_on_cpu(self, tokens: Tensor) -> None:
-        """`check`, where looking at values waits for no device."""
+        """Call `check` where reading values waits for no device."""
         if tokens.device.type == "cpu":
             self.check(tokens.numel())
 
     def lengths(self, mask: Tensor) -> Tensor:
-        """True tokens of each sequence, shape (B,), int64."""
+        """Return the number of True tokens of each sequence, shape (B,), int64."""
         if self.cu_seqlens is None:
             return mask.view(self.count, self.length).sum(1)
         before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
@@ -141,5 +159,87 @@ class Sequences:
     def per_token(self, x: Tensor, n: int) -> Tensor:  # (B,) -> (N,)
         if self.cu_seqlens is None:
             return x.repeat_interleave(self.length)
-        # With its size said beforehand, a device is not asked for it.
+        # With the size given, the host does not wait for a device to compute it.
         return x.repeat_interleave(self.cu_seqlens.diff(), output_size=n)
+
+
+SUMS = (
+    *("policy", "ref_kl_term", "entropy_term", "value_term"),  # times the aggregation's weight
+    *("entropy", "clipped", "dual_clipped", "approx_kl", "k3", "ratio", "ref_kl", "active", "num_tokens"),
+    *("value_clipped", "num_value_tokens", "returns", "returns_sq", "residual", "residual_sq"),
+    "ratio_max",  # a maximum
+)
+"""The sums that the kernels of `ppo_loss` return, in the order of PpoSum (csrc/args.h)."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probability of each id, and the entropy of the distribution at its position (None unless requested)."""
+
+    logprobs: Tensor  # (...), float32
+    entropy: Tensor | None  # (...), float32
+
+
+class SampledTokens(NamedTuple):
+    """Sampled ids; their log-probs under the full tempered softmax; those under the kept set that was sampled from."""
+
+    ids: Tensor  # (B,), int64
+    logprobs: Tensor  # (B,), float32
+    sampling_logprobs: Tensor  # (B,), float32
+
+
+class Advantages(NamedTuple):
+    """Advantage estimates and the value targets `advantages + values`; 0 where the mask is False."""
+
+    advantages: Tensor  # (B, T) or (N,), float32
+    returns: Tensor  # (B, T) or (N,), float32
+
+
+class RolloutAdvantages(NamedTuple):
+    """GAE of the KL-shaped rewards, with those rewards and the per-token KL in them."""
+
+    advantages: Tensor  # (B, T) or (N,), float32, whitened on request
+    returns: Tensor  # (B, T) or (N,), float32, never whitened
+    rewards: Tensor  # (B, T) or (N,), float32
+    kl: Tensor  # (B, T) or (N,), float32
+
+
+class PPOLoss(NamedTuple):
+    """The scalar to call `backward` on, and detached float32 scalars on its device (see `METRICS`)."""
+
+    loss: Tensor  # ()
+    metrics: dict[str, Tensor]
+
+
+METRICS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "clipfrac",
+    "dual_clipfrac",
+    "approx_kl",
+    "kl_k3",
+    "ratio_mean",
+    "value_clipfrac",
+    "ref_kl",
+    "active_fraction",
+    "ratio_max",
+    "num_tokens",
+    "num_value_tokens",
+    "returns_sum",
+    "returns_sq_sum",
+    "residual_sum",
+    "residual_sq_sum",
+)
+"""Keys of `PPOLoss.metrics`. Over micro-batches that were given the global denominators all of them add, except
+`ratio_max`, of which the largest counts. The last five make the explained variance."""
+
+
+def explained_variance(metrics: dict[str, Tensor]) -> Tensor:
+    """`1 - Var(returns - values) / Var(returns)` from the (summed) metrics of `ppo_loss`; NaN when returns are constant."""
+    n = metrics["num_value_tokens"]
+
+    def variance(kind: str) -> Tensor:
+        return metrics[f"{kind}_sq_sum"] / n - (metrics[f"{kind}_sum"] / n) ** 2
+
+    spread = variance("returns")
+    return torch.where(spread > 0, 1 - variance("residual") / spread, torch.nan)

@@ -13,18 +13,18 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 
 # A package may import from those on its right, and from itself.
 KERNEL_LAYERS = {
-    "types": (),
-    "launch_args": (),
+    "_options": (),
+    "launch_args": ("_options",),
     "_native": ("launch_args",),
     "_cpu": ("_native", "launch_args"),
     "_cuda": ("_native", "launch_args"),
-    "_triton": ("_native", "launch_args"),
+    "_triton": ("_native", "launch_args", "_options"),
     "_varlen": (),
-    "workspace": ("_native",),
-    "reference": ("types",),
+    "reference": ("launch_args",),
     "backend": ("_native", "launch_args"),
-    "ops": ("reference", "backend", "workspace", "_cpu", "_native", "launch_args", "types"),
-    "integrations": ("ops", "types"),
+    "ops": ("reference", "backend", "_native", "launch_args", "_options"),
+    "modules": ("ops", "launch_args", "_options"),
+    "integrations": ("modules", "ops", "launch_args"),
     "info": ("ops", "backend", "_native"),
 }
 

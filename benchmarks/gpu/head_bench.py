@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench, milliseconds, ratio
 from benchmarks.gpu.entries import Entry
 from rlhf_kernels import linear_ppo_loss, logits_ppo_loss
-from rlhf_kernels.ops.products import Plan, product
+from rlhf_kernels.ops.head import Plan, product
 
 FULL, TINY = (8192, 4096, 128256), (24, 16, 160)
 CLAIMED = {"Liger's RL loss": 24.9, "verl's RL loss": 50.9}

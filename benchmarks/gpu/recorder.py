@@ -50,13 +50,19 @@ class Form:
     def facts(self) -> dict[str, str]:
         """Each argument's type and specialisation, and each option: what two forms of a kernel can differ in."""
         names = self.kernel.arg_names
-        facts = dict(self.signature)
+        facts = {name: str(kind) for name, kind in self.signature.items()}
         for path, value in self.constexprs.items():
-            facts[names[path[0]]] = f"constexpr {value!r}"
+            facts[_place(names, path)] = f"constexpr {value!r}"
         for path, attributes in self.attributes.items():
             if attributes:
-                facts[names[path[0]]] += " " + ", ".join(f"{name}={value}" for name, value in attributes)
+                notes = ", ".join(f"{name}={value}" for name, value in attributes)
+                facts[_place(names, path)] = f"{facts.get(_place(names, path), '')} {notes}"
         return facts | {key: repr(value) for key, value in self.options.items()}
+
+
+def _place(names: list[str], path: tuple[int, ...]) -> str:
+    """Return the name of an argument, or of an item of an argument that is a tuple."""
+    return "".join([names[path[0]], *(f"[{i}]" for i in path[1:])])
 
 
 @dataclass

@@ -14,17 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rlhf_kernels._options import KL_ESTIMATORS, OBJECTIVES, PPOArguments
 from rlhf_kernels.backend import Kernels
-from rlhf_kernels.launch_args import (
-    KL_ESTIMATORS,
-    OBJECTIVES,
-    LogitRows,
-    PpoRows,
-    PpoScalars,
-    RowStats,
-    Sequences,
-    Transform,
-)
+from rlhf_kernels.launch_args import LogitRows, PpoRows, PpoScalars, RowStats, Sequences, Transform
 
 
 @dataclass(frozen=True)
@@ -73,9 +65,9 @@ class Rows:
         n, v = size.n, self.vocabulary + size.more_vocabulary
         ids = torch.zeros(n, dtype=torch.int64)
         if not self.every_flag:
-            return LogitRows(torch.empty(n, v, dtype=self.dtype), ids, Transform(size.coefficient))
+            return LogitRows(torch.empty(n, v, dtype=self.dtype), ids, Transform.of(size.coefficient))
         logits = torch.empty(size.b, size.t + 1, v, dtype=self.dtype)[:, :-1]
-        transform = Transform(torch.ones(n), 30 * size.coefficient, size.coefficient)
+        transform = Transform.of(torch.ones(n), 30 * size.coefficient, size.coefficient)
         return LogitRows(logits, ids, transform, torch.ones(n, dtype=torch.bool))
 
     def out(self, x: LogitRows) -> Tensor:
@@ -239,11 +231,18 @@ def rollout(packed: bool, estimator: int, every_flag: bool, kernels: Kernels, si
 def ppo_rows(objective: str, estimator: str, every_flag: bool, size: Size) -> PpoRows:
     """Per-token constants; coefficients that are off stay off at every size."""
     c, tokens = size.coefficient, torch.zeros(size.n)
+    options = {
+        "objective": objective,
+        "kl_estimator": estimator,
+        "cliprange": c,
+        "old_kl_coef": c,
+        "cliprange_value": None,
+    }
     if not every_flag:
-        scalars = PpoScalars(objective, estimator, c, c, math.inf, math.inf, c, 0.0, 0.0, math.inf)
-        return PpoRows(scalars, tokens, tokens, None, None, None)
-    scalars = PpoScalars(objective, estimator, c, 2 * c, 3 * c, 20 * c, c, c, c, c)
-    return PpoRows(scalars, tokens, tokens, tokens, tokens, tokens)
+        return PpoRows(PpoScalars.of(PPOArguments(**options)), tokens, tokens, None, None, None)
+    options |= {"cliprange_high": 2 * c, "dual_clip": 3 * c, "log_ratio_clamp": 20 * c, "cliprange_value": c}
+    options |= {"kl_coef": c, "entropy_coef": c}
+    return PpoRows(PpoScalars.of(PPOArguments(**options)), tokens, tokens, tokens, tokens, tokens)
 
 
 def ppo_loss(objective: str, sequence_level: bool, every_flag: bool, kernels: Kernels, size: Size) -> None:

@@ -23,18 +23,19 @@ Segment segment_of(const PpoLossArgs& a, int64_t i) {
     return {i * s.length, (i + 1) * s.length};
 }
 
-float ref_slope(const PpoLossArgs& a, int64_t t) {
-    const PpoScalars& p = a.ppo.scalars;
-    if (!a.ppo.ref_logprobs) return 0.f;
-    return p.kl_coef * kl_term(a.logprobs[t] - a.ppo.ref_logprobs[t], p.kl_estimator).slope;
-}
-
 double weight_of(const PpoLossArgs& a, int64_t t) { return a.ppo.row_weight ? a.ppo.row_weight[t] : 1.0; }
 float importance_of(const PpoLossArgs& a, int64_t t) { return a.ppo.weights ? a.ppo.weights[t] : 1.f; }
 
-void add_policy(const PpoLossArgs& a, int64_t t, const SurrogateTerm& s, double* sum) {
+// The objective at a token, for a log-ratio that may be that of its sequence.
+ObjectiveTerm term_of(const PpoLossArgs& a, int64_t t, float log_ratio) {
+    const float* ref = a.ppo.ref_logprobs ? a.ppo.ref_logprobs + t : nullptr;
+    return objective_term(log_ratio, a.logprobs[t], a.ppo.advantages[t], importance_of(a, t), ref, a.ppo.scalars);
+}
+
+void add_policy(const PpoLossArgs& a, int64_t t, const ObjectiveTerm& term, double* sum) {
     const double w = weight_of(a, t);
     const float d = a.logprobs[t] - a.ppo.old_logprobs[t];
+    const SurrogateTerm& s = term.policy;
     sum[kPolicy] += w * importance_of(a, t) * s.loss;
     sum[kClipped] += s.clipped;
     sum[kDualClipped] += s.dual_clipped;
@@ -49,9 +50,8 @@ void add_policy(const PpoLossArgs& a, int64_t t, const SurrogateTerm& s, double*
         sum[kEntropyTerm] += w * a.entropy[t];
     }
     if (a.ppo.ref_logprobs) {
-        const float kl = kl_term(a.logprobs[t] - a.ppo.ref_logprobs[t], a.ppo.scalars.kl_estimator).value;
-        sum[kRefKl] += kl;
-        sum[kRefKlTerm] += w * kl;
+        sum[kRefKl] += term.ref_kl;
+        sum[kRefKlTerm] += w * term.ref_kl_term;
     }
 }
 
@@ -73,10 +73,9 @@ void by_token(const PpoLossArgs& a, Segment seg, double* sum) {
     for (int64_t t = seg.begin; t < seg.end; t++) {
         a.slope[t] = 0.f;
         if (!a.mask[t]) continue;
-        const float d = a.logprobs[t] - a.ppo.old_logprobs[t];
-        const SurrogateTerm s = surrogate(d, a.logprobs[t], a.ppo.advantages[t], a.ppo.scalars);
-        a.slope[t] = float(weight_of(a, t)) * (importance_of(a, t) * s.slope + ref_slope(a, t));
-        add_policy(a, t, s, sum);
+        const ObjectiveTerm term = term_of(a, t, a.logprobs[t] - a.ppo.old_logprobs[t]);
+        a.slope[t] = float(weight_of(a, t)) * (term.ratio_slope + term.own_slope);
+        add_policy(a, t, term, sum);
     }
 }
 
@@ -90,14 +89,14 @@ void by_sequence(const PpoLossArgs& a, Segment seg, double* sum) {
         count += 1;
     }
     const float mean = float(log_ratio / (count > 0 ? count : 1));
-    auto term = [&](int64_t t) { return surrogate(mean, a.logprobs[t], a.ppo.advantages[t], a.ppo.scalars); };
     for (int64_t t = seg.begin; t < seg.end; t++) {
-        if (a.mask[t]) slope += weight_of(a, t) * importance_of(a, t) * term(t).slope / count;
+        if (a.mask[t]) slope += weight_of(a, t) * term_of(a, t, mean).ratio_slope / count;
     }
     for (int64_t t = seg.begin; t < seg.end; t++) {
         if (!a.mask[t]) continue;
-        a.slope[t] = float(slope + weight_of(a, t) * ref_slope(a, t));
-        add_policy(a, t, term(t), sum);
+        const ObjectiveTerm term = term_of(a, t, mean);
+        a.slope[t] = float(slope + weight_of(a, t) * term.own_slope);
+        add_policy(a, t, term, sum);
     }
 }
 

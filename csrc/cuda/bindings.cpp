@@ -25,16 +25,13 @@ void bind(py::module_& m) {
           [](const GaeArgs& a, Address workspace, Address stream) { gae(a, at<void>(workspace), at<void>(stream)); }, unlocked);
     m.def("cuda_rollout_workspace", [](const GaeArgs& a) { return rollout_workspace(a.n, a.sequences); });
     m.def("cuda_rollout_advantages",
-          [](const GaeArgs& gae, Address scores, Address logprobs, Address ref_logprobs, Address score_index, int kl_estimator,
-             float kl_coef, float score_clip, bool whiten_rewards, bool whiten_advantages, Address rewards, Address kl,
-             Address workspace, Address stream) {
-              const RolloutArgs args{gae, at<const float>(scores), at<const float>(logprobs), at<const float>(ref_logprobs),
-                                     at<const int64_t>(score_index), KlEstimator(kl_estimator), kl_coef, score_clip,
-                                     whiten_rewards, whiten_advantages, at<float>(rewards), at<float>(kl)};
-              rollout_advantages(args, at<void>(workspace), at<void>(stream));
+          [](const RolloutArgs& a, Address workspace, Address stream) {
+              rollout_advantages(a, at<void>(workspace), at<void>(stream));
           }, unlocked);
     m.attr("CUDA_ROW_SHARED") = kRowShared;
-    py::class_<LogitsPpoArgs>(m, "LogitsPpoArgs", py::module_local()).def(py::init(&logits_ppo_args));
+    py::class_<LogitsPpoArgs>(m, "LogitsPpoArgs", py::module_local())
+        .def(py::init(&logits_ppo_args), py::kw_only(), py::arg("x"), py::arg("ppo"), py::arg("stats"),
+             py::arg("coefficients"), py::arg("denominator"), py::arg("dlogits"), py::arg("packed"));
     m.def("cuda_logits_ppo_loss",
           [](const LogitsPpoArgs& a, int64_t shared_limit, Address stream) {
               logits_ppo_loss(a, shared_limit, at<void>(stream));

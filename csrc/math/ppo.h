@@ -6,17 +6,25 @@ namespace rlhf {
 
 enum class Objective : int { clip = 0, kl_penalty = 1, ratio = 2, policy_gradient = 3 };
 
+// The rows of rlhf_kernels/_options.py that the kernels receive, by the same names. A limit that is off is inf.
+#define RLHF_PPO_SCALARS(CHOICE, NUMBER) \
+    CHOICE(Objective, objective)         \
+    NUMBER(cliprange)                    \
+    NUMBER(cliprange_high)               \
+    NUMBER(dual_clip)                    \
+    NUMBER(log_ratio_clamp)              \
+    NUMBER(old_kl_coef)                  \
+    NUMBER(cliprange_value)              \
+    NUMBER(entropy_coef)                 \
+    NUMBER(kl_coef)                      \
+    CHOICE(KlEstimator, kl_estimator)
+
 struct PpoScalars {
-    Objective objective = Objective::clip;
-    KlEstimator kl_estimator = KlEstimator::k3;
-    float cliprange_low = 0.2f;
-    float cliprange_high = 0.2f;
-    float dual_clip = kInf;        // inf: off
-    float log_ratio_clamp = kInf;  // inf: off
-    float old_kl_coef = 0.f;
-    float kl_coef = 0.f;
-    float entropy_coef = 0.f;
-    float cliprange_value = kInf;  // inf: off
+#define RLHF_CHOICE(Type, name) Type name{};
+#define RLHF_NUMBER(name) float name = 0.f;
+    RLHF_PPO_SCALARS(RLHF_CHOICE, RLHF_NUMBER)
+#undef RLHF_CHOICE
+#undef RLHF_NUMBER
 };
 
 struct SurrogateTerm {
@@ -47,7 +55,7 @@ RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const P
         s.loss += p.old_kl_coef * expm1_minus_x(log_ratio);
         if (!frozen) s.slope += p.old_kl_coef * expm1f(log_ratio);
     } else if (p.objective == Objective::clip) {
-        const float low = 1.f - p.cliprange_low, high = 1.f + p.cliprange_high;
+        const float low = 1.f - p.cliprange, high = 1.f + p.cliprange_high;
         const float bounded = s.ratio < low ? low : s.ratio > high ? high : s.ratio;
         const float clip = -a * bounded;
         s.clipped = clip > s.loss;
@@ -59,11 +67,32 @@ RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const P
     return s;
 }
 
-// d L / d logprob of one token, before the aggregation's weight: policy term and KL to the reference.
+// Policy term and KL to the reference of one token, before the aggregation's weight.
+struct ObjectiveTerm {
+    SurrogateTerm policy;  // before the importance weight
+    float ref_kl;          // the estimate, for the metrics
+    float ref_kl_term;     // its term of the loss, before kl_coef
+    float ratio_slope;     // d L / d log-ratio, which sequence-level ratios spread over the sequence
+    float own_slope;       // d L / d logprob other than through the log-ratio
+};
+
+RLHF_HD ObjectiveTerm objective_term(float log_ratio, float logprob, float a, float importance, const float* ref_logprob,
+                                     const PpoScalars& p) {
+    ObjectiveTerm t{surrogate(log_ratio, logprob, a, p), 0.f, 0.f, 0.f, 0.f};
+    t.ratio_slope = importance * t.policy.slope;
+    if (ref_logprob) {
+        const Term kl = kl_term(logprob - *ref_logprob, p.kl_estimator);
+        t.ref_kl = t.ref_kl_term = kl.value;
+        t.own_slope = p.kl_coef * kl.slope;
+    }
+    return t;
+}
+
+// d L / d logprob of one token where the ratio is the token's.
 RLHF_HD float logprob_slope(
-    float logprob, float old_logprob, float a, float weight, const float* ref_logprob, const PpoScalars& p) {
-    const float policy = weight * surrogate(logprob - old_logprob, logprob, a, p).slope;
-    return ref_logprob ? policy + p.kl_coef * kl_term(logprob - *ref_logprob, p.kl_estimator).slope : policy;
+    float logprob, float old_logprob, float a, float importance, const float* ref_logprob, const PpoScalars& p) {
+    const ObjectiveTerm t = objective_term(logprob - old_logprob, logprob, a, importance, ref_logprob, p);
+    return t.ratio_slope + t.own_slope;
 }
 
 struct ValueTerm {

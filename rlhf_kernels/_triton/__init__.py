@@ -1,7 +1,7 @@
 """Launchers of the Triton kernels; `backend.Kernels` says what each of them does."""
 
 from .compaction import compact_rows
-from .elementwise import group_advantages, kl_penalty, kl_penalty_backward, scale_cast
+from .elementwise import accumulate, group_advantages, kl_penalty, kl_penalty_backward, scale_cast
 from .gae import gae
 from .masked import masked_mean, masked_whiten
 from .paged_attention import paged_attention
@@ -11,6 +11,7 @@ from .rows import ppo_epilogue, token_logprobs_backward, token_logprobs_forward
 from .sample_tokens import sample_tokens
 
 __all__ = [
+    "accumulate",
     "compact_rows",
     "gae",
     "group_advantages",

@@ -1,14 +1,19 @@
 """Scalar formulas of the kernels and their derivatives; every kernel takes them from here (csrc/math is the C++ twin).
 
-Choices are constexpr numbers: the place in OBJECTIVES and KL_ESTIMATORS of rows.py. Limits that are off come as inf. All
-work elementwise, on scalars and blocks. Legend: u raw logit, w logit before the temperature, z logit.
+The kernels receive the objective's scalars as one named tuple, see `scalars_of`. All formulas are elementwise, on scalars and
+blocks. Legend: u raw logit, w logit before the temperature, z logit.
 """
 
 import triton
 import triton.language as tl
 
-CLIP, KL_PENALTY, POLICY_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
-K1, K2, K3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from .._options import KL_ESTIMATORS, OBJECTIVES
+from ..launch_args import CHOICES, PpoScalars
+
+CLIP, KL_PENALTY, POLICY_GRADIENT = (
+    tl.constexpr(OBJECTIVES.index(name)) for name in ("clip", "kl_penalty", "policy_gradient")
+)
+K1, K2, K3 = (tl.constexpr(KL_ESTIMATORS.index(name)) for name in ("k1", "k2", "k3"))
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 EXP2_LOW = tl.constexpr(-126.0)
@@ -133,48 +138,61 @@ def kl_slope(d, KL: tl.constexpr):
 # ---- the objective of one token --------------------------------------------------------------------------------------
 
 
-@triton.jit
-def surrogate(
-    log_ratio,
-    logprob,
-    a,
-    cliprange,
-    cliprange_high,
-    dual_clip,
-    log_ratio_clamp,
-    old_kl_coef,
-    OBJECTIVE: tl.constexpr,
-):
-    """(loss, slope, ratio, clipped, dual clipped) of the policy term; the slope is d loss / d log-ratio, that of
-    `policy_gradient` d loss / d logprob.
+def scalars_of(scalars: PpoScalars) -> PpoScalars:
+    """Return the scalars as an argument of a kernel, which is compiled for its choices and for any numbers."""
+    return scalars._replace(**{name: tl.constexpr(getattr(scalars, name)) for name in CHOICES})
 
-    PPO (2017) eq. 7 with the limits apart (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
+
+@triton.jit
+def surrogate(log_ratio, logprob, a, p):
+    """(loss, slope, ratio, clipped, dual clipped) of the policy term; the slope is d loss / d log-ratio, that of
+    `policy_gradient` d loss / d logprob. `p` are the scalars.
+
+    PPO (2017) eq. 7 with separate limits (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
     estimated by k3 of old against new; TRPO's surrogate; the plain policy gradient.
     """
     # No gradient outside the clamp; its limits themselves still carry one. A NaN stays a NaN.
-    frozen = tl.abs(log_ratio) > log_ratio_clamp
-    log_ratio = tl.where(frozen, tl.where(log_ratio < 0, -log_ratio_clamp, log_ratio_clamp), log_ratio)
+    frozen = tl.abs(log_ratio) > p.log_ratio_clamp
+    log_ratio = tl.where(frozen, tl.where(log_ratio < 0, -p.log_ratio_clamp, p.log_ratio_clamp), log_ratio)
     ratio = exp(log_ratio)
     clipped = ratio < 0  # never
     dual_clipped = clipped
-    if OBJECTIVE == POLICY_GRADIENT:
+    if p.objective == POLICY_GRADIENT:
         loss = -a * logprob
         slope = -a
     else:
         loss = -a * ratio
         slope = tl.where(frozen, 0.0, loss)
-        if OBJECTIVE == KL_PENALTY:
-            loss += old_kl_coef * expm1_minus_x(log_ratio)
-            slope += tl.where(frozen, 0.0, old_kl_coef * expm1(log_ratio))
-        elif OBJECTIVE == CLIP:
-            low, high = 1.0 - cliprange, 1.0 + cliprange_high
+        if p.objective == KL_PENALTY:
+            loss += p.old_kl_coef * expm1_minus_x(log_ratio)
+            slope += tl.where(frozen, 0.0, p.old_kl_coef * expm1(log_ratio))
+        elif p.objective == CLIP:
+            low, high = 1.0 - p.cliprange, 1.0 + p.cliprange_high
             clip = -a * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
             clipped = clip > loss
             loss = tl.where(clipped, clip, loss)
-            dual_clipped = (a < 0) & (-a * dual_clip < loss)
-            loss = tl.where(dual_clipped, -a * dual_clip, loss)
+            dual_clipped = (a < 0) & (-a * p.dual_clip < loss)
+            loss = tl.where(dual_clipped, -a * p.dual_clip, loss)
             slope = tl.where(clipped | dual_clipped, 0.0, slope)
     return loss, slope, ratio, clipped, dual_clipped
+
+
+@triton.jit
+def objective_term(log_ratio, logprob, a, importance, ref_logprob, p, HAS_REF: tl.constexpr):
+    """(loss, ratio, clipped, dual clipped, KL, KL term, ratio slope, own slope) of one token, before the aggregation's weight.
+
+    The policy's loss is before the importance weight, the KL term of the loss before kl_coef. The ratio slope is
+    d L / d log-ratio, which sequence-level ratios spread over the sequence; the own slope d L / d logprob by other ways.
+    """
+    loss, slope, ratio, clipped, dual_clipped = surrogate(log_ratio, logprob, a, p)
+    ratio_slope = importance * slope
+    kl, own_slope = tl.zeros_like(loss), tl.zeros_like(loss)
+    if HAS_REF:
+        apart = logprob - ref_logprob
+        kl = kl_value(apart, p.kl_estimator)
+        own_slope = p.kl_coef * kl_slope(apart, p.kl_estimator)
+    kl_term = kl
+    return loss, ratio, clipped, dual_clipped, kl, kl_term, ratio_slope, own_slope
 
 
 @triton.jit

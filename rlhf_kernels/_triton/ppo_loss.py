@@ -14,20 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .._native import NUM_SUMS
-from ..launch_args import KL_ESTIMATORS, OBJECTIVES, PpoRows, Sequences
-from .math import expm1_minus_x, kl_slope, kl_value, surrogate, value_term
+from ..launch_args import SUMS, PpoRows, Sequences
+from .math import expm1_minus_x, objective_term, scalars_of, value_term
 from .scan import registers
 
 # 2 tokens a thread: some twenty numbers are alive of each. Left alone, ptxas spills a few to fit another program.
 TILE, WARPS = 1024, 16
 LAUNCH = {"num_warps": WARPS, **registers(128)}
-# The order of the sums is that of csrc/args.h, PpoSum.
-_POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM = map(tl.constexpr, range(4))
-_ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL, _ACTIVE, _NUM_TOKENS = map(
-    tl.constexpr, range(4, 13)
-)
-_VALUE_CLIPPED, _NUM_VALUE_TOKENS, _RETURNS, _RETURNS_SQ, _RESIDUAL, _RESIDUAL_SQ = map(tl.constexpr, range(13, 19))
-_RATIO_MAX = tl.constexpr(19)
+(
+    _POLICY, _REF_KL_TERM, _ENTROPY_TERM, _VALUE_TERM, _ENTROPY, _CLIPPED, _DUAL_CLIPPED, _APPROX_KL, _K3, _RATIO, _REF_KL,
+    _ACTIVE, _NUM_TOKENS, _VALUE_CLIPPED, _NUM_VALUE_TOKENS, _RETURNS, _RETURNS_SQ, _RESIDUAL, _RESIDUAL_SQ, _RATIO_MAX,
+) = map(tl.constexpr, range(len(SUMS)))  # fmt: skip
 _LANES, _NUM_SUMS, _TILE = tl.constexpr(32), tl.constexpr(NUM_SUMS), tl.constexpr(TILE)
 
 
@@ -70,9 +67,8 @@ def _segment(i, n, length, cu_seqlens, PACKED: tl.constexpr, SEQUENCE_LEVEL: tl.
 
 @triton.jit
 def _sequence_ratio(
-    begin, end, mask, logprobs, old_logprobs, advantages, weights, row_weight,
-    cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef,
-    OBJECTIVE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
+    begin, end, mask, logprobs, old_logprobs, advantages, weights, ref_logprobs, row_weight, scalars,
+    HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """GSPO eq. 7: the log-ratio of a sequence, the mean over its actions, and the slope of each of them, through that mean."""
     total, count = tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float64)
@@ -90,11 +86,11 @@ def _sequence_ratio(
         at = start + tl.arange(0, _TILE)
         live = at < end
         on = live & tl.load(mask + at, live, other=0)
-        weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT).to(tl.float64) * _optional(weights, at, on, HAS_WEIGHTS)
+        weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT).to(tl.float64)
         logprob, advantage = tl.load(logprobs + at, on, other=0), tl.load(advantages + at, on, other=0)
-        _, slope, _, _, _ = surrogate(
-            mean + tl.zeros_like(logprob), logprob, advantage,
-            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
+        _, _, _, _, _, _, slope, _ = objective_term(
+            mean + tl.zeros_like(logprob), logprob, advantage, _optional(weights, at, on, HAS_WEIGHTS),
+            _optional(ref_logprobs, at, on, HAS_REF), scalars, HAS_REF,
         )  # fmt: skip
         slopes += tl.where(on, weight * slope, 0)
     return mean, tl.sum(slopes) / actions
@@ -102,7 +98,7 @@ def _sequence_ratio(
 
 @triton.jit
 def _values(
-    sums, begin, end, value_mask, values, old_values, returns, value_row_weight, value_slope, cliprange_value,
+    sums, begin, end, value_mask, values, old_values, returns, value_row_weight, value_slope, scalars,
     HAS_OLD_VALUES: tl.constexpr, HAS_VALUE_ROW_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """The value term of a segment: writes the slopes of its tokens and returns the sums with theirs."""
@@ -113,6 +109,7 @@ def _values(
         value, target = tl.load(values + at, on, other=0), tl.load(returns + at, on, other=0)
         # Without old values nothing is clipped: a range of inf around any number.
         old = tl.load(old_values + at, on, other=0) if HAS_OLD_VALUES else tl.zeros_like(value)
+        cliprange_value = scalars.cliprange_value if HAS_OLD_VALUES else float("inf")
         weight = _optional(value_row_weight, at, on, HAS_VALUE_ROW_WEIGHT).to(tl.float64)
         loss, slope, clipped = value_term(value, old, target, cliprange_value)
         tl.store(value_slope + at, tl.where(on, (weight * slope).to(tl.float32), 0), live)
@@ -136,19 +133,15 @@ _TOKENS = [
 
 
 @triton.jit(
-    do_not_specialize=[
-        "n", "length", "segments", "cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_kl_coef", "kl_coef",
-        "entropy_coef", "cliprange_value",
-    ],
+    do_not_specialize=["n", "length", "segments"],
     do_not_specialize_on_alignment=_TOKENS,
-)  # fmt: skip
+)
 def _partials(
     mask, logprobs, old_logprobs, advantages, weights, ref_logprobs, row_weight, entropy,
     value_mask, values, old_values, returns, value_row_weight, cu_seqlens,
     slope_out, value_slope_out, partials,  # (N,), (N,), (NUM_SUMS, S)
-    n, length, segments,
-    cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, kl_coef, entropy_coef, cliprange_value,
-    OBJECTIVE: tl.constexpr, ESTIMATOR: tl.constexpr, SEQUENCE_LEVEL: tl.constexpr, PACKED: tl.constexpr,
+    n, length, segments, scalars,
+    SEQUENCE_LEVEL: tl.constexpr, PACKED: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     HAS_VALUES: tl.constexpr, HAS_OLD_VALUES: tl.constexpr, HAS_VALUE_ROW_WEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -156,8 +149,8 @@ def _partials(
     begin, end = _segment(i, n, length, cu_seqlens, PACKED, SEQUENCE_LEVEL)
     if SEQUENCE_LEVEL:
         mean, spread = _sequence_ratio(
-            begin, end, mask, logprobs, old_logprobs, advantages, weights, row_weight,
-            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE, HAS_WEIGHTS, HAS_ROW_WEIGHT,
+            begin, end, mask, logprobs, old_logprobs, advantages, weights, ref_logprobs, row_weight, scalars,
+            HAS_WEIGHTS, HAS_REF, HAS_ROW_WEIGHT,
         )  # fmt: skip
     sums, ratio_max = tl.zeros([_LANES], tl.float64), tl.zeros([_TILE], tl.float32)
     for start in range(begin, end, _TILE):
@@ -168,18 +161,15 @@ def _partials(
         d = logprob - tl.load(old_logprobs + at, on, other=0)
         weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT)
         importance = _optional(weights, at, on, HAS_WEIGHTS)
-        loss, slope, ratio, clipped, dual_clipped = surrogate(
-            mean + tl.zeros_like(d) if SEQUENCE_LEVEL else d, logprob, advantage,
-            cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
+        loss, ratio, clipped, dual_clipped, kl, kl_term, ratio_slope, own_slope = objective_term(
+            mean + tl.zeros_like(d) if SEQUENCE_LEVEL else d, logprob, advantage, importance,
+            _optional(ref_logprobs, at, on, HAS_REF), scalars, HAS_REF,
         )  # fmt: skip
-        slope = spread if SEQUENCE_LEVEL else (weight * importance * slope).to(tl.float64)
         wide = weight.to(tl.float64)
+        slope = (spread if SEQUENCE_LEVEL else (weight * ratio_slope).to(tl.float64)) + wide * own_slope
         if HAS_REF:
-            apart = logprob - tl.load(ref_logprobs + at, on, other=0)
-            kl = kl_value(apart, ESTIMATOR)
-            slope += wide * (kl_coef * kl_slope(apart, ESTIMATOR))
             sums = _add(sums, _REF_KL, tl.where(on, kl, 0))
-            sums = _add(sums, _REF_KL_TERM, tl.where(on, wide * kl, 0))
+            sums = _add(sums, _REF_KL_TERM, tl.where(on, wide * kl_term, 0))
         slope = tl.where(on, slope.to(tl.float32), 0)
         tl.store(slope_out + at, slope, live)
         active = slope != 0
@@ -187,7 +177,7 @@ def _partials(
             h = tl.load(entropy + at, on, other=0).to(tl.float64)
             sums = _add(sums, _ENTROPY, tl.where(on, h, 0))
             sums = _add(sums, _ENTROPY_TERM, tl.where(on, wide * h, 0))
-            active = active | (entropy_coef * weight != 0)
+            active = active | (scalars.entropy_coef * weight != 0)
         sums = _add(sums, _ACTIVE, active & on)
         sums = _add(sums, _POLICY, tl.where(on, wide * importance * loss, 0))
         sums = _add(sums, _CLIPPED, clipped & on)
@@ -199,7 +189,7 @@ def _partials(
         ratio_max = _larger(ratio_max, tl.where(on, ratio, 0))
     if HAS_VALUES:
         sums = _values(
-            sums, begin, end, value_mask, values, old_values, returns, value_row_weight, value_slope_out, cliprange_value,
+            sums, begin, end, value_mask, values, old_values, returns, value_row_weight, value_slope_out, scalars,
             HAS_OLD_VALUES, HAS_VALUE_ROW_WEIGHT,
         )  # fmt: skip
     sums = tl.where(tl.arange(0, _LANES) == _RATIO_MAX, _largest(ratio_max).to(tl.float64), sums)
@@ -233,7 +223,7 @@ def ppo_loss(
     value_row_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reads `cu_seqlens` on the host only where that waits for nothing; a token of no sequence gets NaN elsewhere."""
-    n, s, packed = logprobs.numel(), ppo.scalars, sequences.cu_seqlens is not None
+    n, packed = logprobs.numel(), sequences.cu_seqlens is not None
     sequences.check_on_cpu(logprobs)
     slope = torch.empty_like(logprobs)
     value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
@@ -248,10 +238,7 @@ def ppo_loss(
             _partials[(segments,)](
                 mask, logprobs, ppo.old_logprobs, ppo.advantages, ppo.weights, ppo.ref_logprobs, ppo.row_weight, entropy,
                 value_mask, values, old_values, returns, value_row_weight, sequences.cu_seqlens,
-                slope, value_slope, partials, n, sequences.length, segments,
-                s.cliprange, s.cliprange_high, s.dual_clip, s.log_ratio_clamp, s.old_kl_coef, s.kl_coef, s.entropy_coef,
-                s.cliprange_value if old_values is not None else math.inf,
-                OBJECTIVE=OBJECTIVES.index(s.objective), ESTIMATOR=KL_ESTIMATORS.index(s.kl_estimator),
+                slope, value_slope, partials, n, sequences.length, segments, scalars_of(ppo.scalars),
                 SEQUENCE_LEVEL=sequence_level, PACKED=packed,
                 HAS_WEIGHTS=ppo.weights is not None, HAS_REF=ppo.ref_logprobs is not None,
                 HAS_ROW_WEIGHT=ppo.row_weight is not None, HAS_ENTROPY=entropy is not None,

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_args import KL_ESTIMATORS, OBJECTIVES, LogitRows, PpoRows, RowStats
-from .math import EXP2_LOW, LN2, LOG2E, cap_of, capped_logit, capped_logit_slope, factor_of, kl_slope, surrogate
+from ..launch_args import LogitRows, PpoRows, RowStats
+from .math import EXP2_LOW, LN2, LOG2E, cap_of, capped_logit, capped_logit_slope, factor_of, objective_term, scalars_of
 
 
 @triton.jit
@@ -195,20 +195,18 @@ def _backward_kernel(
 
 
 _PPO_ROWS = ["old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight"]
-_SCALARS = ["cliprange", "cliprange_high", "dual_clip", "log_ratio_clamp", "old_kl_coef", "kl_coef", "entropy_coef"]
 
 
 @triton.jit(
-    do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride", *_SCALARS],
+    do_not_specialize=[*_VARYING, "out_inner", "out_outer_stride"],
     do_not_specialize_on_alignment=[*_PER_ROW, *_PPO_ROWS, "active"],
 )
 def _ppo_kernel(
     logits, ids, mask, temperatures, stats, old_logprobs, advantages, weights, ref_logprobs, row_weight, out, active,
     n, vocab, row_stride, inner, outer_stride, out_row_stride, out_inner, out_outer_stride,
-    temperature: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
-    cliprange, cliprange_high, dual_clip, log_ratio_clamp, old_kl_coef, kl_coef, entropy_coef,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, NESTED: tl.constexpr, OUT_NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    temperature: tl.float64, softcap: tl.float64, logit_scale: tl.float64, scalars,
+    ENTROPY: tl.constexpr, NESTED: tl.constexpr, OUT_NESTED: tl.constexpr, ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     out += _row_start(row, out_row_stride, out_inner, out_outer_stride, OUT_NESTED, ALIGNED)
@@ -224,16 +222,18 @@ def _ppo_kernel(
         logprob, entropy, shift, inv_sum = _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP, BLOCK)
         _put(stats, row, n, logprob, entropy, shift, inv_sum)
         # d L / d logprob and d L / d H, times the denominator.
-        _, g, _, _, _ = surrogate(
-            logprob - tl.load(old_logprobs + row), logprob, tl.load(advantages + row), cliprange, cliprange_high,
-            dual_clip, log_ratio_clamp, old_kl_coef, OBJECTIVE,
-        )  # fmt: skip
-        g = tl.where(logprob == logprob, g, float("nan"))  # of an id that does not exist, whatever the objective
+        importance, ref_logprob = 1.0, 0.0
         if weights is not None:
-            g *= tl.load(weights + row)
+            importance = tl.load(weights + row)
         if ref_logprobs is not None:
-            g += kl_coef * kl_slope(logprob - tl.load(ref_logprobs + row), KL)
-        h = -entropy_coef
+            ref_logprob = tl.load(ref_logprobs + row)
+        _, _, _, _, _, _, ratio_slope, own_slope = objective_term(
+            logprob - tl.load(old_logprobs + row), logprob, tl.load(advantages + row), importance, ref_logprob, scalars,
+            ref_logprobs is not None,
+        )  # fmt: skip
+        g = ratio_slope + own_slope
+        g = tl.where(logprob == logprob, g, float("nan"))  # of an id that does not exist, whatever the objective
+        h = -scalars.entropy_coef
         if row_weight is not None:
             weight = tl.load(row_weight + row)
             g *= weight
@@ -283,13 +283,9 @@ def _flags(x: LogitRows, nested: bool) -> dict[str, bool]:
 
 
 def _transform(x: LogitRows) -> tuple[Tensor | None, tuple[float, float, float]]:
-    """Temperatures of each row or None; temperature, softcap, logit scale."""
+    """Return the temperatures of each row or None; temperature, softcap, logit scale."""
     t = x.transform
-    per_row = isinstance(t.temperature, Tensor)
-    return (
-        t.temperature if per_row else None,
-        (1.0 if per_row else float(t.temperature), float(t.softcap or 0.0), float(t.logit_scale)),
-    )
+    return t.temperatures, (float(t.temperature), float(t.softcap or 0.0), float(t.logit_scale))
 
 
 def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
@@ -327,7 +323,6 @@ def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Te
     strides, nested = _layout(x)
     out_strides, out_nested = _layout(replace(x, logits=out))
     temperatures, transform = _transform(x)
-    p = ppo.scalars
     active = torch.empty(n, dtype=torch.bool, device=x.logits.device)
     if n == 0:
         return active
@@ -335,8 +330,7 @@ def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Te
         _ppo_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, ppo.old_logprobs, ppo.advantages, ppo.weights,
             ppo.ref_logprobs, ppo.row_weight, out, active, n, vocab, *strides, *out_strides, *transform,
-            *(float(getattr(p, name)) for name in _SCALARS),
-            OBJECTIVE=OBJECTIVES.index(p.objective), KL=KL_ESTIMATORS.index(p.kl_estimator), ENTROPY=p.entropy_coef != 0,
+            scalars_of(ppo.scalars), ENTROPY=ppo.scalars.entropy_coef != 0,
             OUT_NESTED=out_nested, **_flags(x, nested), **_launch_shape(x),
         )  # fmt: skip
     return active

@@ -47,8 +47,8 @@ class FusedCausalLM(nn.Module):
         checks.number("temperature", temperature, above=0)
         labels = input_ids.roll(-1, -1) if shift_labels is None else shift_labels
         head = fuse_head(self.model)
-        with head.taking(labels, temperature=temperature, shifted=True):
+        with head.taking(labels, temperature=temperature, shifted=True) as taken:
             output = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **inputs
             )
-        return Output(*output.logits.unbind(-1))
+        return Output(*taken.result(output.logits))

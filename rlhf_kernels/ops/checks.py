@@ -168,3 +168,24 @@ def widen(x: Tensor) -> Tensor:
 
 def integers(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str) -> None:
     tensor(name, x, like=like, expected=expected, what=what, dtypes=(torch.int64, torch.int32))
+
+
+def recursion(gamma: float, lam: float, bootstrap: Tensor | None, holes: str, like: Tensor, b: int) -> None:
+    """Check the arguments that `gae` and `rollout_advantages` share, for `b` sequences."""
+    number("gamma", gamma, least=0, most=1)
+    number("lam", lam, least=0, most=1)
+    choice("holes", holes, ("skip", "zero"))
+    if bootstrap is not None:
+        tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value a sequence")
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return `x` in float32 and contiguous, as the kernels read it."""
+    if x.dtype is torch.float32 and x.is_contiguous():
+        return x
+    return x.to(torch.float32).contiguous()
+
+
+def flat(x: Tensor | None) -> Tensor | None:
+    """Return a constant as the kernels read it: detached, (N,), float32, contiguous."""
+    return None if x is None else x.detach().reshape(-1).float().contiguous()

@@ -2,10 +2,8 @@
 
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
+from ..backend import define, kernels, resolve
 from . import checks
-from .registry import define
 
 
 def decode_attention(
@@ -40,6 +38,8 @@ def decode_attention(
     scale = size**-0.5 if scale is None else float(scale)
     chosen = resolve("decode_attention", backend, query)
     if chosen == "reference":
+        from .. import reference
+
         return reference.decode_attention(query.detach(), keys.detach(), values.detach(), mask, scale)
     return _op(query, keys, values, mask, scale, chosen)
 

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
-from ..types import Advantages
+from ..backend import define, kernels, resolve
+from ..launch_args import Advantages
 from . import checks
-from .registry import define, dense
 
 
 def gae(
@@ -40,9 +38,11 @@ def gae(
     like = {"like": rewards, "expected": rewards.shape, "what": "the shape of rewards"}
     checks.tensor("values", values, **like)
     checks.mask("mask", mask, **like)
-    check_recursion(gamma, lam, bootstrap, holes, rewards, b)
+    checks.recursion(gamma, lam, bootstrap, holes, rewards, b)
     chosen = resolve("gae", backend, rewards)
     if chosen == "reference":
+        from .. import reference
+
         rewards, values, bootstrap = checks.wide(rewards, values, bootstrap)
         return reference.gae(
             rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
@@ -50,17 +50,9 @@ def gae(
     return Advantages(*_op(rewards, values, mask, gamma, lam, bootstrap, holes == "skip", cu_seqlens, chosen))
 
 
-def check_recursion(gamma, lam, bootstrap, holes, like: Tensor, b: int) -> None:
-    checks.number("gamma", gamma, least=0, most=1)
-    checks.number("lam", lam, least=0, most=1)
-    checks.choice("holes", holes, ("skip", "zero"))
-    if bootstrap is not None:
-        checks.tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value a sequence")
-
-
 def _run(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
-    tensors = dense(rewards), dense(values), mask.contiguous()
-    bootstrap = None if bootstrap is None else dense(bootstrap)
+    tensors = checks.dense(rewards), checks.dense(values), mask.contiguous()
+    bootstrap = None if bootstrap is None else checks.dense(bootstrap)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     return kernels(backend).gae(*tensors, gamma, lam, bootstrap, skip_holes, cu_seqlens)
 

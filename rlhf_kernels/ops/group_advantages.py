@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
+from ..backend import define, kernels, resolve
 from . import checks
-from .registry import define, dense
 
 KINDS = ("rloo", "grpo", "dr_grpo")
 
@@ -32,12 +30,14 @@ def group_advantages(
     checks.choice("kind", kind, KINDS)
     chosen = resolve("group_advantages", backend, scores)
     if chosen == "reference":
+        from .. import reference
+
         return reference.group_advantages(*checks.wide(scores), groups, kind=kind)
     return _op(scores, groups, KINDS.index(kind), chosen)
 
 
 def _run(scores: Tensor, groups: Tensor, kind: int, backend: str) -> Tensor:
-    return kernels(backend).group_advantages(dense(scores), groups.long().contiguous(), kind)
+    return kernels(backend).group_advantages(checks.dense(scores), groups.long().contiguous(), kind)
 
 
 def _fake(scores: Tensor, *_) -> Tensor:

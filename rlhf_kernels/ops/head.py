@@ -1,22 +1,141 @@
-"""The fused head's one loop: logits of some rows by the vendor's matrix library, an epilogue kernel that owns
-everything element-wise, then the two backward products while they are still there.
+"""The fused head's loop: logits of some rows by the vendor's matrix library, an epilogue kernel for everything element-wise,
+then the two backward products while the logits are in cache.
 
-On CPU, and on a GPU where `compact` asks for it, only rows that count come in and only rows with a gradient enter the
-backward products; otherwise they are zeros there. Legend: M rows, V vocabulary, H hidden.
+On CPU, and on a GPU with `compact`, only rows that count come in and only rows with a gradient enter the backward products;
+otherwise they are zeros there. Legend: N tokens, M rows that enter, V vocabulary, H hidden.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .._cpu import accumulate
 from ..backend import Kernels
 from ..launch_args import LogitRows, PpoRows, RowStats, Transform
-from ..workspace import WORKSPACE
-from .products import Plan, has_products, product
+
+MIN_CHUNK = 16
+"""Fewest rows of a chunk: with fewer, the CPU's matrix libraries add in another order, so shorter chunks are padded."""
+
+GPU_LOGITS_BYTES = 2**30
+"""Bytes of a chunk of float32 logits on a GPU, from which its rows follow. Every chunk reads and writes the float32 sum of the
+weight's gradient, which takes half as long as the product with 1024 rows of a vocabulary of 128k."""
+
+_PART = 1024
+"""Rows, columns or terms of a product that are converted to float32 at a time."""
+
+
+_ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+@cache
+def has_products(dtype: torch.dtype, device: str) -> bool:
+    """Return whether torch multiplies `dtype` matrices on a device of type `device` at least as fast as float32 ones.
+
+    False for half precision on a processor without instructions for it, or where torch was built without oneDNN: its loops
+    then take several times as long.
+    """
+    if device != "cpu" or dtype not in _ASKED:
+        return True
+    asked = getattr(torch.ops.mkldnn, _ASKED[dtype], None) if torch.backends.mkldnn.is_available() else None
+    return asked is not None and bool(asked())
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`; a float32 `out` of half-precision factors is not rounded on the way."""
+    if a.dtype in (torch.bfloat16, torch.float16) and not has_products(a.dtype, a.device.type):
+        _product_in_float32(a, b, out, add=add)
+    elif out.dtype == a.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda and add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # where Triton is interpreted: CPU libraries have no such product
+        product(a.float(), b.float(), out, add=add)
+
+
+def _product_in_float32(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """`product` of the same factors with float32 sums, rounded once; the longest side comes in parts."""
+    (rows, terms), columns = a.shape, b.shape[1]
+    if terms >= max(rows, columns):
+        total = out.float() if add else a.new_zeros(rows, columns, dtype=torch.float32)
+        for part_a, part_b in zip(a.split(_PART, 1), b.split(_PART), strict=True):
+            total.addmm_(part_a.float(), part_b.float())
+        out.copy_(total)
+        return
+    if rows > max(columns, _PART):  # out.T = b.T @ a.T
+        a, b, out = b.t(), a.t(), out.t()
+    a = a.float()
+    for part_b, part_out in zip(b.split(_PART, 1), out.split(_PART, 1), strict=True):
+        # In place, which autocast leaves as it is.
+        total = part_out.float() if add else a.new_zeros(part_out.shape)
+        part_out.copy_(total.addmm_(a, part_b.float()))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of logits in memory and per step, and the dtypes of the logits and of the sums.
+
+    A step of rows goes through logits, epilogue and the product into the hidden states while it is in cache. Rows with a
+    gradient stay until `chunk` of them form one product into the weight. Computed from shapes only, so that a compiled graph
+    knows the dtypes.
+
+    On CPU the library rounds half-precision products, so each one into the weight costs a float32 sum over [V, H]: chunks are
+    large, and a batch of one chunk needs no sum. float32 products are added in place. float16 sums are always float32,
+    because rows that are not yet divided by the denominator exceed 65504.
+
+    On a GPU (`wide`) half-precision factors give float32 logits, so that a log-prob has no bf16 rounding, and float32 sums
+    inside the product. A row's bits depend on the shape of its product, so that shape is the same for every N.
+    """
+
+    chunk: int
+    step: int
+    pad_to: int  # rows of the smallest product of logits
+    logits_dtype: torch.dtype
+    sum_dtype: torch.dtype
+    wide: bool
+    compact: bool  # rows without a gradient enter no backward product, and masked rows none at all
+
+    @classmethod
+    def of(
+        cls, n: int, vocab: int, dtype: torch.dtype, backend: str, chunk_tokens: int | None, compact: bool | None
+    ) -> "Plan":
+        if backend != "cpu":
+            rows = max(128, min(4096, GPU_LOGITS_BYTES // (4 * vocab) // 128 * 128))
+            chunk = max(chunk_tokens or rows, MIN_CHUNK)
+            return cls(chunk, chunk, chunk, torch.float32, torch.float32, True, bool(compact))
+        default, step = (512, 512) if dtype == torch.float32 else (2048, 256)
+        chunk = max(chunk_tokens or default, MIN_CHUNK)
+        one_product = n <= chunk and dtype == torch.bfloat16
+        return cls(chunk, min(step, chunk), MIN_CHUNK, dtype, dtype if one_product else torch.float32, False, True)
+
+    def rows(self, n: int | None, *, keep: bool) -> int:
+        """Return the rows of logits in memory for `n` rows (None: any number): of a chunk (`keep`), or of one step."""
+        most = self.chunk if keep else self.step
+        return max(most if n is None else min(most, n), self.pad_to)
+
+
+def head_workspace_bytes(
+    vocab: int,
+    dtype: torch.dtype,
+    *,
+    tokens: int | None = None,
+    gradient: bool = True,
+    backend: str = "cpu",
+    chunk_tokens: int | None = None,
+) -> int:
+    """Return the bytes of logits that the fused head holds at a time, for `lend_workspace` and for memory plans.
+
+    `tokens`: rows of hidden states of `dtype` that count, None for any number; `gradient`: whether the weight needs one;
+    `backend`: "cpu", "triton" or "cuda". The reference backend computes all logits at once and uses no workspace.
+    """
+    if backend not in ("cpu", "triton", "cuda"):
+        raise ValueError(f"backend: got {backend!r}, expected 'cpu', 'triton' or 'cuda'")
+    plan = Plan.of(tokens or 0, vocab, dtype, backend, chunk_tokens, None)
+    return plan.rows(tokens, keep=gradient) * vocab * plan.logits_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -27,7 +146,7 @@ class Head:
     bias: Tensor | None  # (V,)
 
     def logits(self, hidden: Tensor, out: Tensor, pad_to: int) -> Tensor:
-        """Logits of `hidden` (m, H), in the front rows of `out`; the product has at least `pad_to` rows."""
+        """Return the logits of `hidden` (m, H), in the first rows of `out`; the product has at least `pad_to` rows."""
         rows = len(hidden)
         if rows < pad_to:
             hidden = torch.cat([hidden, hidden.new_zeros(pad_to - rows, hidden.shape[1])])
@@ -51,18 +170,18 @@ class HeadRows:
     hidden: Tensor  # (M, H), contiguous
     ids: Tensor  # (M,), int64
     transform: Transform
-    index: Tensor | None  # (M,), where each came from; None: all of them, in order
+    index: Tensor | None  # (M,), its place among the N; None: all of them, in order
     mask: Tensor | None = None  # (M,), bool; None: all count
 
     @classmethod
     def of(
         cls, hidden: Tensor, ids: Tensor, transform: Transform, keep: Tensor | None, *, gather: bool = True
     ) -> "HeadRows":
-        """The rows that `keep` (N,) marks. Gathering them needs their number, which makes a GPU wait."""
+        """Return the rows that `keep` (N,) marks. Gathering them needs their number, for which the host waits on a GPU."""
         if keep is None or (gather and bool(keep.all())):
             return cls(hidden.contiguous(), ids.contiguous(), transform, None)
         if not gather:
-            # What lies in the rows that do not count must not reach a product: 0 * NaN is NaN.
+            # The content of rows that do not count must not reach a product: 0 * NaN is NaN.
             hidden = torch.where(keep[:, None], hidden, 0)
             return cls(hidden, ids.contiguous(), transform, None, keep.contiguous())
         index = keep.nonzero().squeeze(1)
@@ -89,8 +208,10 @@ class HeadRows:
 class HeadGradients:
     """Gradients of the head's inputs, summed over chunks in float32 and not yet scaled."""
 
-    def __init__(self, head: Head, n: int, rows: HeadRows, plan: Plan, needs: tuple[bool, bool, bool]):
-        self.head, self.rows, self.wide = head, rows, plan.wide
+    def __init__(
+        self, kernels: Kernels, head: Head, n: int, rows: HeadRows, plan: Plan, needs: tuple[bool, bool, bool]
+    ):
+        self.kernels, self.head, self.rows, self.wide = kernels, head, rows, plan.wide
         weight = head.weight
         # Rows that have no gradient are never written, so they must be zero beforehand.
         self.hidden = torch.zeros(n, weight.shape[1], device=weight.device) if needs[0] else None
@@ -99,7 +220,7 @@ class HeadGradients:
         self.first = True
 
     def add_rows(self, dlogits: Tensor, rows: Tensor | slice) -> None:
-        """Takes in the gradient of the logits (m, V) of the rows (m,), numbers among the M: all but the weight's."""
+        """Add the gradient of the logits (m, V) of the rows (m,), numbers among the M, to all but the weight's."""
         if self.hidden is not None and isinstance(rows, slice) and self.rows.index is None and self.wide:
             product(dlogits, self.head.weight, self.hidden[rows])
         elif self.hidden is not None:
@@ -112,7 +233,7 @@ class HeadGradients:
             self.bias += dlogits.sum(0, dtype=torch.float32)
 
     def add_weight(self, dlogits: Tensor, rows: Tensor | slice) -> None:
-        """Takes in the weight's part of the gradient of the logits (m, V) of the rows (m,)."""
+        """Add the gradient of the logits (m, V) of the rows (m,) to the weight's."""
         transposed, hidden = dlogits.t(), self.rows.hidden[rows]
         apart = not has_products(dlogits.dtype, dlogits.device.type)
         if self.wide or self.weight.dtype == dlogits.dtype or apart:
@@ -122,11 +243,11 @@ class HeadGradients:
                 hidden = hidden.float()
             for block in _blocks(len(self.weight), 8192):
                 part = torch.mm(transposed[block].to(hidden.dtype), hidden)
-                accumulate(self.weight[block], part, first=self.first)
+                self.kernels.accumulate(self.weight[block], part, first=self.first)
         self.first = False
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """d hidden (N, H), d weight (V, H), d bias (V,); None where not asked for."""
+        """Return d hidden (N, H), d weight (V, H), d bias (V,); None where not needed."""
         if self.first and self.weight is not None:
             self.weight.zero_()
         return self.hidden, self.weight, self.bias
@@ -138,13 +259,13 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
 
 
 def _buffer(head: Head, rows: HeadRows, plan: Plan, *, keep: bool) -> Tensor:
-    """Room for a chunk of logits, or for one step where nothing needs to stay."""
+    """Return memory for a chunk of logits (`keep`), or for one step."""
     shape = (plan.rows(len(rows.ids), keep=keep), len(head.weight))
-    return WORKSPACE.take(shape, plan.logits_dtype, rows.hidden.device)
+    return _native.WORKSPACE.take(shape, plan.logits_dtype, rows.hidden.device)
 
 
 def head_stats(kernels: Kernels, head: Head, rows: HeadRows, plan: Plan) -> RowStats:
-    """Log-probs and entropy of every row: one product, no gradient."""
+    """Return log-probs and entropy of every row: one product, no gradient."""
     stats = RowStats.empty(len(rows.ids), rows.hidden.device)
     buffer = _buffer(head, rows, plan, keep=False)
     for chunk in rows.chunks(plan.step):
@@ -156,7 +277,7 @@ def head_stats(kernels: Kernels, head: Head, rows: HeadRows, plan: Plan) -> RowS
 
 
 Epilogue = Callable[[LogitRows, slice, Tensor], Tensor]
-"""Writes the gradient of a chunk's logits to the last argument; returns which of its rows have one, bool (m,)."""
+"""Write the gradient of a chunk's logits to the last argument; return which of its rows have one, bool (m,)."""
 
 
 def head_gradients(
@@ -168,11 +289,11 @@ def head_gradients(
     needs: tuple[bool, bool, bool],
     epilogue: Epilogue,
 ):
-    """One pass over the rows: logits, `epilogue`, backward products."""
-    gradients = HeadGradients(head, n, rows, plan, needs)
+    """Return the gradients of one pass over the rows: logits, `epilogue`, backward products."""
+    gradients = HeadGradients(kernels, head, n, rows, plan, needs)
     buffer = _buffer(head, rows, plan, keep=needs[1])
     dlogits = front_of(buffer, rows.hidden.dtype)
-    held: list[Tensor | slice] = []  # which rows' gradients lie at the front of the buffer
+    held: list[Tensor | slice] = []  # the rows whose gradients are at the front of the buffer
     filled = 0
     for chunk in rows.chunks(plan.step):
         size = chunk.stop - chunk.start
@@ -197,12 +318,12 @@ def head_gradients(
 
 
 def front_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a gradient (N, V) of `dtype` in the bytes of the logits: in the front of each row where it is narrower."""
+    """Return a view (N, V) of `dtype` in the bytes of the logits: the front of each row where `dtype` is narrower."""
     return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
 def _joined(held: list[Tensor | slice]) -> Tensor | slice:
-    """The rows of one product; slices follow each other."""
+    """Return the rows of one product; slices follow each other."""
     if isinstance(held[0], slice):
         return slice(held[0].start, held[-1].stop)
     return torch.cat(held)
@@ -211,7 +332,7 @@ def _joined(held: list[Tensor | slice]) -> Tensor | slice:
 def ppo_pass(
     kernels: Kernels, head: Head, rows: HeadRows, ppo: PpoRows, n: int, plan: Plan, needs: tuple[bool, bool, bool]
 ):
-    """Statistics and gradients in one pass: the row's own log-prob decides its coefficient."""
+    """Return statistics and gradients of one pass: the row's log-prob determines its coefficient."""
     stats = RowStats.empty(len(rows.ids), rows.hidden.device)
     if rows.index is not None:
         ppo = ppo.rows(rows.index)
@@ -236,7 +357,7 @@ def given_pass(
     plan: Plan,
     needs: tuple[bool, bool, bool],
 ):
-    """Gradients from coefficients that are known beforehand; the logits are made again."""
+    """Return gradients from given coefficients; the logits are computed again."""
 
     def epilogue(x: LogitRows, chunk: slice, out: Tensor) -> Tensor:
         g, h = (None if y is None else y[chunk].contiguous() for y in (grad_logprobs, grad_entropy))

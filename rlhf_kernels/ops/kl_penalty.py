@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
-from ..launch_args import KL_ESTIMATORS
+from .._options import KL_ESTIMATORS
+from ..backend import define, kernels, refuse, resolve
 from . import checks
-from .registry import define, dense, refuse
 
 
 def kl_penalty(
@@ -33,16 +31,20 @@ def kl_penalty(
     logprobs, ref_logprobs = checks.widen(logprobs), checks.widen(ref_logprobs.detach())
     chosen = resolve("kl_penalty", backend, logprobs)
     if chosen == "reference":
+        from .. import reference
+
         return reference.kl_penalty(logprobs, ref_logprobs, estimator=estimator)
     return _op(logprobs, ref_logprobs, KL_ESTIMATORS.index(estimator), chosen)
 
 
 def _run(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, backend: str) -> Tensor:
-    return kernels(backend).kl_penalty(dense(logprobs), dense(ref_logprobs), estimator)
+    return kernels(backend).kl_penalty(checks.dense(logprobs), checks.dense(ref_logprobs), estimator)
 
 
 def _run_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int, backend: str) -> Tensor:
-    return kernels(backend).kl_penalty_backward(dense(grad), dense(logprobs), dense(ref_logprobs), estimator)
+    return kernels(backend).kl_penalty_backward(
+        checks.dense(grad), checks.dense(logprobs), checks.dense(ref_logprobs), estimator
+    )
 
 
 def _fake(x: Tensor, *_) -> Tensor:

@@ -1,17 +1,14 @@
-"""Log-probability and entropy of taken tokens, from hidden states."""
+"""Log-probability and entropy of given tokens, from hidden states."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
-from ..launch_args import RowStats, Transform
-from ..types import TokenLogprobs
+from ..backend import define_record, flatten, kernels, names_of, refuse, resolve, unflatten
+from ..launch_args import RowStats, TokenLogprobs, Transform
 from . import checks
-from .head import Head, HeadRows, given_pass, head_stats
-from .ppo_terms import flat
-from .products import Plan
-from .registry import define, refuse, schema_of
+from .head import Head, HeadRows, Plan, given_pass, head_stats
 
 
 def linear_token_logprobs(
@@ -42,6 +39,8 @@ def linear_token_logprobs(
     check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
     chosen = resolve("linear_token_logprobs", backend, hidden, len(weight))
     if chosen == "reference":
+        from .. import reference
+
         return reference.linear_token_logprobs(
             hidden,
             weight,
@@ -53,21 +52,53 @@ def linear_token_logprobs(
             mask=mask,
             entropy=entropy,
         )
-    per_row = flat(temperature) if isinstance(temperature, Tensor) else None
-    logprobs, h, _ = _op(
+    inputs = Inputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         ids.reshape(-1).long(),
         None if mask is None else mask.reshape(-1),
-        per_row,
-        1.0 if per_row is not None else float(temperature),
-        softcap,
-        float(logit_scale),
+        Transform.of(temperature, softcap, logit_scale),
         chunk_tokens,
         chosen,
     )
+    logprobs, h, _ = _op(*flatten(inputs))
     return TokenLogprobs(logprobs.view(ids.shape), h.view(ids.shape) if entropy else None)
+
+
+class Inputs(NamedTuple):
+    """The arguments of the registered op."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    ids: Tensor  # (N,)
+    mask: Tensor | None  # (N,)
+    transform: Transform
+    chunk_tokens: int | None
+    backend: str
+
+    def plan(self) -> Plan:
+        n, vocab = self.ids.numel(), len(self.weight)
+        return Plan.of(n, vocab, self.hidden.dtype, self.backend, self.chunk_tokens, None)
+
+    def rows(self, keep: Tensor | None) -> HeadRows:
+        return HeadRows.of(self.hidden, self.ids, self.transform, keep, gather=self.plan().compact)
+
+
+class GradientInputs(NamedTuple):
+    """The arguments of the registered op that computes the gradients."""
+
+    grad_logprobs: Tensor | None  # (N,)
+    grad_entropy: Tensor | None  # (N,)
+    stats: Tensor  # (4, N)
+    inputs: Inputs
+    needs: list[bool]  # a gradient: hidden, weight, bias
+    unrounded: list[bool]  # and whether in float32
+
+
+NAMES = names_of(Inputs)
+DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -101,110 +132,78 @@ def check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mas
     checks.number("chunk_tokens", chunk_tokens, least=1, optional=True, integer=True)
 
 
-def _forward(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,
-    ids: Tensor,  # (N,)
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    chunk_tokens: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = ids.numel()
-    plan = Plan.of(n, len(weight), hidden.dtype, backend, chunk_tokens, None)
-    rows = _rows(hidden, ids, mask, temperatures, temperature, softcap, logit_scale, plan)
-    stats = head_stats(kernels(backend), Head(weight, bias), rows, plan)
-    buffer = rows.spread(stats.buffer, n)
+def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.rows(x.mask)
+    stats = head_stats(kernels(x.backend), Head(x.weight, x.bias), rows, x.plan())
+    buffer = rows.spread(stats.buffer, x.ids.numel())
     return buffer[0].clone(), buffer[1].clone(), buffer
 
 
-def _fake(hidden, weight, bias, ids, *rest):
-    n = ids.numel()
-    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
+def _fake(x: Inputs) -> tuple[Tensor, ...]:
+    n = x.ids.numel()
+    return tuple(x.hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
 
 
-def _backward(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    stats: Tensor,  # (4, N)
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    chunk_tokens: int | None,
-    backend: str,
-    needs: list[bool],  # a gradient: hidden, weight, bias
-    unrounded: list[bool],  # and whether in float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = ids.numel()
-    g, h = (None if x is None else x.float() for x in (grad_logprobs, grad_entropy))
-    live = sum(x.abs() for x in (g, h) if x is not None) != 0
-    keep = live if mask is None else live & mask
-    g, h = (None if x is None else torch.where(keep, x, 0) for x in (g, h))  # whatever lies in masked rows
-    plan = Plan.of(n, len(weight), hidden.dtype, backend, chunk_tokens, None)
-    rows = _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale, plan)
+def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, n = x.inputs.hidden, x.inputs.ids.numel()
+    g, h = (None if y is None else y.float() for y in (x.grad_logprobs, x.grad_entropy))
+    live = sum(y.abs() for y in (g, h) if y is not None) != 0
+    keep = live if x.inputs.mask is None else live & x.inputs.mask
+    g, h = (None if y is None else torch.where(keep, y, 0) for y in (g, h))  # masked rows may hold anything
+    rows = x.inputs.rows(keep)
     # Relative to the largest coefficient: half-precision gradients of logits would underflow under a small one.
-    largest = torch.stack([x.abs().amax() for x in (g, h) if x is not None]).amax() if n else hidden.new_ones(())
+    largest = torch.stack([y.abs().amax() for y in (g, h) if y is not None]).amax() if n else hidden.new_ones(())
     largest = torch.where(largest > 0, largest, 1).float()
-    coefficients = (None if x is None else rows.take(x) / largest for x in (g, h))
-    kept = RowStats(stats if rows.index is None else stats[:, rows.index])
-    launch = kernels(backend)
-    results = given_pass(launch, Head(weight, bias), rows, kept, *coefficients, n, plan, tuple(needs))
+    coefficients = (None if y is None else rows.take(y) / largest for y in (g, h))
+    kept = RowStats(x.stats if rows.index is None else x.stats[:, rows.index])
+    launch, head = kernels(x.inputs.backend), Head(x.inputs.weight, x.inputs.bias)
+    results = given_pass(launch, head, rows, kept, *coefficients, n, x.inputs.plan(), tuple(x.needs))
     return tuple(
-        hidden.new_empty(0) if g is None else launch.scale_cast(g, largest, torch.float32 if wide else hidden.dtype)
-        for g, wide in zip(results, unrounded, strict=True)
+        hidden.new_empty(0) if y is None else launch.scale_cast(y, largest, torch.float32 if wide else hidden.dtype)
+        for y, wide in zip(results, x.unrounded, strict=True)
     )
 
 
-def _fake_backward(grad_logprobs, grad_entropy, stats, hidden, weight, bias, *rest):
-    *_, needs, unrounded = rest
-    wanted = zip((hidden, weight, bias), needs, unrounded, strict=True)
+def _fake_backward(x: GradientInputs) -> tuple[Tensor, ...]:
+    hidden = x.inputs.hidden
+    wanted = zip((hidden, x.inputs.weight, x.inputs.bias), x.needs, x.unrounded, strict=True)
     return tuple(
-        hidden.new_empty(x.shape if needed else (0,), dtype=torch.float32 if wide else hidden.dtype)
-        for x, needed, wide in wanted
+        hidden.new_empty(y.shape if needed else (0,), dtype=torch.float32 if wide else hidden.dtype)
+        for y, needed, wide in wanted
     )
-
-
-def _rows(hidden, ids, keep, temperatures, temperature, softcap, logit_scale, plan: Plan) -> HeadRows:
-    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    return HeadRows.of(hidden, ids, transform, keep, gather=plan.compact)
 
 
 def gradient_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a gradient of `x` is handed over: `x.grad_dtype` where that was set (compilers know it not)."""
+    """Return the dtype of a gradient of `x`: `x.grad_dtype` where that is set (compilers do not know it)."""
     return (x.grad_dtype if checks.is_eager(x) and x.is_leaf else None) or x.dtype
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, ids, mask, temperatures, *ctx.scalars = inputs
+    x = unflatten(Inputs, inputs)
     _, _, stats = output
-    ctx.unrounded = [x is not None and gradient_dtype(x) is torch.float32 for x in (hidden, weight, bias)]
-    ctx.save_for_backward(stats, hidden, weight, bias, ids, mask, temperatures)
+    ctx.unrounded = [y is not None and gradient_dtype(y) is torch.float32 for y in (x.hidden, x.weight, x.bias)]
+    ctx.save_for_backward(stats, x.hidden, x.weight, x.bias, x.ids, x.mask, x.transform.temperatures)
+    empty = dict.fromkeys(("hidden", "weight", "bias", "ids", "mask"))
+    ctx.scalars = x._replace(**empty, transform=x.transform._replace(temperatures=None))
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_logprobs, grad_entropy, _):
-    nothing = (None,) * 8
-    needs = list(ctx.needs_input_grad[:3])
+    gradients = dict.fromkeys(NAMES)
+    needed = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
+    needs = [needed[name] for name in DIFFERENTIABLE]
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
-        return None, None, None, *nothing
-    results = _backward_op(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.scalars, needs, ctx.unrounded)
-    return *(g if needed else None for g, needed in zip(results, needs, strict=True)), *nothing
+        return tuple(gradients.values())
+    stats, hidden, weight, bias, ids, mask, temperatures = ctx.saved_tensors
+    transform = ctx.scalars.transform._replace(temperatures=temperatures)
+    inputs = ctx.scalars._replace(hidden=hidden, weight=weight, bias=bias, ids=ids, mask=mask, transform=transform)
+    results = _backward_op(*flatten(GradientInputs(grad_logprobs, grad_entropy, stats, inputs, needs, ctx.unrounded)))
+    gradients |= {name: g for name, g, need in zip(DIFFERENTIABLE, results, needs, strict=True) if need}
+    return tuple(gradients.values())
 
 
-_backward_op = define(
-    schema_of("linear_token_logprobs_backward", _backward), run=_backward, fake=_fake_backward, backward=refuse
+_backward_op = define_record(
+    "linear_token_logprobs_backward", GradientInputs, _backward, _fake_backward, backward=refuse
 )
-_op = define(
-    schema_of("linear_token_logprobs", _forward), run=_forward, fake=_fake, save=_save, backward=_differentiate
-)
+_op = define_record("linear_token_logprobs", Inputs, _forward, _fake, save=_save, backward=_differentiate)

@@ -1,15 +1,14 @@
 """The PPO objective from logits."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
-from .. import reference
+from .._options import PPOOptions
 from ..backend import resolve
-from ..types import PPOLoss
-from . import checks
+from ..launch_args import PPOLoss, Transform
+from . import checks, objective
 from .fused_logits_loss import one_pass_ppo_loss, why_two_passes
-from .ppo_arguments import PPOArguments
 from .ppo_loss import fused_ppo_loss
 from .token_logprobs import check_logits, fused_token_logprobs
 
@@ -26,35 +25,36 @@ def logits_ppo_loss(
     logit_scale: float = 1.0,
     inplace: bool = False,
     backend: str = "auto",
-    **options: Any,
+    **options: Unpack[PPOOptions],
 ) -> PPOLoss:
     """`ppo_loss` of `token_logprobs(logits, ids)`, with the entropy of the same read of the logits.
 
-    `inplace=True` lets the gradient take the bytes of `logits`, whose values are lost. The CUDA kernel makes the gradient in
-    the forward pass; for sequence-level ratios, and over float16 logits, `"auto"` takes Triton's. `options` are those of
-    `ppo_loss`, without `entropy`.
+    `inplace=True` lets the gradient take the bytes of `logits`, whose values are lost. The CUDA kernel computes the gradient
+    in the forward pass; for sequence-level ratios, and in place of float16 logits, `"auto"` takes Triton's. `options` are those
+    of `ppo_loss`, without `entropy`.
 
     Raises:
         ValueError: as `token_logprobs` and `ppo_loss`.
     """
     temperature = checks.constant(temperature)
-    args = PPOArguments.parse("logits_ppo_loss", options)
+    args = objective.parse("logits_ppo_loss", options)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
-    args.check(ids, old_logprobs, advantages, mask, name="ids", entropy_made=True)
+    objective.check(args, ids, old_logprobs, advantages, mask, name="ids", computes_entropy=True)
     chosen = resolve("logits_ppo_loss", backend, logits, logits.shape[-1])
     if chosen == "reference":
-        transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        from .. import reference
+
+        of_logits = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
         return reference.logits_ppo_loss(
-            logits, ids.long(), old_logprobs, advantages, mask, **transform, **args.options()
+            logits, ids.long(), old_logprobs, advantages, mask, **of_logits, **objective.as_options(args)
         )
+    transform = Transform.of(temperature, softcap, logit_scale)
     if chosen == "cuda":
-        rows = logits, ids, temperature, softcap, logit_scale
         refused = why_two_passes(args, logits, inplace)
         if not refused:
-            return one_pass_ppo_loss(*rows, args, old_logprobs, advantages, mask, inplace=inplace)
+            return one_pass_ppo_loss(logits, ids, transform, args, old_logprobs, advantages, mask, inplace=inplace)
         if backend == "cuda":
             raise ValueError(f"backend: 'cuda' cannot serve this call: {refused}; use 'triton' or 'auto'")
-        chosen = "triton"  # whose gradient is made in backward
-    rows = logits, ids, temperature, softcap, logit_scale, mask
-    taken = fused_token_logprobs(*rows, chosen, entropy=True, inplace=inplace)
+        chosen = "triton"  # which computes the gradient in backward
+    taken = fused_token_logprobs(logits, ids, transform, mask, chosen, entropy=True, inplace=inplace)
     return fused_ppo_loss(taken.logprobs, taken.entropy, args, old_logprobs, advantages, mask, chosen)

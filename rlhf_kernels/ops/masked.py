@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
+from ..backend import define, kernels, resolve
 from . import checks
-from .registry import define, dense
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
@@ -18,6 +16,8 @@ def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
     _check(x, mask)
     chosen = resolve("masked_mean", backend, x)
     if chosen == "reference":
+        from .. import reference
+
         return reference.masked_mean(checks.widen(x), mask)
     return _mean(checks.widen(x), mask, chosen)
 
@@ -38,6 +38,8 @@ def masked_whiten(
     _check(x, mask)
     chosen = resolve("masked_whiten", backend, x)
     if chosen == "reference":
+        from .. import reference
+
         return reference.masked_whiten(checks.widen(x), mask, shift_mean=shift_mean, unbiased=unbiased)
     return _whiten(checks.widen(x), mask, shift_mean, unbiased, chosen)
 
@@ -48,7 +50,7 @@ def _check(x: Tensor, mask: Tensor) -> None:
 
 
 def _mean_run(x: Tensor, mask: Tensor, backend: str) -> Tensor:
-    return kernels(backend).masked_mean(dense(x), mask.contiguous())
+    return kernels(backend).masked_mean(checks.dense(x), mask.contiguous())
 
 
 def _mean_fake(x: Tensor, *_) -> Tensor:
@@ -56,7 +58,8 @@ def _mean_fake(x: Tensor, *_) -> Tensor:
 
 
 def _mean_save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[1])
+    _, mask, _ = inputs
+    ctx.save_for_backward(mask)
 
 
 def _mean_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -65,7 +68,7 @@ def _mean_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _whiten_run(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, backend: str) -> Tensor:
-    return kernels(backend).masked_whiten(dense(x), mask.contiguous(), shift_mean, unbiased)
+    return kernels(backend).masked_whiten(checks.dense(x), mask.contiguous(), shift_mean, unbiased)
 
 
 def _whiten_fake(x: Tensor, *_) -> Tensor:
@@ -86,7 +89,8 @@ def _whiten_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]
     x, g = x.double(), torch.where(mask, grad, 0).double()
     n = mask.sum()
     degrees = (n - int(ctx.unbiased)).clamp(min=1)
-    centred = torch.where(mask, x - reference.masked_mean(x, mask), 0)
+    mean = torch.where(mask, x, 0).sum() / n.clamp(min=1)
+    centred = torch.where(mask, x - mean, 0)
     s = torch.rsqrt(centred.square().sum() / degrees + 1e-8)
     mean_g = g.sum() / n.clamp(min=1)
     dx = s * (g - mean_g) - s**3 * centred * (g * centred).sum() / degrees

@@ -8,10 +8,8 @@ its neighbours. Torch has that only where FlashAttention-3 or -4 is installed an
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
+from ..backend import define, kernels, resolve
 from . import checks
-from .registry import define
 
 
 def paged_attention(
@@ -71,6 +69,8 @@ def paged_attention(
             raise ValueError(f"softcap: got {softcap} with backend='varlen', which has none; expected None")
         chosen = "triton"
     if chosen == "reference":
+        from .. import reference
+
         tensors = (x.detach() for x in (q, k_pages, v_pages))
         return reference.paged_attention(*tensors, block_table, lengths, scale=scale, window=window, softcap=softcap)
     return _op(q, k_pages, v_pages, block_table, lengths, scale, window or 0, softcap or 0.0, chosen)

@@ -3,13 +3,10 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
-from ..launch_args import KL_ESTIMATORS
-from ..types import RolloutAdvantages
+from .._options import KL_ESTIMATORS
+from ..backend import define, kernels, resolve
+from ..launch_args import RolloutAdvantages
 from . import checks
-from .gae import check_recursion
-from .registry import define, dense
 
 
 def rollout_advantages(
@@ -59,9 +56,11 @@ def rollout_advantages(
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     checks.number("score_clip", score_clip, above=0, optional=True)
     checks.number("kl_coef", kl_coef)
-    check_recursion(gamma, lam, bootstrap, holes, logprobs, b)
+    checks.recursion(gamma, lam, bootstrap, holes, logprobs, b)
     chosen = resolve("rollout_advantages", backend, logprobs)
     if chosen == "reference":
+        from .. import reference
+
         scores, logprobs, ref_logprobs, values, bootstrap = checks.wide(
             scores, logprobs, ref_logprobs, values, bootstrap
         )
@@ -108,11 +107,23 @@ def _run(
     skip_holes, whiten_rewards, whiten_advantages, cu_seqlens, backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return kernels(backend).rollout_advantages(
-        dense(scores), dense(logprobs), dense(ref_logprobs), dense(values), mask.contiguous(), kl_coef, kl_estimator, gamma,
-        lam, score_clip, None if score_index is None else score_index.long().contiguous(),
-        None if bootstrap is None else dense(bootstrap), skip_holes, whiten_rewards, whiten_advantages,
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-    )  # fmt: skip
+        scores=checks.dense(scores),
+        logprobs=checks.dense(logprobs),
+        ref_logprobs=checks.dense(ref_logprobs),
+        values=checks.dense(values),
+        mask=mask.contiguous(),
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        gamma=gamma,
+        lam=lam,
+        score_clip=score_clip,
+        score_index=None if score_index is None else score_index.long().contiguous(),
+        bootstrap=None if bootstrap is None else checks.dense(bootstrap),
+        skip_holes=skip_holes,
+        whiten_rewards=whiten_rewards,
+        whiten_advantages=whiten_advantages,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+    )
 
 
 def _fake(scores, logprobs, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:

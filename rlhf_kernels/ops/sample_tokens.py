@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import kernels, resolve
-from ..types import SampledTokens
+from ..backend import define, kernels, resolve
+from ..launch_args import SampledTokens
 from . import checks
-from .registry import define, dense
 
 
 def sample_tokens(
@@ -50,6 +48,8 @@ def sample_tokens(
     seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # its low 64 bits, as an int64
     chosen = resolve("sample_tokens", backend, logits, logits.shape[-1])
     if chosen == "reference":
+        from .. import reference
+
         return reference.sample_tokens(
             logits.detach(),
             temperature=temperature,
@@ -68,7 +68,7 @@ def sample_tokens(
 def _run(logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position, backend):
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
-    temperatures = None if temperatures is None else dense(temperatures)
+    temperatures = None if temperatures is None else checks.dense(temperatures)
     counters = sequence.long().contiguous(), position.long().contiguous()
     return kernels(backend).sample_tokens(logits, temperature, temperatures, top_k, top_p, min_p, seed, *counters)
 

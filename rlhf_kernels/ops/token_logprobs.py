@@ -1,15 +1,14 @@
-"""Log-probability and entropy of taken tokens, from logits."""
+"""Log-probability and entropy of given tokens, from logits."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backend import kernels, resolve
-from ..launch_args import LogitRows, RowStats, Transform
-from ..types import TokenLogprobs
+from .. import _native
+from ..backend import define_record, flatten, kernels, names_of, refuse, resolve, unflatten
+from ..launch_args import LogitRows, RowStats, TokenLogprobs, Transform
 from . import checks
-from .ppo_terms import flat
-from .registry import define, refuse, schema_of
 
 
 def token_logprobs(
@@ -36,6 +35,8 @@ def token_logprobs(
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
     chosen = resolve("token_logprobs", backend, logits, logits.shape[-1])
     if chosen == "reference":
+        from .. import reference
+
         return reference.token_logprobs(
             logits,
             ids.long(),
@@ -45,27 +46,52 @@ def token_logprobs(
             mask=mask,
             entropy=entropy,
         )
-    return fused_token_logprobs(logits, ids, temperature, softcap, logit_scale, mask, chosen, entropy=entropy)
+    transform = Transform.of(temperature, softcap, logit_scale)
+    return fused_token_logprobs(logits, ids, transform, mask, chosen, entropy=entropy)
+
+
+class Inputs(NamedTuple):
+    """The arguments of the registered op."""
+
+    logits: Tensor  # (N, V) or (B, T, V)
+    ids: Tensor  # (N,)
+    mask: Tensor | None
+    transform: Transform
+    inplace: bool
+    backend: str
+
+    def rows(self) -> LogitRows:
+        mask = None if self.mask is None else self.mask.contiguous()
+        return LogitRows(self.logits, self.ids.contiguous(), self.transform, mask)
+
+
+class GradientInputs(NamedTuple):
+    """The arguments of the registered op that computes the gradient."""
+
+    grad_logprobs: Tensor | None  # (N,)
+    grad_entropy: Tensor | None  # (N,)
+    stats: Tensor  # (4, N)
+    inputs: Inputs
+
+
+NAMES = names_of(Inputs)
 
 
 def fused_token_logprobs(
-    logits, ids, temperature, softcap, logit_scale, mask, backend: str, *, entropy: bool, inplace: bool = False
+    logits: Tensor,
+    ids: Tensor,
+    transform: Transform,
+    mask: Tensor | None,
+    backend: str,
+    *,
+    entropy: bool,
+    inplace: bool = False,
 ) -> TokenLogprobs:
-    """The compiled form, for arguments that were checked."""
-    rows = ids.shape
-    per_row = flat(temperature) if isinstance(temperature, Tensor) else None
-    logprobs, h, _ = _op(
-        as_rows(logits),
-        ids.reshape(-1).long(),
-        None if mask is None else mask.reshape(-1),
-        per_row,
-        1.0 if per_row is not None else float(temperature),
-        softcap,
-        float(logit_scale),
-        inplace,
-        backend,
-    )
-    return TokenLogprobs(logprobs.view(rows), h.view(rows) if entropy else None)
+    """Compute log-probs by compiled kernels, for arguments that were checked."""
+    flat_mask = None if mask is None else mask.reshape(-1)
+    inputs = Inputs(as_rows(logits), ids.reshape(-1).long(), flat_mask, transform, inplace, backend)
+    logprobs, h, _ = _op(*flatten(inputs))
+    return TokenLogprobs(logprobs.view(ids.shape), h.view(ids.shape) if entropy else None)
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -96,86 +122,60 @@ def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, logit_scale,
     checks.number("logit_scale", logit_scale, above=0)
 
 
-def _forward(
-    logits: Tensor,  # (N, V) or (B, T, V)
-    ids: Tensor,  # (N,)
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    inplace: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stats = RowStats.empty(ids.numel(), ids.device)
-    rows = _rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale)
-    kernels(backend).token_logprobs_forward(rows, stats)
+def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    stats = RowStats.empty(x.ids.numel(), x.ids.device)
+    kernels(x.backend).token_logprobs_forward(x.rows(), stats)
     return stats.logprobs.clone(), stats.entropy.clone(), stats.buffer
 
 
-def _fake(logits, ids, *_):
-    n = ids.numel()
-    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
+def _fake(x: Inputs) -> tuple[Tensor, ...]:
+    n = x.ids.numel()
+    return tuple(x.logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
 
 
-def _backward(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    stats: Tensor,  # (4, N)
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-) -> Tensor:
+def _backward(x: GradientInputs) -> Tensor:
+    logits = x.inputs.logits
     out = _native.empty(logits.shape, logits.dtype, logits.device)
-    transform = temperatures, temperature, softcap, logit_scale
-    _write_gradient(out, grad_logprobs, grad_entropy, stats, logits, ids, mask, *transform, backend)
+    _write_gradient(out, x)
     return out
 
 
-def _fake_backward(grad_logprobs, grad_entropy, stats, logits, *transform):
-    return logits.new_empty(logits.shape)
+def _fake_backward(x: GradientInputs) -> Tensor:
+    return x.inputs.logits.new_empty(x.inputs.logits.shape)
 
 
-def _write_gradient(out, grad_logprobs, grad_entropy, stats, logits, *rest) -> None:
-    *rows, backend = rest
-    g, h = (None if x is None else x.float().contiguous() for x in (grad_logprobs, grad_entropy))
-    kernels(backend).token_logprobs_backward(_rows(logits, *rows), RowStats(stats), out, g, h)
-
-
-def _rows(logits, ids, mask, temperatures, temperature, softcap, logit_scale) -> LogitRows:
-    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    return LogitRows(logits, ids.contiguous(), transform, None if mask is None else mask.contiguous())
+def _write_gradient(out: Tensor, x: GradientInputs) -> None:
+    g, h = (None if y is None else y.float().contiguous() for y in (x.grad_logprobs, x.grad_entropy))
+    kernels(x.inputs.backend).token_logprobs_backward(x.inputs.rows(), RowStats(x.stats), out, g, h)
 
 
 def _save(ctx, inputs, output) -> None:
-    logits, ids, mask, temperatures, *scalars, ctx.inplace, backend = inputs
-    ctx.scalars = *scalars, backend
+    x = unflatten(Inputs, inputs)
     _, _, stats = output
-    ctx.save_for_backward(stats, logits, ids, mask, temperatures)
+    ctx.save_for_backward(stats, x.logits, x.ids, x.mask, x.transform.temperatures)
+    ctx.scalars = x._replace(logits=None, ids=None, mask=None, transform=x.transform._replace(temperatures=None))
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_logprobs, grad_entropy, _):
-    nothing = (None,) * 8
+    gradients = dict.fromkeys(NAMES)
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
-        return None, *nothing
-    stats, logits, *rest = ctx.saved_tensors
-    if ctx.inplace and overwritable(logits):
+        return tuple(gradients.values())
+    stats, logits, ids, mask, temperatures = ctx.saved_tensors
+    transform = ctx.scalars.transform._replace(temperatures=temperatures)
+    inputs = ctx.scalars._replace(logits=logits, ids=ids, mask=mask, transform=transform)
+    x = GradientInputs(grad_logprobs, grad_entropy, stats, inputs)
+    if inputs.inplace and overwritable(logits):
         with torch.no_grad():
-            _write_gradient(logits, grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars)
+            _write_gradient(logits, x)
         # The version tells autograd that the logits are gone, so that a second use of them raises.
         torch.autograd.graph.increment_version(logits)
-        return logits.detach(), *nothing
-    return _backward_op(grad_logprobs, grad_entropy, stats, logits, *rest, *ctx.scalars), *nothing
+        gradients["logits"] = logits.detach()
+    else:
+        gradients["logits"] = _backward_op(*flatten(x))
+    return tuple(gradients.values())
 
 
-_backward_op = define(
-    schema_of("token_logprobs_backward", _backward), run=_backward, fake=_fake_backward, backward=refuse
-)
-_op = define(schema_of("token_logprobs", _forward), run=_forward, fake=_fake, save=_save, backward=_differentiate)
+_backward_op = define_record("token_logprobs_backward", GradientInputs, _backward, _fake_backward, backward=refuse)
+_op = define_record("token_logprobs", Inputs, _forward, _fake, save=_save, backward=_differentiate)

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from ..types import Advantages
+from ..launch_args import Advantages
 from .segments import pad, unpad
 
 

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import METRICS, PPOLoss
+from ..launch_args import METRICS, PPOLoss
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
 from .token_logprobs import token_logprobs

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from ..types import RolloutAdvantages
+from ..launch_args import RolloutAdvantages
 from .gae import gae
 from .kl_penalty import kl_penalty
 from .masked import masked_whiten

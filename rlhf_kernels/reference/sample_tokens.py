@@ -3,7 +3,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..types import SampledTokens
+from ..launch_args import SampledTokens
 from .token_logprobs import transform_logits
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

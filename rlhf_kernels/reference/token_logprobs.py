@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from ..types import TokenLogprobs
+from ..launch_args import TokenLogprobs
 
 
 def transform_logits(

@@ -7,11 +7,20 @@ import socket
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from rlhf_kernels import reference
+from rlhf_kernels import FusedHead, reference
 from rlhf_kernels.integrations import deepspeed_chat, openrlhf_actor, verl_model
-from rlhf_kernels.integrations.head import FusedHead, fuse_head, token_logprobs_of
+from rlhf_kernels.integrations.head import fuse_head, token_logprobs_of
 
 SIZES = {
     "vocab_size": 40,
@@ -49,7 +58,7 @@ def check(got, expected, fused, plain):
     (got[0].square().sum() + got[1].sum()).backward()
     (expected[0].square().sum() + expected[1].sum()).backward()
     theirs = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
-    ours = {n.replace("lm_head.lora.", "lm_head."): p.grad for n, p in fused.named_parameters() if p.grad is not None}
+    ours = {n.replace("lm_head.layer.", "lm_head."): p.grad for n, p in fused.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(
@@ -85,6 +94,33 @@ def test_outside_taking_it_is_the_layer_it_replaced():
         fused(ids)
 
 
+FAMILIES = {
+    "softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5)),
+    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=3.0)),
+    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=0.25)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_transforms_its_logits(family):
+    """Softcap and scale come from the config: log-probs, entropies and gradients are those of the model's logits."""
+    torch.manual_seed(0)
+    plain = FAMILIES[family]().eval()
+    fused = copy.deepcopy(plain)
+    with torch.no_grad():
+        for each in (plain, fused):
+            each.lm_head.weight.mul_(20)
+    head = fuse_head(fused)
+    assert (head.softcap, head.logit_scale) == {"softcap": (0.5, 1), "multiplied": (None, 3), "divided": (None, 4)}[
+        family
+    ]
+    ids, attended = tokens()
+    assert torch.equal(fused(ids, attention_mask=attended).logits, plain(ids, attention_mask=attended).logits)
+    mask = attended[:, -4:].bool()
+    got = token_logprobs_of(fused, ids, attended, 4, head=head, temperature=0.7, mask=mask)
+    check(got, from_logits(plain, ids, attended, 4, 0.7, mask), fused, plain)
+
+
 class Lora(nn.Module):
     """What the head reads of peft's layer; the layer itself is in `peers`."""
 
@@ -115,16 +151,29 @@ def test_an_adapter_on_the_head_counts_while_it_is_active(state):
     ids, attended = tokens()
     got = token_logprobs_of(fused, ids, attended, 4, head=head)
     check(got, from_logits(plain, ids, attended, 4, 1.0, None), fused, plain)
-    assert (fused.lm_head.lora.lora_B["a"].weight.grad is not None) == (state == "active")
+    assert (fused.lm_head.layer.lora_B["a"].weight.grad is not None) == (state == "active")
+
+
+class Doubled(LlamaForCausalLM):
+    """A transform of the logits that no config has."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = output.logits * 2
+        return output
 
 
 def test_what_is_refused():
-    capped = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.0))
-    layer = capped.lm_head
-    with pytest.raises(ValueError, match=r"model: got logits that are not the output layer's own \(softcap"):
-        fuse_head(capped)
-    assert capped.lm_head is layer
-    with pytest.raises(ValueError, match=r"head: got Embedding, expected torch.nn.Linear or peft's LoRA layer"):
+    doubled = Doubled(LlamaConfig(**SIZES))
+    layer = doubled.lm_head
+    with pytest.raises(
+        ValueError, match=r"model: got logits that are not softcap=None and logit_scale=1.0 of its output"
+    ):
+        fuse_head(doubled)
+    assert doubled.lm_head is layer
+    with pytest.raises(ValueError, match="softcap: got 0, expected a number above 0"):
+        FusedHead(layer, softcap=0)
+    with pytest.raises(ValueError, match=r"layer: got Embedding, expected torch.nn.Linear or peft's LoRA layer"):
         FusedHead(nn.Embedding(3, 4))
     lora = Lora(nn.Linear(16, 40))
     lora.lora_variant = {"a": object()}
@@ -134,7 +183,7 @@ def test_what_is_refused():
         pytest.raises(ValueError, match="head: got a variant of LoRA in adapter 'a'"),
     ):
         head(torch.zeros(1, 2, 16))
-    sharded = FusedHead(nn.Linear(16, 40))
+    sharded = FusedHead.replacing(nn.Linear(16, 40))
     sharded.weight = nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it outside the forward
     with sharded.taking(torch.zeros(1, 1).long()), pytest.raises(ValueError, match="head: got a sharded weight"):
         sharded(torch.zeros(1, 2, 16))

@@ -9,7 +9,9 @@ import triton
 
 import rlhf_kernels
 from rlhf_kernels import _native, backend, gae, info
+from rlhf_kernels._options import PPOArguments
 from rlhf_kernels.backend import choose, resolve
+from rlhf_kernels.launch_args import PpoScalars
 
 
 def test_the_extension_is_built():
@@ -128,3 +130,27 @@ def test_an_old_chip_is_refused(monkeypatch, fresh_reasons):
 def test_tensors_on_another_device_are_refused(name):
     with pytest.raises(ValueError, match=f"'{name}' cannot serve this call: the tensors are on meta"):
         resolve("gae", name, torch.zeros(2, device="meta"))
+
+
+def test_the_bindings_take_every_scalar_by_its_name():
+    """The table in _options.py and the list in csrc/math/ppo.h have the same names."""
+    scalars = PpoScalars.of(PPOArguments())._asdict()
+    make = _native.extension().PpoScalars
+    make(**scalars)
+    for name in scalars:
+        with pytest.raises(KeyError):
+            make(**{k: v for k, v in scalars.items() if k != name})
+    with pytest.raises(TypeError, match=r"a name that csrc/math/ppo\.h does not have"):
+        make(**scalars, more=1.0)
+
+
+def test_the_reference_is_imported_when_it_is_used():
+    code = (
+        "import sys, torch, rlhf_kernels as rk\n"
+        "x, mask = torch.ones(3), torch.ones(3, dtype=torch.bool)\n"
+        "rk.masked_mean(x, mask)\n"
+        "assert not [m for m in sys.modules if 'rlhf_kernels.reference' in m]\n"
+        "rk.masked_mean(x, mask, backend='reference')\n"
+        "assert 'rlhf_kernels.reference' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

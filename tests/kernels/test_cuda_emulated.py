@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_kernels import _cuda, reference
-from rlhf_kernels.launch_args import KL_ESTIMATORS
+from rlhf_kernels._options import KL_ESTIMATORS
 
 from . import cuda_emulator
 from .helpers.bounds import check_error

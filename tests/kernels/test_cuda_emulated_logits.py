@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rlhf_kernels import _cpu, _cuda, _native, logits_ppo_loss, reference
+from rlhf_kernels._options import PPOArguments
 from rlhf_kernels.launch_args import LogitRows, RowStats, Transform
 from rlhf_kernels.ops import fused_logits_loss
-from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
+from rlhf_kernels.ops.objective import ObjectiveTerms
 
 from . import cuda_emulator
 from .helpers.bounds import TEMPERATURES, check_error, check_temperature_costs_nothing, temperature_scene
@@ -87,13 +87,13 @@ def test_a_temperature_costs_no_accuracy(kind, split):
     """The log-prob shows as the loss of an unclipped policy gradient of advantage -1, a row at a time."""
     logits, ids, options = temperature_scene(kind)
     stats = RowStats.empty(len(ids), logits.device)
-    transform = Transform(**options)
+    transform = Transform.of(**options)
     ones = torch.ones(len(ids))
     args = PPOArguments(objective="policy_gradient")
     terms = ObjectiveTerms.of(args, ones, ones, ones.bool())
     with room(split):
         rows = LogitRows(logits, ids, transform, terms.mask)
-        _cuda.logits_ppo_loss(rows, terms.ppo, stats, torch.empty(2, len(ids)), terms.denominators[0], None)
+        _cuda.logits_ppo_loss(rows, terms.ppo, stats, torch.empty(2, len(ids)), terms.denominators.policy, None)
     check_temperature_costs_nothing(stats.logprobs, logits, ids, options)
 
 
@@ -210,9 +210,6 @@ def test_an_id_out_of_range_makes_its_row_nan(split, upstream):
 
 def launch(rows, constants, objective="clip", upstream=1.0):
     """The launchers themselves: what the public function refuses on a CPU."""
-    from rlhf_kernels.ops.ppo_arguments import PPOArguments
-    from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
-
     taken = (constants[name] for name in ("old_logprobs", "advantages", "mask"))
     terms = ObjectiveTerms.of(PPOArguments(objective=objective), *taken)
     n = rows.ids.numel()

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from rlhf_kernels import METRICS, _native, ppo_loss, reference
+from rlhf_kernels._options import PPOArguments
 from rlhf_kernels._triton.ppo_loss import _add_up
-from rlhf_kernels.backend import kernels
+from rlhf_kernels.backend import flatten, kernels
 from rlhf_kernels.launch_args import Sequences
-from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
+from rlhf_kernels.ops.objective import ObjectiveTerms
+from rlhf_kernels.ops.ppo_loss import Inputs
 
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
@@ -234,5 +235,5 @@ def test_registered_op():
     terms = ObjectiveTerms.of(args, values[3] - 3, values[4], torch.rand(n, device=DEVICE) > 0.3)
     leaves = [torch.randn(n, device=DEVICE, requires_grad=True) for _ in range(3)]
     op = torch.ops.rlhf_kernels.ppo_loss
-    result = torch.library.opcheck(op, (*leaves, None, args.returns, *terms.pack(), "triton"))
+    result = torch.library.opcheck(op, flatten(Inputs(*leaves, None, args.returns, terms, "triton")))
     assert set(result.values()) == {"SUCCESS"}

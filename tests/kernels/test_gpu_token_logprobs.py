@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_kernels import reference, token_logprobs
+from rlhf_kernels._options import PPOArguments
 from rlhf_kernels._triton import compaction
 from rlhf_kernels.backend import kernels
 from rlhf_kernels.launch_args import LogitRows, PpoRows, PpoScalars, RowStats, Transform
@@ -216,7 +217,7 @@ def test_same_bits_twice_and_for_any_neighbours():
 
 # ---- what only the launchers are given -------------------------------------------------------------------------------
 
-SCALARS = PpoScalars("clip", "k3", 0.2, 0.2, math.inf, math.inf, 0.0, 0.0, 0.0, math.inf)
+SCALARS = PpoScalars.of(PPOArguments())
 
 
 def rows_of(n, vocabulary, dtype=torch.float32, transform=None, mask=None):
@@ -231,7 +232,7 @@ def stats_of(x):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("transform", [Transform(), Transform(0.7, 5.0, 0.5)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("transform", [Transform(), Transform.of(0.7, 5.0, 0.5)], ids=["plain", "softcap"])
 def test_a_narrow_gradient_in_the_front_of_the_rows_own_bytes(dtype, transform):
     """The same bits as in a tensor of its own, over several blocks; a block that is read too late holds gradients."""
     launch, n = kernels("triton"), 5
@@ -262,7 +263,7 @@ def test_a_gradient_over_the_logits():
 
 def test_statistics_reproduce_the_probabilities():
     """`p_j = exp((w_j - shift) * factor) * inv_sum`, csrc/args.h."""
-    x = rows_of(3, 9001, transform=Transform(0.7, None, 0.5))
+    x = rows_of(3, 9001, transform=Transform.of(0.7, None, 0.5))
     _, _, shift, inv_sum = (s[:, None] for s in stats_of(x).buffer)
     p = ((x.logits - shift).double() * 0.5 / 0.7).exp() * inv_sum
     torch.testing.assert_close(p, (x.logits.double() * 0.5 / 0.7).softmax(-1), rtol=1e-5, atol=1e-12)
@@ -293,7 +294,7 @@ def test_an_unknown_id_without_an_advantage_is_still_no_number():
     x = rows_of(2, 300)
     x.ids[1] = 300
     zeros = torch.zeros(2, device=DEVICE)
-    scalars = PpoScalars("policy_gradient", "k3", 0.2, 0.2, math.inf, math.inf, 0.0, 0.0, 0.0, math.inf)
+    scalars = PpoScalars.of(PPOArguments(objective="policy_gradient"))
     _, out, active = epilogue(x, (zeros, zeros), scalars)
     assert active.tolist() == [False, True] and out.isnan().all(1).tolist() == [False, True]
 
@@ -301,7 +302,9 @@ def test_an_unknown_id_without_an_advantage_is_still_no_number():
 def test_the_epilogue_is_the_forward_and_the_backward_of_the_rows_that_count():
     """Masked rows and rows without a gradient are zeros, whatever lies there; the others as the two launchers make them."""
     mask = torch.tensor([True, True, False, True, True])
-    x = rows_of(5, 9001, mask=mask, transform=Transform(torch.tensor([1.0, 0.5, torch.nan, 2.0, 1.5], device=DEVICE)))
+    x = rows_of(
+        5, 9001, mask=mask, transform=Transform.of(torch.tensor([1.0, 0.5, torch.nan, 2.0, 1.5], device=DEVICE))
+    )
     plain = stats_of(x)
     assert (plain.buffer[:, 2] == 0).all()
     x.logits[2], x.ids[2] = torch.nan, -7
@@ -324,7 +327,7 @@ def test_an_entropy_term_alone_keeps_a_row_active():
     x = rows_of(3, 203)
     zero = torch.zeros(3, device=DEVICE)
     weight = torch.tensor([1.0, 0.0, 0.5], device=DEVICE)
-    scalars = PpoScalars("clip", "k3", 0.2, 0.2, math.inf, math.inf, 0.0, 0.0, 0.05, math.inf)
+    scalars = PpoScalars.of(PPOArguments(entropy_coef=0.05))
     stats, out, active = epilogue(x, (stats_of(x).logprobs, zero), scalars, row_weight=weight)
     expected = torch.empty_like(x.logits)
     kernels("triton").token_logprobs_backward(x, stats, expected, None, -0.05 * weight)

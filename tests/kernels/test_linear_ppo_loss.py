@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from rlhf_kernels import METRICS, has_products, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
+from rlhf_kernels._options import PPOArguments
+from rlhf_kernels.backend import flatten
+from rlhf_kernels.launch_args import Transform
 from rlhf_kernels.ops import head
-from rlhf_kernels.ops import products as ops_products
-from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
+from rlhf_kernels.ops.linear_ppo_loss import Inputs, Leaves
+from rlhf_kernels.ops.objective import ObjectiveTerms
 
 from .helpers.head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
 from .helpers.heads import differentiate, make, widen
@@ -383,9 +385,20 @@ def test_opcheck():
     n, v, h = 9, 37, 8
     args = PPOArguments(returns=torch.randn(n), entropy_coef=0.1)
     terms = ObjectiveTerms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
-    head = (torch.randn(n, h), torch.randn(v, h), torch.randn(v), torch.randn(h), torch.randn(()), None)
-    options = ([True] * 5 + [False], torch.randint(0, v, (n,)), None, 1.0, None, 1.0, None, False, None, args.returns)
-    result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_ppo_loss, (*head, *options, *terms.pack(), "cpu"))
+    leaves = Leaves(torch.randn(n, h), torch.randn(v, h), torch.randn(v), torch.randn(h), torch.randn(()), None)
+    inputs = Inputs(
+        leaves=leaves,
+        needs=[True] * 5 + [False],
+        ids=torch.randint(0, v, (n,)),
+        transform=Transform(),
+        chunk_tokens=None,
+        compact=False,
+        old_values=None,
+        returns=args.returns,
+        terms=terms,
+        backend="cpu",
+    )
+    result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_ppo_loss, flatten(inputs))
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -421,7 +434,7 @@ def test_compact_is_not_ignored(compact):
 @pytest.mark.parametrize("add", [False, True])
 def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtype, add):
     """Float32 sums of the rounded factors, rounded once, whichever side is the long one."""
-    monkeypatch.setattr(ops_products, "has_products", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(head, "has_products", lambda dtype, device: dtype == torch.float32)
     rows, terms, columns = shape
     a, b = torch.randn(rows, terms).to(dtype), torch.randn(columns, terms).to(dtype).t()
     for out in (
@@ -431,7 +444,7 @@ def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtyp
     ):
         exact = a.double() @ b.double() + (out.double() if add else 0.0)
         with torch.autocast("cpu", torch.bfloat16):  # which would round float32 factors again
-            ops_products.product(a, b, out, add=add)
+            head.product(a, b, out, add=add)
         bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * (a.double().abs() @ b.double().abs() + 1.0)
         assert bool(((out.double() - exact).abs() <= bound).all())
 
@@ -450,8 +463,7 @@ def test_a_head_has_the_same_loss_without_half_precision(monkeypatch):
     monkeypatch.setattr(torch, "mm", noted(torch.mm))
     monkeypatch.setattr(torch, "addmm", noted(torch.addmm))
     for has in (True, False):
-        for module in (ops_products, head):
-            monkeypatch.setattr(module, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
+        monkeypatch.setattr(head, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
         seen.clear()
         result = linear_ppo_loss(**x, **options)
         found.append([result.loss.detach(), *differentiate(result.loss, x).values()])

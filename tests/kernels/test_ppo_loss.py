@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from rlhf_kernels import METRICS, explained_variance, ppo_loss, reference
-from rlhf_kernels.ops.ppo_arguments import PPOArguments
-from rlhf_kernels.ops.ppo_terms import ObjectiveTerms
+from rlhf_kernels import METRICS, PPOOptions, explained_variance, ppo_loss, reference
+from rlhf_kernels._options import PPOArguments
+from rlhf_kernels.backend import flatten
+from rlhf_kernels.ops.objective import ObjectiveTerms
+from rlhf_kernels.ops.ppo_loss import Inputs
 from rlhf_kernels.reference.ppo_loss import _surrogate as surrogate_of_the_definition
 
 from .helpers.bounds import check_error
@@ -286,7 +288,7 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"num_tokens": torch.tensor([6])}, r"num_tokens: got torch.int64 of shape \(1\)"),
         ({"num_tokens": torch.tensor(-1)}, "num_tokens: got -1, expected a finite number of at least 0"),
         ({"entropy_coef": 0.5}, "entropy: got None with entropy_coef=0.5"),
-        ({"old_kl_coef": 0.5}, "old_kl_coef: got 0.5 with objective='clip'; only 'kl_penalty' has it"),
+        ({"old_kl_coef": 0.5}, "old_kl_coef: got 0.5 with objective='clip'; only 'kl_penalty' reads it"),
         ({"dual_clip": 3.0, "objective": "ratio"}, "dual_clip: got 3.0 with objective='ratio'"),
         ({"value_mask": torch.ones(2, 3, dtype=torch.bool)}, "values: got None with value_mask"),
         ({"cu_seqlens": [0, 6]}, "cu_seqlens: got list, expected an int32 tensor"),
@@ -336,10 +338,9 @@ def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
 
 
 def test_defaults_are_the_same_everywhere():
-    """The public signature, the arguments that the other ops share, and the definition."""
-    public = {n: p.default for n, p in inspect.signature(ppo_loss).parameters.items() if p.default is not p.empty}
+    """The options that type checkers know, the table, and the definition."""
     shared = {f.name: f.default for f in dataclasses.fields(PPOArguments)}
-    assert {k: v for k, v in public.items() if k != "backend"} == shared
+    assert tuple(PPOOptions.__annotations__) == tuple(shared)
     defined = (
         inspect.signature(reference.ppo_loss).parameters | inspect.signature(surrogate_of_the_definition).parameters
     )
@@ -363,7 +364,8 @@ def test_opcheck():
     )
     terms = ObjectiveTerms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
     leaves = [torch.randn(n, requires_grad=True) for _ in range(3)]
-    result = torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss, (*leaves, None, args.returns, *terms.pack(), "cpu"))
+    inputs = Inputs(*leaves, None, args.returns, terms, "cpu")
+    result = torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss, flatten(inputs))
     assert set(result.values()) == {"SUCCESS"}
 
 

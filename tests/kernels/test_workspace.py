@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_kernels import head_workspace_bytes, lend_workspace, linear_ppo_loss, release_workspace
-from rlhf_kernels.workspace import WORKSPACE
+from rlhf_kernels._native import WORKSPACE
 
 from .helpers.heads import make
 

@@ -13,7 +13,7 @@ from rlhf_engine.memory.arena import room_for
 from rlhf_engine.ppo import trainer as ppo
 from rlhf_engine.ppo import update
 from rlhf_engine.rollout.decode.protocol import new_memory
-from rlhf_kernels.workspace import WORKSPACE
+from rlhf_kernels._native import WORKSPACE
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
 FLOATS = torch.float32

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from rlhf_kernels.integrations.head import FusedHead
+from rlhf_kernels import FusedHead
 from rlhf_kernels.integrations.trl import GRPOMixin
 
 from . import tiny
@@ -139,7 +139,7 @@ def test_lora_on_the_head(tmp_path):
         made.current_gradient_accumulation_steps = 1
         loss = made._compute_loss(made.model, inputs())
         loss.backward()
-        gradients = {n.replace(".lora.", "."): p.grad for n, p in made.model.named_parameters() if p.requires_grad}
+        gradients = {n.replace(".layer.", "."): p.grad for n, p in made.model.named_parameters() if p.requires_grad}
         results.append((loss.detach(), gradients, made.model.state_dict().keys()))
     (loss, gradients, names), (our_loss, our_gradients, our_names) = results
     assert names == our_names

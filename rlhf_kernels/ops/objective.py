@@ -1,0 +1,296 @@
+"""The PPO objective outside the kernels: checks of its options, aggregation weights, denominators, the loss and its metrics.
+
+Legend: B sequences, T positions, N tokens.
+"""
+
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._options import DENOMINATORS, OPTIONS, SCALARS, TOKEN_TENSORS, PPOArguments, Scalar
+from ..backend import Kernels
+from ..launch_args import METRICS, SUMS, PPOLoss, PpoRows, PpoScalars, Sequences
+from . import checks
+
+
+def parse(caller: str, options: dict[str, Any]) -> PPOArguments:
+    """Return the options of a call; raise TypeError with the nearest name for one that does not exist."""
+    for name in options:
+        if name not in OPTIONS:
+            near = get_close_matches(name, OPTIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(OPTIONS)}"
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
+    return PPOArguments(**options)
+
+
+def as_options(args: PPOArguments) -> dict[str, Any]:
+    """Return all options by name, as the reference takes them."""
+    return {name: getattr(args, name) for name in OPTIONS}
+
+
+def check(
+    args: PPOArguments,
+    rows: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    name: str,
+    value_head: bool = False,
+    computes_entropy: bool = False,
+) -> None:
+    """Check all arguments against `rows`, a tensor of the token shape that the user knows as `name`.
+
+    `value_head` and `computes_entropy`: the op computes the values and the entropy.
+    """
+    needs_sequences = args.ratio_level == "sequence" or args.aggregation.startswith("seq")
+    checks.sequences(rows, args.cu_seqlens, name=name, needed=needs_sequences)
+    like = {"like": rows, "expected": rows.shape, "what": f"the token shape of {name}"}
+    checks.tensor("old_logprobs", old_logprobs, **like)
+    checks.tensor("advantages", advantages, **like)
+    checks.mask("mask", mask, **like)
+    for tensor in TOKEN_TENSORS:
+        if getattr(args, tensor) is not None:
+            checks.tensor(tensor, getattr(args, tensor), **like)
+    if args.value_mask is not None:
+        checks.mask("value_mask", args.value_mask, **like)
+    for row in SCALARS:
+        _check_scalar(row, getattr(args, row.name))
+    for denominator in DENOMINATORS:
+        checks.denominator(denominator, getattr(args, denominator))
+    for row in SCALARS:
+        _check_effect(row, args)
+    _check_combinations(args, computes_entropy)
+    _check_values(args, value_head)
+
+
+def _check_scalar(row: Scalar, value: Any) -> None:
+    if row.choices:
+        checks.choice(row.name, value, row.choices)
+    else:
+        checks.number(row.name, value, optional=row.off is not None, **(row.limits or {}))
+
+
+def _check_effect(row: Scalar, args: PPOArguments) -> None:
+    """Raise ValueError for an option that the objective does not read, or that another option makes ineffective."""
+    value = getattr(args, row.name)
+    if not row.refusable or value in (None, 0, row.default):
+        return
+    if args.objective not in row.objectives:
+        readers = " and ".join(map(repr, row.objectives))
+        verb = "reads" if len(row.objectives) == 1 else "read"
+        raise ValueError(f"{row.name}: got {value!r} with objective={args.objective!r}; only {readers} {verb} it")
+    if row.needs and not getattr(args, row.needs):
+        raise ValueError(f"{row.name}: got {value!r} with {row.needs}=0, where it has no effect; set {row.needs}")
+
+
+def _check_combinations(args: PPOArguments, computes_entropy: bool) -> None:
+    if args.kl_coef and args.ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: got None with kl_coef={args.kl_coef}, expected the reference's log-probs")
+    if args.entropy_coef and args.entropy is None and not computes_entropy:
+        raise ValueError(f"entropy: got None with entropy_coef={args.entropy_coef}, expected the entropy of each token")
+    if computes_entropy and args.entropy is not None:
+        raise ValueError("entropy: got a tensor, expected None: this op computes the entropy")
+
+
+def _check_values(args: PPOArguments, value_head: bool) -> None:
+    if value_head and args.values is not None:
+        raise ValueError("values: got a tensor together with value_weight, expected one of them")
+    predicted = value_head or args.values is not None
+    if predicted and args.returns is None:
+        raise ValueError("returns: got None, expected the value targets, since values are trained in this call")
+    for name in ("returns", "old_values", "value_mask", "num_value_tokens"):
+        if getattr(args, name) is not None and not predicted:
+            raise ValueError(f"values: got None with {name}, expected the predictions that it belongs to")
+
+
+class Denominators(NamedTuple):
+    """What the sums are divided by, (), float32."""
+
+    policy: Tensor
+    value: Tensor
+    tokens: Tensor
+    value_tokens: Tensor
+    one: Tensor
+
+
+_SOURCES = {
+    "policy_loss": ("policy", "policy"),
+    "value_loss": ("value_term", "value"),
+    "entropy": ("entropy", "tokens"),
+    "clipfrac": ("clipped", "tokens"),
+    "dual_clipfrac": ("dual_clipped", "tokens"),
+    "approx_kl": ("approx_kl", "tokens"),
+    "kl_k3": ("k3", "tokens"),
+    "ratio_mean": ("ratio", "tokens"),
+    "ref_kl": ("ref_kl", "tokens"),
+    "active_fraction": ("active", "tokens"),
+    "num_tokens": ("num_tokens", "one"),
+    "value_clipfrac": ("value_clipped", "value_tokens"),
+    "num_value_tokens": ("num_value_tokens", "one"),
+    "returns_sum": ("returns", "one"),
+    "returns_sq_sum": ("returns_sq", "one"),
+    "residual_sum": ("residual", "one"),
+    "residual_sq_sum": ("residual_sq", "one"),
+    "ratio_max": ("ratio_max", "one"),
+}
+"""The sum and the denominator of each metric."""
+_PLACE = {name: i for i, name in enumerate(SUMS)}
+
+
+class Aggregation(NamedTuple):
+    """The weights of one mask: relative weights within (0, 1] and one denominator for their sum."""
+
+    row_weight: Tensor | None  # (N,), float32; None: 1
+    denominator: Tensor  # ()
+
+    @classmethod
+    def of(cls, kind: str, mask: Tensor, sequences: Sequences, tokens: Tensor, num_sequences) -> "Aggregation":
+        """`tokens` is the denominator of a mean over tokens."""
+        if kind == "token_sum":
+            return cls(None, torch.ones((), device=mask.device))
+        if kind == "token_mean":
+            return cls(None, tokens)
+        lengths = sequences.lengths(mask)
+        denominator = count(lengths > 0, num_sequences)
+        if kind == "seq_mean_token_sum":
+            return cls(None, denominator)
+        # Relative to the shortest sequence, so that half-precision gradients do not start out tiny.
+        shortest = torch.where(lengths > 0, lengths, lengths.max()).min().clamp(min=1) if lengths.numel() else 1
+        return cls(sequences.per_token((shortest / lengths.clamp(min=1)).float(), mask.numel()), denominator * shortest)
+
+
+def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
+    """Return the caller's global denominator, or the number of True entries; 1 instead of 0, so that an empty batch gives 0."""
+    if given is None:
+        return mask.sum().float().clamp(min=1)
+    if isinstance(given, Tensor):
+        x = given.to(mask.device).float()
+        return torch.where(x > 0, x, 1)
+    # Filled on the device: no copy from the host.
+    return torch.full((), given if given > 0 else 1, dtype=torch.float32, device=mask.device)
+
+
+class ObjectiveTerms(NamedTuple):
+    """The options of one call as the ops take them: flat tensors (N,), numbers, and choices as their index."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor | None
+    ref_logprobs: Tensor | None
+    row_weight: Tensor | None
+    mask: Tensor
+    value_mask: Tensor
+    value_row_weight: Tensor | None
+    stacked_denominators: Tensor  # (5,), the fields of Denominators
+    cu_seqlens: Tensor | None  # (B + 1,)
+    num_sequences: int
+    length: int
+    sequence_level: bool
+    vf_coef: float
+    numbers: list[float]  # see PpoScalars
+    choices: list[int]
+
+    @classmethod
+    def of(cls, args: PPOArguments, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> "ObjectiveTerms":
+        sequences = Sequences.of(mask, args.cu_seqlens)
+        value_mask = mask if args.value_mask is None else args.value_mask
+        alike = value_mask is mask and args.num_value_tokens is args.num_tokens
+        mask, value_mask = mask.reshape(-1).contiguous(), value_mask.reshape(-1).contiguous()
+        tokens = value_tokens = count(mask, args.num_tokens)
+        policy = value = Aggregation.of(args.aggregation, mask, sequences, tokens, args.num_sequences)
+        if not alike:
+            value_tokens = count(value_mask, args.num_value_tokens)
+            value = Aggregation.of(args.aggregation, value_mask, sequences, value_tokens, args.num_sequences)
+        one = torch.ones((), device=mask.device)
+        scalars = PpoScalars.of(args)
+        return cls(
+            old_logprobs=checks.flat(old_logprobs),
+            advantages=checks.flat(advantages),
+            weights=checks.flat(args.weights),
+            ref_logprobs=checks.flat(args.ref_logprobs),
+            row_weight=policy.row_weight,
+            mask=mask,
+            value_mask=value_mask,
+            # A view, because Dynamo takes no tensor twice.
+            value_row_weight=None if value.row_weight is None else value.row_weight.view(-1),
+            stacked_denominators=torch.stack(
+                Denominators(policy.denominator, value.denominator, tokens, value_tokens, one)
+            ),
+            cu_seqlens=sequences.cu_seqlens,
+            num_sequences=sequences.count,
+            length=sequences.length,
+            sequence_level=args.ratio_level == "sequence",
+            vf_coef=float(args.vf_coef),
+            numbers=scalars.numbers(),
+            choices=scalars.choices(),
+        )
+
+    @property
+    def scalars(self) -> PpoScalars:
+        return PpoScalars.from_lists(self.numbers, self.choices)
+
+    @property
+    def ppo(self) -> PpoRows:
+        constants = (self.old_logprobs, self.advantages, self.weights, self.ref_logprobs, self.row_weight)
+        return PpoRows(self.scalars, *constants)
+
+    @property
+    def denominators(self) -> Denominators:
+        return Denominators(*self.stacked_denominators)
+
+    def sums(self, kernels: Kernels, logprobs, entropy, values, old_values, returns) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the slopes of the log-probs and of the values, times their denominators, and the kernels' sums."""
+        return kernels.ppo_loss(
+            self.ppo,
+            Sequences(self.num_sequences, self.length, self.cu_seqlens),
+            self.sequence_level,
+            self.mask,
+            logprobs,
+            entropy,
+            values,
+            old_values,
+            returns,
+            self.value_mask,
+            self.value_row_weight,
+        )
+
+    def loss(self, sums: Tensor, *, valued: bool) -> Tensor:
+        """Return the scalar loss of the kernels' sums; `valued`: there are values. On a GPU each operation is a launch."""
+        s, d = self.scalars, self.denominators
+        policy = sums[_PLACE["policy"]]
+        if s.kl_coef:
+            policy = policy + s.kl_coef * sums[_PLACE["ref_kl_term"]]
+        if s.entropy_coef:
+            policy = policy - s.entropy_coef * sums[_PLACE["entropy_term"]]
+        policy = policy / d.policy
+        return (policy + self.vf_coef * sums[_PLACE["value_term"]] / d.value if valued else policy).float()
+
+    def metrics(self, sums: Tensor) -> Tensor:
+        """Return (len(METRICS),) float32, in the order of METRICS."""
+        source, divisor = _metric_places(sums.device)
+        return (sums[source] / self.stacked_denominators[divisor]).float()
+
+    def entropy_slope(self) -> Tensor | None:
+        """Return d loss / d entropy of each token, times the policy's denominator; None: 0."""
+        coefficient = self.scalars.entropy_coef
+        if not coefficient:
+            return None
+        weight = self.mask.float() if self.row_weight is None else self.row_weight * self.mask
+        return -coefficient * weight
+
+
+@cache
+def _metric_places(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the index of each metric's sum and of its denominator. Cached, because a copy to a device waits for it."""
+    source, divisor = zip(*(_SOURCES[name] for name in METRICS), strict=True)
+    places = [_PLACE[name] for name in source], [Denominators._fields.index(name) for name in divisor]
+    return torch.tensor(places[0], device=device), torch.tensor(places[1], device=device)
+
+
+def as_loss(loss: Tensor, metrics: Tensor) -> PPOLoss:
+    """Return the result of the public functions: the metrics by name, detached."""
+    return PPOLoss(loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True)))

@@ -1,0 +1,111 @@
+"""`FusedHead`: its methods against the ops, with an adapter, and where its layer belongs to another module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_kernels import FusedHead, linear_ppo_loss, linear_token_logprobs, reference
+
+from .helpers.heads import differentiate, make
+
+TRANSFORM = {"softcap": 3.0, "logit_scale": 0.7}
+
+
+class Lora(nn.Module):
+    """The attributes that the head reads of peft's LoRA layer."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base_layer, self.merged, self.disable_adapters, self.active_adapters = base, False, False, ["a"]
+        self.scaling = {"a": 1.5, "b": -2.0}
+        vocabulary, hidden = base.weight.shape
+        self.lora_A = nn.ModuleDict({name: nn.Linear(hidden, 3, bias=False) for name in "ab"})
+        self.lora_B = nn.ModuleDict({name: nn.Linear(3, vocabulary, bias=False) for name in "ab"})
+        self.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in "ab"})
+
+    def forward(self, x):
+        added = [self.lora_B[n](self.lora_A[n](x)) * self.scaling[n] for n in self.active_adapters]
+        return self.base_layer(x) + (0 if self.disable_adapters else sum(added))
+
+
+def linear(leaves) -> nn.Linear:
+    layer = nn.Linear(24, 203)
+    with torch.no_grad():
+        layer.weight.copy_(leaves["weight"])
+        layer.bias.copy_(leaves["bias"])
+    return layer
+
+
+def test_its_methods_are_the_ops():
+    leaves, constants, extra = make(0)
+    layer = linear(leaves)
+    head, given = FusedHead(layer, **TRANSFORM), {"bias": layer.bias, **TRANSFORM}
+    product = layer(leaves["hidden"])
+    assert torch.equal(head.logits(leaves["hidden"]), 3.0 * torch.tanh(product * 0.7 / 3.0))
+    options = {"temperature": 0.8, "mask": constants["mask"], "entropy": True}
+    got = head.logprobs(leaves["hidden"], constants["ids"], **options)
+    expected = linear_token_logprobs(leaves["hidden"], layer.weight, constants["ids"], **given, **options)
+    assert all(map(torch.equal, got, expected))
+    options = {"returns": extra["returns"], "temperature": 0.8, "kl_coef": 0.1, "ref_logprobs": extra["ref_logprobs"]}
+    options |= {name: leaves[name] for name in ("value_weight", "value_bias")}
+    got = head.ppo_loss(leaves["hidden"], **constants, **options)
+    expected = linear_ppo_loss(leaves["hidden"], layer.weight, **constants, **given, **options)
+    assert torch.equal(got.loss, expected.loss) and got.loss.requires_grad
+    with pytest.raises(TypeError, match="'clip_range'; did you mean 'cliprange'"):
+        head.ppo_loss(leaves["hidden"], **constants, clip_range=0.1)
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call"):
+        FusedHead(layer, backend="cuda").ppo_loss(leaves["hidden"], **constants)
+
+
+@pytest.mark.parametrize("active", [["a"], ["b", "a"], []], ids="".join)
+def test_the_adapters_that_are_active_count(active):
+    """Loss and every gradient of policy and value head, against logits of the layer itself."""
+    torch.manual_seed(0)
+    leaves, constants, extra = make(1)
+    layer = Lora(linear(leaves))
+    head = FusedHead(layer, softcap=3.0)
+    layer.active_adapters = active
+    layer.disable_adapters = not active
+    trained = {name: p for name, p in layer.named_parameters() if "lora" in name}
+    leaves = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "value_weight", "value_bias")} | trained
+    options = {"returns": extra["returns"], "entropy_coef": 0.02, "vf_coef": 0.5}
+    value = {k: leaves[k] for k in ("value_weight", "value_bias")}
+    got = head.ppo_loss(leaves["hidden"], **constants, **value, **options)
+    gradients = differentiate(got.loss, leaves)
+    for x in leaves.values():
+        x.grad = None
+    values = leaves["hidden"] @ leaves["value_weight"] + leaves["value_bias"]
+    first = {"logits": layer(leaves["hidden"]), "temperature": 1.0, "softcap": 3.0, "logit_scale": 1.0}
+    expected = reference.logits_ppo_loss(**first, **constants, values=values, **options)
+    torch.testing.assert_close(got.loss, expected.loss)
+    for name, gradient in differentiate(expected.loss, leaves).items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        used = not name.startswith("lora") or name.split(".")[1] in active
+        assert bool(gradient.abs().max() > 0) == used, name
+
+
+class Owner(nn.Module):
+    """A model that has the layer in its own place, and the head in an attribute that is no submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.output = nn.Linear(24, 203)
+        self.__dict__["head"] = FusedHead(self.output, **TRANSFORM)
+
+
+def test_a_head_in_a_plain_attribute_sees_the_layer_of_its_copy():
+    leaves, constants, _ = make(2)
+    owner = Owner()
+    assert [name for name, _ in owner.named_parameters()] == ["output.weight", "output.bias"]
+    assert list(owner.head.state_dict()) == ["weight", "bias"]
+    other = copy.deepcopy(owner)
+    assert other.head.layer is other.output and other.output.weight is not owner.output.weight
+    other.output.weight = nn.Parameter(leaves["weight"])  # as FSDP2 replaces it
+    got = other.head.logprobs(leaves["hidden"], constants["ids"])
+    of_layer = {"weight": leaves["weight"], "bias": other.output.bias}
+    expected = linear_token_logprobs(leaves["hidden"], ids=constants["ids"], **of_layer, **TRANSFORM)
+    assert torch.equal(got.logprobs, expected.logprobs)
+    owner.head.load_state_dict({k: x + 1 for k, x in owner.head.state_dict().items()})
+    assert torch.equal(other.output.bias + 1, owner.output.bias)
