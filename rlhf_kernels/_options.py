@@ -68,11 +68,6 @@ class Scalar(NamedTuple):
     needs: str = ""  # the option without which it has no effect
     kernel: bool = True  # whether the kernels receive it
 
-    @property
-    def refusable(self) -> bool:
-        """Whether a value other than the default was chosen by the caller; a default with an effect is always there."""
-        return bool(self.choices) or self.default in (None, 0)
-
 
 def _scalar(default: Any, **row: Any) -> Any:
     return field(default=default, metadata={"row": row})

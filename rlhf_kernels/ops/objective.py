@@ -77,7 +77,8 @@ def _check_scalar(row: Scalar, value: Any) -> None:
 def _check_effect(row: Scalar, args: PPOArguments) -> None:
     """Raise ValueError for an option that the objective does not read, or that another option makes ineffective."""
     value = getattr(args, row.name)
-    if not row.refusable or value in (None, 0, row.default):
+    always_on = not row.choices and row.default not in (None, 0)  # a caller cannot leave it out
+    if always_on or value in (None, 0, row.default):
         return
     if args.objective not in row.objectives:
         readers = " and ".join(map(repr, row.objectives))
