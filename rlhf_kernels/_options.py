@@ -14,11 +14,13 @@ from torch import Tensor
 
 Objective = Literal["clip", "kl_penalty", "ratio", "policy_gradient"]
 KlEstimator = Literal["k1", "k2", "k3", "abs"]
+KlWeighting = Literal["none", "ratio"]
 RatioLevel = Literal["token", "sequence"]
 Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 KL_ESTIMATORS: tuple[str, ...] = get_args(KlEstimator)
+KL_WEIGHTINGS: tuple[str, ...] = get_args(KlWeighting)
 """The kernels know a choice by its index here (csrc/math)."""
 WITH_RATIO = ("clip", "kl_penalty", "ratio")
 """Objectives that depend on the ratio of new to old probabilities."""
@@ -49,6 +51,7 @@ class PPOOptions(TypedDict, total=False):
     ref_logprobs: Tensor | None  # (B, T) or (N,)
     kl_coef: float
     kl_estimator: KlEstimator
+    kl_weighting: KlWeighting
     aggregation: Aggregation
     num_tokens: float | Tensor | None
     num_value_tokens: float | Tensor | None
@@ -96,6 +99,7 @@ class PPOArguments:
     ref_logprobs: Tensor | None = None
     kl_coef: float = _scalar(0.0)
     kl_estimator: str = _scalar("k3", choices=KL_ESTIMATORS)
+    kl_weighting: str = _scalar("none", choices=KL_WEIGHTINGS, objectives=WITH_RATIO, needs="kl_coef")
     aggregation: str = _scalar("token_mean", choices=get_args(Aggregation), kernel=False)
     num_tokens: float | Tensor | None = None
     num_value_tokens: float | Tensor | None = None

@@ -5,6 +5,7 @@
 namespace rlhf {
 
 enum class Objective : int { clip = 0, kl_penalty = 1, ratio = 2, policy_gradient = 3 };
+enum class KlWeighting : int { none = 0, ratio = 1 };
 
 // The rows of rlhf_kernels/_options.py that the kernels receive, by the same names. A limit that is off is inf.
 #define RLHF_PPO_SCALARS(CHOICE, NUMBER) \
@@ -17,7 +18,8 @@ enum class Objective : int { clip = 0, kl_penalty = 1, ratio = 2, policy_gradien
     NUMBER(cliprange_value)              \
     NUMBER(entropy_coef)                 \
     NUMBER(kl_coef)                      \
-    CHOICE(KlEstimator, kl_estimator)
+    CHOICE(KlEstimator, kl_estimator)    \
+    CHOICE(KlWeighting, kl_weighting)
 
 struct PpoScalars {
 #define RLHF_CHOICE(Type, name) Type name{};
@@ -31,6 +33,7 @@ struct SurrogateTerm {
     float loss;   // of the policy term
     float slope;  // d loss / d log-ratio (policy_gradient: d loss / d log-prob)
     float ratio;
+    float live;  // d ratio / d log-ratio: 0 outside the clamp
     bool clipped;
     bool dual_clipped;
 };
@@ -38,19 +41,19 @@ struct SurrogateTerm {
 // PPO (2017) eq. 7 with the limits apart (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
 // estimated by k3 of old against new; TRPO's surrogate; the plain policy gradient.
 RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const PpoScalars& p) {
-    SurrogateTerm s{0.f, 0.f, 0.f, false, false};
+    SurrogateTerm s{0.f, 0.f, 0.f, 0.f, false, false};
     // No gradient outside the clamp; its limits themselves still carry one. A NaN stays a NaN.
     const bool frozen = fabsf(log_ratio) > p.log_ratio_clamp;
     if (frozen) log_ratio = copysignf(p.log_ratio_clamp, log_ratio);
     s.ratio = expf(log_ratio);
-    const float live = frozen ? 0.f : s.ratio;
+    s.live = frozen ? 0.f : s.ratio;
     if (p.objective == Objective::policy_gradient) {
         s.loss = -a * logprob;
         s.slope = -a;
         return s;
     }
     s.loss = -a * s.ratio;
-    s.slope = -a * live;
+    s.slope = -a * s.live;
     if (p.objective == Objective::kl_penalty) {
         s.loss += p.old_kl_coef * expm1_minus_x(log_ratio);
         if (!frozen) s.slope += p.old_kl_coef * expm1f(log_ratio);
@@ -84,6 +87,11 @@ RLHF_HD ObjectiveTerm objective_term(float log_ratio, float logprob, float a, fl
         const Term kl = kl_term(logprob - *ref_logprob, p.kl_estimator);
         t.ref_kl = t.ref_kl_term = kl.value;
         t.own_slope = p.kl_coef * kl.slope;
+        if (p.kl_weighting == KlWeighting::ratio) {  // DeepSeek-V3.2 (2025), "Unbiased KL Estimate": r KL
+            t.ref_kl_term *= t.policy.ratio;
+            t.own_slope *= t.policy.ratio;
+            t.ratio_slope += p.kl_coef * kl.value * t.policy.live;
+        }
     }
     return t;
 }

@@ -7,12 +7,13 @@ blocks. Legend: u raw logit, w logit before the temperature, z logit.
 import triton
 import triton.language as tl
 
-from .._options import KL_ESTIMATORS, OBJECTIVES
+from .._options import KL_ESTIMATORS, KL_WEIGHTINGS, OBJECTIVES
 from ..launch_args import CHOICES, PpoScalars
 
 CLIP, KL_PENALTY, POLICY_GRADIENT = (
     tl.constexpr(OBJECTIVES.index(name)) for name in ("clip", "kl_penalty", "policy_gradient")
 )
+BY_RATIO = tl.constexpr(KL_WEIGHTINGS.index("ratio"))
 K1, K2, K3 = (tl.constexpr(KL_ESTIMATORS.index(name)) for name in ("k1", "k2", "k3"))
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -145,8 +146,8 @@ def scalars_of(scalars: PpoScalars) -> PpoScalars:
 
 @triton.jit
 def surrogate(log_ratio, logprob, a, p):
-    """(loss, slope, ratio, clipped, dual clipped) of the policy term; the slope is d loss / d log-ratio, that of
-    `policy_gradient` d loss / d logprob. `p` are the scalars.
+    """(loss, slope, ratio, live, clipped, dual clipped) of the policy term; the slope is d loss / d log-ratio, that of
+    `policy_gradient` d loss / d logprob; live is d ratio / d log-ratio. `p` are the scalars.
 
     PPO (2017) eq. 7 with separate limits (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
     estimated by k3 of old against new; TRPO's surrogate; the plain policy gradient.
@@ -155,6 +156,7 @@ def surrogate(log_ratio, logprob, a, p):
     frozen = tl.abs(log_ratio) > p.log_ratio_clamp
     log_ratio = tl.where(frozen, tl.where(log_ratio < 0, -p.log_ratio_clamp, p.log_ratio_clamp), log_ratio)
     ratio = exp(log_ratio)
+    live = tl.where(frozen, 0.0, ratio)
     clipped = ratio < 0  # never
     dual_clipped = clipped
     if p.objective == POLICY_GRADIENT:
@@ -174,7 +176,7 @@ def surrogate(log_ratio, logprob, a, p):
             dual_clipped = (a < 0) & (-a * p.dual_clip < loss)
             loss = tl.where(dual_clipped, -a * p.dual_clip, loss)
             slope = tl.where(clipped | dual_clipped, 0.0, slope)
-    return loss, slope, ratio, clipped, dual_clipped
+    return loss, slope, ratio, live, clipped, dual_clipped
 
 
 @triton.jit
@@ -184,7 +186,7 @@ def objective_term(log_ratio, logprob, a, importance, ref_logprob, p, HAS_REF: t
     The policy's loss is before the importance weight, the KL term of the loss before kl_coef. The ratio slope is
     d L / d log-ratio, which sequence-level ratios spread over the sequence; the own slope d L / d logprob by other ways.
     """
-    loss, slope, ratio, clipped, dual_clipped = surrogate(log_ratio, logprob, a, p)
+    loss, slope, ratio, live, clipped, dual_clipped = surrogate(log_ratio, logprob, a, p)
     ratio_slope = importance * slope
     kl, own_slope = tl.zeros_like(loss), tl.zeros_like(loss)
     if HAS_REF:
@@ -192,6 +194,10 @@ def objective_term(log_ratio, logprob, a, importance, ref_logprob, p, HAS_REF: t
         kl = kl_value(apart, p.kl_estimator)
         own_slope = p.kl_coef * kl_slope(apart, p.kl_estimator)
     kl_term = kl
+    if p.kl_weighting == BY_RATIO:  # DeepSeek-V3.2 (2025), "Unbiased KL Estimate": r KL
+        kl_term = ratio * kl
+        own_slope = ratio * own_slope
+        ratio_slope += p.kl_coef * kl * live
     return loss, ratio, clipped, dual_clipped, kl, kl_term, ratio_slope, own_slope
 
 

@@ -32,7 +32,8 @@ def ppo_loss(
         policy_gradient: -A log π                              (REINFORCE, actor-critic)
 
     the value term `1/2 max((v - R)², (clip(v, old_values ± cliprange_value) - R)²)` (unclipped where either is None), and
-    the KL term `kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)`.
+    the KL term `kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)`. `kl_weighting="ratio"` multiplies it by r, as the
+    policy term has it and with r's gradient: then it estimates the KL of the current policy from the old policy's samples.
 
     `aggregation` reduces each term over its own mask (value: `value_mask`, default `mask`): token_mean divides the sum by
     `num_tokens` (value: `num_value_tokens`), seq_mean_token_sum by `num_sequences`, seq_mean_token_mean by `num_sequences`
@@ -40,11 +41,13 @@ def ppo_loss(
     call; with the global ones, micro-batches add up to the full batch. A mask without a True gives a loss of 0, not NaN.
 
     Defaults: objective "clip", cliprange 0.2, cliprange_high that of cliprange, cliprange_value 0.2, vf_coef 0.1, kl_estimator
-    "k3", aggregation "token_mean"; the other coefficients 0, the other options None. An option that the objective does not read
-    is refused. `logprobs`, `values` and `entropy` are differentiable, all other tensors are constants. Metrics: see `METRICS`.
+    "k3", kl_weighting "none", aggregation "token_mean"; the other coefficients 0, the other options None. An option that the
+    objective does not read is refused. `logprobs`, `values` and `entropy` are differentiable, all other tensors are constants.
+    Metrics: see `METRICS`.
 
     Source: Schulman et al. 2017 (PPO) eq. 6, 7, 8, 9; Ye et al. 2020 (dual clip) eq. 5; Yu et al. 2025 (DAPO, clip-higher)
-    eq. 10; Zheng et al. 2025 (GSPO, sequence ratios) eq. 7; Schulman et al. 2015 (TRPO) eq. 14; Williams 1992 (REINFORCE).
+    eq. 10; Zheng et al. 2025 (GSPO, sequence ratios) eq. 7; Schulman et al. 2015 (TRPO) eq. 14; Williams 1992 (REINFORCE);
+    DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1 "Unbiased KL Estimate" (ratio-weighted KL).
 
     Raises:
         ValueError: a shape, dtype, device, range, choice or combination that does not fit, with the argument's name.

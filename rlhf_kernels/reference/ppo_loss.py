@@ -29,13 +29,17 @@ def ppo_loss(
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_weighting: str = "none",
     aggregation: str = "token_mean",
     num_tokens: float | Tensor | None = None,
     num_value_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
     **surrogate_options,
 ) -> PPOLoss:
-    """`L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value`, each term aggregated alike."""
+    """`L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value`, each term aggregated alike.
+
+    `kl_weighting="ratio"` multiplies KL by the ratio of the policy term.
+    """
     wide = torch.promote_types(logprobs.dtype, torch.float32)
     mask, value_mask = mask.flatten(), (mask if value_mask is None else value_mask).flatten()
     seq, b = segment_ids(mask.view(logprobs.shape), cu_seqlens)
@@ -50,7 +54,7 @@ def ppo_loss(
     s = _surrogate(log_ratio, new, a, **surrogate_options)
     w = 1 if weights is None else rows(weights.detach())
     total = policy_loss = (torch.where(mask, s.loss * w, 0) * weight).sum()
-    active = _token_slope(s.slope * w * weight, mask, seq, b, ratio_level)
+    ratio_slope, own_slope = s.slope * w, torch.zeros_like(new)
     count = _count(mask.sum(), num_tokens)
 
     def mean(x: Tensor) -> Tensor:  # the plain token mean of the metrics
@@ -61,13 +65,17 @@ def ppo_loss(
         h = rows(entropy)
         total = total - entropy_coef * (h * weight).sum()
         metrics["entropy"] = mean(h)
-        active = active + abs(entropy_coef)
+        own_slope = own_slope + abs(entropy_coef)
     if ref_logprobs is not None:
         ref = rows(ref_logprobs.detach())
         kl = kl_penalty(new, ref, estimator=kl_estimator)
-        total = total + kl_coef * (kl * weight).sum()
         metrics["ref_kl"] = mean(kl)
-        active = active + kl_coef * _kl_slope(new - ref, kl_estimator) * weight
+        kl_slope = _kl_slope(new - ref, kl_estimator)
+        if kl_weighting == "ratio":
+            ratio_slope = ratio_slope + kl_coef * (kl * s.live).detach()
+            kl, kl_slope = kl * s.ratio, kl_slope * s.ratio.detach()
+        total = total + kl_coef * (kl * weight).sum()
+        own_slope = own_slope + kl_coef * kl_slope
     if values is not None:
         value_weight = _token_weights(value_mask, seq, b, aggregation, num_value_tokens, num_sequences, wide)
         v, r = rows(values, value_mask), rows(returns.detach(), value_mask)
@@ -76,6 +84,7 @@ def ppo_loss(
         value_loss = (loss * value_weight).sum()
         total = total + vf_coef * value_loss
         metrics |= _value_metrics(value_loss, clipped, v, r, value_mask, _count(value_mask.sum(), num_value_tokens))
+    active = _token_slope(ratio_slope * weight, mask, seq, b, ratio_level) + own_slope * weight
     metrics |= {
         "policy_loss": policy_loss,
         "clipfrac": mean(s.clipped),
@@ -94,6 +103,7 @@ class Surrogate(NamedTuple):
     loss: Tensor
     slope: Tensor  # d loss / d log-ratio, for the metric that counts live rows; the gradient itself is autograd's
     ratio: Tensor
+    live: Tensor  # d ratio / d log-ratio: 0 outside the clamp
     clipped: Tensor
     dual_clipped: Tensor
 
@@ -118,14 +128,13 @@ def _surrogate(
     r = log_ratio.exp()
     live = torch.where(frozen, 0, r.detach())
     if objective == "policy_gradient":
-        return Surrogate(-a * logprobs, -a, r, never, never)
+        return Surrogate(-a * logprobs, -a, r, live, never, never)
     if objective == "ratio":
-        return Surrogate(-r * a, -live * a, r, never, never)
+        return Surrogate(-r * a, -live * a, r, live, never, never)
     if objective == "kl_penalty":
         old_kl = torch.expm1(log_ratio) - log_ratio
-        return Surrogate(
-            -r * a + old_kl_coef * old_kl, -live * a + old_kl_coef * torch.where(frozen, 0, live - 1), r, never, never
-        )
+        slope = -live * a + old_kl_coef * torch.where(frozen, 0, live - 1)
+        return Surrogate(-r * a + old_kl_coef * old_kl, slope, r, live, never, never)
     high = cliprange if cliprange_high is None else cliprange_high
     plain, clip = -a * r, -a * r.clamp(1 - cliprange, 1 + high)
     clipped = clip > plain
@@ -134,7 +143,7 @@ def _surrogate(
     if dual_clip is not None:
         dual_clipped = (a < 0) & (-a * dual_clip < loss)
         loss = torch.where(dual_clipped, -a * dual_clip, loss)
-    return Surrogate(loss, torch.where(clipped | dual_clipped, 0, -live * a), r, clipped, dual_clipped)
+    return Surrogate(loss, torch.where(clipped | dual_clipped, 0, -live * a), r, live, clipped, dual_clipped)
 
 
 def _kl_slope(d: Tensor, estimator: str) -> Tensor:

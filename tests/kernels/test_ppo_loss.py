@@ -66,6 +66,29 @@ def test_kl_term_by_hand(isa, estimator, value, slope):
 
 
 @pytest.mark.parametrize(
+    ("clamp", "slope"),
+    [
+        (None, 0.25 * 2 * math.log(2)),  # kl_coef r (KL' + KL), with KL' = 1 - 1/2 and KL = log 2 - 1/2
+        (math.log(1.5), 1.5 * 0.25 * 0.5),  # the clamped r is a constant
+    ],
+)
+def test_kl_weighted_by_the_ratio_by_hand(isa, clamp, slope):
+    """r = 2, reference at half the policy's probability, k3: KL = 1/2 - 1 + log 2."""
+    two = math.log(2)
+    options = {
+        "ref_logprobs": torch.tensor([[0.0]]),
+        "kl_coef": 0.25,
+        "kl_weighting": "ratio",
+        "log_ratio_clamp": clamp,
+    }
+    loss, got, metrics = one(two, 0.0, 0.0, **options)
+    ratio = 2 if clamp is None else 1.5
+    assert loss == pytest.approx(0.25 * ratio * (two - 0.5), rel=1e-6)
+    assert got == pytest.approx(slope, rel=1e-6)
+    assert metrics["ref_kl"].item() == pytest.approx(two - 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("v", "old", "target", "loss", "slope"),
     [
         (1.0, 1.0, 2.0, 0.5, -1.0),
@@ -141,6 +164,8 @@ OPTIONS = [
     {"objective": "policy_gradient", "kl_coef": 0.1, "kl_estimator": "abs", "cliprange_value": None},
     {"num_tokens": 1000, "num_value_tokens": 500.0, "vf_coef": 0.5},
     {"aggregation": "seq_mean_token_mean", "num_sequences": torch.tensor(64)},
+    {"kl_coef": 0.1, "kl_weighting": "ratio", "log_ratio_clamp": 0.5, "entropy_coef": 0.01},
+    {"kl_coef": 0.1, "kl_weighting": "ratio", "ratio_level": "sequence", "aggregation": "seq_mean_token_mean"},
 ]
 
 
@@ -293,6 +318,11 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"value_mask": torch.ones(2, 3, dtype=torch.bool)}, "values: got None with value_mask"),
         ({"cu_seqlens": [0, 6]}, "cu_seqlens: got list, expected an int32 tensor"),
         ({"kl_coef": 0.1}, "ref_logprobs: got None with kl_coef=0.1"),
+        ({"kl_weighting": "ratio"}, "kl_weighting: got 'ratio' with kl_coef=0, where it has no effect; set kl_coef"),
+        (
+            {"kl_weighting": "ratio", "kl_coef": 0.1, "objective": "policy_gradient"},
+            "kl_weighting: got 'ratio' with objective='policy_gradient'; only 'clip' and 'kl_penalty' and 'ratio' read it",
+        ),
         ({"values": torch.zeros(2, 3)}, "returns: got None"),
         ({"returns": torch.zeros(2, 3)}, "values: got None with returns"),
         ({"ratio_level": "sequence", "objective": "policy_gradient"}, "ratio_level: got 'sequence' with"),
