@@ -146,12 +146,13 @@ def test_every_split_and_dtype(dtype, split, upstream):
         {"objective": "policy_gradient", "aggregation": "seq_mean_token_mean"},
         {"objective": "ratio", "aggregation": "seq_mean_token_sum"},
         {"aggregation": "token_sum", "num_tokens": 100},
+        {"kl_coef": 0.1, "kl_weighting": "ratio", "log_ratio_clamp": 0.5},
     ],
     ids=str,
 )
 def test_options(split, options):
     logits, constants, extra = batch(torch.float32, seed=1)
-    given = {k: extra[k] for k in ("weights", "returns", "old_values")}
+    given = {k: extra[k] for k in ("weights", "returns", "old_values", "ref_logprobs")}
     with room(split):
         check(logits, constants | options | given, values=extra["returns"] + 0.3, upstream=1.7)
 

@@ -16,6 +16,7 @@ OPTIONS = [
     {},
     {"entropy_coef": 0.05, "softcap": 3.0, "logit_scale": 0.8},
     {"ratio_level": "sequence", "aggregation": "seq_mean_token_mean"},
+    {"kl_weighting": "ratio"},
 ]
 
 

@@ -27,6 +27,7 @@ OPTIONS = {
         "entropy_coef": 0.02,
         "kl_coef": 0.05,
     },
+    "weighted_kl": {"kl_coef": 0.1, "kl_weighting": "ratio", "log_ratio_clamp": 0.5},
     "softcap": {"softcap": 3.0, "logit_scale": 0.7, "entropy_coef": 0.02, "temperature": 0.8},
 }
 _TRANSFORM = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
