@@ -20,7 +20,7 @@ struct LogitTransform {
     RLHF_MEMBER double inner() const { return softcap > 0 ? logit_scale / softcap : 0; }
 };
 
-// Rows of logits, contiguous along the vocabulary; strides count elements. Row r lies at (r / inner) * outer_stride +
+// Rows of logits, contiguous along the vocabulary; strides count elements. Row r starts at (r / inner) * outer_stride +
 // (r % inner) * row_stride, so that a slice such as logits[:, :-1] needs no copy.
 struct LogitRows {
     const void* logits;  // (N, V)
@@ -43,7 +43,7 @@ struct RowStats {
 
 struct RowGradient {
     void* dlogits;               // (N, V), the dtype of the logits; may be the logits themselves
-    bool packed;                 // rows of dlogits follow each other; otherwise they lie as the logits do
+    bool packed;                 // rows of dlogits follow each other; otherwise they have the strides of the logits
     const float* grad_logprobs;  // (N) or null: 0
     const float* grad_entropy;   // (N) or null: 0
 };
@@ -106,7 +106,7 @@ struct GaeArgs {
 };
 
 struct RolloutArgs {
-    GaeArgs gae;  // its rewards are the ones made here
+    GaeArgs gae;  // its rewards are computed here
     const float* scores;         // (B)
     const float* logprobs;       // (N)
     const float* ref_logprobs;   // (N)

@@ -1,4 +1,4 @@
-"""Launchers of the C++ kernels on CPU tensors; `backend.Kernels` says what each of them does."""
+"""Launchers of the C++ kernels on CPU tensors; `backend.Kernels` documents them."""
 
 import torch
 from torch import Tensor

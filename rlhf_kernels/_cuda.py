@@ -1,4 +1,4 @@
-"""Launchers of the CUDA C++ kernels, on the current stream; `backend.Kernels` says what each of them does."""
+"""Launchers of the CUDA C++ kernels, on the current stream; `backend.Kernels` documents them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .launch_args import LogitRows, PpoRows, RowStats
 
 @contextlib.contextmanager
 def on_stream(x: Tensor) -> Iterator[int]:
-    """The current stream of the tensor's device, which is the current device inside."""
+    """Yield the current stream of the tensor's device, which is the current device within the context."""
     with torch.cuda.device(x.device):
         yield torch.cuda.current_stream(x.device).cuda_stream
 
@@ -23,7 +23,7 @@ def _workspace(size: int, like: Tensor) -> Tensor:
 
 
 def _inside(cu_seqlens: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Ends that lie among the tokens and never fall, whatever came: the host does not look at a device's values."""
+    """Return ends within [0, N] that never fall; invalid ones are clamped, because the host does not read a device's values."""
     if cu_seqlens is None:
         return None
     return cu_seqlens.clamp(0, tokens.numel()).cummax(0).values
@@ -61,7 +61,7 @@ def rollout_advantages(
 def logits_ppo_loss(
     x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor, out: Tensor | None
 ) -> None:
-    """Fills `stats` and `coefficients` (2, N); writes the gradient of the logits to `out`, for an upstream gradient of 1.
+    """Fill `stats` and `coefficients` (2, N); write the gradient of the logits to `out`, for an upstream gradient of 1.
 
     `coefficients` are dL / d logprob and dL / d entropy of each row, `denominator` a scalar that they are divided by. `out` may
     be the logits; None: no gradient.
@@ -75,9 +75,9 @@ def logits_ppo_loss(
 def rescale_dlogits(
     x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, out: Tensor, upstream: Tensor
 ) -> None:
-    """Turns what `logits_ppo_loss` wrote to `out` into the gradient for `upstream`, a float32 scalar; no wait for its value.
+    """Turn what `logits_ppo_loss` wrote to `out` into the gradient for `upstream`, a float32 scalar; no wait for its value.
 
-    The gradient is made again from the logits, unless it lies in their bytes.
+    The gradient is computed again from the logits, unless it has taken their bytes.
     """
     with on_stream(stats.buffer) as stream:
         args = _one_pass_args(x, ppo, stats, coefficients, None, out)

@@ -31,35 +31,35 @@ NUM_SUMS = len(SUMS)
 
 
 def why_missing() -> str:
-    """Why the extension is not available."""
+    """Return why the extension is not available."""
     return f"the extension rlhf_kernels._C does not load ({_error}); build it with `pip install .` or `make build`"
 
 
 def extension():
-    """The extension module; RuntimeError with the way to build it when it is missing."""
+    """Return the extension module; RuntimeError with the way to build it when it is missing."""
     if _C is None:
         raise RuntimeError(why_missing())
     return _C
 
 
 def address(x: torch.Tensor | None) -> int:
-    """Where the elements of a contiguous tensor begin; 0 for None."""
+    """Return the address of the first element of a contiguous tensor; 0 for None."""
     assert x is None or x.is_contiguous(), "the kernels take contiguous tensors"
     return 0 if x is None else x.data_ptr()
 
 
 def floats(x: torch.Tensor | None) -> int:
-    """`address` of what the kernels read as float32."""
+    """Return the `address` of a tensor that the kernels read as float32."""
     assert x is None or x.dtype == torch.float32, "the kernels would read other bits as float32"
     return address(x)
 
 
 LARGE = 16 * 2**20
-"""Bytes from which a block is worth asking for huge pages."""
+"""Bytes from which a block is placed on huge pages."""
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`torch.empty` for the large blocks of an op: on huge pages where the system has them."""
+    """Return `torch.empty`, for large blocks on huge pages where the system has them."""
     x = torch.empty(shape, dtype=dtype, device=device)
     if x.nbytes >= LARGE and x.device.type == "cpu" and _C is not None:
         _C.advise_huge_pages(x.data_ptr(), x.nbytes)

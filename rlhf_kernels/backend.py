@@ -19,50 +19,50 @@ from .launch_args import LogitRows, PpoRows, RowStats, Sequences
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 VARLEN = "varlen"
-"""`torch.nn.attention.varlen`, a backend of paged_attention alone."""
+"""`torch.nn.attention.varlen`, a backend of paged_attention only."""
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
 """Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
 TRITON_FIRST = ("gae", "rollout_advantages")
-"""Those of them whose Triton kernel was faster on an H200 (benchmarks/results/h200)."""
+"""Those whose Triton kernel was faster on an H200 (benchmarks/results/h200)."""
 GPU_OPS = ("paged_attention",)
-"""Ops without a C++ kernel for the CPU: there a rollout has slots, and the definition is what tests compare with."""
+"""Ops without a C++ kernel: on a CPU a rollout has slots, and tests compare with the reference."""
 CPU_OPS = ("decode_attention",)
 """Ops whose only kernel is for CPU tensors."""
 LONGEST_ROW = 2**30
-"""Logits of a row whose places, and those of the blocks read ahead of it, fit in the 32 bits that GPU kernels count in."""
+"""Longest row of logits that GPU kernels index, with the blocks that they read ahead, in 32 bits."""
 
 MIN_TRITON = (3, 5)
 _MIN_TRITON = ".".join(map(str, MIN_TRITON))
 
 
 class Kernels(Protocol):
-    """The launchers of a backend. Tensors are contiguous unless said otherwise, of one device; float32 unless said otherwise.
+    """The launchers of a backend. Tensors are contiguous, float32 and on one device, except where a method states otherwise.
 
     N tokens, V vocabulary, B sequences, T positions; `cu_seqlens` (B + 1,) int32 marks packed tokens (N,), None means (B, T).
     """
 
     def token_logprobs_forward(self, x: LogitRows, stats: RowStats) -> None:
-        """Fills `stats`; masked rows get zeros."""
+        """Fill `stats`; masked rows get zeros."""
 
     def token_logprobs_backward(
         self, x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> None:
         """`out = grad_logprobs d logprob/d logits + grad_entropy d H/d logits`, (N,) each, None: 0; zeros in masked rows.
 
-        `out` has the dtype of the logits or a narrower one; it may be the logits, or lie in the front of their rows.
+        `out` has the dtype of the logits or a narrower one; it may be the logits, or the front of their rows.
         """
 
     def ppo_epilogue(self, x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
-        """Fills `stats` and writes the gradient of the logits to `out`, as above; returns which rows have one, bool (N,).
+        """Fill `stats` and write the gradient of the logits to `out`, as above; return which rows have one, bool (N,).
 
         On CPU rows without a gradient are left as they were; elsewhere they are zeros.
         """
 
     def compact_rows(self, x: Tensor, active: Tensor) -> Tensor:
-        """Fills the places of the unmarked rows of `x` (N, V) from its end; returns which row lies at each front place.
+        """Move the marked rows of `x` (N, V) to its front, in place; return the row that each front place holds now.
 
-        Off the CPU this waits for the device once, to learn how many rows there are.
+        On a GPU the host waits for the device once, for the number of rows.
         """
 
     def ppo_loss(
@@ -79,7 +79,7 @@ class Kernels(Protocol):
         value_mask: Tensor,
         value_row_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The slope of each log-prob and value, times their denominators, and the sums of csrc/args.h (20,), float64."""
+        """Return the slopes of log-probs and values, times their denominators, and launch_args.SUMS in float64."""
 
     def accumulate(self, total: Tensor, part: Tensor, *, first: bool) -> None:
         """`total = part` (first) or `total += part`, in place; `total` is float32, `part` of any of NATIVE_DTYPES."""
@@ -94,7 +94,7 @@ class Kernels(Protocol):
         self, scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index,
         bootstrap, skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Advantages, returns, rewards, KL; `kl_estimator` is its place in KL_ESTIMATORS, `score_clip` inf when off."""
+        """Advantages, returns, rewards, KL; `kl_estimator` is its index in KL_ESTIMATORS, `score_clip` inf when off."""
 
     def sample_tokens(
         self, logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position
@@ -120,7 +120,7 @@ class Kernels(Protocol):
         """See ops/masked.py."""
 
     def group_advantages(self, scores: Tensor, groups: Tensor, kind: int) -> Tensor:
-        """`groups` int64; `kind` is its place in ops/group_advantages.py's KINDS."""
+        """`groups` int64; `kind` is its index in KINDS of ops/group_advantages.py."""
 
 
 class Choice(NamedTuple):
@@ -130,14 +130,14 @@ class Choice(NamedTuple):
 
 @cache
 def kernels(backend: str) -> Kernels:
-    """The launchers of a backend that `resolve` named; Triton is imported on the first call that needs it."""
+    """Return the launchers of a backend that `resolve` named; Triton is imported on the first call that needs it."""
     assert backend in (*BACKENDS[1:], VARLEN), backend
     return importlib.import_module(f"._{backend}", __package__)
 
 
 @cache
 def why_no_triton() -> str:
-    """Why Triton kernels cannot run on CUDA tensors here; empty when they can."""
+    """Return why Triton kernels cannot run on CUDA tensors here; empty when they can."""
     if find_spec("triton") is None:
         return f"triton is not installed; install triton >= {_MIN_TRITON}"
     found = importlib.import_module("triton").__version__
@@ -147,13 +147,13 @@ def why_no_triton() -> str:
 
 
 def interprets() -> bool:
-    """Whether Triton kernels run on CPU tensors: TRITON_INTERPRET was set before the first of them was defined."""
+    """Return whether Triton kernels run on CPU tensors: TRITON_INTERPRET was set before Triton was imported."""
     return not why_no_triton() and importlib.import_module("triton").knobs.runtime.interpret
 
 
 @cache
 def why_no_cuda(op: str, device: torch.device) -> str:
-    """Why the CUDA C++ kernel of `op` cannot run on this device; empty when it can."""
+    """Return why the CUDA C++ kernel of `op` cannot run on this device; empty when it can."""
     if op == "logits_ppo_loss" and why_no_triton():
         return f"the sums of its loss are Triton's: {why_no_triton()}"
     if not _native.AVAILABLE:
@@ -175,7 +175,7 @@ VARLEN_CHIPS = {"FA3": 9, "FA4": 10}
 
 
 def why_no_varlen(device: torch.device, dtype: torch.dtype) -> str:
-    """Why `torch.nn.attention.varlen` cannot read pages of this dtype on this device; empty when it can."""
+    """Return why `torch.nn.attention.varlen` cannot read pages of this dtype on this device; empty when it can."""
     if device.type != "cuda":
         return f"it takes CUDA tensors, not {device.type} ones"
     if find_spec("torch.nn.attention.varlen") is None:
@@ -187,20 +187,18 @@ def why_no_varlen(device: torch.device, dtype: torch.dtype) -> str:
         return f"it takes bfloat16 and float16, not {dtype}"
     active = torch.nn.attention.current_flash_attention_impl()
     if active not in VARLEN_CHIPS:
-        return (
-            f"it reads pages with {' or '.join(VARLEN_CHIPS)} alone; torch.nn.attention.activate_flash_attention_impl"
-        )
+        return f"it reads pages with {' or '.join(VARLEN_CHIPS)} only; torch.nn.attention.activate_flash_attention_impl"
     if torch.cuda.get_device_capability(device)[0] != VARLEN_CHIPS[active]:
-        return f"{active} reads pages on sm_{VARLEN_CHIPS[active]}0 alone"
+        return f"{active} reads pages on sm_{VARLEN_CHIPS[active]}0 only"
     return ""
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """What `"auto"` means for tensors of this device and dtype, and why."""
+    """Return the backend that `"auto"` takes for tensors of this device and dtype, and why."""
     if dtype not in NATIVE_DTYPES:
         return Choice("reference", f"the kernels take float32, bfloat16 and float16, not {dtype}")
     if device.type == "cpu" and op in GPU_OPS:
-        return Choice("reference", "it has kernels for GPUs alone")
+        return Choice("reference", "it has kernels for GPUs only")
     if device.type == "cpu":
         return Choice("cpu", "C++ kernels") if _native.AVAILABLE else Choice("reference", _native.why_missing())
     if device.type != "cuda":
@@ -223,7 +221,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 def resolve(op: str, backend: str, tensor: Tensor, vocabulary: int = 0) -> str:
-    """The backend that serves `tensor`, and rows of `vocabulary` logits; ValueError when the one asked for cannot."""
+    """Return the backend that serves `tensor` and rows of `vocabulary` logits; ValueError when the requested one cannot."""
     chosen = _resolve(op, backend, tensor)
     if chosen in ("triton", "cuda") and vocabulary > LONGEST_ROW:
         raise ValueError(

@@ -231,11 +231,11 @@ METRICS = (
     "residual_sq_sum",
 )
 """Keys of `PPOLoss.metrics`. Over micro-batches that were given the global denominators all of them add, except
-`ratio_max`, of which the largest counts. The last five make the explained variance."""
+`ratio_max`, of which the largest counts. `explained_variance` needs the last five."""
 
 
 def explained_variance(metrics: dict[str, Tensor]) -> Tensor:
-    """`1 - Var(returns - values) / Var(returns)` from the (summed) metrics of `ppo_loss`; NaN when returns are constant."""
+    """Return `1 - Var(returns - values) / Var(returns)` from the (summed) metrics of `ppo_loss`; NaN for constant returns."""
     n = metrics["num_value_tokens"]
 
     def variance(kind: str) -> Tensor:

@@ -30,8 +30,8 @@ class FusedHead(nn.Module):
     """An output layer `softcap * tanh(logit_scale * (h W^T + b) / softcap)` around a linear layer.
 
     `layer` is a `torch.nn.Linear`, or peft's LoRA layer around one. Every call reads weights and adapters from it, so that
-    FSDP2's gathered weights and a switched adapter are seen. The layer is a submodule: a model that has it in another place
-    keeps the head in a plain attribute, which registers nothing twice.
+    FSDP2's gathered weights and a switched adapter are seen. The layer is a submodule. A model that registers
+    the layer itself keeps the head in a plain attribute (`model.__dict__`), so that no parameter is registered twice.
 
     Of a LoRA layer the active adapters count, with their dropout and scale; variants (DoRA, a bias in B) are refused.
     `FusedHead.replacing(layer)` is the layer's substitute inside a model; `integrations.head.fuse_head` installs it.
@@ -55,7 +55,7 @@ class FusedHead(nn.Module):
 
     @classmethod
     def replacing(cls, layer: nn.Module, **options: Any) -> FusedHead:
-        """Return a head that has the parameters of a linear layer under their names, and can stand in a model for it.
+        """Return a head that has the parameters of a linear layer under their names, to replace it in a model.
 
         Its `forward` is the layer's outside `taking`: the model applies softcap and scale.
         """
@@ -150,7 +150,7 @@ class FusedHead(nn.Module):
     def taking(
         self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None, shifted: bool = False
     ) -> Iterator[_Wanted]:
-        """Within it, the model around a `replacing` head returns a stand-in for logits, (B, K, 2).
+        """Within the context, the model around a `replacing` head returns (B, K, 2) instead of logits.
 
         `taken.result(output.logits)` turns it into log-probs and entropy of `ids` (B, K), the last K tokens of the model's
         input. They leave through the model's outputs, where FSDP2 and ZeRO-3 attach hooks to what needs a gradient. The
@@ -166,7 +166,7 @@ class FusedHead(nn.Module):
             self._wanted = None
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, T, H)
-        return self._product(hidden) if self._wanted is None else self._wanted.stand_in(hidden)
+        return self._product(hidden) if self._wanted is None else self._wanted.outputs(hidden)
 
     def _product(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight, self.bias) if self.layer is None else self.layer(hidden)
@@ -182,7 +182,7 @@ class _Wanted:
         self.head, self.ids, self.temperature, self.mask, self.shifted = head, ids, temperature, mask, shifted
         self.values: Tensor | None = None  # (B, K, 2), detached
 
-    def stand_in(self, hidden: Tensor) -> Tensor:  # (B, T, H) -> (B, K, 2)
+    def outputs(self, hidden: Tensor) -> Tensor:  # (B, T, H) -> (B, K, 2)
         """Return log-probs and entropies, or, for a model that transforms its logits, zeros with their gradient.
 
         The model's transform f has f(0) = 0 and f'(0) = logit_scale, so that it changes zeros in a known way.

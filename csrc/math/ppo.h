@@ -114,7 +114,7 @@ RLHF_HD ValueTerm value_term(float v, float old_value, float target, float clipr
     ValueTerm t{0.5f * error * error, error, false};
     const float low = old_value - cliprange, high = old_value + cliprange;
     const float bounded = (v < low ? low : v > high ? high : v) - target;
-    if (bounded * bounded > error * error) {  // then v lies outside the range, so the clipped value has no gradient
+    if (bounded * bounded > error * error) {  // then v is outside the range, so the clipped value has no gradient
         t = {0.5f * bounded * bounded, 0.f, true};
     }
     return t;

@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels; `backend.Kernels` says what each of them does."""
+"""Launchers of the Triton kernels; `backend.Kernels` documents them."""
 
 from .compaction import compact_rows
 from .elementwise import accumulate, group_advantages, kl_penalty, kl_penalty_backward, scale_cast

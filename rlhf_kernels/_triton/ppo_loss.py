@@ -1,7 +1,7 @@
 """The PPO objective on per-token arrays: sums for the loss and the metrics, slopes for the gradients.
 
-One program takes a segment: a tile of tokens, or a whole sequence where the ratio is one number a sequence. Each leaves its
-partial sums, which a second launch adds up in their order: the bits do not depend on which program came first.
+One program processes a segment: a tile of tokens, or a whole sequence where the ratio is one number per sequence. It stores
+partial sums, which a second launch adds in a fixed order, so that the bits do not depend on the order of the programs.
 
 Legend: N tokens, B sequences, S segments.
 """
@@ -18,7 +18,7 @@ from ..launch_args import SUMS, PpoRows, Sequences
 from .math import expm1_minus_x, objective_term, scalars_of, value_term
 from .scan import registers
 
-# 2 tokens a thread: some twenty numbers are alive of each. Left alone, ptxas spills a few to fit another program.
+# 2 tokens per thread with some twenty live numbers each. Without a limit, ptxas spills a few to fit one more program.
 TILE, WARPS = 1024, 16
 LAUNCH = {"num_warps": WARPS, **registers(128)}
 (
@@ -30,32 +30,32 @@ _LANES, _NUM_SUMS, _TILE = tl.constexpr(32), tl.constexpr(NUM_SUMS), tl.constexp
 
 @triton.jit
 def _add(sums, k: tl.constexpr, x):
-    """Adds all of `x` to the k-th of the sums, in float64."""
+    """Add all of `x` to the k-th of the sums, in float64."""
     return tl.where(tl.arange(0, _LANES) == k, sums + tl.sum(x.to(tl.float64)), sums)
 
 
 @triton.jit
 def _larger(a, b):
-    """The larger one; a NaN in either stays."""
+    """Return the larger one, or a NaN in either."""
     return tl.where((b > a) | (b != b), b, a)
 
 
 @triton.jit
 def _largest(x):
-    """The largest of numbers that are not negative; a NaN among them wins, which a reduction of its own does not promise."""
+    """Return the largest of numbers that are not negative, or a NaN among them, which a plain reduction does not promise."""
     nan = x != x
     return tl.where(tl.max(nan.to(tl.int32)) > 0, float("nan"), tl.max(tl.where(nan, 0, x)))
 
 
 @triton.jit
 def _optional(x, at, on, HAS: tl.constexpr):
-    """What lies at `at`; 1 where the tensor is absent."""
+    """Load `x` at `at`; 1 where the tensor is absent."""
     return tl.load(x + at, on, other=0) if HAS else tl.full(at.shape, 1, tl.float32)
 
 
 @triton.jit
 def _segment(i, n, length, cu_seqlens, PACKED: tl.constexpr, SEQUENCE_LEVEL: tl.constexpr):
-    """Where the tokens of a program begin and end; inside [0, n] whatever `cu_seqlens` says."""
+    """Return the first and the last token of a program, clamped to [0, n] against a wrong `cu_seqlens`."""
     if not SEQUENCE_LEVEL:
         begin, end = i * _TILE, i * _TILE + _TILE
     elif PACKED:
@@ -70,7 +70,7 @@ def _sequence_ratio(
     begin, end, mask, logprobs, old_logprobs, advantages, weights, ref_logprobs, row_weight, scalars,
     HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """GSPO eq. 7: the log-ratio of a sequence, the mean over its actions, and the slope of each of them, through that mean."""
+    """Return the log-ratio of a sequence, the mean over its actions, and the slope of each action through it (GSPO eq. 7)."""
     total, count = tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float64)
     for start in range(begin, end, _TILE):
         at = start + tl.arange(0, _TILE)
@@ -101,7 +101,7 @@ def _values(
     sums, begin, end, value_mask, values, old_values, returns, value_row_weight, value_slope, scalars,
     HAS_OLD_VALUES: tl.constexpr, HAS_VALUE_ROW_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The value term of a segment: writes the slopes of its tokens and returns the sums with theirs."""
+    """Write the value slopes of a segment's tokens; return the sums with its value terms."""
     for start in range(begin, end, _TILE):
         at = start + tl.arange(0, _TILE)
         live = at < end
@@ -199,7 +199,7 @@ def _partials(
 
 @triton.jit(do_not_specialize=["segments"])
 def _add_up(partials, sums, segments):
-    """One program a sum: its partials in their order, a fixed number of lanes apart."""
+    """Add the partials of one sum per program in a fixed order."""
     k = tl.program_id(0).to(tl.int64)
     total = tl.zeros([_TILE], tl.float64)
     for start in range(0, segments, _TILE):
@@ -222,7 +222,7 @@ def ppo_loss(
     value_mask: Tensor,
     value_row_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads `cu_seqlens` on the host only where that waits for nothing; a token of no sequence gets NaN elsewhere."""
+    """Read `cu_seqlens` on the host only on a CPU; on a GPU a token of no sequence gets NaN."""
     n, packed = logprobs.numel(), sequences.cu_seqlens is not None
     sequences.check_on_cpu(logprobs)
     slope = torch.empty_like(logprobs)

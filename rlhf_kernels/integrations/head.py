@@ -92,15 +92,15 @@ def _transforms_logits_alike(model: nn.Module, head: FusedHead) -> bool:
 @torch.no_grad()
 def _scores_tokens(model: nn.Module, head: FusedHead) -> bool:
     """Return whether log-probs pass through the model's forward unchanged."""
-    stand_ins = []
-    hook = head.register_forward_hook(lambda module, inputs, output: stand_ins.append(output))
+    outputs = []
+    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     ids = torch.tensor([[1]], device=next(head.parameters()).device)
     try:
         with head.taking(ids) as taken:
             logits = _run(model, head)
     finally:
         hook.remove()
-    expected = taken.result(stand_ins[0] * head.logit_scale)
+    expected = taken.result(outputs[0] * head.logit_scale)
     return all(torch.equal(got, value) for got, value in zip(taken.result(logits), expected, strict=True))
 
 

@@ -38,9 +38,10 @@ class FusedCausalLM(nn.Module):
         return_dict: bool = True,
         **inputs: Any,
     ) -> Output:
-        """Log-prob of the token behind each position, and the entropy there, as `forward_with_triton_backend` has them.
+        """Return the log-prob of the token after each position, and the entropy there, as `forward_with_triton_backend`.
 
-        The token behind is `shift_labels`, or the next of `input_ids`: of the last position, as in verl, the first.
+        The token after a position is that of `shift_labels`, or the next of `input_ids`; after the last one, as in verl, the
+        first.
         """
         if not return_dict:
             raise ValueError("return_dict: got False, expected True, as verl's own")

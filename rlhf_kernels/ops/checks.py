@@ -1,6 +1,6 @@
-"""The public boundary: users' mistakes become a ValueError that names the argument, what came and what was expected.
+"""Checks of public arguments: a ValueError names the argument, the value that was given and what is expected.
 
-Only metadata is read, so that nothing here makes a GPU wait or breaks a compiled graph; values are looked at on CPU alone.
+They read metadata, so that none waits for a GPU or breaks a compiled graph, and values of eager CPU tensors only.
 """
 
 import math
@@ -19,7 +19,7 @@ def shape(x: Tensor) -> str:
 
 
 def tensor(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str, dtypes=FLOATS) -> None:
-    """`x` is a tensor of `expected` shape (described by `what`), on the device of `like`, of one of `dtypes`."""
+    """Check that `x` has the shape `expected` (described by `what`), the device of `like` and one of `dtypes`."""
     if isinstance(x, Tensor) and x.shape == expected and x.dtype in dtypes and x.device == like.device:
         return
     if not isinstance(x, Tensor):
@@ -36,7 +36,7 @@ def mask(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what:
 
 
 def floating(name: str, x: Tensor, *, dims: tuple[int, ...], what: str) -> None:
-    """`x` is a floating point tensor with one of `dims` dimensions."""
+    """Check that `x` is a floating point tensor with one of `dims` dimensions."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor of shape {what}")
     if x.dtype not in FLOATS:
@@ -63,7 +63,7 @@ def number(
     optional: bool = False,
     integer: bool = False,
 ) -> None:
-    """A finite number within its range; what a compiler traces with instead of a number passes."""
+    """Check that `x` is a finite number within its range; a compiler's symbol passes."""
     if (x is None and optional) or (type(x) is not float and isinstance(x, SYMBOLS)):
         return
     right = isinstance(x, int if integer else (int, float)) and not isinstance(x, bool)  # numpy's float64 is a float
@@ -78,7 +78,7 @@ def number(
 
 
 def denominator(name: str, x: float | Tensor | None) -> None:
-    """A count of tokens or sequences: None, a number, or a tensor of shape (); 0 counts as 1."""
+    """Check a count of tokens or sequences: None, a number, or a tensor of shape (); 0 counts as 1."""
     if not isinstance(x, Tensor):
         number(name, x, least=0, optional=True)
     elif x.dim() != 0 or x.dtype is torch.bool:
@@ -105,7 +105,7 @@ def temperature(x: float | Tensor, *, like: Tensor, expected: tuple[int, ...]) -
 
 
 def ids(x: Tensor, *, like: Tensor, expected: tuple[int, ...], vocabulary: int, where: Tensor | None = None) -> None:
-    """Ids inside [0, V) wherever the mask counts them."""
+    """Check that ids are in [0, V) where the mask is True."""
     tensor("ids", x, like=like, expected=expected, what="one id a token", dtypes=(torch.int64, torch.int32))
     if not values_visible(x):
         return
@@ -119,7 +119,7 @@ def ids(x: Tensor, *, like: Tensor, expected: tuple[int, ...], vocabulary: int, 
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool = True) -> int:
-    """The number of sequences of a token tensor: [B, T], or [N] with cu_seqlens."""
+    """Return the number of sequences of a token tensor: [B, T], or [N] with cu_seqlens."""
     if cu_seqlens is None:
         if x.dim() == 2:
             return x.shape[0]
@@ -142,27 +142,27 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool =
 
 
 def values_visible(x: Tensor) -> bool:
-    """Whether looking at values costs nothing: an eager CPU tensor."""
+    """Return whether reading values is free: an eager CPU tensor."""
     return x.device.type == "cpu" and is_eager(x)
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether `x` has bytes now, which no tensor has that a compiler traces with."""
+    """Return whether `x` has data, which a tensor that a compiler traces does not have."""
     return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def constant(x: float | Tensor) -> float | Tensor:
-    """A number or a tensor that gets no gradient."""
+    """Return a number, or a tensor that gets no gradient."""
     return x.detach() if isinstance(x, Tensor) else x
 
 
 def wide(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Constants of an op: detached, in float32 (float64 stays)."""
+    """Return constants of an op: detached, in float32 (float64 stays)."""
     return [None if x is None else widen(x.detach()) for x in tensors]
 
 
 def widen(x: Tensor) -> Tensor:
-    """Float32, or float64 where it was: a differentiable input of an op."""
+    """Return a differentiable input of an op in float32, or in float64 where it was."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

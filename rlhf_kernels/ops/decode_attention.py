@@ -15,7 +15,7 @@ def decode_attention(
     scale: float | None = None,  # default: D ** -0.5
     backend: str = "auto",
 ) -> Tensor:  # (R, heads, D)
-    """`softmax(scale q K^T) V` of one query a row over the columns where its mask is True, in the dtype of `query`.
+    """Return `softmax(scale q K^T) V` of one query per row over the columns where its mask is True, in the dtype of `query`.
 
     Query heads h of a group of `heads / groups` share its keys and values (grouped-query attention). A row's bits depend on
     what its own mask shows it and where, not on R, the other rows or C; columns that the mask hides are never read, and may

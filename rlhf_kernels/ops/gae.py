@@ -20,12 +20,12 @@ def gae(
     cu_seqlens: Tensor | None = None,  # (B + 1,), int32
     backend: str = "auto",
 ) -> Advantages:
-    """Advantages and value targets of every action.
+    """Return advantages and value targets of every action.
 
         A_t = δ_t + γλ A_{t+1},   δ_t = r_t + γ V_{t+1} - V_t,   returns_t = A_t + V_t
 
     where t + 1 is the next action (`holes="skip"`: masked tokens between two actions are stepped over) or the next token
-    (`holes="zero"`: they count as steps of reward 0 and value 0). V behind the last action is `bootstrap`, 0 when None.
+    (`holes="zero"`: they count as steps of reward 0 and value 0). V after the last action is `bootstrap`, 0 when None.
     Where the mask is False, rewards and values are ignored and both results are 0. No gradient.
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", eq. 16; PPO (2017) eq. 11-12.

@@ -16,7 +16,7 @@ def group_advantages(
     kind: str = "rloo",
     backend: str = "auto",
 ) -> Tensor:  # (B,)
-    """Advantage of each sample of a group of n, float32, no gradient.
+    """Return the advantage of each sample of a group of n, float32, no gradient.
 
     rloo: `s_i - mean(s_j, j != i)`, 0 for a group of one (Ahmadian et al. 2024, eq. 8);
     grpo: `(s_i - mean) / (std + 1e-4)` with unbiased std (Shao et al. 2024, section 4.1.2);

@@ -15,7 +15,7 @@ def kl_penalty(
     estimator: str = "k1",
     backend: str = "auto",
 ) -> Tensor:
-    """Estimate of KL(policy || reference) from one sampled token, float32, differentiable in `logprobs` alone.
+    """Return an estimate of KL(policy || reference) per sampled token, float32, differentiable in `logprobs` only.
 
     With `d = logprobs - ref_logprobs`: k1 = d (unbiased), k2 = d²/2 (low variance, biased), k3 = exp(-d) - 1 + d
     (unbiased, never negative), abs = |d|.

@@ -38,7 +38,7 @@ def linear_ppo_loss(
     backend: str = "auto",
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """`logits_ppo_loss` of `hidden @ weight.T + bias`, and the value loss of `hidden @ value_weight + value_bias`.
+    """Return `logits_ppo_loss` of `hidden @ weight.T + bias`, and the value loss of `hidden @ value_weight + value_bias`.
 
     Gradients are computed in the forward pass, chunk by chunk, and scaled in backward: a second backward raises, and a
     checkpointed region would do the work twice. Masked rows enter no matrix product; rows whose log-prob and entropy
@@ -98,7 +98,7 @@ def linear_ppo_loss(
 
 
 def check_compact(compact: bool | None, hidden: Tensor, backend: str) -> bool:
-    """Whether rows without a gradient are left out of the products."""
+    """Return whether rows without a gradient are left out of the products."""
     if backend == "cpu":
         if compact is False:
             raise ValueError("compact: got False, expected None or True: on CPU those rows are always left out")

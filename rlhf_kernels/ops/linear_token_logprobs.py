@@ -25,10 +25,10 @@ def linear_token_logprobs(
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
-    """`token_logprobs` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
+    """Return `token_logprobs` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
 
-    The rows under a True mask (on a GPU all rows, since counting those would wait for it) are taken in chunks of
-    `chunk_tokens` (None: chosen from the sizes); backward makes each chunk's logits again. Differentiable in `hidden`,
+    The rows under a True mask (on a GPU all rows, because counting them would wait for it) are processed in chunks of
+    `chunk_tokens` (None: chosen from the sizes); backward computes each chunk's logits again. Differentiable in `hidden`,
     `weight` and `bias`.
 
     Raises:
@@ -102,9 +102,9 @@ DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The head's inputs in autocast's dtype where it is on, as `torch.nn.functional.linear` would take them.
+    """Return the head's inputs in autocast's dtype where it is on, as `torch.nn.functional.linear` does.
 
-    As there, float64 stays what it is.
+    As there, float64 stays float64.
     """
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:

@@ -27,7 +27,7 @@ def logits_ppo_loss(
     backend: str = "auto",
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """`ppo_loss` of `token_logprobs(logits, ids)`, with the entropy of the same read of the logits.
+    """Return `ppo_loss` of `token_logprobs(logits, ids)`, with the entropy of the same read of the logits.
 
     `inplace=True` lets the gradient take the bytes of `logits`, whose values are lost. The CUDA kernel computes the gradient
     in the forward pass; for sequence-level ratios, and in place of float16 logits, `"auto"` takes Triton's. `options` are those

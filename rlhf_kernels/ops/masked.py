@@ -8,7 +8,7 @@ from . import checks
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
-    """Mean of `x` over the True entries of `mask` (same shape), a float32 scalar, differentiable; 0 when nothing is True.
+    """Return the mean of `x` over the True entries of `mask` (same shape), float32 (), differentiable; 0 without a True.
 
     Raises:
         ValueError: shapes or devices that differ, a mask that is not bool.
@@ -25,7 +25,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, backend: str = "auto"
 ) -> Tensor:
-    """`(x - mean) / sqrt(var + 1e-8)` over the True entries, 0 elsewhere, float32, differentiable.
+    """Return `(x - mean) / sqrt(var + 1e-8)` over the True entries, 0 elsewhere, float32, differentiable.
 
     `shift_mean=False` adds the mean back (only the scale changes); `unbiased` divides the sum of squares by n - 1. One
     True entry, or none, has variance 0 and is not divided by 0.

@@ -21,7 +21,7 @@ def ppo_loss(
     backend: str = "auto",
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """`L = agg(policy) - entropy_coef agg(H) + kl_coef agg(KL(policy || reference)) + vf_coef agg(value)`.
+    """Return `L = agg(policy) - entropy_coef agg(H) + kl_coef agg(KL(policy || reference)) + vf_coef agg(value)`.
 
     With `r = exp(logprobs - old_logprobs)` (`ratio_level="sequence"`: the log-ratio is first averaged over the sequence's
     actions; `log_ratio_clamp` bounds it on both sides, with no gradient outside) the policy term is `weights` times

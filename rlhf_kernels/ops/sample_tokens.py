@@ -1,4 +1,4 @@
-"""One sampled token a row, from counters instead of a generator."""
+"""One sampled token per row, from counters instead of a generator."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def sample_tokens(
     position: Tensor,  # (B,), int64
     backend: str = "auto",
 ) -> SampledTokens:
-    """Samples one id a row of `softmax(logits / temperature)`, restricted to what top-k, then top-p, then min-p keep.
+    """Sample one id per row of `softmax(logits / temperature)`, restricted to what top-k, then top-p, then min-p keep.
 
     `top_k` keeps the k largest; `top_p` the smallest set of the largest whose probabilities (renormalised after top-k)
     reach p; `min_p` those with at least `min_p` times the largest probability. Ties at a limit are all kept. The random

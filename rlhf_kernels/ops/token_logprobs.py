@@ -22,7 +22,7 @@ def token_logprobs(
     entropy: bool = False,
     backend: str = "auto",
 ) -> TokenLogprobs:
-    """`log softmax(z)[ids]` and, when asked, `H = -Σ p log p`, in float32, differentiable in `logits`.
+    """Return `log softmax(z)[ids]` and, on request, `H = -Σ p log p`, in float32, differentiable in `logits`.
 
         z = softcap * tanh(logit_scale * logits / softcap) / temperature
 
@@ -95,14 +95,14 @@ def fused_token_logprobs(
 
 
 def as_rows(logits: Tensor) -> Tensor:
-    """(N, V) or (B, T, V) with unit stride along V; a copy only where no such view exists."""
+    """Return (N, V) or (B, T, V) with unit stride along V; a copy only where no such view exists."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
 
 
 def overwritable(logits: Tensor) -> bool:
-    """Whether each row has bytes of its own for its gradient, which those of an expanded tensor do not have."""
+    """Return whether no two rows share bytes, as those of an expanded tensor do, so that a gradient can take them."""
     rows_apart = logits.stride(-2) >= logits.shape[-1]
     if logits.dim() == 3 and logits.shape[0] > 1:
         rows_apart = rows_apart and logits.stride(0) >= logits.shape[1] * logits.stride(1)
