@@ -74,7 +74,10 @@ NUMBERS = tuple(row.name for row in KERNEL_SCALARS if not row.choices)
 CHOICES = tuple(row.name for row in KERNEL_SCALARS if row.choices)
 
 
-class PpoScalars(NamedTuple("PpoScalars", [(row.name, int if row.choices else float) for row in KERNEL_SCALARS])):
+KernelScalars = NamedTuple("KernelScalars", [(row.name, int if row.choices else float) for row in KERNEL_SCALARS])
+
+
+class PpoScalars(KernelScalars):
     """The scalars of the objective as the kernels receive them: choices as their index, and a number instead of None."""
 
     __slots__ = ()

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_kernels._options import KL_ESTIMATORS, OBJECTIVES, PPOArguments
+from rlhf_kernels._options import KL_ESTIMATORS, OBJECTIVES, SCALARS, PPOArguments
 from rlhf_kernels.backend import Kernels
 from rlhf_kernels.launch_args import LogitRows, PpoRows, PpoScalars, RowStats, Sequences, Transform
 
@@ -242,6 +242,9 @@ def ppo_rows(objective: str, estimator: str, every_flag: bool, size: Size) -> Pp
         return PpoRows(PpoScalars.of(PPOArguments(**options)), tokens, tokens, None, None, None)
     options |= {"cliprange_high": 2 * c, "dual_clip": 3 * c, "log_ratio_clamp": 20 * c, "cliprange_value": c}
     options |= {"kl_coef": c, "entropy_coef": c}
+    # The last of the choices that are no specimen's parameter, so that every formula is compiled.
+    others = (row for row in SCALARS if row.kernel and row.choices and row.name not in options)
+    options |= {row.name: row.choices[-1] for row in others if objective in row.objectives}
     return PpoRows(PpoScalars.of(PPOArguments(**options)), tokens, tokens, tokens, tokens, tokens)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .._options import KL_ESTIMATORS, KL_WEIGHTINGS, OBJECTIVES
-from ..launch_args import CHOICES, PpoScalars
+from ..launch_args import CHOICES, KernelScalars, PpoScalars
 
 CLIP, KL_PENALTY, POLICY_GRADIENT = (
     tl.constexpr(OBJECTIVES.index(name)) for name in ("clip", "kl_penalty", "policy_gradient")
@@ -139,9 +139,13 @@ def kl_slope(d, KL: tl.constexpr):
 # ---- the objective of one token --------------------------------------------------------------------------------------
 
 
-def scalars_of(scalars: PpoScalars) -> PpoScalars:
-    """Return the scalars as an argument of a kernel, which is compiled for its choices and for any numbers."""
-    return scalars._replace(**{name: tl.constexpr(getattr(scalars, name)) for name in CHOICES})
+def scalars_of(scalars: PpoScalars) -> KernelScalars:
+    """Return the scalars as an argument of a kernel, which is compiled for its choices and for any numbers.
+
+    Triton knows the fields of a named tuple but not those of a class that inherits from one.
+    """
+    choices = {name: tl.constexpr(getattr(scalars, name)) for name in CHOICES}
+    return KernelScalars(**(scalars._asdict() | choices))
 
 
 @triton.jit

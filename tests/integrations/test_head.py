@@ -171,7 +171,9 @@ def test_what_is_refused():
     ):
         fuse_head(doubled)
     assert doubled.lm_head is layer
-    with pytest.raises(ValueError, match=r"model: got logits that are not softcap=None and logit_scale=3.0 of its output"):
+    with pytest.raises(
+        ValueError, match=r"model: got logits that are not softcap=None and logit_scale=3.0 of its output"
+    ):
         fuse_head(model(logit_scale=3.0))  # Llama has no scale, whatever its config contains
     with pytest.raises(ValueError, match="softcap: got 0, expected a number above 0"):
         FusedHead(layer, softcap=0)
