@@ -5,10 +5,9 @@ import torch
 
 from rlhf_kernels import gae, logits_ppo_loss, reference, rollout_advantages
 
+from .helpers.advantages import batch, double, rollout
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
-from .test_gae import batch
-from .test_rollout_advantages import double, rollout
 
 pytestmark = pytest.mark.gpu
 

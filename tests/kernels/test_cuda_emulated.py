@@ -9,9 +9,8 @@ from rlhf_kernels import _cuda, reference
 from rlhf_kernels._options import KL_ESTIMATORS
 
 from . import cuda_emulator
+from .helpers.advantages import INF, MASKS, batch, double, rollout
 from .helpers.bounds import check_error
-from .test_gae import INF, MASKS, batch
-from .test_rollout_advantages import double, rollout
 
 TILE = 4096  # tokens (csrc/cuda/ops.h)
 

@@ -5,29 +5,8 @@ import torch
 
 from rlhf_kernels import gae, reference
 
+from .helpers.advantages import INF, MASKS, NAN, batch
 from .helpers.bounds import check_error
-
-NAN, INF = float("nan"), float("inf")
-
-
-def batch(b: int, t: int, mask: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rewards, values, mask; what the mask leaves out is NaN and inf."""
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, t + 1, (b, 1), generator=g)
-    position = torch.arange(t)
-    m = {
-        "all": torch.ones(b, t, dtype=torch.bool),
-        "none": torch.zeros(b, t, dtype=torch.bool),
-        "right padding": position < lengths,
-        "left padding": position >= lengths,
-        "holes": torch.rand(b, t, generator=g) < 0.6,
-        "response with a hole": (position < lengths) & ((position < t // 3) | (position >= t // 2)),
-    }[mask]
-    rewards, values = torch.randn(b, t, generator=g), torch.randn(b, t, generator=g) + 1
-    return torch.where(m, rewards, NAN), torch.where(m, values, INF), m
-
-
-MASKS = ("all", "none", "right padding", "left padding", "holes", "response with a hole")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ import torch
 from rlhf_kernels import gae, reference
 from rlhf_kernels._triton import scan
 from rlhf_kernels.backend import kernels
-from rlhf_kernels.launch_args import Sequences
 
+from .helpers.advantages import INF, LIES, MASKS, NAN, batch, check_lies
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
-from .test_gae import INF, MASKS, NAN, batch
 
 
 @pytest.fixture
@@ -26,25 +25,6 @@ def run(rewards, values, mask, **options):
     got = gae(*arguments, **to_device(options), backend="triton")
     assert all(x.device == arguments[0].device for x in got)
     return type(got)(*(x.cpu() for x in got))
-
-
-LIES = [[0, 8], [-9, 4, 4], [2, 1 << 30], [3, 1, 2, -4]]
-
-
-def check_lies(launcher, arguments_of, ends, monkeypatch):
-    """A device's values are not looked at by the host: what is behind the tokens must not be reached all the same."""
-    x, ends = torch.full((2000,), torch.nan, device=DEVICE), torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    x[:4] = 0.5
-    arguments = arguments_of(x[:4], torch.ones(2000, dtype=torch.bool, device=DEVICE)[:4], ends)
-    if DEVICE.type == "cpu":
-        with pytest.raises(ValueError, match="cu_seqlens: got"):
-            launcher(*arguments)
-    monkeypatch.setattr(Sequences, "check", lambda *_: None)
-    result = launcher(*arguments)
-    inside = torch.zeros(4, dtype=torch.bool, device=DEVICE)
-    for begin, end in itertools.pairwise(ends.tolist()):
-        inside[max(begin, 0) : min(end, 4)] = True
-    assert all(x.shape == (4,) and x[inside].isfinite().all() for x in result)
 
 
 @pytest.mark.parametrize("ends", LIES)

@@ -8,7 +8,7 @@ from rlhf_kernels._triton import masked
 
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
-from .test_masked import NAN, batch
+from .helpers.masked import NAN, batch
 
 OPS = (masked_mean, masked_whiten)
 

@@ -15,7 +15,7 @@ from rlhf_kernels.ops.ppo_loss import Inputs
 
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
-from .test_ppo_loss import OPTIONS, case, run
+from .helpers.objective import OPTIONS, case, run
 
 triton_loss = partial(ppo_loss, backend="triton")
 LENGTHS = (1100, 1, 0, 1024, 700)  # more than a tile, one token, none, a tile, a part of one

@@ -9,11 +9,9 @@ from rlhf_kernels import reference, rollout_advantages
 from rlhf_kernels._triton import scan
 from rlhf_kernels.backend import kernels
 
+from .helpers.advantages import INF, LIES, MASKS, NAN, check_lies, double, rollout
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
-from .test_gae import INF, MASKS, NAN
-from .test_gpu_gae import LIES, check_lies
-from .test_rollout_advantages import double, rollout
 
 
 def set_tile(monkeypatch, tokens: int) -> None:

@@ -13,7 +13,7 @@ from rlhf_kernels._triton.sample_tokens import look_up, uniform
 from rlhf_kernels.reference.sample_tokens import uniform as defined_uniform
 
 from .helpers.gpu import DEVICE, to_device
-from .test_sample_tokens import brute_force, rows
+from .helpers.samples import brute_force, rows
 
 FILTERS = [
     {},

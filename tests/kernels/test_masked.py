@@ -8,15 +8,9 @@ import torch
 from rlhf_kernels import masked_mean, masked_whiten, reference
 
 from .helpers.bounds import check_error
+from .helpers.masked import NAN, batch
 
-NAN = float("nan")
 BACKENDS = ("reference", "cpu")
-
-
-def batch(*shape: int, keep: float = 0.7, mean: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.rand(*shape, generator=g) < keep
-    return torch.where(mask, mean + torch.randn(*shape, generator=g), NAN), mask
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

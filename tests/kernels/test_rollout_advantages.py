@@ -7,30 +7,11 @@ import torch
 
 from rlhf_kernels import reference, rollout_advantages
 
+from .helpers.advantages import INF, MASKS, NAN, double, rollout
 from .helpers.bounds import check_error
-from .test_gae import INF, MASKS, NAN, batch
 
 LOGPROBS, REF_LOGPROBS = [-1.0, -2.0, -1.5], [-1.5, -2.25, -1.0]  # k1: .5, .25, -.5
 VALUES = [0.5, 0.25, -0.5]
-
-
-def rollout(b: int, t: int, mask: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every argument that is a tensor of tokens or a score; what the mask leaves out is NaN and inf."""
-    _, values, m = batch(b, t, mask, seed)
-    g = torch.Generator().manual_seed(seed + 1)
-    logprobs = -torch.rand(b, t, generator=g)
-    ref = logprobs + 0.3 * torch.randn(b, t, generator=g)
-    return {
-        "scores": 2 * torch.randn(b, generator=g),
-        "logprobs": torch.where(m, logprobs, NAN),
-        "ref_logprobs": torch.where(m, ref, -INF),
-        "values": values,
-        "mask": m,
-    }
-
-
-def double(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
 
 
 def by_hand(mask=(1, 1, 1), score=2.0, **options):

@@ -8,6 +8,8 @@ import torch
 from rlhf_kernels import _native, sample_tokens
 from rlhf_kernels.reference.sample_tokens import philox, uniform
 
+from .helpers.samples import brute_force, rows
+
 PHILOX = [  # Random123, kat_vectors: key, counter, result
     ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -23,16 +25,6 @@ PHILOX = [  # Random123, kat_vectors: key, counter, result
 def test_philox_gives_the_published_numbers(key, counter, expected):
     assert tuple(int(w) for w in philox(key, tuple(torch.tensor(c) for c in counter))) == expected
     assert _native.extension().philox4x32(*key, *counter) == expected
-
-
-def rows(b: int, v: int, *, seed: int = 0, dtype=torch.float32, spread: float = 3.0, step: float | None = None):
-    """Logits, sequence and position numbers; with `step` the logits lie on a grid and many of them are equal."""
-    g = torch.Generator().manual_seed(seed)
-    logits = spread * torch.randn(b, v, generator=g)
-    if step:
-        logits = (logits / step).round() * step
-    numbers = {k: torch.randint(0, 2**40, (b,), generator=g) for k in ("sequence", "position")}
-    return logits.to(dtype), {"seed": 12345} | numbers
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -81,23 +73,6 @@ def test_frequencies(isa, filters):
     quantile = degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3  # Wilson-Hilferty
     assert chi2 < quantile
     torch.testing.assert_close(draws.sampling_logprobs.double(), p.log()[draws.ids], rtol=1e-5, atol=1e-5)
-
-
-def brute_force(z: torch.Tensor, *, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
-    """Probabilities of one row after the filters, each by a full sort and plain loops."""
-    order = sorted(range(len(z)), key=lambda i: -z[i].item())
-    limit = z[order[top_k - 1]].item() if top_k and top_k < len(z) else -math.inf
-    p = torch.where(z >= limit, z, -math.inf).softmax(0)
-    if top_p is not None:
-        mass = 0.0
-        for i in order:
-            mass += p[i].item()
-            if mass >= top_p:
-                limit = max(limit, z[i].item())
-                break
-    if min_p:
-        limit = max(limit, z.max().item() + math.log(min_p))
-    return torch.where(z >= limit, z, -math.inf).softmax(0)
 
 
 @pytest.mark.parametrize("v", [1, 2, 15, 16, 33, 1000, 1024, 1031, 5000])
