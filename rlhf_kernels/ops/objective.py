@@ -246,17 +246,17 @@ class ObjectiveTerms(NamedTuple):
     def sums(self, kernels: Kernels, logprobs, entropy, values, old_values, returns) -> tuple[Tensor, Tensor, Tensor]:
         """Return the slopes of the log-probs and of the values, times their denominators, and the kernels' sums."""
         return kernels.ppo_loss(
-            self.ppo,
-            Sequences(self.num_sequences, self.length, self.cu_seqlens),
-            self.sequence_level,
-            self.mask,
-            logprobs,
-            entropy,
-            values,
-            old_values,
-            returns,
-            self.value_mask,
-            self.value_row_weight,
+            ppo=self.ppo,
+            sequences=Sequences(self.num_sequences, self.length, self.cu_seqlens),
+            sequence_level=self.sequence_level,
+            mask=self.mask,
+            logprobs=logprobs,
+            entropy=entropy,
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            value_mask=self.value_mask,
+            value_row_weight=self.value_row_weight,
         )
 
     def loss(self, sums: Tensor, *, valued: bool) -> Tensor:

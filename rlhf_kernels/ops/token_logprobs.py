@@ -160,7 +160,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_logprobs, grad_entropy, _):
     gradients = dict.fromkeys(NAMES)
-    if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
+    of_logits = dict(zip(NAMES, ctx.needs_input_grad, strict=True))["logits"]
+    if not of_logits or (grad_logprobs is None and grad_entropy is None):
         return tuple(gradients.values())
     stats, logits, ids, mask, temperatures = ctx.saved_tensors
     transform = ctx.scalars.transform._replace(temperatures=temperatures)

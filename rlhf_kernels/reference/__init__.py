@@ -1,6 +1,7 @@
 """Eager PyTorch, in the dtype it is given (float64 too) and through autograd: the definition of every op.
 
-The functions trust their arguments; `rlhf_kernels.ops` checks them once for all backends.
+The functions trust their arguments; `rlhf_kernels.ops` checks them once for all backends, and imports this package only when
+the reference serves a call.
 """
 
 from .decode_attention import decode_attention

@@ -26,11 +26,11 @@ FRONT = 208  # bytes of a block's shared memory in front of its part of a row
 SPLITS = {"one block": 65536, "two": 464, "four": 240, "eight": 128, "two passes": 16}  # bytes of 203 logits in float32
 
 
-def ppo_loss(*arguments):
+def ppo_loss(**arguments):
     """The launcher of the loss from log-probs, of the backend that can run here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "_C", REAL)
-        return _cpu.ppo_loss(*arguments)
+        return _cpu.ppo_loss(**arguments)
 
 
 @pytest.fixture(autouse=True)

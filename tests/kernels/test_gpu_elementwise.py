@@ -113,3 +113,16 @@ def test_group_advantages_of_nobody_and_of_half_precision():
     assert got.dtype == torch.float32
     assert torch.equal(got, group_advantages(scores[:, 1].bfloat16().float(), index, backend="triton"))
     assert group_advantages(scores[:0, 0], index[:0], backend="triton").shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_accumulate(backend, dtype):
+    """Each backend sums parts of any dtype in float32, and the first part replaces what was there."""
+    device = torch.device("cpu") if backend == "cpu" else DEVICE
+    first, second = (torch.randn(7, 65, device=device).to(dtype) for _ in range(2))
+    total = torch.full((7, 65), torch.nan, device=device)
+    kernels(backend).accumulate(total, first, first=True)
+    assert torch.equal(total, first.float())
+    kernels(backend).accumulate(total, second, first=False)
+    assert torch.equal(total, first.float() + second.float())
