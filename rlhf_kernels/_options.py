@@ -65,7 +65,7 @@ class Scalar(NamedTuple):
     name: str  # the keyword, the field of PpoScalars and the member of csrc/math/ppo.h
     default: Any
     choices: tuple[str, ...] = ()  # of a choice; the kernels receive the index
-    limits: dict[str, float] | None = None  # of a number: keywords of checks.number
+    limits: dict[str, Any] | None = None  # of a number: keywords of checks.number
     off: float | str | None = None  # what the kernels receive for None: a number, or the value of the option so named
     objectives: tuple[str, ...] = OBJECTIVES  # those that read it
     needs: str = ""  # the option without which it has no effect

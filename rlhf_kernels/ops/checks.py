@@ -4,6 +4,7 @@ They read metadata, so that none waits for a GPU or breaks a compiled graph, and
 """
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -184,6 +185,14 @@ def dense(x: Tensor) -> Tensor:
     if x.dtype is torch.float32 and x.is_contiguous():
         return x
     return x.to(torch.float32).contiguous()
+
+
+@overload
+def flat(x: Tensor) -> Tensor: ...
+
+
+@overload
+def flat(x: Tensor | None) -> Tensor | None: ...
 
 
 def flat(x: Tensor | None) -> Tensor | None:

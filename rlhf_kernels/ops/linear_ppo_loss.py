@@ -118,7 +118,7 @@ def check_value_head(hidden: Tensor, value_weight: Tensor | None, value_bias: Te
 
 
 class Leaves(NamedTuple):
-    """The differentiable inputs, or what belongs to each of them."""
+    """The differentiable inputs."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
@@ -142,6 +142,9 @@ class Inputs(NamedTuple):
     terms: ObjectiveTerms
     backend: str
 
+    def needed(self) -> dict[str, bool]:
+        return dict(zip(Leaves._fields, self.needs, strict=True))
+
     def plan(self) -> Plan:
         dtype, vocab = self.leaves.hidden.dtype, len(self.leaves.weight)
         return Plan.of(self.ids.numel(), vocab, dtype, self.backend, self.chunk_tokens, self.compact)
@@ -151,14 +154,14 @@ NAMES = names_of(Inputs)
 
 
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    leaves, terms, needs, values = x.leaves, x.terms, Leaves(*x.needs), x.leaves.values
+    leaves, terms, needs, values = x.leaves, x.terms, x.needed(), x.leaves.values
     hidden, n, launch, plan = leaves.hidden, len(x.ids), kernels(x.backend), x.plan()
     rows = HeadRows.of(hidden, x.ids, x.transform, terms.mask, gather=plan.compact)
     if leaves.value_weight is not None:
         values = value_forward(hidden, leaves.value_weight, leaves.value_bias, terms.value_mask)
     head = Head(leaves.weight, leaves.bias)
     targets = [None if y is None else y.contiguous() for y in (values, x.old_values, x.returns)]
-    needs_head = (needs.hidden, needs.weight, needs.bias)
+    needs_head = (needs["hidden"], needs["weight"], needs["bias"])
     if terms.sequence_level:
         stats = head_stats(launch, head, rows, plan)
         slope, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
@@ -168,8 +171,7 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
         stats, results = ppo_pass(launch, head, rows, terms.ppo, n, plan, needs_head)
         _, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
     d_hidden, d_weight, d_bias = results
-    value_gradients = _value_backward(leaves, value_slope, d_hidden, terms, needs)
-    gradients = Leaves(d_hidden, d_weight, d_bias, *value_gradients)
+    gradients = (d_hidden, d_weight, d_bias, *_value_backward(leaves, value_slope, d_hidden, terms, needs))
     loss = terms.loss(sums, valued=values is not None)
     return loss, terms.metrics(sums), *(hidden.new_empty(0) if g is None else g for g in gradients)
 
@@ -197,7 +199,7 @@ def _float_rows(hidden: Tensor, mask: Tensor) -> Iterator[Tensor]:
 
 
 def _value_backward(
-    leaves: Leaves, slope: Tensor, d_hidden: Tensor | None, terms: ObjectiveTerms, needs: Leaves
+    leaves: Leaves, slope: Tensor, d_hidden: Tensor | None, terms: ObjectiveTerms, needs: dict[str, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of value weight, value bias and values; add the value head's part to `d_hidden`.
 
@@ -206,28 +208,24 @@ def _value_backward(
     hidden, weight, d = leaves.hidden, leaves.value_weight, terms.denominators
     slope = slope * (terms.vf_coef / d.value)
     if weight is None:
-        return None, None, slope if needs.values else None
+        return None, None, slope if needs["values"] else None
     if d_hidden is not None:
         d_hidden.addr_(slope * d.policy, weight.float())
     d_weight = None
-    if needs.value_weight:
+    if needs["value_weight"]:
         pieces = zip(slope.split(VALUE_ROWS), _float_rows(hidden, terms.value_mask), strict=True)
         with torch.autocast(hidden.device.type, enabled=False):
             d_weight = sum((s @ h for s, h in pieces), torch.zeros(len(weight), device=weight.device))
-    return d_weight, slope.double().sum().float() if needs.value_bias else None, None
+    return d_weight, slope.double().sum().float() if needs["value_bias"] else None, None
 
 
 def _fake(x: Inputs) -> tuple[Tensor, ...]:
-    hidden, f32 = x.leaves.hidden, torch.float32
-    dtypes = Leaves(f32, x.plan().sum_dtype, f32, f32, f32, f32)
-    return (
-        hidden.new_empty((), dtype=f32),
-        hidden.new_empty(len(METRICS), dtype=f32),
-        *(
-            hidden.new_empty(leaf.shape if needed else (0,), dtype=dtype)
-            for leaf, needed, dtype in zip(x.leaves, x.needs, dtypes, strict=True)
-        ),
-    )
+    hidden, f32, needs = x.leaves.hidden, torch.float32, x.needed()
+    gradients = [
+        hidden.new_empty(leaf.shape if needs[name] else (0,), dtype=x.plan().sum_dtype if name == "weight" else f32)
+        for name, leaf in x.leaves._asdict().items()
+    ]
+    return hidden.new_empty((), dtype=f32), hidden.new_empty(len(METRICS), dtype=f32), *gradients
 
 
 class LinearPpoLoss(torch.autograd.Function):
@@ -252,12 +250,10 @@ class LinearPpoLoss(torch.autograd.Function):
         if torch.is_grad_enabled() and checks.is_eager(grad_loss):
             refuse(ctx)  # create_graph=True: the gradients are constants
         denominators, *gradients = ctx.saved_tensors
-        # The head's gradients are not divided yet; see HeadGradients.
-        of_head = grad_loss / Denominators(*denominators).policy
-        scales = Leaves(of_head, of_head, of_head, grad_loss, grad_loss, grad_loss)
-        of_leaves = zip(Leaves._fields, gradients, scales, ctx.dtypes, ctx.needs, strict=True)
-        for name, gradient, scale, dtype, needed in of_leaves:
+        of_head = grad_loss / Denominators(*denominators).policy  # not divided yet, see HeadGradients
+        for name, gradient, dtype, needed in zip(Leaves._fields, gradients, ctx.dtypes, ctx.needs, strict=True):
             if needed:
+                scale = of_head if name in ("hidden", "weight", "bias") else grad_loss
                 results[name] = scaled(gradient, scale, dtype, ctx.backend)
         return tuple(results.values())
 

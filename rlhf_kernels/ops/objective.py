@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._options import DENOMINATORS, OPTIONS, SCALARS, TOKEN_TENSORS, PPOArguments, Scalar
+from .._options import DENOMINATORS, OPTIONS, SCALARS, TOKEN_TENSORS, PPOArguments, PPOOptions, Scalar
 from ..backend import Kernels
 from ..launch_args import METRICS, SUMS, PPOLoss, PpoRows, PpoScalars, Sequences
 from . import checks
 
 
-def parse(caller: str, options: dict[str, Any]) -> PPOArguments:
+def parse(caller: str, options: PPOOptions) -> PPOArguments:
     """Return the options of a call; raise TypeError with the nearest name for one that does not exist."""
     for name in options:
         if name not in OPTIONS:
