@@ -297,7 +297,7 @@ def test_varlen_is_called_as_torch_declares_it(monkeypatch, window):
 def test_when_varlen_serves(monkeypatch):
     device, half = torch.device("cuda"), torch.bfloat16
     assert why_no_varlen(torch.device("cpu"), half) == "it takes CUDA tensors, not cpu ones"
-    assert "reads pages with FA3 or FA4 alone" in why_no_varlen(device, half)
+    assert "reads pages with FA3 or FA4 only" in why_no_varlen(device, half)
     assert choose("paged_attention", device, half).backend == "triton"
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -305,7 +305,7 @@ def test_when_varlen_serves(monkeypatch):
     assert why_no_varlen(device, torch.float32) == "it takes bfloat16 and float16, not torch.float32"
     assert choose("paged_attention", device, torch.float32).backend == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert why_no_varlen(device, half) == "FA3 reads pages on sm_90 alone"
+    assert why_no_varlen(device, half) == "FA3 reads pages on sm_90 only"
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value: None)
     assert "takes no block table" in why_no_varlen(device, half)
 
