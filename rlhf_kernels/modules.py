@@ -54,6 +54,11 @@ class FusedHead(nn.Module):
         self.register_load_state_dict_pre_hook(_with_layer)
 
     @classmethod
+    def of(cls, model: nn.Module, **options: Any) -> FusedHead:
+        """Return the head of a Hugging Face causal LM, with the softcap and logit scale of its config."""
+        return cls(model.get_output_embeddings(), **transform_of(model), **options)
+
+    @classmethod
     def replacing(cls, layer: nn.Module, **options: Any) -> FusedHead:
         """Return a head that has the parameters of a linear layer under their names, to replace it in a model.
 
@@ -67,7 +72,10 @@ class FusedHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
         """Return the logits of a few rows, for sampling."""
-        product = self._product(hidden)
+        return self.transform(self._product(hidden))
+
+    def transform(self, product: Tensor) -> Tensor:  # (..., V) -> (..., V)
+        """Return `softcap * tanh(logit_scale * product / softcap)`."""
         if self.logit_scale != 1.0:
             product = product * self.logit_scale
         return product if self.softcap is None else self.softcap * torch.tanh(product / self.softcap)
@@ -173,6 +181,22 @@ class FusedHead(nn.Module):
 
     def _options(self) -> dict[str, Any]:
         return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
+
+
+def transform_of(model: nn.Module) -> dict[str, float | None]:
+    """Return softcap and logit scale under the names of the Hugging Face families.
+
+    `final_logit_softcapping` (Gemma) caps, `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply,
+    `logits_scaling` (Granite) divides.
+    """
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= float(getattr(config, name, None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return {"softcap": None if softcap is None else float(softcap), "logit_scale": scale}
 
 
 class _Wanted:

@@ -1,14 +1,13 @@
 """One backbone and its heads, in the roles that PPO needs."""
 
 from rlhf_engine.model.actor_critic import ActorCritic, FrozenCopy, LanguageModel, frozen_copy
-from rlhf_engine.model.heads import HeadTransform, ValueHead
+from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch, token_batch
 from rlhf_engine.model.roles import Outputs, Policy, Reference, Reward, ValueFunction
 
 __all__ = [
     "ActorCritic",
     "FrozenCopy",
-    "HeadTransform",
     "LanguageModel",
     "Outputs",
     "Policy",

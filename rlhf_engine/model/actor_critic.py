@@ -9,6 +9,7 @@ Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self, get_args
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_engine.model.heads import HeadTransform, ValueHead
+from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import Outputs, ValueFunction, Want
 from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, packs, products
 from rlhf_engine.model.upcast import upcast_products
-from rlhf_kernels import PPOLoss, TokenLogprobs, linear_ppo_loss, linear_token_logprobs
+from rlhf_kernels import FusedHead, PPOLoss, TokenLogprobs
 
 _WANTS = frozenset(get_args(Want))
 
@@ -44,6 +45,9 @@ class LanguageModel(nn.Module):
         gradient_checkpointing: run the trunk's layers again in the backward pass.
     """
 
+    head: FusedHead
+    """The output layer, a `torch.nn.Linear` of the model or peft's layer around one."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -58,7 +62,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"model: got {type(model).__name__}, which has no output embeddings; expected a causal LM")
         self.model = model
         self.trunk_name = _trunk_name(model)
-        self.transform = HeadTransform.from_config(model.config)
+        # Not a submodule: the layer is one of the model's already.
+        self.__dict__["head"] = FusedHead.of(model, backend=backend)
         self.value: ValueFunction | None = None
         self.backend, self.compute_dtype = backend, None
         self.eval()
@@ -171,39 +176,19 @@ class LanguageModel(nn.Module):
     ) -> Tensor:  # (N, V)
         with self.products():
             if project is not None:
-                return self.transform(project(hidden, self.lm_weight, self.lm_bias))
-            return self.transform(self.model.get_output_embeddings()(hidden))
+                return self.head.transform(project(*self.head.matrices(hidden)))
+            return self.head.logits(hidden)
 
     def _logprobs(self, hidden: Tensor, ids: Tensor, temperature: float, *, entropy: bool) -> TokenLogprobs:
         with self.products():
-            return linear_token_logprobs(
-                hidden, self.lm_weight, ids, temperature=temperature, entropy=entropy, **self._head_options()
-            )
+            return self.head.logprobs(hidden, ids, temperature=temperature, entropy=entropy)
 
     def _loss(self, hidden: Tensor, batch: TokenBatch, temperature: float, loss: Mapping[str, Any]) -> PPOLoss:
         options = dict(loss)
         if self.value is not None and "returns" in options:
             options |= self.value.loss_inputs(batch)
         with self.products():
-            return linear_ppo_loss(
-                hidden,
-                self.lm_weight,
-                batch.ids,
-                options.pop("old_logprobs"),
-                options.pop("advantages"),
-                options.pop("mask"),
-                temperature=temperature,
-                **self._head_options(),
-                **options,
-            )
-
-    def _head_options(self) -> dict[str, Any]:
-        return {
-            "bias": self.lm_bias,
-            "softcap": self.transform.softcap,
-            "logit_scale": self.transform.logit_scale,
-            "backend": self.backend,
-        }
+            return self.head.ppo_loss(hidden, batch.ids, temperature=temperature, **options)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -211,22 +196,32 @@ class LanguageModel(nn.Module):
         vocabulary = self.lm_weight.shape[0]
         ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
         hidden = self._states(TokenBatch(input_ids=ids))[None]
-        product = nn.functional.linear(hidden, self.lm_weight, self.lm_bias).float()
-        gain = _PROBE_LOGIT / max(float(self.transform(product).abs().max()), 1e-6)
+        product = nn.functional.linear(*self.head.matrices(hidden)).float()
+        gain = _PROBE_LOGIT / max(float(self.head.transform(product).abs().max()), 1e-6)
         handle = self.model.get_output_embeddings().register_forward_hook(lambda module, args, output: output * gain)
         try:
             theirs = self.model(input_ids=ids, use_cache=False).logits.float()
         finally:
             handle.remove()
-        ours = self.transform(product * gain)
+        ours = self.head.transform(product * gain)
         difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
         # The model rounds its product, the blow-up and the transform to the weights' type.
         allowed = _PROBE_LOGIT * (8 * torch.finfo(self.lm_weight.dtype).eps + 1e-6)
         if not difference <= allowed:
             raise ValueError(
                 f"model: {type(self.model).__name__}'s own log-probs differ from those made of its hidden states by "
-                f"{difference:.3g} (at most {allowed:.3g} expected); {self.transform.explain(product * gain, theirs)}"
+                f"{difference:.3g} (at most {allowed:.3g} expected); {_explain(ours, theirs)}"
             )
+
+
+def _explain(ours: Tensor, theirs: Tensor) -> str:
+    """Return the transform that would turn our logits into the model's own, in words for an error message."""
+    ratio, largest = (theirs * ours).sum() / ours.square().sum(), float(theirs.abs().max())
+    if torch.allclose(theirs, ratio * ours, rtol=1e-2, atol=1e-2 * largest):
+        return f"the model's logits are {float(ratio):.4g} times ours: a logit scale that its config does not show"
+    if largest < 0.9 * float(ours.abs().max()) and math.isfinite(largest):
+        return f"the model's logits stay within {largest:.4g}: a softcap that its config does not show"
+    return "it is neither a scale nor a softcap: a head of more than one matrix, or a trunk without its final norm"
 
 
 class ActorCritic(LanguageModel):

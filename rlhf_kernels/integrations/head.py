@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..launch_args import TokenLogprobs
-from ..modules import FusedHead
+from ..modules import FusedHead, transform_of
 from ..ops import checks
 
 LARGEST = 100.0
@@ -29,7 +29,7 @@ def fuse_head(model: nn.Module) -> FusedHead:
     layer = model.get_output_embeddings()
     if isinstance(layer, FusedHead):
         return layer
-    head = FusedHead.replacing(layer, **_transform_of(model))
+    head = FusedHead.replacing(layer, **transform_of(model))
     model.set_output_embeddings(head)
     training, fused = model.training, False
     model.eval()
@@ -45,22 +45,6 @@ def fuse_head(model: nn.Module) -> FusedHead:
             "which its config has; expected no other transform"
         )
     return head
-
-
-def _transform_of(model: nn.Module) -> dict[str, float | None]:
-    """Return softcap and logit scale under the names of the Hugging Face families.
-
-    `final_logit_softcapping` (Gemma) caps, `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply,
-    `logits_scaling` (Granite) divides.
-    """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= float(getattr(config, name, None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return {"softcap": None if softcap is None else float(softcap), "logit_scale": scale}
 
 
 @torch.no_grad()
@@ -79,9 +63,7 @@ def _transforms_logits_alike(model: nn.Module, head: FusedHead) -> bool:
         hook.remove()
     if len(calls) != 1:
         return False
-    expected = calls[0].float() * head.logit_scale
-    if head.softcap is not None:
-        expected = head.softcap * torch.tanh(expected / head.softcap)
+    expected = head.transform(calls[0].float())
     eps = torch.finfo(calls[0].dtype).eps
     # The model may round to its dtype after each of its three operations.
     return seen.shape[-1] == len(expected) and torch.allclose(

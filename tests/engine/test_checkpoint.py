@@ -113,7 +113,7 @@ def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path):
         save_file(
             {"weight": policy.value.weight.data, "bias": policy.value.bias.data}, place / "value_head.safetensors"
         )
-    tensors = optimizer_tensors(first.optimizer)
+    tensors = optimizer_tensors(first.update_rule.optimizer)
     save_file(tensors, folder / "optimizer.safetensors")
     state = first.state() | {"seed": 1, "optimizer_tensors": len(tensors), "data": {}}
     state["reference"] = fingerprint(first.reference.weights())

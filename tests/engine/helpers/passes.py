@@ -11,7 +11,7 @@ def hidden_of(model, ids, mask=None, **options):  # (B, S) -> (B, S, H)
 def logits_of(model, hidden):  # (..., H) -> (..., V)
     """Logits of the output layer itself, without any fused op."""
     with model.products():
-        return model.transform(model.model.get_output_embeddings()(hidden))
+        return model.head.transform(model.model.get_output_embeddings()(hidden))
 
 
 def logprobs_of(model, ids, **options):  # (B, S) -> (B, S - 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_engine.model import ActorCritic, FrozenCopy, HeadTransform, TokenBatch, ValueHead, token_batch
+from rlhf_engine.model import ActorCritic, FrozenCopy, TokenBatch, ValueHead, token_batch
 from tests.engine.helpers.passes import hidden_of, logprobs_of
 from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY, tiny
 
@@ -29,14 +29,15 @@ def test_left_padding_changes_nothing(family):
 @pytest.mark.parametrize(
     "family, changes, transform",
     [
-        ("gemma2", {}, HeadTransform(softcap=5.0)),
-        ("cohere", {}, HeadTransform(logit_scale=0.25)),
-        ("granite", {}, HeadTransform(logit_scale=0.25)),
-        ("llama", {}, HeadTransform()),
+        ("gemma2", {}, (5.0, 1.0)),
+        ("cohere", {}, (None, 0.25)),
+        ("granite", {}, (None, 0.25)),
+        ("llama", {}, (None, 1.0)),
     ],
 )
 def test_head_transform_comes_from_the_config(family, changes, transform):
-    assert ActorCritic(tiny(family, **changes)).transform == transform
+    head = ActorCritic(tiny(family, **changes)).head
+    assert (head.softcap, head.logit_scale) == transform
 
 
 class ScaledHead(torch.nn.Linear):

@@ -13,7 +13,8 @@ from tests.engine.helpers.passes import logprobs_of
 from tests.engine.helpers.tiny_models import VOCABULARY, tiny
 from tests.engine.helpers.tiny_trainer import ROLLOUT, SETTINGS, target_share
 
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.5)
+TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
+LORA = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.5)
 
 
 def make_adapted(wrap, scale=0.1):
