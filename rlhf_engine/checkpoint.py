@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RolloutConfig, RunConfig, flat_settings, load_saved_config, save_config
-from rlhf_engine.files import read_json, read_tensors, recover, require, with_new_folder, write_json
+from rlhf_engine.files import OPTIMIZER, read_json, read_tensors, recover, require, with_new_folder, write_json
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
-OPTIMIZER, TRAINER, CONFIG = "optimizer.safetensors", "trainer.json", "config.yaml"
+TRAINER, CONFIG = "trainer.json", "config.yaml"
 
 
 class Checkpointable(Protocol):

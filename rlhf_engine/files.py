@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
+OPTIMIZER = "optimizer.safetensors"
+"""File of an optimizer's state in a checkpoint."""
+
 _CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OSError, StrictDataclassError)
 """What transformers raises for a config.json that describes no model."""
 

@@ -1,11 +1,14 @@
 """The layering and the sizes that the design promises."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import rlhf_kernels
+from tests.engine.helpers.tiny_trainer import make_trainer
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for package in ("rlhf_kernels", "rlhf_engine") for p in (ROOT / package).rglob("*.py"))
@@ -181,3 +184,27 @@ def test_no_test_imports_another():
     for path in sorted((ROOT / "tests").rglob("*.py")):
         shared = [module for module, _ in imports(path) if module.split(".")[-1].startswith("test_")]
         assert not shared, f"{name(path)} imports {shared}"
+
+
+MOST_FILES, MOST_MODULES = 30, 70
+"""Files that a default update runs through on a CPU; modules of ours that importing the trainer loads."""
+
+
+def test_an_update_is_read_in_few_files():
+    trainer, files = make_trainer(), set()
+    trainer.step()  # what is made once is made
+    folders = tuple(f"{ROOT / package}/" for package in ("rlhf_engine", "rlhf_kernels"))
+    sys.setprofile(lambda frame, *_: files.add(frame.f_code.co_filename))
+    try:
+        trainer.step()
+    finally:
+        sys.setprofile(None)
+    ours = sorted(file.removeprefix(f"{ROOT}/") for file in files if file.startswith(folders))
+    assert len(ours) <= MOST_FILES, "\n".join(ours)
+
+
+def test_the_trainer_imports_few_modules():
+    count = "len([name for name in sys.modules if name.startswith(('rlhf_engine', 'rlhf_kernels'))])"
+    code = f"import sys, rlhf_engine.ppo.trainer; print({count})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= MOST_MODULES

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf_engine.config import save_config
 from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.examine import Answers, Examination
-from rlhf_engine.memory.meter import peak_rss_mb
+from rlhf_engine.memory.arena import peak_rss_mb
 from rlhf_engine.plots import plot_calibration, plot_curves, plot_histograms, plot_win_rates
 from rlhf_engine.supervised.reward_model import RankingEvaluation
 from rlhf_engine.supervised.sft import FitReport

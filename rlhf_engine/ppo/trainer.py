@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_engine.checkpoint import OPTIMIZER
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.files import require
+from rlhf_engine.files import OPTIMIZER, require
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
-from rlhf_engine.memory.meter import peak_rss_mb
+from rlhf_engine.memory.arena import peak_rss_mb
 from rlhf_engine.model import ActorCritic, Reference
 from rlhf_engine.model.heads import VALUE_HEAD
 from rlhf_engine.model.saving import copy_weights, save_policy

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.files import write_json
+from rlhf_engine.memory.arena import resident_mb
 from rlhf_engine.memory.malloc import return_freed_blocks
-from rlhf_engine.memory.meter import resident_mb
 from rlhf_engine.planner import MemoryPlan, ModelShape, UnknownMemoryError, Workload
 from rlhf_engine.planner.report import refuse
 

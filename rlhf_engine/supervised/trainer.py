@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_engine.checkpoint import OPTIMIZER
 from rlhf_engine.config import RewardConfig, SFTConfig
 from rlhf_engine.data import length_batches, lengths_of
+from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.metrics import progress
 from rlhf_engine.model.saving import copy_parameters
 from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step

@@ -14,7 +14,7 @@ import ctypes, gc, json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig
-from rlhf_engine.memory.meter import peak_rss_mb, phase_peak_mb, start_phase_peak
+from rlhf_engine.memory.arena import peak_rss_mb, phase_peak_mb, start_phase_peak
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout import Generator
 from rlhf_engine.ppo.build import build_trainer
@@ -69,7 +69,7 @@ def test_the_sum_of_the_phases_is_never_paid():
 TOGETHER = """
 import torch
 from rlhf_engine.memory import PeakMeter
-from rlhf_engine.memory.meter import peak_rss_mb
+from rlhf_engine.memory.arena import peak_rss_mb
 
 meter = PeakMeter(torch.device("cpu"))
 before = peak_rss_mb()
