@@ -1,0 +1,196 @@
+"""Tables of benchmarks/results: the rows of the README, and the pages of the section Results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from docs._tables import digits, seconds, table
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+class Row(NamedTuple):
+    """A line of the README's table: which check of which results file, and the words for it."""
+
+    words: str
+    file: str
+    check: str
+    group: str = ""
+    """Part of the title of the group that has the check; empty takes the first group that has it."""
+
+
+_CPU = (
+    Row("`linear_ppo_loss`, bfloat16: time over its three matrix products", "linear_ppo_loss", "ours / floor", "bfloat16"),
+    Row("`linear_ppo_loss`, bfloat16: MB above its inputs", "linear_ppo_loss", "extra MB, ours", "bfloat16"),
+    Row("PPO update, float32: time over TRL's `PPOTrainer`", "ppo_step", "seconds, ours in float32 / TRL", "sequences (TRL) and 760"),
+    Row("the same in bfloat16, on a processor without bfloat16", "ppo_step", "seconds, ours in bfloat16 / TRL", "sequences (TRL) and 760"),
+    Row("PPO update, TRL's micro-batches of 8: peak memory over TRL's", "ppo_step", "extra MB, ours in float32 / TRL", "of 8 sequences"),
+    Row("sampling, 7.3M parameters: tokens/s over transformers' `generate`", "rollout", "tokens/s, ours / transformers generate", "each: wall"),
+)  # fmt: skip
+
+_H200 = (
+    ("PPO update, 1.5B parameters: samples/s over TRL's `PPOTrainer`", "qwen2.5-1.5b: samples a second, ours / TRL"),
+    ("its peak memory: distance of planned / measured from 1", "qwen2.5-1.5b: planned by measured peak of train, from 1"),
+    ("its decode step: share of the memory-bandwidth bound", "qwen2.5-1.5b: decode, of its bandwidth bound"),
+    ("`linear_ppo_loss`, bfloat16: time over its three matrix products", "linear_ppo_loss / three products"),
+    ("`logits_ppo_loss`: share of the copy rate for 6NV bytes", "moving 6NV bytes / logits_ppo_loss forward+backward, triton"),
+    ("`gae`, 128 x 4096, Triton", "gae 128x4096, triton"),
+)  # fmt: skip
+
+
+def at_a_glance() -> str:
+    """Return the README's table: six checks on a CPU and six on an H200."""
+    rows = [("CPU, 2 cores", row.words, *_cells(_cpu_check(row))) for row in _CPU]
+    entries = {entry["name"]: entry for entry in _h200_entries()}
+    rows += [("H200", words, *_cells(entries[name])) for words, name in _H200]
+    return table(("on", "what", "measured", "bound", "met"), rows)
+
+
+def cpu_page() -> str:
+    """Return every group of every benchmark that ran on a CPU."""
+    return "\n".join(_benchmark(name) for name in _CPU_FILES)
+
+
+_CPU_FILES = {
+    "linear_ppo_loss": "`linear_ppo_loss` from hidden states",
+    "token_logprobs": "`token_logprobs` from logits",
+    "gae": "`gae` and `rollout_advantages`",
+    "ppo_step": "One PPO update",
+    "rollout": "Sampling",
+    "memory_plan": "Planned and measured memory",
+    "hygiene": "Prompt hygiene",
+}
+
+
+def integrations() -> str:
+    """Return a step of each peer's trainer with and without our head and loss."""
+    return _groups(_load("integrations"))
+
+
+def h200_bounds() -> str:
+    """Return every bound of the run on an H200."""
+    rows = [(entry["name"], *_cells(entry)) for entry in _h200_entries() if "bound" in entry]
+    return table(("what", "measured", "bound", "met"), rows)
+
+
+def h200_measured() -> str:
+    """Return what each step of the run measured."""
+    wanted = ("ceilings", "heads", "tokens", "peers", "engine")
+    steps = [step for step in _load("h200/results")["steps"] if step["name"] in wanted]
+    parts = []
+    for step in steps:
+        rows = [(e["name"], _value(e), e.get("note", "")) for e in step["entries"] if e["value"] is not None]
+        parts.append(f"### {step['name']}\n\n" + table(("what", "measured", "note"), rows))
+    return "\n".join(parts)
+
+
+def h200_machine() -> str:
+    """Return the machine and the versions of the run on an H200."""
+    run = _load("h200/results")
+    wanted = ("device", "memory", "driver_version before", "torch", "triton", "transformers", "trl", "liger-kernel",
+              "cut-cross-entropy", "python")  # fmt: skip
+    facts = {e["name"]: e["value"] for e in next(s for s in run["steps"] if s["name"] == "environment")["entries"]}
+    rows = [(name.removesuffix(" before"), facts[name]) for name in wanted if name in facts]
+    return table(("", ""), [("started", run["started"]), ("finished", run["finished"]), *rows])
+
+
+def seeds() -> str:
+    """Return the demo's seeds."""
+    runs = _load("demo_seeds")["runs"]
+    rows = []
+    for run in runs:
+        rates = run["win_rates"]
+        best, same = rates["SFT, best of 16 by the reward model"], rates["SFT against itself, resampled"]
+        rows.append((run["seed"], _rate(rates["PPO"]), _short(best["rate"]), _short(same["rate"]), f"{run['kl']:.2f}"))
+    head = ("seed", "PPO over SFT", "SFT, best of 16 by the reward model", "SFT against itself", "KL to SFT, nats per sequence")
+    return table(head, rows)
+
+
+def ptx() -> str:
+    """Return win rate and perplexity of PPO and PPO-ptx."""
+    policies = _load("ptx_coef")["policies"]
+    base = policies["SFT"]["perplexity"]
+    rows = [
+        ("SFT, other random numbers" if name == "SFT" else name, _rate(policy), f"{policy['perplexity']:.2f}",
+         "" if name == "SFT" else f"{policy['perplexity'] - base:+.2f}")
+        for name, policy in policies.items()
+    ]  # fmt: skip
+    return table(("policy", "win rate over SFT", "perplexity", "difference to SFT's"), rows)
+
+
+def figure() -> str:
+    """Return the paper's figure in miniature, as a table."""
+    contestants = _load("figure")["contestants"]
+    sizes = [entry["parameters"] for entry in next(iter(contestants.values()))]
+    head = ["", *(word for size in sizes for word in (f"{size:,} parameters", "perplexity"))]
+    rows = [
+        [name, *(cell for e in entries for cell in (_rate(e["win_rate"]), f"{e['perplexity']:.2f}"))]
+        for name, entries in contestants.items()
+    ]
+    return table(head, rows)
+
+
+def _benchmark(name: str) -> str:
+    results = _load(name)
+    machine = results["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v != "not installed")
+    where = f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads, {machine['time'][:10]}; {versions}."
+    command = f"`python -m benchmarks {name}`"
+    return f"## {_CPU_FILES[name]}\n\n{command}. {where}\n\n" + _groups(results)
+
+
+def _groups(results: dict[str, Any]) -> str:
+    return "\n".join(_group(group) for group in results["groups"])
+
+
+def _group(group: dict[str, Any]) -> str:
+    rows = [
+        (row["name"], seconds(row["best"]), seconds(row["median"]),
+         digits(row["ratio_to_floor"]) if row.get("ratio_to_floor") else "",
+         digits(row["extra_mb"]) if row.get("extra_mb") is not None else "", row["note"] or row["error"] or "")
+        for row in group["rows"]
+    ]  # fmt: skip
+    text = f"### {group['title']}\n\n" + table(("case", "best", "median", "over the floor", "extra MB", "note"), rows)
+    if group["checks"]:
+        checks = [(check["name"], *_cells(check)) for check in group["checks"]]
+        text += "\n" + table(("check", "measured", "bound", "met"), checks)
+    return text
+
+
+def _cpu_check(row: Row) -> dict[str, Any]:
+    for group in _load(row.file)["groups"]:
+        for check in group["checks"]:
+            if check["name"] == row.check and row.group in group["title"]:
+                return check
+    raise ValueError(f"{row.file}.json has no check {row.check!r} in a group {row.group!r}")
+
+
+def _h200_entries() -> list[dict[str, Any]]:
+    return [entry for step in _load("h200/results")["steps"] for entry in step["entries"]]
+
+
+def _cells(check: dict[str, Any]) -> tuple[str, str, str]:
+    sign = ">=" if check.get("at_least") else "<="
+    unit = f" {check['unit']}" if check.get("unit") else ""
+    met = "yes" if check["met"] else "**no**"
+    return _value(check), f"{sign} {check['bound']:g}{unit}", met
+
+
+def _value(entry: dict[str, Any]) -> str:
+    value = entry["value"]
+    text = digits(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return f"{text} {entry['unit']}" if entry.get("unit") else text
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    return f"{_short(rate['rate'])} [{_short(rate['low'])}, {_short(rate['high'])}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())

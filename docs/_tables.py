@@ -1,0 +1,28 @@
+"""Markdown tables and numbers of three digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table; `|` in a cell is escaped."""
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def digits(value: float, count: int = 3) -> str:
+    """Return `value` with `count` significant digits; larger numbers are rounded to integers."""
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 10**count else f"{value:#.{count}g}".rstrip(".")
+
+
+def seconds(value: float | None) -> str:
+    """Return a time in the unit that suits it."""
+    if value is None:
+        return ""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{digits(value * factor)} {unit}"
+    return f"{digits(value * 1e6)} us"

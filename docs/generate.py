@@ -1,0 +1,72 @@
+"""`python -m docs.generate`: write the generated parts of README.md and of the pages; `--check` reports those that are stale.
+
+A generated part is what is between `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is one of `PARTS`, or `$ COMMAND`: then
+the part is that `rlhf` command's output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from docs import _reference, _results
+from rlhf_engine.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+
+PARTS: dict[str, Callable[[], str]] = {
+    "results at a glance": _results.at_a_glance,
+    "results on a CPU": _results.cpu_page,
+    "integrations": _results.integrations,
+    "bounds on an H200": _results.h200_bounds,
+    "measured on an H200": _results.h200_measured,
+    "machine with an H200": _results.h200_machine,
+    "demo seeds": _results.seeds,
+    "ptx coefficients": _results.ptx,
+    "figure": _results.figure,
+    "configuration": _reference.configuration,
+    "command line": _reference.command_line,
+}
+
+_PART = re.compile(r"(<!-- begin (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def generated(page: str) -> str:
+    """Return the text of a page with its generated parts as they are now."""
+    return _PART.sub(lambda match: f"{match[1]}\n{_part(match[2])}\n{match[4]}", page)
+
+
+def _part(name: str) -> str:
+    if name.startswith("$ rlhf "):
+        result = CliRunner().invoke(app, shlex.split(name)[2:])
+        if result.exit_code:
+            raise ValueError(f"{name}: exit code {result.exit_code}: {result.output}") from result.exception
+        return f"```text\n{result.output.strip()}\n```\n"
+    return PARTS[name]()
+
+
+def main() -> int:
+    """Write the pages, or report which ones are stale."""
+    parser = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is stale")
+    check = parser.parse_args().check
+    stale = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        new = generated(text)
+        if new != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    print("\n".join(f"{'stale' if check else 'written'}: {name}" for name in stale) or "every page is current")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
