@@ -1,7 +1,7 @@
 """`python -m docs.generate`: write the generated parts of README.md and of the pages; `--check` reports those that are stale.
 
-A generated part is what is between `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is one of `PARTS`, or `$ COMMAND`: then
-the part is that `rlhf` command's output.
+A generated part is what is between `<!-- begin NAME -->` and `<!-- end -->`. NAME is one of `PARTS`, or `$ COMMAND`: then the part is
+the output of that `rlhf` command, from the first line that begins with TEXT if the name is `$ COMMAND | from TEXT`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ def generated(page: str) -> str:
 
 def _part(name: str) -> str:
     if name.startswith("$ rlhf "):
-        result = CliRunner().invoke(app, shlex.split(name)[2:])
+        command, _, start = name.partition(" | from ")
+        result = CliRunner().invoke(app, shlex.split(command)[2:])
         if result.exit_code:
             raise ValueError(f"{name}: exit code {result.exit_code}: {result.output}") from result.exception
-        return f"```text\n{result.output.strip()}\n```\n"
+        lines = result.output.strip().splitlines()
+        first = next(number for number, line in enumerate(lines) if line.startswith(start))
+        return "\n".join(["```text", *lines[first:], "```", ""])
     return PARTS[name]()
 
 
