@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -30,16 +31,18 @@ def _section(section: Section, path: str) -> Iterator[str]:
         if is_dataclass(hint):
             below.append((name, value, docs[item.name]))
             continue
-        rows.append((f"`{name}`", type_words(hint), f"`{_as_yaml(value)}`", docs[item.name]))
+        rows.append((f"`{name}`", f"`{_as_yaml(value)}`", f"{docs[item.name]} *{type_words(hint)}*"))
     if not path:
         yield "## Top level\n"
-    yield table(("key", "type", "default", "meaning"), rows)
+    yield table(("key", "default", "meaning, and values"), rows)
     for name, value, doc in below:
         yield f"## {name}\n\n{doc}\n"
         yield from _section(value, f"{name}.")
 
 
 def _as_yaml(value: Any) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value)
     plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 

@@ -1,7 +1,8 @@
 """`python -m docs.generate`: write the generated parts of README.md and of the pages; `--check` reports those that are stale.
 
-A generated part is what is between `<!-- begin NAME -->` and `<!-- end -->`. NAME is one of `PARTS`, or `$ COMMAND`: then the part is
-the output of that `rlhf` command, from the first line that begins with TEXT if the name is `$ COMMAND | from TEXT`.
+A generated part is what is between `<!-- begin NAME -->` and `<!-- end -->`. NAME is one of `PARTS`, or
+`$ COMMAND`: then the part is the output of that `rlhf` command, from the first line that begins with TEXT if the name is
+`$ COMMAND | from TEXT`.
 """
 
 from __future__ import annotations

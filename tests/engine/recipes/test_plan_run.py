@@ -179,7 +179,7 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert code == 2 and "model.path: got nothing" in err
 
 
-def test_readme_shows_what_the_command_prints():
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+def test_the_guide_shows_what_the_command_prints():
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "memory.md").read_text()
     plan = MemoryPlan.of(replace(Workload.of(RunConfig(), *[ModelShape.of("qwen2.5-7b")] * 2), device="cuda"))
-    assert items_table(plan) in readme
+    assert items_table(plan) in guide
