@@ -62,5 +62,8 @@ $(PEERS)/.built: $(SOURCES) benchmarks/constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/trl-current trl==1.16.0
 	touch $@
 
+.PHONY: docs
+docs: build ; $(BIN)/python -m pip install --quiet mkdocs-material 'mkdocstrings[python]' latex2mathml && $(BIN)/python -m mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) $(PEERS) build runs *.egg-info rlhf_kernels/*.so

@@ -1,7 +1,7 @@
 """The fenced blocks of a page, and what runs them.
 
-A fence begins with its language. After it may come `title="NAME"`, which for `text` blocks is `output` and for others the file that
-the reader saves the block as, and `not_run="REASON"`.
+A fence begins with its language. Then may follow `title="NAME"`, which is `output` for `text` blocks and the name of a file
+for the others, and `not_run="REASON"`.
 """
 
 from __future__ import annotations
