@@ -34,7 +34,7 @@ _CPU = (
         *("ppo_step", "seconds, ours in float32 / TRL", "of 32 sequences"),
     ),
     Row(
-        "the same in bfloat16, on a processor without bfloat16",
+        "the same in bfloat16, on a processor without bfloat16 instructions",
         *("ppo_step", "seconds, ours in bfloat16 / TRL", "of 32 sequences"),
     ),
     Row(
