@@ -70,7 +70,7 @@ def _commands(command: Any, path: str) -> Iterator[str]:
     usage += ["[OPTIONS]"] if any(p.param_type_name != "argument" and not p.required for p in command.params) else []
     yield f"## {path}\n\n```text\n{' '.join(usage)}\n```\n\n{inspect.cleandoc(command.help or '')}\n"
     if rows:
-        yield table(("option", "default", ""), rows)
+        yield table(("option", "default", "meaning"), rows)
 
 
 def _default(parameter: Any) -> str:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; `|` in a cell is escaped."""
-    lines = [list(head), ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    """Return a Markdown table without the columns that are empty in every row; `|` in a cell is escaped."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    kept = [column for column in range(len(head)) if any(row[column] for row in cells)]
+    lines = [[line[column] for column in kept] for line in (head, ["---"] * len(head), *cells)]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
 def digits(value: float, count: int = 3) -> str:

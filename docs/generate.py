@@ -51,7 +51,7 @@ def _part(name: str) -> str:
             raise ValueError(f"{name}: exit code {result.exit_code}: {result.output}") from result.exception
         lines = result.output.strip().splitlines()
         first = next(number for number, line in enumerate(lines) if line.startswith(start))
-        return "\n".join(["```text", *lines[first:], "```", ""])
+        return "\n".join(['```text title="output"', *lines[first:], "```", ""])
     return PARTS[name]()
 
 
