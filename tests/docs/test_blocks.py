@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.docs.helpers.blocks import Reader, blocks_of, commands, pages
+from tests.docs.helpers.blocks import ROOT, Reader, blocks_of, commands, pages
 from tests.engine.helpers.cli_run import new_model, new_run
 
 SMALL = [
@@ -74,6 +74,8 @@ def test_readme_runs_and_trains_a_model_of_every_stage(folder, model):
     read("README.md", folder, model)
     numbers = [json.loads(line) for line in (folder / "runs/mine_ptx/metrics.jsonl").read_text().splitlines()]
     assert numbers[-1]["ptx_loss"] > 0
+    explained = (ROOT / "docs/reference/metrics.md").read_text()
+    assert not [name for name in numbers[-1] if f"`{name}`" not in explained and name not in ("stage", "step")]
     for stage in ("runs/mine/sft", "runs/mine/rm", "runs/mine/ppo", "runs/mine_ptx/ppo"):
         assert (folder / stage / "model.safetensors").is_file()
 
