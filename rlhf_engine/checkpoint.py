@@ -44,18 +44,23 @@ class Checkpointable(Protocol):
     @property
     def done(self) -> int:
         """Finished optimizer steps, or updates of PPO."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """Return counters, positions, coefficients and running statistics, as JSON."""
+        ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what changes and is in no file of `write_model`: the optimizer's state, by name."""
+        ...
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the tensors that `write_model` writes."""
+        ...
 
     def constants(self) -> Mapping[str, Iterable[tuple[str, torch.Tensor]]]:
         """Return named tensors that a resumed run must have as they were, by their role; they are saved as fingerprints."""
+        ...
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Write the model into an existing folder, as `from_pretrained` reads it."""

@@ -45,10 +45,12 @@ def field_docs(section: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in section.__bases__:
         docs |= field_docs(base) if is_dataclass(base) else {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
-    for statement, following in pairwise(body):
+    source = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+    assert isinstance(source, ast.ClassDef)
+    for statement, following in pairwise(source.body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            words = " ".join(inspect.cleandoc(following.value.value).split())
+            assert isinstance(statement.target, ast.Name) and isinstance(following.value, ast.Constant)
+            words = " ".join(inspect.cleandoc(str(following.value.value)).split())
             docs[statement.target.id] = re.sub(r"\bNone\b", "null", words)
     return docs
 
@@ -66,7 +68,8 @@ def type_words(hint: Any) -> str:
     if origin is tuple:
         every = arguments[-1] is Ellipsis
         return f"list of {type_words(arguments[0])}" if every else f"[{', '.join(map(type_words, arguments))}]"
-    return {str: "text", bool: "true | false"}.get(hint, hint.__name__)
+    words: dict[Any, str] = {str: "text", bool: "true | false"}
+    return words[hint] if hint in words else hint.__name__
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:

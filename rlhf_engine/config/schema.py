@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ PositiveShare = Annotated[float, Range(above=0.0, at_most=1.0)]
 class Section:
     """Base of every config section: checks and normalises its fields on construction."""
 
+    if TYPE_CHECKING:  # every section is a dataclass
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
         for item in fields(self):
@@ -96,9 +99,10 @@ class Section:
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
 
-def _own_defaults(section: type, name: str, inner: type) -> dict[str, Any]:
+def _own_defaults(section: type[Section], name: str, inner: type[Section]) -> dict[str, Any]:
     """What the field `name` of `section` has otherwise than its class `inner`: PPO's optimiser is not the others'."""
-    here, usual = next(item.default_factory for item in fields(section) if item.name == name)(), inner()
+    factory: Any = next(item.default_factory for item in fields(section) if item.name == name)
+    here, usual = factory(), inner()
     pairs = ((item.name, getattr(here, item.name), getattr(usual, item.name)) for item in fields(inner))
     return {field: value for field, value, other in pairs if value != other}
 
@@ -128,7 +132,7 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin is tuple:
         return _tuple(arguments, value, key)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and issubclass(hint, Section):
         return value if isinstance(value, hint) else hint.from_dict(value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return _to_float(value, key)

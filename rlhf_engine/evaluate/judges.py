@@ -34,6 +34,7 @@ class Judge(Protocol):
 
     def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
         """(M,) float64: 1 where the first answer is better, 0 where the second one is, 1/2 for a tie."""
+        ...
 
 
 class RewardJudge:

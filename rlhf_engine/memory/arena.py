@@ -18,11 +18,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_kernels import lend_workspace
+
+if TYPE_CHECKING:
+    from rlhf_engine.memory.pool import AnyArena
 
 ALIGNMENT = 64
 """Bytes to which torch aligns a tensor on the CPU."""
@@ -33,10 +37,11 @@ def room_for(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
-def refuse_outside(phase: str | None) -> None:
-    """RuntimeError for a request while no phase is open."""
+def refuse_outside(phase: str | None) -> str:
+    """Return the open phase; RuntimeError for a request while there is none."""
     if phase is None:
         raise RuntimeError("arena: got a request outside of a phase, expected one inside")
+    return phase
 
 
 def refuse_beyond(sizes: Mapping[str, int], phase: str, start: int, size: int, what: str) -> None:
@@ -105,14 +110,15 @@ class Arena:
 
         Bytes come back in the order of a stack: those of a tensor that is gone are free once all taken after it are gone too.
         """
-        refuse_outside(self.open)
+        phase = refuse_outside(self.open)
         while self._loans and self._loans[-1].view() is None:
             self._loans.pop()
         start = -(-self._loans[-1].end // ALIGNMENT) * ALIGNMENT if self._loans else 0
         size = math.prod(shape) * dtype.itemsize
-        refuse_beyond(self.sizes, self.open, start, size, f"{dtype} of shape {tuple(shape)}")
+        refuse_beyond(self.sizes, phase, start, size, f"{dtype} of shape {tuple(shape)}")
         if size == 0:
             return torch.empty(shape, dtype=dtype)
+        assert self._block is not None
         view = memoryview(self._block)[start : start + size]
         self._loans.append(_Loan(start + size, weakref.ref(view), f"{dtype} {tuple(shape)}"))
         tensor = torch.frombuffer(view, dtype=torch.uint8)
@@ -149,6 +155,7 @@ class Arena:
         _trim()
         used = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         if used < self.bytes and hasattr(mmap, "MADV_DONTNEED"):
+            assert self._block is not None
             self._block.madvise(mmap.MADV_DONTNEED, used, self.bytes - used)
         self.open = name
 
@@ -183,7 +190,7 @@ def gradient_bytes(parameters: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def gradients_in(arena: Arena, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """While the context is open, gradients of `parameters` lie in the arena; after it there are none.
 
     A gradient is moved to its place when the first backward pass has made it, and later ones are added to it there. So a
@@ -194,6 +201,7 @@ def gradients_in(arena: Arena, parameters: Iterable[nn.Parameter]) -> Iterator[N
 
     def move(parameter: nn.Parameter) -> None:
         place = places[parameter]
+        assert parameter.grad is not None
         if parameter.grad.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(parameter.grad)
 

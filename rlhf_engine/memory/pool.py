@@ -63,12 +63,12 @@ class PoolArena:
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in the pool, its content anything."""
-        refuse_outside(self.open)
+        phase = refuse_outside(self.open)
         if self._block is None:
             with nullcontext() if self._routed else self._route():
                 return torch.empty(shape, dtype=dtype, device=self.device)
         start, size = self._used, room_for(shape, dtype)
-        refuse_beyond(self.sizes, self.open, start, size, f"{dtype} of shape {tuple(shape)}")
+        refuse_beyond(self.sizes, phase, start, size, f"{dtype} of shape {tuple(shape)}")
         self._used = start + size
         count = torch.Size(shape).numel() * dtype.itemsize
         return self._block[start : start + count].view(dtype).view(shape)

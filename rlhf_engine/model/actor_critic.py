@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self, get_args
+from typing import Any, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,15 @@ from transformers import PreTrainedModel
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import Outputs, ValueFunction, Want
-from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, packs, products
+from rlhf_engine.model.trunk import (
+    check_packing,
+    checkpoint_layers,
+    last_hidden,
+    output_layer,
+    packs,
+    products,
+    trunk_of,
+)
 from rlhf_engine.model.upcast import upcast_products
 from rlhf_kernels import FusedHead, PPOLoss, TokenLogprobs
 
@@ -65,7 +73,8 @@ class LanguageModel(nn.Module):
         # Not a submodule: the layer is one of the model's already.
         self.__dict__["head"] = FusedHead.of(model, backend=backend)
         self.value: ValueFunction | None = None
-        self.backend, self.compute_dtype = backend, None
+        self.backend = backend
+        self.compute_dtype: torch.dtype | None = None
         self.eval()
         self._check_head()
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
@@ -75,14 +84,14 @@ class LanguageModel(nn.Module):
         self.packs = packs(self.trunk, self.compute_dtype)
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> PreTrainedModel:
         """The model without its language-model head."""
-        return self.model.get_submodule(self.trunk_name)
+        return cast("PreTrainedModel", self.model.get_submodule(self.trunk_name))
 
     @property
     def lm_weight(self) -> Tensor:  # (V, H)
         """The weight of the output layer, for its shape, dtype and device."""
-        return self.model.get_output_embeddings().weight
+        return output_layer(self.model).weight
 
     @property
     def lm_bias(self) -> Tensor | None:  # (V,)
@@ -131,18 +140,21 @@ class LanguageModel(nn.Module):
         want = frozenset(want)
         if unknown := want - _WANTS:
             raise ValueError(f"want: got {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(_WANTS))}")
-        if "values" in want and self.value is None:
+        value = self.value if "values" in want else None
+        if "values" in want and value is None:
             raise ValueError("want: got 'values' of a model without a value function")
-        hidden = self._states(batch) if want != {"values"} or self.value.shares_trunk else None
+        if value is not None and want == {"values"} and not value.shares_trunk:
+            return Outputs(values=value.batch_values(batch, None))
+        hidden = self._states(batch)
         logprobs = entropy = None
         if want & {"logprobs", "entropy"}:
-            logprobs, entropy = self._logprobs(hidden, batch.ids, temperature, entropy="entropy" in want)
+            logprobs, entropy = self._logprobs(hidden, batch, temperature, entropy="entropy" in want)
         return Outputs(
             hidden=hidden if "hidden" in want else None,
             logits=self._logits(hidden, project) if "logits" in want else None,
             logprobs=logprobs if "logprobs" in want else None,
             entropy=entropy,
-            values=self.value.batch_values(batch, hidden) if "values" in want else None,
+            values=None if value is None else value.batch_values(batch, hidden),
             loss=self._loss(hidden, batch, temperature, loss) if "loss" in want else None,
         )
 
@@ -179,11 +191,13 @@ class LanguageModel(nn.Module):
                 return self.head.transform(project(*self.head.matrices(hidden)))
             return self.head.logits(hidden)
 
-    def _logprobs(self, hidden: Tensor, ids: Tensor, temperature: float, *, entropy: bool) -> TokenLogprobs:
+    def _logprobs(self, hidden: Tensor, batch: TokenBatch, temperature: float, *, entropy: bool) -> TokenLogprobs:
+        assert batch.ids is not None
         with self.products():
-            return self.head.logprobs(hidden, ids, temperature=temperature, entropy=entropy)
+            return self.head.logprobs(hidden, batch.ids, temperature=temperature, entropy=entropy)
 
-    def _loss(self, hidden: Tensor, batch: TokenBatch, temperature: float, loss: Mapping[str, Any]) -> PPOLoss:
+    def _loss(self, hidden: Tensor, batch: TokenBatch, temperature: float, loss: Mapping[str, Any] | None) -> PPOLoss:
+        assert batch.ids is not None and loss is not None
         options = dict(loss)
         if self.value is not None and "returns" in options:
             options |= self.value.loss_inputs(batch)
@@ -198,7 +212,11 @@ class LanguageModel(nn.Module):
         hidden = self._states(TokenBatch(input_ids=ids))[None]
         product = nn.functional.linear(*self.head.matrices(hidden)).float()
         gain = _PROBE_LOGIT / max(float(self.head.transform(product).abs().max()), 1e-6)
-        handle = self.model.get_output_embeddings().register_forward_hook(lambda module, args, output: output * gain)
+
+        def blow_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output * gain
+
+        handle = output_layer(self.model).register_forward_hook(blow_up)
         try:
             theirs = self.model(input_ids=ids, use_cache=False).logits.float()
         finally:
@@ -249,19 +267,23 @@ class ActorCritic(LanguageModel):
         """Raise ValueError if micro-batches are packed and packed sequences affect each other in a trunk."""
         super().check_packing()
         if self.packs:
+            assert self.value is not None
             self.value.check_packing()
 
 
 def _without_wrapper(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model that peft wrapped, its adapters included; any other model as it is."""
+    wrapper: Any = model  # peft is not needed to import this module, so its type is not named
     return (
-        model if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model") else model.get_base_model()
+        wrapper
+        if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model")
+        else wrapper.get_base_model()
     )
 
 
 def _trunk_name(model: PreTrainedModel) -> str:
     """Attribute path of the module that makes the last hidden states."""
-    trunk = model.base_model if model.base_model is not model else model.get_decoder()
+    trunk = trunk_of(model)
     for name, module in model.named_modules():
         if module is trunk and name:
             return name
@@ -270,7 +292,7 @@ def _trunk_name(model: PreTrainedModel) -> str:
     )
 
 
-def frozen_copy(policy: Any) -> Any:
+def frozen_copy(policy: ActorCritic) -> ActorCritic:
     """Return a deep copy of a policy as it is now, without gradients and without a value function that has its own trunk."""
     left_out = {} if policy.value is None or policy.value.shares_trunk else {id(policy.value): None}
     return copy.deepcopy(policy, left_out).requires_grad_(False)
@@ -279,7 +301,7 @@ def frozen_copy(policy: Any) -> Any:
 class FrozenCopy:
     """A reference that is a second set of the policy's weights, as they are at construction."""
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: LanguageModel) -> None:
         value = {} if policy.value is None else {id(policy.value): None}
         self.model = copy.deepcopy(policy, value).requires_grad_(False)
 
@@ -291,7 +313,9 @@ class FrozenCopy:
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
         """Return the log-probs of a batch's actions."""
-        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
+        logprobs = self.model(batch, ("logprobs",), temperature=temperature).logprobs
+        assert logprobs is not None
+        return logprobs
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the names and tensors of the language model."""

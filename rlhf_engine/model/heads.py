@@ -47,8 +47,9 @@ class ValueHead(nn.Module):
     shares_trunk = True
     packs = True
 
-    def batch_values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:  # (N,)
+    def batch_values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:  # (N,)
         """Return the value of each state, read from the policy's hidden states (N, H)."""
+        assert hidden is not None
         return self(hidden)
 
     def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:

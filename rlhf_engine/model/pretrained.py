@@ -67,7 +67,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: its tokenizer does not load: {type(error).__name__}: {reason}") from None
 
 
-def load_head(path: Path, hidden_size: int) -> ValueHead:
+def load_head(path: Path, hidden_size: int | None) -> ValueHead:
     """The scalar head in a safetensors file; ValueError unless it holds a `weight` of `hidden_size` and a `bias`."""
     state = read_tensors(path)
     expected = {"weight": (hidden_size,), "bias": ()}

@@ -18,7 +18,7 @@ from rlhf_engine.files import read_json, require, write_json
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.pretrained import load_head, load_pretrained
-from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, packs
+from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, output_layer, packs, trunk_of
 from rlhf_engine.model.upcast import upcast_products
 
 VALUE_MODEL = "value_model"
@@ -40,8 +40,8 @@ class RewardModel(nn.Module):
     @classmethod
     def from_causal_lm(cls, model: PreTrainedModel, seed: int) -> Self:
         """A copy of the trunk of `model` with a new head, drawn from N(0, 1 / (H + 1))."""
-        trunk = copy.deepcopy(model.base_model if model.base_model is not model else model.get_decoder())
-        hidden_size = model.get_output_embeddings().weight.shape[1]
+        trunk = copy.deepcopy(trunk_of(model))
+        hidden_size = output_layer(model).weight.shape[1]
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
         return cls(trunk, ValueHead.from_weights(weight.to(next(trunk.parameters()).device)))
@@ -86,6 +86,7 @@ class RewardModel(nn.Module):
     def batch_values(self, batch: TokenBatch, hidden: Tensor | None = None) -> Tensor:  # (N,) float32
         """Return the head's value at the states of a batch: a value function that starts as the reward (InstructGPT's)."""
         states = self._hidden(batch.input_ids, batch.cu_inputs).flatten(0, 1)
+        assert batch.rows is not None
         return self.head(states.index_select(0, batch.rows))
 
     def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -118,7 +119,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def centre(self, mean: float) -> None:
         """Shifts all scores so that those whose mean is now `mean` have mean 0."""
-        self.head.bias -= mean
+        self.head.bias.sub_(mean)
 
     def save(self, folder: str | Path) -> None:
         """Writes the trunk as transformers does and the head beside it (safetensors and JSON)."""

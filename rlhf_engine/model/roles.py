@@ -43,16 +43,20 @@ class ValueFunction(Protocol):
 
     def batch_values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:  # (N,), float32
         """Return the values of a batch's states; `hidden` (N, H) are the policy's there, None if `shares_trunk` is False."""
+        ...
 
     def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Return the arguments of `linear_ppo_loss` that give it the values: a head's weights, or values with a gradient."""
+        ...
 
     @property
     def packs(self) -> bool:
         """Whether micro-batches of a token budget are packed without padding."""
+        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over its weights."""
+        ...
 
     def check_packing(self) -> None:
         """Raise ValueError if packed sequences affect each other in it."""
@@ -74,9 +78,14 @@ class Policy(Protocol):
     @property
     def product_dtype(self) -> torch.dtype:
         """Dtype of the matrix products, and of keys and values."""
+        ...
 
     packs: bool
     """Whether micro-batches of a token budget are packed without padding."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over its weights, those of its value function included."""
+        ...
 
     def __call__(
         self,
@@ -87,6 +96,7 @@ class Policy(Protocol):
         loss: Mapping[str, Any] | None = None,
     ) -> Outputs:
         """Run the trunk once and return what `want` names, for the states `batch.rows`."""
+        ...
 
 
 class Reference(Protocol):
@@ -95,12 +105,15 @@ class Reference(Protocol):
     @property
     def packs(self) -> bool:
         """Whether micro-batches of a token budget are packed without padding."""
+        ...
 
     def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
         """Return the log-probs of a batch's actions, without a gradient."""
+        ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the names and tensors that determine the log-probs, for a fingerprint."""
+        ...
 
 
 Rollout = TypeVar("Rollout", contravariant=True)
@@ -111,3 +124,4 @@ class Reward(Protocol[Rollout]):
 
     def __call__(self, rollout: Rollout) -> Tensor:  # (B,), float32
         """Return a score for each response of a rollout."""
+        ...

@@ -13,6 +13,8 @@ from rlhf_engine.model.actor_critic import ActorCritic
 from rlhf_engine.model.heads import VALUE_HEAD
 from rlhf_engine.model.pretrained import load_head, load_pretrained
 from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
+from rlhf_engine.model.roles import ValueFunction
+from rlhf_engine.model.trunk import output_layer
 
 
 def load_policy(
@@ -30,11 +32,11 @@ def load_policy(
     folder = Path(folder)
     where = {"attention": config.attention, "dtype": dtype, "device": device}
     model = load_pretrained(AutoModelForCausalLM, folder, **where)
-    value = None
+    value: ValueFunction | None = None
     if (folder / VALUE_MODEL).is_dir():
         value = RewardModel.load(folder / VALUE_MODEL, **where)
     elif (folder / VALUE_HEAD).is_file():
-        value = load_head(folder / VALUE_HEAD, model.get_output_embeddings().weight.shape[1]).to(device)
+        value = load_head(folder / VALUE_HEAD, output_layer(model).weight.shape[1]).to(device)
     return ActorCritic(model, value, backend=backend)
 
 
@@ -57,7 +59,7 @@ def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenize
 
 def copy_weights(folder: Path, policy: ActorCritic) -> None:
     """Copy a saved policy into the tensors of `policy`, which its optimizer already holds."""
-    attention = ModelConfig(attention=policy.model.config.get_text_config()._attn_implementation)
+    attention = ModelConfig.from_dict({"attention": policy.model.config.get_text_config()._attn_implementation})
     saved = load_policy(
         folder, attention, dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
     )

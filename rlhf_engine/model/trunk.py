@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,21 +65,39 @@ def products(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def attention(
-    config: PreTrainedConfig, name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    config: PreTrainedConfig, name: str | None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Iterator[None]:
     """The models of `config` attend by the implementation `name`.
 
     With `dtype` and `device`, torch's attention has float32 products where the device has none of that type.
     """
     kept = config._attn_implementation
-    half = device is not None and dtype.itemsize == 2
-    upcast = half and name in ("sdpa", PACKED) and upcasts(dtype, device.type)
+    half, product = dtype.itemsize == 2, name in ("sdpa", PACKED)
+    upcast = device is not None and half and product and upcasts(dtype, device.type)
     config._attn_implementation = name
     try:
         with UpcastAttention() if upcast else nullcontext():
             yield
     finally:
         config._attn_implementation = kept
+
+
+# ---- weights at the two ends of a model ----
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """Return the output layer of a causal LM, `nn.Linear` or peft's layer around one, which has the same attributes."""
+    return cast("nn.Linear", model.get_output_embeddings())
+
+
+def input_layer(model: PreTrainedModel) -> nn.Embedding:
+    """Return the table of input embeddings; transformers types it as any module."""
+    return cast("nn.Embedding", model.get_input_embeddings())
+
+
+def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without its output layer; transformers types it as any module."""
+    return cast("PreTrainedModel", model.base_model if model.base_model is not model else model.get_decoder())
 
 
 # ---- packed sequences ----
@@ -95,7 +113,7 @@ def packs(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> bool:
 @torch.no_grad()
 def check_packing(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
     """Compare two packed sequences with each alone; ValueError where they see each other, as through a recurrent state."""
-    ids = torch.arange(1, 12, device=trunk.device).remainder(trunk.get_input_embeddings().weight.shape[0])[None]
+    ids = torch.arange(1, 12, device=trunk.device).remainder(input_layer(trunk).weight.shape[0])[None]
     cu_inputs = torch.tensor([0, 6, 11], dtype=torch.int32, device=ids.device)
     both = last_hidden(trunk, ids, compute_dtype=compute_dtype, cu_inputs=cu_inputs, use_cache=False)
     alone = [last_hidden(trunk, part, compute_dtype=compute_dtype, use_cache=False) for part in ids.split([6, 5], 1)]
@@ -137,7 +155,7 @@ def packed_attention(
         longest = int(cu_inputs.diff().max()) if max_length_q is None else max_length_q
         return varlen_attention(query, key, value, cu_inputs, longest, scaling, sliding_window), None
     parts = (x.split(cu_inputs.diff().tolist(), 2) for x in (query, key, value))
-    made = [_one_attention(*one, scaling, sliding_window) for one in zip(*parts, strict=True)]
+    made = [_one_attention(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(made, 2).transpose(1, 2), None
 
 
@@ -152,7 +170,7 @@ def varlen_attention(
     longest: int,
     scaling: float | None,
     window: int | None,
-    kernel: Callable[..., Tensor] = varlen_attn,
+    kernel: Callable[..., Any] = varlen_attn,  # of (N, heads, D); without `return_aux` it returns one tensor
 ) -> Tensor:  # (1, N, heads, D)
     """`torch.nn.attention.varlen`, which takes half precision only; autocast leaves its factors as they come."""
     device = query.device.type
@@ -201,7 +219,8 @@ def checkpoint_layers(trunk: PreTrainedModel) -> None:
         )
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(_recomputed, trunk.config.get_text_config())
+        run: Any = partial(_recomputed, trunk.config.get_text_config())
+        layer._gradient_checkpointing_func = run
 
 
 def layers_of(trunk: nn.Module) -> Iterator[GradientCheckpointingLayer]:

@@ -96,7 +96,7 @@ class _Product(torch.autograd.Function):
             made = []
             for rows in _parts(half):
                 product = wide @ half[rows].float().t()
-                made.append((product if bias is None else product.add_(biases[rows])).to(half.dtype))
+                made.append((product if biases is None else product.add_(biases[rows])).to(half.dtype))
         return made[0] if len(made) == 1 else torch.cat(made, -1)
 
     @staticmethod
@@ -176,7 +176,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False), torch.enable_grad():
             factors = [factor.float().requires_grad_() for factor in ctx.saved_tensors]
             gradients = torch.autograd.grad(ctx.attend(*factors), factors, slope.float())

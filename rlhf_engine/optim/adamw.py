@@ -32,6 +32,7 @@ class Optimizer(Protocol):
     @property
     def transit_bytes(self) -> int:
         """Bytes on the device of the state in transit; 0 where the state is resident."""
+        ...
 
     def allocate_from(self, take: Take) -> None:
         """Use `take` for the memory of state in transit."""
@@ -60,6 +61,13 @@ class ResidentState:
 
 class Resident(ResidentState):
     """Any `torch.optim.Optimizer` as an `Optimizer` with resident state."""
+
+    # Attributes of `inner`, which `__getattr__` returns.
+    param_groups: list[dict[str, Any]]
+    state: Any
+    step: Callable[[], Any]
+    zero_grad: Callable[[bool], None]
+    register_step_pre_hook: Callable[[Callable[..., Any]], Any]
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner

@@ -141,9 +141,11 @@ class StagedAdamW(torch.optim.AdamW):
             self._stream.synchronize()
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        where = {"device": "cpu", "pin_memory": self._streams} if self.host else {"device": parameter.device}
+        device, pinned = ("cpu", self._streams) if self.host else (parameter.device, False)
         names = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.dtype in HALF)
-        state = {name: torch.zeros(parameter.shape, dtype=torch.float32, **where) for name in names}
+        state = {
+            name: torch.zeros(parameter.shape, dtype=torch.float32, device=device, pin_memory=pinned) for name in names
+        }
         if "master" in state:
             state["master"].copy_(parameter.detach())
         return {"step": torch.zeros((), device=parameter.device)} | state
@@ -168,7 +170,7 @@ class StagedAdamW(torch.optim.AdamW):
             beta1, beta2 = group["betas"]
             adamw(
                 weights,
-                [piece.of(piece.parameter.grad) for piece, _ in chosen],
+                [piece.of(grad) for piece, _ in chosen if (grad := piece.parameter.grad) is not None],
                 [part["exp_avg"] for _, part in chosen],
                 [part["exp_avg_sq"] for _, part in chosen],
                 [],

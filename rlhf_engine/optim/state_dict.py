@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlhf_engine.optim.adamw import Optimizer
 from rlhf_engine.optim.eight_bit import EightBitAdamW
 from rlhf_engine.optim.offload import StagedAdamW
 
@@ -15,7 +16,7 @@ _QUANTISED = ("codes", "scale")
 """What a moment in 8 bits is made of; its table of values is a constant."""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """State under names `<parameter number>.<name>`; a moment in 8 bits has two, `<name>.codes` and `<name>.scale`."""
     if isinstance(optimizer, StagedAdamW):
         optimizer.synchronize()
@@ -26,7 +27,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: Path) -> None:
+def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor], source: Path) -> None:
     """Put back what `optimizer_tensors` gave; ValueError naming `source` and the first tensor that does not fit or lacks."""
     parameters, given = _parameters(optimizer), {}
     for key, tensor in tensors.items():
@@ -47,18 +48,18 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         raise ValueError(f"{source}: got no {missing[0]}, expected it beside the others of its parameter")
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+def _state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     if not isinstance(optimizer, EightBitAdamW):
         return optimizer.state.get(parameter, {})
     tensors = {} if parameter not in optimizer.masters else {"master": optimizer.masters[parameter].detach()}
     return tensors | _parts(optimizer.moments(parameter))
 
 
-def _new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, found: Collection[str]) -> dict[str, Tensor]:
+def _new_state(optimizer: Optimizer, parameter: nn.Parameter, found: Collection[str]) -> dict[str, Tensor]:
     """Tensors that a file's are copied into, after which they are the parameter's state; `found` are the names it has."""
     if isinstance(optimizer, EightBitAdamW):
         if set(found) != {"master"}:  # that of a parameter which was never stepped

@@ -33,9 +33,11 @@ class Plan(Protocol):
     @property
     def kv_bytes(self) -> int | None:
         """Most bytes of keys and values; None for all that sampling asks for."""
+        ...
 
     def within(self, config: RunConfig) -> RunConfig:
         """Return the config with as many sequences decoded together as the plan has room for."""
+        ...
 
 
 def build_trainer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -60,8 +60,15 @@ class Step(NamedTuple):
     """Called before a weight changes other than by the optimizer."""
 
 
-def microbatch_size(config: PPOConfig) -> dict[str, int | None]:
-    """Return how much goes through a trunk at a time, as arguments of `Rollout.batches`."""
+class MicrobatchSize(TypedDict):
+    """How much goes through a trunk at a time, as arguments of `Rollout.batches`."""
+
+    microbatch: int
+    microbatch_tokens: int | None
+
+
+def microbatch_size(config: PPOConfig) -> MicrobatchSize:
+    """Return how much goes through a trunk at a time."""
     return {"microbatch": config.microbatch, "microbatch_tokens": config.microbatch_tokens}
 
 
@@ -89,7 +96,7 @@ def score(
         if config.old_logprobs == "rescored":
             again = recompute(policy, rollout, ("logprobs", "values"), temperature=temperature, **size)
             old_logprobs, old_values = again["logprobs"], again["values"]
-        elif not policy.value.shares_trunk:
+        elif policy.value is not None and not policy.value.shares_trunk:
             old_values = recompute(policy, rollout, ("values",), **size)["values"]
         if config.baseline == "none":
             old_values = torch.zeros_like(old_values)

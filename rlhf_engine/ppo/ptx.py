@@ -49,7 +49,9 @@ def language_model_loss(
         "objective": "policy_gradient",
         "num_tokens": num_tokens,
     }
-    return policy(TokenBatch(input_ids=sequences[:, :-1], ids=ids), ("loss",), loss=loss).loss.loss
+    result = policy(TokenBatch(input_ids=sequences[:, :-1], ids=ids), ("loss",), loss=loss).loss
+    assert result is not None
+    return result.loss
 
 
 def ptx_backward(

@@ -8,7 +8,7 @@ Shapes: B sequences, T response width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -47,8 +47,6 @@ class PPOTrainer:
     All randomness is a function of `seed` and the counters, so a resumed run draws the same numbers. `prompts(first, count)`
     returns the prompts number `first` to `first + count` of an endless stream.
     """
-
-    stage, unit = "ppo", "update"
 
     stage, unit = "ppo", "update"
 
@@ -157,7 +155,7 @@ class PPOTrainer:
         """Return the numbers that a resumed run needs."""
         return {name: getattr(self, name) for name in _NUMBERS} | self.update_rule.state() | self.scale.state()
 
-    def load_state(self, state: dict[str, int | float]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Set what `state` returned."""
         for name in _NUMBERS:
             setattr(self, name, state[name])
@@ -192,9 +190,10 @@ class PPOTrainer:
             (folder / EMA).mkdir()
             save_policy(folder / EMA, self.update_rule.average.model, tokenizer)
 
-    def load(self, folder: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         """Continue from a checkpoint; ValueError naming the file that is missing or does not fit."""
-        heads = (VALUE_HEAD,) if self.policy.value.shares_trunk else ()
+        value = self.policy.value
+        heads = (VALUE_HEAD,) if value is not None and value.shares_trunk else ()
         average = self.update_rule.average
         places = {folder: self.policy} | ({} if average is None else {folder / EMA: average.model})
         for place in places:
@@ -234,9 +233,10 @@ class PPOTrainer:
             return {"logprob_deviation": float((scored.old_logprobs - rollout.logprobs).abs().max())}
         if count == 0:
             return {}
-        size = microbatch_size(self.config) | {"temperature": self.temperature}
+        size = microbatch_size(self.config)
         with self.arena.transients():
-            return {"logprob_deviation": logprob_deviation(self.policy, rollout, sequences=count, **size)}
+            found = logprob_deviation(self.policy, rollout, sequences=count, temperature=self.temperature, **size)
+        return {"logprob_deviation": found}
 
     def _measured(self, rollout: Rollout, scored: Scored, clock: list[float]) -> dict[str, float]:
         start, collected, scored_at, _ = clock

@@ -12,7 +12,7 @@ weights four times more, and the old policy once. Shapes: n actions of a micro-b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +47,12 @@ class TrustRegionProblem:
 
     def log_softmax(self, policy: ActorCritic, batch: TokenBatch) -> Tensor:  # (n, V)
         """Log-probs of the whole vocabulary in the states of a micro-batch."""
-        logits = policy(batch, ("logits",)).logits.float()
-        return (logits / self.temperature).log_softmax(-1)
+        logits = policy(batch, ("logits",)).logits
+        return (logits.float() / self.temperature).log_softmax(-1)
 
     def surrogate(self, batch: TokenBatch, logprobs: Tensor) -> Tensor:  # ()
         """This micro-batch's share of the mean of `exp(log pi - log pi_old) A`."""
+        assert batch.ids is not None
         old, advantages = (x.reshape(-1)[batch.source] for x in (self.old_logprobs, self.advantages))
         taken = logprobs.gather(-1, batch.ids[:, None])[:, 0]
         return ((taken - old).exp() * advantages).sum() / self.rollout.mask.sum()
@@ -151,7 +152,7 @@ def measure(problem: TrustRegionProblem, old: ActorCritic) -> tuple[float, float
     return surrogate, kl
 
 
-def flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:  # (P,)
+def flat(tensors: Sequence[Tensor]) -> Tensor:  # (P,)
     """One vector of many tensors."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 

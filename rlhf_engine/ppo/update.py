@@ -5,7 +5,8 @@ B sequences, T response width.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ class UpdateRule(Protocol):
 
     def __call__(self, experience: Experience, step: Step) -> dict[str, float]:
         """Learn from the experience of one update; return what to log."""
+        ...
 
     def state(self) -> dict[str, int]:
         """Return the numbers that a resumed run needs."""
+        ...
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Set what `state` returned."""
 
 
@@ -91,7 +94,7 @@ class SurrogateSteps:
         position = {} if self.pretrain is None else {"ptx_position": self.pretrain.position}
         return {"optimizer_steps": self.optimizer_steps} | position
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Set what `state` returned."""
         self.optimizer_steps = state["optimizer_steps"]
         if self.pretrain is not None:
@@ -151,7 +154,7 @@ class TrustRegionStep:
         """Return the numbers that a resumed run needs."""
         return self.values.state()
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Set what `state` returned."""
         self.values.load_state(state)
 
@@ -175,6 +178,7 @@ def minibatch_backward(
         scaled = torch.zeros_like(scaled)
         scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
     for batch in rollout.batches(sequences, **microbatch_size(config), packed=policy.packs):
+        assert batch.ids is not None and batch.source is not None
 
         def actions(x: Tensor, source: Tensor = batch.source) -> Tensor:  # (B, T) -> (N,)
             return x.reshape(-1)[source]
@@ -192,6 +196,7 @@ def minibatch_backward(
             "cu_seqlens": batch.cu_seqlens,
         }
         result = policy(batch, ("loss",), temperature=temperature, loss=loss | changing).loss
+        assert result is not None
         result.loss.backward()
         totals.add(result.metrics)
     return totals.total()
@@ -199,13 +204,14 @@ def minibatch_backward(
 
 def keep_value_gradients(policy: Policy) -> None:
     """Drop every gradient but the value function's; the optimizer does not step a parameter without one."""
+    assert policy.value is not None
     values = {id(parameter) for parameter in policy.value.parameters()}
     for parameter in policy.parameters():
         if id(parameter) not in values:
             parameter.grad = None
 
 
-def loss_options(config: PPOConfig) -> dict[str, object]:
+def loss_options(config: PPOConfig) -> dict[str, Any]:
     """Return the arguments of `linear_ppo_loss` that a config decides."""
     names = (
         "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
