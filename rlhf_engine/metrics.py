@@ -42,6 +42,7 @@ class MetricsWriter:
         line = json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n"
         self.waiting.append(line.encode())
         self._flush()
+        assert self.board is not None
         for name, value in metrics.items():
             self.board.add_scalar(f"{self.stage}/{name}", value, step)
 

@@ -66,7 +66,7 @@ def plot_win_rates(rates: Mapping[str, WinRate], baseline: str, path: str | Path
     """Bars of win rates against one baseline, with 95% intervals and the line of no difference at 0.5."""
     figure = Figure(figsize=(7.0, 0.8 + 0.7 * len(rates)), layout="constrained")
     axes = figure.subplots()
-    for row, (name, rate) in enumerate(reversed(rates.items())):
+    for row, (name, rate) in enumerate(reversed(list(rates.items()))):
         colour = _COLOURS[(len(rates) - 1 - row) % len(_COLOURS)]
         axes.barh(row, rate.rate, color=colour, height=0.6)
         axes.plot([rate.low, rate.high], [row, row], color="black", linewidth=1.5)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,9 +22,6 @@ from rlhf_engine.cli.config import config_app
 from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
 from rlhf_engine.cli.plan import plan
 
-if TYPE_CHECKING:
-    from click import Context
-
 INTERRUPTED = 130
 """Exit code of Ctrl-C."""
 
@@ -32,7 +29,7 @@ INTERRUPTED = 130
 class _Commands(TyperGroup):
     """The commands; a signal that ends one of them is reported in a line."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # a context of click, or of the click that newer versions of typer contain
         """Run the command of a command line, whose arguments are `ctx.obj`."""
         try:
             return super().invoke(ctx)

@@ -11,7 +11,7 @@ import typer
 from rlhf_engine.cli.options import SetOption, quiet, read_config
 
 if TYPE_CHECKING:
-    from rlhf_engine.planner import Workload
+    from rlhf_engine.planner import MemoryPlan, Workload
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
         typer.echo(f"\nnumbers and plot: {output / 'plan.json'}, {output / 'plan.png'}")
 
 
-def _write(output: Path, whole: object, workloads: list[Workload], *, planned: bool) -> None:
+def _write(output: Path, whole: MemoryPlan, workloads: list[Workload], *, planned: bool) -> None:
     """plan.json with the plan as it is; plan.png with the plan as it is, and for each budget the fastest that fits it."""
     from rlhf_engine.files import write_json
     from rlhf_engine.planner.report import size
@@ -63,7 +63,7 @@ def _write(output: Path, whole: object, workloads: list[Workload], *, planned: b
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "plan.json", whole.to_dict())
-    panels = {"as it is": (whole, None)}
+    panels: dict[str, tuple[MemoryPlan, int | None]] = {"as it is": (whole, None)}
     for workload in workloads:
         if workload.budget is not None:
             found = fitting(workload) or (planned and fitting(workload, planned=True)) or [smallest(workload)]

@@ -68,8 +68,8 @@ def type_words(hint: Any) -> str:
     if origin is tuple:
         every = arguments[-1] is Ellipsis
         return f"list of {type_words(arguments[0])}" if every else f"[{', '.join(map(type_words, arguments))}]"
-    words: dict[Any, str] = {str: "text", bool: "true | false"}
-    return words[hint] if hint in words else hint.__name__
+    plain: type = hint
+    return {str: "text", bool: "true | false"}.get(plain, plain.__name__)
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:

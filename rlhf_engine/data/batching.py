@@ -94,13 +94,13 @@ def length_batches(
     """
     sizes, order = np.asarray(lengths), np.arange(len(lengths))
     if rng is not None:
-        rng.shuffle(order)
+        rng.shuffle(order)  # pyright: ignore[reportArgumentType]  # an array is shuffled in place as a list is
     span = pool * batch_size if rng is not None else max(1, len(order))
     for start in range(0, len(order), span):
         chunk = order[start : start + span]
         order[start : start + span] = chunk[np.argsort(sizes[chunk], kind="stable")]
     batches = np.arange(0, len(order), batch_size)
     if rng is not None:
-        rng.shuffle(batches)
+        rng.shuffle(batches)  # pyright: ignore[reportArgumentType]  # see above
     for at in batches:
         yield order[at : at + batch_size].tolist()

@@ -92,6 +92,7 @@ class PiiFinder:
         return [Finding(kind, start, end) for start, end, kind in spans]
 
     def _names(self, text: str) -> Iterator[tuple[int, int]]:
+        assert self._name is not None
         return (match.span() for match in self._name.finditer(text))
 
     def _phones(self, text: str) -> Iterator[tuple[int, int]]:

@@ -47,6 +47,12 @@ Prompt = str | tuple[Message, ...]
 """What is answered: a text, or a conversation whose next turn is the assistant's."""
 
 
+def text_of(prompt: Prompt) -> str:
+    """Return a prompt that is known to be a text and no conversation."""
+    assert isinstance(prompt, str)
+    return prompt
+
+
 def _check_prompt(prompt: object) -> None:
     if not isinstance(prompt, tuple):
         _check_text("prompt", prompt)

@@ -75,7 +75,7 @@ def _dataset_rows(folder: Path) -> Iterator[Row]:
         ) from None
     try:
         # The arrow files are mapped, not loaded: pages that were read are the operating system's to take back.
-        dataset = load_from_disk(str(folder), keep_in_memory=False)
+        dataset: Any = load_from_disk(str(folder), keep_in_memory=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: not a whole data set: {error}") from None
     # A column that a row does not fill is null there, where a line of JSON would leave the field out.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,13 +62,13 @@ class Codec:
     @property
     def eos_id(self) -> int:
         """Id of the token that ends a response."""
-        return self.tokenizer.eos_token_id
+        return cast("int", self.tokenizer.eos_token_id)  # transformers types every special token alike
 
     @property
     def pad_id(self) -> int:
         """Id that fills rows; EOS where the tokenizer has no PAD, which is safe because masks are explicit."""
         pad = self.tokenizer.pad_token_id
-        return self.eos_id if pad is None else pad
+        return self.eos_id if pad is None else cast("int", pad)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids of the framed prompt, with the special tokens that the tokenizer puts in front of a text."""
@@ -151,7 +151,7 @@ class Codec:
         ids = list(ids)
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = cast("str", self.tokenizer.decode(ids, skip_special_tokens=True))  # a list of texts for a batch only
         for stop in self.stop:
             text = text.partition(stop)[0]
         return text.strip()
@@ -188,11 +188,12 @@ def render(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase) ->
     if not tokenizer.chat_template:
         raise ValueError("messages: got a tokenizer without a chat template, expected one with, or a prompt")
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
     except TemplateError as error:
         raise ValueError(f"messages: the tokenizer's chat template refuses them: {error}") from None
+    return cast("str", text)  # token ids with tokenize=True only
 
 
 def cut_left(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:

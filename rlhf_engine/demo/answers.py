@@ -145,6 +145,7 @@ def _body(task: Task, content: list[str], rng: Random) -> list[str]:
 
 def _list_body(task: Task, content: list[str], rng: Random) -> list[str]:
     plural = CATEGORIES[task.subject][0]
+    assert task.wanted is not None
     word = {number: name for name, number in COUNTS.items()}[task.wanted]
     items = _join([article(item) for item in content])
     return [

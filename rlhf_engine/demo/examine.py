@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
+from rlhf_engine.data.records import text_of
 from rlhf_engine.demo.config import DemoConfig
 from rlhf_engine.demo.judge import WEIGHTS, Verdict, judge
 from rlhf_engine.evaluate import WinRate, best_of_n, win_rate
@@ -20,6 +21,7 @@ from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.ppo.build import make_generator
 from rlhf_engine.recipes import computing, load_model, load_reward_model, reward_function
+from rlhf_engine.recipes.loading import given
 from rlhf_engine.rewards.functions import response_texts
 from rlhf_engine.rollout import recompute
 
@@ -71,7 +73,7 @@ class Examination:
 
 def examine(config: RunConfig, demo: DemoConfig) -> Examination:
     """Lets SFT (`config.model.path`) and PPO answer the test prompts and has the judge compare them."""
-    records = list(read_prompts(config.data.prompts, "test"))
+    records = list(read_prompts(given(config.data.prompts, "data.prompts"), "test"))
     sft_model, codec = load_model(config)
     ppo_model, _ = load_model(replace(config, model=replace(config.model, path=str(Path(config.output_dir) / "ppo"))))
     reward_model = load_reward_model(config)
@@ -95,7 +97,7 @@ def examine(config: RunConfig, demo: DemoConfig) -> Examination:
         f"SFT, best of {demo.samples} by the reward model": win_rate(best, again),
         "SFT against itself, resampled": win_rate(again, answers["sft"].scores),
     }
-    return Examination([record.prompt for record in records], answers["sft"], answers["ppo"], rates)
+    return Examination([text_of(record.prompt) for record in records], answers["sft"], answers["ppo"], rates)
 
 
 def _answer(
@@ -111,7 +113,7 @@ def _answer(
     ids = [torch.tensor(codec.encode_prompt(record.prompt)) for record in records for _ in range(count)]
     rollout = make_generator(policy, codec, config, seed).generate(ids, torch.arange(len(ids)))
     texts = response_texts(rollout, codec)
-    verdicts = [judge(records[row // count].prompt, text) for row, text in enumerate(texts)]
+    verdicts = [judge(text_of(records[row // count].prompt), text) for row, text in enumerate(texts)]
     size = {"microbatch": config.rollout.batch_size, "temperature": config.rollout.temperature}
     ref_logprobs = recompute(reference, rollout, ("logprobs",), **size)["logprobs"]
     return Answers(

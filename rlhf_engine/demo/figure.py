@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_engine.config import RunConfig, load_config, refuse_overrides
 from rlhf_engine.data import PromptRecord, read_demonstrations, read_prompts
+from rlhf_engine.data.records import text_of
 from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.judge import score
 from rlhf_engine.demo.run import CONFIG, DATA, DECIDED, POSITIONS, make_base, starting_from, with_shipped_data
@@ -24,6 +25,7 @@ from rlhf_engine.files import with_new_file, write_json
 from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.recipes import run_ppo, run_rm, run_sft
 from rlhf_engine.recipes.generate import Answerer, answer_all
+from rlhf_engine.recipes.loading import given
 from rlhf_engine.recipes.session import continued
 from rlhf_engine.recipes.steps import Steps
 
@@ -176,10 +178,12 @@ def judge(config: DemoRunConfig, name: str, model: str, index: int, held_out: Pa
     folder = Path(config.output_dir) / model
     seed = config.seed * 1_000 + _SEED + index
     answerer = Answerer(config, str(folder), seed=seed, prefix=prefix, stop=_BETWEEN if prefix else None)
-    records: list[PromptRecord] = list(read_prompts(config.data.prompts, "test"))[: setting.prompts]
-    said = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
+    path = given(config.data.prompts, "data.prompts")
+    records: list[PromptRecord] = list(read_prompts(path, "test"))[: setting.prompts]
+    said = [answers for _, answers in answer_all(answerer, path, records, setting.samples)]
     marks = [
-        [score(record.prompt, text) for text in answers.texts] for record, answers in zip(records, said, strict=True)
+        [score(text_of(record.prompt), text) for text in answers.texts]
+        for record, answers in zip(records, said, strict=True)
     ]
     ends = [end for answers in said for end in answers.ended]
     documents = read_documents(held_out, answerer.codec, config.output_dir)
@@ -196,10 +200,11 @@ def judge(config: DemoRunConfig, name: str, model: str, index: int, held_out: Pa
 
 def few_shot_prefix(config: DemoRunConfig) -> str:
     """Short demonstrations, drawn by the seed, as the prompts of the config are framed."""
-    short = [record for record in read_demonstrations(config.data.demonstrations) if len(record.response) < 100]
+    path = given(config.data.demonstrations, "data.demonstrations")
+    short = [record for record in read_demonstrations(path) if len(record.response) < 100]
     chosen = Random(config.seed).sample(short, config.figure.shots)
     frame = config.data.prompt_template
-    return "".join(frame.replace("{prompt}", one.prompt) + one.response + _BETWEEN for one in chosen)
+    return "".join(frame.replace("{prompt}", text_of(one.prompt)) + one.response + _BETWEEN for one in chosen)
 
 
 def split_text(root: Path) -> tuple[Path, Path]:

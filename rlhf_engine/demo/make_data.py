@@ -285,6 +285,7 @@ def _write_lines(path: Path, records: list[dict]) -> None:
 
 def main() -> None:
     """Command line: `python -m rlhf_engine.demo.make_data DIR`."""
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the four files go")
     parser.add_argument("--seed", type=int, default=SEED, help="another seed gives another data set")

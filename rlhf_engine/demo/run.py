@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_engine.config import RunConfig, load_config, refuse_overrides
 from rlhf_engine.data import Codec, Example, read_demonstrations, train_tokenizer
+from rlhf_engine.data.records import text_of
 from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.examine import examine
 from rlhf_engine.demo.report import write_report
@@ -84,7 +85,7 @@ def make_base(config: DemoRunConfig) -> FitReport:
     """A tokenizer and a small Llama-family model, trained on `pretrain.txt`, in `output_dir/base`."""
     pages = (DATA / "pretrain.txt").read_text(encoding="utf-8").strip().split("\n\n")
     demonstrations = read_demonstrations(DATA / "demonstrations.jsonl")
-    texts = pages + [text for record in demonstrations for text in (record.prompt, record.response)]
+    texts = pages + [text for record in demonstrations for text in (text_of(record.prompt), record.response)]
     tokenizer = train_tokenizer(texts, config.demo.vocab_size)
     codec = Codec(tokenizer)
     model = new_model(config, codec)
@@ -109,7 +110,7 @@ def new_model(config: DemoRunConfig, codec: Codec) -> LlamaForCausalLM:
     """A Llama-family model with random weights, drawn by the config's seed."""
     demo = config.demo
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(codec.tokenizer),
             hidden_size=demo.hidden_size,
@@ -125,4 +126,6 @@ def new_model(config: DemoRunConfig, codec: Codec) -> LlamaForCausalLM:
             eos_token_id=codec.eos_id,
             pad_token_id=codec.pad_id,
         )
-    ).to(config.device, getattr(torch, config.dtype))
+    )
+    dtype = getattr(torch, config.dtype)
+    return model.to(config.device, dtype)  # pyright: ignore[reportArgumentType]  # a decorator of transformers hides `self`

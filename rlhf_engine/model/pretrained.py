@@ -16,7 +16,7 @@ def load_pretrained(
     kind: type,
     folder: str | Path,
     *,
-    attention: str = "sdpa",
+    attention: str | None = "sdpa",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:

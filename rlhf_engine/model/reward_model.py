@@ -134,7 +134,7 @@ class RewardModel(nn.Module):
         cls,
         folder: str | Path,
         *,
-        attention: str = "sdpa",
+        attention: str | None = "sdpa",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> Self:

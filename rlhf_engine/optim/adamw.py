@@ -62,15 +62,24 @@ class ResidentState:
 class Resident(ResidentState):
     """Any `torch.optim.Optimizer` as an `Optimizer` with resident state."""
 
-    # Attributes of `inner`, which `__getattr__` returns.
+    # Those of `inner`, which `__getattr__` returns.
     param_groups: list[dict[str, Any]]
     state: Any
-    step: Callable[[], Any]
-    zero_grad: Callable[[bool], None]
-    register_step_pre_hook: Callable[[Callable[..., Any]], Any]
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
+
+    def step(self) -> Any:
+        """Step every parameter that has a gradient."""
+        return self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
+        """Call `hook` before every step."""
+        return self.inner.register_step_pre_hook(hook)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

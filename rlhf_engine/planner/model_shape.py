@@ -178,7 +178,8 @@ class ModelShape:
             raise UnknownMemoryError(
                 f"{source}: got model_type {kind!r}{lacks}, whose layers the plan does not know; {_needed()}"
             )
-        heads, hidden = found["heads"], found["hidden"]
+        sizes = {name: value for name, value in found.items() if value is not None}
+        heads, hidden = sizes["heads"], sizes["hidden"]
         _check_sizes({"/".join(_FIELDS[name]): value for name, value in found.items()}, source)
         windowed = kind == "mistral" or getattr(text, "use_sliding_window", False)
         traits = {
@@ -198,7 +199,7 @@ class ModelShape:
             groups=groups,
             head_dim=head_dim,
             tied=bool(text.tie_word_embeddings),
-            **found,
+            **sizes,
             **traits | _FAMILIES[kind],
         )
 

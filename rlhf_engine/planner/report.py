@@ -98,6 +98,7 @@ def refuse(plan: MemoryPlan) -> None:
     if plan.fits and plan.slots:
         return
     w = plan.workload
+    assert w.budget is not None  # without one every plan fits
     short = f"{size(plan.missing)} too small"
     if plan.slots == 0:
         short += f" and leaves no room for the keys and values of one sequence of {w.length} tokens,"

@@ -70,7 +70,7 @@ class Strategy:
         if "adapter" in self.changes:
             return False
         workload = self.plan.workload
-        tree = workload.config.to_dict() | {"device": workload.device}
+        tree: dict[str, Any] = workload.config.to_dict() | {"device": workload.device}
         for name, setting in _SETTINGS.items():
             if name not in _SIZED:
                 *section, key = setting.split(".")

@@ -13,7 +13,7 @@ from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
 from rlhf_engine.memory.arena import room_for
-from rlhf_engine.model import ActorCritic, FrozenCopy, Reference
+from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
 from rlhf_engine.optim.adamw import Optimizer, Resident, build_optimizer
 from rlhf_engine.ppo.callbacks import Callback
 from rlhf_engine.ppo.ptx import PretrainStream
@@ -112,7 +112,7 @@ def build_trainer(
 
 
 def make_generator(
-    policy: ActorCritic, codec: Codec, config: RunConfig, seed: int, *, kv_bytes: int | None = None
+    policy: LanguageModel, codec: Codec, config: RunConfig, seed: int, *, kv_bytes: int | None = None
 ) -> Generator:
     """Return a sampler with the config's rollout settings; its keys and values take at most `kv_bytes`."""
     text, stop = config.rollout.stop_token, None

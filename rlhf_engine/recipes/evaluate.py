@@ -96,6 +96,7 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
         raise ValueError(
             f"{folder}: an earlier contest is there; replace it with --overwrite, or set another output_dir"
         )
+    assert setting.judge is not None
     judge, unjudged = configured_judge(config, setting.judge), Path(config.output_dir) / _UNJUDGED
     said = _kept(config, unjudged) or ask_both(config)
     with_new_folder(unjudged, lambda new: _write_said(new, config, said))
@@ -170,7 +171,7 @@ def ask_both(config: RunConfig) -> Said:
         [record.prompt for record in records],
         {role: [one.texts for one in said] for role, said in answers.items()},
         {role: sum(ends) / len(ends) for role, ends in flat.items()},
-        None if setting.text is None else {role: known for role, (_, known, _) in found.items()},
+        None if setting.text is None else {role: known for role, (_, known, _) in found.items() if known is not None},
         {role: cut for role, (*_, cut) in found.items()},
     )
 

@@ -49,7 +49,9 @@ class Answerer:
         ValueError: a model that does not load, or whose positions do not hold the longest prompt and answer.
     """
 
-    def __init__(self, config: RunConfig, folder: str, *, seed: int, prefix: str = "", stop: str | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, folder: str | None, *, seed: int, prefix: str = "", stop: str | None = None
+    ) -> None:
         if "{prompt}" in prefix:
             raise ValueError("prefix: got a text with {prompt} in it, expected examples written out")
         if stop is not None:
@@ -76,8 +78,9 @@ class Answerer:
 
         texts = [self.codec.decode_response(row) for row in of_each(rollout.response_ids)]
         reasons = [STOP_REASONS[number] for number in rollout.stop_reason.tolist()]
-        said = (texts, rollout.ended.tolist(), reasons, of_each(rollout.logprobs))
-        return [Answers(*(part[start : start + samples] for part in said)) for start in range(0, len(texts), samples)]
+        ended, logprobs = rollout.ended.tolist(), of_each(rollout.logprobs)
+        parts = [slice(start, start + samples) for start in range(0, len(texts), samples)]
+        return [Answers(texts[part], ended[part], reasons[part], logprobs[part]) for part in parts]
 
     def _encode(self, record: PromptRecord) -> Tensor:
         if self.prefix and not isinstance(record.prompt, str):

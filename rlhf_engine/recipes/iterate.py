@@ -23,6 +23,7 @@ from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.recipes import run_ppo, run_rm
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
 from rlhf_engine.recipes.generate import Answerer, answer_all
+from rlhf_engine.recipes.loading import given
 from rlhf_engine.recipes.preflight import check_rounds
 from rlhf_engine.recipes.session import continued
 from rlhf_engine.recipes.steps import Steps
@@ -144,19 +145,21 @@ def _prompts_of(config: RunConfig, number: int) -> list[PromptRecord]:
 
     The file is read twice, so that of the others there is no more in memory than a number each.
     """
-    order = array("q", range(sum(1 for _ in read_prompts(config.data.prompts, "train"))))
+    path = given(config.data.prompts, "data.prompts")
+    order = array("q", range(sum(1 for _ in read_prompts(path, "train"))))
     if not order:
         raise ValueError(f"data.prompts: got no prompts of split train in {config.data.prompts}")
     Random(config.seed).shuffle(order)
     count = min(config.iterate.prompts, len(order))
     wanted = [order[((number - 1) * count + index) % len(order)] for index in range(count)]
     places = set(wanted)
-    found = {place: one for place, one in enumerate(read_prompts(config.data.prompts, "train")) if place in places}
+    found = {place: one for place, one in enumerate(read_prompts(path, "train")) if place in places}
     return [found[place] for place in wanted]
 
 
 def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
     lines = read_json_lines(folder / "completions.jsonl")
+    assert config.iterate.judge is not None
     judge = configured_judge(config, config.iterate.judge)
     ranks = rank(judge, [prompt_of(line) for line in lines], [line["completions"] for line in lines])
     ranked = [line | {"ranking": list(given)} for line, given in zip(lines, ranks, strict=True)]
@@ -229,6 +232,7 @@ def _continued(stage: RunConfig, checkpoint: Path, name: str, say: Callable[[str
 def _evaluate(config: RunConfig, folder: Path) -> dict[str, Any]:
     setting = replace(config.eval, candidate=str(folder / "ppo"), baseline=config.model.path)
     contest, _ = run_eval(replace(config, eval=setting, output_dir=str(folder)), overwrite=True)
+    assert contest is not None  # no judge here judges by hand
     return asdict(contest.win_rate)
 
 

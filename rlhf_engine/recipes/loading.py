@@ -17,6 +17,7 @@ from rlhf_engine.files import with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.trunk import input_layer
 from rlhf_engine.plots import PANELS, plot_stage
 
 REPORT = "report.json"
@@ -122,7 +123,7 @@ def computing(config: RunConfig, *, learns: bool = True) -> dict[str, Any]:
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Every token has an embedding; spare embeddings, which fill a matrix up to a round size, are no mistake."""
-    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    largest, rows = max(tokenizer.get_vocab().values()), input_layer(model).weight.shape[0]
     if largest >= rows:
         raise ValueError(
             f"{folder}: got token id {largest} in its tokenizer, expected ids below {rows}, its embeddings"

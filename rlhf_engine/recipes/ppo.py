@@ -17,6 +17,7 @@ from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCo
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.trunk import input_layer, output_layer
 from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.callbacks import Callback, MetricsLog
 from rlhf_engine.ppo.ptx import PretrainStream
@@ -62,9 +63,10 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     told = None if function is None else PromptTexts()
     prompts = encode_prompts(config, codec, told)
     policy = make_policy(config, model, reward_model)
-    if function is None:
+    if reward_model is not None:
         reward = reward_function(reward_model, codec)
     else:
+        assert function is not None and config.reward.function is not None
         reward = text_reward(function, codec, prompt_of=told, name=config.reward.function)
     pretrain = pretrain_stream(config, codec)
     trainer = build_trainer(policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain)
@@ -117,19 +119,20 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
     ppo, settings = config.ppo, computing(config)
     check_attention(config)
     from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
-    if from_reward and reward_model is None:
+    start = reward_model if from_reward else None
+    if from_reward and start is None:
         raise ValueError(
             "ppo.value_init: got 'reward_model' with a reward.function, expected 'zero': a function has no weights"
         )
     if ppo.value_model == "backbone":
-        value_model = copy.deepcopy(reward_model) if from_reward else RewardModel.from_causal_lm(model, config.seed)
-        if not from_reward:
+        value_model = RewardModel.from_causal_lm(model, config.seed) if start is None else copy.deepcopy(start)
+        if start is None:
             nn.init.zeros_(value_model.head.weight)
         return ActorCritic(model, value_model.computing(**settings), backend=config.backend, **settings)
-    if not from_reward:
+    if start is None:
         return ActorCritic(model, backend=config.backend, **settings)
-    head = reward_model.head
-    theirs, ours = head.weight.numel(), model.get_output_embeddings().weight.shape[1]
+    head = start.head
+    theirs, ours = head.weight.numel(), output_layer(model).weight.shape[1]
     if theirs != ours:
         raise ValueError(
             f"ppo.value_init: got 'reward_model', whose hidden size is {theirs}, for a head on the policy's trunk, whose "
@@ -150,7 +153,7 @@ def check_attention(config: RunConfig) -> None:
 
 def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = None) -> Sequence[Tensor]:
     """The ids of the training prompts, in a file beside `output_dir`; `told` learns what was asked in each."""
-    path = config.data.prompts
+    path = given(config.data.prompts, "data.prompts")
 
     def encode(record: PromptRecord) -> Tensor:
         ids = codec.encode_prompt(record.prompt)
@@ -203,12 +206,12 @@ def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_m
 
 
 def _check_ids(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel) -> None:
-    theirs, ours = load_tokenizer(config.reward.path), codec.tokenizer
+    theirs, ours = load_tokenizer(given(config.reward.path, "reward.path")), codec.tokenizer
     folders = f"{config.reward.path} (reward.path) and {config.model.path} (model.path)"
     if theirs.get_vocab() != ours.get_vocab() or theirs.eos_token_id != ours.eos_token_id:
         raise ValueError(
             f"the tokenizers of {folders} differ; expected a reward model that reads the policy's token ids"
         )
-    rows = [found.get_input_embeddings().weight.shape[0] for found in (reward_model.trunk, model)]
+    rows = [input_layer(found).weight.shape[0] for found in (reward_model.trunk, model)]
     if rows[0] < rows[1]:
         raise ValueError(f"{folders}: got {rows[0]} and {rows[1]} embeddings, expected no fewer in the reward model")

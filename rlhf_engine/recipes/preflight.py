@@ -11,7 +11,7 @@ from rlhf_engine.data import Codec, PromptRecord, read_comparisons, read_demonst
 from rlhf_engine.evaluate import read_documents
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, prefix_of
-from rlhf_engine.recipes.loading import Item, check_records, check_room, encode_records, load_model
+from rlhf_engine.recipes.loading import Item, check_records, check_room, encode_records, given, load_model
 from rlhf_engine.recipes.ppo import check_attention, pretrain_stream
 from rlhf_engine.supervised.reward_model import encode_comparison
 
@@ -31,9 +31,8 @@ def check_rounds(config: RunConfig) -> None:
     positions = max_positions(model)
     check_room(config, None if positions is None else positions - 1, f"the positions of {config.model.path} but one")
     del model
-    _check_all(
-        config.data.prompts, read_prompts(config.data.prompts, "train"), lambda one: codec.encode_prompt(one.prompt)
-    )
+    path = given(config.data.prompts, "data.prompts")
+    _check_all(path, read_prompts(path, "train"), lambda one: codec.encode_prompt(one.prompt))
     _check_contest(config, codec)
     _check_rankings(config, codec)
     pretrain_stream(config, codec)
@@ -72,7 +71,7 @@ def _check_judge(config: RunConfig, section: str, name: str) -> None:
 
 
 def _check_prompts(config: RunConfig, split: str) -> None:
-    if not sum(1 for _ in read_prompts(config.data.prompts, split)):
+    if not sum(1 for _ in read_prompts(given(config.data.prompts, "data.prompts"), split)):
         raise ValueError(
             f"data.prompts: got no prompts of split {split} in {config.data.prompts}, expected at least one; `rlhf data clean` "
             "splits a file by user"
@@ -86,16 +85,17 @@ def _check_all(path: str | None, records: Iterable[Item], encode: Callable[[Item
 
 def _check_contest(config: RunConfig, codec: Codec) -> None:
     """Both models' tokenizer is that of `model.path`."""
+    path = given(config.data.prompts, "data.prompts")
     for role in ("candidate", "baseline"):
         prefix = prefix_of(config, role)
         framed = replace(codec, prompt_template=prefix + codec.prompt_template)
 
         def asked() -> Iterator[PromptRecord]:
-            return islice(read_prompts(config.data.prompts, config.eval.split), config.eval.limit)
+            return islice(read_prompts(path, config.eval.split), config.eval.limit)
 
         if prefix and not all(isinstance(record.prompt, str) for record in asked()):
             raise ValueError(f"eval.{role}_prefix: got one with conversations in {config.data.prompts}, expected none")
-        _check_all(config.data.prompts, asked(), lambda record, framed=framed: framed.encode_prompt(record.prompt))
+        _check_all(path, asked(), lambda record, framed=framed: framed.encode_prompt(record.prompt))
     if config.eval.text is not None:
         read_documents(config.eval.text, codec, config.output_dir)
 
@@ -103,8 +103,9 @@ def _check_contest(config: RunConfig, codec: Codec) -> None:
 def _check_rankings(config: RunConfig, codec: Codec) -> None:
     """The reward model's demonstrations and rankings, of which it needs two prompts: one to train, one to validate on."""
     data = config.data
-    check_records(data.demonstrations, "data.demonstrations", read_demonstrations)
-    _check_all(data.demonstrations, read_demonstrations(data.demonstrations), codec.example)
+    demonstrations = given(data.demonstrations, "data.demonstrations")
+    check_records(demonstrations, "data.demonstrations", read_demonstrations)
+    _check_all(demonstrations, read_demonstrations(demonstrations), codec.example)
     if data.comparisons is not None:
         check_records(data.comparisons, "data.comparisons", read_comparisons)
         _check_all(data.comparisons, read_comparisons(data.comparisons), lambda one: encode_comparison(one, codec))
@@ -117,6 +118,6 @@ def _check_rankings(config: RunConfig, codec: Codec) -> None:
 
 
 def _two_prompts(config: RunConfig) -> bool:
-    records = read_prompts(config.data.prompts, "train")
+    records = read_prompts(given(config.data.prompts, "data.prompts"), "train")
     first = next(records).prompt
     return any(record.prompt != first for record in records)

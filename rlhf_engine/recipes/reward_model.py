@@ -22,6 +22,7 @@ from rlhf_engine.recipes.loading import (
     computing,
     encode_records,
     fingerprint_records,
+    given,
     load_model,
     plot,
     stage_folders,
@@ -91,7 +92,7 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
 
 def _rankings(config: RunConfig, codec: Codec) -> tuple[Sequence[RankedPrompt], Sequence[RankedPrompt]]:
     """Return the rankings that are not all ties, as token ids, to train and to validate on."""
-    path = config.data.comparisons
+    path = given(config.data.comparisons, "data.comparisons")
     ranked = encode_records(path, read_comparisons(path), lambda comparison: encode_comparison(comparison, codec))
     kept = stored((prompt for prompt in ranked if prompt is not None), RANKED_PROMPTS, config.output_dir)
     return split(

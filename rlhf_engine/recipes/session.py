@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -85,7 +85,7 @@ class TrainingSession:
         self._received: int | None = None
         self._received_at = 0.0
         self._masked = False
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Any] = {}  # as `signal.getsignal` returns them
 
     # ---- what a stage calls ----
 
@@ -165,6 +165,7 @@ class TrainingSession:
 
     def _stop(self) -> None:
         self._masked = True
+        assert self._received is not None
         raise Stopped(self._received)
 
     def __exit__(

@@ -17,6 +17,7 @@ from rlhf_engine.recipes.loading import (
     computing,
     encode_records,
     fingerprint_records,
+    given,
     load_model,
     plot,
     save_model,
@@ -82,5 +83,5 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 
 def demonstrations(config: RunConfig, codec: Codec) -> Stored[Example]:
     """Return the token ids of the demonstrations, in a file next to `output_dir`."""
-    path = config.data.demonstrations
+    path = given(config.data.demonstrations, "data.demonstrations")
     return stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)

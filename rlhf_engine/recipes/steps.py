@@ -45,10 +45,10 @@ class Steps:
 
     def _read(self) -> None:
         kept = read_json(self.path)
-        self.read, self.results = kept.get("settings"), kept.get("steps")
-        parts = (self.read, self.results)
-        if not all(isinstance(part, dict) for part in parts) or list(self.read) != list(self.results):
+        read, results = kept.get("settings"), kept.get("steps")
+        if not isinstance(read, dict) or not isinstance(results, dict) or list(read) != list(results):
             raise ValueError(f"{self.path}: expected an object with settings and steps, the settings of each step")
+        self.read, self.results = read, results
         for name, settings in self.read.items():
             for key, value in settings.items():
                 if not is_among(key, self.may_change) and self.settings.get(key) != value:

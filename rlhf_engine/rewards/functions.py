@@ -59,8 +59,10 @@ def _floats(said: object, count: int, what: str) -> list[float]:
         raise ValueError(f"{what}: got {said!r}, expected a list of {count} numbers, one an answer")
     if len(said) != count:
         raise ValueError(f"{what}: got {len(said)} scores, expected {count}, one an answer")
-    numbers = [number(value) for value in said]
-    for row, found in enumerate(numbers):
+    numbers = []
+    for row, value in enumerate(said):
+        found = number(value)
         if found is None:
-            raise SampleError(row, f"got {said[row]!r}, expected a number")
+            raise SampleError(row, f"got {value!r}, expected a number")
+        numbers.append(found)
     return numbers

@@ -7,7 +7,8 @@ normalised first, then what an answer without EOS gets takes its place or is tak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class ScoreScale:
         """The moments, under the names that a checkpoint knows them by."""
         return {"score_count": self.count, "score_mean": self.mean, "score_squares": self.squares}
 
-    def load_state(self, state: dict[str, int | float]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.count, self.mean, self.squares = (state[f"score_{name}"] for name in ("count", "mean", "squares"))
 

@@ -114,6 +114,7 @@ def _module(place: str, key: str) -> ModuleType:
     # Dataclasses look their module up by its name, so it has one that no other module has.
     name = f"_rlhf_user_code_{blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     with user_code_errors(f"{key}: {path}"):

@@ -179,10 +179,11 @@ class Generator:
     ) -> None:
         """Sample an action in each of N states, those of `slots`, and append it."""
         config, backend, size = self.config, self.policy.backend, slots.stop - slots.start
+        assert outputs.logits is not None
         logits = outputs.logits[:size]
         sequence, position, *seen = state.sampling_inputs(active, slots)
         taken = sample_tokens(
-            penalised(logits.float(), *seen, config.repetition_penalty) if seen else logits,
+            penalised(logits.float(), seen[0], config.repetition_penalty) if seen else logits,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,

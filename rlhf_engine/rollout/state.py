@@ -32,7 +32,8 @@ class ActiveSlots:
     @classmethod
     def of(cls, slots: int, spare_row: int, device: torch.device) -> ActiveSlots:
         """Return `slots` slots with `count` 0."""
-        return cls(*(torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)), spare_row)
+        token, position, row, step = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4))
+        return cls(token, position, row, step, spare_row)
 
     def vectors(self) -> tuple[Tensor, ...]:
         """Return all tensors."""

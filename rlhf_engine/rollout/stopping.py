@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -67,4 +68,5 @@ class StopStrings:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        # Of one sequence it is one text.
+        return cast("str", self.tokenizer.decode(list(ids), skip_special_tokens=True))

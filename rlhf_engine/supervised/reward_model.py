@@ -60,7 +60,9 @@ def _encode(ranked: RankedPrompt) -> list[int]:
 def _decode(row: NDArray[np.int32]) -> RankedPrompt:
     count = int(row[0])
     *rows, pairs = np.split(row[1 + count :], np.cumsum(row[1 : 1 + count]))
-    return RankedPrompt(tuple(map(EXAMPLES.decode, rows)), tuple(map(tuple, pairs.reshape(-1, 2).tolist())))
+    return RankedPrompt(
+        tuple(map(EXAMPLES.decode, rows)), tuple((better, worse) for better, worse in pairs.reshape(-1, 2).tolist())
+    )
 
 
 RANKED_PROMPTS: RecordCodec[RankedPrompt] = RecordCodec(_encode, _decode)
@@ -87,7 +89,8 @@ class RankingEvaluation:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Self:
         """Return the evaluation that JSON holds as an object, its tuples as lists."""
-        return cls(**found | {"bins": tuple((low, high, count) for low, high, count in found["bins"])})
+        fields: dict[str, Any] = found | {"bins": tuple((low, high, count) for low, high, count in found["bins"])}
+        return cls(**fields)
 
 
 def encode_comparison(comparison: Comparison, codec: Codec) -> RankedPrompt | None:
@@ -139,6 +142,8 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
     """Training of a reward model; `history` has every evaluation. It can be saved and resumed after every step."""
 
     stage = "rm"
+    model: RewardModel
+    config: RewardConfig
 
     def __init__(
         self,

@@ -10,10 +10,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of, pad_sequences
@@ -103,6 +105,8 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
     """Fine-tuning of a language model: `train()`, then `finish()`. It can be saved and resumed after every step."""
 
     stage = "sft"
+    model: PreTrainedModel
+    config: SFTConfig
 
     def __init__(
         self,
@@ -281,7 +285,7 @@ def _check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None
             raise ValueError(f"{name}: got no examples, expected at least one")
 
 
-def _parts(indices: list[int], lengths: list[int], config: SFTConfig) -> list[list[int]]:
+def _parts(indices: list[int], lengths: NDArray[np.int64], config: SFTConfig) -> list[list[int]]:
     """A batch, which comes from short to long, in micro-batches; those of a token budget from long to short."""
     if config.microbatch_tokens is None:
         size = config.microbatch or len(indices)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch import Tensor, cuda, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.trunk import layers_of
@@ -75,7 +75,7 @@ LIMIT = 512
 class _LayerCache:
     """The part of a cache that belongs to one layer."""
 
-    def __init__(self, layer: CacheLayerMixin) -> None:
+    def __init__(self, layer: Any) -> None:  # an element of `Cache.layers`
         self.layer = layer
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
@@ -132,7 +132,7 @@ def _forward(compiled: Callable[..., Any], layer: nn.Module, cache: Cache, own: 
     """Return a `layer.forward` that calls the function compiled for its class, with the layer's own part of the cache."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        args = [own if argument is cache else argument for argument in args]
-        return compiled(layer, *args, **{k: own if argument is cache else argument for k, argument in kwargs.items()})
+        given = [own if argument is cache else argument for argument in args]
+        return compiled(layer, *given, **{k: own if argument is cache else argument for k, argument in kwargs.items()})
 
     return forward

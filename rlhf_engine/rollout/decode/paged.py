@@ -110,6 +110,7 @@ class PagedLayer(CacheLayerMixin):
         """Write the new tokens; return what attention reads: in prefill their keys and values, in decode the pages."""
         now = self.now
         for states, pages in ((key_states, self.keys), (value_states, self.values)):
+            assert pages is not None
             if states.shape[1::2] != pages.shape[2:]:
                 got, expected = tuple(states.shape[1::2]), tuple(pages.shape[2:])
                 raise ValueError(
@@ -119,6 +120,7 @@ class PagedLayer(CacheLayerMixin):
             pages[now.page, now.within] = tokens if now.source is None else tokens[now.source]
         if now.source is not None:
             return key_states, value_states
+        assert self.keys is not None and self.values is not None and now.table is not None and now.lengths is not None
         return PagedKeys(self.keys, now.table, now.lengths, self.window), self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -183,7 +185,8 @@ class PagedDecoder:
         self.now = _Pass()
         windows = {"sliding_attention": getattr(self.text_config, "sliding_window", None), "full_attention": None}
         by_layer = getattr(self.text_config, "layer_types", None) or kinds * self.text_config.num_hidden_layers
-        self.cache = Cache(layers=[PagedLayer(self.now, windows[kind]) for kind in by_layer])
+        self.paged = [PagedLayer(self.now, windows[kind]) for kind in by_layer]
+        self.cache = Cache(layers=[*self.paged])
         self.pool: Tensor | None = None
         self.project: ReorderedHead | None = None
         self.captures = self._can_capture()
@@ -228,7 +231,7 @@ class PagedDecoder:
         self.ample = opened == filled
         shape = pool_shape(self.policy, 1 + opened, self.page_size)
         self.pool = allocate(shape, self.policy.product_dtype, self.policy.device)
-        for layer, (keys, values) in zip(self.cache.layers, self.pool, strict=True):
+        for layer, (keys, values) in zip(self.paged, self.pool, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
             for pages in (keys, values) if self.compiles else ():
                 torch._dynamo.mark_dynamic(pages, 0)  # a pool of another size does not compile again
@@ -244,7 +247,7 @@ class PagedDecoder:
         self.pool = self.project = None
         if self.policy.compute_dtype is not None:
             self._graphed = None
-        for layer in self.cache.layers:
+        for layer in self.paged:
             layer.keys = layer.values = None
 
     def admissible(self, prompts: list[Tensor], count: int) -> int:
@@ -374,6 +377,7 @@ class PagedDecoder:
         changes = [(slot, *change) for slot, change in grown if change is not None]
         copies = [(page, source) for _, _, page, source in changes if source is not None]
         if copies:
+            assert self.pool is not None
             page, source = torch.tensor(copies, device=self.table.device).T
             self.pool[:, :, page] = self.pool[:, :, source]
         if changes:

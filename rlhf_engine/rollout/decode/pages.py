@@ -9,6 +9,7 @@ one is never preempted, and the pool has enough pages for its longest response, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -99,7 +100,8 @@ class Sequences:
     def move(self, source: int, target: int) -> None:
         """Move the sequence in slot `source` to slot `target`, whose own sequence is dropped."""
         self.drop(target)
-        for of_slot in (self.held, self.lengths, self._ages):
+        by_slot: list[Any] = [self.held, self.lengths, self._ages]
+        for of_slot in by_slot:
             of_slot[source], of_slot[target] = of_slot[target], of_slot[source]
 
     def needed(self, slots: Sequence[int]) -> int:

@@ -222,7 +222,9 @@ def check_decoding(decoder: Decoder, policy: LanguageModel, most: int) -> None:
     finally:
         decoder.close()
     for row, sequence in enumerate(compared):
-        expected = policy(TokenBatch(input_ids=sequence[None]), ("hidden",)).hidden[-1]
+        expected = policy(TokenBatch(input_ids=sequence[None]), ("hidden",)).hidden
+        assert decoded is not None and expected is not None
+        expected = expected[-1]
         # Scores near a softcap c round to c eps, and the softmax makes that a relative error, in every layer.
         softcap = getattr(policy.model.config.get_text_config(), "attn_logit_softcapping", None) or 0
         allowed = (64 + 4 * softcap) * torch.finfo(expected.dtype).eps * float(expected.abs().max())

@@ -68,6 +68,8 @@ class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer: [slots, heads, columns, head size]."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, slots: int, columns: int, now: _Pass, allocate: Allocate) -> None:
         super().__init__()
@@ -91,6 +93,7 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         now = self.now
         if now.positions is None:
+            assert now.source is not None
             length = min(key_states.shape[2], self.columns)  # padding may be wider than the longest sequence
             slots = slice(now.first, now.first + len(now.source))
             self.keys[slots, :, :length] = key_states[:, :, :length][now.source]
@@ -114,6 +117,8 @@ class SlotLayer(CacheLayerMixin):
 
 class SlotCache(Cache):
     """A transformers cache in which every sequence has its own length. Call `prefill` or `decode` before each forward pass."""
+
+    layers: list[SlotLayer]
 
     def __init__(self, layers: int, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
         self.now = _Pass()
@@ -189,6 +194,7 @@ class SlotDecoder:
 
     def prefill(self, prompts: list[Tensor], first: int) -> Outputs:  # rows >= MIN_ROWS
         """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt."""
+        assert self.cache is not None
         firsts, source = same_as(prompts)
         distinct = [prompts[index] for index in firsts]
         batch = prefill_batch(self.policy, distinct, source, self.cache, self.max_position)
@@ -204,6 +210,7 @@ class SlotDecoder:
         want: Collection[Want] | None = None,
     ) -> Outputs:  # rows >= MIN_ROWS
         """Feed one token to each of the first `count` slots; return the outputs in the states after them."""
+        assert self.cache is not None
         spare = max(0, MIN_ROWS - count)
         tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
         width = self.columns
@@ -231,6 +238,7 @@ class SlotDecoder:
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy sequences of at most `width` tokens from slots `source` to slots `target`; the two must not overlap."""
+        assert self.cache is not None
         self.cache.move(source, target, width)
 
     def keep(self, count: int) -> None:
