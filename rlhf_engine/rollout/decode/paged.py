@@ -73,9 +73,8 @@ def attend(
 ) -> tuple[Tensor, None]:  # (R, 1, heads, D)
     """`paged_attention` in transformers' attention interface."""
     options = {"scale": scaling, "window": key.window, "softcap": softcap}
-    return paged_attention(query[:, :, 0].to(value.dtype), key.pages, value, key.table, key.lengths, **options)[
-        :, None
-    ], None
+    found = paged_attention(query[:, :, 0].to(value.dtype), key.pages, value, key.table, key.lengths, **options)
+    return found[:, None], None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -181,8 +180,7 @@ class PagedDecoder:
         self.table = torch.zeros(self.rows, places, dtype=torch.int32, device=policy.device)
         self.layers = InvariantLayers(policy)
         self.want = sampled_outputs(policy)
-        self.max_position = max_positions(policy.model)
-        self.now = _Pass()
+        self.max_position, self.now = max_positions(policy.model), _Pass()
         windows = {"sliding_attention": getattr(self.text_config, "sliding_window", None), "full_attention": None}
         by_layer = getattr(self.text_config, "layer_types", None) or kinds * self.text_config.num_hidden_layers
         self.paged = [PagedLayer(self.now, windows[kind]) for kind in by_layer]
@@ -385,8 +383,7 @@ class PagedDecoder:
             self.table[slot, place] = page.int()
 
     def _write_table(self, slots: range | list[int]) -> None:
-        places = self.table.shape[1]
-        held = [self.sequences.held[slot] for slot in slots]
+        places, held = self.table.shape[1], [self.sequences.held[slot] for slot in slots]
         rows = torch.tensor([pages + [0] * (places - len(pages)) for pages in held], dtype=torch.int32)
         self.table[torch.tensor(list(slots))] = rows.to(self.table.device)
 
