@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Collection
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.memory.arena import SUM_DTYPE
 
 HALF = (torch.bfloat16, torch.float16)
 """Types of weights whose updates need a float32 master."""
 
-OptimizerState = Literal["resident", "host", "8bit"]
-"""Where moments live, `MemoryConfig.optimizer_state`."""
 
 Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """`take(shape, dtype)` returns memory on the device that may hold anything, such as an arena's."""
@@ -40,6 +37,17 @@ class Optimizer(Protocol):
     def prefetch(self) -> None:
         """Start to copy the state of the next step to the device, while gradients are computed."""
 
+    def tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return a parameter's state by name, complete in memory; empty before its first step."""
+        ...
+
+    def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
+        """Make the state that `names` are the tensors of, and return it, to be filled from a checkpoint."""
+        ...
+
+    def clear(self) -> None:
+        """Drop the state of all parameters, before one of a checkpoint is set."""
+
     def step(self) -> Any: ...
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
@@ -48,9 +56,11 @@ class Optimizer(Protocol):
 
 
 class ResidentState:
-    """Mixin for an optimizer whose state stays on the device: nothing is in transit."""
+    """Mixin for a `torch.optim.Optimizer` whose state stays on the device: nothing is in transit."""
 
     transit_bytes = 0
+    param_groups: list[dict[str, Any]]
+    state: Any
 
     def allocate_from(self, take: Take) -> None:
         """Do nothing."""
@@ -58,16 +68,31 @@ class ResidentState:
     def prefetch(self) -> None:
         """Do nothing."""
 
+    def tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return a parameter's state by name."""
+        return {name: value for name, value in self.state.get(parameter, {}).items() if isinstance(value, Tensor)}
+
+    def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
+        """Make the state that `names` are the tensors of: a step count, and tensors of the parameter's shape."""
+        step = {"step": torch.zeros((), device=parameter.device)} if "step" in names else {}
+        self.state[parameter] = step | {name: torch.empty_like(parameter) for name in names if name != "step"}
+        return self.tensors_of(parameter)
+
+    def clear(self) -> None:
+        """Drop the state of all parameters."""
+        self.state.clear()
+
 
 class Resident(ResidentState):
-    """Any `torch.optim.Optimizer` as an `Optimizer` with resident state."""
+    """Any `torch.optim.Optimizer` as an `Optimizer` with resident state.
 
-    # Those of `inner`, which `__getattr__` returns.
-    param_groups: list[dict[str, Any]]
-    state: Any
+    The learning-rate schedule multiplies the rate that each of its groups has now.
+    """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner = inner
+        self.inner, self.state, self.param_groups = inner, inner.state, inner.param_groups
+        for group in inner.param_groups:
+            group.setdefault("initial_lr", group["lr"])
 
     def step(self) -> Any:
         """Step every parameter that has a gradient."""
@@ -81,41 +106,13 @@ class Resident(ResidentState):
         """Call `hook` before every step."""
         return self.inner.register_step_pre_hook(hook)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
 
 class AdamW(ResidentState, torch.optim.AdamW):
     """`torch.optim.AdamW` with its state on the device."""
 
-
-def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> Optimizer:
-    """Return fused AdamW over the parameters that require a gradient; only matrices are decayed.
-
-    Half-precision parameters get float32 gradients, and float32 masters that are stepped in their place. ValueError for 8 bits
-    if torchao is missing or with `eps_form` "raw", whose epsilon differs at each step: torchao would compile each of them.
-    Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
-    """
-    from rlhf_engine.optim.eight_bit import EightBitAdamW
-    from rlhf_engine.optim.offload import StagedAdamW
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    half = [parameter for parameter in trained if parameter.dtype in HALF]
-    for parameter in half:
-        parameter.grad_dtype = SUM_DTYPE
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if state == "8bit":
-        if config.eps_form == "raw":
-            raise ValueError("optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit'")
-        return EightBitAdamW(groups, **options)
-    if state == "host" or half:
-        return StagedAdamW(groups, host=state == "host", **options)
-    return AdamW(groups, fused=True, **options)
+    def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
+        """Make both moments of a parameter, whatever `names` lacks."""
+        return super().new_tensors_of(parameter, ("step", "exp_avg", "exp_avg_sq"))
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -151,7 +148,8 @@ def optimizer_step(
         nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
     rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        # An optimizer of the user's keeps the rates of its groups.
+        group["lr"] = group["initial_lr"] * (rate / config.lr) if "initial_lr" in group else rate
         if config.eps_form == "raw":
             group["eps"] = raw_eps(optimizer, group, config)
     optimizer.step()

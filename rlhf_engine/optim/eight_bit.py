@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_engine.optim.adamw import HALF, ResidentState
+
+_QUANTISED = ("codes", "scale")
+"""Tensors of a moment in 8 bits; its table of values is a constant."""
 
 SMALLEST, BLOCK = 4096, 256
 """Elements of the smallest tensor that torchao quantises, and of a block, which has one float32 scale."""
@@ -63,6 +66,24 @@ class EightBitAdamW(ResidentState, torch.optim.Optimizer):
             if master.grad is not None:
                 parameter.copy_(master)
                 master.grad = None
+
+    def tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return a parameter's master, and its moments, each as `<name>.codes` and `<name>.scale` where it is quantised."""
+        tensors = {} if parameter not in self.masters else {"master": self.masters[parameter].detach()}
+        for name, value in self.moments(parameter).items():
+            quantised = hasattr(value, _QUANTISED[0])
+            tensors |= {f"{name}.{part}": getattr(value, part) for part in _QUANTISED} if quantised else {name: value}
+        return tensors
+
+    def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
+        """Make the moments of a parameter that was stepped; one that never was has a master only."""
+        if set(names) != {"master"}:
+            self.new_moments(parameter)
+        return self.tensors_of(parameter)
+
+    def clear(self) -> None:
+        """Drop the moments of all parameters."""
+        self.inner.state.clear()
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """`step`, `exp_avg` and `exp_avg_sq` of a parameter, empty before its first step."""

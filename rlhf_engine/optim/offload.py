@@ -11,7 +11,7 @@ device are one memory, the copies are made all the same and nothing is saved: it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +109,18 @@ class StagedAdamW(torch.optim.AdamW):
     def allocate_from(self, take: Take) -> None:
         """Use `take` for the memory of state in transit."""
         self._take = take
+
+    def tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return a parameter's state by name, once no copy of it is under way."""
+        self.synchronize()
+        return self.state[parameter]
+
+    def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
+        """Return a parameter's state, which is there from the start."""
+        return self.tensors_of(parameter)
+
+    def clear(self) -> None:
+        """Do nothing: the state keeps its place in memory."""
 
     def prefetch(self) -> None:
         """Start to copy the first buckets to the device, where something can run meanwhile."""

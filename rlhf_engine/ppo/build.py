@@ -14,7 +14,8 @@ from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
-from rlhf_engine.optim.adamw import Optimizer, Resident, build_optimizer
+from rlhf_engine.optim.adamw import Optimizer, Resident
+from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.callbacks import Callback
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer

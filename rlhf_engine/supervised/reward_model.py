@@ -31,7 +31,7 @@ from rlhf_engine.data import (
     rank_batch,
 )
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.optim.adamw import OptimizerState
+from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 SCORED_TOGETHER = 64

@@ -23,7 +23,7 @@ from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.layout import TokenBatch, token_cuts
 from rlhf_engine.model.pretrained import load_pretrained
-from rlhf_engine.optim.adamw import OptimizerState
+from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 

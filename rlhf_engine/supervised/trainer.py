@@ -23,7 +23,8 @@ from rlhf_engine.data import length_batches, lengths_of
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.metrics import progress
 from rlhf_engine.model.saving import copy_parameters
-from rlhf_engine.optim.adamw import OptimizerState, build_optimizer, optimizer_step
+from rlhf_engine.optim.adamw import optimizer_step
+from rlhf_engine.optim.build import OptimizerState, build_optimizer
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 
 Log = Callable[[int, dict[str, float]], None]

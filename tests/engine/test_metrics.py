@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.memory.arena import peak_rss_mb, resident_mb
 from rlhf_engine.metrics import MetricsWriter, read_metrics
-from rlhf_engine.optim.adamw import build_optimizer, learning_rate, optimizer_step
+from rlhf_engine.optim.adamw import learning_rate, optimizer_step
+from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.update import MetricSum
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from rlhf_engine.config import OptimConfig
-from rlhf_engine.optim.adamw import build_optimizer, optimizer_step
+from rlhf_engine.optim.adamw import optimizer_step
+from rlhf_engine.optim.build import build_optimizer
 
 
 @pytest.mark.parametrize("form", ["corrected", "raw"])

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, upcast
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.optim.adamw import build_optimizer
+from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.optim.eight_bit import EightBitAdamW, moment_bytes
 from rlhf_engine.optim.offload import StagedAdamW, most_in_transit
 from rlhf_engine.planner import MemoryPlan, ModelShape, Workload

@@ -1,0 +1,42 @@
+"""An optimizer as the config asks for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from rlhf_engine.config import OptimConfig
+from rlhf_engine.memory.arena import SUM_DTYPE
+from rlhf_engine.optim.adamw import HALF, AdamW, Optimizer
+from rlhf_engine.optim.eight_bit import EightBitAdamW
+from rlhf_engine.optim.offload import StagedAdamW
+
+OptimizerState = Literal["resident", "host", "8bit"]
+"""Where moments live, `MemoryConfig.optimizer_state`."""
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> Optimizer:
+    """Return fused AdamW over the parameters that require a gradient; only matrices are decayed.
+
+    Half-precision parameters get float32 gradients, and float32 masters that are stepped in their place. ValueError for 8 bits
+    if torchao is missing or with `eps_form` "raw", whose epsilon differs at each step: torchao would compile each of them.
+    Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    half = [parameter for parameter in trained if parameter.dtype in HALF]
+    for parameter in half:
+        parameter.grad_dtype = SUM_DTYPE
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if state == "8bit":
+        if config.eps_form == "raw":
+            raise ValueError("optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit'")
+        return EightBitAdamW(groups, **options)
+    if state == "host" or half:
+        return StagedAdamW(groups, host=state == "host", **options)
+    return AdamW(groups, fused=True, **options)
