@@ -94,7 +94,10 @@ def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     Sequences.of(rewards, cu_seqlens).check(rewards.numel())
     out = torch.empty_like(rewards), torch.empty_like(rewards)
     args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
@@ -103,8 +106,9 @@ def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) ->
 
 
 def rollout_advantages(
-    scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
-    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
+    kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
+    skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     Sequences.of(logprobs, cu_seqlens).check(logprobs.numel())
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
@@ -120,8 +124,9 @@ def rollout_advantages(
 
 
 def sample_tokens(
-    logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float, seed: int,
+    sequence: Tensor, position: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     b, v = logits.shape
     ids, logprobs, sampling_logprobs = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b)
     _native.extension().sample_tokens(

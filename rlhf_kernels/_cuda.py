@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from . import _native
 from ._native import floats
 from .launch_args import LogitRows, PpoRows, RowStats
+
+if TYPE_CHECKING:
+    import rlhf_kernels._C as native
 
 
 @contextlib.contextmanager
@@ -29,7 +33,10 @@ def _inside(cu_seqlens: Tensor | None, tokens: Tensor) -> Tensor | None:
     return cu_seqlens.clamp(0, tokens.numel()).cummax(0).values
 
 
-def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     cu_seqlens = _inside(cu_seqlens, rewards)
     out = torch.empty_like(rewards), torch.empty_like(rewards)
     args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
@@ -40,8 +47,9 @@ def gae(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) ->
 
 
 def rollout_advantages(
-    scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
-    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
+    kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
+    skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     cu_seqlens = _inside(cu_seqlens, logprobs)
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
@@ -84,9 +92,12 @@ def rescale_dlogits(
         _native.extension().cuda_rescale_dlogits(args, floats(upstream), stream)
 
 
-def _one_pass_args(x, ppo, stats, coefficients, denominator, out):
+def _one_pass_args(
+    x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor | None, out: Tensor | None
+) -> "native.LogitsPpoArgs":
     packed = out is None or out.is_contiguous()
-    assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
+    in_place = out is not None and out.data_ptr() == x.logits.data_ptr()
+    assert packed or in_place, "a gradient with strides is written over the logits only"
     assert out is None or out.dtype == x.logits.dtype, "the gradient has the dtype of the logits"
     return _native.extension().LogitsPpoArgs(
         x=_native.logit_rows(x),

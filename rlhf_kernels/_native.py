@@ -4,24 +4,31 @@ The extension is linked against no OpenMP runtime. Importing torch first loads t
 regions run, so that there is one pool of threads and `torch.set_num_threads` sets its size.
 """
 
-import importlib
 import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch  # before _C, see above
+from torch import Tensor
 
 from .launch_args import SUMS, LogitRows, PpoRows
 
-try:
-    _C = importlib.import_module("rlhf_kernels._C")
-    _error = ""
-except ImportError as error:
-    _C = None
-    _error = str(error)
+if TYPE_CHECKING:
+    import rlhf_kernels._C as native
 
 
+def _load():  # no return annotation: the type of a module, which _C.pyi describes, has no name
+    """Return the extension, or None and the reason."""
+    try:
+        import rlhf_kernels._C as module
+    except ImportError as error:
+        return None, str(error)
+    return module, ""
+
+
+_C, _error = _load()
 AVAILABLE = _C is not None
 """Whether the extension was built and loads here."""
 
@@ -35,7 +42,7 @@ def why_missing() -> str:
     return f"the extension rlhf_kernels._C does not load ({_error}); build it with `pip install .` or `make build`"
 
 
-def extension():
+def extension():  # no return annotation, see _load
     """Return the extension module; RuntimeError with the way to build it when it is missing."""
     if _C is None:
         raise RuntimeError(why_missing())
@@ -66,8 +73,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return x
 
 
-def logit_rows(x: LogitRows):
+def logit_rows(x: LogitRows) -> "native.LogitRows":
     logits, t = x.logits, x.transform
+    assert _C is not None
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "rows of logits are contiguous along the vocabulary"
     n, vocab, row_stride, inner, outer_stride = x.layout()
     return _C.LogitRows(
@@ -87,14 +95,19 @@ def logit_rows(x: LogitRows):
     )
 
 
-def ppo_rows(x: PpoRows):
+def ppo_rows(x: PpoRows) -> "native.PpoRows":
+    assert _C is not None
     addresses = {name: floats(tensor) for name, tensor in x.tensors().items()}
     return _C.PpoRows(scalars=_C.PpoScalars(**x.scalars._asdict()), **addresses)
 
 
-def gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, advantages, returns):
+def gae_args(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
+    cu_seqlens: Tensor | None, advantages: Tensor, returns: Tensor,
+) -> "native.GaeArgs":  # fmt: skip
     """Return the arguments of the recursion; the caller keeps the tensors alive."""
-    b, t = (cu_seqlens.numel() - 1, 0) if rewards.dim() == 1 else rewards.shape
+    assert _C is not None
+    b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
     return _C.GaeArgs(
         n=rewards.numel(),
         sequences=b,
@@ -112,7 +125,22 @@ def gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlen
     )
 
 
-def rollout_args(recursion, scores, logprobs, ref_logprobs, score_index, rewards, kl, **scalars):
+def rollout_args(
+    recursion: "native.GaeArgs",
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    score_index: Tensor | None,
+    rewards: Tensor,
+    kl: Tensor,
+    *,
+    kl_estimator: int,
+    kl_coef: float,
+    score_clip: float,
+    whiten_rewards: bool,
+    whiten_advantages: bool,
+) -> "native.RolloutArgs":
+    assert _C is not None
     return _C.RolloutArgs(
         gae=recursion,
         scores=address(scores),
@@ -121,7 +149,11 @@ def rollout_args(recursion, scores, logprobs, ref_logprobs, score_index, rewards
         score_index=address(score_index),
         rewards=address(rewards),
         kl=address(kl),
-        **scalars,
+        kl_estimator=kl_estimator,
+        kl_coef=kl_coef,
+        score_clip=score_clip,
+        whiten_rewards=whiten_rewards,
+        whiten_advantages=whiten_advantages,
     )
 
 

@@ -3,6 +3,8 @@
 **It has not run on a device yet**: a test checks the call against torch's signature and documentation.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -42,5 +44,6 @@ def paged_attention(
         block_table=block_table.where(counts & exists, 0),
         num_splits=1,
     )
-    out = out.masked_fill((lengths == 0)[:, None, None], 0)
+    # With `return_aux` it returns a tuple.
+    out = cast(Tensor, out).masked_fill((lengths == 0)[:, None, None], 0)
     return out.masked_fill(unsound[:, None, None], torch.nan)

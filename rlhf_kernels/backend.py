@@ -6,10 +6,10 @@ serves the call or raises. `rlhf_kernels.info` prints what `"auto"` chooses for 
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Kernels(Protocol):
 
     def token_logprobs_forward(self, x: LogitRows, stats: RowStats) -> None:
         """Fill `stats`; masked rows get zeros."""
+        ...
 
     def token_logprobs_backward(
         self, x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
@@ -52,75 +53,103 @@ class Kernels(Protocol):
 
         `out` has the dtype of the logits or a narrower one; it may be the logits, or the front of their rows.
         """
+        ...
 
     def ppo_epilogue(self, x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
         """Fill `stats` and write the gradient of the logits to `out`, as above; return which rows have one, bool (N,).
 
         On CPU rows without a gradient are left as they were; elsewhere they are zeros.
         """
+        ...
 
     def compact_rows(self, x: Tensor, active: Tensor) -> Tensor:
         """Move the marked rows of `x` (N, V) to its front, in place; return the row that each front place holds now.
 
         On a GPU the host waits for the device once, for the number of rows.
         """
+        ...
 
     def ppo_loss(
-        self,
-        ppo: PpoRows,
-        sequences: Sequences,
-        sequence_level: bool,
-        mask: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor | None,
-        values: Tensor | None,
-        old_values: Tensor | None,
-        returns: Tensor | None,
-        value_mask: Tensor,
-        value_row_weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, ppo: PpoRows, sequences: Sequences, sequence_level: bool, mask: Tensor, logprobs: Tensor,
+        entropy: Tensor | None, values: Tensor | None, old_values: Tensor | None, returns: Tensor | None,
+        value_mask: Tensor, value_row_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return the slopes of log-probs and values, times their denominators, and launch_args.SUMS in float64."""
+        ...
 
     def accumulate(self, total: Tensor, part: Tensor, *, first: bool) -> None:
         """`total = part` (first) or `total += part`, in place; `total` is float32, `part` of any of NATIVE_DTYPES."""
+        ...
 
     def scale_cast(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """`x * scale` (a scalar), rounded once to `dtype`; in the bytes of `x` where the dtype stays."""
+        ...
 
-    def gae(self, rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens) -> tuple[Tensor, Tensor]:
+    def gae(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None,
+        skip_holes: bool, cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Advantages and returns, in the shape of rewards; see ops/gae.py."""
+        ...
 
     def rollout_advantages(
-        self, scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index,
-        bootstrap, skip_holes, whiten_rewards, whiten_advantages, cu_seqlens,
+        self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
+        kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None,
+        bootstrap: Tensor | None, skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Advantages, returns, rewards, KL; `kl_estimator` is its index in KL_ESTIMATORS, `score_clip` inf when off."""
+        ...
 
     def sample_tokens(
-        self, logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, logits: Tensor, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float,
+        seed: int, sequence: Tensor, position: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Ids (int64), log-probs, sampling log-probs. Off: top_k 0, top_p 1, min_p 0. `logits` any dtype and row stride."""
+        ...
 
-    def paged_attention(self, q, k_pages, v_pages, block_table, lengths, scale, window, softcap) -> Tensor:
+    def paged_attention(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float,
+        window: int, softcap: float,
+    ) -> Tensor:  # fmt: skip
         """In q's shape and dtype; off: window 0, softcap 0. Strides of q and the pages are any, but 1 along D."""
+        ...
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
         """(R, heads, D) in the dtype of `query`; keys and values any strides but that of D, of one dtype with it."""
+        ...
 
     def kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
         """Elementwise, any shape."""
+        ...
 
     def kl_penalty_backward(self, grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
         """`grad` times d KL / d logprobs."""
+        ...
 
     def masked_mean(self, x: Tensor, mask: Tensor) -> Tensor:
         """A scalar; 0 when nothing is True."""
+        ...
 
     def masked_whiten(self, x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
         """See ops/masked.py."""
+        ...
 
     def group_advantages(self, scores: Tensor, groups: Tensor, kind: int) -> Tensor:
         """`groups` int64; `kind` is its index in KINDS of ops/group_advantages.py."""
+        ...
+
+
+class OnePassKernels(Protocol):
+    """The launchers that only the CUDA C++ backend has; `_cuda` documents them."""
+
+    def logits_ppo_loss(
+        self, x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor, out: Tensor | None
+    ) -> None: ...
+
+    def rescale_dlogits(
+        self, x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, out: Tensor, upstream: Tensor
+    ) -> None: ...
 
 
 class Choice(NamedTuple):
@@ -132,7 +161,7 @@ class Choice(NamedTuple):
 def kernels(backend: str) -> Kernels:
     """Return the launchers of a backend that `resolve` named; Triton is imported on the first call that needs it."""
     assert backend in (*BACKENDS[1:], VARLEN), backend
-    return importlib.import_module(f"._{backend}", __package__)
+    return cast(Kernels, importlib.import_module(f"._{backend}", __package__))
 
 
 @cache
@@ -275,11 +304,18 @@ def _why_not(op: str, backend: str, tensor: Tensor) -> str:
 
 # ---- registration ----
 
+Record = TypeVar("Record")  # a NamedTuple of an op's arguments
+
 _LIBRARY = torch.library.Library("rlhf_kernels", "FRAGMENT")
 
 
 def define(
-    schema: str, *, run: Callable, fake: Callable, save: Callable | None = None, backward: Callable | None = None
+    schema: str,
+    *,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Any:
     """Register `rlhf_kernels::<schema>` and return it.
 
@@ -300,17 +336,19 @@ def define(
     return getattr(torch.ops.rlhf_kernels, name).default
 
 
-def define_record(name: str, inputs: type, run: Callable, fake: Callable, **gradient: Callable) -> Any:
+def define_record(
+    name: str, inputs: type, run: Callable[..., Any], fake: Callable[..., Any], **gradient: Callable[..., Any]
+) -> Any:
     """`define` an op whose flat arguments are the fields of the NamedTuple `inputs`, which `run` and `fake` receive."""
     fields = [
         inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
         for field, annotation in _flat_fields(inputs)
     ]
 
-    def run_flat(*arguments):
+    def run_flat(*arguments: Any) -> Any:
         return run(unflatten(inputs, arguments))
 
-    def fake_flat(*arguments):
+    def fake_flat(*arguments: Any) -> Any:
         return fake(unflatten(inputs, arguments))
 
     run_flat.__signature__ = inspect.Signature(fields, return_annotation=inspect.signature(run).return_annotation)
@@ -318,20 +356,20 @@ def define_record(name: str, inputs: type, run: Callable, fake: Callable, **grad
     return define(schema, run=run_flat, fake=fake_flat, **gradient)
 
 
-def flatten(record: tuple) -> tuple:
+def flatten(record: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the fields of a NamedTuple in order, with the fields of nested ones in their place."""
-    flat: list = []
+    flat: list[Any] = []
     for value in record:
         flat.extend(flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,))
     return tuple(flat)
 
 
-def unflatten(record: type, flat: tuple) -> Any:
+def unflatten(record: type[Record], flat: Iterable[Any]) -> Record:
     """Return the NamedTuple `record` of which `flat` are the flattened fields."""
     return _take(record, iter(flat))
 
 
-def _take(record: type, values: Iterator) -> Any:
+def _take(record: type, values: Iterator[Any]) -> Any:
     annotations = record.__annotations__.values()
     return record(*[_take(a, values) if _is_record(a) else next(values) for a in annotations])
 

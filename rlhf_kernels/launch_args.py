@@ -3,13 +3,14 @@
 Legend: N tokens, V vocabulary, B sequences, T positions.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._options import SCALARS, PPOArguments
+from ._options import SCALARS, PPOArguments, Scalar
 
 
 class Transform(NamedTuple):
@@ -74,7 +75,8 @@ NUMBERS = tuple(row.name for row in KERNEL_SCALARS if not row.choices)
 CHOICES = tuple(row.name for row in KERNEL_SCALARS if row.choices)
 
 
-KernelScalars = NamedTuple("KernelScalars", [(row.name, int if row.choices else float) for row in KERNEL_SCALARS])
+KernelScalars = namedtuple("KernelScalars", [row.name for row in KERNEL_SCALARS])
+"""The index of a choice, or a number, of each row."""
 
 
 class PpoScalars(KernelScalars):
@@ -84,12 +86,13 @@ class PpoScalars(KernelScalars):
 
     @classmethod
     def of(cls, args: PPOArguments) -> "PpoScalars":
-        def value(row):
+        def value(row: Scalar) -> float:
             x = getattr(args, row.name)
             if row.choices:
                 return row.choices.index(x)
             if x is None:
                 x = getattr(args, row.off) if isinstance(row.off, str) else row.off
+            assert x is not None, row.name
             return float(x)
 
         return cls(*map(value, KERNEL_SCALARS))
@@ -121,8 +124,11 @@ class PpoRows:
         return {name: x for name, x in vars(self).items() if name != "scalars"}
 
     def rows(self, index: Tensor | slice) -> "PpoRows":
-        taken = {name: None if x is None else x[index].contiguous() for name, x in self.tensors().items()}
-        return PpoRows(self.scalars, **taken)
+        def take(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index].contiguous()
+
+        given = self.old_logprobs[index].contiguous(), self.advantages[index].contiguous()
+        return PpoRows(self.scalars, *given, take(self.weights), take(self.ref_logprobs), take(self.row_weight))
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,9 @@ class Sequences:
     def of(cls, tokens: Tensor, cu_seqlens: Tensor | None) -> "Sequences":
         if cu_seqlens is not None:
             return cls(cu_seqlens.numel() - 1, 0, cu_seqlens.contiguous())
-        return cls(*(tokens.shape if tokens.dim() == 2 else (1, tokens.numel())), None)
+        if tokens.dim() == 2:
+            return cls(tokens.shape[0], tokens.shape[1], None)
+        return cls(1, tokens.numel(), None)
 
     def check(self, n: int) -> None:
         """Raise ValueError unless the sequences cover the `n` tokens in order; reads values."""

@@ -18,9 +18,10 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 KERNEL_LAYERS = {
     "_options": (),
     "launch_args": ("_options",),
-    "_native": ("launch_args",),
+    "_C": (),  # compiled
+    "_native": ("_C", "launch_args"),
     "_cpu": ("_native", "launch_args"),
-    "_cuda": ("_native", "launch_args"),
+    "_cuda": ("_C", "_native", "launch_args"),  # _C: types only
     "_triton": ("_native", "launch_args", "_options"),
     "_varlen": (),
     "reference": ("launch_args",),

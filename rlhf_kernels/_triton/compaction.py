@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """Rows that have a gradient move to the front, so that the backward products run over them alone.
 
 Legend: N rows, V vocabulary, K marked rows.

@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """Kernels that look at one element at a time, or at one small batch.
 
 Legend: N elements, B samples.

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """Advantages and value targets of padded or packed sequences."""
 
 import torch

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """Masked mean and whitening, and the statistics that `rollout_advantages` whitens with.
 
 Tiles of fixed size, or sequences, leave count, sum and sum of squares of their True entries in float64; one program adds them

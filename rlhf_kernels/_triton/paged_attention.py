@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """Attention of one query a sequence over pages: split over the keys, then the splits summed in their order.
 
 A program takes up to ROWS heads that share keys, and one split of the sequence's tokens. Where a sequence is cut depends on

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """The PPO objective on per-token arrays: sums for the loss and the metrics, slopes for the gradients.
 
 One program processes a segment: a tile of tokens, or a whole sequence where the ratio is one number per sequence. It stores

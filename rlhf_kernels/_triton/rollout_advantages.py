@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """KL-shaped rewards, GAE and the statistics of the advantages in one launch; whitening scales the result in a second pass.
 
 Whitened rewards need their statistics before the recurrence, so there a light launch over the log-probs comes first, and the
@@ -140,6 +142,7 @@ def rollout_advantages(
     parts = new_parts(b, logprobs) if whiten_rewards or whiten_advantages else None
     with torch.cuda.device_of(logprobs):
         if whiten_rewards:
+            assert parts is not None
             _reward_moments_kernel[(b,)](
                 scores, logprobs, ref_logprobs, mask, score_index, cu_seqlens, parts, n, t, kl_coef, score_clip,
                 KL=kl_estimator, **tile,
@@ -152,5 +155,6 @@ def rollout_advantages(
             SKIP_HOLES=skip_holes, KL=kl_estimator, **tile,
         )  # fmt: skip
     if whiten_advantages:
+        assert parts is not None
         whiten(advantages, mask, statistics_of(parts, shift_mean=True, unbiased=True), out=advantages)
     return advantages, returns, rewards, kl

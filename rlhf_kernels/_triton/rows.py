@@ -1,3 +1,6 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """Rows of logits: one read makes log-sum-exp, log-prob and entropy; a second one writes the gradient.
 
 A program owns a row, so its bits depend on nothing but the row. Both passes are bound by memory. A row is not kept on chip:

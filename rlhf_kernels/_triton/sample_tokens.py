@@ -1,3 +1,6 @@
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportInvalidTypeForm=false, reportOperatorIssue=false
+# triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
 """One token a row: the filters find one limit on the logits, then the inverse of the distribution function is looked up.
 
 A program reads its row a few times, from the second time on out of the cache. Limits are found by search over the ordered
@@ -170,4 +173,5 @@ def sample_tokens(
                 HAS_TEMPERATURES=temperatures is not None, HAS_TOP_K=0 < top_k < v, HAS_TOP_P=top_p < 1, HAS_MIN_P=min_p > 0,
                 **LAUNCH,
             )  # fmt: skip
-    return tuple(out)
+    ids, logprobs, sampling_logprobs = out
+    return ids, logprobs, sampling_logprobs

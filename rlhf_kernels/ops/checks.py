@@ -19,7 +19,15 @@ def shape(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
 
 
-def tensor(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str, dtypes=FLOATS) -> None:
+def tensor(
+    name: str,
+    x: Tensor,
+    *,
+    like: Tensor,
+    expected: tuple[int, ...],
+    what: str,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
     """Check that `x` has the shape `expected` (described by `what`), the device of `like` and one of `dtypes`."""
     if isinstance(x, Tensor) and x.shape == expected and x.dtype in dtypes and x.device == like.device:
         return
@@ -67,8 +75,8 @@ def number(
     """Check that `x` is a finite number within its range; a compiler's symbol passes."""
     if (x is None and optional) or (type(x) is not float and isinstance(x, SYMBOLS)):
         return
-    right = isinstance(x, int if integer else (int, float)) and not isinstance(x, bool)  # numpy's float64 is a float
-    if not right or not math.isfinite(x):
+    kinds = int if integer else (int, float)  # numpy's float64 is a float
+    if not isinstance(x, kinds) or isinstance(x, bool) or not math.isfinite(x):
         raise ValueError(f"{name}: got {x!r}, expected {'an integer' if integer else 'a finite number'}")
     if above is not None and not x > above:
         raise ValueError(f"{name}: got {x}, expected a number above {above}")
@@ -157,9 +165,17 @@ def constant(x: float | Tensor) -> float | Tensor:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def wide(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return constants of an op: detached, in float32 (float64 stays)."""
-    return [None if x is None else widen(x.detach()) for x in tensors]
+@overload
+def wide(x: Tensor) -> Tensor: ...
+
+
+@overload
+def wide(x: Tensor | None) -> Tensor | None: ...
+
+
+def wide(x: Tensor | None) -> Tensor | None:
+    """Return a constant of an op: detached, in float32 (float64 stays)."""
+    return None if x is None else widen(x.detach())
 
 
 def widen(x: Tensor) -> Tensor:

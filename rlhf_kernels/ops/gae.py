@@ -43,7 +43,7 @@ def gae(
     if chosen == "reference":
         from .. import reference
 
-        rewards, values, bootstrap = checks.wide(rewards, values, bootstrap)
+        rewards, values, bootstrap = checks.wide(rewards), checks.wide(values), checks.wide(bootstrap)
         return reference.gae(
             rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
         )

@@ -32,7 +32,7 @@ def group_advantages(
     if chosen == "reference":
         from .. import reference
 
-        return reference.group_advantages(*checks.wide(scores), groups, kind=kind)
+        return reference.group_advantages(checks.wide(scores), groups, kind=kind)
     return _op(scores, groups, KINDS.index(kind), chosen)
 
 

@@ -61,14 +61,11 @@ def rollout_advantages(
     if chosen == "reference":
         from .. import reference
 
-        scores, logprobs, ref_logprobs, values, bootstrap = checks.wide(
-            scores, logprobs, ref_logprobs, values, bootstrap
-        )
         return reference.rollout_advantages(
-            scores,
-            logprobs,
-            ref_logprobs,
-            values,
+            checks.wide(scores),
+            checks.wide(logprobs),
+            checks.wide(ref_logprobs),
+            checks.wide(values),
             mask,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
@@ -76,7 +73,7 @@ def rollout_advantages(
             lam=lam,
             score_clip=score_clip,
             score_index=score_index,
-            bootstrap=bootstrap,
+            bootstrap=checks.wide(bootstrap),
             holes=holes,
             whiten_rewards=whiten_rewards,
             whiten_advantages=whiten_advantages,
