@@ -24,7 +24,7 @@ KERNEL_LAYERS = {
     "_cuda": ("_C", "_native", "launch_args"),  # _C: types only
     "_triton": ("_native", "launch_args", "_options"),
     "_varlen": (),
-    "reference": ("launch_args",),
+    "reference": ("launch_args", "_options"),
     "backend": ("_native", "launch_args"),
     "ops": ("reference", "backend", "_native", "launch_args", "_options"),
     "modules": ("ops", "launch_args", "_options"),

@@ -35,13 +35,13 @@ def decode_attention(
     if groups == 0 or heads % groups:
         raise ValueError(f"keys: got {groups} groups for {heads} heads of query, expected a divisor of them")
     checks.number("scale", scale, optional=True)
-    scale = size**-0.5 if scale is None else float(scale)
+    factor = size**-0.5 if scale is None else float(scale)
     chosen = resolve("decode_attention", backend, query)
     if chosen == "reference":
         from .. import reference
 
-        return reference.decode_attention(query.detach(), keys.detach(), values.detach(), mask, scale)
-    return _op(query, keys, values, mask, scale, chosen)
+        return reference.decode_attention(query.detach(), keys.detach(), values.detach(), mask, factor)
+    return _op(query, keys, values, mask, factor, chosen)
 
 
 def _run(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, backend: str) -> Tensor:
@@ -49,7 +49,7 @@ def _run(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
     return kernels(backend).decode_attention(query.contiguous(), keys, values, mask.contiguous(), scale)
 
 
-def _fake(query, *_):
+def _fake(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape)
 
 

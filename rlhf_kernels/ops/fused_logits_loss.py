@@ -1,12 +1,12 @@
 """`logits_ppo_loss` by the CUDA kernel that reads a row of logits once and writes its gradient once, in the forward pass."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .._options import PPOArguments
-from ..backend import define_record, flatten, kernels, names_of, refuse, unflatten
+from ..backend import OnePassKernels, define_record, flatten, kernels, names_of, refuse, unflatten
 from ..launch_args import METRICS, LogitRows, PPOLoss, RowStats, Transform
 from . import checks
 from .objective import ObjectiveTerms, as_loss
@@ -78,6 +78,10 @@ def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
     return ""
 
 
+def _launchers() -> OnePassKernels:
+    return cast(OnePassKernels, kernels("cuda"))
+
+
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits, terms, d = x.logits, x.terms, x.terms.denominators
     stats = RowStats.empty(x.ids.numel(), x.ids.device)
@@ -85,7 +89,7 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     out = None
     if x.needs[0]:
         out = logits if x.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    kernels("cuda").logits_ppo_loss(x.rows(), terms.ppo, stats, coefficients, d.policy, out)
+    _launchers().logits_ppo_loss(x.rows(), terms.ppo, stats, coefficients, d.policy, out)
     targets = (None if y is None else y.contiguous() for y in (x.values, x.old_values, x.returns))
     _, value_slope, sums = terms.sums(kernels("triton"), stats.logprobs, stats.entropy, *targets)
     return (
@@ -114,7 +118,7 @@ class OnePass(torch.autograd.Function):
     """Keeps the gradients that the forward pass computed; backward scales them where the upstream gradient is not 1."""
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
         inputs = unflatten(Inputs, flat)
         loss, metrics, gradient, stats, coefficients, value_slope = _forward(inputs) if inputs.inplace else _op(*flat)
         if inputs.inplace:
@@ -129,8 +133,8 @@ class OnePass(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        gradients = dict.fromkeys(NAMES)
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(gradients.values())
         if torch.is_grad_enabled() and checks.is_eager(grad_loss):
@@ -147,12 +151,12 @@ class OnePass(torch.autograd.Function):
         return tuple(gradients.values())
 
 
-def _tensors_apart(flat: tuple) -> tuple[list[Tensor], list[Any]]:
+def _tensors_apart(flat: tuple[Any, ...]) -> tuple[list[Tensor], list[Any]]:
     """Return the tensors, and the other values with None in the places of tensors; autograd stores tensors separately."""
     return [x for x in flat if isinstance(x, Tensor)], [None if isinstance(x, Tensor) else (x,) for x in flat]
 
 
-def _tensors_back(tensors: list[Tensor], rest: list[Any]) -> tuple:
+def _tensors_back(tensors: list[Tensor], rest: list[Any]) -> tuple[Any, ...]:
     """The inverse of `_tensors_apart`."""
     following = iter(tensors)
     return tuple(next(following) if x is None else x[0] for x in rest)
@@ -163,7 +167,7 @@ def _scaled(x: Inputs, gradient: Tensor, stats: Tensor, coefficients: Tensor, up
     if not checks.is_eager(gradient):
         return (gradient.float() * upstream).to(gradient.dtype)
     with torch.no_grad():
-        kernels("cuda").rescale_dlogits(x.rows(), x.terms.ppo, RowStats(stats), coefficients, gradient, upstream)
+        _launchers().rescale_dlogits(x.rows(), x.terms.ppo, RowStats(stats), coefficients, gradient, upstream)
     torch.autograd.graph.increment_version(gradient)
     return gradient.detach()
 

@@ -50,14 +50,17 @@ def gae(
     return Advantages(*_op(rewards, values, mask, gamma, lam, bootstrap, holes == "skip", cu_seqlens, chosen))
 
 
-def _run(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+def _run(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
+    cu_seqlens: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = checks.dense(rewards), checks.dense(values), mask.contiguous()
     bootstrap = None if bootstrap is None else checks.dense(bootstrap)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     return kernels(backend).gae(*tensors, gamma, lam, bootstrap, skip_holes, cu_seqlens)
 
 
-def _fake(rewards, *_) -> tuple[Tensor, Tensor]:
+def _fake(rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
     return tuple(rewards.new_empty(rewards.shape, dtype=torch.float32) for _ in range(2))
 
 

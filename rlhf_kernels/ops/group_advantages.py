@@ -40,7 +40,7 @@ def _run(scores: Tensor, groups: Tensor, kind: int, backend: str) -> Tensor:
     return kernels(backend).group_advantages(checks.dense(scores), groups.long().contiguous(), kind)
 
 
-def _fake(scores: Tensor, *_) -> Tensor:
+def _fake(scores: Tensor, *_: object) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.float32)
 
 

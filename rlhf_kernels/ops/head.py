@@ -8,6 +8,7 @@ otherwise they are zeros there. Legend: N tokens, M rows that enter, V vocabular
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import cast, overload
 
 import torch
 from torch import Tensor
@@ -196,6 +197,12 @@ class HeadRows:
             logits, self.ids[rows], self.transform.rows(rows), None if self.mask is None else self.mask[rows]
         )
 
+    @overload
+    def take(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def take(self, x: Tensor | None) -> Tensor | None: ...
+
     def take(self, x: Tensor | None) -> Tensor | None:
         """(N,) to (M,)."""
         return x if x is None or self.index is None else x[self.index]
@@ -205,19 +212,26 @@ class HeadRows:
         return x if self.index is None else x.new_zeros(*x.shape[:-1], n).index_copy_(-1, self.index, x)
 
 
+Results = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Gradients of hidden states (N, H), weight (V, H) and bias (V,); None where not needed."""
+
+
 class HeadGradients:
     """Gradients of the head's inputs, summed over chunks in float32 and not yet scaled."""
 
     def __init__(
         self, kernels: Kernels, head: Head, n: int, rows: HeadRows, plan: Plan, needs: tuple[bool, bool, bool]
     ):
-        self.kernels, self.head, self.rows, self.wide = kernels, head, rows, plan.wide
+        self.kernels: Kernels = kernels
+        self.head: Head = head
+        self.rows: HeadRows = rows
+        self.wide: bool = plan.wide
         weight = head.weight
         # Rows that have no gradient are never written, so they must be zero beforehand.
-        self.hidden = torch.zeros(n, weight.shape[1], device=weight.device) if needs[0] else None
-        self.weight = _native.empty(weight.shape, plan.sum_dtype, weight.device) if needs[1] else None
-        self.bias = torch.zeros(len(weight), device=weight.device) if needs[2] else None
-        self.first = True
+        self.hidden: Tensor | None = torch.zeros(n, weight.shape[1], device=weight.device) if needs[0] else None
+        self.weight: Tensor | None = _native.empty(weight.shape, plan.sum_dtype, weight.device) if needs[1] else None
+        self.bias: Tensor | None = torch.zeros(len(weight), device=weight.device) if needs[2] else None
+        self.first: bool = True
 
     def add_rows(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Add the gradient of the logits (m, V) of the rows (m,), numbers among the M, to all but the weight's."""
@@ -234,6 +248,7 @@ class HeadGradients:
 
     def add_weight(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Add the gradient of the logits (m, V) of the rows (m,) to the weight's."""
+        assert self.weight is not None
         transposed, hidden = dlogits.t(), self.rows.hidden[rows]
         apart = not has_products(dlogits.dtype, dlogits.device.type)
         if self.wide or self.weight.dtype == dlogits.dtype or apart:
@@ -246,8 +261,8 @@ class HeadGradients:
                 self.kernels.accumulate(self.weight[block], part, first=self.first)
         self.first = False
 
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return d hidden (N, H), d weight (V, H), d bias (V,); None where not needed."""
+    def results(self) -> Results:
+        """Return the gradients; without a row, the weight's is zero."""
         if self.first and self.weight is not None:
             self.weight.zero_()
         return self.hidden, self.weight, self.bias
@@ -288,7 +303,7 @@ def head_gradients(
     plan: Plan,
     needs: tuple[bool, bool, bool],
     epilogue: Epilogue,
-):
+) -> Results:
     """Return the gradients of one pass over the rows: logits, `epilogue`, backward products."""
     gradients = HeadGradients(kernels, head, n, rows, plan, needs)
     buffer = _buffer(head, rows, plan, keep=needs[1])
@@ -325,13 +340,13 @@ def front_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
 def _joined(held: list[Tensor | slice]) -> Tensor | slice:
     """Return the rows of one product; slices follow each other."""
     if isinstance(held[0], slice):
-        return slice(held[0].start, held[-1].stop)
-    return torch.cat(held)
+        return slice(held[0].start, cast(slice, held[-1]).stop)
+    return torch.cat(cast(list[Tensor], held))  # all are tensors, or all slices
 
 
 def ppo_pass(
     kernels: Kernels, head: Head, rows: HeadRows, ppo: PpoRows, n: int, plan: Plan, needs: tuple[bool, bool, bool]
-):
+) -> tuple[RowStats, Results]:
     """Return statistics and gradients of one pass: the row's log-prob determines its coefficient."""
     stats = RowStats.empty(len(rows.ids), rows.hidden.device)
     if rows.index is not None:
@@ -356,7 +371,7 @@ def given_pass(
     n: int,
     plan: Plan,
     needs: tuple[bool, bool, bool],
-):
+) -> Results:
     """Return gradients from given coefficients; the logits are computed again."""
 
     def epilogue(x: LogitRows, chunk: slice, out: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Per-token estimators of KL(policy || reference)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,16 +49,16 @@ def _run_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimato
     )
 
 
-def _fake(x: Tensor, *_) -> Tensor:
+def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logprobs, ref_logprobs, ctx.estimator, ctx.backend = inputs
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
-def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return _backward_op(grad, *ctx.saved_tensors, ctx.estimator, ctx.backend), None, None, None
 
 

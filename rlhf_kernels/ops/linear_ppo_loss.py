@@ -1,7 +1,7 @@
 """The PPO objective from hidden states: policy and value head in one read, three matrix products, no [N, V] tensor."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -170,10 +170,12 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     else:
         stats, results = ppo_pass(launch, head, rows, terms.ppo, n, plan, needs_head)
         _, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
-    d_hidden, d_weight, d_bias = results
-    gradients = (d_hidden, d_weight, d_bias, *_value_backward(leaves, value_slope, d_hidden, terms, needs))
+    gradients = (*results, *_value_backward(leaves, value_slope, results[0], terms, needs))
+    d_hidden, d_weight, d_bias, d_value_weight, d_value_bias, d_values = (
+        hidden.new_empty(0) if g is None else g for g in gradients
+    )
     loss = terms.loss(sums, valued=values is not None)
-    return loss, terms.metrics(sums), *(hidden.new_empty(0) if g is None else g for g in gradients)
+    return loss, terms.metrics(sums), d_hidden, d_weight, d_bias, d_value_weight, d_value_bias, d_values
 
 
 def _objective(
@@ -232,7 +234,7 @@ class LinearPpoLoss(torch.autograd.Function):
     """Keeps the gradients that the forward pass computed, and scales them when the upstream gradient is known."""
 
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
         inputs = unflatten(Inputs, flat)
         loss, metrics, *gradients = _op(*flat)
         ctx.needs, ctx.backend = inputs.needs, inputs.backend
@@ -243,8 +245,8 @@ class LinearPpoLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        results = dict.fromkeys(NAMES)
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        results: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(results.values())
         if torch.is_grad_enabled() and checks.is_eager(grad_loss):

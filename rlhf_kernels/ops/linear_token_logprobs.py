@@ -1,6 +1,6 @@
 """Log-probability and entropy of given tokens, from hidden states."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -113,7 +113,17 @@ def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens) -> None:
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: Tensor | None,
+    chunk_tokens: int | None,
+) -> None:
     checks.floating("hidden", hidden, dims=tuple(range(1, 8)), what="[..., H]")
     rows, h = hidden.shape[:-1], hidden.shape[-1]
     checks.floating("weight", weight, dims=(2,), what="[V, H]")
@@ -147,28 +157,30 @@ def _fake(x: Inputs) -> tuple[Tensor, ...]:
 def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
     hidden, n = x.inputs.hidden, x.inputs.ids.numel()
     g, h = (None if y is None else y.float() for y in (x.grad_logprobs, x.grad_entropy))
-    live = sum(y.abs() for y in (g, h) if y is not None) != 0
+    live = cast(Tensor, sum(y.abs() for y in (g, h) if y is not None)) != 0  # at least one is given
     keep = live if x.inputs.mask is None else live & x.inputs.mask
     g, h = (None if y is None else torch.where(keep, y, 0) for y in (g, h))  # masked rows may hold anything
     rows = x.inputs.rows(keep)
     # Relative to the largest coefficient: half-precision gradients of logits would underflow under a small one.
     largest = torch.stack([y.abs().amax() for y in (g, h) if y is not None]).amax() if n else hidden.new_ones(())
     largest = torch.where(largest > 0, largest, 1).float()
-    coefficients = (None if y is None else rows.take(y) / largest for y in (g, h))
+    g, h = (None if y is None else rows.take(y) / largest for y in (g, h))
     kept = RowStats(x.stats if rows.index is None else x.stats[:, rows.index])
     launch, head = kernels(x.inputs.backend), Head(x.inputs.weight, x.inputs.bias)
-    results = given_pass(launch, head, rows, kept, *coefficients, n, x.inputs.plan(), tuple(x.needs))
-    return tuple(
+    needs = (x.needs[0], x.needs[1], x.needs[2])
+    results = given_pass(launch, head, rows, kept, g, h, n, x.inputs.plan(), needs)
+    d_hidden, d_weight, d_bias = (
         hidden.new_empty(0) if y is None else launch.scale_cast(y, largest, torch.float32 if wide else hidden.dtype)
         for y, wide in zip(results, x.unrounded, strict=True)
     )
+    return d_hidden, d_weight, d_bias
 
 
 def _fake_backward(x: GradientInputs) -> tuple[Tensor, ...]:
     hidden = x.inputs.hidden
     wanted = zip((hidden, x.inputs.weight, x.inputs.bias), x.needs, x.unrounded, strict=True)
     return tuple(
-        hidden.new_empty(y.shape if needed else (0,), dtype=torch.float32 if wide else hidden.dtype)
+        hidden.new_empty(y.shape if needed and y is not None else (0,), dtype=torch.float32 if wide else hidden.dtype)
         for y, needed, wide in wanted
     )
 
@@ -178,7 +190,7 @@ def gradient_dtype(x: Tensor) -> torch.dtype:
     return (x.grad_dtype if checks.is_eager(x) and x.is_leaf else None) or x.dtype
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x = unflatten(Inputs, inputs)
     _, _, stats = output
     ctx.unrounded = [y is not None and gradient_dtype(y) is torch.float32 for y in (x.hidden, x.weight, x.bias)]
@@ -189,8 +201,10 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_logprobs, grad_entropy, _):
-    gradients = dict.fromkeys(NAMES)
+def _differentiate(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
     needed = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
     needs = [needed[name] for name in DIFFERENTIABLE]
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):

@@ -1,5 +1,7 @@
 """Masked statistics."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,16 +55,16 @@ def _mean_run(x: Tensor, mask: Tensor, backend: str) -> Tensor:
     return kernels(backend).masked_mean(checks.dense(x), mask.contiguous())
 
 
-def _mean_fake(x: Tensor, *_) -> Tensor:
+def _mean_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
-def _mean_save(ctx, inputs, output) -> None:
+def _mean_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, mask, _ = inputs
     ctx.save_for_backward(mask)
 
 
-def _mean_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (mask,) = ctx.saved_tensors
     return torch.where(mask, grad / mask.sum().clamp(min=1), 0), None, None
 
@@ -71,16 +73,16 @@ def _whiten_run(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, backe
     return kernels(backend).masked_whiten(checks.dense(x), mask.contiguous(), shift_mean, unbiased)
 
 
-def _whiten_fake(x: Tensor, *_) -> Tensor:
+def _whiten_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-def _whiten_save(ctx, inputs, output) -> None:
+def _whiten_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, mask, ctx.shift_mean, ctx.unbiased, _ = inputs
     ctx.save_for_backward(x, mask)
 
 
-def _whiten_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _whiten_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     """With c = x - mean, s = (var + 1e-8)^-1/2: `s (g - mean g) - s³ c Σ g c / (n - 1)`, and mean g where the mean stays.
 
     In float64, as the statistics of the forward pass are: the rounding of a large mean would be that of every c.

@@ -149,7 +149,9 @@ class Aggregation(NamedTuple):
     denominator: Tensor  # ()
 
     @classmethod
-    def of(cls, kind: str, mask: Tensor, sequences: Sequences, tokens: Tensor, num_sequences) -> "Aggregation":
+    def of(
+        cls, kind: str, mask: Tensor, sequences: Sequences, tokens: Tensor, num_sequences: float | Tensor | None
+    ) -> "Aggregation":
         """`tokens` is the denominator of a mean over tokens."""
         if kind == "token_sum":
             return cls(None, torch.ones((), device=mask.device))
@@ -243,7 +245,15 @@ class ObjectiveTerms(NamedTuple):
     def denominators(self) -> Denominators:
         return Denominators(*self.stacked_denominators)
 
-    def sums(self, kernels: Kernels, logprobs, entropy, values, old_values, returns) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(
+        self,
+        kernels: Kernels,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        values: Tensor | None,
+        old_values: Tensor | None,
+        returns: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the slopes of the log-probs and of the values, times their denominators, and the kernels' sums."""
         return kernels.ppo_loss(
             ppo=self.ppo,

@@ -62,7 +62,7 @@ def paged_attention(
     checks.number("softcap", softcap, above=0, optional=True)
     if checks.values_visible(lengths):
         _check_values(block_table, lengths, pages, page_size, window)
-    scale = size**-0.5 if scale is None else scale
+    factor = size**-0.5 if scale is None else scale
     chosen = resolve("paged_attention", backend, q)
     if chosen == "varlen" and softcap is not None:
         if backend != "auto":
@@ -71,9 +71,11 @@ def paged_attention(
     if chosen == "reference":
         from .. import reference
 
-        tensors = (x.detach() for x in (q, k_pages, v_pages))
-        return reference.paged_attention(*tensors, block_table, lengths, scale=scale, window=window, softcap=softcap)
-    return _op(q, k_pages, v_pages, block_table, lengths, scale, window or 0, softcap or 0.0, chosen)
+        pages_of = k_pages.detach(), v_pages.detach()
+        return reference.paged_attention(
+            q.detach(), *pages_of, block_table, lengths, scale=factor, window=window, softcap=softcap
+        )
+    return _op(q, k_pages, v_pages, block_table, lengths, factor, window or 0, softcap or 0.0, chosen)
 
 
 def _check_values(block_table: Tensor, lengths: Tensor, pages: int, page_size: int, window: int | None) -> None:
@@ -95,13 +97,16 @@ def _check_values(block_table: Tensor, lengths: Tensor, pages: int, page_size: i
         )
 
 
-def _run(q, k_pages, v_pages, block_table, lengths, scale, window, softcap, backend):
+def _run(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float, window: int,
+    softcap: float, backend: str,
+) -> Tensor:  # fmt: skip
     q, k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_pages, v_pages))
     table, lengths = block_table.contiguous(), lengths.contiguous()
     return kernels(backend).paged_attention(q, k_pages, v_pages, table, lengths, scale, window, softcap)
 
 
-def _fake(q, *_):
+def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 

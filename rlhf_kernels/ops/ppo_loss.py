@@ -1,6 +1,6 @@
 """The PPO objective from log-probs."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -79,9 +79,18 @@ class Inputs(NamedTuple):
 NAMES = names_of(Inputs)
 
 
-def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantages, mask, backend: str) -> PPOLoss:
+def fused_ppo_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    args: PPOArguments,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    backend: str,
+) -> PPOLoss:
     """Compute the loss by compiled kernels, for arguments that were checked."""
-    logprobs, entropy, values = (None if x is None else x.float().reshape(-1) for x in (logprobs, entropy, args.values))
+    logprobs = logprobs.float().reshape(-1)
+    entropy, values = (None if x is None else x.float().reshape(-1) for x in (entropy, args.values))
     terms = ObjectiveTerms.of(args, old_logprobs, advantages, mask)
     targets = checks.flat(args.old_values), checks.flat(args.returns)
     loss, metrics = Fused.apply(*flatten(Inputs(logprobs, entropy, values, *targets, terms, backend)))
@@ -90,8 +99,8 @@ def fused_ppo_loss(logprobs, entropy, args: PPOArguments, old_logprobs, advantag
 
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     terms, d = x.terms, x.terms.denominators
-    tokens = (None if y is None else y.contiguous() for y in (x.logprobs, x.entropy, x.values, x.old_values, x.returns))
-    slope, value_slope, sums = terms.sums(kernels(x.backend), *tokens)
+    tokens = (None if y is None else y.contiguous() for y in (x.entropy, x.values, x.old_values, x.returns))
+    slope, value_slope, sums = terms.sums(kernels(x.backend), x.logprobs.contiguous(), *tokens)
     entropy_slope = terms.entropy_slope() if x.entropy is not None else None
     return (
         terms.loss(sums, valued=x.values is not None),
@@ -113,7 +122,7 @@ class Fused(torch.autograd.Function):
     """Keeps the slopes. Not the backward of a registered op: torch spends 0.15 ms there on as many arguments."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         loss, metrics, *slopes = _op(*inputs)
         ctx.save_for_backward(*slopes)
         ctx.mark_non_differentiable(metrics)
@@ -121,8 +130,8 @@ class Fused(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        gradients = dict.fromkeys(NAMES)
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(gradients.values())
         if torch.is_grad_enabled() and checks.is_eager(grad_loss):

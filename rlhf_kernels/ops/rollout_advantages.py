@@ -100,8 +100,9 @@ def check_score_index(index: Tensor, tokens: Tensor, b: int, cu_seqlens: Tensor 
 
 
 def _run(
-    scores, logprobs, ref_logprobs, values, mask, kl_coef, kl_estimator, gamma, lam, score_clip, score_index, bootstrap,
-    skip_holes, whiten_rewards, whiten_advantages, cu_seqlens, backend,
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
+    kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
+    skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return kernels(backend).rollout_advantages(
         scores=checks.dense(scores),
@@ -123,7 +124,7 @@ def _run(
     )
 
 
-def _fake(scores, logprobs, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(scores: Tensor, logprobs: Tensor, *_: object) -> tuple[Tensor, ...]:
     return tuple(logprobs.new_empty(logprobs.shape, dtype=torch.float32) for _ in range(4))
 
 

@@ -65,7 +65,10 @@ def sample_tokens(
     return SampledTokens(*_op(logits, scalar, per_row, *filters, seed, sequence, position, chosen))
 
 
-def _run(logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence, position, backend):
+def _run(
+    logits: Tensor, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float, seed: int,
+    sequence: Tensor, position: Tensor, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
     temperatures = None if temperatures is None else checks.dense(temperatures)
@@ -73,7 +76,7 @@ def _run(logits, temperature, temperatures, top_k, top_p, min_p, seed, sequence,
     return kernels(backend).sample_tokens(logits, temperature, temperatures, top_k, top_p, min_p, seed, *counters)
 
 
-def _fake(logits, *_):
+def _fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
     b = logits.shape[0]
     return tuple(logits.new_empty(b, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32))
 

@@ -1,6 +1,6 @@
 """Log-probability and entropy of given tokens, from logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,14 @@ def overwritable(logits: Tensor) -> bool:
     return checks.is_eager(logits) and rows_apart
 
 
-def check_logits(logits: Tensor, ids: Tensor, temperature, softcap, logit_scale, mask) -> None:
+def check_logits(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: Tensor | None,
+) -> None:
     checks.floating("logits", logits, dims=tuple(range(1, 8)), what="[..., V]")
     rows = logits.shape[:-1]
     if logits.shape[-1] == 0:
@@ -149,7 +156,7 @@ def _write_gradient(out: Tensor, x: GradientInputs) -> None:
     kernels(x.inputs.backend).token_logprobs_backward(x.inputs.rows(), RowStats(x.stats), out, g, h)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x = unflatten(Inputs, inputs)
     _, _, stats = output
     ctx.save_for_backward(stats, x.logits, x.ids, x.mask, x.transform.temperatures)
@@ -158,8 +165,10 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_logprobs, grad_entropy, _):
-    gradients = dict.fromkeys(NAMES)
+def _differentiate(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
     of_logits = dict(zip(NAMES, ctx.needs_input_grad, strict=True))["logits"]
     if not of_logits or (grad_logprobs is None and grad_entropy is None):
         return tuple(gradients.values())

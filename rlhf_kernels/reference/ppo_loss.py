@@ -1,12 +1,24 @@
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from .._options import Objective, PPOOptions
 from ..launch_args import METRICS, PPOLoss
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
 from .token_logprobs import token_logprobs
+
+
+class SurrogateOptions(TypedDict, total=False):
+    """Keywords of `_surrogate`."""
+
+    objective: Objective
+    cliprange: float
+    cliprange_high: float | None
+    dual_clip: float | None
+    log_ratio_clamp: float | None
+    old_kl_coef: float
 
 
 def ppo_loss(
@@ -34,7 +46,7 @@ def ppo_loss(
     num_tokens: float | Tensor | None = None,
     num_value_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
-    **surrogate_options,
+    **surrogate_options: Unpack[SurrogateOptions],
 ) -> PPOLoss:
     """`L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value`, each term aggregated alike.
 
@@ -44,8 +56,8 @@ def ppo_loss(
     mask, value_mask = mask.flatten(), (mask if value_mask is None else value_mask).flatten()
     seq, b = segment_ids(mask.view(logprobs.shape), cu_seqlens)
 
-    def rows(x: Tensor | None, where: Tensor = mask) -> Tensor | None:  # flat, wide, 0 where it does not count
-        return None if x is None else torch.where(where, x.flatten().to(wide), 0)
+    def rows(x: Tensor, where: Tensor = mask) -> Tensor:  # flat, wide, 0 where it does not count
+        return torch.where(where, x.flatten().to(wide), 0)
 
     weight = _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, wide)
     old, new, a = rows(old_logprobs.detach()), rows(logprobs), rows(advantages.detach())
@@ -77,6 +89,7 @@ def ppo_loss(
         total = total + kl_coef * (kl * weight).sum()
         own_slope = own_slope + kl_coef * kl_slope
     if values is not None:
+        assert returns is not None
         value_weight = _token_weights(value_mask, seq, b, aggregation, num_value_tokens, num_sequences, wide)
         v, r = rows(values, value_mask), rows(returns.detach(), value_mask)
         old_v = None if old_values is None or cliprange_value is None else rows(old_values.detach(), value_mask)
@@ -156,6 +169,7 @@ def _value_loss(v: Tensor, old: Tensor | None, returns: Tensor, cliprange: float
     plain = (v - returns).square()
     if old is None:
         return 0.5 * plain, torch.zeros_like(v)
+    assert cliprange is not None
     clip = (v.clamp(old - cliprange, old + cliprange) - returns).square()
     return 0.5 * torch.where(clip > plain, clip, plain), clip > plain
 
@@ -181,7 +195,15 @@ def _count(here: Tensor, given: float | Tensor | None) -> Tensor:
     return torch.where(x > 0, x, 1)
 
 
-def _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, dtype) -> Tensor:
+def _token_weights(
+    mask: Tensor,
+    seq: Tensor,
+    b: int,
+    aggregation: str,
+    num_tokens: float | Tensor | None,
+    num_sequences: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """What each token's term is multiplied by before the plain sum; 0 where the mask is False."""
     on = mask.to(dtype)
     if aggregation == "token_sum":
@@ -204,8 +226,17 @@ def _token_slope(slope: Tensor, mask: Tensor, seq: Tensor, b: int, ratio_level: 
 
 
 def logits_ppo_loss(
-    logits: Tensor, ids: Tensor, old_logprobs, advantages, mask, *, temperature, softcap, logit_scale, **options
-):
+    logits: Tensor,
+    ids: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    **options: Unpack[PPOOptions],
+) -> PPOLoss:
     """`ppo_loss` of the log-probs and the entropy of the logits."""
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     taken = token_logprobs(logits, ids, **transform, mask=mask, entropy=True)
@@ -217,20 +248,25 @@ def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    old_logprobs,
-    advantages,
-    mask,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
     *,
-    bias=None,
-    value_weight=None,
-    value_bias=None,
-    **options,
+    bias: Tensor | None = None,
+    value_weight: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    **options: Unpack[PPOOptions],
 ) -> PPOLoss:
     """`logits_ppo_loss` of `hidden @ weight.T + bias`; values from the same hidden states."""
     if value_weight is not None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        value_mask = mask if options.get("value_mask") is None else options["value_mask"]
+        given = options.get("value_mask")
+        value_mask = mask if given is None else given
         seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may hold anything
         options["values"] = seen.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
     logits = torch.nn.functional.linear(torch.where(mask[..., None], hidden, 0), weight, bias)
-    return logits_ppo_loss(logits, ids, old_logprobs, advantages, mask, **options)
+    transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    return logits_ppo_loss(logits, ids, old_logprobs, advantages, mask, **transform, **options)

@@ -53,9 +53,15 @@ def linear_token_logprobs(
     ids: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
-    **options,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,  # (...), bool
+    entropy: bool = False,
 ) -> TokenLogprobs:
     """`token_logprobs` of `hidden @ weight.T + bias`."""
-    if options.get("mask") is not None:
-        hidden = torch.where(options["mask"][..., None], hidden, 0)
-    return token_logprobs(torch.nn.functional.linear(hidden, weight, bias), ids, **options)
+    if mask is not None:
+        hidden = torch.where(mask[..., None], hidden, 0)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    return token_logprobs(logits, ids, **transform, mask=mask, entropy=entropy)
