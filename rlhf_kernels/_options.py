@@ -107,7 +107,7 @@ class PPOArguments:
     cu_seqlens: Tensor | None = None
 
 
-def _row(option: Field) -> Scalar:
+def _row(option: Field[Any]) -> Scalar:
     return Scalar(option.name, option.default, **option.metadata["row"])
 
 

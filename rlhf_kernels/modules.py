@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,21 @@ class Matrices(NamedTuple):
     bias: Tensor | None  # (V,)
 
 
+class HeadTransform(TypedDict):
+    """What a model does to the product of its output layer: softcap and logit scale of `FusedHead`."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+class CausalLM(Protocol):
+    """What a Hugging Face causal LM has besides `torch.nn.Module`."""
+
+    def get_output_embeddings(self) -> nn.Module: ...
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None: ...
+
+
 class FusedHead(nn.Module):
     """An output layer `softcap * tanh(logit_scale * (h W^T + b) / softcap)` around a linear layer.
 
@@ -37,6 +52,13 @@ class FusedHead(nn.Module):
     `FusedHead.replacing(layer)` is the layer's substitute inside a model; `integrations.head.fuse_head` installs it.
     """
 
+    layer: nn.Module | None
+    weight: Tensor  # of a head without `layer`
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    backend: str
+
     def __init__(
         self, layer: nn.Module, *, softcap: float | None = None, logit_scale: float = 1.0, backend: str = "auto"
     ):
@@ -47,24 +69,26 @@ class FusedHead(nn.Module):
             )
         checks.number("softcap", softcap, above=0, optional=True)
         checks.number("logit_scale", logit_scale, above=0)
-        self.layer: nn.Module | None = layer
+        self.layer = layer
         self.softcap, self.logit_scale, self.backend = softcap, logit_scale, backend
         self._wanted: _Wanted | None = None
         self.register_state_dict_post_hook(_without_layer)
         self.register_load_state_dict_pre_hook(_with_layer)
 
     @classmethod
-    def of(cls, model: nn.Module, **options: Any) -> FusedHead:
+    def of(cls, model: nn.Module, *, backend: str = "auto") -> FusedHead:
         """Return the head of a Hugging Face causal LM, with the softcap and logit scale of its config."""
-        return cls(model.get_output_embeddings(), **transform_of(model), **options)
+        return cls(cast(CausalLM, model).get_output_embeddings(), **transform_of(model), backend=backend)
 
     @classmethod
-    def replacing(cls, layer: nn.Module, **options: Any) -> FusedHead:
+    def replacing(
+        cls, layer: nn.Module, *, softcap: float | None = None, logit_scale: float = 1.0, backend: str = "auto"
+    ) -> FusedHead:
         """Return a head that has the parameters of a linear layer under their names, to replace it in a model.
 
         Its `forward` is the layer's outside `taking`: the model applies softcap and scale.
         """
-        head = cls(layer, **options)
+        head = cls(layer, softcap=softcap, logit_scale=logit_scale, backend=backend)
         if isinstance(layer, nn.Linear):
             head.layer = None
             head.weight, head.bias = layer.weight, layer.bias
@@ -148,7 +172,7 @@ class FusedHead(nn.Module):
         Raises:
             ValueError: sharded weights, adapters that are merged and disabled, a variant of LoRA.
         """
-        layer = self if self.layer is None else self.layer
+        layer: Any = self if self.layer is None else self.layer  # peft's attributes, which a module does not declare
         if not _is_lora(layer):
             return Matrices(hidden, _whole(layer.weight), layer.bias)
         base = layer.base_layer
@@ -183,14 +207,15 @@ class FusedHead(nn.Module):
         return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
 
 
-def transform_of(model: nn.Module) -> dict[str, float | None]:
+def transform_of(model: nn.Module) -> HeadTransform:
     """Return softcap and logit scale under the names of the Hugging Face families.
 
     `final_logit_softcapping` (Gemma) caps, `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply,
     `logits_scaling` (Granite) divides.
     """
     config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text_config = getattr(config, "get_text_config", None)
+    config = config if text_config is None else text_config()
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= float(getattr(config, name, None) or 1.0)
@@ -216,7 +241,8 @@ class _Wanted:
             raise ValueError(f"ids: got {k} tokens of {t} positions, expected fewer: row t is the state before token t")
         hidden = hidden[:, t - k :] if self.shifted else hidden[:, t - k - 1 : t - 1]
         taken = self.head.logprobs(hidden, self.ids, temperature=self.temperature, mask=self.mask, entropy=True)
-        exact = torch.stack(taken, -1)
+        assert taken.entropy is not None
+        exact = torch.stack((taken.logprobs, taken.entropy), -1)
         if not self._transformed():
             return exact
         self.values = exact.detach()
@@ -263,13 +289,13 @@ def _widened(layer: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     return torch.cat(columns, -1), torch.cat(rows, 1)
 
 
-def _without_layer(module: nn.Module, state: dict, prefix: str, _: dict) -> None:
+def _without_layer(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
     """Name the layer's parameters as the layer does."""
     for key in [k for k in state if k.startswith(f"{prefix}layer.")]:
         state[prefix + key.removeprefix(f"{prefix}layer.")] = state.pop(key)
 
 
-def _with_layer(module: FusedHead, state: dict, prefix: str, *_: Any) -> None:
+def _with_layer(module: FusedHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The inverse of `_without_layer`."""
     for key in [k for k in state if k.startswith(prefix)] if module.layer is not None else ():
         state[f"{prefix}layer.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -28,7 +28,7 @@ KERNEL_LAYERS = {
     "backend": ("_native", "launch_args"),
     "ops": ("reference", "backend", "_native", "launch_args", "_options"),
     "modules": ("ops", "launch_args", "_options"),
-    "integrations": ("modules", "ops", "launch_args"),
+    "integrations": ("modules", "ops", "launch_args", "_options"),
     "info": ("ops", "backend", "_native"),
 }
 

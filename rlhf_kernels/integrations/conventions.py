@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
+from typing import Required, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
+from .._options import Aggregation
 from ..ops import checks, masked_mean, ppo_loss
 
 T = TypeVar("T")
+
+
+class AggregationOptions(TypedDict, total=False):
+    """The options of `ppo_loss` that reduce a term over its tokens."""
+
+    aggregation: Required[Aggregation]
+    num_tokens: float | Tensor | None
+    num_sequences: float | Tensor | None
 
 
 def counted(name: str, mask: Tensor | None, like: Tensor, *, from_start: bool = False) -> Tensor:
@@ -104,12 +113,24 @@ def value_loss(
     mask: Tensor,  # bool
     cliprange: float | None,
     *,
+    aggregation: Aggregation = "token_mean",
     num_tokens: float | Tensor | None = None,
-    **aggregation: object,
+    num_sequences: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The value term of `ppo_loss` alone, and the fraction of this batch in which the clipped error was the larger."""
+    """Return the value term of `ppo_loss` and the fraction of this batch in which the clipped error was the larger."""
     nothing = torch.zeros_like(returns)
-    targets = {"values": values, "old_values": old_values, "returns": returns, "cliprange_value": cliprange}
-    options = targets | {"vf_coef": 1.0, "num_value_tokens": num_tokens}
-    loss, metrics = ppo_loss(nothing, nothing, nothing, mask, **options, **aggregation)
+    loss, metrics = ppo_loss(
+        nothing,
+        nothing,
+        nothing,
+        mask,
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        cliprange_value=cliprange,
+        vf_coef=1.0,
+        aggregation=aggregation,
+        num_value_tokens=num_tokens,
+        num_sequences=num_sequences,
+    )
     return loss, local_fraction(metrics["value_clipfrac"], num_tokens, mask)

@@ -21,7 +21,14 @@ class PPOMixin:
     `faithful = True` gives its NaN for a mask without a True, and scores rows that have no action.
     """
 
-    faithful = False
+    faithful: bool = False
+    # The trainer's own.
+    kl_ctl: float
+    clip_reward_value: float
+    cliprange: float
+    cliprange_value: float
+    gamma: float
+    lam: float
 
     def compute_rewards(
         self,
@@ -50,7 +57,8 @@ class PPOMixin:
         checks.number("start", start, least=0, most=rewards.shape[1], integer=True)
         rewards, values = rewards[:, start:], values[:, start:]
         everything = torch.ones_like(rewards, dtype=torch.bool)
-        return tuple(gae(rewards, values, everything, gamma=self.gamma, lam=self.lam))
+        advantages, returns = gae(rewards, values, everything, gamma=self.gamma, lam=self.lam)
+        return advantages, returns
 
     def actor_loss_fn(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """The clipped surrogate, a mean over the mask; all (B, T)."""

@@ -7,13 +7,13 @@ B sequences, T positions, K tokens to score, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..launch_args import TokenLogprobs
-from ..modules import FusedHead, transform_of
+from ..modules import CausalLM, FusedHead, transform_of
 from ..ops import checks
 
 LARGEST = 100.0
@@ -26,11 +26,12 @@ def fuse_head(model: nn.Module) -> FusedHead:
     Softcap and logit scale are read from the model's config. ValueError for a model that transforms its logits otherwise,
     found by running one pair of tokens.
     """
-    layer = model.get_output_embeddings()
+    lm = cast(CausalLM, model)
+    layer = lm.get_output_embeddings()
     if isinstance(layer, FusedHead):
         return layer
     head = FusedHead.replacing(layer, **transform_of(model))
-    model.set_output_embeddings(head)
+    lm.set_output_embeddings(head)
     training, fused = model.training, False
     model.eval()
     try:
@@ -38,7 +39,7 @@ def fuse_head(model: nn.Module) -> FusedHead:
     finally:
         model.train(training)
         if not fused:
-            model.set_output_embeddings(layer)
+            lm.set_output_embeddings(layer)
     if not fused:
         raise ValueError(
             f"model: got logits that are not softcap={head.softcap} and logit_scale={head.logit_scale} of its output layer, "
@@ -50,9 +51,9 @@ def fuse_head(model: nn.Module) -> FusedHead:
 @torch.no_grad()
 def _transforms_logits_alike(model: nn.Module, head: FusedHead) -> bool:
     """Return whether the model turns the layer's output into logits as the head does: of a probe in its place."""
-    calls = []
+    calls: list[Tensor] = []
 
-    def probe(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def probe(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         calls.append(torch.linspace(-LARGEST, LARGEST, output.shape[-1], device=output.device).to(output.dtype))
         return calls[-1].expand_as(output)
 
@@ -74,8 +75,12 @@ def _transforms_logits_alike(model: nn.Module, head: FusedHead) -> bool:
 @torch.no_grad()
 def _scores_tokens(model: nn.Module, head: FusedHead) -> bool:
     """Return whether log-probs pass through the model's forward unchanged."""
-    outputs = []
-    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    hook = head.register_forward_hook(keep)
     ids = torch.tensor([[1]], device=next(head.parameters()).device)
     try:
         with head.taking(ids) as taken:
@@ -83,7 +88,9 @@ def _scores_tokens(model: nn.Module, head: FusedHead) -> bool:
     finally:
         hook.remove()
     expected = taken.result(outputs[0] * head.logit_scale)
-    return all(torch.equal(got, value) for got, value in zip(taken.result(logits), expected, strict=True))
+    got = taken.result(logits)
+    assert got.entropy is not None and expected.entropy is not None
+    return torch.equal(got.logprobs, expected.logprobs) and torch.equal(got.entropy, expected.entropy)
 
 
 def _run(model: nn.Module, head: FusedHead) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._options import PPOOptions
 from ..ops import checks, gae, ppo_loss, token_logprobs
 from ..ops import kl_penalty as estimate_kl
-from .conventions import counted, local_fraction, mean, refuse, release, value_loss
+from .conventions import AggregationOptions, counted, local_fraction, mean, refuse, release, value_loss
 
 KL_IS_WEIGHT_CLIP = 10.0
 """Largest importance weight of `compute_approx_kl(unbiased_gradient=True)`."""
@@ -59,12 +60,16 @@ class PolicyLoss(nn.Module):
                 f"is_correction_threshold: got {tuple(is_correction_threshold)} with is_correction_gating="
                 f"{is_correction_gating!r}, expected a lower bound of 0: a divergence is bounded from above"
             )
-        self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
-        self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
-        self.policy_loss_type = policy_loss_type
-        self.is_correction_level, self.is_correction_mode = is_correction_level, is_correction_mode
-        self.is_correction_gating, self.is_correction_threshold = is_correction_gating, is_correction_threshold
-        self.faithful = faithful
+        self.clip_eps_low: float = clip_eps_low
+        self.clip_eps_high: float = clip_eps_high
+        self.dual_clip: float | None = dual_clip
+        self.token_level_loss: bool = token_level_loss and policy_loss_type == "ppo"
+        self.policy_loss_type: str = policy_loss_type
+        self.is_correction_level: str = is_correction_level
+        self.is_correction_mode: str = is_correction_mode
+        self.is_correction_gating: str = is_correction_gating
+        self.is_correction_threshold: Sequence[float] = is_correction_threshold
+        self.faithful: bool = faithful
 
     def forward(
         self,
@@ -81,18 +86,26 @@ class PolicyLoss(nn.Module):
         corrects = self.is_correction_level != "off"
         if corrects and rollout_log_probs is None:
             raise ValueError(f"rollout_log_probs: got None with is_correction_level={self.is_correction_level!r}")
+        rollout = rollout_log_probs if corrects else None
         mask = counted("action_mask", action_mask, log_probs)
         weights = rollout_kl = filtered = None
-        options: dict[str, Any] = {"log_ratio_clamp": 20.0}
-        base = old_log_probs
-        if self.policy_loss_type == "gspo":
-            options, base = {"ratio_level": "sequence"}, rollout_log_probs if corrects else old_log_probs
-        elif corrects:
-            weights, filtered = self._correction(old_log_probs.detach(), rollout_log_probs, mask)
-            rollout_kl = mean(rollout_log_probs - old_log_probs, mask)
+        base, gspo = old_log_probs, self.policy_loss_type == "gspo"
+        if gspo:
+            base = old_log_probs if rollout is None else rollout
+        elif rollout is not None:
+            weights, filtered = self._correction(old_log_probs.detach(), rollout, mask)
+            rollout_kl = mean(rollout - old_log_probs, mask)
         aggregation, factor = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
-        clip = {"cliprange": self.clip_eps_low, "cliprange_high": self.clip_eps_high, "dual_clip": self.dual_clip}
-        loss, metrics = ppo_loss(log_probs, base, advantages, mask, weights=weights, **clip, **options, **aggregation)
+        options: PPOOptions = {
+            "cliprange": self.clip_eps_low,
+            "cliprange_high": self.clip_eps_high,
+            "dual_clip": self.dual_clip,
+            "ratio_level": "sequence" if gspo else "token",
+            "log_ratio_clamp": None if gspo else 20.0,
+            "weights": weights,
+            **aggregation,
+        }
+        loss, metrics = ppo_loss(log_probs, base, advantages, mask, **options)
         ppo_kl = mean(old_log_probs - log_probs.detach(), mask)
         clip_ratio = local_fraction(metrics["clipfrac"], aggregation.get("num_tokens"), mask)
         return _nothing_true(loss, aggregation, mask, self.faithful) * factor, clip_ratio, ppo_kl, rollout_kl, filtered
@@ -157,7 +170,9 @@ class PolicyLoss07(nn.Module):
 
     def __init__(self, clip_eps: float = 0.2, token_level_loss: bool = True, *, faithful: bool = False):
         super().__init__()
-        self.clip_eps, self.token_level_loss, self.faithful = clip_eps, token_level_loss, faithful
+        self.clip_eps: float = clip_eps
+        self.token_level_loss: bool = token_level_loss
+        self.faithful: bool = faithful
 
     def forward(
         self,
@@ -177,7 +192,9 @@ class ValueLoss(nn.Module):
 
     def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True, *, faithful: bool = False):
         super().__init__()
-        self.clip_eps, self.token_level_loss, self.faithful = clip_eps, token_level_loss, faithful
+        self.clip_eps: float | None = clip_eps
+        self.token_level_loss: bool = token_level_loss
+        self.faithful: bool = faithful
 
     def forward(
         self,
@@ -206,15 +223,17 @@ class ValueLoss07(ValueLoss):
 
 def _aggregation(
     token_level: bool, dp_size: int, batch_num_tokens: float | None, global_batch_size: float | None
-) -> tuple[dict, float]:
+) -> tuple[AggregationOptions, float]:
     """`aggregate_loss` as options of `ppo_loss` and a factor, which needs a global count to be more than 1."""
-    kind, name, count = ("token_mean", "num_tokens", batch_num_tokens)
-    if not token_level:
-        kind, name, count = ("seq_mean_token_mean", "num_sequences", global_batch_size)
-    return {"aggregation": kind} | ({} if count is None else {name: count}), 1 if count is None else dp_size
+    options: AggregationOptions = {"aggregation": "token_mean" if token_level else "seq_mean_token_mean"}
+    count = batch_num_tokens if token_level else global_batch_size
+    if count is None:
+        return options, 1
+    options["num_tokens" if token_level else "num_sequences"] = count
+    return options, dp_size
 
 
-def _nothing_true(loss: Tensor, aggregation: dict, mask: Tensor, faithful: bool) -> Tensor:
+def _nothing_true(loss: Tensor, aggregation: AggregationOptions, mask: Tensor, faithful: bool) -> Tensor:
     """OpenRLHF's NaN of a batch without a True that has no count from elsewhere, when asked."""
     return loss / mask.any() if faithful and len(aggregation) == 1 else loss
 
@@ -256,7 +275,8 @@ class GPTLMLoss(nn.Module):
     def __init__(self, ring_attn_group: Any = None, *, faithful: bool = False):
         super().__init__()
         refuse("OpenRLHF", ring_attn_group=ring_attn_group)
-        self.IGNORE_INDEX, self.faithful = -100, faithful
+        self.IGNORE_INDEX: int = -100
+        self.faithful: bool = faithful
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T)
         labels = labels[..., 1:]
@@ -333,7 +353,8 @@ def get_advantages_and_returns(
     checks.floating("rewards", rewards, dims=(2,), what="[B, T]")
     mask = counted("action_mask", action_mask, rewards)
     values, rewards = (torch.where(mask, x, 0) for x in (values, rewards))
-    return tuple(gae(rewards, values, torch.ones_like(mask), gamma=gamma, lam=lambd))
+    advantages, returns = gae(rewards, values, torch.ones_like(mask), gamma=gamma, lam=lambd)
+    return advantages, returns
 
 
 def normalize_advantages(

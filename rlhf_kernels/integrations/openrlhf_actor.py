@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..modules import FusedHead
 from .conventions import counted, refuse
 from .head import fuse_head, token_logprobs_of
 
@@ -20,6 +21,11 @@ class ActorMixin:
 
     Packed samples, rings of devices, images and logits as a result are refused.
     """
+
+    # The actor's own.
+    model: nn.Module
+    temperature: float
+    _fused_head: FusedHead
 
     def fuse(self) -> ActorMixin:
         """Puts the head in its place (see `fuse_head`)."""
@@ -77,5 +83,8 @@ class ActorMixin:
         if not return_output:
             return taken.logprobs
         before = sequences.shape[1] - 1 - keep
-        entropy = torch.nn.functional.pad(taken.entropy, (before, 0)) if return_entropy else None
+        entropy = None
+        if return_entropy:
+            assert taken.entropy is not None
+            entropy = torch.nn.functional.pad(taken.entropy, (before, 0))
         return taken.logprobs, SimpleNamespace(entropy=entropy)

@@ -107,7 +107,8 @@ class PPO:
 
     def __init__(self, args: Any, *, faithful: bool = False):
         checks.choice("args.kl_estimator", args.kl_estimator, ("k1", "k3"))
-        self.args, self.faithful = args, faithful
+        self.args: Any = args
+        self.faithful: bool = faithful
 
     def rollout(
         self,
@@ -187,6 +188,7 @@ class PPO:
                     "policy/entropy_avg": metrics["entropy"],
                     "val/ratio": metrics["ratio_mean"],
                 }
+            assert taken.entropy is not None
             moved = torch.where(r.mask, taken.logprobs - r.logprobs, 0)
             stats["policy/approxkl_avg"] = kl_penalty(moved, torch.zeros_like(moved), estimator="k2").mean()
             stats["policy/entropy_avg"] = taken.entropy.mean()

@@ -21,7 +21,10 @@ _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
 class ClassicMixin:
     """`class Trainer(ClassicMixin, PPOTrainer)`: the trainer's own config and KL controller, our arithmetic."""
 
-    faithful = False
+    faithful: bool = False
+    # The trainer's own.
+    config: Any
+    kl_ctl: Any
 
     def compute_rewards(
         self,
@@ -106,13 +109,15 @@ class ClassicMixin:
         return pg_loss, c.vf_coef * vf_loss, stats
 
     def _statistics(
-        self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
-    ) -> dict[str, Tensor]:
+        self, old_logprobs: Tensor, values: Tensor, logits: Tensor, vpreds: Tensor, logprobs: Tensor, mask: Tensor,
+        advantages: Tensor, returns: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
         def average(x: Tensor) -> Tensor:
             return mean(x, mask, faithful=self.faithful)
 
         ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         entropy = token_logprobs(logits, ids, mask=mask, entropy=True).entropy
+        assert entropy is not None
         return {
             "policy/entropy": average(entropy),
             "policy/approxkl": average(estimate_kl(logprobs, old_logprobs, estimator="k2")),
@@ -132,4 +137,6 @@ class Classic(ClassicMixin):
     """The same three functions without the trainer."""
 
     def __init__(self, config: Any, kl_ctl: Any, *, faithful: bool = False):
-        self.config, self.kl_ctl, self.faithful = config, kl_ctl, faithful
+        self.config: Any = config
+        self.kl_ctl: Any = kl_ctl
+        self.faithful: bool = faithful

@@ -25,6 +25,12 @@ class GRPOMixin:
     are refused.
     """
 
+    # The trainer's own.
+    args: Any
+    accelerator: Any
+    model: Any
+    temperature: float
+
     def __init__(self, *args: Any, **kwargs: Any):
         release("trl", None, KNOWN)
         super().__init__(*args, **kwargs)

@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._options import Aggregation, PPOOptions
 from ..ops import checks, gae, linear_token_logprobs, masked_whiten, ppo_loss
 from ..ops import kl_penalty as estimate_kl
-from .conventions import counted, local_fraction, mean, refuse, release, value_loss, whiten_everywhere
+from .conventions import (
+    AggregationOptions,
+    counted,
+    local_fraction,
+    mean,
+    refuse,
+    release,
+    value_loss,
+    whiten_everywhere,
+)
 
 KNOWN = {"0.9": "0.9"}
 
-_AGGREGATIONS = {
+_AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": "token_mean",
     "token-sum": "token_sum",
     "seq-mean-token-sum": "seq_mean_token_sum",
@@ -30,7 +40,7 @@ _ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "l
 def register(name: str = "rlhf_kernels", *, version: str | None = None) -> None:
     """Enters `compute_policy_loss_vanilla` in verl's registry, where `actor.policy_loss.loss_mode` finds it by this name."""
     release("verl", version, KNOWN)
-    from verl.trainer.ppo.core_algos import register_policy_loss
+    from verl.trainer.ppo.core_algos import register_policy_loss  # pyright: ignore[reportMissingImports]  # a peer
 
     register_policy_loss(name)(compute_policy_loss_vanilla)
 
@@ -130,16 +140,26 @@ def compute_policy_loss_vanilla(
     return loss, dict(zip(names, torch.stack(metrics).tolist(), strict=True))
 
 
-def _policy_loss(old, new, advantages, mask, low, high, dual_clip, weights, aggregation, factor, faithful):
-    options = {"cliprange": low, "cliprange_high": high, "dual_clip": dual_clip, "log_ratio_clamp": 20.0}
-    loss, metrics = ppo_loss(new, old, advantages, mask, weights=weights, **options, **aggregation)
+def _policy_loss(
+    old: Tensor, new: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, dual_clip: float,
+    weights: Tensor | None, aggregation: AggregationOptions, factor: float, faithful: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options: PPOOptions = {
+        "cliprange": low,
+        "cliprange_high": high,
+        "dual_clip": dual_clip,
+        "log_ratio_clamp": 20.0,
+        "weights": weights,
+        **aggregation,
+    }
+    loss, metrics = ppo_loss(new, old, advantages, mask, **options)
     kl = mean((old - new.detach()).clamp(-20, 20), mask)
     given = aggregation.get("num_tokens")
     clipped, dual_clipped = (local_fraction(metrics[name], given, mask) for name in ("clipfrac", "dual_clipfrac"))
     return _nothing_true(loss, aggregation, mask, faithful) * factor, clipped, kl, dual_clipped
 
 
-def _nothing_true(loss: Tensor, aggregation: dict, mask: Tensor, faithful: bool) -> Tensor:
+def _nothing_true(loss: Tensor, aggregation: AggregationOptions, mask: Tensor, faithful: bool) -> Tensor:
     """verl's NaN of a batch without a True that has no count from elsewhere, when asked."""
     own = aggregation["aggregation"] != "token_sum" and not {"num_tokens", "num_sequences"} & set(aggregation)
     return loss / mask.any() if faithful and own else loss
@@ -174,10 +194,10 @@ def _aggregation(
     batch_num_tokens: int | None = None,
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
-) -> tuple[dict, float]:
+) -> tuple[AggregationOptions, float]:
     """`agg_loss` as options of `ppo_loss` and a factor."""
     checks.choice("loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))
-    options: dict[str, Any] = {"aggregation": _AGGREGATIONS[loss_agg_mode]}
+    options: AggregationOptions = {"aggregation": _AGGREGATIONS[loss_agg_mode]}
     if loss_agg_mode == "token-sum":
         return options, dp_size
     name, count = (
@@ -228,6 +248,7 @@ def linear_cross_entropy(
     taken = linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, entropy=True
     )
+    assert taken.entropy is not None
     if reduction.lower() == "none":
         return taken.logprobs, taken.entropy
     return taken.logprobs.sum() if reduction.lower() == "sum" else taken.logprobs.mean(), taken.entropy

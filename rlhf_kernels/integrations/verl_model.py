@@ -25,7 +25,8 @@ class FusedCausalLM(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model: nn.Module = model
+        self.config: Any = model.config
         fuse_head(model)
 
     def forward(
@@ -52,4 +53,6 @@ class FusedCausalLM(nn.Module):
             output = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **inputs
             )
-        return Output(*taken.result(output.logits))
+        logprobs, entropy = taken.result(output.logits)
+        assert entropy is not None
+        return Output(logprobs, entropy)
