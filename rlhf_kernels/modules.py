@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# torch does not declare the types of the hooks of a state dict.
 """The output layer of a language model from hidden states: logits, log-probs and the PPO loss, without [N, V] logits.
 
 Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden.
@@ -5,7 +7,7 @@ Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypedDict, Unpack, cast
 
@@ -181,7 +183,7 @@ class FusedHead(nn.Module):
     @contextmanager
     def taking(
         self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None, shifted: bool = False
-    ) -> Iterator[_Wanted]:
+    ) -> Generator[_Wanted, None, None]:
         """Within the context, the model around a `replacing` head returns (B, K, 2) instead of logits.
 
         `taken.result(output.logits)` turns it into log-probs and entropy of `ids` (B, K), the last K tokens of the model's

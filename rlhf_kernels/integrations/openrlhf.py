@@ -160,7 +160,9 @@ class PolicyLoss0110(PolicyLoss):
         clip = (clip_eps_low, clip_eps_high, dual_clip, token_level_loss, policy_loss_type)
         super().__init__(*clip, level, mode, "ratio", vllm_is_truncated_threshold or (0.5, 5.0), faithful=faithful)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # that release's own results
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As `PolicyLoss.forward`, without the last result."""
         return super().forward(*args, **kwargs)[:4]
 
@@ -215,7 +217,9 @@ class ValueLoss(nn.Module):
 class ValueLoss07(ValueLoss):
     """That of 0.7, which knows no global counts."""
 
-    def forward(self, values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor | None = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # that release's own arguments
+        self, values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor | None = None
+    ) -> Tensor:
         loss = super().forward(values, old_values, returns, action_mask)
         mask = counted("action_mask", action_mask, values)
         return _any_empty(loss, mask, self.token_level_loss) if self.faithful else loss

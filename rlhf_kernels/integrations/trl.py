@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Tensor.tolist`.
 """TRL: helpers and inline arithmetic of PPOTrainer, 0.12 to 1.12; `trl_classic` has that of 0.11, `trl_grpo` GRPOTrainer's.
 
 B sequences, T response positions, V vocabulary. `faithful` is explained in the package's docstring.
@@ -6,13 +8,14 @@ B sequences, T response positions, V vocabulary. `faithful` is explained in the 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._options import PPOOptions
 from ..ops import checks, kl_penalty, logits_ppo_loss, ppo_loss, rollout_advantages, token_logprobs
 from ..ops import masked_whiten as whiten
 from .conventions import counted, mean, release, whiten_everywhere
@@ -68,7 +71,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, *, fait
 
 
 @contextmanager
-def fused_helpers(*, version: str | None = None) -> Iterator[tuple[str, ...]]:
+def fused_helpers(*, version: str | None = None) -> Generator[tuple[str, ...], None, None]:
     """`with fused_helpers(): trainer.train()` runs TRL's PPOTrainer with our helpers; gives the names that were swapped.
 
     They are put back on leaving, also by an exception. Releases before 0.15 have no `selective_log_softmax` to swap.
@@ -159,7 +162,7 @@ class PPO:
         """
         args, r = self.args, rollout
         temperature = args.temperature + 1e-7
-        options = {
+        options: PPOOptions = {
             "cliprange": args.cliprange,
             "values": torch.where(r.value_mask, vpred, 0),
             "old_values": r.values,

@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Tensor.split`.
 """TRL's GRPOTrainer: its log-probs and entropies from hidden states, everything else its own.
 
 B sequences, T positions.

@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Tensor.tolist`.
 """verl 0.9: the functions of its `core_algos` and `linear_cross_entropy`, under their own signatures.
 
 B sequences, T positions. Mind the order: the policy loss takes old log-probs first, the value loss predictions, returns, old

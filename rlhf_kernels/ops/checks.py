@@ -1,10 +1,12 @@
+# pyright: reportUnnecessaryIsInstance=false
+# A caller may pass what the annotations do not allow.
 """Checks of public arguments: a ValueError names the argument, the value that was given and what is expected.
 
 They read metadata, so that none waits for a GPU or breaks a compiled graph, and values of eager CPU tensors only.
 """
 
 import math
-from typing import overload
+from typing import TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +19,14 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def shape(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
+
+
+class Like(TypedDict):
+    """What several tensors of a call have in common, for `tensor` and `mask`."""
+
+    like: Tensor
+    expected: tuple[int, ...]
+    what: str
 
 
 def tensor(

@@ -28,9 +28,9 @@ def decode_attention(
     rows, heads, size = query.shape
     checks.floating("keys", keys, dims=(4,), what="[R, groups, C, D]")
     groups, width = keys.shape[1:3]
-    same = {"like": query, "what": "[R, groups, C, D]", "dtypes": (query.dtype,)}
-    checks.tensor("keys", keys, expected=(rows, groups, width, size), **same)
-    checks.tensor("values", values, expected=(rows, groups, width, size), **same)
+    like: checks.Like = {"like": query, "expected": (rows, groups, width, size), "what": "[R, groups, C, D]"}
+    checks.tensor("keys", keys, **like, dtypes=(query.dtype,))
+    checks.tensor("values", values, **like, dtypes=(query.dtype,))
     checks.mask("mask", mask, like=query, expected=(rows, width), what="[R, C]")
     if groups == 0 or heads % groups:
         raise ValueError(f"keys: got {groups} groups for {heads} heads of query, expected a divisor of them")

@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Function.apply`.
 """`logits_ppo_loss` by the CUDA kernel that reads a row of logits once and writes its gradient once, in the forward pass."""
 
 from typing import Any, NamedTuple, cast
@@ -133,7 +135,9 @@ class OnePass(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
+        ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(gradients.values())

@@ -35,7 +35,7 @@ def gae(
     """
     checks.floating("rewards", rewards, dims=(1, 2), what="[B, T] or [N]")
     b = checks.sequences(rewards, cu_seqlens, name="rewards")
-    like = {"like": rewards, "expected": rewards.shape, "what": "the shape of rewards"}
+    like: checks.Like = {"like": rewards, "expected": rewards.shape, "what": "the shape of rewards"}
     checks.tensor("values", values, **like)
     checks.mask("mask", mask, **like)
     checks.recursion(gamma, lam, bootstrap, holes, rewards, b)

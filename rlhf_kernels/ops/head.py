@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Tensor.split`.
 """The fused head's loop: logits of some rows by the vendor's matrix library, an epilogue kernel for everything element-wise,
 then the two backward products while the logits are in cache.
 
@@ -13,7 +15,7 @@ from typing import cast, overload
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from ..backend import Kernels
 from ..launch_args import LogitRows, PpoRows, RowStats, Transform
 

@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Function.apply` and `Tensor.split`.
 """The PPO objective from hidden states: policy and value head in one read, three matrix products, no [N, V] tensor."""
 
 from collections.abc import Iterator
@@ -6,7 +8,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from .._options import PPOOptions
 from ..backend import Kernels, define_record, flatten, kernels, names_of, refuse, resolve, unflatten
 from ..launch_args import METRICS, PPOLoss, RowStats, Transform
@@ -245,7 +247,9 @@ class LinearPpoLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
+        ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         results: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(results.values())

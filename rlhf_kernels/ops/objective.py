@@ -48,7 +48,7 @@ def check(
     """
     needs_sequences = args.ratio_level == "sequence" or args.aggregation.startswith("seq")
     checks.sequences(rows, args.cu_seqlens, name=name, needed=needs_sequences)
-    like = {"like": rows, "expected": rows.shape, "what": f"the token shape of {name}"}
+    like: checks.Like = {"like": rows, "expected": rows.shape, "what": f"the token shape of {name}"}
     checks.tensor("old_logprobs", old_logprobs, **like)
     checks.tensor("advantages", advantages, **like)
     checks.mask("mask", mask, **like)

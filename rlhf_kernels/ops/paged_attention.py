@@ -51,10 +51,12 @@ def paged_attention(
     for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
         expected = (pages, page_size, groups, size)
         checks.tensor(name, x, like=q, expected=expected, what="[P, page size, groups, D]", dtypes=(q.dtype,))
-    int32 = {"like": q, "dtypes": (torch.int32,)}
-    checks.tensor("lengths", lengths, expected=(b,), what="one length a sequence", **int32)
-    places = block_table.shape[-1] if isinstance(block_table, Tensor) and block_table.dim() else 0
-    checks.tensor("block_table", block_table, expected=(b, places), what="[B, M]", **int32)
+    int32 = (torch.int32,)
+    checks.tensor("lengths", lengths, like=q, expected=(b,), what="one length a sequence", dtypes=int32)
+    # A caller may pass what is no tensor.
+    given = isinstance(block_table, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+    places = block_table.shape[-1] if given and block_table.dim() else 0
+    checks.tensor("block_table", block_table, like=q, expected=(b, places), what="[B, M]", dtypes=int32)
     if not 0 < places * page_size < 1 << 31:
         raise ValueError(f"block_table: got room for {places * page_size} tokens, expected 1 to {(1 << 31) - 1}")
     checks.number("scale", scale, above=0, optional=True)

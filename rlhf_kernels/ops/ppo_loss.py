@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Function.apply`.
 """The PPO objective from log-probs."""
 
 from typing import Any, NamedTuple, Unpack
@@ -130,7 +132,9 @@ class Fused(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
+        ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(gradients.values())

@@ -46,7 +46,7 @@ def rollout_advantages(
     """
     checks.floating("logprobs", logprobs, dims=(1, 2), what="[B, T] or [N]")
     b = checks.sequences(logprobs, cu_seqlens, name="logprobs")
-    like = {"like": logprobs, "expected": logprobs.shape, "what": "the shape of logprobs"}
+    like: checks.Like = {"like": logprobs, "expected": logprobs.shape, "what": "the shape of logprobs"}
     checks.tensor("ref_logprobs", ref_logprobs, **like)
     checks.tensor("values", values, **like)
     checks.mask("mask", mask, **like)

@@ -43,7 +43,7 @@ def sample_tokens(
     checks.number("min_p", min_p, least=0, most=1, optional=True)
     for name, x in (("sequence", sequence), ("position", position)):
         checks.integers(name, x, like=logits, expected=(b,), what="one number a row")
-    if not isinstance(seed, int):
+    if not isinstance(seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]  # a caller may pass a float
         raise ValueError(f"seed: got {type(seed).__name__}, expected an integer")
     seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # its low 64 bits, as an int64
     chosen = resolve("sample_tokens", backend, logits, logits.shape[-1])

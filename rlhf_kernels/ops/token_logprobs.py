@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from ..backend import define_record, flatten, kernels, names_of, refuse, resolve, unflatten
 from ..launch_args import LogitRows, RowStats, TokenLogprobs, Transform
 from . import checks
