@@ -22,7 +22,7 @@ class PPOMixin:
     """
 
     faithful: bool = False
-    # The trainer's own.
+    # Attributes of the trainer.
     kl_ctl: float
     clip_reward_value: float
     cliprange: float

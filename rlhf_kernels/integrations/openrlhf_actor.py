@@ -22,7 +22,7 @@ class ActorMixin:
     Packed samples, rings of devices, images and logits as a result are refused.
     """
 
-    # The actor's own.
+    # Attributes of the actor.
     model: nn.Module
     temperature: float
     _fused_head: FusedHead

@@ -22,7 +22,7 @@ class ClassicMixin:
     """`class Trainer(ClassicMixin, PPOTrainer)`: the trainer's own config and KL controller, our arithmetic."""
 
     faithful: bool = False
-    # The trainer's own.
+    # Attributes of the trainer.
     config: Any
     kl_ctl: Any
 

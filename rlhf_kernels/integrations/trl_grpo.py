@@ -27,7 +27,7 @@ class GRPOMixin:
     are refused.
     """
 
-    # The trainer's own.
+    # Attributes of the trainer.
     args: Any
     accelerator: Any
     model: Any
