@@ -273,12 +273,10 @@ class ActorCritic(LanguageModel):
 
 def _without_wrapper(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model that peft wrapped, its adapters included; any other model as it is."""
-    wrapper: Any = model  # peft is not needed to import this module, so its type is not named
-    return (
-        wrapper
-        if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model")
-        else wrapper.get_base_model()
-    )
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return cast("PreTrainedModel", model)
+    wrapper: Any = model  # peft may not be installed, so its type is not named
+    return wrapper.get_base_model()
 
 
 def _trunk_name(model: PreTrainedModel) -> str:
@@ -313,9 +311,7 @@ class FrozenCopy:
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
         """Return the log-probs of a batch's actions."""
-        logprobs = self.model(batch, ("logprobs",), temperature=temperature).logprobs
-        assert logprobs is not None
-        return logprobs
+        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the names and tensors of the language model."""

@@ -47,8 +47,8 @@ class TrustRegionProblem:
 
     def log_softmax(self, policy: ActorCritic, batch: TokenBatch) -> Tensor:  # (n, V)
         """Log-probs of the whole vocabulary in the states of a micro-batch."""
-        logits = policy(batch, ("logits",)).logits
-        return (logits.float() / self.temperature).log_softmax(-1)
+        logits = policy(batch, ("logits",)).logits.float()
+        return (logits / self.temperature).log_softmax(-1)
 
     def surrogate(self, batch: TokenBatch, logprobs: Tensor) -> Tensor:  # ()
         """This micro-batch's share of the mean of `exp(log pi - log pi_old) A`."""
