@@ -18,7 +18,7 @@ from rlhf_engine.demo.config import DemoRunConfig
 from rlhf_engine.demo.examine import examine
 from rlhf_engine.demo.report import write_report
 from rlhf_engine.model import LanguageModel
-from rlhf_engine.recipes import computing, run_ppo, run_rm, run_sft, save_model, stage_metrics
+from rlhf_engine.recipes import computing, run_ppo, run_rm, run_sft, save_result, stage_metrics
 from rlhf_engine.supervised.sft import FitReport, fit_language_model
 
 Result = TypeVar("Result")
@@ -102,7 +102,12 @@ def make_base(config: DemoRunConfig) -> FitReport:
             log=metrics.write,
             label="pretrain",
         )
-    save_model(Path(config.output_dir) / "base", model, codec, asdict(report))
+
+    def write(new: Path) -> None:
+        model.save_pretrained(new)
+        codec.tokenizer.save_pretrained(new)
+
+    save_result(Path(config.output_dir) / "base", write, asdict(report), config)
     return report
 
 

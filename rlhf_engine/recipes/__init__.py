@@ -4,7 +4,7 @@ from rlhf_engine.recipes.loading import (
     computing,
     load_model,
     load_reward_model,
-    save_model,
+    save_result,
     stage_metrics,
 )
 from rlhf_engine.recipes.ppo import reward_function, rollout_examples, run_ppo
@@ -20,6 +20,6 @@ __all__ = [
     "run_ppo",
     "run_rm",
     "run_sft",
-    "save_model",
+    "save_result",
     "stage_metrics",
 ]

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_engine.checkpoint import fingerprint_rows
-from rlhf_engine.config import RunConfig
+from rlhf_engine.checkpoint import CONFIG, check_settings, fingerprint_rows
+from rlhf_engine.config import RunConfig, save_config
 from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, RecordCodec
-from rlhf_engine.files import with_new_folder, write_json
+from rlhf_engine.files import read_json, with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
@@ -57,15 +57,27 @@ def load_reward_model(config: RunConfig) -> RewardModel:
         raise ValueError(f"reward.path: {error}") from None
 
 
-def save_model(folder: Path, model: PreTrainedModel, codec: Codec, report: dict[str, Any]) -> None:
-    """Writes what `AutoModelForCausalLM` and `AutoTokenizer` read, and report.json beside it; whole or not at all."""
+def save_result(folder: Path, write_model: Callable[[Path], None], report: dict[str, Any], config: RunConfig) -> None:
+    """Write a finished model, report.json and the config that made it into a new folder; whole or not at all."""
 
     def write(new: Path) -> None:
-        model.save_pretrained(new)
-        codec.tokenizer.save_pretrained(new)
+        write_model(new)
         write_json(new / REPORT, report)
+        save_config(config, new / CONFIG)
 
     with_new_folder(folder, write)
+
+
+def finished_report(config: RunConfig, stage: str) -> dict[str, Any] | None:
+    """Return the report of a stage that is finished, for `--resume`; None where there is something left to do.
+
+    Raises ValueError naming a setting that is not that of the finished run.
+    """
+    folder, unfinished = stage_folders(config, stage)
+    if unfinished.exists() or not (folder / REPORT).is_file():
+        return None
+    check_settings(folder, config, stage)
+    return read_json(folder / REPORT)
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:

@@ -100,10 +100,11 @@ def _train(
     """Run the updates that are left, in a `TrainingSession`, which saves them."""
     plan.write(config.output_dir)
     folder, every = Path(config.output_dir) / "ppo", config.ppo.checkpoint_every
+    replaces = (folder,) if overwrite else ()
     with (
         stage_metrics(config, "ppo", trainer.done) as metrics,
         TrainingSession(
-            trainer, folder, codec.tokenizer, config, data, metrics, every=every, overwrites=overwrite
+            trainer, folder, codec.tokenizer, config, data, metrics, every=every, replaces=replaces
         ) as session,
     ):
         log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())

@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 
 from rlhf_engine.checkpoint import fingerprint
-from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Example, read_comparisons, read_demonstrations, stored
 from rlhf_engine.data.split import split
-from rlhf_engine.files import read_json, remove, with_new_folder, write_json
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
 from rlhf_engine.recipes.loading import (
@@ -22,14 +20,15 @@ from rlhf_engine.recipes.loading import (
     computing,
     encode_records,
     fingerprint_records,
+    finished_report,
     given,
     load_model,
     plot,
+    save_result,
     stage_folders,
-    stage_metrics,
     truncated,
 )
-from rlhf_engine.recipes.session import TrainingSession, check_start
+from rlhf_engine.recipes.session import check_start, run_session
 from rlhf_engine.recipes.sft import demonstrations
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
@@ -50,8 +49,8 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
     """
     folder, unfinished = stage_folders(config, "rm")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
-    if resume and not unfinished.exists() and (folder / REPORT).is_file():
-        return tuple(RankingEvaluation.from_json(found) for found in read_json(folder / REPORT)["history"])
+    if resume and (report := finished_report(config, "rm")) is not None:
+        return tuple(RankingEvaluation.from_json(found) for found in report["history"])
     check_records(config.data.comparisons, "data.comparisons", read_comparisons)
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
@@ -70,20 +69,18 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
         seed=config.seed,
         optimizer_state=config.memory.optimizer_state,
     )
-    if resume:
-        resume_trainer(unfinished, trainer, config, data)
-    every = config.reward.checkpoint_every
-    with (
-        stage_metrics(config, "rm", trainer.done) as metrics,
-        TrainingSession(
-            trainer, unfinished, codec.tokenizer, config, data, metrics, every=every, overwrites=overwrite
-        ) as session,
-    ):
-        trainer.log = session.write
-        trainer.train(session.after, session.interruptible)
-        session.hold_signals()
-        _write_centred(folder, trainer, codec, examples)
-    remove(unfinished)
+    run_session(
+        trainer,
+        folder,
+        unfinished,
+        codec.tokenizer,
+        config,
+        data,
+        lambda: _write_centred(folder, trainer, codec, examples, config),
+        every=config.reward.checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
+    )
     plot(config, "rm", "optimiser step")
     last = trainer.history[-1]
     plot_calibration(last.bins, last.accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
@@ -104,7 +101,9 @@ def _rankings(config: RunConfig, codec: Codec) -> tuple[Sequence[RankedPrompt], 
     )
 
 
-def _write_centred(folder: Path, trainer: RewardTrainer, codec: Codec, examples: Sequence[Example]) -> None:
+def _write_centred(
+    folder: Path, trainer: RewardTrainer, codec: Codec, examples: Sequence[Example], config: RunConfig
+) -> None:
     """Write the model with the bias that gives the demonstrations a mean score of 0; the trainer's model keeps its bias.
 
     Where the write fails, the state that is saved is that of training, and a resumed run centres it again.
@@ -114,12 +113,8 @@ def _write_centred(folder: Path, trainer: RewardTrainer, codec: Codec, examples:
     try:
         shift = centre_on_demonstrations(trainer.model, examples, codec.pad_id)
         report = {"history": [dataclasses.asdict(found) for found in trainer.history], "bias_shift": shift}
-
-        def write(new: Path) -> None:
-            trainer.write_model(new, codec.tokenizer)
-            write_json(new / REPORT, report | truncated(codec))
-
-        with_new_folder(folder, write)
+        report |= truncated(codec)
+        save_result(folder, lambda new: trainer.write_model(new, codec.tokenizer), report, config)
     finally:
         with torch.no_grad():
             bias.copy_(before)

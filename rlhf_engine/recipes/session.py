@@ -20,23 +20,27 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint import Checkpointable, save_checkpoint
+from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
-from rlhf_engine.files import recover, with_new_folder
+from rlhf_engine.files import recover, remove, with_new_folder
 from rlhf_engine.metrics import MetricsWriter
+from rlhf_engine.supervised.trainer import SupervisedTrainer
 
 INTERVAL = 600.0
 """Seconds between checkpoints where the config gives no number of steps; more where a save takes a twentieth of that."""
 ONE_SIGNAL = 2.0
 """Seconds in which further signals count as the first one."""
+
+Result = TypeVar("Result")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CANNOT_SAVE = (OSError, ValueError, RuntimeError)
@@ -58,9 +62,9 @@ class Stopped(KeyboardInterrupt):
 class TrainingSession:
     """Saves `trainer` in `folder` as it goes and where it ends early; handles signals in the main thread until it exits.
 
-    The config's `checkpoint_every` is `every`: None saves by time (`INTERVAL`), 0 only at the end. With `overwrites` the
-    checkpoint of an earlier run in `folder` is deleted when the first step is finished. Signals that the process ignores, as
-    under `nohup`, stay ignored.
+    The config's `checkpoint_every` is `every`: None saves by time (`INTERVAL`), 0 only at the end. The folders that an earlier
+    run left, `replaces`, are deleted when the first step is finished. Signals that the process ignores, as under `nohup`, stay
+    ignored.
     """
 
     def __init__(
@@ -73,12 +77,12 @@ class TrainingSession:
         metrics: MetricsWriter,
         *,
         every: int | None,
-        overwrites: bool = False,
+        replaces: Sequence[Path] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.trainer, self.folder, self.metrics = trainer, folder, metrics
         self.tokenizer, self.config, self.data = tokenizer, config, data
-        self.every, self.overwrites, self.clock = every, overwrites, clock
+        self.every, self.replaces, self.clock = every, replaces, clock
         self.saved = self.started = trainer.done
         self._seen = trainer.done
         self._time, self._cost = clock(), 0.0
@@ -91,11 +95,11 @@ class TrainingSession:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the numbers of a finished step."""
-        if self.overwrites:
-            recover(self.folder)
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.overwrites = False
+        for folder in self.replaces:
+            recover(folder)
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.replaces = ()
         self.metrics.write(step, metrics)
 
     def after(self) -> None:
@@ -248,6 +252,37 @@ class TrainingSession:
 
     def _write_model(self, place: Path) -> None:
         with_new_folder(place, lambda new: self.trainer.write_model(new, self.tokenizer))
+
+
+def run_session(
+    trainer: SupervisedTrainer[Any],
+    folder: Path,
+    unfinished: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    data: Mapping[str, str],
+    write_result: Callable[[], Result],
+    *,
+    every: int | None,
+    resume: bool,
+    overwrite: bool,
+) -> Result:
+    """Train to the end with checkpoints in `unfinished`, which are deleted once `write_result` has written `folder`."""
+    if resume:
+        resume_trainer(unfinished, trainer, config, data)
+    replaces = (unfinished, folder) if overwrite else ()
+    with (
+        MetricsWriter(config.output_dir, trainer.stage, resume_after=trainer.done) as metrics,
+        TrainingSession(
+            trainer, unfinished, tokenizer, config, data, metrics, every=every, replaces=replaces
+        ) as session,
+    ):
+        trainer.log = session.write
+        trainer.train(session.after, session.interruptible)
+        session.hold_signals()
+        result = write_result()
+    remove(unfinished)
+    return result
 
 
 def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrite: bool) -> None:

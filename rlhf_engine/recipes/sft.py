@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from rlhf_engine.checkpoint import fingerprint
-from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Example, Stored, read_demonstrations, stored
 from rlhf_engine.data.split import split
-from rlhf_engine.files import read_json, remove
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.recipes.loading import (
     REPORT,
@@ -17,15 +15,15 @@ from rlhf_engine.recipes.loading import (
     computing,
     encode_records,
     fingerprint_records,
+    finished_report,
     given,
     load_model,
     plot,
-    save_model,
+    save_result,
     stage_folders,
-    stage_metrics,
     truncated,
 )
-from rlhf_engine.recipes.session import TrainingSession, check_start
+from rlhf_engine.recipes.session import check_start, run_session
 from rlhf_engine.supervised.sft import FitReport, SFTTrainer
 
 
@@ -34,13 +32,13 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 
     While it trains, and where it ends early, its state is in `output_dir/sft.checkpoint`, which is deleted as soon as
     `output_dir/sft` is complete. `resume` continues from it with the numbers of an unbroken run; it returns the history of a
-    finished one.
+    finished one of the same settings.
     Raises ValueError over an earlier run without `resume` or `overwrite`, which replaces it.
     """
     folder, unfinished = stage_folders(config, "sft")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
-    if resume and not unfinished.exists() and (folder / REPORT).is_file():
-        return FitReport.from_json(read_json(folder / REPORT))
+    if resume and (report := finished_report(config, "sft")) is not None:
+        return FitReport.from_json(report)
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
     data = {"model.path": fingerprint(model.named_parameters())}
@@ -62,21 +60,25 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         seed=config.seed,
         optimizer_state=config.memory.optimizer_state,
     )
-    if resume:
-        resume_trainer(unfinished, trainer, config, data)
-    every = config.sft.checkpoint_every
-    with (
-        stage_metrics(config, "sft", trainer.done) as metrics,
-        TrainingSession(
-            trainer, unfinished, codec.tokenizer, config, data, metrics, every=every, overwrites=overwrite
-        ) as session,
-    ):
-        trainer.log = session.write
-        trainer.train(session.after, session.interruptible)
-        session.hold_signals()
+
+    def write_result() -> FitReport:
         report = trainer.finish()
-        save_model(folder, model, codec, dataclasses.asdict(report) | truncated(codec))
-    remove(unfinished)
+        saved = dataclasses.asdict(report) | truncated(codec)
+        save_result(folder, lambda new: trainer.write_model(new, codec.tokenizer), saved, config)
+        return report
+
+    report = run_session(
+        trainer,
+        folder,
+        unfinished,
+        codec.tokenizer,
+        config,
+        data,
+        write_result,
+        every=config.sft.checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
+    )
     plot(config, "sft", "optimiser step")
     return report
 

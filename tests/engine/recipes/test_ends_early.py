@@ -142,7 +142,7 @@ def test_an_error_between_updates_saves_them(run, capsys, monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "command, place", [("sft", "recipes.loading"), ("rm", "recipes.reward_model"), ("ppo", "checkpoint")]
+    "command, place", [("sft", "recipes.loading"), ("rm", "recipes.loading"), ("ppo", "checkpoint")]
 )
 def test_a_finished_run_whose_result_cannot_be_written_is_kept(run, capsys, monkeypatch, command, place):
     """The last write finds the disk full; when there is room, a resumed run has nothing to do but to write."""
@@ -190,6 +190,8 @@ def test_no_stage_replaces_an_earlier_run_unasked(run, capsys, command):
     message = f"{folder}: an earlier run is there; continue it with --resume, or replace it with --overwrite"
     assert code == 2 and shown == f"rlhf: {message}\n"
     assert rlhf(capsys, *arguments, "--resume", sets=sets)[0] == 0 and contents(run / "out") == before
+    code, _, shown = rlhf(capsys, *arguments, "--resume", sets=[*sets, "seed=1"])
+    assert code == 2 and "seed" in shown  # a result of other settings is not this run's
     code, _, shown = rlhf(capsys, *arguments, "--resume", "--overwrite", sets=sets)
     assert code == 2 and "--resume and --overwrite exclude each other" in shown
     assert rlhf(capsys, *arguments, "--overwrite", sets=[*sets, "seed=1"])[0] == 0

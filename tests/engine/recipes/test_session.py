@@ -290,9 +290,12 @@ def test_an_overwriting_run_deletes_the_old_checkpoint_with_its_first_step(sessi
     """Metrics of the new run and a checkpoint of the old one would be continued as if they were one run."""
     with session(every=1) as one:
         run(one, trainer, 3)
+    (tmp_path / "sft").mkdir()  # the finished model of an earlier run
     trainer.done = 0
     trainer.weight.zero_()
-    with session(overwrites=True) as one:
+    with session(replaces=[tmp_path / "sft.checkpoint", tmp_path / "sft"]) as one:
         assert held(tmp_path / "sft.checkpoint") == 3 and len(read_metrics(tmp_path)) == 3
+        assert (tmp_path / "sft").exists()
         run(one, trainer, 1)
         assert not (tmp_path / "sft.checkpoint").exists() and len(read_metrics(tmp_path)) == 1
+        assert not (tmp_path / "sft").exists()
