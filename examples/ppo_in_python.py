@@ -27,7 +27,7 @@ def shorter_is_better(prompts: list[str], responses: list[str]) -> list[float]:
 
 def train(folder: Path) -> list[dict[str, float]]:
     """Run three updates; return the log of each."""
-    policy, codec = rlhf.load_policy(folder, rlhf.ModelConfig()), rlhf.Codec(rlhf.load_tokenizer(folder))
+    policy, codec = rlhf.load_policy(folder), rlhf.Codec(rlhf.load_tokenizer(folder))
     prompts = [codec.encode_prompt(text.partition("?")[0] + "?") for text in TEXTS]
     ppo = rlhf.PPOConfig(updates=3, rollout_batch=16, minibatch=8, microbatch=8, optim=rlhf.OptimConfig(lr=1e-3))
     config = rlhf.RunConfig(ppo=ppo, rollout=rlhf.RolloutConfig(max_prompt_tokens=32, max_response_tokens=16))

@@ -1,6 +1,6 @@
 """Training a language model from demonstrations to PPO on one shared backbone.
 
-    policy = load_policy(folder, ModelConfig())
+    policy = load_policy(folder)
     codec = Codec(load_tokenizer(folder))
     prompts = [codec.encode_prompt(text) for text in texts]
     trainer = build_trainer(policy, None, text_reward(function, codec), prompts, RunConfig(...), codec=codec)
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from rlhf_engine._lazy import exports
 
 if TYPE_CHECKING:
+    from rlhf_engine.checkpoint import resume as resume
+    from rlhf_engine.checkpoint import save_checkpoint as save_checkpoint
     from rlhf_engine.config import DataConfig as DataConfig
     from rlhf_engine.config import MemoryConfig as MemoryConfig
     from rlhf_engine.config import ModelConfig as ModelConfig
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from rlhf_engine.config import save_config as save_config
     from rlhf_engine.data.tokenize import Codec as Codec
     from rlhf_engine.data.tokenize import train_tokenizer as train_tokenizer
+    from rlhf_engine.metrics import MetricsWriter as MetricsWriter
     from rlhf_engine.model.actor_critic import ActorCritic as ActorCritic
     from rlhf_engine.model.actor_critic import FrozenCopy as FrozenCopy
     from rlhf_engine.model.actor_critic import LanguageModel as LanguageModel
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from rlhf_engine.model.saving import load_policy as load_policy
     from rlhf_engine.model.saving import save_policy as save_policy
     from rlhf_engine.ppo.build import build_trainer as build_trainer
+    from rlhf_engine.ppo.build import make_generator as make_generator
     from rlhf_engine.ppo.callbacks import Callback as Callback
     from rlhf_engine.ppo.callbacks import Checkpoints as Checkpoints
     from rlhf_engine.ppo.callbacks import EarlyStopping as EarlyStopping
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "resume": "checkpoint",
+        "save_checkpoint": "checkpoint",
         "DataConfig": "config",
         "MemoryConfig": "config",
         "ModelConfig": "config",
@@ -75,6 +81,7 @@ __getattr__, __dir__, __all__ = exports(
         "save_config": "config",
         "Codec": "data.tokenize",
         "train_tokenizer": "data.tokenize",
+        "MetricsWriter": "metrics",
         "ActorCritic": "model.actor_critic",
         "LanguageModel": "model.actor_critic",
         "ValueHead": "model.heads",
@@ -88,6 +95,7 @@ __getattr__, __dir__, __all__ = exports(
         "load_policy": "model.saving",
         "save_policy": "model.saving",
         "build_trainer": "ppo.build",
+        "make_generator": "ppo.build",
         "Callback": "ppo.callbacks",
         "Checkpoints": "ppo.callbacks",
         "EarlyStopping": "ppo.callbacks",

@@ -94,11 +94,6 @@ class LanguageModel(nn.Module):
         return output_layer(self.model).weight
 
     @property
-    def lm_bias(self) -> Tensor | None:  # (V,)
-        """The bias of the output layer."""
-        return getattr(self.model.get_output_embeddings(), "bias", None)
-
-    @property
     def product_dtype(self) -> torch.dtype:
         """Dtype of the matrix products, and of keys and values."""
         return self.compute_dtype or self.lm_weight.dtype
@@ -135,14 +130,22 @@ class LanguageModel(nn.Module):
             project: for "logits", computes `hidden @ weight.T + bias` in place of the output layer.
 
         Raises:
-            ValueError: a name that `Outputs` does not have, or "values" without a value function.
+            ValueError: a name that `Outputs` does not have, "values" without a value function, or an argument that is missing
+                for what is wanted.
         """
+        if isinstance(want, str):
+            raise ValueError(f"want: got the string {want!r}, expected a collection of names, such as ({want!r},)")
         want = frozenset(want)
         if unknown := want - _WANTS:
             raise ValueError(f"want: got {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(_WANTS))}")
         value = self.value if "values" in want else None
         if "values" in want and value is None:
             raise ValueError("want: got 'values' of a model without a value function")
+        if want & {"logprobs", "entropy", "loss"} and batch.ids is None:
+            raise ValueError(f"batch.ids: got None, expected the actions for {', '.join(sorted(want))}")
+        if ("loss" in want) != (loss is not None):
+            got = "no arguments of the loss" if loss is None else f"arguments of the loss for {sorted(want)}"
+            raise ValueError(f"loss: got {got}, expected them if 'loss' is wanted, and not otherwise")
         if value is not None and want == {"values"} and not value.shares_trunk:
             return Outputs(values=value.batch_values(batch, None))
         hidden = self._states(batch)
@@ -255,6 +258,8 @@ class ActorCritic(LanguageModel):
         super().__init__(model, **settings)
         hidden_size = self.lm_weight.shape[1]
         value = ValueHead(hidden_size, self.lm_weight.device) if value is None else value
+        if not isinstance(value, ValueFunction):
+            raise ValueError(f"value: got {type(value).__name__}, expected a ValueFunction, such as a ValueHead")
         if isinstance(value, ValueHead) and value.weight.shape != (hidden_size,):
             got = tuple(value.weight.shape)
             raise ValueError(
@@ -276,6 +281,12 @@ def _without_wrapper(model: nn.Module) -> PreTrainedModel:
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return cast("PreTrainedModel", model)
     wrapper: Any = model  # peft may not be installed, so its type is not named
+    for name, config in wrapper.peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"model: got the peft adapter {name!r}, a {type(config).__name__}, which adds virtual tokens to every input; "
+                "expected one that changes layers, such as LoRA"
+            )
     return wrapper.get_base_model()
 
 

@@ -45,6 +45,7 @@ class ValueHead(nn.Module):
         return head
 
     shares_trunk = True
+    saved_as = VALUE_HEAD
     packs = True
 
     def batch_values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:  # (N,)

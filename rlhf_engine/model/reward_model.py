@@ -77,6 +77,7 @@ class RewardModel(nn.Module):
     # ---- as a value function with a trunk of its own ----
 
     shares_trunk = False
+    saved_as = f"{VALUE_MODEL}/config.json"
 
     @property
     def packs(self) -> bool:

@@ -41,6 +41,9 @@ class ValueFunction(Protocol):
     shares_trunk: bool
     """Whether it reads the policy's hidden states; otherwise it has a trunk of its own and runs it per batch."""
 
+    saved_as: str
+    """A file that `save_value` writes, seen from the policy's folder."""
+
     def batch_values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:  # (N,), float32
         """Return the values of a batch's states; `hidden` (N, H) are the policy's there, None if `shares_trunk` is False."""
         ...
@@ -122,6 +125,6 @@ Rollout = TypeVar("Rollout", contravariant=True)
 class Reward(Protocol[Rollout]):
     """One score per response."""
 
-    def __call__(self, rollout: Rollout) -> Tensor:  # (B,), float32
+    def __call__(self, rollout: Rollout, /) -> Tensor:  # (B,), float
         """Return a score for each response of a rollout."""
         ...

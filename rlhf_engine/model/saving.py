@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rlhf_engine.config import ModelConfig
 from rlhf_engine.model.actor_critic import ActorCritic
 from rlhf_engine.model.heads import VALUE_HEAD
 from rlhf_engine.model.pretrained import load_head, load_pretrained
@@ -19,8 +18,8 @@ from rlhf_engine.model.trunk import output_layer
 
 def load_policy(
     folder: str | Path,
-    config: ModelConfig,
     *,
+    attention: str | None = "sdpa",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     backend: str = "auto",
@@ -30,7 +29,7 @@ def load_policy(
     Raises ValueError naming the folder and what it lacks.
     """
     folder = Path(folder)
-    where = {"attention": config.attention, "dtype": dtype, "device": device}
+    where = {"attention": attention, "dtype": dtype, "device": device}
     model = load_pretrained(AutoModelForCausalLM, folder, **where)
     value: ValueFunction | None = None
     if (folder / VALUE_MODEL).is_dir():
@@ -45,10 +44,11 @@ def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenize
 
     Raises ValueError for a model with peft's adapters, which those functions do not read.
     """
-    if any("lora_" in name for name, _ in policy.model.named_parameters()):
+    adapted = [name for name, module in policy.model.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
         raise ValueError(
-            "policy: got a model with LoRA adapters, which a checkpoint does not hold; save them with the PeftModel's "
-            "save_pretrained, or call its merge_and_unload first"
+            f"policy: got a model with adapters (at {adapted[0]}), which a checkpoint does not hold; save them with the "
+            "PeftModel's save_pretrained, or call its merge_and_unload first"
         )
     policy.model.save_pretrained(folder)
     if policy.value is not None:
@@ -59,10 +59,9 @@ def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenize
 
 def copy_weights(folder: Path, policy: ActorCritic) -> None:
     """Copy a saved policy into the tensors of `policy`, which its optimizer already holds."""
-    attention = ModelConfig.from_dict({"attention": policy.model.config.get_text_config()._attn_implementation})
-    saved = load_policy(
-        folder, attention, dtype=policy.lm_weight.dtype, device=str(policy.device), backend=policy.backend
-    )
+    settings = {"dtype": policy.lm_weight.dtype, "device": str(policy.device), "backend": policy.backend}
+    attention = policy.model.config.get_text_config()._attn_implementation
+    saved = load_policy(folder, attention=attention, **settings)
     copy_parameters(folder, saved, policy)
 
 

@@ -56,7 +56,11 @@ def build_trainer(
     pretrain: PretrainStream | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> PPOTrainer:
-    """Return a trainer with the settings of `config.ppo`, `config.rollout`, `config.memory` and `config.seed`.
+    """Return a trainer with the settings of `config.ppo`, `config.rollout` and `config.seed`.
+
+    Read too: `config.memory.optimizer_state`, where no optimizer is given. What makes the models is not read, since they are
+    given: the sections `model` and `reward`, `device`, `dtype`, `compute_dtype`, `backend`, `memory.gradient_checkpointing`,
+    `ppo.value_model` and `ppo.value_init`. `memory.budget` is the plan's.
 
     Args:
         policy: what is trained and sampled.
@@ -66,15 +70,21 @@ def build_trainer(
         config: the settings.
         codec: the tokenizer with its prompt format; needed unless `generator` is given.
         generator: the sampler; None makes one with `config.rollout`.
-        optimizer: None makes AdamW with `config.ppo.optim` over all parameters that require a gradient.
+        optimizer: of all parameters that require a gradient; None makes AdamW with `config.ppo.optim`.
         arena: the memory that the phases share; None makes one of the size that they need.
         plan: a memory plan that bounds what sampling takes.
         pretrain: text for PPO-ptx, needed if `config.ppo.ptx_coef` is above 0.
         callbacks: called in this order.
 
     Raises:
-        ValueError: neither codec nor generator; a pretraining stream without `ptx_coef` or the reverse.
+        ValueError: neither codec nor generator, or a generator of another policy or beside a plan; an optimizer of other
+            parameters; a pretraining stream without `ptx_coef` or the reverse; a prompt that is empty, too long or has an id
+            that is no token; TRPO with an attention that cannot be differentiated twice.
     """
+    if generator is not None and generator.policy is not policy:
+        raise ValueError("generator: got one that samples another policy, expected one of `policy`")
+    if generator is not None and plan is not None:
+        raise ValueError("plan: got one beside a generator, whose memory is decided; expected one of them")
     if generator is None:
         if codec is None:
             raise ValueError("codec: got None without a generator, expected the tokenizer's codec")
@@ -84,6 +94,7 @@ def build_trainer(
         optimizer = build_optimizer(policy, config.ppo.optim, config.memory.optimizer_state)
     elif not isinstance(optimizer, Optimizer):
         optimizer = Resident(optimizer)
+    _check_parameters(policy, optimizer)
     if arena is None:
         arena = open_arena(policy.device, phase_bytes(policy, generator, optimizer), head_bytes(policy))
     optimizer.allocate_from(arena.take)
@@ -102,7 +113,7 @@ def build_trainer(
         policy,
         FrozenCopy(policy) if reference is None else reference,
         generator,
-        prompts if callable(prompts) else prompt_stream(prompts, config.seed),
+        prompts if callable(prompts) else prompt_stream(prompts, config, policy.lm_weight.shape[0]),
         reward,
         config.ppo,
         TrustRegionStep(rule) if trpo else rule,
@@ -126,10 +137,52 @@ def make_generator(
     return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, kv_bytes=kv_bytes, **ends)
 
 
-def prompt_stream(prompts: Sequence[Tensor | Sequence[int]], seed: int) -> Callable[[int, int], list[Tensor]]:
-    """Return prompts in a new random order each time all of them have been used; any part of the stream can be asked for."""
-    take = shuffled_stream(len(prompts), seed, "prompts")
+def prompt_stream(
+    prompts: Sequence[Tensor | Sequence[int]], config: RunConfig, vocabulary: int
+) -> Callable[[int, int], list[Tensor]]:
+    """Return prompts in a new random order each time all of them have been used; any part of the stream can be asked for.
+
+    Raises ValueError for no prompts, or one that is not 1 to `rollout.max_prompt_tokens` ids below `vocabulary`.
+    """
+    if not len(prompts):
+        raise ValueError("prompts: got none, expected at least one")
+    for index, prompt in enumerate(prompts):
+        _check_prompt(index, prompt, config.rollout.max_prompt_tokens, vocabulary)
+    take = shuffled_stream(len(prompts), config.seed, "prompts")
     return lambda first, count: [torch.as_tensor(prompts[index]) for index in take(first, count)]
+
+
+def _check_prompt(index: int, prompt: Tensor | Sequence[int], longest: int, vocabulary: int) -> None:
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"prompts[{index}]: got {type(prompt).__name__}, expected token ids, as `Codec.encode_prompt` returns them"
+        ) from None
+    expected = f"1 to {longest} token ids (rollout.max_prompt_tokens)"
+    if ids.dim() != 1 or not 1 <= len(ids) <= longest:
+        raise ValueError(f"prompts[{index}]: got shape {tuple(ids.shape)}, expected {expected}")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"prompts[{index}]: got {ids.dtype}, expected {expected}")
+    low, high = (int(found) for found in ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise ValueError(f"prompts[{index}]: got the id {wrong}, expected ids from 0 to {vocabulary - 1}")
+
+
+def _check_parameters(policy: ActorCritic, optimizer: Optimizer) -> None:
+    """ValueError unless the optimizer steps exactly the parameters that get a gradient."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter): name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    if missing := [name for key, name in trained.items() if key not in stepped]:
+        raise ValueError(
+            f"optimizer: got one without {missing[0]} (and {len(missing) - 1} more), expected every parameter of the policy "
+            "that requires a gradient; freeze the others with requires_grad_(False)"
+        )
+    if strangers := len(stepped - trained.keys()):
+        raise ValueError(
+            f"optimizer: got {strangers} parameters that the policy does not train, expected those of this policy"
+        )
 
 
 def head_bytes(policy: ActorCritic) -> int:

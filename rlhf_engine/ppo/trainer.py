@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from rlhf_engine.files import OPTIMIZER, require
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
 from rlhf_engine.memory.arena import peak_rss_mb
 from rlhf_engine.model import ActorCritic, Reference
-from rlhf_engine.model.heads import VALUE_HEAD
 from rlhf_engine.model.saving import copy_weights, save_policy
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, microbatch_size, score
@@ -83,40 +82,49 @@ class PPOTrainer:
         """Run until `config.updates` are done or a callback has called `stop`."""
         with _Ending(self):
             while self.updates_done < self.config.updates and not self.stopped:
-                self.notify("on_update", self.step())
+                self.step()
 
     def step(self) -> dict[str, float]:
-        """Run one iteration of Algorithm 1 and return what to log.
+        """Run one iteration of Algorithm 1, call the callbacks' `on_update`, and return what to log.
 
-        An exception before the first change of a weight leaves the state as it was.
+        An exception before the first change of a weight leaves the state as it was. After a later one there is no state to
+        continue from: RuntimeError until a checkpoint is loaded.
         """
+        if not self.whole:
+            raise RuntimeError(
+                f"update {self.updates_done + 1} failed after it had changed weights; load a checkpoint to continue"
+            )
         clock = [time.perf_counter()]
         with self._undone_on_failure():
-            with self._phase("generate", clock):
-                rollout = self.collect()
-            with self._phase("score", clock):
-                scored, deviation = self.score(rollout)
+            rollout = self.collect()
+            clock.append(time.perf_counter())
+            scored, deviation = self.score(rollout)
+            clock.append(time.perf_counter())
             experience, log = advantages(scored, self.config, self.kl_coef, self.policy.backend)
-            with self._phase("train", clock), gradients_in(self.arena, self.trained):
+            with self._phase("train"), gradients_in(self.arena, self.trained):
                 context = Step(self.updates_done, self.old_kl_coef, self._on_change)
                 log |= deviation | {"kl_coef": self.kl_coef} | self.update_rule(experience, context)
             log |= self.adapt(experience, log)
             self.updates_done += 1
             self.whole = True
-        return log | self._measured(rollout, scored, clock)
+        log |= self._measured(rollout, scored, clock)
+        self.notify("on_update", log)
+        return log
 
     def collect(self) -> Rollout:
         """Sample one response to each of the next prompts; keys and values are in the arena."""
         first, count = self.updates_done * self.config.rollout_batch, self.config.rollout_batch
-        prompts = self.prompts(first, count)
-        return self.generator.generate(prompts, torch.arange(first, first + count), allocate=self.arena.memory)
+        with self._phase("generate"):
+            prompts = self.prompts(first, count)
+            return self.generator.generate(prompts, torch.arange(first, first + count), allocate=self.arena.memory)
 
     def score(self, rollout: Rollout) -> tuple[Scored, dict[str, float]]:
         """Score the responses, get all log-probs, and measure how exact the sampled ones are."""
         models, first = (self.policy, self.reference, self.reward), self.updates_done * self.config.rollout_batch
-        scored = score(rollout, *models, self.config, self.temperature, self.scale, first, self.arena.transients)
-        self.notify("on_rollout", scored)
-        return scored, self._deviation(scored)
+        with self._phase("score"):
+            scored = score(rollout, *models, self.config, self.temperature, self.scale, first, self.arena.transients)
+            self.notify("on_rollout", scored)
+            return scored, self._deviation(scored)
 
     def adapt(self, experience: Experience, log: dict[str, float]) -> dict[str, float]:
         """Move the KL coefficients towards what this update's KLs ask for; return what was measured for it."""
@@ -140,9 +148,11 @@ class PPOTrainer:
         self.stopped = True
 
     def notify(self, event: str, *arguments: Any) -> None:
-        """Call a method of every callback."""
+        """Call a method of every callback that has it."""
         for callback in self.callbacks:
-            getattr(callback, event)(self, *arguments)
+            method = getattr(callback, event, None)
+            if method is not None:
+                method(self, *arguments)
 
     # ---- state ----
 
@@ -192,16 +202,15 @@ class PPOTrainer:
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         """Continue from a checkpoint; ValueError naming the file that is missing or does not fit."""
-        value = self.policy.value
-        heads = (VALUE_HEAD,) if value is not None and value.shares_trunk else ()
         average = self.update_rule.average
         places = {folder: self.policy} | ({} if average is None else {folder / EMA: average.model})
-        for place in places:
-            require(place, "config.json", *heads)
+        for place, policy in places.items():
+            require(place, "config.json", *([] if policy.value is None else [policy.value.saved_as]))
         for place, policy in places.items():
             copy_weights(place, policy)
         load_optimizer_tensors(self.update_rule.optimizer, tensors, folder / OPTIMIZER)
         self.load_state(state)
+        self.whole = True
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
@@ -220,11 +229,9 @@ class PPOTrainer:
     # ---- measurements ----
 
     @contextmanager
-    def _phase(self, name: str, clock: list[float] | None = None) -> Iterator[None]:
+    def _phase(self, name: str) -> Iterator[None]:
         with self.arena.phase(name), self.meter.phase(name):  # measured once the phase before has returned its bytes
             yield
-        if clock is not None:
-            clock.append(time.perf_counter())
 
     def _deviation(self, scored: Scored) -> dict[str, float]:
         """Return how far sampled log-probs are from a fresh forward pass; the policy is still the one that sampled."""
@@ -239,7 +246,7 @@ class PPOTrainer:
         return {"logprob_deviation": found}
 
     def _measured(self, rollout: Rollout, scored: Scored, clock: list[float]) -> dict[str, float]:
-        start, collected, scored_at, _ = clock
+        start, collected, scored_at = clock
         now, tokens = time.perf_counter(), int(rollout.mask.sum())
         skipped = {"scores_skipped": len(rollout) - len(scored.rollout)}
         return {
@@ -257,7 +264,7 @@ class PPOTrainer:
 
 
 class _Ending:
-    """Calls `on_end` of every callback with what ended training."""
+    """Calls `on_end` of every callback, whatever another one raises, with what ended training."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer
@@ -268,4 +275,10 @@ class _Ending:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.trainer.notify("on_end", error)
+        with ExitStack() as ends:
+            for callback in reversed(self.trainer.callbacks):
+                ends.callback(getattr(callback, "on_end", _nothing), self.trainer, error)
+
+
+def _nothing(*_: object) -> None:
+    pass

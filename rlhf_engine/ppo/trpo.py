@@ -24,6 +24,15 @@ from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.rollout import Rollout
 
 
+def check_attention(attention: str | None) -> None:
+    """Raise ValueError for an implementation of attention that cannot be differentiated twice."""
+    if attention != "eager":
+        raise ValueError(
+            f"model.attention: got {attention!r} with ppo.objective 'trpo', expected 'eager', which can be differentiated "
+            "twice"
+        )
+
+
 @dataclass(frozen=True)
 class TrustRegionProblem:
     """A rollout, the advantages of its actions and the policy that is to move."""

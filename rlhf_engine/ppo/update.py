@@ -19,7 +19,7 @@ from rlhf_engine.optim.adamw import Optimizer, optimizer_step
 from rlhf_engine.optim.ema import WeightAverage
 from rlhf_engine.ppo.experience import Experience, Step, microbatch_size
 from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
-from rlhf_engine.ppo.trpo import TrustRegionProblem, trpo_step
+from rlhf_engine.ppo.trpo import TrustRegionProblem, check_attention, trpo_step
 from rlhf_kernels import explained_variance, masked_whiten
 
 
@@ -127,6 +127,7 @@ class TrustRegionStep:
     """Optimizer steps for the value function, then one constrained step of the policy (Schulman et al. 2015, TRPO)."""
 
     def __init__(self, values: SurrogateSteps) -> None:
+        check_attention(values.policy.trunk.config._attn_implementation)
         self.values = values
         self.optimizer, self.average = values.optimizer, values.average
 

@@ -25,7 +25,7 @@ from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
 from rlhf_engine.recipes.generate import Answerer, answer_all
 from rlhf_engine.recipes.loading import given
 from rlhf_engine.recipes.preflight import check_rounds
-from rlhf_engine.recipes.session import continued
+from rlhf_engine.recipes.session import Start, continued
 from rlhf_engine.recipes.steps import Steps
 
 _MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every", "reward.checkpoint_every")
@@ -217,7 +217,7 @@ def _train_policy(
     return {name: history[-1][name] for name in ("score_mean", "kl")} if history else {}
 
 
-def _continued(stage: RunConfig, checkpoint: Path, name: str, say: Callable[[str], object]) -> dict[str, bool]:
+def _continued(stage: RunConfig, checkpoint: Path, name: str, say: Callable[[str], object]) -> Start:
     """Return how a stage starts: from its checkpoint, or anew where there is none or its settings have changed."""
     found = continued(checkpoint)
     if found["resume"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,11 +45,14 @@ from rlhf_engine.supervised.reward_model import score_examples
 _PROMPTS: RecordCodec[Tensor] = RecordCodec(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 
 
-def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, float]]:
+def run_ppo(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = ()
+) -> list[dict[str, float]]:
     """Train a policy on prompts and write it to `output_dir/ppo`; return the numbers of every update of this call.
 
-    `resume` continues from the checkpoint in that folder with the numbers of an unbroken run. Raises ValueError over an earlier
-    run without `resume` or `overwrite`, which replaces it once the first update is finished.
+    `resume` continues from the checkpoint in that folder with the numbers of an unbroken run. The `callbacks` are called before
+    those that log and save. Raises ValueError over an earlier run without `resume` or `overwrite`, which replaces it once the
+    first update is finished.
     """
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
     check_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
@@ -69,7 +72,9 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         assert function is not None and config.reward.function is not None
         reward = text_reward(function, codec, prompt_of=told, name=config.reward.function)
     pretrain = pretrain_stream(config, codec)
-    trainer = build_trainer(policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain)
+    trainer = build_trainer(
+        policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain, callbacks=callbacks
+    )
     data = {"data.prompts": fingerprint_rows(prompts)}
     if pretrain is not None:
         data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
@@ -81,15 +86,23 @@ def run_ppo(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 
 
 class SessionCheckpoints(Callback):
-    """Let the session save when a checkpoint is due, or end training when a signal has arrived."""
+    """Let the session save when a checkpoint is due and when training is complete, or end it when a signal has arrived."""
 
     def __init__(self, session: TrainingSession) -> None:
         self.session = session
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
         """Save if a checkpoint is due."""
+        self._call(self.session.after, trainer)
+
+    def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
+        """Save the last updates of a training that no error has ended; after one, the session decides what it saves."""
+        if error is None:
+            self._call(self.session.save, trainer)
+
+    def _call(self, saving: Callable[[], None], trainer: PPOTrainer) -> None:
         saved = self.session.saved
-        self.session.after()
+        saving()
         if self.session.saved != saved:
             trainer.notify("on_checkpoint", self.session.folder)
 
@@ -110,7 +123,6 @@ def _train(
         log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())
         trainer.callbacks += [log, SessionCheckpoints(session)]
         trainer.train()
-        session.save()
     plot(config, "ppo", "update")
     return log.history
 
@@ -118,7 +130,6 @@ def _train(
 def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
     """The policy and its value function as `ppo.value_model` and `ppo.value_init` want them."""
     ppo, settings = config.ppo, computing(config)
-    check_attention(config)
     from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
     start = reward_model if from_reward else None
     if from_reward and start is None:
@@ -141,15 +152,6 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
         )
     value_head = ValueHead.from_weights(head.weight.detach(), head.bias.detach())
     return ActorCritic(model, value_head, backend=config.backend, **settings)
-
-
-def check_attention(config: RunConfig) -> None:
-    """ValueError where TRPO would have to differentiate an attention twice that cannot be."""
-    if config.ppo.objective == "trpo" and config.model.attention != "eager":
-        raise ValueError(
-            f"model.attention: got {config.model.attention!r} with ppo.objective 'trpo', expected 'eager', which can be "
-            "differentiated twice"
-        )
 
 
 def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = None) -> Sequence[Tensor]:

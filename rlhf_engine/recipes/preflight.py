@@ -10,16 +10,18 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, PromptRecord, read_comparisons, read_demonstrations, read_prompts
 from rlhf_engine.evaluate import read_documents
 from rlhf_engine.model.pretrained import max_positions
+from rlhf_engine.ppo.trpo import check_attention
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, prefix_of
 from rlhf_engine.recipes.loading import Item, check_records, check_room, encode_records, given, load_model
-from rlhf_engine.recipes.ppo import check_attention, pretrain_stream
+from rlhf_engine.recipes.ppo import pretrain_stream
 from rlhf_engine.supervised.reward_model import encode_comparison
 
 
 def check_rounds(config: RunConfig) -> None:
     """Raises ValueError for a setting that is missing or out of place, or a file or judge that a round could not read."""
     _check_given(config)
-    check_attention(config)
+    if config.ppo.objective == "trpo":
+        check_attention(config.model.attention)
     for name in ("iterate", "eval"):
         judge = getattr(config, name).judge
         if judge != BY_HAND:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -305,7 +305,14 @@ def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrit
             raise ValueError(f"{folder}: {kind} is there; continue it with --resume, or replace it with --overwrite")
 
 
-def continued(checkpoint: Path) -> dict[str, bool]:
+class Start(TypedDict):
+    """How a stage begins: the keyword arguments of `run_sft`, `run_rm` and `run_ppo`."""
+
+    resume: bool
+    overwrite: bool
+
+
+def continued(checkpoint: Path) -> Start:
     """Return the arguments of a stage that continues from its checkpoint if there is one, and begins anew otherwise."""
     recover(checkpoint)
     found = checkpoint.is_dir()

@@ -21,7 +21,7 @@ def text_reward(
     codec: Codec,
     *,
     prompt_of: Callable[[Sequence[int]], PlainPrompt] | None = None,
-    name: str = "",
+    name: str | None = None,
 ) -> RewardFunction:
     """Return a reward that calls `function(prompts, responses)` once per rollout, with texts.
 
@@ -29,13 +29,14 @@ def text_reward(
         function: returns one number for each (prompt, response).
         codec: decodes the responses.
         prompt_of: returns the prompt of some token ids as it was before its format; None decodes the ids, format included.
-        name: the function's name in an error.
+        name: the function's name in an error; None is its own.
 
     Raises:
         SampleError: with the row of the rollout, if the function raises on a response or returns no number for it.
         ValueError: if it does not return one number per response.
     """
-    what = f"reward.function {name}".rstrip()
+    own = getattr(function, "__qualname__", type(function).__name__)
+    what = f"reward function {own}" if name is None else f"reward.function {name}"
 
     def scores(rollout: Rollout) -> Tensor:
         asked = [(prompt_of or codec.tokenizer.decode)(ids) for ids in rollout.prompts()]

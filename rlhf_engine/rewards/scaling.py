@@ -7,17 +7,18 @@ normalised first, then what an answer without EOS gets takes its place or is tak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.model import Reward
 from rlhf_engine.rewards.user_code import SampleError
 from rlhf_engine.rollout import Rollout
 
-RewardFunction = Callable[[Rollout], Tensor]
+RewardFunction = Reward[Rollout]
 """Gives one float score for each sequence of a rollout, [B]."""
 
 
@@ -90,8 +91,13 @@ def score_answers(
         except ValueError as error:
             asked = f"samples {first + int(rows[0])} to {first + int(rows[-1])} of the run"
             raise ValueError(f"{asked}: {error}") from error
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"reward: got {type(found).__name__}, expected a tensor of {len(rows)} scores; `text_reward` makes a reward "
+                "of a function of texts"
+            )
         if found.shape != (len(rows),):
-            raise ValueError(f"reward_fn: got scores of shape {tuple(found.shape)}, expected {len(rows)} finite scores")
+            raise ValueError(f"reward: got scores of shape {tuple(found.shape)}, expected {len(rows)} finite scores")
         raw[rows] = found.to(raw)
     finite = raw.isfinite()
     if not bool(finite.all()):
@@ -99,7 +105,7 @@ def score_answers(
         if config.nonfinite_scores == "stop" or len(bad) == len(rollout):
             numbers = ", ".join(str(first + row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise ValueError(
-                f"reward_fn: got {float(raw[bad[0]])} for sample {numbers} of the run ({len(bad)} of {len(rollout)} in "
+                f"reward: got {float(raw[bad[0]])} for sample {numbers} of the run ({len(bad)} of {len(rollout)} in "
                 f"this rollout), expected {len(rows)} finite scores; ppo.nonfinite_scores=skip leaves such samples out"
             )
         kept = finite.nonzero()[:, 0]

@@ -144,3 +144,25 @@ def test_ppo_loss_is_the_sum_of_its_parts():
     logprobs = torch.where(mask, outputs.logprobs, 0)
     whole, fused = ppo_loss(logprobs, **constants, values=outputs.values, **targets).loss, outputs.loss.loss
     torch.testing.assert_close(fused, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "want, options, message",
+    [
+        ("logprobs", {}, r"want: got the string 'logprobs', expected a collection of names, such as \('logprobs',\)"),
+        (("logits", "logprob"), {}, "want: got logprob, expected some of"),
+        (("loss",), {}, "loss: got no arguments of the loss"),
+        (("values",), {"loss": {}}, r"loss: got arguments of the loss for \['values'\]"),
+        (("entropy",), {}, "batch.ids: got None, expected the actions for entropy"),
+    ],
+)
+def test_a_call_that_does_not_fit(want, options, message):
+    ids = torch.arange(3, 9)[None]
+    batch = TokenBatch(input_ids=ids, ids=None if want == ("entropy",) else ids[0])
+    with pytest.raises(ValueError, match=message):
+        ActorCritic(tiny("llama"))(batch, want, **options)
+
+
+def test_a_value_that_is_no_value_function():
+    with pytest.raises(ValueError, match="value: got Linear, expected a ValueFunction, such as a ValueHead"):
+        ActorCritic(tiny("llama"), torch.nn.Linear(32, 1))

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 
 from rlhf_engine.config import MemoryConfig, OptimConfig, PPOConfig, RunConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy
@@ -75,6 +84,33 @@ def test_a_frozen_copy_takes_the_adapters_along():
     assert not torch.equal(logprobs_of(policy, ids), before)
 
 
-def test_a_checkpoint_of_adapters_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="policy: got a model with LoRA adapters, which a checkpoint does not hold"):
-        save_policy(tmp_path, ActorCritic(make_adapted(True)), None)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"]),
+        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        HRAConfig(r=2, target_modules=["v_proj"]),
+    ],
+    ids=["lora", "ia3", "hra"],
+)
+def test_a_checkpoint_of_adapters_is_refused(tmp_path, config):
+    policy = ActorCritic(get_peft_model(tiny("llama"), config))
+    with pytest.raises(ValueError, match=r"policy: got a model with adapters .*, which a checkpoint does not hold"):
+        save_policy(tmp_path, policy, None)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ],
+    ids=["prompt", "prefix", "encoder"],
+)
+def test_an_adapter_that_adds_tokens_is_refused(config):
+    """The model without its wrapper would run, untrained."""
+    with pytest.raises(
+        ValueError, match=rf"model: got the peft adapter 'default', a {type(config).__name__}, which adds"
+    ):
+        ActorCritic(get_peft_model(tiny("llama"), config))

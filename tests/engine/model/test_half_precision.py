@@ -9,7 +9,7 @@ from rlhf_engine.config import MemoryConfig, OptimConfig, RewardConfig, RunConfi
 from rlhf_engine.data import Example
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.optim import offload
+from rlhf_engine.optim import build
 from rlhf_engine.ppo import update as ppo
 from rlhf_engine.recipes import run_ppo, run_sft
 from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
@@ -69,8 +69,8 @@ def test_settings_reach_the_stages(tmp_path, monkeypatch):
         "reward.function=rewards.py:reward",
         "ppo.value_init=zero",
     ]
-    made, build = [], offload.StagedAdamW
-    monkeypatch.setattr(offload, "StagedAdamW", lambda *a, **k: made.append(k["host"]) or build(*a, **k))
+    made, staged = [], build.StagedAdamW
+    monkeypatch.setattr(build, "StagedAdamW", lambda *a, **k: made.append(k["host"]) or staged(*a, **k))
     run_sft(load_config(run / "run.yaml", given))
     run_ppo(load_config(run / "run.yaml", [*given, "model.path=out/sft", "ppo.updates=1"]))
     run_ppo(load_config(run / "run.yaml", [*given, "model.path=out/sft", "ppo.updates=2"]), resume=True)

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf_engine.config import ModelConfig
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
@@ -20,7 +19,7 @@ def load_causal_lm(folder):
 
 
 def load_actor_critic(folder):
-    return load_policy(folder, ModelConfig())
+    return load_policy(folder)
 
 
 LOADERS = (load_causal_lm, load_actor_critic, RewardModel.load)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
-from rlhf_engine.config import ModelConfig, OptimConfig, RunConfig
+from rlhf_engine.config import OptimConfig, RunConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, frozen_copy
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.saving import load_policy
@@ -107,7 +107,7 @@ def test_s8_a_run_resumed_in_its_warm_up_has_the_same_bits(tmp_path, backbone):
     after = weights_of(second)
     assert all(torch.equal(weight, after[name]) for name, weight in weights_of(straight).items())
     assert (tmp_path / "checkpoint" / "value_model").is_dir() == backbone
-    loaded = load_policy(tmp_path / "checkpoint", ModelConfig())
+    loaded = load_policy(tmp_path / "checkpoint")
     assert loaded.value.shares_trunk != backbone
 
 

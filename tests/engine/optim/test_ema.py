@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
-from rlhf_engine.config import ModelConfig, RunConfig
+from rlhf_engine.config import RunConfig
 from rlhf_engine.model.saving import load_policy
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
@@ -50,7 +50,7 @@ def test_s10_average_is_a_model_of_its_own_and_is_resumed(tmp_path):
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "ema").eval()(input_ids=ids).logits
     assert torch.equal(logits, first.update_rule.average.model.model(input_ids=ids).logits)
     assert not torch.equal(logits, first.policy.model(input_ids=ids).logits)
-    head = load_policy(tmp_path / "checkpoint" / "ema", ModelConfig()).value
+    head = load_policy(tmp_path / "checkpoint" / "ema").value
     assert torch.equal(head.weight, first.update_rule.average.model.value.weight)
     (tmp_path / "checkpoint" / "ema" / "value_head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"ema: the file value_head\.safetensors is missing"):

@@ -73,7 +73,7 @@ def test_s9_every_pass_has_an_order_of_its_own():
 
 def test_s9_every_stream_of_a_run_has_an_order_of_its_own():
     """With one seed: as many prompts as sequences of text as answers in a rollout, the same number of each so far."""
-    prompts = prompt_stream([torch.tensor([number]) for number in range(24)], 1)(0, 24)
+    prompts = prompt_stream([torch.tensor([number]) for number in range(24)], RunConfig(seed=1), 24)(0, 24)
     text = PretrainStream(torch.arange(24)[:, None], 1).take(24)
     answers = make_trainer().update_rule.order(24, 0, 0)
     orders = [torch.cat(prompts).tolist(), text[:, 0].tolist(), answers.tolist()]

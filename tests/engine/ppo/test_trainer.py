@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_engine.checkpoint import check_settings, resume, save_checkpoint
-from rlhf_engine.config import MemoryConfig, ModelConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
+from rlhf_engine.config import MemoryConfig, OptimConfig, PPOConfig, RolloutConfig, RunConfig, load_config
 from rlhf_engine.files import with_new_folder
 from rlhf_engine.model.saving import load_policy
 from rlhf_engine.ppo.experience import Scored, advantages, score
@@ -254,7 +254,7 @@ def test_a_checkpoint_loads_with_transformers(tmp_path):
     ids = torch.arange(9)[None]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint").eval()
     assert torch.equal(model(input_ids=ids).logits, trainer.policy.model(input_ids=ids).logits)
-    loaded = load_policy(tmp_path / "run" / "checkpoint", ModelConfig())
+    loaded = load_policy(tmp_path / "run" / "checkpoint")
     hidden = hidden_of(loaded, ids)
     assert torch.equal(loaded.value(hidden), trainer.policy.value(hidden_of(trainer.policy, ids)))
 
@@ -369,11 +369,11 @@ def test_a_missing_shard_or_a_broken_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"trainer\.json: not valid JSON"):
         resume(tmp_path / "checkpoint", trainer, RunConfig())
     trainer.policy.model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    load_policy(tmp_path / "sharded", ModelConfig())
+    load_policy(tmp_path / "sharded")
     shard = sorted((tmp_path / "sharded").glob("model-*.safetensors"))[-1]
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name} is missing"):
-        load_policy(tmp_path / "sharded", ModelConfig())
+        load_policy(tmp_path / "sharded")
 
 
 def test_another_seed_or_reference_is_refused(tmp_path):

@@ -186,7 +186,7 @@ def test_s6_a_python_function_is_the_reward(run, capsys):
         )
     )
     code, _, shown = rlhf(capsys, *arguments, f"{function}:longest", *more)
-    assert code == 2 and "reward_fn: got nan for sample 10 of the run (1 of 4" in shown
+    assert code == 2 and "reward: got nan for sample 10 of the run (1 of 4" in shown
     after = load_file(run / "out" / "ppo" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

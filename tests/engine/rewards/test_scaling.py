@@ -98,7 +98,7 @@ def test_s6_a_score_that_is_no_number_stops_the_run_by_name(tmp_path, value, wor
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
     before = weights_of(trainer)
     with pytest.raises(
-        ValueError, match=rf"reward_fn: got {words} for sample 19 of the run \(1 of 16 .*expected 16 finite"
+        ValueError, match=rf"reward: got {words} for sample 19 of the run \(1 of 16 .*expected 16 finite"
     ):
         trainer.step()
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
@@ -108,7 +108,7 @@ def test_s6_a_score_that_is_no_number_stops_the_run_by_name(tmp_path, value, wor
 
 
 def test_s6_scores_of_another_number_are_refused():
-    with pytest.raises(ValueError, match=r"reward_fn: got scores of shape \(3,\), expected 16 finite scores"):
+    with pytest.raises(ValueError, match=r"reward: got scores of shape \(3,\), expected 16 finite scores"):
         make_trainer(reward=lambda r: torch.zeros(3)).step()
 
 

@@ -301,7 +301,7 @@ def test_a_row_of_the_reordered_head_does_not_depend_on_the_others():
     product, hidden = head_product(policy), torch.randn(64, 96)
 
     def head(hidden):
-        return product(hidden, policy.lm_weight, policy.lm_bias)
+        return product(hidden, policy.lm_weight, policy.model.get_output_embeddings().bias)
 
     threads = torch.get_num_threads()
     try:

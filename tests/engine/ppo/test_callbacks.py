@@ -1,0 +1,93 @@
+"""When callbacks are called, and what one that fails takes along."""
+
+import pytest
+import torch
+
+from rlhf_engine.ppo.callbacks import Callback, Checkpoints, EarlyStopping
+from tests.engine.helpers.tiny_trainer import make_trainer
+
+
+class Recorder(Callback):
+    """Keeps the names of what was called, with the number of finished updates."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_rollout(self, trainer, scored):
+        self.seen.append(("rollout", trainer.updates_done))
+
+    def on_update(self, trainer, log):
+        self.seen.append(("update", trainer.updates_done))
+
+    def on_checkpoint(self, trainer, folder):
+        self.seen.append((folder, trainer.updates_done))
+
+    def on_end(self, trainer, error):
+        self.seen.append(("end", error))
+
+
+class Broken(Callback):
+    """Raises when training ends."""
+
+    def on_end(self, trainer, error):
+        raise OSError("the plot could not be drawn")
+
+
+class OnlyUpdates:
+    """Not a `Callback`, and with one of its methods only."""
+
+    def __init__(self):
+        self.scores = []
+
+    def on_update(self, trainer, log):
+        self.scores.append(log["score_mean"])
+
+
+def test_the_calls_of_a_training_and_of_a_single_step():
+    recorder, partial = Recorder(), OnlyUpdates()
+    trainer = make_trainer()
+    trainer.callbacks += [recorder, partial, Checkpoints(lambda trainer: "folder", every=2)]
+    trainer.step()
+    assert recorder.seen == [("rollout", 0), ("update", 1)] and len(partial.scores) == 1
+    recorder.seen.clear()
+    trainer.train()
+    assert recorder.seen == [("rollout", 1), ("update", 2), ("folder", 2), ("end", None)]
+
+
+def test_every_callback_hears_of_the_end():
+    first, last, trainer = Recorder(), Recorder(), make_trainer(updates=1)
+    trainer.callbacks += [first, Broken(), last]
+    with pytest.raises(OSError, match="plot"):
+        trainer.train()
+    assert first.seen[-1] == ("end", None) and last.seen[-1][0] == "end"
+
+
+def test_early_stopping():
+    recorder, trainer = Recorder(), make_trainer(updates=5)
+    trainer.callbacks += [EarlyStopping("kl", above=-1.0, updates=2), recorder]
+    trainer.train()
+    assert trainer.updates_done == 2 and recorder.seen[-1] == ("end", None)
+
+
+def test_no_step_follows_one_that_broke_off_half_way():
+    """The weights are between two updates: neither a second step nor a saved one could be resumed from."""
+    trainer = make_trainer()
+    optimizer, calls = trainer.update_rule.optimizer, []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.step()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="update 1 failed after it had changed weights; load a checkpoint"):
+        trainer.step()
+
+
+def test_a_reward_that_is_no_tensor():
+    with pytest.raises(ValueError, match="reward: got list, expected a tensor of 16 scores; `text_reward` makes"):
+        make_trainer(reward=lambda rollout: [0.0] * len(rollout)).step()
+    assert make_trainer(reward=lambda rollout: torch.zeros(len(rollout))).step()["score_mean"] == 0.0
