@@ -21,6 +21,8 @@ test: build lint
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	PATH=$(BIN):$$PATH PYTHONPATH=. $(BIN)/pyright --verifytypes rlhf_kernels --ignoreexternal
 
 # Every GPU kernel compiled for real chips, on a machine that has none: registers, spills, stack frames.
 compile-check: build

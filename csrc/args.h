@@ -43,7 +43,7 @@ struct RowStats {
 
 struct RowGradient {
     void* dlogits;               // (N, V), the dtype of the logits; may be the logits themselves
-    bool packed;                 // rows of dlogits follow each other; otherwise they have the strides of the logits
+    bool contiguous;             // rows of dlogits follow each other; otherwise they have the strides of the logits
     const float* grad_logprobs;  // (N) or null: 0
     const float* grad_entropy;   // (N) or null: 0
 };

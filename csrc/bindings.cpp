@@ -84,9 +84,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_logprobs_forward",
           [](const LogitRows& x, Address stats) { RLHF_CPU(token_logprobs_forward(x, row_stats(stats, x.n))); }, unlocked);
     m.def("token_logprobs_backward",
-          [](const LogitRows& x, Address stats, Address dlogits, bool packed, Address grad_logprobs,
+          [](const LogitRows& x, Address stats, Address dlogits, bool contiguous, Address grad_logprobs,
              Address grad_entropy) {
-              const RowGradient grad{at<void>(dlogits), packed, at<const float>(grad_logprobs), at<const float>(grad_entropy)};
+              const RowGradient grad{at<void>(dlogits), contiguous, at<const float>(grad_logprobs), at<const float>(grad_entropy)};
               RLHF_CPU(token_logprobs_backward(x, row_stats(stats, x.n), grad));
           }, unlocked);
     m.def("ppo_epilogue",

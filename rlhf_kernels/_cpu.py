@@ -15,11 +15,13 @@ def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
 def token_logprobs_backward(
     x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
 ) -> None:
-    packed = out.is_contiguous()
-    assert packed or out.data_ptr() == x.logits.data_ptr(), "a gradient with strides is written over the logits only"
+    contiguous = out.is_contiguous()
+    assert contiguous or out.data_ptr() == x.logits.data_ptr(), (
+        "a gradient with strides is written over the logits only"
+    )
     gradients = map(floats, (grad_logprobs, grad_entropy))
     buffer = floats(stats.buffer)
-    _native.extension().token_logprobs_backward(_native.logit_rows(x), buffer, out.data_ptr(), packed, *gradients)
+    _native.extension().token_logprobs_backward(_native.logit_rows(x), buffer, out.data_ptr(), contiguous, *gradients)
 
 
 def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:

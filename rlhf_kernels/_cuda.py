@@ -75,7 +75,7 @@ def logits_ppo_loss(
     be the logits; None: no gradient.
     """
     with on_stream(stats.buffer) as stream:
-        args = _one_pass_args(x, ppo, stats, coefficients, denominator, out)
+        args = _fused_loss_args(x, ppo, stats, coefficients, denominator, out)
         extension = _native.extension()
         extension.cuda_logits_ppo_loss(args, extension.CUDA_ROW_SHARED, stream)
 
@@ -88,16 +88,16 @@ def rescale_dlogits(
     The gradient is computed again from the logits, unless it has taken their bytes.
     """
     with on_stream(stats.buffer) as stream:
-        args = _one_pass_args(x, ppo, stats, coefficients, None, out)
+        args = _fused_loss_args(x, ppo, stats, coefficients, None, out)
         _native.extension().cuda_rescale_dlogits(args, floats(upstream), stream)
 
 
-def _one_pass_args(
+def _fused_loss_args(
     x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor | None, out: Tensor | None
 ) -> "native.LogitsPpoArgs":
-    packed = out is None or out.is_contiguous()
+    contiguous = out is None or out.is_contiguous()
     in_place = out is not None and out.data_ptr() == x.logits.data_ptr()
-    assert packed or in_place, "a gradient with strides is written over the logits only"
+    assert contiguous or in_place, "a gradient with strides is written over the logits only"
     assert out is None or out.dtype == x.logits.dtype, "the gradient has the dtype of the logits"
     return _native.extension().LogitsPpoArgs(
         x=_native.logit_rows(x),
@@ -106,5 +106,5 @@ def _one_pass_args(
         coefficients=floats(coefficients),
         denominator=floats(denominator),
         dlogits=0 if out is None else out.data_ptr(),
-        packed=packed,
+        contiguous=contiguous,
     )

@@ -59,11 +59,15 @@ ENGINE_LAYERS = (
 )
 
 
-def imports(path: Path) -> list[tuple[str, list[str]]]:
-    """Absolute module and names of every import of a file."""
+def imports(path: Path, *, for_types: bool = True) -> list[tuple[str, list[str]]]:
+    """Absolute module and names of every import of a file, within functions too, and those `for_types` alone if asked."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree, found = ast.parse(path.read_text()), []
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    left_out = set() if for_types else {inner for node in typing for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
         if isinstance(node, ast.Import):
             found += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -209,3 +213,28 @@ def test_the_trainer_imports_few_modules():
     code = f"import sys, rlhf_engine.ppo.trainer; print({count})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) <= MOST_MODULES
+
+
+def test_no_import_cycles_below_the_packages():
+    """Imports within functions count too: a module in a cycle cannot be read or tested alone."""
+    graph = {}
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in SOURCES}
+    for module, path in modules.items():
+        found = set()
+        for target, names in imports(path, for_types=False):
+            found |= {target, *(f"{target}.{one}" for one in names)}
+        graph[module] = {one for one in found & set(modules) if modules[one].name != "__init__.py"} - {module}
+    inits = {module for module, path in modules.items() if path.name == "__init__.py"}
+    done, cycles = set(), []
+
+    def visit(module, trail):
+        if module in trail:
+            cycles.append(" -> ".join([*trail[trail.index(module) :], module]))
+        elif module not in done:
+            for target in sorted(graph[module]):
+                visit(target, [*trail, module])
+            done.add(module)
+
+    for module in sorted(set(graph) - inits):
+        visit(module, [])
+    assert not cycles, cycles

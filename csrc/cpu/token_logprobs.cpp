@@ -43,7 +43,7 @@ template <class T>
 void backward(const LogitRows& x, const RowStats& s, const RowGradient& grad) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < x.n; row++) {
-        T* out = (T*)grad.dlogits + (grad.packed ? row * x.vocab : x.offset(row));
+        T* out = (T*)grad.dlogits + (grad.contiguous ? row * x.vocab : x.offset(row));
         const float g = grad.grad_logprobs ? grad.grad_logprobs[row] : 0.f;
         const float h = grad.grad_entropy ? grad.grad_entropy[row] : 0.f;
         if ((x.mask && !x.mask[row]) || (g == 0.f && h == 0.f)) {

@@ -12,8 +12,8 @@ namespace cuda {
 namespace {
 
 LogitsPpoArgs logits_ppo_args(const LogitRows& x, const PpoRows& ppo, Address stats, Address coefficients, Address denominator,
-                              Address dlogits, bool packed) {
-    return {x, ppo, row_stats(stats, x.n), at<float>(coefficients), at<const float>(denominator), at<void>(dlogits), packed};
+                              Address dlogits, bool contiguous) {
+    return {x, ppo, row_stats(stats, x.n), at<float>(coefficients), at<const float>(denominator), at<void>(dlogits), contiguous};
 }
 
 }  // namespace
@@ -31,7 +31,7 @@ void bind(py::module_& m) {
     m.attr("CUDA_ROW_SHARED") = kRowShared;
     py::class_<LogitsPpoArgs>(m, "LogitsPpoArgs", py::module_local())
         .def(py::init(&logits_ppo_args), py::kw_only(), py::arg("x"), py::arg("ppo"), py::arg("stats"),
-             py::arg("coefficients"), py::arg("denominator"), py::arg("dlogits"), py::arg("packed"));
+             py::arg("coefficients"), py::arg("denominator"), py::arg("dlogits"), py::arg("contiguous"));
     m.def("cuda_logits_ppo_loss",
           [](const LogitsPpoArgs& a, int64_t shared_limit, Address stream) {
               logits_ppo_loss(a, shared_limit, at<void>(stream));

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kResident) ppo_rows(LogitsPpoArgs a,
     uint4* held = reinterpret_cast<uint4*>(shared_memory() + sizeof(Front));
     const int rank = CHIP ? cluster_rank() : 0;
     const int64_t r = blockIdx.x / unsigned(ranks);
-    const Row<T> row(a.x, a.dlogits, a.packed, r);
+    const Row<T> row(a.x, a.dlogits, a.contiguous, r);
     const Part part = part_of(row, rank, ranks, per);
     const bool first = rank == 0 && thread_id() == 0;
     if (a.x.mask && !a.x.mask[r]) {  // the same in every block of the cluster
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, kResident) rescale_rows(LogitsPpoArg
     for (int64_t r = blockIdx.x; r < a.x.n; r += gridDim.x) {
         const float g = a.coefficients[r], h = a.coefficients[a.x.n + r];
         if (g == 0.f && h == 0.f) continue;  // zeros already
-        const Row<T> row(a.x, a.dlogits, a.packed, r);
+        const Row<T> row(a.x, a.dlogits, a.contiguous, r);
         const Part part = part_of(row, 0, 1, row.packs);
         const float edge = part.edge >= 0 ? to_float(row.logits[part.edge]) : 0.f;
         if (a.dlogits == a.x.logits) {

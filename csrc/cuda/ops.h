@@ -22,7 +22,7 @@ struct LogitsPpoArgs {
     float* coefficients;       // (2, N) out: dL / d logprob and dL / d entropy of each row
     const float* denominator;  // ()
     void* dlogits;             // (N, V) out, or null: no gradient; may be the logits
-    bool packed;               // rows of dlogits follow each other; otherwise they lie as the logits do
+    bool contiguous;           // rows of dlogits follow each other; otherwise they lie as the logits do
 };
 
 constexpr int64_t kRowShared = 64 * 1024;  // bytes of a row that one block holds, so that three blocks share a multiprocessor

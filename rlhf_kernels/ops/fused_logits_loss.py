@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 NAMES = names_of(Inputs)
 
 
-def one_pass_ppo_loss(
+def fused_logits_ppo_loss(
     logits: Tensor,
     ids: Tensor,
     transform: Transform,

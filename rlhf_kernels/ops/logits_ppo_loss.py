@@ -8,7 +8,7 @@ from .._options import PPOOptions
 from ..backend import resolve
 from ..launch_args import PPOLoss, Transform
 from . import checks, objective
-from .fused_logits_loss import one_pass_ppo_loss, why_two_passes
+from .fused_logits_loss import fused_logits_ppo_loss, why_two_passes
 from .ppo_loss import fused_ppo_loss
 from .token_logprobs import check_logits, fused_token_logprobs
 
@@ -52,7 +52,7 @@ def logits_ppo_loss(
     if chosen == "cuda":
         refused = why_two_passes(args, logits, inplace)
         if not refused:
-            return one_pass_ppo_loss(logits, ids, transform, args, old_logprobs, advantages, mask, inplace=inplace)
+            return fused_logits_ppo_loss(logits, ids, transform, args, old_logprobs, advantages, mask, inplace=inplace)
         if backend == "cuda":
             raise ValueError(f"backend: 'cuda' cannot serve this call: {refused}; use 'triton' or 'auto'")
         chosen = "triton"  # which computes the gradient in backward
