@@ -12,12 +12,9 @@ TEXTS = ["What is the sky? It is blue.", "What is grass? It is green.", "What is
 
 def make_model(folder: Path) -> None:
     """Save a random model and its tokenizer; use the folder of your own causal LM instead."""
-    tokenizer = rlhf.train_tokenizer(TEXTS, 300)
-    shape = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape)).save_pretrained(folder)
+    rlhf.train_tokenizer(TEXTS, 300).save_pretrained(folder)
 
 
 def shorter_is_better(prompts: list[str], responses: list[str]) -> list[float]:

@@ -107,6 +107,18 @@ class SessionCheckpoints(Callback):
             trainer.notify("on_checkpoint", self.session.folder)
 
 
+class Plots(Callback):
+    """Draw the curves of the run, those of what it resumed among them, once it is complete."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
+        """Draw unless an error has ended the training."""
+        if error is None:
+            plot(self.config, trainer.stage, trainer.unit)
+
+
 def _train(
     config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan, *, overwrite: bool
 ) -> list[dict[str, float]]:
@@ -121,9 +133,8 @@ def _train(
         ) as session,
     ):
         log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())
-        trainer.callbacks += [log, SessionCheckpoints(session)]
+        trainer.callbacks += [log, SessionCheckpoints(session), Plots(config)]
         trainer.train()
-    plot(config, "ppo", "update")
     return log.history
 
 

@@ -153,7 +153,7 @@ def damage(folder, change):
             lambda tensors: tensors.update({"best.x": torch.zeros(1)}),
             r"optimizer\.safetensors: got .* for best\.x, expected None",
         ),
-        (lambda tensors: tensors.pop("0.exp_avg"), r"optimizer\.safetensors: got no 0\.exp_avg"),
+        (lambda tensors: tensors.pop("0.exp_avg"), r"optimizer\.safetensors: the tensor 0\.exp_avg is missing"),
     ],
 )
 def test_a_tensor_that_is_missing_or_too_many_is_named(tmp_path, change, message):

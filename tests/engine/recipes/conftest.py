@@ -1,0 +1,17 @@
+"""Fixtures of the recipes' tests."""
+
+import signal
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Heed the signals that a background job ignores from its start; a run under `nohup` leaves those alone."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
