@@ -15,7 +15,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from docs import _reference, _results
+from docs import _architecture, _reference, _results
 from rlhf_engine.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +33,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "figure": _results.figure,
     "configuration": _reference.configuration,
     "command line": _reference.command_line,
+    "layers": _architecture.layers,
+    "one update": _architecture.update,
 }
 
 _PART = re.compile(r"(<!-- begin (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
