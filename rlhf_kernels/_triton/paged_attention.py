@@ -51,14 +51,14 @@ def _product(a, b, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _scores(query, k, scale, softcap, HAS_CAP: tl.constexpr, WIDEN: tl.constexpr):
-    """Scores times log2(e), float32."""
-    scores = _product(query, tl.trans(k), WIDEN)
+def _logits(query, k, scale, softcap, HAS_CAP: tl.constexpr, WIDEN: tl.constexpr):
+    """Logits times log2(e), float32."""
+    logits = _product(query, tl.trans(k), WIDEN)
     if HAS_CAP:
-        scores = softcap * tanh(scores * (scale / softcap)) * LOG2E
+        logits = softcap * tanh(logits * (scale / softcap)) * LOG2E
     else:
-        scores = scores * (scale * LOG2E)
-    return scores
+        logits = logits * (scale * LOG2E)
+    return logits
 
 
 @triton.jit(do_not_specialize=["pages", "places", "room", "window"])
@@ -94,12 +94,12 @@ def _attend(
             within = (token % PAGE).to(tl.int64)
             k_at = page * k_page + within * k_token + group * k_group
             k = tl.load(k_pages + k_at[:, None] + d[None, :], read, other=0.0)
-            scores = _scores(query, k, scale, softcap, HAS_CAP, WIDEN)
+            logits = _logits(query, k, scale, softcap, HAS_CAP, WIDEN)
             # A page that does not exist makes its row NaN, and is not read.
-            scores = tl.where(exists[None, :], scores, float("nan"))
-            scores = tl.where(counts[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weight = tl.exp2(scores - higher[:, None])
+            logits = tl.where(exists[None, :], logits, float("nan"))
+            logits = tl.where(counts[None, :], logits, float("-inf"))
+            higher = tl.maximum(top, tl.max(logits, 1))
+            weight = tl.exp2(logits - higher[:, None])
             shrink = tl.exp2(top - higher)
             v_at = page * v_page + within * v_token + group * v_group
             v = tl.load(v_pages + v_at[:, None] + d[None, :], read, other=0.0)

@@ -2,7 +2,7 @@
 
 It runs inside that forward, so that the weight is whole where FSDP2 or ZeRO-3 gather it.
 
-B sequences, T positions, K tokens to score, V vocabulary, H hidden.
+B sequences, T positions, K tokens of actions, V vocabulary, H hidden.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def paged_attention(
 
     Token t of sequence b lies at `k_pages[block_table[b, t // page size], t % page size]`, and `lengths[b]` tokens count, the
     query's own among them. `heads / groups` query heads share the keys of one group. `scale` is `D ** -0.5` by default; with a
-    `softcap` a score s becomes `softcap * tanh(s / softcap)`. A sequence of length 0 gets zeros. Pages, places of the table
+    `softcap` a logit s becomes `softcap * tanh(s / softcap)`. A sequence of length 0 gets zeros. Pages, places of the table
     and tokens beyond a length or before a window are not read and may hold anything. Sums are float32 or wider, the result has
     q's dtype, and its bits depend on nothing but the row's own. No gradient.
 

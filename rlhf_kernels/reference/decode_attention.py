@@ -15,5 +15,5 @@ def decode_attention(
     # A column that is not allowed may hold anything: 0 * NaN is NaN.
     allowed = values.masked_fill(~mask[:, None, :, None], 0)
     with torch.autocast(query.device.type, enabled=False):  # which would round the factors
-        scores = torch.matmul(grouped, keys.transpose(-1, -2)).masked_fill(~mask[:, None, None], -torch.inf)
-        return torch.matmul(scores.softmax(-1), allowed).reshape(rows, heads, size)
+        logits = torch.matmul(grouped, keys.transpose(-1, -2)).masked_fill(~mask[:, None, None], -torch.inf)
+        return torch.matmul(logits.softmax(-1), allowed).reshape(rows, heads, size)

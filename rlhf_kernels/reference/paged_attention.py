@@ -31,10 +31,10 @@ def paged_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     query = q.reshape(rows, groups, heads // groups, size).to(wide) * scale
     with torch.autocast(q.device.type, enabled=False):  # which would round the factors
-        scores = torch.matmul(query, read(k_pages).permute(0, 2, 3, 1))
+        logits = torch.matmul(query, read(k_pages).permute(0, 2, 3, 1))
         if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~counts[:, None, None], -torch.inf).softmax(-1)
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = logits.masked_fill(~counts[:, None, None], -torch.inf).softmax(-1)
         out = torch.matmul(weights, read(v_pages).permute(0, 2, 1, 3)).reshape(rows, heads, size)
     out = out.masked_fill((lengths == 0)[:, None, None], 0).masked_fill(unsound[:, None, None], torch.nan)
     return out.to(q.dtype)
