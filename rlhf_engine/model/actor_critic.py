@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from rlhf_engine.model.trunk import (
 )
 from rlhf_engine.model.upcast import upcast_products
 from rlhf_kernels import FusedHead, PPOLoss, TokenLogprobs
+
+Model = TypeVar("Model", bound="LanguageModel")
 
 _WANTS = frozenset(get_args(Want))
 
@@ -303,7 +305,12 @@ def _trunk_name(model: PreTrainedModel) -> str:
 
 def frozen_copy(policy: ActorCritic) -> ActorCritic:
     """Return a deep copy of a policy as it is now, without gradients and without a value function that has its own trunk."""
-    left_out = {} if policy.value is None or policy.value.shares_trunk else {id(policy.value): None}
+    value = policy.value
+    return _frozen(policy, without=None if value is None or value.shares_trunk else value)
+
+
+def _frozen(policy: Model, *, without: ValueFunction | None) -> Model:
+    left_out = {} if without is None else {id(without): None}
     return copy.deepcopy(policy, left_out).requires_grad_(False)
 
 
@@ -311,8 +318,7 @@ class FrozenCopy:
     """A reference that is a second set of the policy's weights, as they are at construction."""
 
     def __init__(self, policy: LanguageModel) -> None:
-        value = {} if policy.value is None else {id(policy.value): None}
-        self.model = copy.deepcopy(policy, value).requires_grad_(False)
+        self.model = _frozen(policy, without=policy.value)
 
     @property
     def packs(self) -> bool:
