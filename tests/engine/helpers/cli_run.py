@@ -34,12 +34,14 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def new_run(folder, model):
+def new_run(folder, model, *, prompts=10, epochs=1, updates=1):
     """Config file of a tiny run, and the files that it names."""
     lines = {
         "demonstrations": [{"prompt": f"q{i}", "response": ANSWERS[i % 4]} for i in range(8)],
         "comparisons": [{"prompt": f"q{i}", "completions": ANSWERS, "ranking": "A > B = C > D"} for i in range(6)],
-        "prompts": [{"prompt": f"q{i}", "user_id": f"u{i}", "split": "train" if i < 6 else "test"} for i in range(10)],
+        "prompts": [
+            {"prompt": f"q{i}", "user_id": f"u{i}", "split": "train" if i < 6 else "test"} for i in range(prompts)
+        ],
     }
     for name, records in lines.items():
         write_lines(folder / f"{name}.jsonl", records)
@@ -47,10 +49,10 @@ def new_run(folder, model):
         "output_dir": str(folder / "out"),
         "model": {"path": str(model)},
         "data": {name: str(folder / f"{name}.jsonl") for name in lines} | {"validation_share": 0.25},
-        "sft": {"epochs": 1, "batch_size": 4, "optim": {"lr": 1e-3}},
+        "sft": {"epochs": epochs, "batch_size": 4, "optim": {"lr": 1e-3}},
         "reward": {"batch_size": 2, "optim": {"lr": 1e-3}},
         "rollout": {"max_prompt_tokens": 8, "max_response_tokens": 6},
-        "ppo": {"updates": 1, "rollout_batch": 4, "minibatch": 2, "microbatch": 2, "optim": {"lr": 1e-3}},
+        "ppo": {"updates": updates, "rollout_batch": 4, "minibatch": 2, "microbatch": 2, "optim": {"lr": 1e-3}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder

@@ -184,6 +184,7 @@ def test_ignored_signals_stay_ignored(session, trainer):
             run(one, trainer, 1)
             signal.raise_signal(signal.SIGHUP)
             run(one, trainer, 1)
+        assert trainer.done == 2 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 

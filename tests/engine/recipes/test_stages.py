@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +15,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.recipes import load_model, reward_function, rollout_examples
 from rlhf_engine.recipes.ppo import make_policy
 from rlhf_engine.rollout import EOS, LENGTH, Rollout
-from tests.engine.helpers.cli_run import ANSWERS, new_model, rlhf
+from tests.engine.helpers.cli_run import new_model, new_run, rlhf
 from tests.engine.helpers.demo_data import with_few_examples
 
 
@@ -27,25 +26,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, base):
-    """Config file of a tiny run, and the files that it names."""
-    lines = {
-        "demonstrations": [{"prompt": f"q{i}", "response": ANSWERS[i % 4]} for i in range(8)],
-        "comparisons": [{"prompt": f"q{i}", "completions": ANSWERS, "ranking": "A > B = C > D"} for i in range(6)],
-        "prompts": [{"prompt": f"q{i}", "user_id": f"u{i}", "split": "train" if i < 6 else "test"} for i in range(8)],
-    }
-    for name, records in lines.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    config = {
-        "output_dir": str(tmp_path / "out"),
-        "model": {"path": str(base)},
-        "data": {name: str(tmp_path / f"{name}.jsonl") for name in lines} | {"validation_share": 0.25},
-        "sft": {"epochs": 2, "batch_size": 4, "optim": {"lr": 1e-3}},
-        "reward": {"batch_size": 2, "optim": {"lr": 1e-3}},
-        "rollout": {"max_prompt_tokens": 8, "max_response_tokens": 6},
-        "ppo": {"updates": 2, "rollout_batch": 4, "minibatch": 2, "microbatch": 2, "optim": {"lr": 1e-3}},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+    return new_run(tmp_path, base, prompts=8, epochs=2, updates=2)
 
 
 def test_the_three_stages_one_after_the_other(run, capsys):
