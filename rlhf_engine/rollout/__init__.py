@@ -1,4 +1,4 @@
-"""Sampling responses, and computing their log-probs again."""
+"""Sampling of responses, and recomputation of their log-probs."""
 
 from rlhf_engine.rollout.generator import Generator
 from rlhf_engine.rollout.rollout import Rollout, logprob_deviation, recompute, reference_logprobs

@@ -1,4 +1,4 @@
-"""Sampling responses with continuous batching: the slot of a finished sequence is filled by the next prompt."""
+"""Sampling of responses with continuous batching: the next prompt takes the slot of a finished sequence."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from rlhf_kernels import sample_tokens, token_logprobs
 
 
 class Generator:
-    """Samples responses from a policy, with their log-probs and values.
+    """Sampler of responses from a policy, with their log-probs and values.
 
-    A sequence depends on the weights, its prompt, `seed` and its number in the run, and on nothing else: not on its slot, the
-    batch or the order.
+    A sequence depends only on the weights, its prompt, `seed` and its number in the run. It does not depend on its slot, the
+    batch or the order of sampling.
 
     Args:
         policy: the model.
         config: the settings of sampling.
         eos_token_ids: ids that end a response.
-        pad_token_id: fills prompts and responses on the right.
-        seed: of all random numbers.
+        pad_token_id: the id that pads prompts and responses on the right.
+        seed: the seed of all random numbers.
         stop_token_id: the id of `config.stop_token`.
-        tokenizer: needed only for `config.stop`.
-        kv_bytes: most bytes of keys and values.
-        decoder: replaces the one that `config.cache` and `kv_bytes` ask for.
+        tokenizer: the policy's tokenizer, needed only for `config.stop`.
+        kv_bytes: upper bound of the bytes of keys and values.
+        decoder: replaces the decoder that `config.cache` and `kv_bytes` select.
 
     Raises:
         ValueError: for a policy that the decoder does not support, a stop string that no response can contain, or `kv_bytes`
-            that do not hold one sequence.
+            too small for one sequence.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Generator:
         self.stops: StopStrings | None = None
         if config.stop:
             if tokenizer is None:
-                raise ValueError(f"tokenizer: got None, expected the one whose tokens spell rollout.stop {config.stop}")
+                raise ValueError(f"rollout.stop is set to {config.stop}, which needs a tokenizer; pass `tokenizer`")
             self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens)
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.max_position = max_positions(policy.model)
@@ -72,7 +72,7 @@ class Generator:
 
     @property
     def cache_bytes(self) -> int:
-        """Most bytes of keys and values."""
+        """Upper bound of the bytes of keys and values."""
         return self.decoder.cache_bytes
 
     def metrics(self) -> dict[str, float]:
@@ -83,18 +83,18 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[Tensor | Sequence[int]],
-        sequence: Tensor,  # (B,), int64, the number of each sequence in the run: its stream of random numbers
+        sequence: Tensor,  # (B,), int64, the number of each sequence in the run, which selects its random numbers
         on_finished: Callable[[int], object] | None = None,
         allocate: Allocate = new_memory,
     ) -> Rollout:
         """Return one response per prompt. `on_finished` is called with the number of sequences that ended in a step.
 
-        `allocate` gives the keys and values their memory, at most `cache_bytes`, to which no reference is kept after the call.
+        `allocate` provides the memory of keys and values, at most `cache_bytes`. No reference to it is kept after the call.
         """
         prompts = self._check(prompts, sequence)
         try:
             self.decoder.open(len(prompts), allocate)
-            with self.policy.products():  # weights are rounded once for all steps
+            with self.policy.products():  # round the weights once for all steps
                 return self._generate(prompts, sequence, on_finished)
         finally:
             self.decoder.close()
@@ -105,7 +105,7 @@ class Generator:
         decoder, (state, active, act) = self.decoder, self._state_for(len(prompts))
         state.begin(prompts, sequence)
         active.keep(0)
-        # Popped from the end: long prompts first, and those with the same ids together.
+        # Prompts are popped from the end: long ones first, and equal ones together.
         waiting = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row].tolist()))
         slots = min(decoder.slots, len(prompts))
         while waiting or active.count:
@@ -130,7 +130,7 @@ class Generator:
         return state.rollout()
 
     def _state_for(self, prompts: int) -> tuple[RolloutState, ActiveSlots, Act]:
-        """Return the state of sampling: the last rollout's if its capacity suffices, because graphs hold its addresses."""
+        """Return the sampling state. Reuse the last one if its capacity suffices, because CUDA graphs hold its addresses."""
         kept = self._state
         if kept is None or kept[0].config != self.config or kept[0].capacity < prompts:
             state = RolloutState(
@@ -148,7 +148,7 @@ class Generator:
         return kept
 
     def _next_group(self, waiting: list[int], prompts: list[Tensor], most: int) -> list[int]:
-        """Pop up to `most` prompts of one prefill width, within the token budget, off the end of `waiting`.
+        """Pop up to `most` prompts of one prefill width from the end of `waiting`, within `config.prefill_tokens`.
 
         `waiting` is sorted by length and ids. Prompts with the same ids count once.
         """
@@ -161,7 +161,7 @@ class Generator:
         return group
 
     def _admit(self, active: ActiveSlots, prompts: list[Tensor], rows: list[int]) -> Outputs:
-        """Read the prompts of these rows into the next slots."""
+        """Prefill the prompts of these rows into the next slots; return the outputs in the state after each prompt."""
         first, new = active.count, slice(active.count, active.count + len(rows))
         outputs = self.decoder.prefill([prompts[row] for row in rows], first)
         active.row[new] = torch.tensor(rows, device=active.row.device)
@@ -177,7 +177,7 @@ class Generator:
         outputs: Outputs,  # of rows >= N
         slots: slice,
     ) -> None:
-        """Sample an action in each of N states, those of `slots`, and append it."""
+        """Sample one action for each of the N slots in `slots` and append it."""
         config, backend, size = self.config, self.policy.backend, slots.stop - slots.start
         assert outputs.logits is not None
         logits = outputs.logits[:size]
@@ -202,7 +202,7 @@ class Generator:
     def _preempt(self, state: RolloutState, active: ActiveSlots, waiting: list[int]) -> None:
         """Preempt sequences when the KV cache is full.
 
-        They are generated again later with the same tokens, because random numbers are counter-based.
+        They are regenerated later with the same tokens, because sampling is counter-based.
         """
         slots = self.decoder.preempt(active.count)
         if slots:
@@ -229,7 +229,8 @@ class Generator:
         """Return the prompts as tensors on the policy's device, or raise ValueError."""
         if len(prompts) == 0 or len(sequence) != len(prompts):
             raise ValueError(
-                f"sequence: got {len(sequence)} numbers for {len(prompts)} prompts, expected one each, at least one"
+                f"sequence: got {len(sequence)} numbers for {len(prompts)} prompts, expected one number per prompt and at "
+                "least one prompt"
             )
         config, limit = self.config, self.max_position
         tensors = [torch.as_tensor(prompt, dtype=torch.int64, device=self.policy.device) for prompt in prompts]
@@ -242,15 +243,15 @@ class Generator:
             if limit is not None and len(prompt) + config.max_response_tokens > limit:
                 raise ValueError(
                     f"prompts[{index}]: got {len(prompt)} ids and rollout.max_response_tokens {config.max_response_tokens}, "
-                    f"expected at most {limit} together, the policy's positions"
+                    f"expected a sum of at most {limit}, the number of positions of the policy"
                 )
         return tensors
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V), (R, S) ids -> (R, V)
-    """Return logits with those of `seen` ids divided by `penalty` where positive and multiplied by it elsewhere.
+    """Return logits in which those of `seen` ids are divided by `penalty` if positive and multiplied by it otherwise.
 
-    Source: Keskar et al. 2019 (CTRL), section 4.1, with the treatment of signs in transformers.
+    Source: Keskar et al. 2019 (CTRL), section 4.1, with the sign handling of transformers.
     """
     z = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(z > 0, z / penalty, z * penalty))

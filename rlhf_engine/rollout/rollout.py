@@ -1,4 +1,7 @@
-"""A sampled batch, from which PPO learns. B sequences, P prompt width, T response width."""
+"""`Rollout`, the batch of sampled responses that PPO trains on, and recomputation of its log-probs.
+
+B sequences, P prompt width, T response width, N actions of a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from rlhf_engine.rollout.stopping import LENGTH
 
 
 def rollout_bytes(tokens: int, actions: int, *, sampling: bool = False) -> int:
-    """Return the bytes of a `Rollout` of B (P + T) tokens and B T actions, without its (B,) tensors.
+    """Return the bytes of a `Rollout` with `tokens` = B (P + T) and `actions` = B T, without its (B,) tensors.
 
-    While it is sampled, `RolloutState` holds the ids of the responses once more.
+    With `sampling`, include the second copy of the response ids that `RolloutState` holds during sampling.
     """
     ids, number = torch.int64.itemsize, torch.float32.itemsize
     by_action = torch.bool.itemsize + 3 * number  # mask, logprobs, sampling_logprobs, values
@@ -26,25 +29,27 @@ def rollout_bytes(tokens: int, actions: int, *, sampling: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and responses, both padded on the right, and the log-probs and values of the policy that sampled them."""
+    """Prompts and responses, both padded on the right, with the log-probs and values of the policy that sampled them."""
 
     prompt_ids: Tensor  # (B, P), int64
     prompt_lengths: Tensor  # (B,), int64
     response_ids: Tensor  # (B, T), int64
-    mask: Tensor  # (B, T), bool, True for actions, EOS among them
-    logprobs: Tensor  # (B, T), float32, full tempered softmax; 0 where the mask is False
-    sampling_logprobs: Tensor  # (B, T), float32, of the kept set that was sampled from
-    values: Tensor  # (B, T), float32, V of the state in which the action was taken
-    stop_reason: Tensor  # (B,), int64, why each response ended: its index in `STOP_REASONS`
+    mask: Tensor  # (B, T), bool, True for actions, EOS included
+    logprobs: (
+        Tensor  # (B, T), float32, under the softmax over the full vocabulary at the temperature; 0 outside the mask
+    )
+    sampling_logprobs: Tensor  # (B, T), float32, under the renormalized kept set that was sampled from
+    values: Tensor  # (B, T), float32, V of the state before the action
+    stop_reason: Tensor  # (B,), int64, index in `STOP_REASONS` of the reason why the response ended
 
     @property
     def ended(self) -> Tensor:  # (B,), bool
-        """True where EOS, a stop token or a stop string ended a response, False where its token budget did."""
+        """True where EOS, a stop token or a stop string ended the response, False where the token limit did."""
         return self.stop_reason != LENGTH
 
     @property
     def response_lengths(self) -> Tensor:  # (B,)
-        """Actions per sequence."""
+        """Number of actions per sequence."""
         return self.mask.sum(1)
 
     def __len__(self) -> int:
@@ -59,7 +64,7 @@ class Rollout:
         return _unpadded(self.response_ids, self.response_lengths)
 
     def take(self, sequences: Tensor) -> Rollout:
-        """Return a rollout of only these sequences."""
+        """Return a rollout with only these sequences."""
         return Rollout(**{item.name: getattr(self, item.name)[sequences] for item in fields(self)})
 
     def batch(self, sequences: Tensor, *, packed: bool = False) -> TokenBatch:
@@ -70,9 +75,10 @@ class Rollout:
     def by_length(
         self, sequences: Tensor, microbatch: int, microbatch_tokens: int | None = None, *, packed: bool = False
     ) -> tuple[Tensor, ...]:
-        """Split `sequences` into micro-batches of similar lengths, so that few pads remain.
+        """Split `sequences` into micro-batches of similar lengths, which reduces padding.
 
-        Each has `microbatch` sequences, or as many as fit into `microbatch_tokens` inputs; padding counts unless `packed`.
+        A micro-batch has `microbatch` sequences or, if `microbatch_tokens` is given, as many as fit into that number of input
+        tokens. Padding counts as tokens unless `packed`.
         """
         lengths = (self.prompt_lengths + self.response_lengths)[sequences]
         order = lengths.argsort(stable=True, descending=True)
@@ -84,7 +90,10 @@ class Rollout:
     def batches(
         self, sequences: Tensor, microbatch: int, microbatch_tokens: int | None = None, *, packed: bool = False
     ) -> Iterator[TokenBatch]:
-        """Yield the forward pass input of every micro-batch of `by_length`; only those of a token budget are packed."""
+        """Yield the forward pass input of every micro-batch of `by_length`.
+
+        `packed` applies only with `microbatch_tokens`.
+        """
         packed = packed and microbatch_tokens is not None
         for members in self.by_length(sequences, microbatch, microbatch_tokens, packed=packed):
             yield self.batch(members, packed=packed)
@@ -94,17 +103,17 @@ def _unpadded(ids: Tensor, lengths: Tensor) -> list[list[int]]:
     return [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
 
 
-# ---- log-probs and values computed again ----
+# ---- recomputed log-probs and values ----
 
 
 @torch.no_grad()
 def recompute(
     policy: Policy, rollout: Rollout, want: Collection[Want], *, temperature: float = 1.0, **size: Any
 ) -> dict[str, Tensor]:  # name -> (B, T)
-    """Return what `want` names ("logprobs", "entropy", "values") for every action, float32 and 0 outside the mask.
+    """Return the outputs named in `want` ("logprobs", "entropy", "values") for every action, float32 and 0 outside the mask.
 
-    `size` is the micro-batch, `microbatch` and `microbatch_tokens` as `Rollout.batches` takes them. Only the states of actions
-    enter the output layer.
+    `size` is the micro-batch size: `microbatch` and `microbatch_tokens` as in `Rollout.batches`. The output layer runs only on
+    the states of actions.
     """
 
     def of_batch(batch: TokenBatch) -> dict[str, Tensor]:
@@ -127,9 +136,9 @@ def reference_logprobs(
 
 
 def logprob_deviation(policy: Policy, rollout: Rollout, *, sequences: int, **settings: Any) -> float:
-    """Return the largest difference between sampled log-probs and those of a fresh forward pass by the same policy.
+    """Return the largest absolute difference between the sampled log-probs and those of a new forward pass of the policy.
 
-    The first `sequences` of the rollout are compared; `settings` are those of `recompute`.
+    The first `sequences` sequences of the rollout are compared. `settings` are keyword arguments of `recompute`.
     """
     checked = rollout.take(torch.arange(min(sequences, len(rollout)), device=rollout.mask.device))
     fresh = recompute(policy, checked, ("logprobs",), **settings)["logprobs"]

@@ -1,6 +1,6 @@
 """Rollout state in fixed-address device tensors: the slot of each sequence and its tokens, log-probs and values so far.
 
-A graph that captures a decode step also captures the updates of this state. Its rows without a sequence write to a spare row.
+A CUDA graph of a decode step includes the updates of this state. Slots without a sequence write to a spare row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_STRING, STOP_TOKEN, S
 
 @dataclass
 class ActiveSlots:
-    """The sequences in the first `count` slots. All tensors are (slots,), int64, at addresses that a graph may hold."""
+    """The sequences in the first `count` slots. All tensors are (slots,), int64, at fixed addresses for CUDA graphs."""
 
     token: Tensor  # the last token, not yet read by the trunk
     position: Tensor  # its position
@@ -31,7 +31,7 @@ class ActiveSlots:
 
     @classmethod
     def of(cls, slots: int, spare_row: int, device: torch.device) -> ActiveSlots:
-        """Return `slots` slots with `count` 0."""
+        """Return `slots` empty slots."""
         token, position, row, step = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4))
         return cls(token, position, row, step, spare_row)
 
@@ -40,14 +40,14 @@ class ActiveSlots:
         return self.token, self.position, self.row, self.step
 
     def keep(self, count: int) -> None:
-        """Empty the slots from `count` on."""
+        """Clear the slots from `count` on."""
         self.count = count
         for vector in self.vectors():
             vector[count:] = self.spare_row if vector is self.row else 0
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Empty all slots within, and restore them afterwards."""
+        """Clear all slots inside the `with` block and restore them at its end."""
         kept, count = [vector.clone() for vector in self.vectors()], self.count
         self.keep(0)
         try:
@@ -59,7 +59,7 @@ class ActiveSlots:
 
 
 class RolloutState:
-    """What was sampled so far, by prompt and step, of up to `capacity` prompts.
+    """Tokens, log-probs and values sampled so far, indexed by prompt and step, for up to `capacity` prompts.
 
     Row `capacity` is spare: slots without a sequence write to it.
     """
@@ -84,15 +84,15 @@ class RolloutState:
         )
         self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs, self.sampling_logprobs, self.values = (torch.zeros(shape, device=device) for _ in range(3))
-        self.finished = torch.zeros(slots, dtype=torch.bool, device=device)  # by slot, in the last action
+        self.finished = torch.zeros(slots, dtype=torch.bool, device=device)  # per slot: the last action ended it
         self.ended = torch.zeros((), dtype=torch.int64, device=device)
         self.history: Tensor | None = None
         if self.config.repetition_penalty != 1.0:
-            # The ids of prompt and response; the columns after them repeat the first id, which changes no penalty.
+            # The ids of prompt and response. Unused columns repeat the first id, which does not change the penalty.
             self.history = torch.zeros(capacity + 1, columns, dtype=torch.int64, device=device)
 
     def begin(self, prompts: list[Tensor], sequence: Tensor) -> None:
-        """Reset the state for new prompts; `sequence` (B,) are the numbers of their sequences in the run."""
+        """Reset the state for new prompts; `sequence` (B,) holds the number of each prompt's sequence in the run."""
         self.prompts, self.count = prompts, len(prompts)
         self.sequence[: self.count] = sequence.to(self.sequence.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -107,7 +107,7 @@ class RolloutState:
                 self.history[row, : len(prompt)] = prompt
 
     def sampling_inputs(self, active: ActiveSlots, slots: slice) -> tuple[Tensor, ...]:
-        """Return what sampling reads besides logits: each slot's sequence number, step and, with a repetition penalty, ids."""
+        """Return the sequence number and step of each slot and, with a repetition penalty, its ids so far."""
         row, step = active.row[slots], active.step[slots]
         return self.sequence[row], step, *(() if self.history is None else (self.history[row],))
 
@@ -136,7 +136,7 @@ class RolloutState:
         self.ended.copy_(self.finished[slots].sum())
 
     def _stop_reasons(self, ids: Tensor, step: Tensor) -> Tensor:  # (N,), int64
-        """Return why each response ends with this action; LENGTH where only its budget or a stop string can end it."""
+        """Return the stop reason of each response at this action; LENGTH unless it is EOS or the stop token."""
         reason = torch.full_like(ids, LENGTH)
         if self.stop_token_id is not None:
             stopped = (ids == self.stop_token_id) & (step >= self.config.stop_after)
@@ -144,7 +144,7 @@ class RolloutState:
         return reason.masked_fill((ids[:, None] == self.eos_token_ids).any(1), EOS)
 
     def count_ended(self, active: ActiveSlots, first: int) -> int:
-        """Return how many sequences the last action of slots `first` to `active.count` ended. Waits for the device."""
+        """Return how many sequences in slots `first` to `active.count` ended with their last action. Waits for the device."""
         if self.stops is None:
             return int(self.ended)
         slots = slice(first, active.count)
@@ -166,7 +166,7 @@ class RolloutState:
                 self.history[index, len(self.prompts[index]) :] = self.prompts[index][0]
 
     def rollout(self) -> Rollout:
-        """Return a copy of what was sampled: the next rollout reuses this state."""
+        """Return the sampled batch as a copy, because the next rollout reuses this state."""
         everyone = slice(0, self.count)
         lengths = self.lengths[everyone]
         width = int(lengths.max())

@@ -1,7 +1,7 @@
 """Reasons why a response ends, and the search for stop strings.
 
-Different tokens can spell the same text, and a text may begin within one token and end within another. So stop strings are
-searched for in the decoded text of the last tokens together.
+Different token sequences can spell the same text, and a stop string may begin and end in the middle of tokens. The search
+therefore decodes the last tokens together and looks for the stop strings in that text.
 """
 
 from __future__ import annotations
@@ -14,32 +14,36 @@ from transformers import PreTrainedTokenizerBase
 
 LENGTH, EOS, STOP_STRING, STOP_TOKEN = range(4)
 STOP_REASONS = ("length", "eos", "stop_string", "stop_token")
-"""Names of the numbers in `Rollout.stop_reason`."""
+"""Name of each value of `Rollout.stop_reason`."""
 _MARGIN = 4
-"""Tokens decoded before the longest text: a character that the window cuts may miss as many bytes."""
+"""Tokens decoded in addition to the longest stop string: the window may cut a character, which has up to 4 bytes."""
 
 
 class StopStrings:
-    """Finds stop strings in responses of at most `tokens` tokens. Raises ValueError for one that no response can contain."""
+    """Search for stop strings in responses of at most `tokens` tokens.
+
+    Raises:
+        ValueError: for a stop string that no response can contain.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], tokens: int | None = None) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         for index, stop in enumerate(self.stops):
             if not stop:
-                raise ValueError(f"rollout.stop[{index}]: got an empty text, expected one with letters")
+                raise ValueError(f"rollout.stop[{index}]: got an empty text, expected at least one character")
             if not self._possible(stop):
                 raise ValueError(
-                    f"rollout.stop[{index}]: got {stop!r}, which the tokenizer reads and writes as "
+                    f"rollout.stop[{index}]: got {stop!r}, which the tokenizer encodes and decodes to "
                     f"{self._text(self._ids(stop))!r}, expected a text that its tokens can spell"
                 )
         if tokens is not None:
             self._check_lengths(tokens)
-        # Every token that decodes to some text writes at least one byte.
+        # Every token that decodes to text adds at least one byte.
         self.reach = max(len(stop.encode()) for stop in self.stops) + _MARGIN
         self._shows = lru_cache(maxsize=None)(lambda token: bool(self._text([token])))
 
     def found(self, ids: Sequence[int]) -> bool:
-        """Return whether the last token of a response completes one of the texts, if none was complete before it."""
+        """Return whether the last token of a response completes a stop string, if none was complete before it."""
         first, left = len(ids), self.reach
         while first > 0 and left > 0:
             first -= 1
@@ -49,24 +53,24 @@ class StopStrings:
         return any(stop in text for stop in self.stops)
 
     def _check_lengths(self, tokens: int) -> None:
-        # A token's name has one character per character or per byte of its text; decoding may add a space between words.
-        # Special tokens decode to no text.
+        # A token's name has one character per character or byte of its text, and decoding may add a space between words.
+        # Special tokens decode to an empty text.
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         room = tokens * (1 + max((len(name) for name in self.tokenizer.get_vocab() if name not in special), default=0))
         for index, stop in enumerate(self.stops):
             if len(stop) > room:
                 raise ValueError(
-                    f"rollout.stop[{index}]: got a text of {len(stop)} letters, expected at most {room}, the most that the "
+                    f"rollout.stop[{index}]: got a text of {len(stop)} characters, expected at most {room}, the most that the "
                     f"{tokens} tokens of rollout.max_response_tokens can spell"
                 )
 
     def _possible(self, stop: str) -> bool:
-        # Between letters too, because some tokenizers drop a space at the start of a text.
+        # Test it between letters too, because some tokenizers drop a space at the start of a text.
         return any(stop in self._text(self._ids(text)) for text in (stop, f"a{stop}a"))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _text(self, ids: Sequence[int]) -> str:
-        # Of one sequence it is one text.
+        # `decode` returns a list only for a batch.
         return cast("str", self.tokenizer.decode(list(ids), skip_special_tokens=True))

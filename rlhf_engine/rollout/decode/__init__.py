@@ -1,4 +1,4 @@
-"""Decoders: one token per sequence and step, with keys and values in slots or in pages."""
+"""Decoders, which generate one token per sequence and step with keys and values in slots or in pages."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from rlhf_engine.rollout.decode.protocol import Decoder
 
 
 def is_paged(cache: str, device: str) -> bool:
-    """Return whether `rollout.cache` asks for pages on a device of type `device`."""
+    """Return whether the value `cache` of `rollout.cache` selects pages on a device of type `device`."""
     return cache == "paged" or (cache == "auto" and device == "cuda")
 
 
 def make_decoder(policy: LanguageModel, config: RolloutConfig, columns: int, kv_bytes: int | None = None) -> Decoder:
-    """Return the decoder that `config.cache` asks for, for sequences of at most `columns` tokens.
+    """Return the decoder that `config.cache` selects, for sequences of at most `columns` tokens.
 
-    Its keys and values take at most `kv_bytes`. Raises ValueError as `SlotDecoder` or `PagedDecoder` does, and for
-    `config.compile` without pages.
+    Its keys and values use at most `kv_bytes`.
+
+    Raises:
+        ValueError: as `SlotDecoder` or `PagedDecoder` does, and for `config.compile` without pages.
     """
     # Imported here, so that a run loads only the decoder that it uses.
     if is_paged(config.cache, policy.device.type):

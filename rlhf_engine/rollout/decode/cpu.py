@@ -1,11 +1,11 @@
-"""Decoding on CPU: layers whose bits do not depend on the batch, and a faster product of the output layer.
+"""Decoding on CPU: layers whose bits do not depend on the batch, and a faster matrix product for the output layer.
 
-Attention: torch's fused kernel on CPU gives each thread a scratch block whose alignment depends on the thread, and BLAS
-rounds by alignment: with one query per sequence the bits depend on which thread computed it. `decode_attention` reads only the
-columns of a row's own sequence.
+Attention: torch's fused kernel on CPU gives each thread a scratch block whose alignment depends on the thread, and BLAS rounds
+by alignment. With one query per sequence the bits then depend on the thread that computed it. `decode_attention` avoids this: a
+row reads only the columns of its sequence.
 
-Activations: torch's loops for SiLU, GELU and sigmoid on CPU end in scalar code, which rounds differently from the vector
-code, wherever a thread's share of the tensor ends. exp, erf and tanh do not.
+Activations: torch's loops for SiLU, GELU and sigmoid on CPU end in scalar code, which rounds differently from the vector code,
+at the end of each thread's share of the tensor. The loops for exp, erf and tanh do not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def slot_attention(
     scaling: float | None = None,  # default: D ** -0.5
     **unused: object,  # arguments of other implementations: dropout, sliding_window, is_causal
 ) -> tuple[Tensor, None]:  # (R, 1, heads, D)
-    """`decode_attention` in transformers' attention interface; rows without a slot get zeros."""
+    """Compute `decode_attention` in transformers' attention interface; rows without a slot get zeros."""
     slots = len(key)
     out = decode_attention(query[:slots, :, 0].to(key.dtype), key, value, attention_mask[:slots, 0, 0], scale=scaling)
     if slots < len(query):
@@ -47,7 +47,7 @@ AttentionInterface.register(ATTENTION, slot_attention)
 
 
 _CHUNK = 2**16
-"""Elements per block of a chain of element-wise operations: they stay in the processor's cache, without a large temporary."""
+"""Elements per block of a chain of element-wise operations. A block stays in the CPU cache and needs no large temporary."""
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Return the formula of an activation whose kernel ends in scalar code; None for every other module."""
+    """Return the formula of an activation whose CPU kernel ends in scalar code, or None for other modules."""
     if isinstance(module, (nn.SiLU, SiLUActivation)):
         return _silu
     if isinstance(module, nn.GELU):
@@ -76,7 +76,7 @@ def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | Non
 
 
 class InvariantLayers:
-    """`with layers.prefill():` and `with layers.decode():` replace the layers of the policy's trunk; eager attention stays."""
+    """Context managers `prefill` and `decode`, which replace layers of the policy's trunk; eager attention is not replaced."""
 
     def __init__(self, policy: LanguageModel) -> None:
         self.config = policy.model.config.get_text_config()
@@ -86,7 +86,7 @@ class InvariantLayers:
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
-        """Replace the activations within."""
+        """Replace the activations inside the `with` block."""
         for module, formula in self.activations:
             module.forward = formula
         try:
@@ -97,7 +97,7 @@ class InvariantLayers:
 
     @contextmanager
     def decode(self) -> Iterator[None]:
-        """Replace the activations and the attention within."""
+        """Replace the activations and the attention inside the `with` block."""
         kept = self.config._attn_implementation
         with attention(self.config, kept if kept == "eager" else ATTENTION), self.prefill():
             yield
@@ -105,13 +105,13 @@ class InvariantLayers:
 
 # ---- the language-model head ----
 # The weight of the language-model head is reordered into oneDNN's layout once per rollout, for the matrix product of each step.
-# A weight of [V, H] has more bytes than the processor's cache, so a product with few rows reads it at the speed of memory and
-# out of order. With a reordered copy logits take about two thirds of the time. The operations are private ones of torch, looked
-# up by name; without them the output layer is called.
+# The [V, H] weight is larger than the CPU cache, so a product with few rows is bound by memory bandwidth and reads the weight
+# out of order. With a reordered copy, logits take about two thirds of the time. The operations are private to torch and are
+# looked up by name. If they are missing, the output layer is called instead.
 
 
 _ROWS = 64
-"""Rows for which the layout is optimised; a product with any number of rows reads the same layout."""
+"""Number of rows for which the layout is optimised; products with any number of rows can use it."""
 
 
 def reorders(device: str, dtype: torch.dtype) -> bool:
@@ -122,18 +122,19 @@ def reorders(device: str, dtype: torch.dtype) -> bool:
 
 
 def head_product(policy: LanguageModel) -> ReorderedHead | None:
-    """Return the product of the output layer for the decode steps of one rollout; None for the layer's own."""
+    """Return the matrix product of the output layer for the decode steps of one rollout; None selects the layer itself."""
     weight = policy.lm_weight
     return ReorderedHead() if policy.compute_dtype is None and reorders(weight.device.type, weight.dtype) else None
 
 
 class ReorderedHead:
-    """`hidden @ weight.T + bias`; the first call reorders its weight, which all calls then use."""
+    """Computes `hidden @ weight.T + bias`. The first call reorders the weight, and all later calls use that copy."""
 
     def __init__(self) -> None:
         self.reordered: Tensor | None = None
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (rows, H) -> (rows, V)
+        """Return `hidden @ weight.T + bias`."""
         if self.reordered is None:
             self.reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
         return torch.ops.mkldnn._linear_pointwise(hidden, self.reordered, bias, "none", [], "")

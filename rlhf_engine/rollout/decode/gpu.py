@@ -1,4 +1,4 @@
-"""Decoding on a GPU: a step as one CUDA graph instead of hundreds of kernel launches, and compiled layers."""
+"""Decoding on a GPU: one CUDA graph per step instead of hundreds of kernel launches, and compiled layers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.trunk import layers_of
 
 WARM_UP = 2
-"""Runs before a capture: in the first one libraries allocate their workspaces and Triton compiles."""
+"""Runs before a capture. In the first run, libraries allocate their workspaces and Triton compiles its kernels."""
 
 
 class GraphedStep:
-    """`step(key, size)` runs `function(size)`, which is captured once per size and replayed from then on.
+    """Runs `function(size)` as a CUDA graph that is captured once per size and then replayed.
 
-    `function` reads and writes tensors at fixed addresses and does not wait for the device. All graphs are dropped when the key
-    changes, which consists of those addresses. Warm-up runs happen within `idle()`, which must undo their effects.
-    Raises ValueError without a CUDA device.
+    `function` reads and writes tensors at fixed addresses and must not wait for the device. `step(key, size, idle)` drops all
+    graphs when `key` changes, so the key must contain those addresses. Warm-up runs are inside `idle()`, which must undo their
+    effects.
+
+    Raises:
+        ValueError: without a CUDA device.
     """
 
     def __init__(self, function: Callable[[int], None]) -> None:
         if not cuda.is_available():
-            raise ValueError("graphs: no CUDA device is available; run the step without capturing it")
+            raise ValueError("CUDA graphs need a CUDA device, and none is available; run the step without capturing it")
         self.function = function
         self.key: object = None
         self._captured: dict[int, cuda.CUDAGraph] = {}
 
     def __call__(self, key: object, size: int, idle: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Replay the graph of `size`, and capture it first if there is none for this key."""
         if key != self.key:
             self._captured.clear()
             self.key = key
@@ -50,7 +54,7 @@ class GraphedStep:
                 self.function(size)
         cuda.current_stream().wait_stream(stream)
         graph = cuda.CUDAGraph()
-        # Graphs never run at the same time, so that all of them share one pool of memory.
+        # Graphs never run at the same time, so all of them share one memory pool.
         pool = next(iter(self._captured.values())).pool() if self._captured else None
         with cuda.graph(graph, pool=pool):
             self.function(size)
@@ -58,22 +62,22 @@ class GraphedStep:
 
 
 def ladder(count: int, least: int = 1) -> int:
-    """Return the rows to which a step of `count` sequences is padded: a power of two, so that few graphs serve all counts."""
+    """Return the padded number of rows of a step of `count` sequences: a power of two, which bounds the number of graphs."""
     return max(least, 1 << (count - 1).bit_length())
 
 
 # ---- compiled layers ----
-# A layer of transformers launches dozens of small kernels: with 28 layers a decode step launches 1,200, compiled 390.
-# All layers of one class share one compiled function. They differ only in their weights and in their keys and values, which are
-# read from a cache object per layer, so that no layer index is compiled in.
+# A transformers layer launches dozens of small kernels: a decode step with 28 layers launches 1,200, and 390 when compiled.
+# All layers of one class share one compiled function. They differ only in their weights and in their keys and values. The keys
+# and values are read from one cache object per layer, so that no layer index is compiled in.
 
 
 LIMIT = 512
-"""Compiled variants per class of layer in a process: numbers of rows, attention with and without a window, weight shapes."""
+"""Maximum number of compiled variants per layer class: number of rows, attention with or without a window, weight shapes."""
 
 
 class _LayerCache:
-    """The part of a cache that belongs to one layer."""
+    """The cache of one layer, with the interface of a cache of all layers."""
 
     def __init__(self, layer: Any) -> None:  # an element of `Cache.layers`
         self.layer = layer
@@ -83,27 +87,30 @@ class _LayerCache:
 
 
 def why_not(policy: LanguageModel, cache: Cache) -> str:
-    """Return why the layers cannot be compiled; an empty string if they can."""
+    """Return the reason why the layers cannot be compiled, or an empty string if they can."""
     layers = list(layers_of(policy.trunk))
     if len(layers) != len(cache.layers):
-        return f"with {len(layers)} layers that transformers marks, expected {len(cache.layers)}, those of its config"
+        return f"with {len(layers)} layers that transformers marks, expected the {len(cache.layers)} of its config"
     if any("forward" in vars(layer) for layer in layers):
-        return "with layers whose forward was replaced, expected that of their class"
+        return "with layers whose forward was replaced, expected the forward of their class"
     return ""
 
 
 class CompiledLayers:
-    """`with compiled():` the policy's layers run compiled; afterwards they are unchanged.
+    """Runs the policy's layers compiled inside `with compiled():` and restores them at its end.
 
-    Nothing here compares compiled layers with the originals: the metric `logprob_deviation` shows a difference, per rollout.
-    Raises ValueError where `why_not` gives a reason. `backend` is torch.compile's.
+    This class does not compare compiled layers with the originals. The metric `logprob_deviation` of each rollout shows a
+    difference. `backend` is that of torch.compile.
+
+    Raises:
+        ValueError: if `why_not` returns a reason.
     """
 
     def __init__(self, policy: LanguageModel, cache: Cache, backend: str | Callable[..., Any] = "inductor") -> None:
         why = why_not(policy, cache)
         if why:
             raise ValueError(
-                f"rollout.compile: got {type(policy.model).__name__} {why}; rollout.compile=false decodes without compiling"
+                f"rollout.compile: got {type(policy.model).__name__} {why}; set rollout.compile=false to decode uncompiled"
             )
         self.layers = list(layers_of(policy.trunk))
         compile_ = torch.compile(dynamic=False, backend=backend)
@@ -115,12 +122,12 @@ class CompiledLayers:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Run the layers compiled within."""
+        """Run the layers compiled inside the `with` block."""
         limits = {"recompile_limit": LIMIT, "fail_on_recompile_limit_hit": True}
         for layer, forward in zip(self.layers, self.forwards, strict=True):
             layer.forward = forward
         try:
-            # With this option a layer index that the layer's code reads is an input of the compiled function.
+            # This option turns a layer index that the layer's code reads into an input of the compiled function.
             with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, **limits):
                 yield
         finally:
@@ -129,7 +136,7 @@ class CompiledLayers:
 
 
 def _forward(compiled: Callable[..., Any], layer: nn.Module, cache: Cache, own: _LayerCache) -> Callable[..., Any]:
-    """Return a `layer.forward` that calls the function compiled for its class, with the layer's own part of the cache."""
+    """Return a `layer.forward` that calls the compiled function of its class with the cache of this layer."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = [own if argument is cache else argument for argument in args]

@@ -1,11 +1,11 @@
 """Decoding with keys and values in pages: a sequence has only the pages that it fills, in any order.
 
-The pages of all layers are one allocation, dropped between rollouts. Samples of one prompt share its pages; the last one, which
-is full in part, is copied for all of them except the last one to write to it. Every causal LM can decode with pages that calls
-its attention through transformers' interface: `PagedLayer.update` returns pages in place of keys, and `attend` reads them.
+The pages of all layers are one allocation, dropped between rollouts. Samples of one prompt share its pages. Each sample copies
+a partly filled last page before it writes there, except the last one to write. A causal LM can decode with pages if it calls
+its attention through transformers' interface: `PagedLayer.update` returns pages instead of keys, and `attend` reads them.
 
-On a GPU a step, sampling included, is a CUDA graph, and its rows are padded to a power of two. A row's bits may then depend on
-that number of rows, because a matrix product chooses its kernel by its rows; on CPU they do not depend on other rows.
+On a GPU a step with its sampling is a CUDA graph, and its rows are padded to a power of two. A row's bits may then depend on
+the number of rows, which selects the kernel of a matrix product. On CPU they do not depend on other rows.
 Page 0 is scratch: rows without a sequence write to it.
 """
 
@@ -49,11 +49,11 @@ from rlhf_kernels import paged_attention
 
 ATTENTION = "rlhf_pages"
 _POSITION_COUNTING_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that read the largest position on the host, which a graph cannot."""
+"""Rotary embeddings that read the largest position on the host, which a CUDA graph cannot capture."""
 
 
 class PagedKeys(NamedTuple):
-    """What attention receives in place of keys while decoding."""
+    """The keys argument of attention in decode steps."""
 
     pages: Tensor  # (P, page size, groups, D)
     table: Tensor  # (R, M), int32
@@ -66,12 +66,12 @@ def attend(
     query: Tensor,  # (R, heads, 1, D)
     key: PagedKeys,
     value: Tensor,  # (P, page size, groups, D)
-    attention_mask: Tensor,  # not read: a row's pages and length determine what it sees
+    attention_mask: Tensor,  # not read: a row attends to the tokens given by its pages and its length
     scaling: float | None = None,  # default: D ** -0.5
     softcap: float | None = None,
     **unused: object,  # arguments of other implementations: dropout, sliding_window, is_causal
 ) -> tuple[Tensor, None]:  # (R, 1, heads, D)
-    """`paged_attention` in transformers' attention interface."""
+    """Compute `paged_attention` in transformers' attention interface."""
     options = {"scale": scaling, "window": key.window, "softcap": softcap}
     found = paged_attention(query[:, :, 0].to(value.dtype), key.pages, value, key.table, key.lengths, **options)
     return found[:, None], None
@@ -82,11 +82,11 @@ AttentionInterface.register(ATTENTION, attend)
 
 @dataclass
 class _Pass:
-    """The forward pass under way, as the layers of the cache need to know it. N tokens are written."""
+    """Arguments of the current forward pass, which the layers of the cache read. It writes N tokens."""
 
     page: Tensor | None = None  # (N,)
     within: Tensor | None = None  # (N,), the index in the page
-    source: Tensor | None = None  # (N,), prefill: their index in the flattened prompts; None in decode
+    source: Tensor | None = None  # (N,), prefill: the index in the flattened prompts; None in decode
     table: Tensor | None = None  # (R, M), decode
     lengths: Tensor | None = None  # (R,), decode
 
@@ -101,12 +101,13 @@ class PagedLayer(CacheLayerMixin):
         self.now, self.window = now, window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise AssertionError: the pool is allocated in `PagedDecoder.open`."""
         raise AssertionError("the pool is allocated before the first forward pass")
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor | PagedKeys, Tensor]:
-        """Write the new tokens; return what attention reads: in prefill their keys and values, in decode the pages."""
+        """Write the new tokens; return the keys and values for attention: the new ones in prefill, the pages in decode."""
         now = self.now
         for states, pages in ((key_states, self.keys), (value_states, self.values)):
             assert pages is not None
@@ -123,24 +124,26 @@ class PagedLayer(CacheLayerMixin):
         return PagedKeys(self.keys, now.table, now.lengths, self.window), self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # Called in prefill only, where attention reads the new columns; decode needs no mask.
+        """Return the length and the offset of the keys in prefill; decode steps do not call this."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
+        """Return 0: prefill begins at position 0, and decode steps pass their positions."""
         return 0
 
     def get_max_length(self) -> int:
+        """Return -1: the length is not limited."""
         return -1
 
 
 def pool_shape(policy: LanguageModel, pages: int, page_size: int) -> tuple[int, ...]:
-    """Return (layers, keys and values, pages, page size, groups, D) of a policy."""
+    """Return the pool's shape for a policy: (layers, 2 for keys and values, pages, page size, groups, D)."""
     layers, groups, size = kv_shape(policy)
     return layers, 2, pages, page_size, groups, size
 
 
 def kv_bytes_of(policy: LanguageModel, pages: int, page_size: int = PAGE_SIZE) -> int:
-    """Return `pool_bytes` of a policy's keys and values."""
+    """Return `pool_bytes` for the keys and values of a policy."""
     return pool_bytes(kv_shape(policy), pages, policy.product_dtype, page_size)
 
 
@@ -152,10 +155,8 @@ def pages_within(policy: LanguageModel, kv_bytes: int, page_size: int = PAGE_SIZ
 class PagedDecoder:
     """`Decoder` with pages for `slots` sequences of up to `columns` tokens, or as many pages as fit into `kv_bytes`.
 
-    `compiles` is `rollout.compile`.
-
-    Raises ValueError for a model whose attention is neither full nor sliding-window, for `kv_bytes` that do not hold one
-    sequence, and for `compiles` True where no step can be compiled.
+    `compiles` is `rollout.compile`. Raises ValueError for a model whose attention is neither full nor sliding-window, for
+    `kv_bytes` too small for one sequence, and for `compiles` True where steps cannot be compiled.
     """
 
     def __init__(
@@ -192,9 +193,9 @@ class PagedDecoder:
         self.compiled = CompiledLayers(policy, self.cache) if self.compiles else nullcontext
         self._graphed: tuple[Act, GraphedStep] | None = None
         self.ample = False
-        """Whether the pool has pages for all sequences of the rollout to their end."""
+        """Whether the pool has pages for all sequences of the rollout at their maximum length."""
         self.restarted = 0
-        """Sequences that were preempted since `open`."""
+        """Sequences preempted since `open`."""
 
     def _can_capture(self) -> bool:
         rope = getattr(self.text_config, "rope_parameters", None) or {}
@@ -203,27 +204,27 @@ class PagedDecoder:
         return self.policy.device.type == "cuda" and not waits
 
     def _decide_compile(self, compiles: bool | None) -> bool:
-        # Under autocast a compiled layer would round its weights in every step.
+        # Under autocast, a compiled layer would round its weights in every step.
         can = self.captures and self.policy.compute_dtype is None
         if compiles and not can:
             raise ValueError(
                 f"rollout.compile: got True for {type(self.policy.model).__name__} on {self.policy.device}, expected None or "
-                "False: only steps that are CUDA graphs are compiled, and not with compute_dtype"
+                "False: compiled steps need CUDA graphs and do not support compute_dtype"
             )
         return can and (bool(compiles) or (compiles is None and not why_not(self.policy, self.cache)))
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the pages."""
+        """Bytes of the pages, including page 0."""
         return kv_bytes_of(self.policy, self.page_count, self.page_size)
 
     def check(self) -> None:
-        """Raise ValueError where decoding differs from one forward pass over the whole sequence."""
+        """Raise ValueError if decoding differs from one forward pass over the whole sequence."""
         most = self.page_count // pages_of(CHECKED_TOKENS, self.page_size)
         check_decoding(self, self.policy, min(self.slots, most))
 
     def open(self, sequences: int, allocate: Allocate = new_memory) -> None:
-        """Begin a rollout with all pages free: no more of them than `sequences` sequences fill."""
+        """Begin a rollout: allocate pages, at most as many as `sequences` sequences can fill, all of them free."""
         filled = min(self.slots, sequences) * self.table.shape[1]
         opened = min(self.page_count, filled)
         self.ample = opened == filled
@@ -232,16 +233,16 @@ class PagedDecoder:
         for layer, (keys, values) in zip(self.paged, self.pool, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
             for pages in (keys, values) if self.compiles else ():
-                torch._dynamo.mark_dynamic(pages, 0)  # a pool of another size does not compile again
+                torch._dynamo.mark_dynamic(pages, 0)  # a new pool size causes no recompilation
         self.sequences = Sequences(Pages(opened, first=1), self.page_size, self.slots)
         self.table.zero_()
         self.restarted = 0
-        self.project = head_product(self.policy)  # of the weights as they are now
-        # What a captured graph reads by its address, and the size that determines where a layer's pages begin.
+        self.project = head_product(self.policy)  # with the current weights
+        # The addresses that a captured graph reads, and the pool's size, which determines the offset of a layer's pages.
         self._key = (self.pool.data_ptr(), opened, *(weight.data_ptr() for weight in self.policy.parameters()))
 
     def close(self) -> None:
-        """Drop the pages. Graphs that read autocast's copies of weights, which end with the rollout, are dropped too."""
+        """Drop the pages. With autocast also drop the graphs, because they read copies of weights that end with the rollout."""
         self.pool = self.project = None
         if self.policy.compute_dtype is not None:
             self._graphed = None
@@ -249,9 +250,9 @@ class PagedDecoder:
             layer.keys = layer.values = None
 
     def admissible(self, prompts: list[Tensor], count: int) -> int:
-        """Return how many of these prompts, in order, there are pages for in addition to `count` active sequences.
+        """Return how many of the prompts, in order, fit into the free pages in addition to `count` active sequences.
 
-        One more page per sequence stays free; otherwise a prompt could be read for a sequence that is preempted at once.
+        One more page per sequence stays free; otherwise a sequence could be preempted directly after its prefill.
         """
         if self.ample:
             return len(prompts)
@@ -265,17 +266,17 @@ class PagedDecoder:
         return len(prompts)
 
     def preempt(self, count: int) -> list[int]:
-        """Drop the youngest of the first `count` sequences until pages suffice for a token of the others; return the slots."""
+        """Preempt the youngest of the first `count` sequences until the others have pages for a token; return the slots."""
         dropped = self.sequences.preempt(count)
         self.restarted += len(dropped)
         return dropped
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of sequences that were preempted and generated again."""
+        """Return how often sequences were preempted and regenerated since `open`."""
         return {"restarted_sequences": self.restarted}
 
     def prefill(self, prompts: list[Tensor], first: int) -> Outputs:  # rows >= MIN_ROWS
-        """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt.
+        """Prefill prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt.
 
         Prompts with the same ids share their pages.
         """
@@ -291,7 +292,7 @@ class PagedDecoder:
             return self.policy(batch, self.want, project=self.project)
 
     def _begin_prefill(self, prompts: list[Tensor], slots: list[int]) -> None:
-        """Set where the layers write the keys and values of the next pass."""
+        """Set the pages to which the layers write the keys and values of the next pass."""
         device, width = self.policy.device, prompt_width(len(prompts[0]))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         row, token = (torch.arange(width, device=device) < lengths[:, None]).nonzero(as_tuple=True)
@@ -310,7 +311,7 @@ class PagedDecoder:
         self._grow(count)
         rows = max(count, MIN_ROWS)
         tokens, positions = (pad(x[:count], (0, rows - count)) for x in (tokens, positions))
-        # Rows beyond the sequences read and write page 0.
+        # Rows without a sequence read and write page 0.
         empty = torch.arange(rows, device=self.table.device)[:, None] >= count
         return self._forward(tokens, positions, self.table[:rows].masked_fill(empty, 0), want or self.want)
 
@@ -322,11 +323,10 @@ class PagedDecoder:
         act: Act,
         idle: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Call `act(outputs, slots)` on the outputs of `decode`; on a GPU all of it is one graph."""
+        """Call `act(outputs, slots)` on the outputs of `decode`; on a GPU decode and `act` are one CUDA graph."""
         if not self.captures:
             act(self.decode(tokens, positions, count), slice(0, count))
             return
-        # Rows without a sequence have page 0 in the table, and so do all rows of a warm-up.
         key = (*self._key, tokens.data_ptr(), positions.data_ptr())
         if self._graphed is None or self._graphed[0] is not act:
             self._graphed = act, GraphedStep(partial(self._act, act, tokens, positions))
@@ -360,12 +360,12 @@ class PagedDecoder:
         now.page = table.gather(1, (positions // self.page_size)[:, None])[:, 0].long()
         now.within, now.source = positions % self.page_size, None
         now.table, now.lengths = table, (positions + 1).int()
-        # `attend` does not read the mask; without one some models search the tokens for padding, and wait for the device.
+        # `attend` does not read the mask. Without one, some models search the tokens for padding and wait for the device.
         mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool, device=tokens.device)
         batch = TokenBatch(
             input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], cache=self.cache
         )
-        # Every layer's attention reads pages; eager attention passes its softcap on.
+        # `attend` replaces the attention of every layer; models with a softcap pass it as an argument.
         with attention(self.text_config, ATTENTION), self.layers.prefill():
             return self.policy(batch, want, project=self.project)
 
@@ -388,7 +388,7 @@ class PagedDecoder:
         self.table[torch.tensor(list(slots))] = rows.to(self.table.device)
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
-        """Move sequences from slots `source` to slots `target`, whose own are dropped; no page is copied."""
+        """Move sequences from slots `source` to slots `target`, whose sequences are dropped; no page is copied."""
         for old, new in zip(source.tolist(), target.tolist(), strict=True):
             self.sequences.move(old, new)
         self._write_table(target.tolist())

@@ -1,9 +1,9 @@
-"""The decoder of a rollout: the protocol, and what its implementations share.
+"""The `Decoder` protocol of a rollout, and helpers that its implementations share.
 
-A row's hidden state has the same bits whatever the other rows are, so that a sample does not depend on its batch. On CPU this
-takes four measures: a matrix product has at least `MIN_ROWS` rows (BLAS computes fewer differently), a prompt is padded to a
-width that depends only on its own length, attention reads only the columns of its own sequence (eager attention: a width that
-the configuration fixes), and activations whose kernels round by position are replaced (`InvariantLayers`).
+The bits of a row's hidden state do not depend on the other rows, so a sample does not depend on its batch. On CPU this requires
+four measures. A matrix product has at least `MIN_ROWS` rows, because BLAS computes smaller products differently. The padded
+width of a prompt depends only on the prompt's length. Attention reads only the columns of the row's sequence (eager attention
+reads a width that the configuration fixes). Activations whose kernels round by position are replaced (`InvariantLayers`).
 """
 
 from __future__ import annotations
@@ -21,53 +21,53 @@ from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
 from rlhf_engine.model.roles import Want
 
 MIN_ROWS = 16
-"""Fewest rows of a forward pass."""
+"""Minimum number of rows of a forward pass."""
 CHECKED_TOKENS = 10
 """Tokens of the longest sequence that `check_decoding` decodes."""
 _ATTENTION = ("sdpa", "flash_attention_2", "eager")
 _KINDS = ("full_attention", "sliding_attention")
 
 Act = Callable[[Outputs, slice], None]
-"""`act(outputs, slots)` samples in the states of a step. A graph may hold it, so that it must not wait for the device."""
+"""`act(outputs, slots)` samples an action per slot. A CUDA graph may capture it, so it must not wait for the device."""
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
-"""`allocate(shape, dtype, device)` returns memory with any content, such as an arena's."""
+"""`allocate(shape, dtype, device)` returns an uninitialized tensor, for example from an arena."""
 
 
 def new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a new tensor with any content."""
+    """Return a new uninitialized tensor."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Decoder(Protocol):
     """A policy's trunk with a cache of keys and values, which decodes the sequences in slots 0, 1, ... together.
 
-    Calls other than `check` come between `open` and `close`.
+    All methods except `check` must be called between `open` and `close`.
     """
 
     slots: int
-    """Most sequences that are decoded together."""
+    """Maximum number of sequences that are decoded together."""
     rows: int
-    """Most rows of a step, at least `slots`: rows beyond the sequences are padding."""
+    """Maximum number of rows of a step, at least `slots`. Rows without a sequence are padding."""
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values, which `open` allocates at most."""
+        """Upper bound of the bytes of keys and values that `open` allocates."""
         ...
 
     def check(self) -> None:
-        """Raise ValueError where decoding differs from one forward pass over the whole sequence (`check_decoding`)."""
+        """Raise ValueError if decoding differs from one forward pass over the whole sequence (see `check_decoding`)."""
 
     def open(self, sequences: int, allocate: Allocate = new_memory) -> None:
-        """Begin a rollout of `sequences` sequences with the weights as they are now; `allocate` gives the cache its memory."""
+        """Begin a rollout of `sequences` sequences with the current weights; `allocate` provides the memory of the cache."""
 
     def close(self) -> None:
-        """End a rollout and drop the cache."""
+        """End the rollout and drop the cache."""
 
     def prefill(self, prompts: list[Tensor], first: int) -> Outputs:  # rows >= MIN_ROWS
-        """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt.
+        """Prefill prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt.
 
-        Prompts with the same ids are read once. Rows beyond the prompts repeat the first one.
+        Prompts with the same ids are prefilled once. Rows beyond the prompts repeat the first one.
         """
         ...
 
@@ -76,7 +76,7 @@ class Decoder(Protocol):
         tokens: Tensor,  # (rows,), the last token of each sequence; slots from `count` on are empty
         positions: Tensor,  # (rows,), the position of that token
         count: int,
-        want: Collection[Want] | None = None,  # default: those that sampling reads
+        want: Collection[Want] | None = None,  # default: the outputs that sampling reads
     ) -> Outputs:  # rows >= MIN_ROWS
         """Feed one token to each of the first `count` slots; return the outputs in the states after them."""
         ...
@@ -91,8 +91,8 @@ class Decoder(Protocol):
     ) -> None:
         """Call `act(outputs, slots)` on the outputs of `decode`.
 
-        A decoder that captures the step as a graph passes more slots than `count`, the last ones empty, and runs the step in
-        `idle()` to warm up, where all slots are empty.
+        A decoder that captures the step as a CUDA graph passes more slots than `count`; the additional slots are empty. It runs
+        its warm-up steps inside `idle()`, where all slots are empty.
         """
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
@@ -102,19 +102,19 @@ class Decoder(Protocol):
         """Drop the sequences in slots from `count` on."""
 
     def admissible(self, prompts: list[Tensor], count: int) -> int:
-        """Return how many of these prompts, in order, fit into the cache in addition to `count` active sequences."""
+        """Return how many of the prompts, in order, fit into the cache in addition to `count` active sequences."""
         ...
 
     def preempt(self, count: int) -> list[int]:
-        """Drop sequences until all others of the first `count` have space for one more token; return the slots of those."""
+        """Preempt sequences until all others of the first `count` have space for one more token; return the preempted slots."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Return counts of the last rollout for the log."""
+        """Return the decoder's counters of the last rollout for the log."""
         ...
 
 
-# ---- shared by the implementations ----
+# ---- helpers of the implementations ----
 
 
 def kv_shape(policy: LanguageModel) -> tuple[int, int, int]:
@@ -131,16 +131,16 @@ def kv_bytes(shape: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> in
 
 
 def check_kv_bytes(given: int, least: int, what: str) -> None:
-    """Raise ValueError if `given` bytes are fewer than the `least` that the keys and values of `what` take."""
+    """Raise ValueError if `given` bytes are fewer than the `least` bytes that the keys and values of `what` need."""
     if given < least:
         raise ValueError(
             f"kv_bytes: got {given}, expected at least {least}, the keys and values of {what} "
-            "(rollout.max_prompt_tokens and rollout.max_response_tokens together)"
+            "(rollout.max_prompt_tokens + rollout.max_response_tokens)"
         )
 
 
 def prompt_width(length: int) -> int:
-    """Return the columns of a prompt's prefill: they depend only on its length, with at most a quarter of padding beyond 64."""
+    """Return the padded width of a prompt of `length` tokens; beyond 32 tokens the padding is less than half of `length`."""
     step = MIN_ROWS
     while step * 4 < length:
         step *= 2
@@ -148,7 +148,11 @@ def prompt_width(length: int) -> int:
 
 
 def attention_kinds(policy: LanguageModel) -> list[str]:
-    """Return the kinds of attention layers, which need a mask each; raise ValueError for those that no decoder supports."""
+    """Return the kinds of attention layers; each kind needs its mask.
+
+    Raises:
+        ValueError: for an attention implementation or a kind of layer that no decoder supports.
+    """
     model, text = policy.model, policy.model.config.get_text_config()
     if text._attn_implementation not in _ATTENTION:
         raise ValueError(
@@ -168,12 +172,12 @@ def attention_kinds(policy: LanguageModel) -> list[str]:
 
 
 def sampled_outputs(policy: LanguageModel) -> tuple[Want, ...]:
-    """Return what a decode step asks the policy for: values too, where they come from the same hidden states."""
+    """Return the outputs of a decode step: logits, and values if the value function reads the same hidden states."""
     return ("logits", "values") if policy.value is not None and policy.value.shares_trunk else ("logits",)
 
 
 def same_as(prompts: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Return the index of the first prompt of each group with the same ids, and the group of each prompt."""
+    """Group prompts with equal ids; return the index of the first prompt of each group, and the group of each prompt."""
     groups: dict[tuple[int, ...], int] = {}
     firsts: list[int] = []
     group_of = []
@@ -191,8 +195,9 @@ def prefill_batch(
 ) -> TokenBatch:
     """Return the input of one pass over prompts of one `prompt_width`; row r is the state after prompt `source[r]`.
 
-    There are at least `MIN_ROWS` rows; those beyond `source` repeat the first prompt's. Columns beyond a prompt's end repeat
-    its last token: no real token sees them, and no key or value of theirs is used. Positions stay below `max_position`.
+    There are at least `MIN_ROWS` rows; rows beyond `source` repeat that of the first prompt. Columns after a prompt's end
+    repeat its last token. No real token attends to them, and their keys and values are not used. Positions stay below
+    `max_position`.
     """
     device, width = policy.device, prompt_width(len(prompts[0]))
     inputs = torch.stack([torch.cat([p, p[-1:].expand(width - len(p))]) for p in prompts])
@@ -206,9 +211,12 @@ def prefill_batch(
 
 @torch.no_grad()
 def check_decoding(decoder: Decoder, policy: LanguageModel, most: int) -> None:
-    """Compare two decoded sequences of different lengths with one forward pass over each; ValueError where they differ.
+    """Compare two decoded sequences of different lengths with one forward pass over each.
 
     At most `most` sequences are compared.
+
+    Raises:
+        ValueError: if the hidden states after the last token differ by more than rounding.
     """
     ids = torch.arange(1, CHECKED_TOKENS + 1, device=policy.device).remainder(policy.lm_weight.shape[0])
     compared, decoded_tokens = (ids, ids.flip(0)[: CHECKED_TOKENS - 3])[:most], 2
@@ -225,12 +233,12 @@ def check_decoding(decoder: Decoder, policy: LanguageModel, most: int) -> None:
         expected = policy(TokenBatch(input_ids=sequence[None]), ("hidden",)).hidden
         assert decoded is not None and expected is not None
         expected = expected[-1]
-        # Scores near a softcap c round to c eps, and the softmax makes that a relative error, in every layer.
+        # Scores near a softcap c have a rounding error of c eps, which the softmax turns into a relative error, in every layer.
         softcap = getattr(policy.model.config.get_text_config(), "attn_logit_softcapping", None) or 0
         allowed = (64 + 4 * softcap) * torch.finfo(expected.dtype).eps * float(expected.abs().max())
         difference = float((decoded[row].float() - expected.float()).abs().max())
         if not difference <= allowed:
             raise ValueError(
-                f"policy: {type(policy.model).__name__} decoded token by token differs from its own forward pass by "
-                f"{difference:.3g} (at most {allowed:.3g} expected); its attention does not read a plain 4D mask"
+                f"policy: the hidden states of {type(policy.model).__name__} decoded token by token differ from those of one "
+                f"forward pass by {difference:.3g}, expected at most {allowed:.3g}; its attention does not read a plain 4D mask"
             )

@@ -1,7 +1,7 @@
 """Decoding with keys and values in slots: one preallocated slot per sequence.
 
-In a slot a token's column is its position, so that a sequence's attention reads the same columns whatever the other slots hold.
-The slot of a finished sequence is overwritten by the next one, and no tensor is concatenated.
+A token's column in its slot is its position, so the columns that a sequence's attention reads do not depend on the other slots.
+The next sequence overwrites the slot of a finished one, and no tensor is concatenated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rlhf_engine.rollout.decode.protocol import (
 )
 
 _BLOCK = 512
-"""Columns that attention on CPU reads at a time; a longer cache is read in whole blocks."""
+"""Columns per block of a decode step's attention: it reads whole blocks up to the longest sequence."""
 
 
 def slot_columns(tokens: int) -> int:
@@ -49,13 +49,13 @@ def slot_bytes(policy: LanguageModel, tokens: int) -> int:
 
 
 def slots_per_step(*, eager: bool) -> int:
-    """Return the number of which slots come in multiples: eager attention needs keys for every row of a step."""
+    """Return the number that the slots are a multiple of. Eager attention needs keys for every row of a step."""
     return MIN_ROWS if eager else 1
 
 
 @dataclass
 class _Pass:
-    """The forward pass under way, as the layers of the cache need to know it."""
+    """Arguments of the current forward pass, which the layers of the cache read."""
 
     first: int = 0  # prefill writes slots first, first + 1, ...
     source: Tensor | None = None  # (rows,), prefill: the prompt that each of these slots copies
@@ -76,10 +76,12 @@ class SlotLayer(CacheLayerMixin):
         self.slots, self.columns, self.now, self.allocate = slots, columns, now, allocate
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the layer's slots in the first forward pass."""
+
         def zeros(states: Tensor) -> Tensor:
             shape = (self.slots, states.shape[1], self.columns, states.shape[3])
-            # Autocast makes keys float32, and attention then reads them in the dtype of values. Zeros: attention that
-            # multiplies masked columns by 0 would turn a NaN there into a NaN of the output.
+            # The dtype is that of values, because under autocast keys are float32. The slots begin as zeros, because attention
+            # multiplies masked columns by 0, and 0 times a NaN in uninitialized memory is NaN.
             return self.allocate(shape, value_states.dtype, states.device).zero_()
 
         self.keys, self.values = zeros(key_states), zeros(value_states)
@@ -94,24 +96,29 @@ class SlotLayer(CacheLayerMixin):
         now = self.now
         if now.positions is None:
             assert now.source is not None
-            length = min(key_states.shape[2], self.columns)  # padding may be wider than the longest sequence
+            length = min(key_states.shape[2], self.columns)  # the padded prompt may be wider than a slot
             slots = slice(now.first, now.first + len(now.source))
             self.keys[slots, :, :length] = key_states[:, :, :length][now.source]
             self.values[slots, :, :length] = value_states[:, :, :length][now.source]
             return key_states, value_states
-        rows = len(now.positions)  # further rows only fill up the matrix products and have no slot
+        rows = len(now.positions)  # the other rows pad the matrix products and have no slot
         self.keys[now.rows, :, now.positions] = key_states[:rows, :, 0].to(self.keys.dtype)
         self.values[now.rows, :, now.positions] = value_states[:rows, :, 0]
         return self.keys[:rows, :, : now.width], self.values[:rows, :, : now.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # Called in prefill only, where attention reads the new columns; decode passes its own mask.
+        """Return the length and the offset of the keys in prefill, where attention reads the new columns.
+
+        A decode step does not call this, because it passes its mask.
+        """
         return query_length, 0
 
     def get_seq_length(self) -> int:
+        """Return 0: prefill begins at position 0, and decode steps pass their positions."""
         return 0
 
     def get_max_length(self) -> int:
+        """Return the columns of a slot."""
         return self.columns
 
 
@@ -125,26 +132,27 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(slots, columns, self.now, allocate) for _ in range(layers)])
 
     def prefill(self, first: int, source: Tensor) -> None:
-        """Expect a forward pass over whole prompts; slots `first`, `first + 1`, ... store its rows `source`."""
+        """Set up a forward pass over whole prompts; slots `first`, `first + 1`, ... store its rows `source`."""
         self.now.first, self.now.source, self.now.positions = first, source, None
 
     def decode(self, positions: Tensor, width: int) -> None:
-        """Expect a forward pass over one token per slot, at `positions` [R], that reads `width` columns."""
+        """Set up a forward pass over one token per slot, at `positions` [R], whose attention reads `width` columns."""
         self.now.positions = positions
         self.now.rows = torch.arange(len(positions), device=positions.device)
         self.now.width = width
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
-        """Copy the first `width` columns of slots `source` over those of slots `target`; the two must not overlap."""
+        """Copy the first `width` columns of slots `source` to slots `target`; the two must not overlap."""
         for layer in self.layers:
             layer.keys[target, :, :width] = layer.keys[source, :, :width]
             layer.values[target, :, :width] = layer.values[source, :, :width]
 
 
 class SlotDecoder:
-    """`Decoder` with a slot for a sequence of up to `columns` tokens each: `slots` of them, or fewer to fit into `kv_bytes`.
+    """`Decoder` with `slots` slots for sequences of up to `columns` tokens, or fewer slots to fit into `kv_bytes`.
 
-    Raises ValueError for a model whose attention is neither full nor sliding-window, and for `kv_bytes` that are too few.
+    Raises:
+        ValueError: for a model whose attention is neither full nor sliding-window, and for `kv_bytes` that are too few.
     """
 
     def __init__(self, policy: LanguageModel, slots: int, columns: int, kv_bytes: int | None = None) -> None:
@@ -163,7 +171,7 @@ class SlotDecoder:
 
     def _slots_within(self, kv_bytes: int, columns: int) -> int:
         step = slots_per_step(eager=self.eager)
-        few = "one sequence" if step == 1 else f"{step} sequences, the fewest that eager attention decodes,"
+        few = "one sequence" if step == 1 else f"{step} sequences, the minimum for eager attention,"
         check_kv_bytes(kv_bytes, self._bytes(step), f"{few} of {columns} tokens")
         return kv_bytes // self._bytes(step) * step
 
@@ -179,21 +187,21 @@ class SlotDecoder:
         return self._bytes(self.slots)
 
     def check(self) -> None:
-        """Raise ValueError where decoding differs from one forward pass over the whole sequence."""
+        """Raise ValueError if decoding differs from one forward pass over the whole sequence."""
         check_decoding(self, self.policy, self.slots)
 
     def open(self, sequences: int, allocate: Allocate = new_memory) -> None:
-        """Begin a rollout: no more slots are allocated than there are sequences, each layer's in its first forward pass."""
+        """Begin a rollout with at most `sequences` slots. Each layer allocates its slots in its first forward pass."""
         slots = self._allocated(min(self.slots, sequences))
         self.cache = SlotCache(self.text_config.num_hidden_layers, slots, self.columns, allocate)
-        self.project = head_product(self.policy)  # of the weights as they are now
+        self.project = head_product(self.policy)  # with the current weights
 
     def close(self) -> None:
         """Drop the cache and the reordered weight."""
         self.cache = self.project = None
 
     def prefill(self, prompts: list[Tensor], first: int) -> Outputs:  # rows >= MIN_ROWS
-        """Read prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt."""
+        """Prefill prompts of one `prompt_width` into slots `first`, ...; return the outputs in the state after each prompt."""
         assert self.cache is not None
         firsts, source = same_as(prompts)
         distinct = [prompts[index] for index in firsts]
@@ -233,7 +241,7 @@ class SlotDecoder:
         act: Act,
         idle: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Call `act(outputs, slots)` on the outputs of `decode`, of the first `count` slots."""
+        """Call `act(outputs, slots)` on the outputs of `decode` for the first `count` slots."""
         act(self.decode(tokens, positions, count), slice(0, count))
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
@@ -242,18 +250,18 @@ class SlotDecoder:
         self.cache.move(source, target, width)
 
     def keep(self, count: int) -> None:
-        """Drop the sequences in slots from `count` on, which needs no work."""
+        """Do nothing: the next sequence overwrites a slot."""
 
     def admissible(self, prompts: list[Tensor], count: int) -> int:
-        """Return the number of prompts: every slot has space for a whole sequence."""
+        """Return the number of prompts, because every slot has space for a whole sequence."""
         return len(prompts)
 
     def preempt(self, count: int) -> list[int]:
-        """Return no slot: every sequence has space to its end."""
+        """Return no slots, because every slot has space for a whole sequence."""
         return []
 
     def metrics(self) -> dict[str, float]:
-        """Return nothing to log."""
+        """Return no metrics."""
         return {}
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:

@@ -60,7 +60,7 @@ def test_a_function_that_waits_is_not_captured(cuda):
 
 def test_no_device(monkeypatch):
     RecordedCuda.installed(monkeypatch, available=False)
-    with pytest.raises(ValueError, match="graphs: no CUDA device is available"):
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device"):
         GraphedStep(lambda size: None)
 
 

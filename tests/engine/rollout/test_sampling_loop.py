@@ -210,12 +210,12 @@ def test_half_a_letter_is_no_stop_string(tokenizer):
     ("make", "stops", "words"),
     [
         (None, ("",), r"stop\[0\]: got an empty text"),
-        (word_level, ("stop", "halt"), r"stop\[1\]: got 'halt', which the tokenizer reads and writes as ''"),
+        (word_level, ("stop", "halt"), r"stop\[1\]: got 'halt', which the tokenizer encodes and decodes to ''"),
         (word_level, ("é",), r"stop\[0\]: got 'é'"),
         (
             None,
             ("x", "ab" * 500),
-            r"stop\[1\]: got a text of 1000 letters, expected at most \d+, the most that the 12 tokens",
+            r"stop\[1\]: got a text of 1000 characters, expected at most \d+, the most that the 12 tokens",
         ),
     ],
 )
@@ -231,12 +231,12 @@ def test_special_tokens_spell_no_stop_string(tokenizer):
     most = 12 * (1 + max(map(len, names)))
     assert len(tokenizer.eos_token) > max(map(len, names))
     StopStrings(tokenizer, ("x" * most,), 12)
-    with pytest.raises(ValueError, match=f"got a text of {most + 1} letters, expected at most {most},"):
+    with pytest.raises(ValueError, match=f"got a text of {most + 1} characters, expected at most {most},"):
         StopStrings(tokenizer, ("x" * (most + 1),), 12)
 
 
 def test_stop_strings_need_a_tokenizer():
-    with pytest.raises(ValueError, match=r"tokenizer: got None, expected the one whose tokens spell rollout.stop"):
+    with pytest.raises(ValueError, match=r"rollout\.stop is set to .* pass `tokenizer`"):
         make_generator(make_actor(), stop=("x",))
 
 
