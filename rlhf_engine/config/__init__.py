@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen dataclasses, one file per section, YAML in and out.
+"""Every setting of a run: frozen dataclasses, one file per section, read from and written to YAML.
 
 `load_config(path, overrides=["ppo.kl_coef=0.05"])` reads a file, applies command-line overrides and checks names,
 types and ranges. Defaults are InstructGPT's where the paper gives a value.

@@ -1,4 +1,4 @@
-"""A config as YAML that explains itself: every field with its docstring, type and default, from the dataclasses' sources."""
+"""A config as commented YAML: every field with its docstring, type and default, read from the sources of the dataclasses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WIDTH = 120
 
 
 def describe(section: Section, defaults: Section) -> str:
-    """YAML that reads back to `section`; before each field comes a comment with its docstring, type and default."""
+    """Return YAML that reads back to `section`, with the docstring, type and default of each field in a comment above it."""
     return "".join(line + "\n" for line in _lines(section, defaults, "")).lstrip("\n")
 
 
@@ -41,7 +41,7 @@ def _lines(section: Section, defaults: Section, indent: str) -> Iterator[str]:
 
 @cache
 def field_docs(section: type) -> dict[str, str]:
-    """Return the docstring of every field of a dataclass, the string that follows it, in YAML's words."""
+    """Return the docstring of every field of a dataclass, which is the string after the field, with None spelled null."""
     docs: dict[str, str] = {}
     for base in section.__bases__:
         docs |= field_docs(base) if is_dataclass(base) else {}
@@ -56,7 +56,7 @@ def field_docs(section: type) -> dict[str, str]:
 
 
 def type_words(hint: Any) -> str:
-    """What a value may be, in words: `float above 0`, `clip | ratio`, `int at least 1, or null`."""
+    """Return the allowed values of a type hint in words: `float above 0`, `clip | ratio`, `int at least 1, or null`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return f"{type_words(arguments[0])} {arguments[1]}"

@@ -1,4 +1,4 @@
-"""Settings of what comes after training: comparing models, rounds of training, the figure."""
+"""Settings of the comparison of two models."""
 
 from __future__ import annotations
 
@@ -10,33 +10,39 @@ from rlhf_engine.config.schema import Count, NonNegative, Section
 
 @dataclass(frozen=True)
 class EvalConfig(Section):
-    """A contest of two models on the same prompts (`rlhf eval`)."""
+    """Comparison of two models on the same prompts (`rlhf eval`)."""
 
     candidate: str | None = None
-    """Folder of the model whose win rate is asked for."""
+    """Folder of the model whose win rate is measured."""
     baseline: str | None = None
-    """Folder of the model that it is compared with."""
+    """Folder of the model that the candidate is compared with."""
     candidate_prefix: str | None = None
-    """Text file put in front of every prompt of the candidate: few-shot examples for a model that follows no instructions."""
+    """Text file whose content precedes every prompt of the candidate, such as few-shot examples for a model that does
+    not follow instructions. If None, nothing does."""
     baseline_prefix: str | None = None
-    """The same for the baseline."""
+    """Text file whose content precedes every prompt of the baseline. If None, nothing does."""
     stop: str | None = None
-    """Text at which an answer is cut, such as the blank line before a next few-shot example; null cuts nothing."""
+    """Text at which a response is cut, such as the blank line before the next few-shot example. If None, responses are
+    not cut."""
     judge: str | None = None
-    """Who compares two answers: a reward model's folder, a Python function as `module:function` or `file.py:function`, or
-    `file` for people. A function takes lists of prompts, of answers A and of answers B; it gives a list of preferences for A
-    in [0, 1], or two lists of scores."""
+    """Judge of the responses: the folder of a reward model, a Python function as `module:function` or
+    `file.py:function`, or `file` for judgments written by people. A function receives a list of prompts, a list of
+    responses A and a list of responses B. It returns a list of preferences for A in [0, 1], or two lists of scores, one
+    for A and one for B."""
     judge_batch: Count = 64
-    """Pairs of answers that a Python function gets at a time."""
+    """Pairs of responses per call of a Python judge."""
     split: Literal["train", "validation", "test"] = "test"
-    """Split of data.prompts that both models answer."""
+    """Split of data.prompts on which the models are compared."""
     limit: Count | None = None
-    """Answer the first so many prompts of the split; null answers all. Prompts and answers stay in memory for the judge."""
+    """Number of prompts, from the beginning of the split. If None, all prompts are used. Prompts and responses stay in
+    memory until the judge has read them."""
     samples: Count = 1
-    """Answers to each prompt by each model; the k-th of one is compared with the k-th of the other."""
+    """Responses per prompt and model; response k of the candidate is compared with response k of the baseline."""
     margin: NonNegative = 0.0
-    """Scores that differ by no more than this are a tie; a judge that gives preferences does not read it."""
+    """Largest difference between two scores that counts as a tie, in units of the score. Ignored for a judge that
+    returns preferences."""
     resamples: Count = 2000
-    """Bootstrap samples of the prompts, of which the 95% interval is taken."""
+    """Bootstrap samples of the prompts, from which the 95% interval of the win rate is computed."""
     text: str | None = None
-    """Pretraining text, documents apart by a blank line, on which both models' perplexity is measured; null measures none."""
+    """File of pretraining text, with blank lines between documents, on which the perplexity of both models is measured.
+    If None, perplexity is not measured."""

@@ -1,4 +1,4 @@
-"""A config from a YAML file and overrides, and back."""
+"""Reading a config from a YAML file and overrides, and writing it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from rlhf_engine.config.run import RunConfig
 Kind = TypeVar("Kind", bound=RunConfig)
 
 _DEMO_SECTIONS = ("demo", "figure")
-"""Sections of `rlhf_engine.demo.config.DemoRunConfig` that no other command reads."""
+"""Sections of `rlhf_engine.demo.config.DemoRunConfig` that only `rlhf demo` and `rlhf figure` read."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `1e-5` is a number and not a string, and that a key stands there once."""
+    """PyYAML's reader of YAML 1.1, except that `1e-5` is a number instead of a string, and that a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; YAMLError for a key that it has twice, of which the first value would be lost."""
+        """Return the mapping; raise YAMLError for a duplicate key, because its first value would be lost."""
         seen = set()
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name is not None and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"got the key {name!r} twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} appears twice; remove one", key.start_mark
+                )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -50,8 +52,11 @@ def load_config(
 ) -> RunConfig:
     """Read a YAML file, or the defaults if `path` is None, and apply overrides such as `ppo.optim.lr=1e-5` in order.
 
-    `kind` is the class of the config: `RunConfig`, or one with more sections. Raises ValueError naming the file and key for
-    YAML that does not parse, an unknown key, a wrong type, a value out of range or an override without `=`.
+    `kind` is the class of the config: `RunConfig`, or a subclass with more sections.
+
+    Raises:
+        ValueError: the YAML does not parse, a key is unknown, a type is wrong, a value is out of range, or an override has no
+            `=`. The message names the file and the key.
     """
     given = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
@@ -65,10 +70,14 @@ def load_config(
 
 
 def load_saved_config(path: str | Path) -> RunConfig:
-    """Read the config of a checkpoint. Raises ValueError as `load_config` does."""
+    """Read the config of a checkpoint.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
     given = _read_yaml(Path(path))
     for name in _DEMO_SECTIONS:
-        # Versions in which RunConfig had these sections saved them in every checkpoint, which must still resume.
+        # Checkpoints of earlier versions, in which RunConfig had these sections, contain them and must resume.
         given.pop(name, None)
     try:
         return RunConfig.from_dict(given)
@@ -77,7 +86,7 @@ def load_saved_config(path: str | Path) -> RunConfig:
 
 
 def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting in nested dictionaries, without the keys and sections of `leave_out`."""
+    """Yield (dotted key, value) of every setting in nested dictionaries, except the keys and sections in `leave_out`."""
     for name, value in tree.items():
         key = prefix + name
         if key in leave_out:
@@ -89,13 +98,13 @@ def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix:
 
 
 def refuse_overrides(overrides: Sequence[str], decided: Collection[str], who: str) -> None:
-    """ValueError for an override of one of the keys that `who` decides."""
+    """Raise ValueError if an override sets a key in `decided`; `who` names in the message what sets those keys."""
     for override in overrides:
         tree: dict[str, Any] = {}
         _apply_override(tree, override)
         for key, _ in flat_settings(tree):
             if key in decided:
-                raise ValueError(f"override {override!r}: {who} decides {key}, expected no value for it")
+                raise ValueError(f"override {override!r}: {who} sets {key}; remove this override")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -104,7 +113,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 
 
 def _refuse_demo(given: dict[str, Any], kind: type[RunConfig]) -> None:
-    """Raise ValueError for a section of the demo in the config of another command."""
+    """Raise ValueError if `given` has a section that only the demo reads and that `kind` does not have."""
     known = {item.name for item in fields(kind)}
     for name in _DEMO_SECTIONS:
         if name in given and name not in known:
@@ -140,7 +149,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, name = key.split(".")
     node = tree
     for parent in parents:
-        # An unknown section becomes a key that RunConfig refuses by name.
+        # An unknown section becomes an unknown key, which RunConfig reports by name.
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ValueError(f"override {override!r}: {parent!r} is not a section")

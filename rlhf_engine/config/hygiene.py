@@ -12,42 +12,46 @@ _HONORIFICS = (
     "Señor Señora Señorita Sr. Sra Srta Doña Signor Signora Signorina Sig. Sig.ra Sig.na Dott Dott.ssa Prof.ssa Avv. Ing."
 )
 HONORIFICS = tuple(_HONORIFICS.split())
-"""English, German, French, Spanish and Italian."""
+"""Titles that precede names in English, German, French, Spanish and Italian."""
 
 
 @dataclass(frozen=True)
 class HygieneConfig(Section):
-    """What `rlhf data clean` does to prompts (InstructGPT, section 3.2); see rlhf_engine/data/hygiene.py."""
+    """Cleaning of prompts by `rlhf data clean` (InstructGPT, section 3.2); see rlhf_engine/data/hygiene.py."""
 
     prefix_chars: Count = 128
-    """Two prompts whose first characters, this many, are the same count as one; shorter ones must be the same."""
+    """Length of the prefix that identifies duplicates, in characters: of several prompts with the same prefix only the
+    first is kept. Shorter prompts are duplicates if they are equal."""
     user_limit: Count = 200
-    """Most prompts of one user."""
+    """Maximum number of prompts per user; the first ones are kept."""
     validation_share: Share = 0.1
-    """Share of the users whose prompts are for validation."""
+    """Fraction of the users whose prompts form the validation split."""
     test_share: Share = 0.1
-    """Share of the users whose prompts are for the test."""
+    """Fraction of the users whose prompts form the test split."""
     split_seed: Seed = 0
-    """Another seed gives another split."""
+    """Seed of the hash that assigns users to splits."""
     pii: Literal["drop", "redact", "keep"] = "drop"
-    """Training prompts with personal information are dropped, lose it to a mark such as [EMAIL], or stay."""
+    """Handling of personal information in training prompts: drop removes the prompt, redact replaces the information
+    with a mark such as [EMAIL], keep changes nothing."""
     phone_regions: tuple[str, ...] = ("US", "GB")
-    """Countries that a phone number without a country code may be of."""
+    """Two-letter codes of the countries whose numbering plans are tried for a phone number without a country code."""
     honorifics: tuple[str, ...] = HONORIFICS
-    """What a name follows, a period behind it or not; one that ends in a period has to have it. Without any, names stay."""
+    """Titles that mark the next words as a name, with or without a period after the title. A title that is listed with
+    a period matches only with it. If the list is empty, names are not detected."""
     bad_lines: Literal["refuse", "skip"] = "refuse"
-    """A line that holds no prompt with a user id stops the run, or is skipped and counted."""
+    """Handling of a line that is not a valid prompt with a user id: refuse stops with an error, skip leaves the line
+    out and counts it."""
 
     def check(self) -> None:
-        """Something is left to train on, and an honorific is a text."""
+        """Raise ValueError for a malformed honorific, or if the shares leave no users for training."""
         odd = [word for word in self.honorifics if word != word.strip() or not word.rstrip(".")[-1:].isalnum()]
         if odd:
             raise ValueError(
-                f"honorifics: got {odd[0]!r}, expected a text without blanks around it that ends in a letter, or in a letter "
-                "and a period"
+                f"honorifics: got {odd[0]!r}, expected a text without surrounding blanks that ends in a letter or "
+                "digit, optionally followed by a period"
             )
         if self.validation_share + self.test_share >= 1.0:
             raise ValueError(
-                f"test_share: got {self.test_share} beside validation_share {self.validation_share}, expected less than 1 "
-                "together"
+                f"test_share: got {self.test_share} with validation_share {self.validation_share}, expected a sum below 1, so "
+                "that users are left for training"
             )

@@ -13,17 +13,20 @@ class IterateConfig(Section):
     """Rounds of generate, rank, reward model, PPO (`rlhf iterate`)."""
 
     rounds: Count = 2
-    """How many rounds; a finished run goes on when this grows."""
+    """Number of rounds. A finished run continues when this is raised."""
     start: Literal["previous", "sft"] = "previous"
-    """Model that a round's PPO starts from, and that its KL is measured to: the policy of the round before, or model.path."""
+    """Model that PPO starts from in each round, and the reference of its KL: previous is the policy of the previous
+    round, sft is model.path."""
     judge: str | None = None
-    """Who ranks the new answers: a judge as in `eval.judge`, or `file` to wait for somebody's rankings."""
+    """Judge that ranks the new responses: as in `eval.judge`, or `file` to stop until a person has written the
+    rankings."""
     prompts: Count = 64
-    """Prompts of the training split that are answered and ranked in a round, other ones in each."""
+    """Prompts of the training split per round. The rounds use different prompts until all have been used, then start
+    again."""
     completions: Count = 4
-    """Answers to each of them; identical and empty ones are left out."""
+    """Responses sampled per prompt, at least 2; empty and duplicate responses are left out of the ranking."""
 
     def check(self) -> None:
-        """A ranking has at least two places."""
+        """Raise ValueError if there are too few completions for a ranking."""
         if self.completions < 2:
             raise ValueError(f"completions: got {self.completions}, expected at least 2 to compare")

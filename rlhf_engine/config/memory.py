@@ -1,4 +1,4 @@
-"""Settings of where the bytes of a run live, apart from the rest of `config.py`."""
+"""Settings of device memory and of where the optimizer state is stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def byte_count(text: str, key: str) -> int:
-    """Bytes of a size such as `24GiB`, `900 MB` or `1073741824`; `key` names it in the ValueError for anything else, or 0."""
+    """Return the bytes of a size such as `24GiB`, `900 MB` or `1073741824`.
+
+    Raises:
+        ValueError: the text is not a size, or the size is 0. The message begins with `key`.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"{key}: got {text!r}, expected a size such as 24GiB, 900MB or a number of bytes")
@@ -24,21 +28,22 @@ def byte_count(text: str, key: str) -> int:
 
 @dataclass(frozen=True)
 class MemoryConfig(Section):
-    """What a run may take of its device, and what it pays in time to take less."""
+    """Limit on device memory, and options that trade time for memory."""
 
     budget: Text | None = None
-    """Most bytes on the device, such as 24GiB; `rlhf ppo` alone reads it. As many sequences are decoded together as the plan
-    leaves room for, in slots at their longest, in pages as they begin, and a run whose plan does not fit is refused before it
-    starts; None gives every one of rollout.batch_size sequences room for its longest answer. On the CPU it is of what a run
-    takes above its imports, and freed blocks go back to the system at once, which costs time."""
+    """Limit on device memory, such as 24GiB or a number of bytes; only PPO and `rlhf plan` read it. It limits the
+    number of sequences that are decoded together: a slot holds a sequence of maximum length, pages are claimed as
+    sequences grow. A run whose planned peak exceeds the budget is an error before it starts. If None, the cache holds
+    rollout.batch_size sequences of maximum length. On a CPU the budget covers memory beyond that of the imported
+    modules, and freed blocks are returned to the system at once, which costs time."""
     optimizer_state: Literal["resident", "host", "8bit"] = "resident"
-    """Where the optimiser's moments, and the masters of bfloat16 weights, live: on the device in float32; in host memory, from
-    which they are copied while gradients are made (on a CPU that is the same memory, and saves nothing); or on the device in
-    8 bits, but for the masters (needs torchao)."""
+    """Storage of the optimizer's moments and of the float32 masters of bfloat16 weights. resident: on the device, in
+    float32. host: in host memory, copied to the device while gradients are computed; on a CPU this saves nothing. 8bit:
+    on the device with moments in 8 bits and masters in float32 (needs torchao)."""
     gradient_checkpointing: bool = False
-    """Keep the input of each layer alone and run the layer again in the backward pass."""
+    """Store only the input of each layer in the forward pass, and recompute the layer in the backward pass."""
 
     def check(self) -> None:
-        """A budget is a size."""
+        """Raise ValueError if the budget is not a size."""
         if self.budget is not None:
             byte_count(self.budget, "budget")

@@ -13,7 +13,8 @@ class ModelConfig(Section):
     """The causal language model that the policy starts from."""
 
     path: str | None = None
-    """Folder of a Hugging Face causal LM and its tokenizer; None where an earlier stage makes the model."""
+    """Folder of a Hugging Face causal LM and its tokenizer. None is valid only for commands that do not load a model
+    from here."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation that transformers is asked for; flash_attention_2 needs a GPU and the package flash-attn, and
-    scores, trains and reads prompts. Decoding has an attention of its own, but for eager."""
+    """Attention implementation of transformers for scoring, training and prefill; flash_attention_2 needs a GPU and the
+    package flash-attn. Decode steps use the attention of the engine, except with eager."""

@@ -1,8 +1,8 @@
-"""Settings of the optimiser and of reinforcement learning, apart from the rest of `config.py`.
+"""Settings of reinforcement learning.
 
-Each detail that "The N implementation details of RLHF with PPO" (Huang et al. 2024) counts is an option here, in
-`RolloutConfig` or in `DataConfig`, or fixed; README's "Implementation details" has them in a table, each with its default,
-why it is that, and OpenAI's value of 2019.
+Each detail in "The N implementation details of RLHF with PPO" (Huang et al. 2024) is fixed or an option here, in
+`RolloutConfig` or in `DataConfig`. docs/design/implementation_details.md lists them with the default, the reason for it and
+OpenAI's value of 2019.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from rlhf_engine.config.schema import (
 
 @dataclass(frozen=True)
 class TRPOConfig(Section):
-    """The constrained step of objective "trpo": eager attention, models of up to about 50 million parameters."""
+    """The constrained step of objective "trpo", for eager attention and models of up to about 50 million parameters."""
 
     max_kl: Positive = 0.01
-    """delta, the largest mean KL(old || new) of a step, in nats a token; the paper's value."""
+    """delta, the maximum mean KL(old || new) of a step, in nats per token. The default is the paper's value."""
     cg_iterations: Count = 10
-    """Iterations of conjugate gradient, one Fisher-vector product each; the paper's value."""
+    """Maximum iterations of conjugate gradient, one Fisher-vector product each. The default is the paper's value."""
     cg_tolerance: Share = 1e-5
-    """Residual, as a share of the gradient's norm, at which they stop."""
+    """Norm of the residual at which conjugate gradient stops, as a fraction of the norm of the gradient."""
     damping: NonNegative = 0.1
-    """Added to the diagonal of the Fisher matrix, which has fewer states than weights and is singular."""
+    """Added to the diagonal of the Fisher matrix, which is singular because a rollout has fewer states than the model
+    has weights."""
     backtracks: Count = 10
-    """Steps tried along the direction, each `shrink` times the one before."""
+    """Maximum number of step sizes that the line search tries; each is `shrink` times the previous one."""
     shrink: PositiveShare = 0.5
-    """Factor between them, below 1."""
+    """Factor between successive step sizes of the line search, below 1."""
 
     def check(self) -> None:
-        """Every step tried is a smaller one."""
+        """Raise ValueError if the line search would repeat the same step."""
         if self.shrink == 1.0:
-            raise ValueError("shrink: got 1.0, expected a number below 1: every try would be the same")
+            raise ValueError("shrink: got 1.0, expected a number below 1; with 1 the line search repeats the same step")
 
 
 _POLICY_GRADIENT = {
@@ -57,135 +58,157 @@ PRESETS: dict[str, dict[str, object]] = {
     "reinforce_baseline": _POLICY_GRADIENT | {"lam": 1.0, "cliprange_value": None},
     "actor_critic": _POLICY_GRADIENT | {"lam": 0.0, "cliprange_value": None},
 }
-"""Sutton & Barto 2018, chapter 13: what each algorithm fixes. Everything else stays a choice."""
+"""Options that each algorithm of Sutton & Barto 2018, chapter 13, sets. All other options can be chosen."""
 
 
 @dataclass(frozen=True)
 class PPOConfig(Section):
-    """PPO on a token-level environment with the score at the end (InstructGPT, section 3.5)."""
+    """PPO with one action per token and the score as the reward of the last token (InstructGPT, section 3.5)."""
 
     preset: Literal["reinforce", "reinforce_baseline", "actor_critic"] | None = None
-    """An older policy gradient in place of PPO: REINFORCE `gamma^t G grad log pi`, with baseline `G - v(s)`, or one-step
-    actor-critic `R + gamma v(s') - v(s)`. It sets the options that make it so (`PRESETS`) and refuses other values of them,
-    but for their defaults, as a file of all options has them;
-    every sample is the present policy's where `minibatch` is `rollout_batch`."""
+    """Policy-gradient method instead of PPO: reinforce is REINFORCE, `gamma^t G grad log pi`; reinforce_baseline
+    replaces `G` with `G - v(s)`; actor_critic is one-step actor-critic, `R + gamma v(s') - v(s)`. A preset sets
+    objective, ppo_epochs, whiten_advantages, discount_gradient, aggregation, lam and what it needs of baseline, vf_coef
+    and cliprange_value. A value in the file that is neither the preset's nor the default is an error. Sampling is
+    on-policy only if `minibatch` equals `rollout_batch`. If None, no option is changed."""
     updates: Count = 100
-    """Outer iterations: collect, score, advantages, update."""
+    """Number of updates, each of which collects a rollout, scores it, computes advantages and trains on it."""
     rollout_batch: Count = 512
-    """Sequences collected for one update."""
+    """Sequences sampled per update."""
     minibatch: Count = 64
-    """Sequences of one optimiser step."""
+    """Sequences per optimizer step; a divisor of `rollout_batch`."""
     microbatch: Count = 16
-    """Sequences of one forward and backward pass; changes memory and speed, not the gradient."""
+    """Sequences per forward and backward pass; changes memory and speed, not the gradient."""
     microbatch_tokens: Count | None = None
-    """Tokens of one forward and backward pass in place of `microbatch` sequences, so that short answers go together and a
-    pass costs the same whatever the lengths: packed without padding where torch has the attention for it (a GPU and half
-    precision), otherwise sequences of like length, their padding counted. A longer sequence has a pass of its own."""
+    """Maximum tokens per forward and backward pass, instead of `microbatch`, so that passes over short and long
+    responses cost about the same. Sequences are packed without padding if torch has attention for it (a GPU and half
+    precision); otherwise sequences of similar length are batched, and padding counts. A sequence with more tokens is
+    processed in a separate pass. If None, `microbatch` applies."""
     ppo_epochs: Count = 1
-    """Passes over the rollout batch."""
+    """Passes over the rollout per update."""
     kl_coef: NonNegative = 0.02
-    """beta, the weight of KL(policy || reference) in every token's reward; the first one where `kl_control` adapts it."""
+    """beta, the weight of KL(policy || reference) in the reward of every token; the initial value if `kl_control` is
+    adaptive."""
     kl_control: Literal["fixed", "adaptive"] = "fixed"
-    """Fixed beta (InstructGPT), or one that follows the measured KL towards `kl_target` (Ziegler et al. 2019)."""
+    """Control of beta: fixed (InstructGPT), or adaptive, which changes it so that the measured KL approaches
+    `kl_target` (Ziegler et al. 2019)."""
     kl_target: Positive | None = None
-    """KL that adaptive control aims at, in nats a `kl_unit`; OpenAI's runs took 6 a sequence."""
+    """Target KL of adaptive control, in nats per `kl_unit`; required for it. OpenAI used 6 per sequence."""
     kl_unit: Literal["sequence", "token"] = "sequence"
-    """Whether `kl_target` is of a whole response (OpenAI's) or of a token, which does not grow with the length."""
+    """Unit of `kl_target`: a whole response (as OpenAI's), or a token, whose KL does not grow with the length of the
+    response."""
     kl_horizon: Count = 10_000
-    """Sequences over which adaptive control corrects an error in full; OpenAI's value."""
+    """Number of sequences over which adaptive control corrects a relative error of the KL in full. The default is
+    OpenAI's value."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """Estimator of that KL."""
+    """Estimator of the KL in the reward."""
     gamma: Share = 1.0
-    """Discount of rewards."""
+    """Discount factor of rewards, per token."""
     lam: Share = 0.95
-    """lambda of generalised advantage estimation."""
+    """lambda of generalized advantage estimation."""
     discount_gradient: bool = False
-    """Weight token t's policy term by gamma^t, as the policy-gradient theorem does for the discounted return from the start,
-    and nearly no implementation."""
+    """Weight the policy term of token t by gamma^t, as in the policy-gradient theorem for the discounted return from
+    the start. Few implementations do this."""
     score_clip: Positive | None = None
-    """Scores are clipped to [-score_clip, score_clip]; None leaves them alone."""
+    """Scores are clipped to [-score_clip, score_clip]. If None, scores are not clipped."""
     score_scale: Literal["none", "batch", "first", "running"] = "none"
-    """Moments by which scores are moved to mean 0 and deviation 1 before they are clipped: none (InstructGPT centres the
-    reward model instead), this rollout's, the first rollout's (OpenAI 2019), or those of all rollouts so far. The log has
-    both: `score_mean` as the reward function gave it, `scaled_score_mean` as PPO learns from it."""
+    """Moments with which scores are normalized to mean 0 and standard deviation 1 before clipping: none does not
+    normalize (InstructGPT centers the reward model instead), batch uses the current rollout, first the first rollout
+    (OpenAI 2019), running all rollouts so far. The log has `score_mean`, as returned by the reward function, and
+    `scaled_score_mean`, as used by PPO."""
     missing_eos_penalty: NonNegative = 0.0
-    """Taken off the score of a response that ran out of budget before EOS."""
+    """Subtracted from the score of a response that reached rollout.max_response_tokens before it ended."""
     missing_eos_score: float | None = None
-    """Score of such a response in place of the reward function's, which then never sees it; OpenAI's is -1. None: it is
-    scored like any other."""
+    """Score of a response that reached rollout.max_response_tokens before it ended; the reward function is not called
+    for it. OpenAI's value is -1. If None, the reward function scores it."""
     nonfinite_scores: Literal["stop", "skip"] = "stop"
-    """Whether a score that is NaN or infinite ends the run, or its response is left out and counted in `scores_skipped`."""
+    """Handling of a score that is NaN or infinite: stop ends the run with an error, skip leaves the response out of the
+    rollout and counts it in `scores_skipped`."""
     whiten_rewards: bool = False
-    """Give the rewards of the batch variance 1 around the mean that they have."""
+    """Scale the rewards of the rollout to variance 1 and keep their mean."""
     whiten_advantages: bool = True
-    """Give the advantages mean 0 and variance 1."""
+    """Normalize the advantages to mean 0 and variance 1."""
     whiten_scope: Literal["batch", "minibatch"] = "batch"
-    """Whose mean and variance that takes: the rollout's, which gives a token the same advantage in every epoch, or its
-    minibatch's (OpenAI 2019)."""
+    """Scope of the mean and variance for `whiten_advantages`: the rollout (batch), so that a token has the same
+    advantage in every epoch, or the minibatch (OpenAI 2019)."""
     objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient", "trpo"] = "clip"
-    """Policy objective: clipped surrogate, KL-penalised, unclipped ratio, plain policy gradient, or TRPO, one constrained
-    step on the whole rollout after the optimiser's steps, which are the value function's alone."""
+    """Policy objective: clip is PPO's clipped surrogate, kl_penalty PPO's KL-penalized surrogate, ratio the surrogate
+    without a bound, policy_gradient the log-prob times the advantage. trpo makes one constrained step per rollout,
+    after optimizer steps that train only the value function."""
     trpo: TRPOConfig = field(default_factory=TRPOConfig)
-    """The step of objective "trpo"."""
+    """The constrained step of objective "trpo"."""
     cliprange: Positive = 0.2
-    """epsilon of the clipped surrogate."""
+    """epsilon of the clipped surrogate: the ratio is clipped to [1 - cliprange, 1 + cliprange_high]."""
     cliprange_high: Positive | None = None
-    """Upper epsilon where it differs from `cliprange`."""
+    """Upper epsilon of the clipped surrogate. If None, it equals `cliprange`."""
     dual_clip: Positive | None = None
-    """Bound c > 1 on the ratio's loss when the advantage is negative; None turns it off."""
+    """Constant c > 1 of dual clipping, which bounds the loss of a token with a negative advantage A by -c A. If None,
+    it is off."""
     log_ratio_clamp: Positive | None = None
-    """Log-ratios are clamped to [-log_ratio_clamp, log_ratio_clamp]; None leaves them alone."""
+    """Log-ratios are clamped to [-log_ratio_clamp, log_ratio_clamp]. If None, they are not clamped."""
     old_kl_coef: NonNegative = 0.0
-    """Weight of KL(old || new) in the objective `kl_penalty`; the first one where `old_kl_target` is set."""
+    """Weight of KL(old || new) in objective "kl_penalty"; the initial value if `old_kl_target` is set."""
     old_kl_target: Positive | None = None
-    """KL(old || new) a token at which an update aims; its weight doubles above 1.5 of it and halves below (PPO paper, eq. 8).
-    None keeps the weight: the adaptation costs one more forward pass an update."""
+    """Target of KL(old || new), in nats per token. After an update, its weight is doubled if the KL is above 1.5 times
+    the target, and halved if it is below the target divided by 1.5 (PPO paper, eq. 8). This costs one more forward pass
+    per update. If None, the weight is constant."""
     stop_kl: Positive | None = None
-    """No further epoch over the batch once KL(old || new) a token was above this in an epoch's last minibatch; None: never."""
+    """Limit on KL(old || new), in nats per token. If the last minibatch of an epoch exceeds it, the remaining epochs
+    over the rollout are skipped. If None, none is skipped."""
     ratio_level: Literal["token", "sequence"] = "token"
-    """Whether a ratio belongs to a token or (length-normalised) to its sequence."""
+    """Unit of the probability ratio: each token, or the whole sequence (the log-ratio is averaged over its tokens)."""
     cliprange_value: Positive | None = 0.2
-    """Clip of the new value around the old one; None turns it off."""
+    """Maximum change of a value from the old value before the value loss is clipped. If None, it is not clipped."""
     value_model: Literal["head", "backbone"] = "head"
-    """Where values come from: a head on the policy's hidden states, which costs nothing, or a trunk of its own (InstructGPT's),
-    which the policy's gradients leave alone."""
+    """Value function: head is a linear head on the hidden states of the policy, which needs almost no memory or time.
+    backbone is a separate model with a trunk and a head (as InstructGPT's), which gradients of the policy loss do not
+    change."""
     value_init: Literal["reward_model", "zero"] = "reward_model"
-    """Start of the value function: the reward model's weights (InstructGPT), or a head of zeros, on the policy's trunk where it
-    is a backbone."""
+    """Initial weights of the value function: those of the reward model (InstructGPT), or a head of zeros. With
+    `value_model` backbone, zero also copies the trunk of the policy."""
     value_warmup: WholeNumber = 0
-    """First updates, in which only the value function learns and the policy stays what it was."""
+    """Number of updates at the start that train only the value function and leave the policy unchanged."""
     baseline: Literal["value", "none"] = "value"
-    """What is taken off the returns: the values, or nothing (REINFORCE); without values there is nothing to train."""
+    """Baseline of the advantages: the values, or none (REINFORCE), in which case no value function is trained."""
     vf_coef: NonNegative = 0.1
     """Weight of the value loss."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
     ptx_coef: NonNegative = 0.0
-    """gamma of PPO-ptx, the weight of the mean log-prob of pretraining tokens in every optimiser step; 0 turns it off.
-    InstructGPT's is 27.8, on losses whose normalisation the paper does not give; here both are means over tokens."""
+    """gamma of PPO-ptx, the weight of the mean log-prob of pretraining tokens in every optimizer step; 0 turns it off.
+    InstructGPT used 27.8 with losses whose normalization the paper does not give; here both losses are means over
+    tokens."""
     ptx_ratio: Positive = 1.0
-    """Pretraining sequences of an optimiser step for each sequence of its minibatch; InstructGPT took 8."""
+    """Pretraining sequences per sequence of the minibatch in every optimizer step. InstructGPT used 8."""
     aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"] = "token_mean"
-    """How per-token losses of a minibatch become one number."""
+    """Reduction of the token losses of a minibatch: token_mean divides the sum by the number of tokens;
+    seq_mean_token_sum sums within each sequence and averages over sequences; seq_mean_token_mean averages within each
+    sequence, then over sequences; token_sum is the sum."""
     old_logprobs: Literal["sampled", "rescored"] = "sampled"
-    """Whose log-probs are the old policy's: those of sampling, or of one more forward pass of the learner."""
+    """Source of the old policy's log-probs: sampled stores them during sampling, rescored computes them (and the old
+    values) with one more forward pass before training."""
     importance_cap: Positive | None = None
-    """Cap of the weight pi / pi_sampling of a token when top_k, top_p, min_p or repetition_penalty is set; None gives every
-    token 1."""
+    """Cap of the importance weight of a token, pi / pi_sampling, which differs from 1 if rollout.top_k, top_p, min_p or
+    repetition_penalty is set, or if old_logprobs is rescored. If None, every token has weight 1."""
     ema_decay: Share | None = None
-    """Decay of a moving average of the weights, one step of it an optimiser step; InstructGPT's is 0.992. It is saved as a
-    model of its own in the folder `ema` of the checkpoint. None: no average, which saves a copy of the weights."""
+    """Decay of an exponential moving average of the weights, updated after every optimizer step. InstructGPT's value is
+    0.992. The average is saved as a separate model in the folder `ema` of the checkpoint. If None, no average is kept,
+    which saves the memory of a copy of the weights."""
     checkpoint_every: WholeNumber | None = None
-    """Updates between checkpoints; 0 writes one only at the end and where the run ends early. None writes one whenever ten
-    minutes have passed since the last, or twenty times as long as that one took: the most that `kill -9` can cost."""
+    """Updates between checkpoints; 0 writes one only when the run ends, also if it ends early. If None, the interval is
+    ten minutes, or twenty times the duration of the last checkpoint if that is longer. A killed run (`kill -9`) loses
+    at most one interval."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
-    """Optimiser of this stage."""
+    """Optimizer of the policy and the value function."""
 
     @classmethod
     def from_dict(cls, given: dict[str, Any], key: str = "") -> Self:
-        """As any section; a preset's options need not be given, and give way to it where they have their default.
+        """Build the section; a preset sets its options if they are absent or have their default value.
 
-        So a preset goes over a file that `rlhf config show` wrote, which says nothing about what was chosen.
+        A preset can thus be set over a file from `rlhf config show`, which contains every option at its default.
+
+        Raises:
+            ValueError: as `Section.from_dict`.
         """
         name = given.get("preset") if isinstance(given, dict) else None
         if not isinstance(name, str) or name not in PRESETS:
@@ -200,9 +223,10 @@ class PPOConfig(Section):
         return super().from_dict(PRESETS[name] | chosen, key)
 
     def check(self) -> None:
-        """Batches divide each other, so that every optimiser step sees the same number of sequences.
+        """Raise ValueError for options that contradict each other or that nothing reads.
 
-        Where `nonfinite_scores` is "skip" and leaves some out, the last step of an epoch sees fewer.
+        `minibatch` must divide `rollout_batch`, so that every optimizer step has the same number of sequences. If
+        `nonfinite_scores` "skip" removes some, the last step of an epoch has fewer.
         """
         if self.rollout_batch % self.minibatch:
             raise ValueError(
@@ -215,7 +239,7 @@ class PPOConfig(Section):
         for name, value in PRESETS.get(self.preset or "", {}).items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {value!r} with preset {self.preset!r}")
-        # An option that nothing would read is a mistake, not a detail.
+        # A value that no code would read is reported instead of ignored.
         for name, unused, reader, read in self._readers():
             value = getattr(self, name)
             if value != unused and not read:
@@ -223,7 +247,7 @@ class PPOConfig(Section):
         self._check_control()
 
     def _readers(self) -> tuple[tuple[str, object, str, bool], ...]:
-        """(option, value of an option that is not used, what reads it, whether that is on)."""
+        """Return tuples of an option, its value when unused, the setting that reads it, and whether that setting is active."""
         clip, penalty = self.objective == "clip", self.objective == "kl_penalty"
         adaptive = self.kl_control == "adaptive"
         return (
@@ -262,18 +286,20 @@ class PPOConfig(Section):
         if self.value_warmup >= self.updates:
             raise ValueError(f"value_warmup: got {self.value_warmup}, expected fewer than updates {self.updates}")
         if self.ema_decay == 1.0:
-            raise ValueError("ema_decay: got 1.0, expected a number below 1: the average would never move")
+            raise ValueError("ema_decay: got 1.0, expected a number below 1; with 1 the average never changes")
         if self.objective == "trpo" and self.baseline == "none":
             raise ValueError(
-                "baseline: got 'none', expected 'value' with objective 'trpo', whose optimiser trains nothing but values"
+                "baseline: got 'none', expected 'value' with objective 'trpo', whose optimizer trains only the value function"
             )
         if self.missing_eos_score is not None and not abs(self.missing_eos_score) < float("inf"):
             raise ValueError(f"missing_eos_score: got {self.missing_eos_score}, expected a finite number")
         if round(self.ptx_ratio * self.minibatch) < 1:
-            raise ValueError(f"ptx_ratio: got {self.ptx_ratio}, expected at least one sequence to a minibatch")
+            raise ValueError(
+                f"ptx_ratio: got {self.ptx_ratio}, expected at least one pretraining sequence per minibatch"
+            )
         if self.kl_control == "adaptive":
             if self.kl_target is None:
-                raise ValueError("kl_target: got None, expected a number for kl_control 'adaptive' to aim at")
+                raise ValueError("kl_target is not set; kl_control 'adaptive' needs a number")
             if self.kl_coef == 0.0:
                 raise ValueError("kl_coef: got 0.0, expected a number above 0, which kl_control 'adaptive' multiplies")
             if 0.2 * self.rollout_batch >= self.kl_horizon:
@@ -285,5 +311,5 @@ class PPOConfig(Section):
             multiplied = "" if self.old_kl_target is None else ", which old_kl_target doubles and halves"
             raise ValueError(
                 f"old_kl_coef: got 0.0, expected a number above 0 for objective 'kl_penalty'{multiplied}; without a "
-                "penalty that is objective 'ratio'"
+                "penalty, use objective 'ratio'"
             )

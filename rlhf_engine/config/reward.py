@@ -1,4 +1,4 @@
-"""Settings of the reward model."""
+"""Settings of the reward."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from rlhf_engine.config.schema import Count, Section, WholeNumber
 
 @dataclass(frozen=True)
 class RewardConfig(Section):
-    """Training of the reward model on rankings."""
+    """The reward of PPO, and the training of a reward model on rankings."""
 
     path: str | None = None
-    """Folder of a trained reward model, which PPO scores with; it may be smaller than the policy."""
+    """Folder of the trained reward model that scores the responses in PPO; it may be smaller than the policy."""
     function: str | None = None
-    """Python function in its place, as module:function or file.py:function. It takes a list of prompts and a list of
-    answers and gives a list of floats. Answers are texts, and so are prompts, except that a conversation comes as its list of
-    messages, each an object with role and content."""
+    """Python function that scores the responses instead of a reward model, as module:function or file.py:function. It
+    receives a list of prompts and a list of responses, and returns a list of floats. Responses and prompts are strings,
+    but a conversation is a list of messages, each a dictionary with role and content."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8
-    """Prompts of one optimiser step, each with all its completions and pairs."""
+    """Prompts per optimizer step, each with all its completions and pairs."""
     microbatch: WholeNumber = 0
-    """Prompts of one forward and backward pass; 0 takes the whole batch at once."""
+    """Prompts per forward and backward pass; 0 processes the whole batch in one pass."""
     evaluate_every: WholeNumber = 0
-    """Optimiser steps between validations; 0 validates at the end only."""
+    """Optimizer steps between validations; 0 validates only at the end."""
     checkpoint_every: WholeNumber | None = None
-    """Optimiser steps between checkpoints in OUTPUT_DIR/rm.checkpoint; 0 writes one only where the run ends early. None writes
-    one whenever ten minutes have passed since the last, or twenty times as long as that one took."""
+    """Optimizer steps between checkpoints in OUTPUT_DIR/rm.checkpoint; 0 writes one only if the run ends early. If
+    None, the interval is ten minutes, or twenty times the duration of the last checkpoint if that is longer."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser of this stage."""
+    """Optimizer of the reward model."""
 
     def check(self) -> None:
-        """One reward, not two."""
+        """Raise ValueError if both a model and a function are set."""
         if self.path is not None and self.function is not None:
-            raise ValueError(f"function: got {self.function!r} beside path {self.path!r}, expected one of the two")
+            raise ValueError(f"function is {self.function!r} and path is {self.path!r}; set only one of the two")

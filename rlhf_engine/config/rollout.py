@@ -10,46 +10,50 @@ from rlhf_engine.config.schema import Count, Positive, PositiveShare, Section, S
 
 @dataclass(frozen=True)
 class RolloutConfig(Section):
-    """How responses are sampled."""
+    """Sampling of responses."""
 
     max_prompt_tokens: Count = 512
-    """Longest prompt, its frame included; data.long_prompts says what happens to a longer one."""
+    """Maximum length of a prompt in tokens, with the template; data.long_prompts sets the handling of a longer one."""
     max_response_tokens: Count = 256
-    """Token budget of a response, EOS included."""
+    """Maximum length of a response in tokens, with EOS."""
     temperature: Positive = 1.0
-    """Divides the logits, in sampling and in the loss alike."""
+    """Divisor of the logits, both in sampling and in the loss."""
     top_k: Count | None = None
-    """Sample among the k likeliest tokens; None keeps all."""
+    """Sample among the k most likely tokens. If None, among all."""
     top_p: PositiveShare | None = None
-    """Sample among the likeliest tokens that hold this probability mass; None keeps all."""
+    """Sample among the most likely tokens that together have this probability. If None, among all."""
     min_p: Share | None = None
-    """Sample among tokens at least this share as likely as the likeliest; None keeps all."""
+    """Sample among the tokens whose probability is at least this fraction of the highest one. If None, among all."""
     stop_token: str | None = None
-    """Text of a token that ends an answer as EOS does; OpenAI's of 2019 is a period. None: EOS alone, which SFT teaches."""
+    """Text of a token that ends a response as EOS does; a period in OpenAI's code of 2019. If None, only EOS, which SFT
+    trains."""
     stop_after: WholeNumber = 0
-    """First tokens of an answer, this many, in which `stop_token` ends nothing yet; OpenAI's is 16."""
+    """Number of tokens at the start of a response in which `stop_token` does not end it. OpenAI's value is 16."""
     repetition_penalty: Positive = 1.0
-    """Divides the positive logits of tokens that the prompt or the response has already, and multiplies the others (CTRL);
-    1 changes nothing. Like the three before it, it says what is sampled from, not whose log-probs PPO learns from."""
+    """Penalty on tokens that the prompt or the response already contains (CTRL): their positive logits are divided by
+    it, their negative logits multiplied. 1 turns it off. Like top_k, top_p and min_p, it changes the sampling
+    distribution only; PPO uses the log-probs of the unmodified policy."""
     stop: tuple[str, ...] = ()
-    """A response that contains one of these texts ends there; they are left out of its text."""
+    """Texts that end a response; the text of the response is cut before them."""
     batch_size: Count = 64
-    """Most sequences that are decoded together."""
+    """Maximum number of sequences that are decoded together."""
     cache: Literal["auto", "slots", "paged"] = "auto"
-    """Where keys and values lie while sampling: in a slot for the longest sequence each, or in pages that a sequence claims as
-    it grows and that samples of one prompt share; auto: slots on the CPU, pages on a GPU."""
+    """Layout of the key-value cache: slots reserves space for a sequence of maximum length; paged allocates pages as a
+    sequence grows, and samples of one prompt share its pages. auto is slots on a CPU and paged on a GPU."""
     compile: bool | None = None
-    """Whether torch compiles the layers for decode steps, in seconds for each power of two of sequences; None: on a GPU, where
-    a step has a third of the kernels then, unless products round weights on the way (compute_dtype) or transformers does not
-    mark the model's layers. On a CPU it was slower, and made a row's bits depend on its batch."""
+    """Compile the layers with torch for decode steps, which takes seconds for each batch size (powers of two) and
+    reduces the kernels of a step to a third. It needs a GPU and the paged cache, and excludes compute_dtype bfloat16.
+    If None, layers are compiled where that is possible and transformers marks the layers of the model. On a CPU,
+    compiled layers were slower, and a row's bits depended on its batch."""
     prefill_tokens: Count = 4096
-    """Most prompt tokens that one forward pass reads, padding included; a longer prompt goes alone."""
+    """Maximum prompt tokens per forward pass, padding included; a longer prompt is processed in a separate pass."""
     check_sequences: WholeNumber = 4
-    """Sequences of each PPO rollout whose log-probs are compared with a fresh forward pass (`logprob_deviation`); 0: none.
-    With ppo.old_logprobs "rescored" all of them are, at no cost."""
+    """Sequences per PPO rollout whose sampled log-probs are compared with those of a forward pass (metric
+    `logprob_deviation`); 0 turns the check off. With ppo.old_logprobs rescored, all sequences are compared at no extra
+    cost."""
 
     def check(self) -> None:
-        """An option that nothing would read is refused."""
+        """Raise ValueError if `stop_after` is set without `stop_token` or covers the whole response."""
         if self.stop_after and self.stop_token is None:
             raise ValueError(f"stop_after: got {self.stop_after}, expected 0; only stop_token reads it")
         if self.stop_after >= self.max_response_tokens:

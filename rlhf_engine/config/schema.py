@@ -1,8 +1,8 @@
-"""Checked dataclass sections: the types, ranges and spelling of a config, apart from what the config is about.
+"""Base of config sections: checks of types, ranges and key names that do not depend on the options.
 
-A section is a frozen dataclass whose annotations say what a value may be (`Annotated[float, Range(...)]`, `Literal`,
-`T | None`, `tuple[...]`, another section). It is checked where it is made, so that a config written in Python, in a
-YAML file or on the command line is refused with the same words.
+A section is a frozen dataclass whose annotations give the allowed values of each field (`Annotated[float, Range(...)]`,
+`Literal`, `T | None`, `tuple[...]`, a nested section). It is checked on construction, so that a mistake gives the same message
+in Python, in a YAML file and on the command line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a finite number; a bound that is None does not hold."""
+    """Bounds of a finite number; a bound that is None does not apply."""
 
     at_least: float | None = None
     above: float | None = None
@@ -24,7 +24,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            abs(value) < math.inf  # false for nan; isfinite would not take a huge int
+            abs(value) < math.inf  # False for NaN; isfinite raises for an int that no float holds
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -37,7 +37,7 @@ class Range:
 
 @dataclass(frozen=True)
 class OfDigits:
-    """A text that may be digits alone, which YAML reads as a number: `900000000`."""
+    """Marks a text that may consist of digits only, such as `900000000`, which YAML parses as a number."""
 
     def __str__(self) -> str:
         return "or a whole number"
@@ -55,7 +55,7 @@ PositiveShare = Annotated[float, Range(above=0.0, at_most=1.0)]
 
 
 class Section:
-    """Base of every config section: checks and normalises its fields on construction."""
+    """Base of every config section; checks and converts the fields on construction."""
 
     if TYPE_CHECKING:  # every section is a dataclass
         __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -68,14 +68,17 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Rules that join several fields of the section; raises ValueError."""
+        """Raise ValueError if a rule that involves several fields is violated; overridden by sections that have one."""
 
     @classmethod
     def from_dict(cls, given: dict[str, Any], key: str = "") -> Self:
-        """Make the section from nested dictionaries; `key` is the dotted path used in messages.
+        """Build the section from nested dictionaries; `key` is its dotted path in messages.
 
-        What a section inside leaves out is as it is where the whole of it is left out. Raises ValueError for an unknown key
-        (naming the nearest known one), a wrong type or a value out of range.
+        A key that is absent from a nested section has the default of that section in this class, as if the nested section were
+        absent.
+
+        Raises:
+            ValueError: an unknown key (the message names the nearest known one), a wrong type or a value out of range.
         """
         if not isinstance(given, dict):
             raise ValueError(f"{key or 'config'}: got {_describe(given)}, expected a mapping of keys to values")
@@ -95,12 +98,12 @@ class Section:
             raise ValueError(f"{key}: {error}" if key else str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain dictionaries and lists, ready for YAML or JSON."""
+        """Return nested dictionaries and lists of plain values, ready for YAML or JSON."""
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
 
 def _own_defaults(section: type[Section], name: str, inner: type[Section]) -> dict[str, Any]:
-    """What the field `name` of `section` has otherwise than its class `inner`: PPO's optimiser is not the others'."""
+    """Return the defaults of field `name` of `section` that differ from those of its class `inner`, as PPO's optimizer has."""
     factory: Any = next(item.default_factory for item in fields(section) if item.name == name)
     here, usual = factory(), inner()
     pairs = ((item.name, getattr(here, item.name), getattr(usual, item.name)) for item in fields(inner))
@@ -108,14 +111,18 @@ def _own_defaults(section: type[Section], name: str, inner: type[Section]) -> di
 
 
 def unknown_key_message(path: str, name: str, known: list[str]) -> str:
-    """What to say about key `name` at dotted `path` that is none of `known`."""
+    """Return the message for the unknown key `name` at the dotted `path`, with the nearest of `known`."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown key {path!r}{hint}"
 
 
 def convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotation `hint` wants it (int to float, list to tuple, dict to section), or ValueError."""
+    """Convert `value` to the annotation `hint` (int to float, list to tuple, dict to section).
+
+    Raises:
+        ValueError: `value` does not fit the annotation.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated and isinstance(arguments[1], OfDigits):
         if type(value) not in (int, str):

@@ -13,26 +13,29 @@ class SFTConfig(Section):
     """Supervised fine-tuning on demonstrations."""
 
     epochs: Count = 16
-    """Most passes over the demonstrations; the run stops at the validation minimum before that."""
+    """Maximum passes over the demonstrations; `patience` stops the run earlier, after the minimum of the validation
+    loss."""
     batch_size: Count = 32
-    """Demonstrations of one optimiser step."""
+    """Demonstrations per optimizer step."""
     microbatch: WholeNumber = 0
-    """Demonstrations of one forward and backward pass; 0 takes the whole batch at once."""
+    """Demonstrations per forward and backward pass; 0 processes the whole batch in one pass."""
     microbatch_tokens: Count | None = None
-    """Tokens of one pass, padding counted, in place of `microbatch` demonstrations; a longer one has a pass of its own."""
+    """Maximum tokens per forward and backward pass, padding included, instead of `microbatch`. A demonstration with
+    more tokens is processed in a separate pass. If None, `microbatch` applies."""
     evaluate_every: WholeNumber = 0
-    """Optimiser steps between validations; 0 validates after each epoch."""
+    """Optimizer steps between validations; 0 validates after each epoch."""
     patience: Count = 2
-    """Validations without a new minimum after which the run stops; the weights of the minimum are kept."""
+    """Number of consecutive validations without a new minimum of the loss after which the run stops. The weights of the
+    minimum are kept."""
     checkpoint_every: WholeNumber | None = None
-    """Optimiser steps between checkpoints in OUTPUT_DIR/sft.checkpoint; 0 writes one only where the run ends early. None writes
-    one whenever ten minutes have passed since the last, or twenty times as long as that one took."""
+    """Optimizer steps between checkpoints in OUTPUT_DIR/sft.checkpoint; 0 writes one only if the run ends early. If
+    None, the interval is ten minutes, or twenty times the duration of the last checkpoint if that is longer."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser of this stage."""
+    """Optimizer of supervised fine-tuning."""
 
     def check(self) -> None:
-        """One size of a pass, not two."""
+        """Raise ValueError if both limits on a pass are set."""
         if self.microbatch and self.microbatch_tokens is not None:
             raise ValueError(
-                f"microbatch: got {self.microbatch} beside microbatch_tokens {self.microbatch_tokens}, expected one of the two"
+                f"microbatch is {self.microbatch} and microbatch_tokens is {self.microbatch_tokens}; set only one of the two"
             )

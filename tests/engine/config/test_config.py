@@ -1,4 +1,4 @@
-"""Config: what is accepted, what is refused and in which words."""
+"""Config: accepted files and overrides, and the messages of errors."""
 
 import ast
 import importlib
@@ -39,8 +39,8 @@ def test_exponent_without_a_dot_is_a_number(tmp_path):
     assert load_config(None, ["ppo.optim.lr=3e-6"]).ppo.optim.lr == 3e-6
 
 
-def test_one_key_of_a_section_leaves_the_others_as_they_are_without_it():
-    """PPO's optimiser has a learning rate and an epsilon of its own."""
+def test_setting_one_key_keeps_the_defaults_of_the_others():
+    """PPO's optimizer has a different default learning rate and epsilon than the other stages."""
     usual, found = RunConfig().ppo.optim, load_config(None, ["ppo.optim.warmup_steps=3"]).ppo.optim
     assert found == replace(usual, warmup_steps=3) and (found.lr, found.eps) == (9e-6, 1e-5)
     assert load_config(None, ["ppo.optim.eps=1e-8"]).ppo.optim == replace(usual, eps=1e-8)
@@ -68,7 +68,7 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {score_clip: .inf}", ["ppo.score_clip", "inf", "finite"]),
         ("seed: 99999999999999999999", ["seed", "99999999999999999999", "at most"]),
         (f"ppo: {{kl_coef: 1{'0' * 400}}}", ["ppo.kl_coef", "bits", "float"]),
-        ("dtype: float16", ["dtype: got 'float16'", "'bfloat16'", "scaling of the loss"]),
+        ("dtype: float16", ["dtype: got 'float16'", "'bfloat16'", "loss scaling"]),
         ("dtype: bfloat16\nppo: {objective: trpo}", ["dtype: got 'bfloat16'", "'float32'", "masters"]),
         ("backend: metal", ["backend", "'metal'", "'triton'"]),
         ("backend: gpu", ["backend", "'gpu'", "'cuda'"]),
@@ -79,12 +79,12 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
             ["baseline: got 'none', expected 'value' with objective 'trpo'"],
         ),
         ("data: {prompt_template: 'User: '}", ["data: prompt_template: got 'User: '", "{prompt}"]),
-        ("output_dir: ''", ["output_dir: got '', expected a folder"]),
+        ("output_dir: ''", ["output_dir: got '', expected the path of a folder"]),
         ("ppo: {old_kl_coef: 0.1}", ["old_kl_coef: got 0.1", "only objective 'kl_penalty'"]),
         ("ppo: {objective: ratio, dual_clip: 3}", ["dual_clip: got 3.0", "only objective 'clip'"]),
         ("ppo: {objective: kl_penalty, cliprange_high: 0.3}", ["cliprange_high: got 0.3", "only objective 'clip'"]),
         ("ppo: {kl_target: 6}", ["kl_target: got 6.0", "only kl_control 'adaptive'"]),
-        ("ppo: {kl_control: adaptive}", ["kl_target: got None", "a number"]),
+        ("ppo: {kl_control: adaptive}", ["kl_target is not set", "a number"]),
         ("ppo: {kl_control: adaptive, kl_target: 6, kl_coef: 0}", ["kl_coef: got 0.0", "above 0"]),
         ("ppo: {kl_control: adaptive, kl_target: 6, kl_horizon: 100}", ["kl_horizon: got 100", "102.4"]),
         ("ppo: {objective: kl_penalty, old_kl_target: 0.01}", ["old_kl_coef: got 0.0", "old_kl_target"]),
@@ -92,7 +92,7 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {objective: trpo, entropy_coef: 0.1}", ["entropy_coef: got 0.1", "other than 'trpo'"]),
         ("ppo: {objective: trpo, ptx_coef: 1}", ["ptx_coef: got 1.0", "other than 'trpo'"]),
         ("ppo: {ptx_ratio: 2}", ["ptx_ratio: got 2.0", "only ptx_coef above 0"]),
-        ("ppo: {ptx_coef: 1, ptx_ratio: 0.001}", ["ptx_ratio: got 0.001", "one sequence"]),
+        ("ppo: {ptx_coef: 1, ptx_ratio: 0.001}", ["ptx_ratio: got 0.001", "one pretraining sequence"]),
         ("ppo: {baseline: none}", ["vf_coef: got 0.1", "only baseline 'value'"]),
         ("ppo: {value_warmup: 100}", ["value_warmup: got 100", "fewer than updates 100"]),
         (
@@ -120,11 +120,14 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {rollout_batch: 100}", ["ppo", "minibatch", "64", "100"]),
         ("- 1", ["run.yaml", "list", "mapping"]),
         ("a: [1", ["run.yaml", "not valid YAML"]),
-        ("sft: {epochs: 1}\nppo: {updates: 1}\nsft: {batch_size: 1}", ["run.yaml", "the key 'sft' twice", "line 3"]),
-        ("ppo: {updates: 1, updates: 2}", ["run.yaml", "the key 'updates' twice"]),
+        (
+            "sft: {epochs: 1}\nppo: {updates: 1}\nsft: {batch_size: 1}",
+            ["run.yaml", "the key 'sft' appears twice", "line 3"],
+        ),
+        ("ppo: {updates: 1, updates: 2}", ["run.yaml", "the key 'updates' appears twice"]),
     ],
 )
-def test_a_bad_file_is_refused_by_name(tmp_path, text, words):
+def test_an_error_names_the_file_and_the_key(tmp_path, text, words):
     with pytest.raises(ValueError) as caught:
         load_config(write(tmp_path, text))
     for word in words:
@@ -139,12 +142,12 @@ def test_a_bad_override_is_refused(tmp_path, override, word):
         load_config(write(tmp_path, "seed: 1"), [override])
 
 
-def test_options_go_with_the_objective_that_reads_them():
+def test_an_objective_accepts_its_options():
     assert PPOConfig(cliprange_high=0.3, dual_clip=3.0).objective == "clip"
     assert PPOConfig(objective="kl_penalty", old_kl_coef=0.1).old_kl_coef == 0.1
 
 
-def test_an_option_at_its_default_is_no_mistake_where_nothing_reads_it():
+def test_an_unused_option_may_have_its_default():
     assert PPOConfig(objective="ratio", cliprange=0.2).cliprange == 0.2
     assert PPOConfig(baseline="none", vf_coef=0.0, cliprange_value=None).cliprange_value is None
     filters = ["top_k=5", "top_p=0.9", "min_p=0.1", "repetition_penalty=1.1"]
@@ -152,17 +155,17 @@ def test_an_option_at_its_default_is_no_mistake_where_nothing_reads_it():
         assert load_config(None, ["ppo.importance_cap=2", *more]).ppo.importance_cap == 2.0
 
 
-def test_every_backend_of_the_kernels_can_be_chosen():
+def test_every_backend_of_the_kernels_is_accepted():
     for backend in ("auto", *BACKENDS):
         assert load_config(None, [f"backend={backend}"]).backend == backend
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_the_error_for_a_missing_file_names_it(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such config file"):
         load_config(tmp_path / "nowhere.yaml")
 
 
-def test_sections_made_in_python_are_checked_too():
+def test_sections_constructed_in_python_are_checked():
     with pytest.raises(ValueError, match=r"kl_coef: got -1\.0"):
         PPOConfig(kl_coef=-1)
 

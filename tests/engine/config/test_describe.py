@@ -1,4 +1,4 @@
-"""`rlhf config show`: every field with its words, and text that reads back."""
+"""`rlhf config show`: every field with its description, as YAML that reads back."""
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ def show(capsys, *arguments):
 
 
 def sections(kind=RunConfig):
-    """Every section of the config, the nested ones too."""
+    """Yield every section of the config, nested sections included."""
     yield kind
     for item in fields(kind):
         hint = get_type_hints(kind)[item.name]
@@ -37,7 +37,7 @@ def test_every_field_of_every_section_has_a_docstring():
         assert set(field_docs(section)) == {item.name for item in fields(section)}, section.__name__
 
 
-def test_what_is_shown_reads_back_to_the_defaults(capsys, tmp_path):
+def test_the_output_reads_back_to_the_defaults(capsys, tmp_path):
     code, shown, _ = show(capsys)
     (tmp_path / "all.yaml").write_text(shown)
     assert code == 0 and load_config(tmp_path / "all.yaml") == RunConfig()
@@ -49,13 +49,13 @@ def test_what_is_shown_reads_back_to_the_defaults(capsys, tmp_path):
 def test_a_field_is_shown_with_docstring_type_and_default(capsys):
     _, shown, _ = show(capsys, "ppo.optim", "--set", "ppo.optim.lr=0.5")
     lines = shown.splitlines()
-    assert lines[0].startswith("# Peak learning rate; AdamW moves a weight by about this much a step.")
-    # The default of the optimiser of this stage, not of any optimiser.
+    assert lines[0].startswith("# Peak learning rate; AdamW changes a weight by about this much per step.")
+    # The default of PPO's optimizer, which is not that of OptimConfig.
     assert "(float above 0 and at most 1; default 9.0e-06)" in " ".join(lines[:3]).replace(" # ", " ")
     assert yaml.safe_load(shown)["lr"] == 0.5
 
 
-def test_null_is_said_in_yamls_words(capsys):
+def test_none_is_shown_as_null(capsys):
     _, shown, _ = show(capsys)
     assert "None" not in shown
 

@@ -115,7 +115,7 @@ def test_s19_users_keep_their_split_from_release_to_release():
 def test_s19_no_share_means_no_prompt_in_that_split():
     settings = HygieneConfig(validation_share=0.0, test_share=0.0)
     assert {split_of(f"user{number}", settings) for number in range(200)} == {"train"}
-    with pytest.raises(ValueError, match=r"test_share: got 0.5 beside validation_share 0.5"):
+    with pytest.raises(ValueError, match=r"test_share: got 0.5 with validation_share 0.5"):
         HygieneConfig(validation_share=0.5, test_share=0.5)
 
 
@@ -160,7 +160,7 @@ def test_s19_honorifics_reach_the_filter(tmp_path):
     assert len(clean(tmp_path, rows, honorifics=("Pan",))[1]) == 0
     for word in ("Mr ", "", "Mr!", "."):
         with pytest.raises(
-            ValueError, match=rf"honorifics: got {re.escape(repr(word))}, expected a text without blanks"
+            ValueError, match=rf"honorifics: got {re.escape(repr(word))}, expected a text without surrounding blanks"
         ):
             HygieneConfig(honorifics=("Mr", word))
 

@@ -151,7 +151,7 @@ def test_demonstrations_are_cut_by_tokens_as_well():
     lengths = [2, 3, 5, 5, 8, 10]
     config = SFTConfig(batch_size=6, microbatch_tokens=14)
     assert _parts([0, 1, 2, 3, 4, 5], lengths, config) == [[5], [4, 3], [2, 1, 0]]
-    with pytest.raises(ValueError, match="microbatch: got 2 beside microbatch_tokens 14, expected one of the two"):
+    with pytest.raises(ValueError, match="microbatch is 2 and microbatch_tokens is 14; set only one of the two"):
         SFTConfig(microbatch=2, microbatch_tokens=14)
 
 

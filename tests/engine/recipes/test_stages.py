@@ -178,7 +178,7 @@ def test_s6_a_python_function_is_the_reward(run, capsys):
         (["reward.function=rewards"], "reward.function: got 'rewards', expected module:function or file.py:function"),
         (["reward.function=no_such_module:f"], "reward.function: No module named 'no_such_module'"),
         (["reward.function=nowhere.py:f"], "reward.function: nowhere.py: no such file"),
-        (["reward.function=a:b", "reward.path=c"], "function: got 'a:b' beside path 'c', expected one of the two"),
+        (["reward.function=a:b", "reward.path=c"], "function is 'a:b' and path is 'c'; set only one of the two"),
     ],
 )
 def test_s6_a_function_that_is_not_there_is_named(run, capsys, overrides, message):
