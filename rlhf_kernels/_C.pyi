@@ -1,6 +1,6 @@
-"""What csrc/bindings.cpp and csrc/cuda/bindings.cpp define, for type checkers; a test compares the names.
+"""Types of the extension (csrc/bindings.cpp and csrc/cuda/bindings.cpp) for type checkers; a test compares the names.
 
-An `int` named like a tensor is its address, 0 for None; `dtype` and choices are their numbers.
+An `int` with the name of a tensor is its address, 0 for None. `dtype` and the choices are integer codes.
 """
 
 class PpoScalars:
@@ -151,7 +151,7 @@ def masked_mean(x: int, mask: int, n: int, out: int, /) -> None: ...
 def masked_whiten(x: int, mask: int, n: int, shift_mean: bool, unbiased: bool, out: int, /) -> None: ...
 def group_advantages(scores: int, groups: int, n: int, kind: int, out: int, /) -> None: ...
 
-# Only in a build with nvcc.
+# Defined only in a build with nvcc.
 
 CUDA_ROW_SHARED: int
 

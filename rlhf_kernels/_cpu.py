@@ -17,7 +17,7 @@ def token_logprobs_backward(
 ) -> None:
     contiguous = out.is_contiguous()
     assert contiguous or out.data_ptr() == x.logits.data_ptr(), (
-        "a gradient with strides is written over the logits only"
+        "a gradient with strides must share the memory of the logits"
     )
     gradients = map(floats, (grad_logprobs, grad_entropy))
     buffer = floats(stats.buffer)
@@ -25,7 +25,9 @@ def token_logprobs_backward(
 
 
 def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
-    assert out.data_ptr() == x.logits.data_ptr() and out.dtype == x.logits.dtype, "written over the logits"
+    assert out.data_ptr() == x.logits.data_ptr() and out.dtype == x.logits.dtype, (
+        "the gradient must overwrite the logits"
+    )
     active = torch.empty(x.ids.numel(), dtype=torch.bool)
     _native.extension().ppo_epilogue(
         _native.logit_rows(x), address(stats.buffer), _native.ppo_rows(ppo), address(active)

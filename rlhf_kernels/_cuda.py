@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def on_stream(x: Tensor) -> Iterator[int]:
-    """Yield the current stream of the tensor's device, which is the current device within the context."""
+    """Make the tensor's device the current one, and yield its current stream."""
     with torch.cuda.device(x.device):
         yield torch.cuda.current_stream(x.device).cuda_stream
 
@@ -27,7 +27,10 @@ def _workspace(size: int, like: Tensor) -> Tensor:
 
 
 def _inside(cu_seqlens: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Return ends within [0, N] that never fall; invalid ones are clamped, because the host does not read a device's values."""
+    """Return `cu_seqlens` clamped to a non-decreasing sequence in [0, N].
+
+    The host cannot check the values without waiting for the device, and a kernel must not read out of bounds.
+    """
     if cu_seqlens is None:
         return None
     return cu_seqlens.clamp(0, tokens.numel()).cummax(0).values
@@ -69,10 +72,10 @@ def rollout_advantages(
 def logits_ppo_loss(
     x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor, out: Tensor | None
 ) -> None:
-    """Fill `stats` and `coefficients` (2, N); write the gradient of the logits to `out`, for an upstream gradient of 1.
+    """Compute `stats`, `coefficients` (2, N) and, in `out`, the gradient of the logits for an upstream gradient of 1.
 
-    `coefficients` are dL / d logprob and dL / d entropy of each row, `denominator` a scalar that they are divided by. `out` may
-    be the logits; None: no gradient.
+    `coefficients` are dL / d logprob and dL / d entropy of each row, divided by the scalar `denominator`. `out` can be the
+    logits themselves; with None no gradient is computed.
     """
     with on_stream(stats.buffer) as stream:
         args = _fused_loss_args(x, ppo, stats, coefficients, denominator, out)
@@ -83,9 +86,10 @@ def logits_ppo_loss(
 def rescale_dlogits(
     x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, out: Tensor, upstream: Tensor
 ) -> None:
-    """Turn what `logits_ppo_loss` wrote to `out` into the gradient for `upstream`, a float32 scalar; no wait for its value.
+    """Rescale the gradient that `logits_ppo_loss` wrote to `out` to the upstream gradient `upstream`, a float32 scalar.
 
-    The gradient is computed again from the logits, unless it has taken their bytes.
+    The host does not wait for the value of `upstream`. The gradient is computed again from the logits, unless it has
+    overwritten them.
     """
     with on_stream(stats.buffer) as stream:
         args = _fused_loss_args(x, ppo, stats, coefficients, None, out)
@@ -97,8 +101,8 @@ def _fused_loss_args(
 ) -> "native.LogitsPpoArgs":
     contiguous = out is None or out.is_contiguous()
     in_place = out is not None and out.data_ptr() == x.logits.data_ptr()
-    assert contiguous or in_place, "a gradient with strides is written over the logits only"
-    assert out is None or out.dtype == x.logits.dtype, "the gradient has the dtype of the logits"
+    assert contiguous or in_place, "a gradient with strides must share the memory of the logits"
+    assert out is None or out.dtype == x.logits.dtype, "the gradient must have the dtype of the logits"
     return _native.extension().LogitsPpoArgs(
         x=_native.logit_rows(x),
         ppo=_native.ppo_rows(ppo),

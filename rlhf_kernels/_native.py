@@ -1,7 +1,7 @@
-"""The compiled extension `rlhf_kernels._C`: loading it, tensors as the addresses that it takes, and large blocks of memory.
+"""The compiled extension `rlhf_kernels._C`: how it is loaded, its arguments, and the workspace for chunks of logits.
 
-The extension is linked against no OpenMP runtime. Importing torch first loads torch's own, on which the extension's parallel
-regions run, so that there is one pool of threads and `torch.set_num_threads` sets its size.
+The extension is not linked against an OpenMP runtime. Importing torch first loads torch's runtime, which then also runs the
+extension's parallel regions, so that there is one thread pool and `torch.set_num_threads` sets its size.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch  # before _C, see above
+import torch  # must be imported before _C, see above
 from torch import Tensor
 
 from .launch_args import SUMS, LogitRows, PpoRows
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import rlhf_kernels._C as native
 
 
-def _load():  # no return annotation: the type of a module, which _C.pyi describes, has no name
-    """Return the extension, or None and the reason."""
+def _load():  # no return annotation: the type of the module in _C.pyi has no name
+    """Return (extension, ""), or (None, reason) if it cannot be imported."""
     try:
         import rlhf_kernels._C as module
     except ImportError as error:
@@ -30,10 +30,10 @@ def _load():  # no return annotation: the type of a module, which _C.pyi describ
 
 _C, _error = _load()
 AVAILABLE = _C is not None
-"""Whether the extension was built and loads here."""
+"""Whether the extension is built and can be imported."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The number of each dtype in csrc/math/common.h."""
+"""The code of each dtype in csrc/math/common.h."""
 NUM_SUMS = len(SUMS)
 
 
@@ -43,7 +43,11 @@ def why_missing() -> str:
 
 
 def extension():  # no return annotation, see _load
-    """Return the extension module; RuntimeError with the way to build it when it is missing."""
+    """Return the extension module.
+
+    Raises:
+        RuntimeError: it cannot be imported; the message states how to build it.
+    """
     if _C is None:
         raise RuntimeError(why_missing())
     return _C
@@ -56,17 +60,17 @@ def address(x: torch.Tensor | None) -> int:
 
 
 def floats(x: torch.Tensor | None) -> int:
-    """Return the `address` of a tensor that the kernels read as float32."""
-    assert x is None or x.dtype == torch.float32, "the kernels would read other bits as float32"
+    """Return the `address` of a float32 tensor; 0 for None."""
+    assert x is None or x.dtype == torch.float32, f"the kernel reads float32, not {x.dtype}"
     return address(x)
 
 
 LARGE = 16 * 2**20
-"""Bytes from which a block is placed on huge pages."""
+"""Smallest size in bytes of a block that is placed on huge pages."""
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return `torch.empty`, for large blocks on huge pages where the system has them."""
+    """Return `torch.empty(...)`; a large CPU block is placed on huge pages if the system has them."""
     x = torch.empty(shape, dtype=dtype, device=device)
     if x.nbytes >= LARGE and x.device.type == "cpu" and _C is not None:
         _C.advise_huge_pages(x.data_ptr(), x.nbytes)
@@ -74,9 +78,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def logit_rows(x: LogitRows) -> "native.LogitRows":
+    """Return the extension's record of `x`; the caller keeps the tensors alive."""
     logits, t = x.logits, x.transform
     assert _C is not None
-    assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "rows of logits are contiguous along the vocabulary"
+    assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "rows of logits must be contiguous along the vocabulary"
     n, vocab, row_stride, inner, outer_stride = x.layout()
     return _C.LogitRows(
         logits=logits.data_ptr(),
@@ -96,6 +101,7 @@ def logit_rows(x: LogitRows) -> "native.LogitRows":
 
 
 def ppo_rows(x: PpoRows) -> "native.PpoRows":
+    """Return the extension's record of `x`; the caller keeps the tensors alive."""
     assert _C is not None
     addresses = {name: floats(tensor) for name, tensor in x.tensors().items()}
     return _C.PpoRows(scalars=_C.PpoScalars(**x.scalars._asdict()), **addresses)
@@ -105,7 +111,7 @@ def gae_args(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
     cu_seqlens: Tensor | None, advantages: Tensor, returns: Tensor,
 ) -> "native.GaeArgs":  # fmt: skip
-    """Return the arguments of the recursion; the caller keeps the tensors alive."""
+    """Return the extension's arguments of GAE; the caller keeps the tensors alive."""
     assert _C is not None
     b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)
     return _C.GaeArgs(
@@ -140,6 +146,7 @@ def rollout_args(
     whiten_rewards: bool,
     whiten_advantages: bool,
 ) -> "native.RolloutArgs":
+    """Return the extension's arguments of `rollout_advantages`; the caller keeps the tensors alive."""
     assert _C is not None
     return _C.RolloutArgs(
         gae=recursion,
@@ -158,14 +165,14 @@ def rollout_args(
 
 
 ALIGNMENT = 64
-"""Bytes to which torch aligns a tensor on the CPU, and which matrix libraries prefer."""
+"""Alignment in bytes of torch's CPU tensors, which matrix libraries also prefer."""
 
 
 class Workspace(threading.local):
-    """The block that holds chunks of logits, one per thread, kept from call to call.
+    """A block of memory per thread for chunks of logits, reused from call to call.
 
-    The system zeroes a fresh block page by page, which for a chunk of logits costs a quarter of its matrix product's time.
-    The block is as large as the thread's largest chunk so far and holds nothing between calls. A caller can lend memory
+    The system zeroes a new block page by page, which costs a quarter of the time of the chunk's matrix product. The block
+    has the size of the thread's largest chunk so far, and its content is not used between calls. A caller can lend memory
     instead.
     """
 
@@ -175,25 +182,25 @@ class Workspace(threading.local):
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return an uninitialised tensor of `shape`, valid until the next call."""
-        if device.type != "cpu":  # its allocator keeps blocks, and knows the stream
+        if device.type != "cpu":  # a GPU's caching allocator reuses blocks and tracks the stream
             return torch.empty(shape, dtype=dtype, device=device)
         size = math.prod(shape) * dtype.itemsize
         if self._lent is not None:
             if self._lent.numel() < size:
                 raise ValueError(
-                    f"block: got {self._lent.numel()} bytes lent, expected at least {size} for logits of shape {shape}, "
-                    "see head_workspace_bytes"
+                    f"block: got {self._lent.numel()} bytes, expected at least {size} for logits of shape {shape}; "
+                    "head_workspace_bytes returns the size"
                 )
             return self._lent[:size].view(dtype).view(shape)
         block = self._block
         if block is None or block.device != device or block.numel() < size:
-            self._block = None  # before the new one: their sum is never paid
+            self._block = None  # freed first, so that the old and the new block never exist together
             self._block = block = empty((size,), torch.uint8, device)
         return block[:size].view(dtype).view(shape)
 
     @contextmanager
     def lend(self, block: torch.Tensor) -> Iterator[None]:
-        """Take everything from `block` while the context is open."""
+        """Free this thread's block, and use `block` instead while the context is open."""
         self.release()
         before, self._lent = self._lent, block
         try:
@@ -213,13 +220,14 @@ WORKSPACE = Workspace()
 def lend_workspace(
     block: torch.Tensor,  # (bytes,), uint8, on the CPU
 ) -> Iterator[None]:
-    """While the context is open, the fused head of this thread uses `block` for its chunks of logits and keeps no block.
+    """Use `block` for the logits of this thread's fused head while the context is open, instead of a separate allocation.
 
-    The content of the block is overwritten, and the head stores nothing in it between calls. `head_workspace_bytes` returns the
-    size that it needs. On a GPU the caching allocator provides the memory and `block` is not used.
+    The head overwrites the block and does not rely on its content between calls. `head_workspace_bytes` returns the size that
+    it needs. On a GPU the caching allocator provides the memory and `block` is not used.
 
     Raises:
-        ValueError: a block that is not contiguous bytes on the CPU or not aligned to 64 of them; in a call, one too small.
+        ValueError: `block` is not contiguous uint8 on the CPU, or is not aligned to 64 bytes. A call inside the context
+            raises it if `block` is too small.
     """
     if block.dtype != torch.uint8 or block.dim() != 1 or block.device.type != "cpu" or not block.is_contiguous():
         got = f"{block.dtype} of shape {tuple(block.shape)} on {block.device}"

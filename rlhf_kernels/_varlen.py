@@ -1,4 +1,4 @@
-"""Launcher over `torch.nn.attention.varlen`, where FlashAttention-3 or -4 reads pages (see `backend.why_no_varlen`).
+"""Launcher of `torch.nn.attention.varlen` with FlashAttention-3 or -4, which can read pages; see `backend.why_no_varlen`.
 
 **It has not run on a device yet**: a test checks the call against torch's signature and documentation.
 """
@@ -20,7 +20,11 @@ def paged_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """One split: where torch splits depends on the batch, and so would a row's bits. It trusts the table, which we may not."""
+    """Call `varlen_attn` with one split and a validated block table.
+
+    With more splits torch chooses them from the batch, and a row's bits would depend on its batch. torch does not check the
+    table: here unused entries are replaced by page 0, and a row with an invalid page or length returns NaN.
+    """
     assert softcap == 0
     (pages, page_size), places = k_pages.shape[:2], block_table.shape[1]
     first, length = torch.arange(places, device=q.device) * page_size, lengths[:, None]
@@ -44,6 +48,6 @@ def paged_attention(
         block_table=block_table.where(counts & exists, 0),
         num_splits=1,
     )
-    # With `return_aux` it returns a tuple.
+    # The cast: `varlen_attn` returns a tuple only with `return_aux`.
     out = cast(Tensor, out).masked_fill((lengths == 0)[:, None, None], 0)
     return out.masked_fill(unsound[:, None, None], torch.nan)

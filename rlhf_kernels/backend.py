@@ -1,7 +1,7 @@
-"""Which implementation serves a call, what every implementation provides, and how an op is registered with torch.library.
+"""Choice of a backend, the launchers that a backend provides, and registration of ops with torch.library.
 
-`"auto"` takes the fastest one that can serve the op on the tensor's device and dtype; a backend that is requested by name
-serves the call or raises. `rlhf_kernels.info` prints what `"auto"` chooses for every op, and why.
+`"auto"` selects the fastest backend that supports the op on the tensor's device and dtype. A backend that is requested by
+name runs the call or raises. `rlhf_kernels.info` prints what `"auto"` selects for every op, and why.
 """
 
 import importlib
@@ -22,15 +22,15 @@ VARLEN = "varlen"
 """`torch.nn.attention.varlen`, a backend of paged_attention only."""
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPS = ("gae", "rollout_advantages", "logits_ppo_loss")
-"""Ops with a CUDA C++ kernel; the others are Triton's on a GPU."""
+"""Ops with a CUDA C++ kernel; the others have only a Triton kernel on a GPU."""
 TRITON_FIRST = ("gae", "rollout_advantages")
-"""Those whose Triton kernel was faster on an H200 (benchmarks/results/h200)."""
+"""Ops in `CUDA_OPS` whose Triton kernel was faster on an H200 (benchmarks/results/h200)."""
 GPU_OPS = ("paged_attention",)
-"""Ops without a C++ kernel: on a CPU a rollout has slots, and tests compare with the reference."""
+"""Ops without a C++ kernel: on a CPU a rollout has slots instead of pages, and tests use the reference."""
 CPU_OPS = ("decode_attention",)
 """Ops whose only kernel is for CPU tensors."""
 LONGEST_ROW = 2**30
-"""Longest row of logits that GPU kernels index, with the blocks that they read ahead, in 32 bits."""
+"""Longest row of logits that the GPU kernels can index with 32 bits, including the blocks that they read ahead."""
 
 MIN_TRITON = (3, 5)
 _MIN_TRITON = ".".join(map(str, MIN_TRITON))
@@ -39,33 +39,34 @@ _MIN_TRITON = ".".join(map(str, MIN_TRITON))
 class Kernels(Protocol):
     """The launchers of a backend. Tensors are contiguous, float32 and on one device, except where a method states otherwise.
 
-    N tokens, V vocabulary, B sequences, T positions; `cu_seqlens` (B + 1,) int32 marks packed tokens (N,), None means (B, T).
+    N tokens, V vocabulary, B sequences, T positions. With `cu_seqlens`, (B + 1,) int32, tokens are packed (N,), else (B, T).
     """
 
     def token_logprobs_forward(self, x: LogitRows, stats: RowStats) -> None:
-        """Fill `stats`; masked rows get zeros."""
+        """Compute `stats`; masked rows get zeros."""
         ...
 
     def token_logprobs_backward(
         self, x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> None:
-        """`out = grad_logprobs d logprob/d logits + grad_entropy d H/d logits`, (N,) each, None: 0; zeros in masked rows.
+        """Write the gradient of the logits to `out`: `grad_logprobs d logprob/d logits + grad_entropy d H/d logits`.
 
-        `out` has the dtype of the logits or a narrower one; it may be the logits, or the front of their rows.
+        The two factors are (N,); None counts as 0. Masked rows get zeros. `out` has the dtype of the logits or a narrower
+        one. It can share memory with the logits: be the same tensor, or occupy the front of each row.
         """
         ...
 
     def ppo_epilogue(self, x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
-        """Fill `stats` and write the gradient of the logits to `out`, as above; return which rows have one, bool (N,).
+        """Compute `stats`, write the gradient of the logits to `out`, return which rows have one, bool (N,).
 
-        On CPU rows without a gradient are left as they were; elsewhere they are zeros.
+        Rows without a gradient are not written on a CPU, and get zeros on other devices.
         """
         ...
 
     def compact_rows(self, x: Tensor, active: Tensor) -> Tensor:
-        """Move the marked rows of `x` (N, V) to its front, in place; return the row that each front place holds now.
+        """Move the marked rows of `x` (N, V) to its front, in place; return the original index of each of them.
 
-        On a GPU the host waits for the device once, for the number of rows.
+        On a GPU the host waits for the device once, for the number of marked rows.
         """
         ...
 
@@ -74,22 +75,22 @@ class Kernels(Protocol):
         entropy: Tensor | None, values: Tensor | None, old_values: Tensor | None, returns: Tensor | None,
         value_mask: Tensor, value_row_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return the slopes of log-probs and values, times their denominators, and launch_args.SUMS in float64."""
+        """Return d loss / d logprobs and d loss / d values, each times its denominator, and launch_args.SUMS in float64."""
         ...
 
     def accumulate(self, total: Tensor, part: Tensor, *, first: bool) -> None:
-        """`total = part` (first) or `total += part`, in place; `total` is float32, `part` of any of NATIVE_DTYPES."""
+        """Set `total = part` (`first`) or add `total += part`, in place. `total` is float32, `part` any of NATIVE_DTYPES."""
         ...
 
     def scale_cast(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x * scale` (a scalar), rounded once to `dtype`; in the bytes of `x` where the dtype stays."""
+        """Return `x * scale` (a scalar tensor), rounded once to `dtype`; in place if that is the dtype of `x`."""
         ...
 
     def gae(
         self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None,
         skip_holes: bool, cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Advantages and returns, in the shape of rewards; see ops/gae.py."""
+        """Return advantages and returns, in the shape of rewards; see ops/gae.py."""
         ...
 
     def rollout_advantages(
@@ -98,45 +99,45 @@ class Kernels(Protocol):
         bootstrap: Tensor | None, skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Advantages, returns, rewards, KL; `kl_estimator` is its index in KL_ESTIMATORS, `score_clip` inf when off."""
+        """Return advantages, returns, rewards and KL. `kl_estimator` is an index in KL_ESTIMATORS; `score_clip` inf is off."""
         ...
 
     def sample_tokens(
         self, logits: Tensor, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float,
         seed: int, sequence: Tensor, position: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Ids (int64), log-probs, sampling log-probs. Off: top_k 0, top_p 1, min_p 0. `logits` any dtype and row stride."""
+        """Return int64 ids, log-probs, sampling log-probs. Off: top_k 0, top_p 1, min_p 0. `logits`: any dtype and row stride."""
         ...
 
     def paged_attention(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float,
         window: int, softcap: float,
     ) -> Tensor:  # fmt: skip
-        """In q's shape and dtype; off: window 0, softcap 0. Strides of q and the pages are any, but 1 along D."""
+        """Return the attention in the shape and dtype of `q`. Off: window 0, softcap 0. Any strides, but 1 along D."""
         ...
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """(R, heads, D) in the dtype of `query`; keys and values any strides but that of D, of one dtype with it."""
+        """Return (R, heads, D) in the dtype that query, keys and values share. Keys and values: any strides, but 1 along D."""
         ...
 
     def kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
-        """Elementwise, any shape."""
+        """Return the KL estimate of each element; tensors of any shape."""
         ...
 
     def kl_penalty_backward(self, grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
-        """`grad` times d KL / d logprobs."""
+        """Return `grad` times d KL / d logprobs."""
         ...
 
     def masked_mean(self, x: Tensor, mask: Tensor) -> Tensor:
-        """A scalar; 0 when nothing is True."""
+        """Return a scalar; 0 if no entry of the mask is True."""
         ...
 
     def masked_whiten(self, x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
-        """See ops/masked.py."""
+        """Return the whitened entries; see ops/masked.py."""
         ...
 
     def group_advantages(self, scores: Tensor, groups: Tensor, kind: int) -> Tensor:
-        """`groups` int64; `kind` is its index in KINDS of ops/group_advantages.py."""
+        """Return one advantage per score. `groups` is int64; `kind` is an index in KINDS of ops/group_advantages.py."""
         ...
 
 
@@ -145,21 +146,27 @@ class OnePassKernels(Protocol):
 
     def logits_ppo_loss(
         self, x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, denominator: Tensor, out: Tensor | None
-    ) -> None: ...
+    ) -> None:
+        """See `_cuda.logits_ppo_loss`."""
+        ...
 
     def rescale_dlogits(
         self, x: LogitRows, ppo: PpoRows, stats: RowStats, coefficients: Tensor, out: Tensor, upstream: Tensor
-    ) -> None: ...
+    ) -> None:
+        """See `_cuda.rescale_dlogits`."""
+        ...
 
 
 class Choice(NamedTuple):
+    """The backend that `"auto"` selects, and the reason in words."""
+
     backend: str
     reason: str
 
 
 @cache
 def kernels(backend: str) -> Kernels:
-    """Return the launchers of a backend that `resolve` named; Triton is imported on the first call that needs it."""
+    """Return the launchers of a backend that `resolve` returned; Triton is imported on the first call that needs it."""
     assert backend in (*BACKENDS[1:], VARLEN), backend
     return cast(Kernels, importlib.import_module(f"._{backend}", __package__))
 
@@ -176,7 +183,7 @@ def why_no_triton() -> str:
 
 
 def interprets() -> bool:
-    """Return whether Triton kernels run on CPU tensors: TRITON_INTERPRET was set before Triton was imported."""
+    """Return whether Triton kernels run on CPU tensors, that is, TRITON_INTERPRET was set before Triton was imported."""
     return not why_no_triton() and importlib.import_module("triton").knobs.runtime.interpret
 
 
@@ -184,7 +191,7 @@ def interprets() -> bool:
 def why_no_cuda(op: str, device: torch.device) -> str:
     """Return why the CUDA C++ kernel of `op` cannot run on this device; empty when it can."""
     if op == "logits_ppo_loss" and why_no_triton():
-        return f"the sums of its loss are Triton's: {why_no_triton()}"
+        return f"it needs Triton for the sums of the loss: {why_no_triton()}"
     if not _native.AVAILABLE:
         return _native.why_missing()
     if torch.version.hip:
@@ -200,7 +207,7 @@ def why_no_cuda(op: str, device: torch.device) -> str:
 
 
 VARLEN_CHIPS = {"FA3": 9, "FA4": 10}
-"""The major compute capability on which an implementation of torch's varlen attention reads pages."""
+"""Implementation of torch's varlen attention -> the major compute capability on which it can read pages."""
 
 
 def why_no_varlen(device: torch.device, dtype: torch.dtype) -> str:
@@ -211,19 +218,19 @@ def why_no_varlen(device: torch.device, dtype: torch.dtype) -> str:
         return f"torch {torch.__version__} does not have it"
     function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     if not {"block_table", "seqused_k", "num_splits"} <= set(inspect.signature(function).parameters):
-        return f"that of torch {torch.__version__} takes no block table"
+        return f"varlen_attn of torch {torch.__version__} takes no block table"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
     active = torch.nn.attention.current_flash_attention_impl()
     if active not in VARLEN_CHIPS:
-        return f"it reads pages with {' or '.join(VARLEN_CHIPS)} only; torch.nn.attention.activate_flash_attention_impl"
+        return f"it reads pages with {' or '.join(VARLEN_CHIPS)} only; call torch.nn.attention.activate_flash_attention_impl"
     if torch.cuda.get_device_capability(device)[0] != VARLEN_CHIPS[active]:
         return f"{active} reads pages on sm_{VARLEN_CHIPS[active]}0 only"
     return ""
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """Return the backend that `"auto"` takes for tensors of this device and dtype, and why."""
+    """Return the backend that `"auto"` selects for tensors of this device and dtype, and why."""
     if dtype not in NATIVE_DTYPES:
         return Choice("reference", f"the kernels take float32, bfloat16 and float16, not {dtype}")
     if device.type == "cpu" and op in GPU_OPS:
@@ -238,24 +245,23 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if has_cuda and (op not in TRITON_FIRST or why_no_triton()):
         return Choice("cuda", "CUDA C++ kernels")
     if op == "paged_attention" and not why_no_varlen(device, dtype):
-        return Choice(VARLEN, "torch.nn.attention.varlen, without a softcap; Triton kernels with one")
+        return Choice(VARLEN, "torch.nn.attention.varlen; Triton kernels if there is a softcap")
     if why_no_triton():
         return Choice("reference", why_no_triton())
     if op == "paged_attention":
         return Choice("triton", f"Triton kernels; no torch.nn.attention.varlen: {why_no_varlen(device, dtype)}")
     if has_cuda:
-        return Choice("triton", "Triton kernels, on an H200 faster than the CUDA C++ ones")
+        return Choice("triton", "Triton kernels, which are faster than the CUDA C++ ones on an H200")
     missing = f"; no CUDA C++ kernel: {why_no_cuda(op, device)}" if op in CUDA_OPS else ""
     return Choice("triton", f"Triton kernels{missing}")
 
 
 def resolve(op: str, backend: str, tensor: Tensor, vocabulary: int = 0) -> str:
-    """Return the backend that serves `tensor` and rows of `vocabulary` logits; ValueError when the requested one cannot."""
+    """Return the backend for `tensor` and rows of `vocabulary` logits; raise ValueError if a requested one cannot run it."""
     chosen = _resolve(op, backend, tensor)
     if chosen in ("triton", "cuda") and vocabulary > LONGEST_ROW:
         raise ValueError(
-            f"{op}: got a vocabulary of {vocabulary}, expected at most {LONGEST_ROW}: the {chosen} kernels count the logits "
-            "of a row in 32 bits; backend='reference' takes longer ones"
+            f"{op}: got a vocabulary of {vocabulary}, expected at most {LONGEST_ROW} for {chosen}; use backend='reference'"
         )
     return chosen
 
@@ -265,7 +271,7 @@ def _resolve(op: str, backend: str, tensor: Tensor) -> str:
         return backend
     native = tensor.is_cpu and tensor.dtype in NATIVE_DTYPES and _native.AVAILABLE
     if backend == "auto" and native and op not in GPU_OPS:
-        return "cpu"  # what `choose` says, a half microsecond earlier
+        return "cpu"  # the result of `choose`, half a microsecond faster
     if backend == "auto":
         return choose(op, tensor.device, tensor.dtype).backend
     if backend not in BACKENDS and (op, backend) != ("paged_attention", VARLEN):
@@ -319,10 +325,9 @@ def define(
 ) -> Any:
     """Register `rlhf_kernels::<schema>` and return it.
 
-    `save(ctx, inputs, output)` and `backward(ctx, *gradients)` make it differentiable; without them its results never
-    require gradients. `backward=refuse` is for ops that compute gradients. One implementation serves CPU and CUDA tensors: an
-    argument names the backend. `Library` instead of `custom_op`: a call costs 2 us instead of 9, and the smallest rollouts
-    take 10 us.
+    `save(ctx, inputs, output)` and `backward(ctx, *gradients)` define its derivative; without them its results never require
+    gradients. `backward=refuse` is for ops that compute gradients. The backend is an argument, so CPU and CUDA tensors share
+    `run`. `Library` costs 2 us per call and `custom_op` 9 us; an op on the smallest rollouts takes 10 us.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -339,7 +344,7 @@ def define(
 def define_record(
     name: str, inputs: type, run: Callable[..., Any], fake: Callable[..., Any], **gradient: Callable[..., Any]
 ) -> Any:
-    """`define` an op whose flat arguments are the fields of the NamedTuple `inputs`, which `run` and `fake` receive."""
+    """Call `define` with the flattened fields of `inputs`, the NamedTuple that `run` and `fake` receive, as arguments."""
     fields = [
         inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
         for field, annotation in _flat_fields(inputs)
@@ -357,7 +362,7 @@ def define_record(
 
 
 def flatten(record: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the fields of a NamedTuple in order, with the fields of nested ones in their place."""
+    """Return the fields of a NamedTuple in order, with nested NamedTuples replaced by their fields."""
     flat: list[Any] = []
     for value in record:
         flat.extend(flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,))
@@ -365,7 +370,7 @@ def flatten(record: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def unflatten(record: type[Record], flat: Iterable[Any]) -> Record:
-    """Return the NamedTuple `record` of which `flat` are the flattened fields."""
+    """Return a `record` from its flattened fields, the inverse of `flatten`."""
     return _take(record, iter(flat))
 
 
@@ -391,5 +396,5 @@ def names_of(record: type) -> tuple[str, ...]:
 
 
 def refuse(ctx: Any, *gradients: Tensor) -> None:
-    """Raise for the derivative of a derivative, which a gradient penalty would otherwise silently lack."""
-    raise RuntimeError("rlhf_kernels differentiates once; use backend='reference' for a second derivative")
+    """Raise RuntimeError for a second derivative, which would otherwise be silently missing from a gradient penalty."""
+    raise RuntimeError("rlhf_kernels differentiates once; pass backend='reference' for a second derivative")

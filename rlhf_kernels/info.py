@@ -1,4 +1,4 @@
-"""`python -m rlhf_kernels.info`: what is built, what `"auto"` picks for each op, and why."""
+"""`python -m rlhf_kernels.info`: print the build, the backend that `"auto"` selects for each op, and the reason."""
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -10,19 +10,19 @@ from .backend import NATIVE_DTYPES, choose, why_no_triton, why_no_varlen
 
 
 def openmp_runtimes() -> list[str]:
-    """Files of the OpenMP runtimes in this process (Linux); more than one would mean two pools of threads."""
+    """Return the files of the OpenMP runtimes in this process (Linux). More than one would mean two thread pools."""
     with open("/proc/self/maps") as maps:
         files = {line.split()[-1] for line in maps if "/" in line}
     return sorted(f for f in files if any(name in f.rsplit("/", 1)[-1] for name in ("libgomp", "libiomp", "libomp")))
 
 
 def devices() -> list[torch.device]:
-    """The devices that tensors can be on here."""
+    """Return one device of each available type."""
     return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 
 def choices() -> list[tuple[str, str, str, str, str]]:
-    """Rows of op, device, dtypes, backend, reason: what `backend="auto"` does."""
+    """Return rows (op, device, dtypes, backend, reason) of what `backend="auto"` selects."""
     rows = []
     for op in ops.__all__:
         for device in devices():
@@ -34,7 +34,7 @@ def choices() -> list[tuple[str, str, str, str, str]]:
 
 
 def build() -> list[tuple[str, str]]:
-    """What the installation consists of."""
+    """Return rows (part, version or state) of the installation."""
     try:
         own = version("rlhf-kernels")
     except PackageNotFoundError:
@@ -42,13 +42,13 @@ def build() -> list[tuple[str, str]]:
     state = f"loaded, instruction set {_native.extension().isa()}" if _native.AVAILABLE else _native.why_missing()
     rows = [("rlhf-kernels", own), ("python", sys.version.split()[0]), ("torch", torch.__version__)]
     chips = _native.extension().cuda_architectures() if _native.AVAILABLE else []
-    nothing = "none: it was built without nvcc" if _native.AVAILABLE else "none: the extension does not load"
+    nothing = "none: the extension was built without nvcc" if _native.AVAILABLE else "none: the extension does not load"
     gpu = ", ".join(f"sm_{chip}" for chip in chips) or nothing
     rows += [
         ("extension", state),
         ("CUDA C++ for", gpu),
         ("Triton", why_no_triton() or "can be imported"),
-        ("varlen of torch", why_no_varlen(devices()[-1], torch.bfloat16) or "reads the pages of paged_attention"),
+        ("varlen of torch", why_no_varlen(devices()[-1], torch.bfloat16) or "used by paged_attention"),
         ("threads", str(torch.get_num_threads())),
     ]
     if sys.platform == "linux":
@@ -57,7 +57,7 @@ def build() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Print both tables."""
     for name, value in build():
         print(f"{name:16} {value}")
     print()

@@ -1,4 +1,4 @@
-"""What every backend's kernels receive, and what the public functions return.
+"""Argument records of the kernels, the same for every backend, and result records of the public functions.
 
 Legend: N tokens, V vocabulary, B sequences, T positions.
 """
@@ -14,7 +14,7 @@ from ._options import SCALARS, PPOArguments, Scalar
 
 
 class Transform(NamedTuple):
-    """`z = softcap * tanh(logit_scale * u / softcap) / temperature`."""
+    """The transform of raw logits `u`: `z = softcap * tanh(logit_scale * u / softcap) / temperature`."""
 
     temperatures: Tensor | None = None  # (N,), float32; None: `temperature` everywhere
     temperature: float = 1.0
@@ -25,18 +25,19 @@ class Transform(NamedTuple):
     def of(
         cls, temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0
     ) -> "Transform":
-        """From the arguments of a public function; a tensor of temperatures may have any shape and dtype."""
+        """Return the transform for a public function's arguments; a temperature tensor can have any shape and dtype."""
         if isinstance(temperature, Tensor):
             return cls(temperature.detach().reshape(-1).float().contiguous(), 1.0, softcap, float(logit_scale))
         return cls(None, float(temperature), softcap, float(logit_scale))
 
     def rows(self, index: Tensor | slice) -> "Transform":
+        """Return the transform of the rows that `index` selects."""
         return self if self.temperatures is None else self._replace(temperatures=self.temperatures[index])
 
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Rows of logits viewed as (N, V), with the id taken in each."""
+    """Rows of logits viewed as (N, V), with the token id of each row."""
 
     logits: Tensor  # (N, V) or (B, T, V); unit stride along V, any other strides
     ids: Tensor  # (N,), int64
@@ -44,7 +45,7 @@ class LogitRows:
     mask: Tensor | None = None  # (N,), bool
 
     def layout(self) -> tuple[int, int, int, int, int]:
-        """Return N, V, row stride, inner, outer stride: row r starts at `r // inner * outer + r % inner * row`, in elements."""
+        """Return (N, V, row, inner, outer), where row r starts at element `r // inner * outer + r % inner * row`."""
         vocab = self.logits.shape[-1]
         n = self.logits.numel() // vocab
         inner, outer = (n, 0) if self.logits.dim() == 2 else (self.logits.shape[1], self.logits.stride(0))
@@ -53,20 +54,23 @@ class LogitRows:
 
 @dataclass(frozen=True)
 class RowStats:
-    """Statistics of each row: log-prob, entropy, shift, 1 / sum; `p_j = exp((w_j - shift) * factor) / sum`."""
+    """Statistics of each row: log-prob, entropy, shift and 1 / sum, where `p_j = exp((w_j - shift) * factor) / sum`."""
 
     buffer: Tensor  # (4, N), float32
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> "RowStats":
+        """Return uninitialised statistics of `n` rows."""
         return cls(torch.empty(4, n, dtype=torch.float32, device=device))
 
     @property
     def logprobs(self) -> Tensor:
+        """Log-probability of each row's id, (N,)."""
         return self.buffer[0]
 
     @property
     def entropy(self) -> Tensor:
+        """Entropy of each row's distribution, (N,)."""
         return self.buffer[1]
 
 
@@ -76,16 +80,18 @@ CHOICES = tuple(row.name for row in KERNEL_SCALARS if row.choices)
 
 
 KernelScalars = namedtuple("KernelScalars", [row.name for row in KERNEL_SCALARS])
-"""The index of a choice, or a number, of each row."""
+"""One field per option that the kernels read: a number, or the index of a choice."""
 
 
 class PpoScalars(KernelScalars):
-    """The scalars of the objective as the kernels receive them: choices as their index, and a number instead of None."""
+    """Scalars of the objective as the kernels receive them: a choice is its index, and None is replaced by a number."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, args: PPOArguments) -> "PpoScalars":
+        """Return the scalars for the options of one call."""
+
         def value(row: Scalar) -> float:
             x = getattr(args, row.name)
             if row.choices:
@@ -99,13 +105,15 @@ class PpoScalars(KernelScalars):
 
     @classmethod
     def from_lists(cls, numbers: list[float], choices: list[int]) -> "PpoScalars":
-        """The inverse of `numbers` and `choices`, the form in which a registered op takes them."""
+        """Return the scalars from the results of `numbers` and `choices`, which is how a registered op receives them."""
         return cls(**dict(zip(NUMBERS, numbers, strict=True)), **dict(zip(CHOICES, choices, strict=True)))
 
     def numbers(self) -> list[float]:
+        """Return the fields that are numbers, in the order of `NUMBERS`."""
         return [getattr(self, name) for name in NUMBERS]
 
     def choices(self) -> list[int]:
+        """Return the indices of the choices, in the order of `CHOICES`."""
         return [getattr(self, name) for name in CHOICES]
 
 
@@ -121,9 +129,12 @@ class PpoRows:
     row_weight: Tensor | None
 
     def tensors(self) -> dict[str, Tensor | None]:
+        """Return every field except `scalars`, by name."""
         return {name: x for name, x in vars(self).items() if name != "scalars"}
 
     def rows(self, index: Tensor | slice) -> "PpoRows":
+        """Return the constants of the rows that `index` selects."""
+
         def take(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[index].contiguous()
 
@@ -133,7 +144,7 @@ class PpoRows:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences of N flat tokens: their ends in `cu_seqlens`, or `count` rows of `length`."""
+    """How N flat tokens are divided into sequences: at the offsets `cu_seqlens`, or into `count` rows of `length` tokens."""
 
     count: int
     length: int
@@ -141,6 +152,7 @@ class Sequences:
 
     @classmethod
     def of(cls, tokens: Tensor, cu_seqlens: Tensor | None) -> "Sequences":
+        """Return the sequences of `tokens`, (B, T) or (N,); without `cu_seqlens`, (N,) is one sequence."""
         if cu_seqlens is not None:
             return cls(cu_seqlens.numel() - 1, 0, cu_seqlens.contiguous())
         if tokens.dim() == 2:
@@ -148,15 +160,15 @@ class Sequences:
         return cls(1, tokens.numel(), None)
 
     def check(self, n: int) -> None:
-        """Raise ValueError unless the sequences cover the `n` tokens in order; reads values."""
+        """Raise ValueError unless `cu_seqlens` covers the `n` tokens in order. This reads the tensor's values."""
         if self.cu_seqlens is None:
             return
         ends = self.cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != n or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens: got {ends}, expected 0 <= ... <= {n}, from 0 to N and never falling")
+            raise ValueError(f"cu_seqlens: got {ends}, expected non-decreasing offsets from 0 to N = {n}")
 
     def check_on_cpu(self, tokens: Tensor) -> None:
-        """Call `check` where reading values waits for no device."""
+        """Call `check` if the tokens are on the CPU, where reading values does not wait for a device."""
         if tokens.device.type == "cpu":
             self.check(tokens.numel())
 
@@ -168,14 +180,15 @@ class Sequences:
         return before[self.cu_seqlens.long()].diff()
 
     def per_token(self, x: Tensor, n: int) -> Tensor:  # (B,) -> (N,)
+        """Return the value of each token's sequence; `n` is the number of tokens."""
         if self.cu_seqlens is None:
             return x.repeat_interleave(self.length)
-        # With the size given, the host does not wait for a device to compute it.
+        # Without `output_size` the host would wait for the device to compute it.
         return x.repeat_interleave(self.cu_seqlens.diff(), output_size=n)
 
 
 SUMS = (
-    *("policy", "ref_kl_term", "entropy_term", "value_term"),  # times the aggregation's weight
+    *("policy", "ref_kl_term", "entropy_term", "value_term"),  # multiplied by the aggregation's weight
     *("entropy", "clipped", "dual_clipped", "approx_kl", "k3", "ratio", "ref_kl", "active", "num_tokens"),
     *("value_clipped", "num_value_tokens", "returns", "returns_sq", "residual", "residual_sq"),
     "ratio_max",  # a maximum
@@ -191,7 +204,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class SampledTokens(NamedTuple):
-    """Sampled ids; their log-probs under the full tempered softmax; those under the kept set that was sampled from."""
+    """Sampled ids, their log-probs under the full tempered softmax, and their log-probs under the filtered distribution."""
 
     ids: Tensor  # (B,), int64
     logprobs: Tensor  # (B,), float32
@@ -206,7 +219,7 @@ class Advantages(NamedTuple):
 
 
 class RolloutAdvantages(NamedTuple):
-    """GAE of the KL-shaped rewards, with those rewards and the per-token KL in them."""
+    """GAE of the KL-shaped rewards, together with these rewards and the per-token KL that they contain."""
 
     advantages: Tensor  # (B, T) or (N,), float32, whitened on request
     returns: Tensor  # (B, T) or (N,), float32, never whitened
@@ -215,7 +228,7 @@ class RolloutAdvantages(NamedTuple):
 
 
 class PPOLoss(NamedTuple):
-    """The scalar to call `backward` on, and detached float32 scalars on its device (see `METRICS`)."""
+    """The loss to call `backward` on, and metrics as detached float32 scalars on its device (see `METRICS`)."""
 
     loss: Tensor  # ()
     metrics: dict[str, Tensor]
@@ -241,12 +254,12 @@ METRICS = (
     "residual_sum",
     "residual_sq_sum",
 )
-"""Keys of `PPOLoss.metrics`. Over micro-batches that were given the global denominators all of them add, except
-`ratio_max`, of which the largest counts. `explained_variance` needs the last five."""
+"""Keys of `PPOLoss.metrics`. For micro-batches with the global denominators, sum every metric over the micro-batches, but
+take the maximum of `ratio_max`. `explained_variance` reads the last five."""
 
 
 def explained_variance(metrics: dict[str, Tensor]) -> Tensor:
-    """Return `1 - Var(returns - values) / Var(returns)` from the (summed) metrics of `ppo_loss`; NaN for constant returns."""
+    """Return `1 - Var(returns - values) / Var(returns)` from (summed) metrics of `ppo_loss`; NaN for constant returns."""
     n = metrics["num_value_tokens"]
 
     def variance(kind: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which backend serves a call, and what the process looks like with the extension in it."""
+"""Choice of the backend, and the process after the extension is loaded."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def test_the_extension_is_built():
     assert _native.AVAILABLE, _native.why_missing()
 
 
-def test_auto_and_its_reasons():
+def test_auto_selects_a_backend_and_gives_a_reason():
     cpu = torch.device("cpu")
     assert choose("gae", cpu, torch.bfloat16).backend == "cpu"
     assert (
@@ -28,7 +28,7 @@ def test_auto_and_its_reasons():
     assert choose("gae", torch.device("meta"), torch.float32).backend == "reference"
 
 
-def test_a_named_backend_serves_or_raises():
+def test_a_requested_backend_runs_or_raises():
     x = torch.zeros(2, dtype=torch.float64)
     assert resolve("gae", "reference", x) == "reference"
     with pytest.raises(ValueError, match="backend: 'cpu' cannot serve this call: the kernels take float32"):
@@ -51,15 +51,15 @@ _OBJECTIVE = {"ids": _ID, "old_logprobs": _ONE, "advantages": _ONE, "mask": _ONE
         ("sample_tokens", {"seed": 0, "sequence": _ID, "position": _ID}),
     ],
 )
-def test_a_row_longer_than_the_gpu_kernels_count(monkeypatch, op, arguments):
-    """Nothing of its two gigabytes is touched: the error comes before a kernel does."""
+def test_a_row_too_long_for_the_gpu_kernels(monkeypatch, op, arguments):
+    """The error is raised before any kernel runs, so the two gigabytes of the row are never read."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     vocabulary = 2**30 + 1
     if op.startswith("linear"):
         rows = (torch.zeros(1, 1, dtype=torch.bfloat16), torch.empty(vocabulary, 1, dtype=torch.bfloat16))
     else:
         rows = (torch.empty(1, vocabulary, dtype=torch.bfloat16),)
-    message = f"{op}: got a vocabulary of {vocabulary}, expected at most {2**30}: the triton kernels"
+    message = f"{op}: got a vocabulary of {vocabulary}, expected at most {2**30} for triton"
     with pytest.raises(ValueError, match=message):
         getattr(rlhf_kernels, op)(*rows, **arguments, backend="triton")
 
@@ -87,7 +87,7 @@ def test_info_names_every_op(capsys):
 
 
 def test_a_missing_extension_is_explained():
-    """Without the compiled module the package imports, "auto" says why it took the reference, "cpu" raises."""
+    """Without the extension the package imports; "auto" gives the reason for the reference, and "cpu" raises."""
     code = (
         "import sys; sys.modules['rlhf_kernels._C'] = None\n"
         "import torch, rlhf_kernels as rk\n"
@@ -103,7 +103,7 @@ def test_a_missing_extension_is_explained():
 
 @pytest.fixture
 def fresh_reasons():
-    """Why a backend cannot run is found once a process; here it is found anew."""
+    """Clear the caches of `why_no_triton` and `why_no_cuda`, which otherwise keep their result for the process."""
     for reason in (backend.why_no_triton, backend.why_no_cuda):
         reason.cache_clear()
     yield
@@ -127,12 +127,12 @@ def test_an_old_chip_is_refused(monkeypatch, fresh_reasons):
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
-def test_tensors_on_another_device_are_refused(name):
+def test_tensors_on_a_wrong_device_are_refused(name):
     with pytest.raises(ValueError, match=f"'{name}' cannot serve this call: the tensors are on meta"):
         resolve("gae", name, torch.zeros(2, device="meta"))
 
 
-def test_the_bindings_take_every_scalar_by_its_name():
+def test_the_bindings_have_every_scalar_by_name():
     """The table in _options.py and the list in csrc/math/ppo.h have the same names."""
     scalars = PpoScalars.of(PPOArguments())._asdict()
     make = _native.extension().PpoScalars
@@ -144,7 +144,7 @@ def test_the_bindings_take_every_scalar_by_its_name():
         make(**scalars, more=1.0)
 
 
-def test_the_reference_is_imported_when_it_is_used():
+def test_the_reference_is_imported_on_first_use():
     code = (
         "import sys, torch, rlhf_kernels as rk\n"
         "x, mask = torch.ones(3), torch.ones(3, dtype=torch.bool)\n"

@@ -1,4 +1,4 @@
-"""The block that chunks of logits are made in."""
+"""The block of memory that holds chunks of logits."""
 
 import threading
 
@@ -22,7 +22,7 @@ def test_a_block_is_kept_grown_and_released():
     assert WORKSPACE._block is None
 
 
-def test_what_lay_in_the_block_does_not_matter():
+def test_the_previous_content_of_the_block_has_no_effect():
     leaves, constants, _ = make(0)
     hidden, weight = leaves["hidden"], leaves["weight"]
     release_workspace()
@@ -31,7 +31,7 @@ def test_what_lay_in_the_block_does_not_matter():
     assert torch.equal(linear_ppo_loss(hidden, weight, **constants).loss, expected)
 
 
-def test_a_lent_block_serves_and_is_given_back():
+def test_a_lent_block_is_used_and_then_released():
     leaves, constants, _ = make(0)
     hidden, weight = leaves["hidden"], leaves["weight"]
     release_workspace()
@@ -45,15 +45,15 @@ def test_a_lent_block_serves_and_is_given_back():
     assert not (block[:size] == 255).all() and (block[size:] == 255).all()
     with (
         lend_workspace(block[: size // 2 // 64 * 64]),
-        pytest.raises(ValueError, match="bytes lent, expected at least"),
+        pytest.raises(ValueError, match="bytes, expected at least"),
     ):
         linear_ppo_loss(hidden, weight, **constants)
     linear_ppo_loss(hidden, weight, **constants)
     assert WORKSPACE._block is not None and WORKSPACE._lent is None
 
 
-def test_the_bytes_of_the_head_follow_from_shapes():
-    """512 rows of float32 logits on a CPU, 2048 of bfloat16, one step of 256 where no gradient stays; 16 at least."""
+def test_head_workspace_bytes_depend_on_shapes_only():
+    """The CPU holds 512 rows of float32 logits or 2048 of bfloat16, 256 without a gradient, and at least 16."""
     assert head_workspace_bytes(1000, torch.float32) == 512 * 1000 * 4
     assert head_workspace_bytes(1000, torch.float32, tokens=100) == 100 * 1000 * 4
     assert head_workspace_bytes(1000, torch.float32, tokens=3) == 16 * 1000 * 4
@@ -70,7 +70,7 @@ def test_a_block_that_cannot_be_lent_is_refused(block):
         pass
 
 
-def test_threads_do_not_share_it():
+def test_threads_do_not_share_the_block():
     WORKSPACE.take((16, 10), torch.float32, torch.device("cpu"))
     seen = []
     thread = threading.Thread(target=lambda: seen.append(WORKSPACE._block))
