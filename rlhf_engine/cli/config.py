@@ -1,4 +1,4 @@
-"""`rlhf config`: what can be set."""
+"""`rlhf config`: the settings, their meaning and their values."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import typer
 
 from rlhf_engine.cli.options import SetOption
 
-config_app = typer.Typer(no_args_is_help=True, help="What can be set, and what a file sets.")
+config_app = typer.Typer(no_args_is_help=True, help="Show all settings, or the values in a file.")
 
 
 @config_app.command()
 def show(
     section: Annotated[
         str,
-        typer.Argument(help="Section to show, such as ppo or ppo.optim; without one, all but demo and figure."),
+        typer.Argument(help="Section to show, such as ppo or ppo.optim. Default: all sections except demo and figure."),
     ] = "",
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="Show this file's values.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="YAML file whose values are shown. Default: the default values."),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Prints every field with its docstring, type and default, as YAML that every command reads back."""
+    """Print every setting with its description, type and default, as YAML that can be used as a config file."""
     from rlhf_engine.config import RunConfig, load_config
     from rlhf_engine.config.describe import describe
     from rlhf_engine.config.schema import Section, unknown_key_message
@@ -40,4 +43,4 @@ def show(
 
 @config_app.callback()
 def _group() -> None:
-    """Keeps `show` a subcommand: an app with one command would run it by the group's name."""
+    """Keep `show` a subcommand: typer runs the only command of an app by the name of the app."""

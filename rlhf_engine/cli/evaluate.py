@@ -1,4 +1,4 @@
-"""`rlhf generate`, `rlhf eval`, `rlhf iterate`, `rlhf figure`: what comes after training."""
+"""`rlhf generate`, `rlhf eval`, `rlhf figure` and `rlhf iterate`."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, qu
 
 def generate(
     config: ConfigOption,
-    prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt": ..., "user_id": ...}.')],
+    prompts: Annotated[Path, typer.Option(help='JSONL with lines {"prompt": ..., "user_id": ...}.')],
     output: Annotated[
         Path,
         typer.Option(
             help='JSONL to write: {"prompt": ..., "answers": [...], "ended": [...], "stop_reason": [...], "logprobs": [[...]]}.'
         ),
     ],
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
-    temperature: Annotated[float | None, typer.Option(help="Short for --set rollout.temperature=...")] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
-    split: Annotated[str | None, typer.Option(help="Only the prompts of this split.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="The same as --set rollout.temperature=...")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same as --set seed=...")] = None,
+    split: Annotated[str | None, typer.Option(help="Use only the prompts of this split.")] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Answers a file of prompts with model.path, sampling as the section rollout says."""
+    """Sample responses of model.path to a file of prompts, with the settings of section rollout."""
     quiet()
     from rlhf_engine.recipes.generate import generate_file
 
     short = [f"rollout.temperature={temperature}"] * (temperature is not None) + [f"seed={seed}"] * (seed is not None)
     count, cut = generate_file(read_config(config, [*(overrides or []), *short]), prompts, output, samples, split)
-    typer.echo(f"{count} prompts, {cut} of them cut on the left, {samples} answers each: {output}")
+    typer.echo(f"{count} prompts, {cut} of them truncated on the left, {samples} responses each: {output}")
 
 
 def evaluate(config: ConfigOption, overrides: SetOption = None, overwrite: OverwriteOption = False) -> None:
-    """Win rate of eval.candidate over eval.baseline by eval.judge; writes OUTPUT_DIR/eval."""
+    """Measure the win rate of eval.candidate over eval.baseline by eval.judge. Writes OUTPUT_DIR/eval."""
     quiet()
     from rlhf_engine.recipes.evaluate import run_eval
 
@@ -44,11 +44,11 @@ def evaluate(config: ConfigOption, overrides: SetOption = None, overwrite: Overw
 
 def figure(
     output: Annotated[Path, typer.Option(help="Folder for models, plot, table and numbers.")] = Path("runs/figure"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Next to no training: does it run?")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Train for a few steps only, to check that it runs.")] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Win rate over model size for base, prompted base, SFT, PPO and PPO-ptx; does what OUTPUT does not have yet."""
+    """Plot win rate over model size for base, prompted base, SFT, PPO and PPO-ptx. Skips the steps that OUTPUT already has."""
     quiet()
     from rlhf_engine.demo.figure import run_figure
 
@@ -57,7 +57,7 @@ def figure(
 
 
 def iterate(config: ConfigOption, overrides: SetOption = None) -> None:
-    """Rounds of generate, rank, reward model and PPO from model.path; does what OUTPUT_DIR does not have yet."""
+    """Run rounds of generate, rank, reward model and PPO from model.path. Skips the steps that OUTPUT_DIR already has."""
     quiet()
     from rlhf_engine.recipes.iterate import run_iterate
 

@@ -1,4 +1,4 @@
-"""What the commands share: the options `--config` and `--set`, and how a command reaches the code that does its work."""
+"""Options that the commands share (`--config`, `--set`, `--overwrite`), reading the config, and silencing libraries."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ if TYPE_CHECKING:
     from rlhf_engine.config import RunConfig
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML file; see rlhf_engine/examples.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override, such as ppo.kl_coef=0.05; repeatable.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting, such as ppo.kl_coef=0.05; repeatable.")
+]
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in OUTPUT_DIR.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the results of an earlier run in OUTPUT_DIR.")
+]
 
 
 def read_config(config: Path | None, overrides: list[str] | None) -> RunConfig:
-    """The config of a command. Imports sit inside, so that `--help` and a mistyped option answer without loading torch."""
+    """Return the config of a command. Imports the config only when called, so that `--help` does not load torch."""
     from rlhf_engine.config import load_config
 
     return load_config(config, overrides or ())
 
 
 def quiet() -> None:
-    """Turns off the bars and tables that transformers prints as it loads: what is wrong there, we refuse in one line.
+    """Turn off the progress bars and tables that transformers prints while it loads; our own checks report errors in one line.
 
-    It imports torchao where that is installed, which tells of kernels for GPUs that are not here.
+    transformers imports torchao if that is installed, which logs warnings about kernels for other GPUs; they are hidden too.
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

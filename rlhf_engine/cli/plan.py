@@ -1,4 +1,4 @@
-"""`rlhf plan`: the memory of a PPO run before there is one."""
+"""`rlhf plan`: predicted memory of a PPO run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; the defaults without one.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file. Default: the default values.")
+    ] = None,
     overrides: SetOption = None,
     model: Annotated[
-        str | None, typer.Option(help="A folder with a config.json, or a size such as qwen2.5-7b.")
+        str | None, typer.Option(help="Folder with a config.json, or the name of a size such as qwen2.5-7b.")
     ] = None,
     gpu_memory: Annotated[
         list[str] | None,
         typer.Option(
-            "--gpu-memory", help="In place of memory.budget, plan for a GPU of this size, such as 24GiB; repeatable."
+            "--gpu-memory", help="Memory of a GPU to plan for instead of memory.budget, such as 24GiB; repeatable."
         ),
     ] = None,
     planned: Annotated[
-        bool, typer.Option("--planned", help="Try what the engine does not have yet too: adapters, 4-bit weights.")
+        bool, typer.Option("--planned", help="Also try methods that are not built yet: adapters, 4-bit weights.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
 ) -> None:
-    """Prints the bytes of every item in every phase of `rlhf ppo`, what fits, and what would. Needs no device."""
+    """Print the bytes of every item in every phase of `rlhf ppo`, whether they fit, and settings that fit. Needs no GPU."""
     quiet()
     from rlhf_engine.config.memory import byte_count
     from rlhf_engine.planner import MemoryPlan
@@ -39,7 +41,7 @@ def plan(
     from rlhf_engine.recipes.planning import workload_of
 
     if output is not None and output.exists() and not output.is_dir():
-        raise ValueError(f"--output: got {output}, a file, expected a folder to write plan.json and plan.png in")
+        raise ValueError(f"--output: {output} is a file; give a folder for plan.json and plan.png")
     workload = workload_of(read_config(config, overrides), model)
     workloads = [
         replace(workload, device="cuda", budget=byte_count(text, "--gpu-memory")) for text in gpu_memory or []
@@ -55,7 +57,7 @@ def plan(
 
 
 def _write(output: Path, whole: MemoryPlan, workloads: list[Workload], *, planned: bool) -> None:
-    """plan.json with the plan as it is; plan.png with the plan as it is, and for each budget the fastest that fits it."""
+    """Write plan.json with the plan of the config, and plan.png with that plan and the fastest plan for each budget."""
     from rlhf_engine.files import write_json
     from rlhf_engine.planner.report import size
     from rlhf_engine.planner.strategies import fitting, smallest

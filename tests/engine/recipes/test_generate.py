@@ -28,7 +28,7 @@ def generate(capsys, run, name, *arguments, sets=()):
 def test_every_prompt_is_answered_in_order(run, capsys):
     code, shown, _ = generate(capsys, run, "a.jsonl", "--samples", 3)
     lines = read_lines(run / "a.jsonl")
-    assert code == 0 and "10 prompts, 0 of them cut on the left, 3 answers each" in shown
+    assert code == 0 and "10 prompts, 0 of them truncated on the left, 3 responses each" in shown
     assert [line["prompt"] for line in lines] == [f"q{i}" for i in range(10)]
     assert all(len(line["answers"]) == len(line["ended"]) == 3 for line in lines)
     assert len({tuple(line["answers"]) for line in lines}) > 5

@@ -171,7 +171,7 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert code == 0 and re.search(r"does not fit, [\d.]+ GiB too much; not even one sequence", out)
     assert re.search(r"nothing that was tried fits.*\nnor with parts that are NOT BUILT YET; the least is .* LoRA", out)
     code, out, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--output", tmp_path / "out" / "plan.json")
-    assert code == 2 and not out and "plan.json, a file, expected a folder" in err
+    assert code == 2 and not out and "plan.json is a file; give a folder" in err
     (tmp_path / "config.json").write_text("{")
     code, _, err = rlhf(capsys, "plan", "--model", tmp_path)
     assert code == 2 and f"{tmp_path / 'config.json'}: not valid JSON" in err
