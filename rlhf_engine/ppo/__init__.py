@@ -1,1 +1,1 @@
-"""Proximal policy optimization and the policy gradients under it."""
+"""Proximal policy optimization, and the other policy-gradient objectives of the same training loop."""

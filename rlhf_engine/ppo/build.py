@@ -1,4 +1,4 @@
-"""A trainer from a policy, a reward and prompts, without files: every part that is not given is made from the config."""
+"""Construction of a PPO trainer from a policy, a reward and prompts, without files. The config defines all other parts."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from rlhf_engine.rollout import Generator
 from rlhf_kernels import head_workspace_bytes
 
 Prompts = Sequence[Tensor | Sequence[int]] | Callable[[int, int], Sequence[Tensor]]
-"""Token ids of prompts, taken in a new random order each time all have been used, or a function of (first, count)."""
+"""Token ids of prompts, used in random order and reshuffled after each pass, or a function of (first, count)."""
 
 
 class Plan(Protocol):
-    """What a memory plan decides of a run."""
+    """The part of a memory plan that a trainer needs."""
 
     @property
     def kv_bytes(self) -> int | None:
-        """Most bytes of keys and values; None for all that sampling asks for."""
+        """Upper bound of the bytes of keys and values; None for no bound."""
         ...
 
     def within(self, config: RunConfig) -> RunConfig:
-        """Return the config with as many sequences decoded together as the plan has room for."""
+        """Return the config with the number of sequences decoded together limited to the plan's memory."""
         ...
 
 
@@ -58,36 +58,37 @@ def build_trainer(
 ) -> PPOTrainer:
     """Return a trainer with the settings of `config.ppo`, `config.rollout` and `config.seed`.
 
-    Read too: `config.memory.optimizer_state`, where no optimizer is given. What makes the models is not read, since they are
-    given: the sections `model` and `reward`, `device`, `dtype`, `compute_dtype`, `backend`, `memory.gradient_checkpointing`,
-    `ppo.value_model` and `ppo.value_init`. `memory.budget` is the plan's.
+    `config.memory.optimizer_state` is also used if no optimizer is given. Settings that define the models are ignored, because
+    the models are arguments: the sections `model` and `reward`, `device`, `dtype`, `compute_dtype`, `backend`,
+    `memory.gradient_checkpointing`, `ppo.value_model` and `ppo.value_init`. `memory.budget` is ignored, because it belongs to
+    the plan.
 
     Args:
-        policy: what is trained and sampled.
-        reference: what the KL penalty is measured to; None makes a frozen copy of the policy.
-        reward: one score per response of a rollout, such as `text_reward` of a Python function.
+        policy: the model that is trained and sampled from.
+        reference: the model of the KL penalty; by default a frozen copy of the policy.
+        reward: returns one score per response of a rollout, such as `text_reward` of a Python function.
         prompts: see `Prompts`.
         config: the settings.
         codec: the tokenizer with its prompt format; needed unless `generator` is given.
-        generator: the sampler; None makes one with `config.rollout`.
-        optimizer: of all parameters that require a gradient; None makes AdamW with `config.ppo.optim`.
-        arena: the memory that the phases share; None makes one of the size that they need.
-        plan: a memory plan that bounds what sampling takes.
+        generator: the sampler; by default one with the settings of `config.rollout`.
+        optimizer: an optimizer of all parameters that require a gradient; by default AdamW with `config.ppo.optim`.
+        arena: the memory that the phases share; by default one of the size that they need.
+        plan: a memory plan that bounds the memory of sampling.
         pretrain: text for PPO-ptx, needed if `config.ppo.ptx_coef` is above 0.
         callbacks: called in this order.
 
     Raises:
-        ValueError: neither codec nor generator, or a generator of another policy or beside a plan; an optimizer of other
-            parameters; a pretraining stream without `ptx_coef` or the reverse; a prompt that is empty, too long or has an id
-            that is no token; TRPO with an attention that cannot be differentiated twice.
+        ValueError: for neither codec nor generator; a generator of a different policy or together with a plan; an optimizer
+            of different parameters; a pretraining stream without `ptx_coef` or the reverse; a prompt that is empty, too long
+            or has an id outside the vocabulary; TRPO with an attention that cannot be differentiated twice.
     """
     if generator is not None and generator.policy is not policy:
-        raise ValueError("generator: got one that samples another policy, expected one of `policy`")
+        raise ValueError("the generator samples from a different model; build it with `policy`")
     if generator is not None and plan is not None:
-        raise ValueError("plan: got one beside a generator, whose memory is decided; expected one of them")
+        raise ValueError("pass `generator` or `plan`, not both; the memory of a generator is already fixed")
     if generator is None:
         if codec is None:
-            raise ValueError("codec: got None without a generator, expected the tokenizer's codec")
+            raise ValueError("pass `codec` or `generator`; a trainer needs one of them to sample responses")
         settings, kv_bytes = (config, None) if plan is None else (plan.within(config), plan.kv_bytes)
         generator = make_generator(policy, codec, settings, config.seed, kv_bytes=kv_bytes)
     if optimizer is None:
@@ -126,12 +127,14 @@ def build_trainer(
 def make_generator(
     policy: LanguageModel, codec: Codec, config: RunConfig, seed: int, *, kv_bytes: int | None = None
 ) -> Generator:
-    """Return a sampler with the config's rollout settings; its keys and values take at most `kv_bytes`."""
+    """Return a sampler with the config's rollout settings; its keys and values use at most `kv_bytes`."""
     text, stop = config.rollout.stop_token, None
     if text is not None:
         ids = codec.encode_texts([text])[0]
         if len(ids) != 1:
-            raise ValueError(f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one")
+            raise ValueError(
+                f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one token"
+            )
         stop = ids[0]
     ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
     return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, kv_bytes=kv_bytes, **ends)
@@ -140,12 +143,13 @@ def make_generator(
 def prompt_stream(
     prompts: Sequence[Tensor | Sequence[int]], config: RunConfig, vocabulary: int
 ) -> Callable[[int, int], list[Tensor]]:
-    """Return prompts in a new random order each time all of them have been used; any part of the stream can be asked for.
+    """Return the function of (first, count) of an endless stream of the prompts in random order, reshuffled after each pass.
 
-    Raises ValueError for no prompts, or one that is not 1 to `rollout.max_prompt_tokens` ids below `vocabulary`.
+    Raises:
+        ValueError: for no prompts, or for a prompt that is not 1 to `rollout.max_prompt_tokens` ids below `vocabulary`.
     """
     if not len(prompts):
-        raise ValueError("prompts: got none, expected at least one")
+        raise ValueError("prompts: got an empty sequence, expected at least one prompt")
     for index, prompt in enumerate(prompts):
         _check_prompt(index, prompt, config.rollout.max_prompt_tokens, vocabulary)
     take = shuffled_stream(len(prompts), config.seed, "prompts")
@@ -157,7 +161,7 @@ def _check_prompt(index: int, prompt: Tensor | Sequence[int], longest: int, voca
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"prompts[{index}]: got {type(prompt).__name__}, expected token ids, as `Codec.encode_prompt` returns them"
+            f"prompts[{index}]: got {type(prompt).__name__}, expected token ids such as those of `Codec.encode_prompt`"
         ) from None
     expected = f"1 to {longest} token ids (rollout.max_prompt_tokens)"
     if ids.dim() != 1 or not 1 <= len(ids) <= longest:
@@ -171,22 +175,22 @@ def _check_prompt(index: int, prompt: Tensor | Sequence[int], longest: int, voca
 
 
 def _check_parameters(policy: ActorCritic, optimizer: Optimizer) -> None:
-    """ValueError unless the optimizer steps exactly the parameters that get a gradient."""
+    """Raise ValueError unless the optimizer has exactly the parameters that require a gradient."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter): name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     if missing := [name for key, name in trained.items() if key not in stepped]:
         raise ValueError(
-            f"optimizer: got one without {missing[0]} (and {len(missing) - 1} more), expected every parameter of the policy "
-            "that requires a gradient; freeze the others with requires_grad_(False)"
+            f"optimizer: {missing[0]} and {len(missing) - 1} more parameters are missing; add every parameter of the policy "
+            "that requires a gradient, or freeze it with requires_grad_(False)"
         )
     if strangers := len(stepped - trained.keys()):
         raise ValueError(
-            f"optimizer: got {strangers} parameters that the policy does not train, expected those of this policy"
+            f"optimizer: {strangers} of its parameters are frozen or not parameters of the policy; remove them"
         )
 
 
 def head_bytes(policy: ActorCritic) -> int:
-    """Return the bytes of the fused head's logits on the CPU; on a GPU they come from an allocator that keeps blocks."""
+    """Return the arena bytes for the fused head's logits: those of the CPU, and 0 on a GPU, whose allocator caches blocks."""
     if policy.device.type != "cpu":
         return 0
     backend = "triton" if policy.backend == "triton" else "cpu"
@@ -194,9 +198,10 @@ def head_bytes(policy: ActorCritic) -> int:
 
 
 def phase_bytes(policy: ActorCritic, generator: Generator, optimizer: Optimizer) -> dict[str, int]:
-    """Return the arena's bytes by phase: keys and values; logits; gradients, and either logits or state in transit.
+    """Return the arena bytes of each phase.
 
-    The gradients of a step are complete before its state arrives, unless the state is copied while they are computed.
+    generate: keys and values. score: logits. train: gradients plus the larger of logits and optimizer state in transit,
+    because the state of a step arrives after its gradients are complete, unless it is copied while they are computed.
     """
     head = room_for((head_bytes(policy),), torch.uint8)
     gradients = gradient_bytes(p for group in optimizer.param_groups for p in group["params"])

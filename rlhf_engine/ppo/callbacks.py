@@ -1,6 +1,6 @@
-"""What happens around updates: logging, checkpoints, early stopping.
+"""Callbacks of the PPO trainer: logging, checkpoints, early stopping.
 
-A callback is an object with any of the methods of `Callback`; the trainer calls them in the order of its list.
+A callback is an object with any of the methods of `Callback`. The trainer calls its callbacks in the order of its list.
 """
 
 from __future__ import annotations
@@ -18,37 +18,40 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base of a callback: every method does nothing."""
+    """Base class of a callback, whose methods do nothing."""
 
     def on_rollout(self, trainer: PPOTrainer, scored: Scored) -> None:
-        """Called with every scored rollout, before the policy learns from it."""
+        """Handle a scored rollout, before the policy is trained on it."""
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
-        """Called after every update; what it adds to `log` is seen by the callbacks after it."""
+        """Handle a finished update; later callbacks receive what this one adds to `log`."""
 
     def on_checkpoint(self, trainer: PPOTrainer, folder: Path) -> None:
-        """Called after a checkpoint was written."""
+        """Handle a checkpoint that was written to `folder`."""
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
-        """Called when training ends; `error` is what ended it early, None otherwise."""
+        """Handle the end of training; `error` is the exception that ended it early, or None."""
 
 
 class Writer(Protocol):
-    """Where the numbers of updates go, such as a `MetricsWriter`."""
+    """A sink for the metrics of updates, such as a `MetricsWriter`."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the numbers of a step."""
+        """Log the metrics of a step."""
 
 
 class MetricsLog(Callback):
-    """Write the numbers of every update with `writer`, and show a progress bar where stderr is a terminal."""
+    """Writes the metrics of every update with `writer`, and shows a progress bar if stderr is a terminal.
+
+    `extra()` returns additional metrics for each update.
+    """
 
     def __init__(self, writer: Writer, *, extra: Callable[[], dict[str, float]] = dict) -> None:
         self.writer, self.extra, self.bar = writer, extra, None
         self.history: list[dict[str, float]] = []
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
-        """Write one line."""
+        """Write the metrics of one update."""
         log |= self.extra()
         self.writer.write(trainer.updates_done, log)
         self.history.append(log)
@@ -64,22 +67,22 @@ class MetricsLog(Callback):
 
 
 class Checkpoints(Callback):
-    """Call `save(trainer)`, which returns the folder written, every `every` updates (0: never) and at the end.
+    """Calls `save(trainer)`, which returns the folder written, every `every` updates (0: never) and at the end.
 
-    An error that ends a run between two updates saves those that are done. After an error within an update that had changed a
-    weight nothing is saved: no run could have reached that state.
+    After an error that leaves the state of the finished updates, that state is saved. After an error within an update that had
+    changed a weight, nothing is saved, because an uninterrupted run never has that state.
     """
 
     def __init__(self, save: Callable[[PPOTrainer], Path], every: int = 0) -> None:
         self.save, self.every, self.saved = save, every, -1
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
-        """Save where the number of updates says so."""
+        """Save if the number of updates is a multiple of `every`."""
         if self.every and trainer.updates_done % self.every == 0:
             self._save(trainer)
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
-        """Save the updates that are done."""
+        """Save the finished updates that are not saved yet."""
         if trainer.whole and trainer.updates_done > max(self.saved, trainer.resumed_at):
             self._save(trainer)
 
@@ -90,17 +93,17 @@ class Checkpoints(Callback):
 
 
 class EarlyStopping(Callback):
-    """End training once a number of the log was outside its bounds in `updates` consecutive updates."""
+    """Ends training once a metric was outside its bounds in `updates` consecutive updates."""
 
     def __init__(self, name: str, *, above: float = math.inf, below: float = -math.inf, updates: int = 1) -> None:
         if above == math.inf and below == -math.inf:
-            raise ValueError("above, below: got neither bound, expected one or both")
+            raise ValueError("EarlyStopping has no bound; pass `above`, `below` or both")
         self.name, self.above, self.below, self.updates, self.count = name, above, below, updates, 0
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
-        """Count the updates outside the bounds."""
+        """Count consecutive updates outside the bounds, and stop training after `updates` of them."""
         if self.name not in log:
-            raise ValueError(f"name: got {self.name!r}, expected a number of the log: {', '.join(sorted(log))}")
+            raise ValueError(f"name: got {self.name!r}, expected a metric of the log: {', '.join(sorted(log))}")
         outside = not self.below <= log[self.name] <= self.above
         self.count = self.count + 1 if outside else 0
         if self.count >= self.updates:

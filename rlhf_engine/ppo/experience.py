@@ -1,4 +1,4 @@
-"""From a rollout to what an update learns from: scores, log-probs, values, advantages. B sequences, T response width."""
+"""From a rollout to an `Experience`: scores, log-probs, values and advantages. B sequences, T response width."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rlhf_kernels import rollout_advantages
 
 
 def experience_bytes(actions: int) -> int:
-    """Return the bytes that scoring adds to a rollout of B T actions.
+    """Return the bytes that scoring adds to a rollout of `actions` = B T actions.
 
-    They are those of reference log-probs, advantages, returns, rewards and KL.
+    They hold the reference log-probs, advantages, returns, rewards and KL.
     """
     return 5 * actions * torch.float32.itemsize
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout with what its reward is made of. All but scores are (B, T), float32, 0 where the mask is False."""
+    """A rollout with the terms of its reward. Log-probs and values are (B, T), float32, 0 where the mask is False."""
 
     rollout: Rollout
     scores: Tensor  # (B,)
-    raw_scores: Tensor  # (B,), before any scale or penalty
+    raw_scores: Tensor  # (B,), before scaling and penalties
     old_logprobs: Tensor
     old_values: Tensor
     ref_logprobs: Tensor
@@ -39,7 +39,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Experience:
-    """What an update learns from. All but `rollout` are (B, T), float32, 0 where the mask is False."""
+    """The training data of one update. All tensors but those of `rollout` are (B, T), float32, 0 where the mask is False."""
 
     rollout: Rollout
     old_logprobs: Tensor
@@ -50,25 +50,25 @@ class Experience:
 
 
 class Step(NamedTuple):
-    """What an update rule is told of the update that it is part of."""
+    """The current update, as an argument of the update rule."""
 
     number: int
-    """Updates done before it."""
+    """Number of updates done before this one."""
     old_kl_coef: float
     """Weight of KL(old || new) in the objective `kl_penalty`."""
     on_change: Callable[[], object]
-    """Called before a weight changes other than by the optimizer."""
+    """Must be called before a weight is changed by anything but the optimizer."""
 
 
 class MicrobatchSize(TypedDict):
-    """How much goes through a trunk at a time, as arguments of `Rollout.batches`."""
+    """Size of a micro-batch, as arguments of `Rollout.batches`."""
 
     microbatch: int
     microbatch_tokens: int | None
 
 
 def microbatch_size(config: PPOConfig) -> MicrobatchSize:
-    """Return how much goes through a trunk at a time."""
+    """Return the size of a micro-batch."""
     return {"microbatch": config.microbatch, "microbatch_tokens": config.microbatch_tokens}
 
 
@@ -83,9 +83,9 @@ def score(
     first: int = 0,
     transients: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Scored:
-    """Score every response (see `score_answers`) and get the log-probs of the old policy and of the reference.
+    """Score every response (see `score_answers`) and compute the log-probs of the old policy and of the reference.
 
-    `transients` is where forward passes of the models find memory.
+    Forward passes of the policy and the reference run inside `transients()`, which provides their memory.
     """
     scale = scale or ScoreScale(config.score_scale)
     rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
@@ -100,7 +100,7 @@ def score(
             old_values = recompute(policy, rollout, ("values",), **size)["values"]
         if config.baseline == "none":
             old_values = torch.zeros_like(old_values)
-    # Copied, because the memory of the phase is reused by the next one.
+    # Copied, because the next phase reuses the memory of this one.
     kept = (old_logprobs.clone(), old_values.clone(), ref_logprobs.clone())
     return Scored(rollout, scores, raw_scores, *kept)
 
@@ -108,7 +108,10 @@ def score(
 def advantages(
     scored: Scored, config: PPOConfig, kl_coef: float, backend: str = "auto"
 ) -> tuple[Experience, dict[str, float]]:
-    """GAE of `-kl_coef * KL_t + [t is last] score`, whitened over the batch, and the numbers worth logging."""
+    """Return the experience with the advantages of a scored rollout, and the metrics to log.
+
+    The advantages are GAE of the reward `-kl_coef * KL_t + [t is last] score`, whitened over the batch if the config asks for it.
+    """
     rollout = scored.rollout
     result = rollout_advantages(
         scored.scores,
@@ -149,5 +152,5 @@ def advantages(
 
 
 def gradient_discounts(mask: Tensor, gamma: float) -> Tensor:  # (B, T) -> (B, T)
-    """gamma^t of action number t of its sequence (Sutton & Barto 2018, section 13.3)."""
+    """Return gamma^t for action number t of each sequence (Sutton & Barto 2018, section 13.3)."""
     return gamma ** (mask.cumsum(1) - 1).clamp(min=0).float()

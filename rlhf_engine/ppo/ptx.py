@@ -1,10 +1,10 @@
-"""PPO-ptx: pretraining gradients in the optimiser step of PPO (Ouyang et al. 2022, equation 2).
+"""PPO-ptx: pretraining gradients in the optimizer step of PPO (Ouyang et al. 2022, equation 2).
 
     L = L_PPO - gamma E_{x ~ pretraining}[log pi(x)]
 
-The second term has a backward of its own straight after its forward, so that the activations of the two never coexist. It is
-not a loss of the rollout's distribution: its logits are never divided by the rollout's temperature.
-Shapes: M sequences in all, B of a step, L tokens of each.
+The backward pass of the second term runs directly after its forward pass, so the activations of the two terms are never in
+memory together. The second term is computed at temperature 1, not at the temperature of the rollout.
+Shapes: M sequences in total, B per step, L tokens per sequence.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rlhf_engine.model import Policy, TokenBatch
 
 
 class PretrainStream:
-    """Sequences of plain text in a random order, a new one each time all have been used; `position` counts those taken."""
+    """Sequences of plain text in random order, reshuffled after each pass; `position` counts the sequences used so far."""
 
     def __init__(self, sequences: Tensor, seed: int) -> None:  # (M, L), integers
         self.sequences, self.position = sequences, 0
         self._take = shuffled_stream(len(sequences), seed, "pretraining")
 
     def take(self, count: int) -> Tensor:  # (B, L), int64
-        """The next `count` sequences."""
+        """Return the next `count` sequences."""
         rows = self._take(self.position, count)
         self.position += count
         return self.sequences[rows].long()
@@ -38,7 +38,8 @@ def language_model_loss(
 ) -> Tensor:  # ()
     """Return `-sum log pi(x_s | x_<s) / num_tokens` over all tokens but the first of each sequence, at temperature 1.
 
-    That is a policy gradient with advantages of 1: its gradient is computed in the forward pass, without an [N, V] tensor.
+    It is computed as a policy-gradient loss with advantages 1: the fused op computes the gradient in the forward pass, without
+    an [N, V] tensor.
     """
     ids = sequences[:, 1:].flatten()
     ones = torch.ones(len(ids), device=ids.device)
@@ -57,10 +58,10 @@ def language_model_loss(
 def ptx_backward(
     policy: Policy, sequences: Tensor, *, coef: float, microbatch: int, microbatch_tokens: int | None = None
 ) -> dict[str, Tensor]:
-    """Add the gradient of `-coef` times the mean log-prob of the sequences' tokens; returns the loss in nats a token.
+    """Add the gradient of `-coef` times the mean log-prob of the sequences' tokens; return the loss in nats per token.
 
-    The first token of a sequence has no state before it and does not count. The denominator is that of all `sequences`, so
-    the gradient does not depend on the micro-batches, of `microbatch` sequences or of `microbatch_tokens` tokens.
+    The first token of a sequence has no state before it and does not count. The denominator is the token count of all
+    `sequences`, so the gradient does not depend on the micro-batches of `microbatch` sequences or `microbatch_tokens` tokens.
     """
     num_tokens = sequences[:, 1:].numel()
     loss = torch.zeros((), device=policy.device)

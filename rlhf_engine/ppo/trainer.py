@@ -1,7 +1,7 @@
 """Proximal policy optimization of a language model: Algorithm 1 of Schulman et al. 2017 with InstructGPT's reward.
 
-One update is `collect -> score -> advantages -> learn`. The environment is a bandit: a prompt comes, the policy answers, the
-score lands on the last action, and every action pays `kl_coef` times its KL to the reference.
+One update is `collect -> score -> advantages -> update rule -> adapt`. The environment is a bandit: the policy responds to a
+prompt, the last action gets the score as its reward, and every action gets `-kl_coef` times its KL to the reference.
 Shapes: B sequences, T response width.
 """
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from rlhf_engine.ppo.update import UpdateRule
 
 EMA = "ema"
-"""Folder in a checkpoint: the averaged weights, a model like the checkpoint itself."""
+"""Subfolder of a checkpoint with the averaged weights, a model in the format of the checkpoint itself."""
 
 _NUMBERS = ("updates_done", "kl_coef", "old_kl_coef")
 
 
 class PPOTrainer:
-    """The training loop: what changes from update to update, and the parts that it was given. `build_trainer` makes the parts.
+    """The training loop, with the state that changes between updates. `build_trainer` creates its arguments from a config.
 
-    All randomness is a function of `seed` and the counters, so a resumed run draws the same numbers. `prompts(first, count)`
-    returns the prompts number `first` to `first + count` of an endless stream.
+    All random numbers are functions of `seed` and the counters, so a resumed run draws the same numbers.
+    `prompts(first, count)` returns prompts number `first` to `first + count - 1` of an endless stream.
     """
 
     stage, unit = "ppo", "update"
@@ -73,7 +73,7 @@ class PPOTrainer:
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = self.resumed_at = 0
         self.whole, self.stopped = True, False
-        """Whether the state is that of `updates_done` updates; False within an update once it has changed a weight."""
+        """`whole`: the state is that of `updates_done` updates; False from the first changed weight of an update to its end."""
         update_rule.optimizer.register_step_pre_hook(self._on_change)
 
     # ---- the loop ----
@@ -85,10 +85,12 @@ class PPOTrainer:
                 self.step()
 
     def step(self) -> dict[str, float]:
-        """Run one iteration of Algorithm 1, call the callbacks' `on_update`, and return what to log.
+        """Run one iteration of Algorithm 1, call the callbacks' `on_update`, and return the metrics.
 
-        An exception before the first change of a weight leaves the state as it was. After a later one there is no state to
-        continue from: RuntimeError until a checkpoint is loaded.
+        An exception before the first change of a weight leaves the state unchanged. A later exception leaves a partial update.
+
+        Raises:
+            RuntimeError: after a partial update, until a checkpoint is loaded.
         """
         if not self.whole:
             raise RuntimeError(
@@ -112,14 +114,14 @@ class PPOTrainer:
         return log
 
     def collect(self) -> Rollout:
-        """Sample one response to each of the next prompts; keys and values are in the arena."""
+        """Sample one response to each of the next prompts, with keys and values in the arena."""
         first, count = self.updates_done * self.config.rollout_batch, self.config.rollout_batch
         with self._phase("generate"):
             prompts = self.prompts(first, count)
             return self.generator.generate(prompts, torch.arange(first, first + count), allocate=self.arena.memory)
 
     def score(self, rollout: Rollout) -> tuple[Scored, dict[str, float]]:
-        """Score the responses, get all log-probs, and measure how exact the sampled ones are."""
+        """Score the responses, compute all log-probs, and measure the deviation of the sampled ones."""
         models, first = (self.policy, self.reference, self.reward), self.updates_done * self.config.rollout_batch
         with self._phase("score"):
             scored = score(rollout, *models, self.config, self.temperature, self.scale, first, self.arena.transients)
@@ -127,7 +129,7 @@ class PPOTrainer:
             return scored, self._deviation(scored)
 
     def adapt(self, experience: Experience, log: dict[str, float]) -> dict[str, float]:
-        """Move the KL coefficients towards what this update's KLs ask for; return what was measured for it."""
+        """Adapt the KL coefficients to the KLs of this update; return the metrics measured for it."""
         config, found = self.config, {}
         if self.updates_done < config.value_warmup:
             return found
@@ -144,11 +146,11 @@ class PPOTrainer:
         return found
 
     def stop(self) -> None:
-        """End training after this update."""
+        """End training after the current update."""
         self.stopped = True
 
     def notify(self, event: str, *arguments: Any) -> None:
-        """Call a method of every callback that has it."""
+        """Call the method `event` of every callback that has it."""
         for callback in self.callbacks:
             method = getattr(callback, event, None)
             if method is not None:
@@ -158,7 +160,7 @@ class PPOTrainer:
 
     @property
     def temperature(self) -> float:
-        """Temperature of sampling, and so of every log-prob."""
+        """Temperature of sampling, which all log-probs use."""
         return self.generator.config.temperature
 
     def state(self) -> dict[str, int | float]:
@@ -166,7 +168,7 @@ class PPOTrainer:
         return {name: getattr(self, name) for name in _NUMBERS} | self.update_rule.state() | self.scale.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Set what `state` returned."""
+        """Restore what `state` returned."""
         for name in _NUMBERS:
             setattr(self, name, state[name])
         self.update_rule.load_state(state)
@@ -176,7 +178,7 @@ class PPOTrainer:
 
     @property
     def done(self) -> int:
-        """Finished updates."""
+        """Number of finished updates."""
         return self.updates_done
 
     def tensors(self) -> dict[str, Tensor]:
@@ -184,7 +186,7 @@ class PPOTrainer:
         return optimizer_tensors(self.update_rule.optimizer)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the tensors of the policy, its value function and the average."""
+        """Iterate over the tensors of the policy, its value function and the averaged weights."""
         yield from self.policy.named_parameters()
         if self.update_rule.average is not None:
             yield from ((f"{EMA}.{name}", weight) for name, weight in self.update_rule.average.model.named_parameters())
@@ -194,14 +196,18 @@ class PPOTrainer:
         return {"reference": self.reference.weights()}
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the policy and its value function, and the average of the weights as a model in a folder `ema`."""
+        """Write the policy and its value function, and the averaged weights as a model in the subfolder `ema`."""
         save_policy(folder, self.policy, tokenizer)
         if self.update_rule.average is not None:
             (folder / EMA).mkdir()
             save_policy(folder / EMA, self.update_rule.average.model, tokenizer)
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint; ValueError naming the file that is missing or does not fit."""
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: with the name of a file that is missing or does not fit.
+        """
         average = self.update_rule.average
         places = {folder: self.policy} | ({} if average is None else {folder / EMA: average.model})
         for place, policy in places.items():
@@ -230,11 +236,11 @@ class PPOTrainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        with self.arena.phase(name), self.meter.phase(name):  # measured once the phase before has returned its bytes
+        with self.arena.phase(name), self.meter.phase(name):  # the arena first frees the previous phase's memory
             yield
 
     def _deviation(self, scored: Scored) -> dict[str, float]:
-        """Return how far sampled log-probs are from a fresh forward pass; the policy is still the one that sampled."""
+        """Return the deviation of sampled log-probs from a forward pass of the policy, which has not changed since sampling."""
         rollout, count = scored.rollout, self.generator.config.check_sequences
         if self.config.old_logprobs == "rescored":
             return {"logprob_deviation": float((scored.old_logprobs - rollout.logprobs).abs().max())}
@@ -264,7 +270,7 @@ class PPOTrainer:
 
 
 class _Ending:
-    """Calls `on_end` of every callback, whatever another one raises, with what ended training."""
+    """Calls `on_end` of every callback with the exception that ended training, even if an `on_end` raises."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer

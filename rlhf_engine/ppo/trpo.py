@@ -1,12 +1,14 @@
-"""Trust-region policy optimisation: the KL to the old policy is a constraint and not a price (Schulman et al. 2015).
+"""Trust-region policy optimization: the KL to the old policy is a constraint instead of a penalty (Schulman et al. 2015).
 
     maximise E[r A]  subject to  E_s[KL(pi_old(.|s) || pi(.|s))] <= max_kl
 
-The KL is that of the full vocabulary, the mean over the states of a rollout. The step is `s = sqrt(2 max_kl / x^T F x) x` with
-`F x = g` solved by conjugate gradient, then halved until the surrogate has risen and the constraint holds.
-Fisher-vector products differentiate the trunk twice: eager attention, torch's own operations for the head, and [n, V] logits of
-a micro-batch. That is for models of up to about 50 million parameters; x, the residual, the direction and the product cost the
-weights four times more, and the old policy once. Shapes: n actions of a micro-batch, P parameters in one vector.
+The KL is over the full vocabulary, averaged over the states of a rollout. The step is `s = sqrt(2 max_kl / x^T F x) x` with
+`F x = g` solved by conjugate gradient. It is then multiplied by `ppo.trpo.shrink` until the surrogate has increased and the
+constraint holds.
+Fisher-vector products differentiate the trunk twice. This requires eager attention, torch operations for the head, and the
+[n, V] logits of a micro-batch, so it suits models of up to about 50 million parameters. The solution x, the residual, the
+direction and the product use four times the memory of the weights, and the old policy uses it once more.
+Shapes: n actions of a micro-batch, P parameters in one vector.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from rlhf_engine.rollout import Rollout
 
 
 def check_attention(attention: str | None) -> None:
-    """Raise ValueError for an implementation of attention that cannot be differentiated twice."""
+    """Raise ValueError for an attention implementation that cannot be differentiated twice."""
     if attention != "eager":
         raise ValueError(
             f"model.attention: got {attention!r} with ppo.objective 'trpo', expected 'eager', which can be differentiated "
@@ -35,7 +37,7 @@ def check_attention(attention: str | None) -> None:
 
 @dataclass(frozen=True)
 class TrustRegionProblem:
-    """A rollout, the advantages of its actions and the policy that is to move."""
+    """The policy to optimize, a rollout and the advantages of its actions."""
 
     policy: ActorCritic
     rollout: Rollout
@@ -46,50 +48,50 @@ class TrustRegionProblem:
     microbatch_tokens: int | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """The language model's; the value function is none of TRPO's business."""
+        """Return the trained parameters of the language model, without those of the value function."""
         return [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
 
     def parts(self) -> Iterator[TokenBatch]:
-        """The rollout in micro-batches, never packed."""
+        """Iterate over the micro-batches of the rollout, which are never packed."""
         everyone = torch.arange(len(self.rollout), device=self.rollout.mask.device)
         return self.rollout.batches(everyone, self.microbatch, self.microbatch_tokens)
 
     def log_softmax(self, policy: ActorCritic, batch: TokenBatch) -> Tensor:  # (n, V)
-        """Log-probs of the whole vocabulary in the states of a micro-batch."""
+        """Return the log-probs of the full vocabulary in the states of a micro-batch."""
         logits = policy(batch, ("logits",)).logits.float()
         return (logits / self.temperature).log_softmax(-1)
 
     def surrogate(self, batch: TokenBatch, logprobs: Tensor) -> Tensor:  # ()
-        """This micro-batch's share of the mean of `exp(log pi - log pi_old) A`."""
+        """Return the contribution of this micro-batch to the mean of `exp(log pi - log pi_old) A`."""
         assert batch.ids is not None
         old, advantages = (x.reshape(-1)[batch.source] for x in (self.old_logprobs, self.advantages))
         taken = logprobs.gather(-1, batch.ids[:, None])[:, 0]
         return ((taken - old).exp() * advantages).sum() / self.rollout.mask.sum()
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:  # (n, V), (n, V) -> ()
-        """This micro-batch's share of the mean KL(old || new)."""
+        """Return the contribution of a micro-batch to the mean KL(old || new)."""
         return (old.exp() * (old - new)).sum() / self.rollout.mask.sum()
 
 
 def trpo_step(problem: TrustRegionProblem, config: TRPOConfig) -> dict[str, float]:
-    """Move the policy's weights by one constrained step, or leave them where no step along the direction is allowed.
+    """Change the policy's weights by one constrained step, or leave them unchanged if no tested step is accepted.
 
-    Returns the KL and the gain of the surrogate after the step, and the share of the full step that was taken (0: none). Raises
-    FloatingPointError, with the weights as they were, if the gradient or the curvature along the step is not finite.
+    Return the KL and the gain of the surrogate after the step, and the accepted fraction of the full step (0: none).
+
+    Raises:
+        FloatingPointError: if the gradient or the curvature along the step is not finite. The weights are unchanged.
     """
     gradient, before = surrogate_gradient(problem)
     if not bool(gradient.isfinite().all()):
-        raise FloatingPointError(
-            "training diverged: got a surrogate whose gradient is not finite, expected a finite one"
-        )
+        raise FloatingPointError("training diverged: the gradient of the surrogate is not finite")
     direction = conjugate_gradient(
         lambda v: fisher_product(problem, v, config.damping), gradient, config.cg_iterations, config.cg_tolerance
     )
     curvature = float(direction @ fisher_product(problem, direction, config.damping))
     if not math.isfinite(curvature):
         raise FloatingPointError(
-            f"training diverged: got the curvature {curvature} along the step, expected a finite number; a larger "
-            "ppo.trpo.damping keeps the Fisher matrix from being singular"
+            f"training diverged: got the curvature {curvature} along the step, expected a finite number; increase "
+            "ppo.trpo.damping, which keeps the Fisher matrix from being singular"
         )
     if not curvature > 0.0:  # a gradient of zero has no direction
         return {"trpo_kl": 0.0, "trpo_gain": 0.0, "trpo_step": 0.0}
@@ -106,7 +108,7 @@ def trpo_step(problem: TrustRegionProblem, config: TRPOConfig) -> dict[str, floa
 
 
 def surrogate_gradient(problem: TrustRegionProblem) -> tuple[Tensor, float]:  # (P,), the surrogate
-    """Gradient of the surrogate at the weights as they are."""
+    """Return the gradient and the value of the surrogate at the current weights."""
     parameters, value = problem.parameters(), 0.0
     total = torch.zeros_like(flat(parameters))
     for batch in problem.parts():
@@ -117,7 +119,7 @@ def surrogate_gradient(problem: TrustRegionProblem) -> tuple[Tensor, float]:  # 
 
 
 def fisher_product(problem: TrustRegionProblem, vector: Tensor, damping: float) -> Tensor:  # (P,) -> (P,)
-    """`(F + damping I) v`, F the Hessian of the mean KL at the weights as they are, which is the Fisher matrix there."""
+    """Return `(F + damping I) v`, where F is the Hessian of the mean KL at the current weights: the Fisher matrix."""
     parameters = problem.parameters()
     total = damping * vector
     for batch in problem.parts():
@@ -131,7 +133,7 @@ def fisher_product(problem: TrustRegionProblem, vector: Tensor, damping: float) 
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], target: Tensor, iterations: int, tolerance: float
 ) -> Tensor:  # (P,)
-    """x with `product(x) = target`, after at most `iterations`, or when the residual's norm is `tolerance` of the target's.
+    """Solve `product(x) = target`: stop after `iterations`, or when the residual's norm is at most `tolerance` of the target's.
 
     Source: Hestenes & Stiefel 1952.
     """
@@ -152,7 +154,7 @@ def conjugate_gradient(
 
 @torch.no_grad()
 def measure(problem: TrustRegionProblem, old: ActorCritic) -> tuple[float, float]:
-    """The surrogate and the mean KL to `old` at the weights as they are."""
+    """Return the surrogate and the mean KL to `old` at the current weights."""
     surrogate = kl = 0.0
     for batch in problem.parts():
         logprobs = problem.log_softmax(problem.policy, batch)
@@ -162,12 +164,12 @@ def measure(problem: TrustRegionProblem, old: ActorCritic) -> tuple[float, float
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:  # (P,)
-    """One vector of many tensors."""
+    """Concatenate tensors into one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 @torch.no_grad()
 def assign(parameters: list[nn.Parameter], vector: Tensor) -> None:  # (P,)
-    """The inverse of `flat`, into the parameters."""
+    """Copy the parts of a vector into the parameters, the inverse of `flat`."""
     for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
         parameter.copy_(part.view_as(parameter))

@@ -1,4 +1,4 @@
-"""How an update learns from its experience: minibatch steps on a surrogate, or one step within a trust region.
+"""Update rules, which train the policy on an experience: minibatch steps on a surrogate, or one step within a trust region.
 
 B sequences, T response width.
 """
@@ -24,14 +24,14 @@ from rlhf_kernels import explained_variance, masked_whiten
 
 
 class UpdateRule(Protocol):
-    """Changes the weights by what an update learned."""
+    """Trains the policy on the experience of one update."""
 
     optimizer: Optimizer
     average: WeightAverage | None
     """Moving average of the weights, updated after every step."""
 
     def __call__(self, experience: Experience, step: Step) -> dict[str, float]:
-        """Learn from the experience of one update; return what to log."""
+        """Train on the experience of one update; return the metrics."""
         ...
 
     def state(self) -> dict[str, int]:
@@ -39,13 +39,13 @@ class UpdateRule(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Set what `state` returned."""
+        """Restore what `state` returned."""
 
 
 class SurrogateSteps:
-    """`ppo_epochs` passes over the rollout in shuffled minibatches, one optimizer step each; fewer after `stop_kl`.
+    """`ppo_epochs` passes over the rollout in shuffled minibatches with one optimizer step each, or fewer after `stop_kl`.
 
-    Source: Schulman et al. 2017, Algorithm 1. In a value warm-up, and with `values_only`, the steps train the values only.
+    Source: Schulman et al. 2017, Algorithm 1. In the value warm-up, and with `values_only`, the steps train only the values.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SurrogateSteps:
         if (pretrain is None) != (config.ptx_coef == 0.0):
             got = "no stream" if pretrain is None else "a stream"
             raise ValueError(
-                f"pretrain: got {got} with ptx_coef {config.ptx_coef}, expected one if ptx_coef is above 0"
+                f"pretrain: got {got} with ptx_coef {config.ptx_coef}; pass a stream if and only if ptx_coef is above 0"
             )
         self.policy, self.optimizer, self.config, self.arena = policy, optimizer, config, arena
         self.temperature, self.seed, self.pretrain, self.values_only = temperature, seed, pretrain, values_only
@@ -71,11 +71,11 @@ class SurrogateSteps:
         self.optimizer_steps = 0
 
     def __call__(self, experience: Experience, step: Step) -> dict[str, float]:
-        """Make all optimizer steps of one update; return the means of their metrics."""
+        """Run all optimizer steps of one update; return the means of their metrics."""
         config, sums, device = self.config, MetricSum(), self.policy.device
         per_epoch = config.rollout_batch // config.minibatch
         for epoch in range(config.ppo_epochs):
-            # The schedule counts the steps that `stop_kl` skips as well, so that it ends with the run.
+            # The learning-rate schedule also counts the steps that `stop_kl` skips, so that it ends with the run.
             first = (step.number * config.ppo_epochs + epoch) * per_epoch
             order = self.order(len(experience.rollout), step.number, epoch)
             for number, sequences in enumerate(order.to(device).split(config.minibatch), first):
@@ -86,7 +86,7 @@ class SurrogateSteps:
         return sums.mean() | {"lr": rate, "epochs": epoch + 1}
 
     def order(self, sequences: int, update: int, epoch: int) -> Tensor:  # (sequences,)
-        """Return the order in which an epoch takes the sequences of a rollout."""
+        """Return the order of a rollout's sequences in an epoch."""
         return shuffled(sequences, self.seed, "minibatches", update * self.config.ppo_epochs + epoch)
 
     def state(self) -> dict[str, int]:
@@ -95,7 +95,7 @@ class SurrogateSteps:
         return {"optimizer_steps": self.optimizer_steps} | position
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Set what `state` returned."""
+        """Restore what `state` returned."""
         self.optimizer_steps = state["optimizer_steps"]
         if self.pretrain is not None:
             self.pretrain.position = state["ptx_position"]
@@ -103,7 +103,7 @@ class SurrogateSteps:
     def _optimize(
         self, experience: Experience, sequences: Tensor, number: int, step: Step
     ) -> tuple[dict[str, Tensor], float]:
-        """Make optimizer step `number` of the run, on a minibatch; return its metrics and its learning rate."""
+        """Run optimizer step `number` of the run on a minibatch; return its metrics and its learning rate."""
         config = self.config
         self.optimizer.prefetch()
         with self.arena.transients():
@@ -112,7 +112,7 @@ class SurrogateSteps:
             if self.values_only or step.number < config.value_warmup:
                 keep_value_gradients(self.policy)
             elif self.pretrain is not None:
-                # The last minibatch may be short where `nonfinite_scores` skips.
+                # The last minibatch may be short if `nonfinite_scores` skipped responses.
                 batch = self.pretrain.take(max(1, round(config.ptx_ratio * len(sequences))))
                 metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, **microbatch_size(config))
         total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
@@ -124,7 +124,7 @@ class SurrogateSteps:
 
 
 class TrustRegionStep:
-    """Optimizer steps for the value function, then one constrained step of the policy (Schulman et al. 2015, TRPO)."""
+    """Optimizer steps of the value function, then one constrained step of the policy (Schulman et al. 2015, TRPO)."""
 
     def __init__(self, values: SurrogateSteps) -> None:
         check_attention(values.policy.trunk.config._attn_implementation)
@@ -132,7 +132,7 @@ class TrustRegionStep:
         self.optimizer, self.average = values.optimizer, values.average
 
     def __call__(self, experience: Experience, step: Step) -> dict[str, float]:
-        """Train the values, then move the policy unless the run is in its value warm-up."""
+        """Train the values, then the policy unless the run is in its value warm-up."""
         rule, log = self.values, self.values(experience, step)
         if step.number < rule.config.value_warmup:
             return log
@@ -156,7 +156,7 @@ class TrustRegionStep:
         return self.values.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Set what `state` returned."""
+        """Restore what `state` returned."""
         self.values.load_state(state)
 
 
@@ -168,10 +168,10 @@ def minibatch_backward(
     temperature: float,
     **changing: float,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; return its metrics.
+    """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; return the loss's metrics.
 
-    The denominators are the minibatch's, so the gradient does not depend on the micro-batches. `changing` are loss options that
-    replace the config's.
+    The denominators are those of the minibatch, so the gradient does not depend on the micro-batches. `changing` are loss
+    options that replace those of the config.
     """
     rollout, totals = experience.rollout, MetricSum()
     num_tokens, scaled = int(rollout.response_lengths[sequences].sum()), experience.advantages
@@ -204,7 +204,7 @@ def minibatch_backward(
 
 
 def keep_value_gradients(policy: Policy) -> None:
-    """Drop every gradient but the value function's; the optimizer does not step a parameter without one."""
+    """Drop all gradients but those of the value function. The optimizer skips parameters without a gradient."""
     assert policy.value is not None
     values = {id(parameter) for parameter in policy.value.parameters()}
     for parameter in policy.parameters():
@@ -213,18 +213,18 @@ def keep_value_gradients(policy: Policy) -> None:
 
 
 def loss_options(config: PPOConfig) -> dict[str, Any]:
-    """Return the arguments of `linear_ppo_loss` that a config decides."""
+    """Return the arguments of `linear_ppo_loss` that the config sets."""
     names = (
         "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
         "entropy_coef aggregation"
     )
     options = {name: getattr(config, name) for name in names.split()}
-    # TRPO's surrogate, of which the optimizer follows the value loss only.
+    # With TRPO the optimizer trains only the values, so only the value loss of this objective matters.
     return options | {"objective": "ratio"} if config.objective == "trpo" else options
 
 
 class MetricSum:
-    """Sums dictionaries of device scalars without a host sync; keys that end in `_max` keep the largest."""
+    """Sum of dictionaries of device scalars without a host sync; keys that end in `_max` keep the maximum."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -241,11 +241,11 @@ class MetricSum:
                 self.sums[name] = torch.maximum(before, value) if name.endswith("_max") else before + value
 
     def total(self) -> dict[str, Tensor]:
-        """The sums, on the device: micro-batches that were given global denominators add up to their minibatch."""
+        """Return the sums on the device. Metrics of micro-batches with the minibatch's denominators sum to the minibatch's."""
         return self.sums
 
     def mean(self) -> dict[str, float]:
-        """Means over the dictionaries (largest for `_max`) as floats, explained variance from its sums."""
+        """Return the means (maxima for `_max`) as floats, and the explained variance computed from its sums."""
         log = {name: float(value) / (1 if name.endswith("_max") else self.count) for name, value in self.sums.items()}
         if "num_value_tokens" in self.sums:
             log["explained_variance"] = float(explained_variance(self.sums))

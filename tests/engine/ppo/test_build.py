@@ -49,12 +49,15 @@ def of_another_policy(policy):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"generator": None}, "codec: got None without a generator"),
-        ({"generator": lambda policy: sampler(make_policy(1))}, "generator: got one that samples another policy"),
-        ({"plan": EveryPrompt()}, "plan: got one beside a generator"),
-        ({"optimizer": without_the_head}, r"optimizer: got one without value.weight \(and 1 more\)"),
-        ({"optimizer": of_another_policy}, "optimizer: got 23 parameters that the policy does not train"),
-        ({"prompts": []}, "prompts: got none"),
+        ({"generator": None}, "pass `codec` or `generator`"),
+        ({"generator": lambda policy: sampler(make_policy(1))}, "the generator samples from a different model"),
+        ({"plan": EveryPrompt()}, "pass `generator` or `plan`, not both"),
+        ({"optimizer": without_the_head}, "optimizer: value.weight and 1 more parameters are missing"),
+        (
+            {"optimizer": of_another_policy},
+            "optimizer: 23 of its parameters are frozen or not parameters of the policy",
+        ),
+        ({"prompts": []}, "prompts: got an empty sequence"),
         ({"prompts": [[3], []]}, r"prompts\[1\]: got shape \(0,\)"),
         ({"prompts": [[3] * 9]}, r"prompts\[0\]: got shape \(9,\), expected 1 to 8 token ids"),
         ({"prompts": [[3], [4, VOCABULARY]]}, rf"prompts\[1\]: got the id {VOCABULARY}, expected ids from 0"),
