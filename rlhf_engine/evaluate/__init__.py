@@ -1,4 +1,4 @@
-"""How good a policy is: win rate against another under a judge, perplexity, and the best of several answers."""
+"""Quality of a policy: win rate against a baseline under a judge, perplexity, and best-of-N."""
 
 from rlhf_engine.evaluate.human import Pair, read_preferences, write_pairs
 from rlhf_engine.evaluate.judges import FunctionJudge, Judge, RewardJudge, load_judge, rank

@@ -1,7 +1,7 @@
-"""Pairs of answers for people, or another program, to judge: a file that does not say which model wrote which answer.
+"""Files of answer pairs for people, or an external program, to judge. They do not show which model wrote which answer.
 
-A line is `{"id": 3, "prompt": ..., "A": ..., "B": ..., "preference": null}`; whoever judges puts "A", "B" or "tie" in the place
-of null. Which model is A is drawn for each pair by the seed.
+A line is `{"id": 3, "prompt": ..., "A": ..., "B": ..., "preference": null}`. A judge replaces null by "A", "B" or "tie". Which
+model is A is drawn at random for each pair, from the seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pair:
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], seed: int) -> None:
-    """Writes the file that is to be judged, whole or not at all."""
+    """Write the file of pairs to be judged, which is complete or absent."""
     lines = [
         json.dumps(_line(index, pair, seed) | {"preference": None}, ensure_ascii=False) + "\n"
         for index, pair in enumerate(pairs)
@@ -42,12 +42,13 @@ def write_pairs(path: Path, pairs: Sequence[Pair], seed: int) -> None:
 
 
 def read_preferences(path: Path, pairs: Sequence[Pair], seed: int) -> Tensor:
-    """(M,) float64 in the order of `pairs`: 1 where the first answer was preferred, 0 the second, 1/2 a tie.
+    """Return preferences, (M,) float64 in the order of `pairs`: 1 for the first answer, 0 for the second, 1/2 for a tie.
 
-    Lines may come in any order.
+    Lines may be in any order.
 
     Raises:
-        ValueError: naming `file:line` for a line that is not one of those written, or judged twice or not at all.
+        ValueError: a line differs from the written one, is not judged or is judged twice (named as `file:line`), or a pair
+            is missing.
     """
     found: dict[int, float] = {}
     for number, given in read_rows(path):
@@ -65,7 +66,7 @@ def read_preferences(path: Path, pairs: Sequence[Pair], seed: int) -> Tensor:
 
 
 def _judged(given: Any, pairs: Sequence[Pair], seed: int) -> tuple[int, float]:
-    """Index of a judged line's pair and its preference for the first answer."""
+    """Return the index of a judged line's pair and the preference for its first answer."""
     if isinstance(given, ValueError):
         raise given
     index = given.get("id") if isinstance(given, dict) else None

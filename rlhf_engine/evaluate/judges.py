@@ -1,4 +1,4 @@
-"""Judges: who says which of two answers to a prompt is the better one.
+"""Judges, which decide which of two answers to a prompt is better: a reward model or a user's function.
 
 Legend: M pairs of answers, each with its prompt.
 """
@@ -30,33 +30,41 @@ _NO_LIMIT = 2**31
 
 
 class Judge(Protocol):
-    """Compares answers, M pairs a call."""
+    """Interface of a judge, which compares M pairs of answers per call."""
 
     def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
-        """(M,) float64: 1 where the first answer is better, 0 where the second one is, 1/2 for a tie."""
+        """Return (M,) float64: 1 where the first answer is better, 0 where the second one is, 1/2 for a tie."""
         ...
 
 
 class RewardJudge:
-    """A reward model with its own tokenizer: the better answer has the higher score."""
+    """Reward model with its own tokenizer: the answer with the higher score is better, scores within `margin` are a tie."""
 
     def __init__(self, model: RewardModel, codec: Codec, margin: float = 0.0) -> None:
         self.model, self.codec, self.margin = model, codec, margin
 
     @classmethod
     def load(cls, folder: str | Path, *, prompt_template: str, margin: float = 0.0, **placement: Any) -> RewardJudge:
-        """From a reward model's folder; ValueError naming what it lacks."""
+        """Load a judge from a reward model's folder.
+
+        Raises:
+            ValueError: something is missing in the folder; the message names it.
+        """
         model = RewardModel.load(folder, **placement)
         limit = max_positions(model.trunk)
         longest = _NO_LIMIT if limit is None else limit
         return cls(model, Codec(load_tokenizer(folder), prompt_template, longest, longest, limit), margin)
 
     def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
-        """See `Judge`."""
+        """Compare answers by their scores; see `Judge`."""
         return score_preferences(self.scores(prompts, first) - self.scores(prompts, second), self.margin)
 
     def scores(self, prompts: Prompts, answers: Texts) -> Tensor:
-        """(M,) float64 scores; ValueError naming the sample that is too long for the model or whose score is no number."""
+        """Return (M,) float64 scores.
+
+        Raises:
+            ValueError: a sample is too long for the model, or its score is not finite; the message names the sample.
+        """
         examples = []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             try:
@@ -71,12 +79,12 @@ class RewardJudge:
 
 
 class FunctionJudge:
-    """A Python function `judge(prompts, answers_a, answers_b)` on lists of strings of one length.
+    """A Python function `judge(prompts, answers_a, answers_b)` on lists of equal length.
 
-    A prompt that is a conversation comes as a list of objects with role and content.
+    Prompts and answers are strings; a prompt that is a conversation is a list of objects with role and content.
 
-    It returns either one number a pair, the preference for A in [0, 1] with 1/2 for a tie, or two lists of scores, those of
-    the answers A and those of the answers B; a tensor or an array is as good as a list.
+    The function returns either one number per pair, the preference for A in [0, 1] with 1/2 for a tie, or two lists of
+    scores, one for the answers A and one for the answers B. Tensors and arrays may replace lists.
     """
 
     def __init__(
@@ -86,11 +94,20 @@ class FunctionJudge:
 
     @classmethod
     def load(cls, name: str, *, batch: int = 64, margin: float = 0.0) -> FunctionJudge:
-        """From `module:function` or `file.py:function`; ValueError if there is no such function."""
+        """Load a judge from `module:function` or `file.py:function`.
+
+        Raises:
+            ValueError: there is no such function.
+        """
         return cls(import_function(name, "judge"), name, batch=batch, margin=margin)
 
     def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
-        """See `Judge`; ValueError naming the first sample on which the function raises or answers no number."""
+        """Compare answers with the function, `batch` pairs per call; see `Judge`.
+
+        Raises:
+            ValueError: the function raises, or returns something other than the numbers described above; the message names
+                the first such sample, or the samples of the call.
+        """
         parts = [torch.empty(0, dtype=torch.float64)]
         for start in range(0, len(prompts), self.batch):
             stop = min(start + self.batch, len(prompts))
@@ -116,7 +133,7 @@ class FunctionJudge:
             index = int(outside[0])
             raise ValueError(
                 f"judge {self.name}: sample {start + index}: got the preference {float(numbers[0, index])}, expected one in "
-                "[0, 1]; scores come as two lists"
+                "[0, 1]; return scores as two lists"
             )
         return numbers[0]
 
@@ -124,7 +141,7 @@ class FunctionJudge:
         if len(column) != size:
             raise ValueError(
                 f"judge {self.name}: samples {start} to {start + size - 1}: got {len(column)} values, expected {size}, one "
-                "a pair"
+                "per pair"
             )
         numbers = [number(value) for value in column]
         for index, (found, value) in enumerate(zip(numbers, column, strict=True)):
@@ -136,7 +153,7 @@ class FunctionJudge:
 def load_judge(
     name: str, *, prompt_template: str, batch: int = 64, margin: float = 0.0, **placement: Any
 ) -> RewardJudge | FunctionJudge:
-    """The judge that a config names: `module:function`, `file.py:function`, or a reward model's folder."""
+    """Return the judge `name` of a config: `module:function`, `file.py:function`, or a reward model's folder."""
     if _FUNCTION.fullmatch(name) and not Path(name).exists():
         return FunctionJudge.load(name, batch=batch, margin=margin)
     try:
@@ -146,9 +163,9 @@ def load_judge(
 
 
 def rank(judge: Judge, prompts: Prompts, completions: Sequence[Texts]) -> list[tuple[float, ...]]:
-    """Ranks of K completions of each prompt, 0 for the best: how many wins each has fewer than the best one.
+    """Return the ranks of the completions of each prompt: how many wins fewer each has than the best one, whose rank is 0.
 
-    Everyone meets everyone (Copeland's method); a judge with scores gives the order of the scores.
+    All pairs of completions are compared (Copeland's method). For a judge with scores the ranks have the order of the scores.
     """
     games = [(row, i, j) for row, said in enumerate(completions) for i in range(len(said)) for j in range(i)]
     preferences = _play(judge, prompts, completions, games).tolist()
@@ -162,7 +179,7 @@ def rank(judge: Judge, prompts: Prompts, completions: Sequence[Texts]) -> list[t
 def _play(
     judge: Judge, prompts: Prompts, completions: Sequence[Texts], games: Sequence[tuple[int, int, int]]
 ) -> Tensor:  # (games,) float64
-    """Preferences of games (row, one, other); a reward model reads every completion once, however many games it plays."""
+    """Return the preferences of the comparisons (row, one, other); a reward model reads every completion only once."""
     if not isinstance(judge, RewardJudge):
         return judge.compare(
             [prompts[row] for row, _, _ in games],

@@ -1,4 +1,4 @@
-"""Perplexity of a language model on texts: on the pretraining text, what alignment cost."""
+"""Perplexity of a language model on texts. On pretraining text it measures what alignment cost."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from rlhf_engine.supervised.sft import evaluate_nll
 
 
 def perplexity(actor: LanguageModel, examples: Sequence[Example], *, pad_id: int, batch_size: int = 32) -> float:
-    """`exp` of the mean negative log-likelihood of the response tokens.
+    """Return `exp` of the mean negative log-likelihood of the response tokens.
 
     Raises:
         ValueError: no examples.
@@ -21,16 +21,16 @@ def perplexity(actor: LanguageModel, examples: Sequence[Example], *, pad_id: int
 
 
 def read_documents(path: str | Path, codec: Codec, near: str | Path) -> Sequence[Example]:
-    """The documents that `read_texts` finds, each with EOS and in pieces that the model's positions hold.
+    """Return the documents that `read_texts` finds, each with EOS, in pieces that fit the model's positions.
 
-    They are in a temporary file on the disk of `near`.
+    Their token ids are in a temporary file on the disk of `near`.
 
     Raises:
-        ValueError: no such file, or no text in it.
+        ValueError: the file does not exist or has no text.
     """
     pieces = stored(_pieces(path, codec), EXAMPLES, near)
     if not pieces:
-        raise ValueError(f"{path}: got no text, expected some")
+        raise ValueError(f"{path} contains no text; give a file with text")
     return pieces
 
 
@@ -39,5 +39,5 @@ def _pieces(path: str | Path, codec: Codec) -> Iterator[Example]:
         ids = (*codec.encode_texts([document.text.strip()])[0], codec.eos_id)
         size = codec.max_tokens or len(ids)
         pieces = (Example((), ids[at : at + size]) for at in range(0, len(ids), size))
-        # The first token of a piece has nothing before it, so a piece of one token says nothing.
+        # The first token of a piece has no context and is not predicted, so a piece of one token has no likelihood.
         yield from (piece for piece in pieces if len(piece) > 1)

@@ -1,6 +1,6 @@
-"""Win rate of one policy over another on the same prompts, with ties and an interval.
+"""Win rate of one policy over a second one on the same prompts, with ties and a confidence interval.
 
-Legend: M prompts, A and B answers of the two policies to a prompt.
+Legend: M prompts; A and B are the numbers of answers of the two policies to each prompt.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of comparisons won, ties counted half."""
+    """Share of comparisons won, with ties counted as half, and its 95% interval."""
 
     rate: float
     """(wins + ties / 2) / comparisons, the mean over prompts."""
@@ -21,9 +21,9 @@ class WinRate:
     high: float
     """Upper end of the 95% interval."""
     ties: float
-    """Share of comparisons that neither won."""
+    """Share of ties."""
     prompts: int
-    """How many prompts were judged; answers to the same prompt are not independent, so the interval is over these."""
+    """Number of prompts. The bootstrap resamples prompts, because answers to the same prompt are not independent."""
 
     def __str__(self) -> str:
         return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -37,14 +37,16 @@ def win_rate(
     resamples: int = 2000,
     seed: int = 0,
 ) -> WinRate:
-    """Compares every answer of the first with every answer of the second to the same prompt.
+    """Return the win rate when every answer of the first policy is compared with every answer of the second one.
+
+    Answers are compared within a prompt only:
 
         rate = mean over prompts of mean over pairs of [a > b + margin] + 1/2 [|a - b| <= margin]
 
     The interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993, section 13.3).
 
     Raises:
-        ValueError: the two do not have the same prompts, there are none, or a score is not finite.
+        ValueError: the two differ in their number of prompts, a dimension is 0, or a score is not finite.
     """
     first = torch.as_tensor(first, dtype=torch.float64)
     second = torch.as_tensor(second, dtype=torch.float64)
@@ -60,7 +62,7 @@ def win_rate(
 
 
 def score_preferences(gap: Tensor, margin: float = 0.0) -> Tensor:
-    """What a gap between two scores says of the first: 1 for better, 0 for worse, 1/2 where they are within `margin`."""
+    """Return preferences for the first of two scores from their gap: 1 for better, 0 for worse, 1/2 within `margin`."""
     return (gap > margin).double() + 0.5 * (gap.abs() <= margin).double()
 
 
@@ -70,7 +72,7 @@ def preference_rate(
     resamples: int = 2000,
     seed: int = 0,
 ) -> WinRate:
-    """The mean of preferences, prompts weighing the same, with the percentile bootstrap over prompts.
+    """Return the mean preference, with equal weight for every prompt, and its percentile-bootstrap interval over prompts.
 
     Raises:
         ValueError: no comparisons, or a preference outside [0, 1].
@@ -89,7 +91,7 @@ def preference_rate(
 
 
 def best_of_n(scores: Tensor, rewards: Tensor) -> Tensor:  # (M, N), (M, N) -> (M, 1)
-    """The judge's score of the answer that the reward model likes best, among N a prompt."""
+    """Return the judge's score of the answer with the highest reward among the N answers to each prompt."""
     if scores.shape != rewards.shape:
         raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, expected {tuple(scores.shape)} as scores")
     return scores.gather(1, rewards.argmax(1, keepdim=True))

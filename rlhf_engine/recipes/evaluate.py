@@ -1,6 +1,6 @@
-"""A contest: two models answer the same prompts, a judge compares, and the win rate comes with its interval.
+"""Win-rate evaluation: two models answer the same prompts, and a judge compares their answers.
 
-Legend: M prompts, S answers to each by each model.
+Legend: M prompts, S answers per prompt and model.
 """
 
 from __future__ import annotations
@@ -35,66 +35,71 @@ from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
 from rlhf_engine.recipes.loading import given
 
 BY_HAND = "file"
-"""The value of eval.judge that means people, or a program, with a file."""
+"""Value of `eval.judge` and `iterate.judge` for people, or an external program, that judge through a file."""
 
 _SEEDS = {"candidate": 201, "baseline": 202}
-"""Added to 1,000 times the run's seed: a model that meets itself is asked twice and does not say the same."""
+"""Added to 1,000 times the run's seed, so that the two roles sample different answers even with the same model."""
 
 _UNJUDGED = "unjudged"
-"""Folder of answers whose judge has not finished: a judge that fails does not cost them."""
+"""Folder of the answers until the judge has finished. After a judge has failed, the next call reuses them."""
 
 _ANSWERS, _CONTEST, _PAIRS, _JUDGED = "answers.jsonl", "contest.json", "pairs.jsonl", "judged.jsonl"
 
 
 @dataclass(frozen=True)
 class Said:
-    """What both models answered, and how well each knows the pretraining text."""
+    """Answers of both models, with statistics of each model by its role (candidate or baseline)."""
 
     prompts: list[Prompt]
     """M prompts."""
     answers: dict[str, list[list[str]]]
-    """candidate, baseline -> M lists of S answers."""
+    """M lists of S answers, by role."""
     ended: dict[str, float]
-    """Share of each model's answers that came to their end."""
+    """Share of the answers that ended before the token limit."""
     perplexity: dict[str, float] | None
-    """Of each model on eval.text; None without one."""
+    """Perplexity on `eval.text`; None if `eval.text` is not set."""
     truncated: dict[str, int]
-    """How many prompts lost their beginning, by model."""
+    """Number of prompts that were cut on the left."""
 
     def pairs(self) -> list[Pair]:
-        """M * S of them: the k-th answers to each prompt."""
+        """Return the M * S pairs of answers: for each prompt, the k-th answers of both models."""
         columns = zip(self.prompts, self.answers["candidate"], self.answers["baseline"], strict=True)
         return [Pair(prompt, *two) for prompt, a, b in columns for two in zip(a, b, strict=True)]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """The result."""
+    """Result of an evaluation."""
 
     win_rate: WinRate
-    """Of the candidate over the baseline."""
+    """Win rate of the candidate over the baseline."""
     said: Said
-    """What was judged."""
+    """The answers that were judged."""
 
 
 def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | None, str]:
-    """`rlhf eval`: the contest of `config.eval` and its table, in OUTPUT_DIR/eval.
+    """Run `rlhf eval`: compare the two models of `config.eval` and write the result to OUTPUT_DIR/eval.
 
-    With judge `file` it writes pairs to judge into OUTPUT_DIR/judging and returns no contest but what to do; when the judged
-    file is there, it reads it. Raises ValueError for a setting that is missing and writes nothing; for a judge that fails,
-    and keeps the answers in OUTPUT_DIR/unjudged for the next call; over an earlier contest without `overwrite`.
+    Return the result and its table. With the judge `file`, write the pairs to judge to OUTPUT_DIR/judging and return None
+    with instructions; if the judged file exists, read it and return the result.
+
+    Raises:
+        ValueError: a setting is missing, and nothing is written; the judge fails, and the answers are kept in
+            OUTPUT_DIR/unjudged for the next call; an earlier evaluation exists, and `overwrite` is False.
     """
     setting = config.eval
     for name in ("candidate", "baseline", "judge"):
         if getattr(setting, name) is None:
-            raise ValueError(f"eval.{name}: got nothing, expected {'a judge' if name == 'judge' else 'a path'}")
+            raise ValueError(
+                f"eval.{name} is not set; give {'a judge' if name == 'judge' else 'the folder of a model'}"
+            )
     if setting.judge == BY_HAND:
         return _by_hand(config)
     folder = Path(config.output_dir) / "eval"
     recover(folder)
     if folder.exists() and not overwrite:
         raise ValueError(
-            f"{folder}: an earlier contest is there; replace it with --overwrite, or set another output_dir"
+            f"{folder}: an earlier evaluation is there; replace it with --overwrite, or set a different output_dir"
         )
     assert setting.judge is not None
     judge, unjudged = configured_judge(config, setting.judge), Path(config.output_dir) / _UNJUDGED
@@ -112,7 +117,7 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
 
 
 def judged_by(config: RunConfig, judge: Judge, said: Said) -> Contest:
-    """The contest of what was said under a judge that answers at once."""
+    """Return the result of the answers `said` under a judge that is not `file`."""
     pairs = said.pairs()
     preferences = judge.compare(
         [pair.prompt for pair in pairs], [pair.first for pair in pairs], [pair.second for pair in pairs]
@@ -121,7 +126,10 @@ def judged_by(config: RunConfig, judge: Judge, said: Said) -> Contest:
 
 
 def _kept(config: RunConfig, folder: Path) -> Said | None:
-    """What both said in a call whose judge failed; None if there was none, or models, prompts or settings are others now."""
+    """Return the answers of an earlier call whose judge failed; None without them, or if their inputs have changed.
+
+    The inputs are the models, the prompts, the other files and the settings that the answers depend on.
+    """
     if not (folder / _CONTEST).is_file():
         return None
     kept = read_json(folder / _CONTEST)
@@ -130,7 +138,10 @@ def _kept(config: RunConfig, folder: Path) -> Said | None:
 
 
 def _stamps(config: RunConfig) -> dict[str, Any]:
-    """Sizes and times of the files that answers come from: nobody asks for those of a model that was trained again since."""
+    """Return sizes and modification times of the files that the answers depend on.
+
+    They prevent the reuse of answers after a model has been trained again.
+    """
     setting = config.eval
     places = (setting.candidate, setting.baseline, setting.candidate_prefix, setting.baseline_prefix, setting.text)
     roots = [Path(place) for place in (*places, config.data.prompts) if place is not None]
@@ -141,7 +152,7 @@ def _stamps(config: RunConfig) -> dict[str, Any]:
 
 
 def configured_judge(config: RunConfig, name: str) -> Judge:
-    """The judge of a config: a function, or a reward model on the config's device."""
+    """Return the judge `name`: a function, or a reward model on the config's device."""
     setting = config.eval
     return load_judge(
         name,
@@ -153,7 +164,7 @@ def configured_judge(config: RunConfig, name: str) -> Judge:
 
 
 def ask_both(config: RunConfig) -> Said:
-    """Both models' answers to the prompts of the split, one model in memory at a time."""
+    """Sample both models' answers to the prompts of the split, with one model in memory at a time."""
     setting = config.eval
     if setting.text is not None and not Path(setting.text).exists():
         raise ValueError(f"eval.text: {setting.text}: no such file or folder")
@@ -161,7 +172,7 @@ def ask_both(config: RunConfig) -> Said:
     records = list(islice(_records(config), setting.limit))
     if not records:
         raise ValueError(
-            f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}, expected some, or another "
+            f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}; add some, or set a different "
             "eval.split"
         )
     found = {role: _ask(config, role, prefix, records) for role, prefix in prefixes.items()}
@@ -179,7 +190,7 @@ def ask_both(config: RunConfig) -> Said:
 def _ask(
     config: RunConfig, role: str, prefix: str, records: Sequence[PromptRecord]
 ) -> tuple[list[Answers], float | None, int]:
-    """Answers, perplexity and how many prompts were cut."""
+    """Return a role's answers, its perplexity on `eval.text` if that is set, and its number of truncated prompts."""
     setting = config.eval
     try:
         answerer = Answerer(
@@ -196,7 +207,11 @@ def _ask(
 
 
 def prefix_of(config: RunConfig, role: str) -> str:
-    """The few-shot examples of a role; ValueError for a file that cannot be read."""
+    """Return the few-shot examples of a role, an empty text if there are none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     path = getattr(config.eval, f"{role}_prefix")
     if path is None:
         return ""
@@ -228,7 +243,7 @@ def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
     said = _read_said(config, folder)
     if not (folder / _JUDGED).is_file():
         return None, (
-            f'{len(said.pairs())} pairs to judge in {folder / _PAIRS}: put "A", "B" or "tie" in the place of null, save it as '
+            f'{len(said.pairs())} pairs to judge in {folder / _PAIRS}: replace each null by "A", "B" or "tie", save it as '
             f"{folder / _JUDGED} and run this command again"
         )
     contest = _contest(config, said, read_preferences(folder / _JUDGED, said.pairs(), config.seed))
@@ -237,7 +252,7 @@ def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """What the answers to be judged depend on."""
+    """Return the settings that the answers depend on."""
     setting = config.eval.to_dict()
     for name in ("judge", "judge_batch", "margin", "resamples"):
         del setting[name]
@@ -250,8 +265,8 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
     for name, value in _identity(config).items():
         if kept.get(name) != value:
             raise ValueError(
-                f"{folder}: its answers were made with {name} {kept.get(name)!r}, got {value!r}; judge them first, or move "
-                "the folder away"
+                f"{folder}: its answers were sampled with {name} {kept.get(name)!r}, which is {value!r} now; judge them with "
+                "the old value, or move the folder away"
             )
     lines = read_json_lines(folder / _ANSWERS)
     answers = {role: [line[role] for line in lines] for role in _SEEDS}
@@ -261,7 +276,7 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
 
 
 def _write_said(folder: Path, config: RunConfig, said: Said) -> None:
-    """What `_read_said` reads, and what it depends on."""
+    """Write the files that `_read_said` reads, and the settings and files that the answers depend on."""
     _write_answers(folder, said)
     found = {"ended": said.ended, "perplexity": said.perplexity, "truncated_prompts": said.truncated}
     write_json(folder / _CONTEST, _identity(config) | _stamps(config) | found)
@@ -292,7 +307,7 @@ def _write_report(folder: Path, config: RunConfig, contest: Contest) -> None:
 
 
 def table(config: RunConfig, contest: Contest) -> str:
-    """The result as a Markdown table."""
+    """Return the result as a Markdown table."""
     setting, rate, said = config.eval, contest.win_rate, contest.said
     lines = [
         f"Win rate of {setting.candidate} over {setting.baseline} by {setting.judge}, {rate.prompts} prompts (ties half):",

@@ -1,6 +1,6 @@
-"""What models answer to prompts, as text: for a contest, for people to rank, or for a file.
+"""Sampling of answers as text: for an evaluation, for rankings, or for a file.
 
-Legend: M prompts, S samples, answers to one prompt.
+Legend: S samples, the answers to one prompt.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ from rlhf_engine.rollout import STOP_REASONS, Generator
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said to one prompt."""
+    """A model's answers to one prompt."""
 
     texts: list[str]
-    """S of them, an empty one where the model ended at once."""
+    """S texts. A text is empty if the model ended the answer immediately."""
     ended: list[bool]
-    """Whether each came to its end, by EOS or at a stop text, before its budget did."""
+    """Whether each answer ended by EOS, a stop token or a stop string, and not at the token limit."""
     stop_reason: list[str]
-    """Why each ended, one of `STOP_REASONS`."""
+    """Why each answer ended, one of `STOP_REASONS`."""
     logprobs: list[list[float]]
-    """Log-prob of each token under the model's full distribution at the temperature of sampling."""
+    """Log-prob of each token under the model's full distribution at the sampling temperature."""
 
 
 class Answerer:
-    """A model that answers prompts, possibly with a text such as few-shot examples in front of each.
+    """A model that answers prompts, each optionally preceded by a prefix such as few-shot examples.
 
-    An answer depends on the model, the prompt, the seed and the prompt's number, not on what it is asked beside it.
+    An answer depends on the model, the prompt, the seed and the index of the prompt, not on the other prompts of its batch.
 
     Raises:
-        ValueError: a model that does not load, or whose positions do not hold the longest prompt and answer.
+        ValueError: the model cannot be loaded, its positions do not hold the longest prompt and response, or the prefix
+            contains `{prompt}`.
     """
 
     def __init__(
         self, config: RunConfig, folder: str | None, *, seed: int, prefix: str = "", stop: str | None = None
     ) -> None:
         if "{prompt}" in prefix:
-            raise ValueError("prefix: got a text with {prompt} in it, expected examples written out")
+            raise ValueError("prefix: got a text with {prompt} in it, expected examples with their prompts")
         if stop is not None:
             config = replace(config, rollout=replace(config.rollout, stop=(*config.rollout.stop, stop)))
         model, codec = load_model(replace(config, model=replace(config.model, path=folder)))
@@ -67,7 +68,14 @@ class Answerer:
     def answer(
         self, source: str | None, records: Sequence[PromptRecord], samples: int, first: int = 0
     ) -> list[Answers]:
-        """S answers to each record; `first` is the number of the first one, `source` names their file in an error."""
+        """Return S = `samples` answers to each record.
+
+        Args:
+            source: file of the records, which errors name.
+            records: prompts.
+            samples: answers per prompt.
+            first: index of the first record, on which the random numbers depend.
+        """
         prompts = list(encode_records(source, records, self._encode))
         rows = [prompt for prompt in prompts for _ in range(samples)]
         rollout = self.generator.generate(rows, torch.arange(len(rows)) + first * samples)
@@ -84,16 +92,16 @@ class Answerer:
 
     def _encode(self, record: PromptRecord) -> Tensor:
         if self.prefix and not isinstance(record.prompt, str):
-            raise ValueError("messages: got a conversation to put a prefix in front of, expected a prompt")
+            raise ValueError("messages: got a conversation, expected a text: a prefix cannot precede a conversation")
         return torch.tensor(self.codec.encode_prompt(record.prompt))
 
 
 def answer_all(
     answerer: Answerer, source: str | None, records: Iterable[PromptRecord], samples: int
 ) -> Iterator[tuple[PromptRecord, Answers]]:
-    """Records with their answers, a bounded number of them in memory at a time."""
+    """Yield records with their answers; the number of records in memory is bounded."""
     records, done = iter(records), 0
-    # Several batches at once keep the slots of a batch full while its longest answers end.
+    # A chunk has several batches, so that other prompts can use the free slots while the longest answers finish.
     chunk = max(1, 4 * answerer.batch_size // samples)
     while part := list(islice(records, chunk)):
         yield from zip(part, answerer.answer(source, part, samples, done), strict=True)
@@ -103,21 +111,23 @@ def answer_all(
 def generate_file(
     config: RunConfig, source: Path, target: Path, samples: int, split: str | None = None
 ) -> tuple[int, int]:
-    """Answers of `model.path` to the prompts of a JSONL file, as lines of prompt, answers, ended, stop_reason and logprobs.
+    """Write the answers of `model.path` to the prompts of a JSONL file, one line per prompt.
 
-    Returns how many prompts there were and how many of them lost their beginning.
-
-    Prompts are read and answers written as they come; `target` is whole or not there.
+    A line has the prompt, `answers`, `ended`, `stop_reason` and `logprobs`. Prompts are read and lines written while the
+    model samples. `target` is complete or absent. Return the number of prompts and how many of them were cut on the left.
 
     Raises:
-        ValueError: a bad line or a prompt that is too long, named as `file:line`; no prompts.
+        ValueError: a line is bad or a prompt is too long, named as `file:line`; there are no prompts; `samples` is less
+            than 1; `target` is a folder or the file of prompts.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
     if target.is_dir():
         raise ValueError(f"output: got {target}, a folder, expected a file to write")
     if target.resolve() == source.resolve():
-        raise ValueError(f"output: got {target}, the file of prompts, expected another: they would be lost")
+        raise ValueError(
+            f"output: got {target}, the file of prompts, expected a different file: it would be overwritten"
+        )
     records = read_prompts(source, split)
     folder = config.model.path
     answerer = Answerer(config, folder, seed=config.seed)

@@ -1,6 +1,6 @@
-"""Rounds of InstructGPT: the policy answers, its answers are ranked, the reward model learns from all rankings, PPO goes on.
+"""Rounds of InstructGPT: sample answers, rank them, train a reward model on all rankings so far, train the policy, evaluate it.
 
-Every round has a folder: completions.jsonl, rankings.jsonl, rm/, ppo/, eval/. A run that is called again does what is missing.
+Every round has a folder with completions.jsonl, rankings.jsonl, rm/, ppo/ and eval/. A repeated call runs the missing steps.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ READS = {
     "ppo": (*_ALWAYS, *_PROMPTS, "data.pretrain", "ppo", "iterate.start"),
     "eval": (*_ALWAYS, *_PROMPTS, "eval"),
 }
-"""Keys and sections of the config that a step depends on. What no finished step has read may change: a smaller learning rate
-after a PPO that diverged, another judge where the first one raised."""
+"""Keys and sections of the config that each step depends on. A setting that no finished step has read may change between
+calls: a smaller learning rate after PPO has diverged, a different judge after one that raised."""
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """How far the rounds have come."""
+    """Progress of the rounds."""
 
     win_rates: list[WinRate]
-    """Of every finished round's policy over model.path."""
+    """Win rate over `model.path` of the policy of each finished round."""
     waiting: str | None
-    """What has to be done before the next round can go on; None if nothing."""
+    """What the user has to do before the next round can continue; None if nothing."""
 
     def table(self) -> str:
-        """As Markdown, with what is waited for below it."""
+        """Return the win rates as a Markdown table, followed by `waiting` if it is set."""
         lines = ["| round | win rate over the SFT model | 95% interval | ties |", "|---|---|---|---|"]
         lines += [
             f"| {number} | {rate.rate:.3f} | {rate.low:.3f} to {rate.high:.3f} | {rate.ties:.2f} |"
@@ -68,10 +68,13 @@ class Iteration:
 
 
 def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iteration:
-    """`rlhf iterate`: `iterate.rounds` rounds that begin with the SFT model `model.path`, in OUTPUT_DIR.
+    """Run `rlhf iterate`: `iterate.rounds` rounds in OUTPUT_DIR, starting from the SFT model `model.path`.
 
-    Raises ValueError for what a round could not read (see `check_rounds`), before anything is made, or a setting that is not
-    what a finished step has read.
+    Call `say` with one line at the start of each step.
+
+    Raises:
+        ValueError: a round could not read one of its inputs (see `check_rounds`), and nothing is written; or a setting
+            differs from the value that a finished step has read.
     """
     root = Path(config.output_dir)
     steps, rates, waiting = Steps(root / _STATE, config, _MAY_CHANGE), [], None
@@ -94,7 +97,7 @@ def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iter
 def _round(
     config: RunConfig, steps: Steps, policy: str, folder: Path, number: int, say: Callable[[str], object]
 ) -> str | None:
-    """The steps of one round; returns what it waits for, None when it is finished."""
+    """Run the steps of one round; return what it waits for, or None when it is finished."""
 
     def step(name: str, run: Callable[[], Any]) -> Any:
         full = f"round {number}: {name}"
@@ -106,7 +109,7 @@ def _round(
     if f"round {number}: rank" not in steps and config.iterate.judge == BY_HAND:
         if not (folder / "rankings.jsonl").is_file():
             return (
-                f'{folder / "completions.jsonl"}: put a ranking such as "B > A = C" in the place of null, save it as '
+                f'{folder / "completions.jsonl"}: replace each null by a ranking such as "B > A = C", save it as '
                 f"{folder / 'rankings.jsonl'} and run this command again"
             )
         step("rank", lambda: _check_rankings(folder))
@@ -119,9 +122,9 @@ def _round(
 
 
 def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict[str, int]:
-    """Writes distinct answers of the policy to this round's prompts; those with fewer than two are skipped and counted."""
+    """Write the policy's distinct answers to this round's prompts; skip and count prompts with fewer than two."""
     if (folder / "rm").exists():
-        raise ValueError(f"{folder}: it holds a round that {folder.parent / _STATE} does not know; move it away")
+        raise ValueError(f"{folder}: contains a round that is not recorded in {folder.parent / _STATE}; move it away")
     answerer = Answerer(config, policy, seed=config.seed * 1_000 + 300 + number)
     lines, skipped = [], 0
     for record, said in answer_all(
@@ -134,16 +137,17 @@ def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict
         lines.append(prompt_field(record.prompt) | {"completions": completions, "ranking": None})
     if not lines:
         raise ValueError(
-            f"{policy}: gave no prompt two answers to compare, expected different answers to the same prompt"
+            f"{policy}: no prompt got two different answers, so there is nothing to rank; raise rollout.temperature or "
+            "iterate.completions"
         )
     _write_lines(folder / "completions.jsonl", lines)
     return {"prompts": len(lines), "skipped": skipped}
 
 
 def _prompts_of(config: RunConfig, number: int) -> list[PromptRecord]:
-    """This round's share of the training prompts in the seed's order, from the start again when all had their turn.
+    """Return this round's share of the training prompts, which the seed shuffles; start over when all have been used.
 
-    The file is read twice, so that of the others there is no more in memory than a number each.
+    The file is read twice, so that memory holds only this round's prompts and one integer per training prompt.
     """
     path = given(config.data.prompts, "data.prompts")
     order = array("q", range(sum(1 for _ in read_prompts(path, "train"))))
@@ -168,7 +172,7 @@ def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
 
 
 def _check_rankings(folder: Path) -> dict[str, int]:
-    """Somebody's rankings: of the answers that were written, and of no others; not all of them need be there."""
+    """Check rankings from a file and return their number: they must be of answers in completions.jsonl, but not of all."""
     path = folder / "rankings.jsonl"
     written = {(prompt_of(line), tuple(line["completions"])) for line in read_json_lines(folder / "completions.jsonl")}
     count = 0
@@ -176,7 +180,7 @@ def _check_rankings(folder: Path) -> dict[str, int]:
         if (comparison.prompt, comparison.completions) not in written:
             raise ValueError(
                 f"{path}:{comparison.line}: got a prompt and completions that are not in completions.jsonl, expected a line "
-                "of it with a ranking"
+                "of that file with its ranking filled in"
             )
         count += 1
     if not count:
@@ -185,7 +189,7 @@ def _check_rankings(folder: Path) -> dict[str, int]:
 
 
 def _train_rm(config: RunConfig, folder: Path, number: int, say: Callable[[str], object]) -> dict[str, float]:
-    """A reward model from the SFT model on the rankings of data.comparisons, if any, and of all rounds so far."""
+    """Train a reward model, from the SFT model, on the rankings of `data.comparisons` (if set) and of all rounds so far."""
     rounds = [folder.parent / f"round_{earlier}" / "rankings.jsonl" for earlier in range(1, number + 1)]
     sources = [*([] if config.data.comparisons is None else [Path(config.data.comparisons)]), *rounds]
     everything = folder / "comparisons.jsonl"
@@ -207,7 +211,7 @@ def _train_policy(
     start = policy if config.iterate.start == "previous" else config.model.path
     stage = replace(
         config,
-        # A seed of its own: no round samples with the random numbers of another.
+        # Each round has a different seed, so that no two rounds sample with the same random numbers.
         seed=(config.seed * 1_000 + number) % 2**32,
         model=replace(config.model, path=start),
         reward=replace(config.reward, path=str(folder / "rm")),
@@ -218,7 +222,7 @@ def _train_policy(
 
 
 def _continued(stage: RunConfig, checkpoint: Path, name: str, say: Callable[[str], object]) -> Start:
-    """Return how a stage starts: from its checkpoint, or anew where there is none or its settings have changed."""
+    """Return how a stage starts: from its checkpoint, or anew if there is none or its settings have changed."""
     found = continued(checkpoint)
     if found["resume"]:
         try:
@@ -232,7 +236,7 @@ def _continued(stage: RunConfig, checkpoint: Path, name: str, say: Callable[[str
 def _evaluate(config: RunConfig, folder: Path) -> dict[str, Any]:
     setting = replace(config.eval, candidate=str(folder / "ppo"), baseline=config.model.path)
     contest, _ = run_eval(replace(config, eval=setting, output_dir=str(folder)), overwrite=True)
-    assert contest is not None  # no judge here judges by hand
+    assert contest is not None  # `check_rounds` refuses the judge `file` for `eval.judge`
     return asdict(contest.win_rate)
 
 

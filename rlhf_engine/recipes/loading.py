@@ -1,4 +1,4 @@
-"""What every stage does around its learning: models, records, folders, curves."""
+"""Functions that the stages share: loading of models and records, folders, metrics and plots."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from rlhf_engine.model.trunk import input_layer
 from rlhf_engine.plots import PANELS, plot_stage
 
 REPORT = "report.json"
-"""A file that every finished model of `rlhf sft` and `rlhf rm` has."""
+"""File in the folder of every finished model of `rlhf sft` and `rlhf rm`."""
 
 Item = TypeVar("Item", Demonstration, Comparison, PromptRecord)
 Made = TypeVar("Made")
 
 
 def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
-    """The causal LM and the tokenizer of `config.model.path`.
+    """Return the causal LM of `model.path`, and a codec with its tokenizer.
 
-    Raises ValueError for no path, a file or a weight that is missing or broken, or a tokenizer with more tokens than the
-    model has embeddings.
+    Raises:
+        ValueError: `model.path` is not set, a file or a weight is missing or broken, or the tokenizer has more tokens than
+            the model has embeddings.
     """
     folder = Path(given(config.model.path, "model.path"))
     where = placement(config)
@@ -48,7 +49,11 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
 
 
 def load_reward_model(config: RunConfig) -> RewardModel:
-    """The reward model of `config.reward.path`; ValueError if there is none, or a file of it is missing or broken."""
+    """Return the reward model of `reward.path`.
+
+    Raises:
+        ValueError: `reward.path` is not set, or a file of the model is missing or broken.
+    """
     folder = given(config.reward.path, "reward.path")
     where = placement(config)
     try:
@@ -58,7 +63,7 @@ def load_reward_model(config: RunConfig) -> RewardModel:
 
 
 def save_result(folder: Path, write_model: Callable[[Path], None], report: dict[str, Any], config: RunConfig) -> None:
-    """Write a finished model, report.json and the config that made it into a new folder; whole or not at all."""
+    """Write a finished model, report.json and the config of the run to a new folder, which is complete or absent."""
 
     def write(new: Path) -> None:
         write_model(new)
@@ -69,9 +74,10 @@ def save_result(folder: Path, write_model: Callable[[Path], None], report: dict[
 
 
 def finished_report(config: RunConfig, stage: str) -> dict[str, Any] | None:
-    """Return the report of a stage that is finished, for `--resume`; None where there is something left to do.
+    """Return the report of a finished stage, for `--resume`; None if there is something left to do.
 
-    Raises ValueError naming a setting that is not that of the finished run.
+    Raises:
+        ValueError: a setting differs from that of the finished run; the message names it.
     """
     folder, unfinished = stage_folders(config, stage)
     if unfinished.exists() or not (folder / REPORT).is_file():
@@ -81,7 +87,10 @@ def finished_report(config: RunConfig, stage: str) -> dict[str, Any] | None:
 
 
 def check_room(config: RunConfig, positions: int | None, whose: str) -> None:
-    """Raises ValueError unless the longest prompt and its longest response fit into `positions`, None: any number."""
+    """Raise ValueError unless the longest prompt and the longest response together fit into `positions` (None: no limit).
+
+    `whose` describes the limit in the message.
+    """
     rollout = config.rollout
     if positions is not None and rollout.max_prompt_tokens + rollout.max_response_tokens > positions:
         raise ValueError(
@@ -91,13 +100,13 @@ def check_room(config: RunConfig, positions: int | None, whose: str) -> None:
 
 
 def stage_folders(config: RunConfig, stage: str) -> tuple[Path, Path]:
-    """Return the folder of a stage's finished model and the folder of its checkpoint, which is not a finished model."""
+    """Return the folder of a stage's finished model and the folder of its checkpoint."""
     root = Path(config.output_dir)
     return root / stage, root / f"{stage}.checkpoint"
 
 
 def fingerprint_records(sets: Iterable[Iterable[Made]], codec: RecordCodec[Made]) -> str:
-    """Return the SHA-256 of several sets of records, of their order and of where one set ends."""
+    """Return the SHA-256 of several sets of records; it depends on their order and on the boundaries between sets."""
     return fingerprint_rows(
         torch.as_tensor(codec.encode(record)) if record is not None else torch.empty(0)
         for records in sets
@@ -106,20 +115,24 @@ def fingerprint_records(sets: Iterable[Iterable[Made]], codec: RecordCodec[Made]
 
 
 def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter:
-    """The writer of one stage's numbers in `output_dir`; those after step `done` of an earlier run are replaced."""
+    """Return the writer of a stage's metrics in `output_dir`; it replaces those of an earlier run after step `done`."""
     return MetricsWriter(config.output_dir, stage, resume_after=done)
 
 
 def plot(config: RunConfig, stage: str, x_label: str) -> None:
-    """The curves of a stage, those of the run that it resumed among them, as `output_dir/plots/<stage>.png`."""
+    """Plot the curves of a stage, including those of the run that it resumed, to `output_dir/plots/<stage>.png`."""
     rows = [row for row in read_metrics(config.output_dir) if row["stage"] == stage]
     plot_stage(rows, PANELS[stage], Path(config.output_dir) / "plots" / f"{stage}.png", x_label=x_label)
 
 
 def placement(config: RunConfig) -> dict[str, Any]:
-    """Arguments of loading that say where and how a model lives."""
+    """Return the arguments for loading a model: attention, dtype and device.
+
+    Raises:
+        ValueError: torch cannot use the device.
+    """
     try:
-        # A device that cannot hold and give back a number fails here, not in the middle of a stage.
+        # A device that cannot store and return a number fails here and not in the middle of a stage.
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -128,42 +141,44 @@ def placement(config: RunConfig) -> dict[str, Any]:
 
 
 def computing(config: RunConfig, *, learns: bool = True) -> dict[str, Any]:
-    """Arguments of a model that say how it computes: the type of its products, and what one that `learns` keeps for that."""
+    """Return a model's arguments for computation: the dtype of its products and, if it `learns`, gradient checkpointing."""
     dtype = None if config.compute_dtype == "float32" else getattr(torch, config.compute_dtype)
     return {"compute_dtype": dtype, "gradient_checkpointing": learns and config.memory.gradient_checkpointing}
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Every token has an embedding; spare embeddings, which fill a matrix up to a round size, are no mistake."""
+    """Raise ValueError unless every token has an embedding; extra rows, which pad the matrix to a round size, are allowed."""
     largest, rows = max(tokenizer.get_vocab().values()), input_layer(model).weight.shape[0]
     if largest >= rows:
         raise ValueError(
-            f"{folder}: got token id {largest} in its tokenizer, expected ids below {rows}, its embeddings"
+            f"{folder}: got token id {largest} in its tokenizer, expected ids below {rows}, the model's number of embeddings"
         )
 
 
 def truncated(codec: Codec) -> dict[str, int]:
-    """How many prompts lost their beginning, for reports and metrics."""
+    """Return the number of prompts that were cut on the left, for reports and metrics."""
     return {"truncated_prompts": codec.truncated.count}
 
 
 def given(value: str | None, key: str) -> str:
+    """Return the path `value` of the setting `key`; raise ValueError if it is not set."""
     if value is None:
-        raise ValueError(f"{key}: got nothing, expected a path")
+        raise ValueError(f"{key} is not set; give a path")
     return value
 
 
 def check_records(path: str | None, key: str, reader: Callable[[str], Iterator[Item]]) -> None:
-    """Reads every record and keeps none: a bad line is told before a model is loaded.
+    """Read every record and keep none, so that a bad line is reported before a model is loaded.
 
-    Raises ValueError for no path, no file, a bad line, named as `file:line`, or no records.
+    Raises:
+        ValueError: `key` is not set, the file does not exist or has no records, or a line is bad (named as `file:line`).
     """
     if not sum(1 for _ in reader(given(path, key))):
         raise ValueError(f"{key}: got no records to train on in {path}, expected at least one")
 
 
 def encode_records(path: str | None, records: Iterable[Item], encode: Callable[[Item], Made]) -> Iterator[Made]:
-    """What `encode` makes of each record, one at a time; its ValueError names the record as `file:line`."""
+    """Yield `encode(record)` for each record; a ValueError of `encode` is raised again with the record's `file:line`."""
     for record in records:
         try:
             made = encode(record)

@@ -1,4 +1,4 @@
-"""The memory plan of a run, from its config and the `config.json` of its models, before a weight is read."""
+"""The memory plan of a run, computed from its config and the `config.json` of its models before any weight is read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ PLAN = "plan.json"
 
 
 def workload_of(config: RunConfig, model: str | None = None) -> Workload:
-    """The workload of `rlhf ppo`; `model` is a folder or a preset in place of `model.path`.
+    """Return the workload of `rlhf ppo`; `model` is a folder or a preset that replaces `model.path`.
 
-    A reward model that is not named is taken to be of the policy's shape.
+    Without `reward.path` and `reward.function`, the reward model is assumed to have the policy's shape.
+
+    Raises:
+        ValueError: there is no model, or a `config.json` cannot be read.
     """
     path = model or config.model.path
     if path is None:
-        raise ValueError("model.path: got nothing, expected a folder, or --model with a folder or a size")
+        raise ValueError("model.path is not set; set it to a folder, or pass --model with a folder or a size")
     policy = ModelShape.of(path, "model.path")
     if config.reward.function is not None:
         return Workload.of(config, policy, None)
@@ -32,28 +35,29 @@ def workload_of(config: RunConfig, model: str | None = None) -> Workload:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What a run is held to: a plan, or why there is none."""
+    """The memory plan that a run follows, or the reason why there is none."""
 
     plan: MemoryPlan | None = None
     unknown: str = ""
+    """Why there is no plan; empty if there is one."""
     before_mb: float = 0.0
-    """What the process held before a weight was read, in 10^6 bytes, where measured peaks count it: on the CPU."""
+    """Resident memory before any weight was read, in 10^6 bytes, on the CPU, where measured peaks include it; else 0."""
 
     def within(self, config: RunConfig) -> RunConfig:
-        """`config` with as many sequences decoded together as the plan has room for, and no more than a rollout has."""
+        """Return `config` with `rollout.batch_size` limited to the plan's slots; without a plan, to `ppo.rollout_batch`."""
         most = config.ppo.rollout_batch if self.plan is None else self.plan.slots
         slots = min(config.rollout.batch_size, most)
         return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, batch_size=slots))
 
     @property
     def kv_bytes(self) -> int | None:
-        """What keys and values may take under a budget; None: all that they ask for."""
+        """Bytes that keys and values may use under a budget; None without a budget: no limit."""
         return None if self.plan is None or self.plan.workload.budget is None else self.plan.kv_bytes
 
     def metrics(self) -> dict[str, float]:
-        """Planned peaks in 10^6 bytes, to stand beside the measured ones of every update and counted as those are.
+        """Return the planned peaks in 10^6 bytes, which are logged with the measured peaks of every update.
 
-        On a GPU that is without the context of CUDA, which torch's allocator does not see.
+        Both count the same memory. On a GPU they exclude CUDA's context, which torch's allocator does not count.
         """
         if self.plan is None:
             return {}
@@ -62,17 +66,20 @@ class RunPlan:
         return {f"planned_{name}_mb": peak for name, peak in (peaks | {"peak": max(peaks.values())}).items()}
 
     def write(self, folder: str | Path) -> None:
-        """plan.json in `folder`."""
+        """Write plan.json to `folder`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder) / PLAN, {"unknown": self.unknown} if self.plan is None else self.plan.to_dict())
 
 
 def plan_run(config: RunConfig) -> RunPlan:
-    """The plan that `rlhf ppo` runs by, made before a weight is read.
+    """Return the memory plan that `rlhf ppo` follows, computed before any weight is read.
 
-    There is none for a folder that is not whole, of which loading it has more to say, nor, without a `memory.budget`, for a
-    model or an objective whose memory is not known. On the CPU a budget has freed blocks returned to the system. Raises
-    ValueError where the budget is too small.
+    There is no plan if a model's folder has no `config.json`: loading reports that error in more detail. Without
+    `memory.budget` there is no plan either for a model or an objective whose memory is unknown. A budget on the CPU makes
+    the process return freed blocks to the system.
+
+    Raises:
+        ValueError: the budget is too small, or it is set and the memory is unknown.
     """
     folders = [config.model.path] + [config.reward.path] * (config.reward.function is None)
     if any(folder is None or not (Path(folder) / "config.json").is_file() for folder in folders):

@@ -1,4 +1,4 @@
-"""The third stage: prompts and a reward to a policy."""
+"""The PPO stage: from prompts and a reward to a policy."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ _PROMPTS: RecordCodec[Tensor] = RecordCodec(Tensor.tolist, lambda row: torch.fro
 def run_ppo(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = ()
 ) -> list[dict[str, float]]:
-    """Train a policy on prompts and write it to `output_dir/ppo`; return the numbers of every update of this call.
+    """Train a policy on prompts and write it to `output_dir/ppo`; return the metrics of every update of this call.
 
-    `resume` continues from the checkpoint in that folder with the numbers of an unbroken run. The `callbacks` are called before
-    those that log and save. Raises ValueError over an earlier run without `resume` or `overwrite`, which replaces it once the
-    first update is finished.
+    `resume` continues from the checkpoint in that folder and gives the numbers of an uninterrupted run. `overwrite` replaces
+    an earlier run when the first update is finished. The `callbacks` are called before those that log and save.
+
+    Raises:
+        ValueError: an earlier run exists, and neither `resume` nor `overwrite` is set; or a setting or a file is wrong.
     """
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
     check_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
@@ -86,7 +88,7 @@ def run_ppo(
 
 
 class SessionCheckpoints(Callback):
-    """Let the session save when a checkpoint is due and when training is complete, or end it when a signal has arrived."""
+    """Callback with which the session saves checkpoints, at intervals and at the end, and stops after a signal."""
 
     def __init__(self, session: TrainingSession) -> None:
         self.session = session
@@ -96,7 +98,7 @@ class SessionCheckpoints(Callback):
         self._call(self.session.after, trainer)
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
-        """Save the last updates of a training that no error has ended; after one, the session decides what it saves."""
+        """Save the last updates, unless an error has ended the training: then the session decides what to save."""
         if error is None:
             self._call(self.session.save, trainer)
 
@@ -108,13 +110,13 @@ class SessionCheckpoints(Callback):
 
 
 class Plots(Callback):
-    """Draw the curves of the run, those of what it resumed among them, once it is complete."""
+    """Callback that plots the curves of a complete run, including those of the run that it resumed."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
-        """Draw unless an error has ended the training."""
+        """Plot the curves, unless an error has ended the training."""
         if error is None:
             plot(self.config, trainer.stage, trainer.unit)
 
@@ -122,7 +124,7 @@ class Plots(Callback):
 def _train(
     config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan, *, overwrite: bool
 ) -> list[dict[str, float]]:
-    """Run the updates that are left, in a `TrainingSession`, which saves them."""
+    """Run the remaining updates in a `TrainingSession`, which saves them; return their metrics."""
     plan.write(config.output_dir)
     folder, every = Path(config.output_dir) / "ppo", config.ppo.checkpoint_every
     replaces = (folder,) if overwrite else ()
@@ -139,7 +141,11 @@ def _train(
 
 
 def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
-    """The policy and its value function as `ppo.value_model` and `ppo.value_init` want them."""
+    """Return the policy with the value function that `ppo.value_model` and `ppo.value_init` select.
+
+    Raises:
+        ValueError: the value function cannot start from the reward model, because there is none or its hidden size differs.
+    """
     ppo, settings = config.ppo, computing(config)
     from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
     start = reward_model if from_reward else None
@@ -166,7 +172,10 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
 
 
 def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = None) -> Sequence[Tensor]:
-    """The ids of the training prompts, in a file beside `output_dir`; `told` learns what was asked in each."""
+    """Return the token ids of the training prompts, in a temporary file on the disk of `output_dir`.
+
+    If `told` is given, add the text of each prompt to it, for rewards that read text.
+    """
     path = given(config.data.prompts, "data.prompts")
 
     def encode(record: PromptRecord) -> Tensor:
@@ -179,7 +188,7 @@ def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = N
 
 
 def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
-    """The text of `data.pretrain` in sequences as long as a rollout's longest; None without PPO-ptx."""
+    """Return the text of `data.pretrain` in sequences of the length of the longest rollout; None without PPO-ptx."""
     if config.ppo.ptx_coef == 0.0:
         return None
     path = given(config.data.pretrain, "data.pretrain")
@@ -191,9 +200,10 @@ def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
 
 
 def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
-    """Scores whole answers as a labeler sees them: one that ran out of budget is read as ending where it breaks off.
+    """Return a reward function that scores whole responses, each followed by EOS, with a reward model.
 
-    One that a stop string ended is read with that string, and EOS behind it.
+    A response that reached the token limit is scored as if it ended there. A response that a stop string ended is scored
+    with that string.
     """
 
     def scores(rollout: Rollout) -> Tensor:
@@ -203,17 +213,17 @@ def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
 
 
 def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
-    """Prompt and response of every sequence of a rollout, each response with EOS at its end."""
+    """Return prompt and response of every sequence of a rollout, each response with EOS at its end."""
     rows = zip(rollout.prompts(), rollout.responses(), (rollout.stop_reason == EOS).tolist(), strict=True)
     return [Example(tuple(prompt), (*response, *[codec.eos_id] * (not by_eos))) for prompt, response, by_eos in rows]
 
 
 def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel | None) -> None:
-    """A reward model reads the policy's token ids, and both have room for the longest response."""
+    """Raise ValueError unless the reward model reads the policy's token ids and both models hold the longest sequence."""
     rooms = [(max_positions(model), 0)]
     if reward_model is not None:
         _check_ids(config, model, codec, reward_model)
-        # A response that runs out of budget is scored with an EOS behind it.
+        # A response that reaches the token limit is scored with an additional EOS.
         rooms.append((max_positions(reward_model.trunk), 1))
     room = min((positions - spare for positions, spare in rooms if positions is not None), default=None)
     check_room(config, room, "the models' positions")
@@ -223,9 +233,9 @@ def _check_ids(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_m
     theirs, ours = load_tokenizer(given(config.reward.path, "reward.path")), codec.tokenizer
     folders = f"{config.reward.path} (reward.path) and {config.model.path} (model.path)"
     if theirs.get_vocab() != ours.get_vocab() or theirs.eos_token_id != ours.eos_token_id:
-        raise ValueError(
-            f"the tokenizers of {folders} differ; expected a reward model that reads the policy's token ids"
-        )
+        raise ValueError(f"the tokenizers of {folders} differ; give a reward model that reads the policy's token ids")
     rows = [input_layer(found).weight.shape[0] for found in (reward_model.trunk, model)]
     if rows[0] < rows[1]:
-        raise ValueError(f"{folders}: got {rows[0]} and {rows[1]} embeddings, expected no fewer in the reward model")
+        raise ValueError(
+            f"{folders} have {rows[0]} and {rows[1]} embeddings; give a reward model with at least as many as the policy"
+        )

@@ -1,4 +1,4 @@
-"""What the rounds of `rlhf iterate` read, read once before anything is made: a late mistake costs the steps before it."""
+"""Checks of everything that the rounds of `rlhf iterate` read, before the first step: a late error would waste the steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf_engine.supervised.reward_model import encode_comparison
 
 
 def check_rounds(config: RunConfig) -> None:
-    """Raises ValueError for a setting that is missing or out of place, or a file or judge that a round could not read."""
+    """Raise ValueError for a missing or misplaced setting, or for a file or a judge that a round could not read."""
     _check_given(config)
     if config.ppo.objective == "trpo":
         check_attention(config.model.attention)
@@ -29,9 +29,11 @@ def check_rounds(config: RunConfig) -> None:
     for split in ("train", config.eval.split):
         _check_prompts(config, split)
     model, codec = load_model(config)
-    # A response that runs out of budget is ranked and scored with an EOS behind it.
+    # A response that reaches the token limit is ranked and scored with an additional EOS.
     positions = max_positions(model)
-    check_room(config, None if positions is None else positions - 1, f"the positions of {config.model.path} but one")
+    check_room(
+        config, None if positions is None else positions - 1, f"the positions of {config.model.path} less one for EOS"
+    )
     del model
     path = given(config.data.prompts, "data.prompts")
     _check_all(path, read_prompts(path, "train"), lambda one: codec.encode_prompt(one.prompt))
@@ -42,13 +44,15 @@ def check_rounds(config: RunConfig) -> None:
 
 def _check_given(config: RunConfig) -> None:
     if config.model.path is None:
-        raise ValueError("model.path: got nothing, expected the folder of the SFT model")
+        raise ValueError("model.path is not set; give the folder of the SFT model")
     if config.data.prompts is None:
-        raise ValueError("data.prompts: got nothing, expected a path")
+        raise ValueError("data.prompts is not set; give a path")
     if config.iterate.judge is None:
-        raise ValueError(f"iterate.judge: got nothing, expected a judge, or {BY_HAND!r}")
+        raise ValueError(f"iterate.judge is not set; give a judge, or {BY_HAND!r} to rank by hand")
     if config.eval.judge in (None, BY_HAND):
-        raise ValueError(f"eval.judge: got {config.eval.judge!r}, expected a judge that rates a round's policy at once")
+        raise ValueError(
+            f"eval.judge: got {config.eval.judge!r}, expected a function or a reward model: rounds are not judged by hand"
+        )
     for key, value in (
         ("eval.candidate", config.eval.candidate),
         ("eval.baseline", config.eval.baseline),
@@ -56,12 +60,12 @@ def _check_given(config: RunConfig) -> None:
         ("reward.function", config.reward.function),
     ):
         if value is not None:
-            raise ValueError(f"{key}: got {value!r}, expected null: the rounds decide it")
+            raise ValueError(f"{key}: got {value!r}, expected null: every round sets it")
     longest, kept = config.rollout.max_response_tokens, config.data.max_response_tokens
     if longest >= kept:
         raise ValueError(
             f"data.max_response_tokens: got {kept}, expected more than rollout.max_response_tokens {longest}: the reward "
-            "model learns from what the policy answers, with an EOS behind it"
+            "model is trained on the policy's responses followed by EOS"
         )
 
 
@@ -86,7 +90,7 @@ def _check_all(path: str | None, records: Iterable[Item], encode: Callable[[Item
 
 
 def _check_contest(config: RunConfig, codec: Codec) -> None:
-    """Both models' tokenizer is that of `model.path`."""
+    """Check the prefixes, prompts and text of the evaluation with the tokenizer of `model.path`, which both models have."""
     path = given(config.data.prompts, "data.prompts")
     for role in ("candidate", "baseline"):
         prefix = prefix_of(config, role)
@@ -96,14 +100,16 @@ def _check_contest(config: RunConfig, codec: Codec) -> None:
             return islice(read_prompts(path, config.eval.split), config.eval.limit)
 
         if prefix and not all(isinstance(record.prompt, str) for record in asked()):
-            raise ValueError(f"eval.{role}_prefix: got one with conversations in {config.data.prompts}, expected none")
+            raise ValueError(
+                f"eval.{role}_prefix: got a prefix, expected null: {config.data.prompts} contains conversations"
+            )
         _check_all(path, asked(), lambda record, framed=framed: framed.encode_prompt(record.prompt))
     if config.eval.text is not None:
         read_documents(config.eval.text, codec, config.output_dir)
 
 
 def _check_rankings(config: RunConfig, codec: Codec) -> None:
-    """The reward model's demonstrations and rankings, of which it needs two prompts: one to train, one to validate on."""
+    """Check the reward model's demonstrations and rankings: it needs one prompt for training and one for validation."""
     data = config.data
     demonstrations = given(data.demonstrations, "data.demonstrations")
     check_records(demonstrations, "data.demonstrations", read_demonstrations)
@@ -114,8 +120,8 @@ def _check_rankings(config: RunConfig, codec: Codec) -> None:
     elif config.iterate.prompts < 2 or not _two_prompts(config):
         raise ValueError(
             f"iterate.prompts: got {config.iterate.prompts} of the training prompts of {data.prompts} without "
-            "data.comparisons, expected at least 2 that differ, for the reward model to train on one and be validated on "
-            "another"
+            "data.comparisons, expected at least 2 that differ: the reward model needs one for training and one for "
+            "validation"
         )
 
 

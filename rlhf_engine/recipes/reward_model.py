@@ -1,4 +1,4 @@
-"""Rankings to a reward model."""
+"""The reward-model stage: from rankings to a reward model."""
 
 from __future__ import annotations
 
@@ -41,11 +41,15 @@ from rlhf_engine.supervised.reward_model import (
 
 
 def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> tuple[RankingEvaluation, ...]:
-    """Train a reward model on rankings; write it to `output_dir/rm`, its bias such that the demonstrations score 0 on average.
+    """Train a reward model on rankings and write it to `output_dir/rm`; return its evaluations on held-out rankings.
 
-    While it trains, and where it ends early, its state is in `output_dir/rm.checkpoint`, which is deleted when `output_dir/rm`
-    is complete. `resume` continues from it with the numbers of an unbroken run; it returns the evaluations of a finished one.
-    Raises ValueError over an earlier run without `resume` or `overwrite`, which replaces it.
+    The written bias gives the demonstrations a mean score of 0. During training, and after a run that ended early, the state
+    is in `output_dir/rm.checkpoint`, which is deleted when `output_dir/rm` is complete. `resume` continues from it and gives
+    the numbers of an uninterrupted run; for a finished run, it returns the saved evaluations. `overwrite` replaces an earlier
+    run.
+
+    Raises:
+        ValueError: an earlier run exists, and neither `resume` nor `overwrite` is set; or a setting or a file is wrong.
     """
     folder, unfinished = stage_folders(config, "rm")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
@@ -81,14 +85,14 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
         resume=resume,
         overwrite=overwrite,
     )
-    plot(config, "rm", "optimiser step")
+    plot(config, "rm", "optimizer step")
     last = trainer.history[-1]
     plot_calibration(last.bins, last.accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
     return tuple(trainer.history)
 
 
 def _rankings(config: RunConfig, codec: Codec) -> tuple[Sequence[RankedPrompt], Sequence[RankedPrompt]]:
-    """Return the rankings that are not all ties, as token ids, to train and to validate on."""
+    """Return the rankings that are not all ties, as token ids, for training and for validation."""
     path = given(config.data.comparisons, "data.comparisons")
     ranked = encode_records(path, read_comparisons(path), lambda comparison: encode_comparison(comparison, codec))
     kept = stored((prompt for prompt in ranked if prompt is not None), RANKED_PROMPTS, config.output_dir)
@@ -104,9 +108,9 @@ def _rankings(config: RunConfig, codec: Codec) -> tuple[Sequence[RankedPrompt], 
 def _write_centred(
     folder: Path, trainer: RewardTrainer, codec: Codec, examples: Sequence[Example], config: RunConfig
 ) -> None:
-    """Write the model with the bias that gives the demonstrations a mean score of 0; the trainer's model keeps its bias.
+    """Write the model with the bias that gives the demonstrations a mean score of 0; restore the trainer's bias afterwards.
 
-    Where the write fails, the state that is saved is that of training, and a resumed run centres it again.
+    If the write fails, the session saves the uncentred model, and a resumed run centres it again.
     """
     bias = trainer.model.head.bias
     before = bias.detach().clone()

@@ -1,16 +1,16 @@
-"""A training session: checkpoints while a stage trains, and what is saved where it ends early.
+"""Training sessions: checkpoints during a stage, and what is saved when the stage ends early.
 
-Guaranteed, for `rlhf sft`, `rlhf rm` and `rlhf ppo` alike:
+Guarantees for `rlhf sft`, `rlhf rm` and `rlhf ppo`:
 
-* A checkpoint on disk is complete, whatever ends the process, and a resumed run draws the numbers of an unbroken one.
-* By default a checkpoint is written whenever ten minutes have passed since the last one, so `kill -9`, a power cut and an error
-  after an update's first optimizer step cost at most those minutes and the step or update that was running.
-* Ctrl-C, SIGTERM and SIGHUP save what is finished. PPO abandons an update that has not changed a weight yet, and completes one
-  that has; a second signal, two seconds later or more, abandons that one too. The first two seconds count as one signal, since
-  terminals and batch systems often send several.
-* Any exception saves the finished steps or updates if the weights are still those; otherwise nothing replaces the last
-  checkpoint, and the exception has a note that says what that one holds.
-* A save that fails leaves the last checkpoint as it was, and the session tries other places (`rescue`).
+* A checkpoint on disk is complete, no matter how the process ends, and a resumed run gives the numbers of an uninterrupted one.
+* By default a checkpoint is written when ten minutes have passed since the last one. `kill -9`, a power cut, or an error after
+  an update's first optimizer step therefore costs at most those minutes and the step or update that was running.
+* Ctrl-C, SIGTERM and SIGHUP save what is finished. PPO abandons an update that has not changed a weight yet and completes one
+  that has. A second signal, at least two seconds later, abandons that one too. Signals within two seconds count as one,
+  because terminals and batch systems often send several.
+* Any exception saves the finished steps or updates if the weights are still those of the last finished one. Otherwise the last
+  checkpoint is kept, and a note on the exception describes it.
+* A failed save leaves the last checkpoint as it was, and the session tries other places (`_rescue`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from rlhf_engine.metrics import MetricsWriter
 from rlhf_engine.supervised.trainer import SupervisedTrainer
 
 INTERVAL = 600.0
-"""Seconds between checkpoints where the config gives no number of steps; more where a save takes a twentieth of that."""
+"""Seconds between checkpoints if the config gives no number of steps; longer if a save takes over a twentieth of that."""
 ONE_SIGNAL = 2.0
-"""Seconds in which further signals count as the first one."""
+"""Seconds after the first signal in which further signals count as the same one."""
 
 Result = TypeVar("Result")
 
@@ -47,24 +47,24 @@ _CANNOT_SAVE = (OSError, ValueError, RuntimeError)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the training; the notes say what is saved.
+    """Exception that ends the training after a signal; its notes describe what is saved.
 
-    A KeyboardInterrupt, so that neither a user's `except Exception` nor the reports of a user's function keep it.
+    It is a KeyboardInterrupt, so that neither `except Exception` in a user's code nor the wrapper of user functions catches it.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.signum = signum
         self.saved = False
-        """Whether a checkpoint holds everything that was finished."""
+        """Whether a checkpoint contains everything that was finished."""
 
 
 class TrainingSession:
-    """Saves `trainer` in `folder` as it goes and where it ends early; handles signals in the main thread until it exits.
+    """Context manager that saves `trainer` in `folder`, at intervals and when it ends early, and handles signals.
 
-    The config's `checkpoint_every` is `every`: None saves by time (`INTERVAL`), 0 only at the end. The folders that an earlier
-    run left, `replaces`, are deleted when the first step is finished. Signals that the process ignores, as under `nohup`, stay
-    ignored.
+    `every` is the config's `checkpoint_every`: None saves by time (`INTERVAL`), 0 only at the end. `replaces` are folders of
+    an earlier run, which are deleted when the first step is finished. Signals are handled in the main thread only; signals
+    that the process ignores, as under `nohup`, stay ignored.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class TrainingSession:
         self._masked = False
         self._handlers: dict[int, Any] = {}  # as `signal.getsignal` returns them
 
-    # ---- what a stage calls ----
+    # ---- called by a stage ----
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the numbers of a finished step."""
+        """Log the metrics of a finished step; the first call deletes the folders that the run replaces."""
         for folder in self.replaces:
             recover(folder)
             if folder.exists():
@@ -103,7 +103,7 @@ class TrainingSession:
         self.metrics.write(step, metrics)
 
     def after(self) -> None:
-        """Save if a checkpoint is due, then end the training if a signal has arrived. Call it after every finished step."""
+        """Save if a checkpoint is due, then end the training if a signal has arrived; call this after every finished step."""
         if self._due():
             self.save()
         self._seen = self.trainer.done
@@ -112,7 +112,7 @@ class TrainingSession:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let a signal end the training within the block, which changes no state of it."""
+        """Let a signal end the training immediately within the block, which must not change the trainer's state."""
         self._seen = self.trainer.done
         if self._received is not None:
             self._stop()
@@ -122,11 +122,11 @@ class TrainingSession:
             self._seen = -1
 
     def hold_signals(self) -> None:
-        """Let no signal end the training any more: only its result has to be written."""
+        """Keep later signals from ending the training: only its result is left to be written."""
         self._masked = True
 
     def save(self) -> None:
-        """Write the checkpoint, the metrics before it."""
+        """Write a checkpoint unless the last one is current; sync the metrics first."""
         if self.saved == self.trainer.done:
             return
         masked, self._masked = self._masked, True
@@ -161,7 +161,7 @@ class TrainingSession:
             self._received, self._received_at = signum, time.monotonic()
         if self._masked:
             return
-        # Between the end of a step and `after`, metrics and counters do not agree yet.
+        # Between the end of a step and `after`, metrics and counters may disagree.
         between_steps = self.trainer.whole and self.trainer.done == self._seen
         again = not first and time.monotonic() - self._received_at >= ONE_SIGNAL
         if between_steps or (again and not self.trainer.whole):
@@ -187,10 +187,10 @@ class TrainingSession:
             for signum, handler in self._handlers.items():
                 signal.signal(signum, handler)
 
-    # ---- where a run ends early ----
+    # ---- early end of a run ----
 
     def _save_what_is_whole(self, error: BaseException) -> tuple[bool, str]:
-        """Save the finished steps; returns whether a checkpoint has all of them, and a sentence about it."""
+        """Save the finished steps; return whether a checkpoint contains all of them, and a sentence about it."""
         trainer = self.trainer
         if not trainer.whole:
             lost = f"{trainer.unit} {trainer.done + 1} had changed weights and was not finished, so nothing was saved"
@@ -213,9 +213,9 @@ class TrainingSession:
         return f"the checkpoint {self.folder} holds {count}, and a resumed run continues from there"
 
     def _rescue(self) -> str:
-        """Save next to the folder that could not be written, or on the disk of temporary files; returns what is where.
+        """Save next to the folder that could not be written, or on the disk of temporary files; return a note about it.
 
-        The whole state is tried in both places before the model without the optimizer's state, which takes about a third.
+        Try the whole state in both places first, then the model without optimizer state, which takes about a third.
         """
         last = self._last() if self.saved else "there is no checkpoint"
         places = self._other_places()
@@ -241,7 +241,7 @@ class TrainingSession:
         return places
 
     def _missing(self) -> str:
-        """How many bytes a checkpoint lacks on the folder's disk."""
+        """Return a note with the bytes that a checkpoint lacks on the folder's disk; empty if it lacks none."""
         needed = sum(tensor.nbytes for _, tensor in self.trainer.weights())
         needed += sum(tensor.nbytes for tensor in self.trainer.tensors().values())
         missing = needed - shutil.disk_usage(self.folder.parent).free
@@ -267,7 +267,7 @@ def run_session(
     resume: bool,
     overwrite: bool,
 ) -> Result:
-    """Train to the end with checkpoints in `unfinished`, which are deleted once `write_result` has written `folder`."""
+    """Train to the end with checkpoints in `unfinished`, which is deleted after `write_result` has written `folder`."""
     if resume:
         resume_trainer(unfinished, trainer, config, data)
     replaces = (unfinished, folder) if overwrite else ()
@@ -286,10 +286,10 @@ def run_session(
 
 
 def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless a run may begin: over an earlier one only with `resume` or `overwrite`.
+    """Raise ValueError unless a run may start: if an earlier run exists, `resume` or `overwrite` is required.
 
-    `result` is the folder that the run writes, `marker` a file that every result has, so that a folder with a user's own files
-    is never replaced; `others` are further folders of an earlier run.
+    `result` is the folder that the run writes. `marker` is a file that every result contains, so that a folder with a user's
+    files is never replaced. `others` are further folders of an earlier run.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; pass one of them")
@@ -297,7 +297,7 @@ def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrit
         recover(folder)
     if result.exists() and not (result.is_dir() and ((result / marker).is_file() or not any(result.iterdir()))):
         raise ValueError(
-            f"{result}: its contents are not those of an earlier run; move them away, or set another output_dir"
+            f"{result}: its contents are not those of an earlier run; move them away, or set a different output_dir"
         )
     for folder in (*others, result):
         if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
@@ -306,14 +306,14 @@ def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrit
 
 
 class Start(TypedDict):
-    """How a stage begins: the keyword arguments of `run_sft`, `run_rm` and `run_ppo`."""
+    """How a stage starts: keyword arguments of `run_sft`, `run_rm` and `run_ppo`."""
 
     resume: bool
     overwrite: bool
 
 
 def continued(checkpoint: Path) -> Start:
-    """Return the arguments of a stage that continues from its checkpoint if there is one, and begins anew otherwise."""
+    """Return the arguments of a stage that continues from its checkpoint, or starts anew if there is none."""
     recover(checkpoint)
     found = checkpoint.is_dir()
     return {"resume": found, "overwrite": not found}

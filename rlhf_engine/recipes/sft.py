@@ -1,4 +1,4 @@
-"""Demonstrations to a fine-tuned model."""
+"""The supervised fine-tuning stage: from demonstrations to a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from rlhf_engine.supervised.sft import FitReport, SFTTrainer
 
 
 def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> FitReport:
-    """Train on demonstrations; write the model of the lowest validation loss to `output_dir/sft` and return the history.
+    """Train on demonstrations; write the model with the lowest validation loss to `output_dir/sft` and return the history.
 
-    While it trains, and where it ends early, its state is in `output_dir/sft.checkpoint`, which is deleted as soon as
-    `output_dir/sft` is complete. `resume` continues from it with the numbers of an unbroken run; it returns the history of a
-    finished one of the same settings.
-    Raises ValueError over an earlier run without `resume` or `overwrite`, which replaces it.
+    During training, and after a run that ended early, the state is in `output_dir/sft.checkpoint`, which is deleted when
+    `output_dir/sft` is complete. `resume` continues from it and gives the numbers of an uninterrupted run; for a finished run
+    with the same settings, it returns the saved history. `overwrite` replaces an earlier run.
+
+    Raises:
+        ValueError: an earlier run exists, and neither `resume` nor `overwrite` is set; or a setting or a file is wrong.
     """
     folder, unfinished = stage_folders(config, "sft")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
@@ -79,11 +81,11 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         resume=resume,
         overwrite=overwrite,
     )
-    plot(config, "sft", "optimiser step")
+    plot(config, "sft", "optimizer step")
     return report
 
 
 def demonstrations(config: RunConfig, codec: Codec) -> Stored[Example]:
-    """Return the token ids of the demonstrations, in a file next to `output_dir`."""
+    """Return the token ids of the demonstrations, in a temporary file on the disk of `output_dir`."""
     path = given(config.data.demonstrations, "data.demonstrations")
     return stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)

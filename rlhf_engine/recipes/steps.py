@@ -1,4 +1,4 @@
-"""Steps of a long run, each done once: what is done, with which result and settings, is in a JSON file, whole or absent."""
+"""Steps of a long run that are each done once: a JSON file records the finished steps, their results and settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from rlhf_engine.files import read_json, with_new_file, write_json
 
 
 class Steps:
-    """The steps in `path`; a run that is called again does only those that are missing.
+    """Record of the finished steps in `path`; a repeated call runs only the missing ones.
 
-    `may_change` are keys and sections of the config that a later call may have otherwise, whatever is done. Of the others,
-    those that no finished step has read may change too, so that a step that failed can be tried with other settings. Raises
-    ValueError naming the first setting that a finished step has read otherwise.
+    `may_change` are keys and sections of the config that may always differ between calls. Any other setting may change until
+    a finished step has read it, so that a failed step can be tried again with different settings.
+
+    Raises:
+        ValueError: a setting differs from the value that a finished step has read, and the message names the first one; or
+            `path` is not such a record.
     """
 
     def __init__(self, path: Path, config: RunConfig, may_change: Collection[str]) -> None:
@@ -27,9 +30,9 @@ class Steps:
             self._read()
 
     def once(self, name: str, run: Callable[[], Any], reads: Collection[str] | None = None) -> Any:
-        """The result of step `name`, which must be what JSON can hold; `run` is called only where it has none yet.
+        """Return the result of step `name`, which must be serialisable as JSON; call `run` only if there is no result yet.
 
-        `reads` are the keys and sections of the config that the step depends on; None: all of them.
+        `reads` are the keys and sections of the config that the step depends on (None: all of them).
         """
         if name not in self.results:
             self.results[name] = run()
@@ -47,7 +50,9 @@ class Steps:
         kept = read_json(self.path)
         read, results = kept.get("settings"), kept.get("steps")
         if not isinstance(read, dict) or not isinstance(results, dict) or list(read) != list(results):
-            raise ValueError(f"{self.path}: expected an object with settings and steps, the settings of each step")
+            raise ValueError(
+                f"{self.path}: expected a JSON object whose settings and steps have the same names; move it away"
+            )
         self.read, self.results = read, results
         for name, settings in self.read.items():
             for key, value in settings.items():
@@ -59,5 +64,5 @@ class Steps:
 
 
 def is_among(key: str, names: Collection[str]) -> bool:
-    """Whether a dotted key is one of `names` or lies in a section that is."""
+    """Return whether a dotted key is one of `names` or belongs to a section in `names`."""
     return any(key == name or key.startswith(name + ".") for name in names)

@@ -72,7 +72,7 @@ def test_s20_a_prefix_does_not_go_in_front_of_a_conversation(run, base, capsys):
     (run / "shots.txt").write_text("q\nyes\n\n")
     sets = [ROOM, f"eval.candidate={base}", f"eval.baseline={base}", "eval.candidate_prefix=shots.txt"]
     code, _, shown = rlhf(capsys, "eval", "--config", run / "run.yaml", sets=[*sets, "eval.judge=judge_last.py:judge"])
-    assert code == 2 and "prompts.jsonl:7: messages: got a conversation to put a prefix in front of" in shown
+    assert code == 2 and "prompts.jsonl:7: messages: got a conversation, expected a text" in shown
 
 
 def test_s21_rounds_of_conversations(run):

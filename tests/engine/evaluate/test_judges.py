@@ -1,4 +1,4 @@
-"""Judges: what they say, and how a judge that fails is told."""
+"""Judges: their preferences, and the messages of a judge that fails."""
 
 import math
 import sys
@@ -19,7 +19,7 @@ from tests.engine.helpers.cli_run import new_model, read_lines, write_lines
 
 
 def longer(prompts, a, b):
-    """Preferences: the longer answer is better."""
+    """Return preferences for the longer answer."""
     return [0.5 + 0.5 * ((len(x) > len(y)) - (len(x) < len(y))) for x, y in zip(a, b, strict=True)]
 
 
@@ -50,7 +50,7 @@ def test_s20_a_function_gives_preferences_or_scores(function, batch):
     assert FunctionJudge(function, batch=batch).compare(*TEXTS).tolist() == [1.0, 0.0, 0.5]
 
 
-def test_s20_two_pairs_are_not_taken_for_two_lists_of_scores():
+def test_s20_preferences_of_two_pairs_are_not_read_as_two_lists_of_scores():
     assert FunctionJudge(longer).compare(*(column[:2] for column in TEXTS)).tolist() == [1.0, 0.0]
     assert FunctionJudge(lengths).compare(*(column[:2] for column in TEXTS)).tolist() == [1.0, 0.0]
 
@@ -99,7 +99,7 @@ def tired(prompts, a, b):
         (lambda p, a, b: None, r"samples 0 to 3: got 1 values, expected 4"),
     ],
 )
-def test_s20_a_judge_that_fails_is_told_with_the_sample(function, message):
+def test_s20_the_message_of_a_judge_that_fails_names_the_sample(function, message):
     answers = ["ok", "ok", "ok", "ok", "ok", "bad", "ok"]
     with pytest.raises(ValueError, match=message):
         FunctionJudge(function, "f", batch=4).compare(["p"] * 7, answers, ["ok"] * 7)
@@ -137,7 +137,7 @@ def test_a_function_is_found_by_its_name():
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    """A reward model's folder, its backbone smaller than the policies of the other tests."""
+    """Folder of a reward model with a smaller backbone than the policies of the other tests."""
     folder = tmp_path_factory.mktemp("models")
     new_model(folder / "lm", hidden_size=16, num_hidden_layers=1, head_dim=4)
     model = RewardModel.from_causal_lm(AutoModelForCausalLM.from_pretrained(folder / "lm"), seed=3)
@@ -161,7 +161,7 @@ def test_s4_a_reward_model_prefers_the_higher_score(reward):
         judge.scores(["q"], ["yes"])
 
 
-def test_s21_ranks_are_wins_of_everyone_against_everyone():
+def test_s21_ranks_count_wins_over_all_pairs():
     judge = FunctionJudge(longer, batch=3)
     ranks = rank(judge, ["p", "q"], [["aa", "a", "bb", "dddd"], ["a", "bb"]])
     assert ranks == [(1.5, 3.0, 1.5, 0.0), (1.0, 0.0)]
@@ -172,7 +172,7 @@ PAIRS = [Pair(f"q{i}", f"first {i}", f"second {i}") for i in range(40)]
 
 
 def judged(path, prefer):
-    """The written lines with `prefer(line)` as preference."""
+    """Return the written lines with `prefer(line)` as the preference."""
     return [line | {"preference": prefer(line)} for line in read_lines(path)]
 
 
@@ -183,7 +183,7 @@ def test_s20_the_order_of_a_and_b_is_shuffled_and_undone(tmp_path):
     assert all(line["preference"] is None for line in lines)
     assert 10 < sum(line["A"].startswith("first") for line in lines) < 30
 
-    # Whoever judges likes the first model's answers but ties every third and prefers the second's in every fifth pair.
+    # Every third pair is a tie; of the rest, the second model wins every fifth pair and the first model all others.
     def prefer(line):
         if line["id"] % 3 == 0:
             return "tie"
@@ -210,14 +210,14 @@ def test_s20_the_order_of_a_and_b_is_shuffled_and_undone(tmp_path):
         (lambda lines: [3], r"judged\.jsonl:1: id: got None"),
     ],
 )
-def test_s20_a_judged_file_that_is_not_the_one_written_is_refused(tmp_path, change, message):
+def test_s20_a_judged_file_that_differs_from_the_written_one_is_refused(tmp_path, change, message):
     write_pairs(tmp_path / "pairs.jsonl", PAIRS, seed=5)
     write_lines(tmp_path / "judged.jsonl", change(judged(tmp_path / "pairs.jsonl", lambda line: "A")))
     with pytest.raises(ValueError, match=message):
         read_preferences(tmp_path / "judged.jsonl", PAIRS, seed=5)
 
 
-def test_s20_preferences_make_a_rate_with_ties_half():
+def test_s20_a_tie_counts_half_in_the_rate():
     found = preference_rate(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
     assert (found.rate, found.ties, found.prompts) == (pytest.approx(0.625), 0.25, 2)
     with pytest.raises(ValueError, match=r"outside \[0, 1\]"):

@@ -1,4 +1,4 @@
-"""Win rates by hand, and intervals that cover what they say they cover."""
+"""Win rates compared with hand-computed ones, and the coverage of their intervals."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from rlhf_engine.evaluate import best_of_n, win_rate
 
 
 def test_win_rate_by_hand():
-    """Prompt 1: a win and a tie of two pairs; prompt 2: a loss and a win."""
+    """Prompt 1 has a win and a tie, prompt 2 a loss and a win."""
     found = win_rate([[2.0], [5.0]], [[1.0, 2.0], [6.0, 4.0]])
     assert found.rate == pytest.approx((0.75 + 0.5) / 2)
     assert found.ties == pytest.approx(1 / 4)

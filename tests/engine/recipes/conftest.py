@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
-    """Heed the signals that a background job ignores from its start; a run under `nohup` leaves those alone."""
+    """Handle the signals that a background job ignores from its start; under `nohup` a run ignores them too."""
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),

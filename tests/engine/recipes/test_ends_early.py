@@ -1,4 +1,4 @@
-"""`rlhf ppo`, `sft`, `rm`, `eval` and `demo` that end early or begin over an earlier run, through the command line."""
+"""The commands `rlhf ppo`, `sft`, `rm`, `eval` and `demo` that end early, or that find an earlier run."""
 
 import errno
 import json
@@ -51,7 +51,7 @@ def updates(folder):
 
 
 def same_end(first, second):
-    """Whether two runs have the same weights and the same scores."""
+    """Return whether two runs have the same weights and the same scores."""
     weights = [load_file(out / "ppo" / "model.safetensors") for out in (first, second)]
     scores = [
         [(row["step"], row["score_mean"]) for row in read_lines(out / "metrics.jsonl")] for out in (first, second)
@@ -60,7 +60,7 @@ def same_end(first, second):
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGHUP", 0), ("SIGINT", 130)])
-def test_a_signal_while_sampling_saves_and_the_line_says_how_to_resume(run, capsys, name, code):
+def test_a_signal_while_sampling_saves_and_the_message_has_the_command_to_resume(run, capsys, name, code):
     (run / "rewards.py").write_text(REWARD.format(signal=name))
     ended, _, shown = start(capsys)
     assert ended == code and updates(run / "out" / "ppo") == 2
@@ -77,7 +77,7 @@ def test_a_signal_while_sampling_saves_and_the_line_says_how_to_resume(run, caps
 
 
 def break_at(monkeypatch, call, action):
-    """`action()` in the backward pass number `call` of the run; an update has two."""
+    """Call `action` in the backward pass number `call` of the run; an update has two."""
     calls, real = [], ppo.minibatch_backward
 
     def backward(*arguments, **options):
@@ -118,8 +118,7 @@ def test_an_error_after_an_update_s_first_step_leaves_the_checkpoint(run, capsys
 
 @pytest.mark.parametrize("error", [OSError, TypeError, AssertionError])
 def test_an_error_between_updates_saves_them(run, capsys, monkeypatch, error):
-    """A line of metrics that cannot be written, and the checkpoint after it."""
-
+    """The error is raised after a line of metrics is written and before the checkpoint."""
     real = MetricsWriter.write
 
     def fail(self, step, metrics):
@@ -144,8 +143,8 @@ def test_an_error_between_updates_saves_them(run, capsys, monkeypatch, error):
 @pytest.mark.parametrize(
     "command, place", [("sft", "recipes.loading"), ("rm", "recipes.loading"), ("ppo", "checkpoint")]
 )
-def test_a_finished_run_whose_result_cannot_be_written_is_kept(run, capsys, monkeypatch, command, place):
-    """The last write finds the disk full; when there is room, a resumed run has nothing to do but to write."""
+def test_a_finished_run_is_saved_if_its_result_cannot_be_written(run, capsys, monkeypatch, command, place):
+    """The disk is full at the last write. A resumed run, with enough space, only writes the result."""
     calls, real = [], files.write_json
 
     def full(path, content):
@@ -180,7 +179,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("command", ["sft", "rm", "ppo"])
 def test_no_stage_replaces_an_earlier_run_unasked(run, capsys, command):
-    """Finished, or unfinished as its checkpoint shows; a resumed finished one has nothing left to do."""
+    """Neither a finished run nor an unfinished one, which has a checkpoint. A resumed finished run does nothing."""
     sets = [*SETS, "ppo.updates=1"] if command == "ppo" else []
     arguments = (command, "--config", "run.yaml")
     assert rlhf(capsys, *arguments, sets=sets)[0] == 0
@@ -191,7 +190,7 @@ def test_no_stage_replaces_an_earlier_run_unasked(run, capsys, command):
     assert code == 2 and shown == f"rlhf: {message}\n"
     assert rlhf(capsys, *arguments, "--resume", sets=sets)[0] == 0 and contents(run / "out") == before
     code, _, shown = rlhf(capsys, *arguments, "--resume", sets=[*sets, "seed=1"])
-    assert code == 2 and "seed" in shown  # a result of other settings is not this run's
+    assert code == 2 and "seed" in shown  # a finished run with other settings is not resumed
     code, _, shown = rlhf(capsys, *arguments, "--resume", "--overwrite", sets=sets)
     assert code == 2 and "--resume and --overwrite exclude each other" in shown
     assert rlhf(capsys, *arguments, "--overwrite", sets=[*sets, "seed=1"])[0] == 0
@@ -214,14 +213,14 @@ def test_a_user_s_own_files_are_never_replaced(run, capsys, command):
     assert (folder / "README.md").read_text() == "my model card"
 
 
-def test_neither_a_contest_nor_a_demo_is_replaced_unasked(run, base, capsys):
+def test_neither_an_evaluation_nor_a_demo_is_replaced_unasked(run, base, capsys):
     (run / "judge.py").write_text("def a(prompts, a, b):\n    return [1] * len(a)\n")
     sets = [f"eval.candidate={base}", f"eval.baseline={base}", "eval.judge=judge.py:a"]
     arguments = ("eval", "--config", "run.yaml")
     assert rlhf(capsys, *arguments, sets=sets)[0] == 0
     before = contents(run / "out")
     code, _, shown = rlhf(capsys, *arguments, sets=sets)
-    assert code == 2 and "an earlier contest is there; replace it with --overwrite" in shown
+    assert code == 2 and "an earlier evaluation is there; replace it with --overwrite" in shown
     assert contents(run / "out") == before
     assert rlhf(capsys, *arguments, "--overwrite", sets=sets)[0] == 0
     (run / "demo").mkdir()

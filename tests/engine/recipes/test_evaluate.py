@@ -44,7 +44,7 @@ def evaluate(capsys, run, models, judge, *more, flags=()):
 
 
 def write_judge(run, name, body):
-    """A module in the working directory, as a user's own judge would be; returns its name."""
+    """Write a module to the working directory, where a user's judge would be; return the judge's name."""
     (run / f"{name}.py").write_text(f"def judge(prompts, a, b):\n    {body}\n")
     return f"{name}.py:judge"
 
@@ -71,7 +71,7 @@ def test_s20_win_rate_under_a_function(run, models, capsys):
 
 
 @pytest.mark.parametrize("batch, sizes", [(3, [3, 3, 2]), (64, [8])])
-def test_s20_a_function_gets_so_many_pairs_at_a_time(run, models, capsys, batch, sizes):
+def test_s20_a_function_gets_batches_of_pairs(run, models, capsys, batch, sizes):
     judge = write_judge(run, "judge_sizes", "open('sizes', 'a').write(f'{len(a)} '); return [0.5] * len(a)")
     assert evaluate(capsys, run, models, judge, "eval.samples=2", f"eval.judge_batch={batch}")[0] == 0
     assert list(map(int, (run / "sizes").read_text().split())) == sizes
@@ -105,14 +105,14 @@ def test_s22_a_smaller_reward_model_judges(run, models, capsys):
     assert again[0] == 0 and report["win_rate"]["prompts"] == 4 and report["perplexity"] is None
 
 
-def test_s20_a_model_that_meets_itself_does_not_repeat_itself(run, models):
+def test_s20_a_model_compared_with_itself_samples_different_answers(run, models):
     overrides = [f"eval.candidate={models / 'a'}", f"eval.baseline={models / 'a'}"]
     found = ask_both(load_config(run / "run.yaml", overrides))
     assert found.answers["candidate"] != found.answers["baseline"]
 
 
 def test_s20_prompts_and_answers_hold_any_character(tmp_path):
-    """Unicode has ends of lines that JSON does not escape; people's editors put a mark of byte order in front."""
+    """Unicode has line separators that JSON does not escape, and some editors write a byte order mark."""
     prompt, first, second = "one\u2028two", "a\x85b", "c\u2029d"
     said = contest.Said([prompt], {"candidate": [[first]], "baseline": [[second]]}, {}, None, {})
     config = load_config(None)
@@ -133,7 +133,7 @@ def test_s20_people_judge_through_a_file(run, models, capsys):
     before = (folder / "pairs.jsonl").read_bytes()
     assert evaluate(capsys, run, models, "file", "eval.samples=2")[1] == shown
     assert (folder / "pairs.jsonl").read_bytes() == before
-    # Somebody likes what the candidate said to the first three prompts and nothing else.
+    # This judge prefers the candidate's answers to the first three prompts and the baseline's to the fourth.
     lines, said = read_lines(folder / "pairs.jsonl"), read_lines(folder / "answers.jsonl")
     for line in lines:
         candidate = said[line["id"] // 2]["candidate"][line["id"] % 2]
@@ -147,9 +147,9 @@ def test_s20_people_judge_through_a_file(run, models, capsys):
     expected = sum(0.5 if line["preference"] == "tie" else line["id"] < 6 for line in lines) / 8
     assert report["win_rate"]["rate"] == pytest.approx(expected)
     code, _, shown = evaluate(capsys, run, models, "file", "eval.samples=1")
-    assert code == 2 and "its answers were made with eval" in shown
+    assert code == 2 and "its answers were sampled with eval" in shown
     code, _, shown = evaluate(capsys, run, models, "file", "eval.samples=2", "data.prompt_template=Say {prompt}")
-    assert code == 2 and "its answers were made with prompt_template" in shown
+    assert code == 2 and "its answers were sampled with prompt_template" in shown
     assert (folder / "judged.jsonl").exists()
 
 
@@ -163,7 +163,7 @@ def test_s20_people_judge_through_a_file(run, models, capsys):
         ),
     ],
 )
-def test_s20_a_judge_that_fails_leaves_what_was_there(run, models, capsys, body, message):
+def test_s20_a_judge_that_fails_leaves_the_earlier_result(run, models, capsys, body, message):
     (run / "out" / "eval").mkdir(parents=True)
     (run / "out" / "eval" / "report.json").write_text("before")
     judge = write_judge(run, "judge_broken", body)
@@ -173,7 +173,7 @@ def test_s20_a_judge_that_fails_leaves_what_was_there(run, models, capsys, body,
     assert (run / "out" / "eval" / "report.json").read_text() == "before"
 
 
-def test_s20_a_judge_that_failed_is_asked_again_about_the_same_answers(run, models, capsys, monkeypatch):
+def test_s20_after_a_judge_has_failed_the_same_answers_are_judged_again(run, models, capsys, monkeypatch):
     asked, real = [], contest.ask_both
     monkeypatch.setattr(contest, "ask_both", lambda config: asked.append(1) or real(config))
     broken, good = (
@@ -188,7 +188,7 @@ def test_s20_a_judge_that_failed_is_asked_again_about_the_same_answers(run, mode
     assert evaluate(capsys, run, models, good, *more)[0] == 0 and len(asked) == 1
     assert (run / "out" / "eval" / "answers.jsonl").read_bytes() == said
     assert [path.name for path in (run / "out").iterdir()] == ["eval"]
-    # Other settings, and a model that is another since, are asked anew.
+    # After a change of settings or of a model, new answers are sampled.
     over = {"flags": ("--overwrite",)}
     assert evaluate(capsys, run, models, broken, *more, **over)[0] == 2 and len(asked) == 2
     assert evaluate(capsys, run, models, broken, *more, "eval.samples=1", **over)[0] == 2 and len(asked) == 3
@@ -199,24 +199,24 @@ def test_s20_a_judge_that_failed_is_asked_again_about_the_same_answers(run, mode
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("eval.judge=null", "eval.judge: got nothing, expected a judge"),
-        ("eval.candidate=null", "eval.candidate: got nothing, expected a path"),
+        ("eval.judge=null", "eval.judge is not set; give a judge"),
+        ("eval.candidate=null", "eval.candidate is not set; give the folder of a model"),
         ("eval.baseline=nowhere", "eval.baseline: nowhere: no such folder"),
         ("eval.judge=nowhere", "judge: nowhere: no such folder"),
         ("eval.split=validation", "data.prompts: got no prompts of split validation"),
         ("eval.text=nowhere", "eval.text: nowhere: no such file"),
         ("eval.candidate_prefix=nowhere", "eval.candidate_prefix: nowhere: "),
-        ("data.prompts=null", "data.prompts: got nothing, expected a path"),
+        ("data.prompts=null", "data.prompts is not set; give a path"),
         ("rollout.max_prompt_tokens=1", "prompts.jsonl:7: prompt: got"),
     ],
 )
-def test_s20_mistakes_are_told_in_one_line(run, models, capsys, override, message):
+def test_s20_mistakes_are_reported_in_one_line(run, models, capsys, override, message):
     code, _, shown = evaluate(capsys, run, models, models / "rm", override)
     assert code == 2 and message in shown and shown.count("\n") == 1
     assert not (run / "out").exists()
 
 
-def test_s20_a_prefix_makes_a_few_shot_contestant(run, models):
+def test_s20_a_prefix_changes_only_the_answers_of_its_model(run, models):
     (run / "shots.txt").write_text("q1\nyes\n\n")
     overrides = sets(models, "x:y", "rollout.max_prompt_tokens=40", "eval.samples=4")
     plain = ask_both(load_config(run / "run.yaml", overrides))
@@ -225,7 +225,7 @@ def test_s20_a_prefix_makes_a_few_shot_contestant(run, models):
     assert plain.answers["candidate"] != shot.answers["candidate"]
 
 
-def test_s20_a_folder_that_breaks_is_named(run, models, capsys):
+def test_s20_an_incomplete_model_folder_is_named(run, models, capsys):
     shutil.copytree(models / "b", run / "torn")
     (run / "torn" / "model.safetensors").unlink()
     code, _, shown = evaluate(capsys, run, models, models / "rm", f"eval.baseline={run / 'torn'}")

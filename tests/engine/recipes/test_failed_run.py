@@ -1,4 +1,4 @@
-"""What a run that fails leaves of the checkpoint that was there before it."""
+"""A run that fails must keep the checkpoint of an earlier run."""
 
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
 
@@ -16,7 +16,7 @@ def until(prompts, answers):
 
 
 def test_a_new_run_that_fails_leaves_another_run_s_checkpoint(tmp_path, capsys):
-    """Not before its first finished update does a run with --overwrite replace what is there."""
+    """With --overwrite, an earlier run is replaced when the first update is finished, and not before."""
     new_run(tmp_path, new_model(tmp_path / "base"))
     (tmp_path / "reward.py").write_text(REWARD)
     sets = [f"reward.function={tmp_path / 'reward.py'}:until", "ppo.value_init=zero", "ppo.updates=2"]
@@ -29,7 +29,7 @@ def test_a_new_run_that_fails_leaves_another_run_s_checkpoint(tmp_path, capsys):
     def numbers():
         return [row["score_mean"] for row in read_lines(tmp_path / "out" / "metrics.jsonl")]
 
-    code, _, err = run(1)  # nothing was there: its one update is saved
+    code, _, err = run(1)  # there is no earlier run: the one finished update is saved
     assert (
         code == 2 and f"the checkpoint {weights.parent} holds 1 update, and a resumed run continues from there" in err
     )

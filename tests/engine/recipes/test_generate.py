@@ -1,4 +1,4 @@
-"""`rlhf generate`: prompts in, answers out."""
+"""`rlhf generate`: answers to the prompts of a file."""
 
 import json
 
@@ -34,8 +34,8 @@ def test_every_prompt_is_answered_in_order(run, capsys):
     assert len({tuple(line["answers"]) for line in lines}) > 5
 
 
-def test_a_line_says_why_each_answer_ended_and_its_logprobs(run, capsys):
-    """With a stop string that the answers have: they are those of a run without it, up to there."""
+def test_a_line_has_each_answers_stop_reason_and_logprobs(run, capsys):
+    """With a stop string, the answers are those of a run without it, up to the string."""
     assert generate(capsys, run, "free.jsonl", "--samples", 4)[0] == 0
     free = read_lines(run / "free.jsonl")
     stop = next(text[1] for line in free for text in line["answers"] if len(text) > 2 and text[1] not in " \ufffd")
@@ -82,7 +82,7 @@ def test_a_split_may_be_chosen(run, capsys):
     assert not (run / "b.jsonl").exists()
 
 
-def test_a_split_that_is_none_is_refused_by_the_names_of_the_splits(run, capsys):
+def test_an_unknown_split_is_refused_and_the_splits_are_named(run, capsys):
     code, _, shown = generate(capsys, run, "b.jsonl", "--split", "tset")
     assert code == 2 and "split: got 'tset', expected 'train', 'validation' or 'test'" in shown
 
@@ -93,16 +93,16 @@ def test_the_prompts_are_not_overwritten_by_the_answers(run, capsys, monkeypatch
     monkeypatch.chdir(run)
     for name in ("prompts.jsonl", "link.jsonl"):
         code, _, shown = generate(capsys, run, name)
-        assert code == 2 and f"output: got {run / name}, the file of prompts, expected another" in shown
+        assert code == 2 and f"output: got {run / name}, the file of prompts, expected a different file" in shown
     assert (run / "prompts.jsonl").read_bytes() == before
 
 
-def test_a_folder_is_no_place_for_answers(run, capsys):
+def test_an_output_that_is_a_folder_is_refused(run, capsys):
     code, _, shown = generate(capsys, run, "", "--samples", "100")
     assert code == 2 and f"output: got {run}, a folder, expected a file" in shown
 
 
-def test_a_bad_line_leaves_the_file_that_was_there(run, capsys):
+def test_a_bad_line_leaves_the_existing_output(run, capsys):
     (run / "a.jsonl").write_text("before")
     write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}] * 3 + [{"prompt": "q"}])
     code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.batch_size=1"])
@@ -114,12 +114,12 @@ def test_a_bad_line_leaves_the_file_that_was_there(run, capsys):
     assert code == 2 and "prompts.jsonl:2: prompt: got" in shown
 
 
-def test_what_the_positions_do_not_hold_is_refused(run, capsys):
+def test_sequences_longer_than_the_positions_are_refused(run, capsys):
     code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.max_prompt_tokens=123"])
     assert code == 2 and "max_prompt_tokens 123 and max_response_tokens 6, expected at most 128 together" in shown
 
 
-def test_s20_a_prefix_stands_in_front_of_every_prompt_and_a_stop_text_cuts(run, base):
+def test_s20_a_prefix_precedes_every_prompt_and_a_stop_string_ends_the_answer(run, base):
     config = load_config(run / "run.yaml", ["rollout.max_prompt_tokens=40"])
     records = [PromptRecord("q1", "u"), PromptRecord("q2", "u")]
     few = Answerer(config, str(base), seed=1, prefix="q8\nyes\n\n")
@@ -133,7 +133,7 @@ def test_s20_a_prefix_stands_in_front_of_every_prompt_and_a_stop_text_cuts(run, 
         Answerer(config, str(base), seed=1, prefix="{prompt}")
 
 
-def test_lines_keep_every_letter(run, capsys):
+def test_letters_outside_ascii_are_kept(run, capsys):
     write_lines(run / "prompts.jsonl", [{"prompt": "ü", "user_id": "u"}])
     assert generate(capsys, run, "a.jsonl")[0] == 0
     assert json.loads((run / "a.jsonl").read_text(encoding="utf-8"))["prompt"] == "ü"

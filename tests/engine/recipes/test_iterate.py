@@ -1,4 +1,4 @@
-"""`rlhf iterate`: rounds, what they leave, and how they go on."""
+"""`rlhf iterate`: rounds, the files that they write, and how they continue."""
 
 import json
 import shutil
@@ -48,11 +48,11 @@ def test_s21_two_rounds_each_on_all_rankings_so_far(run, base, capsys):
     assert read_lines(out / "round_1" / "comparisons.jsonl") == old + new[0]
     assert read_lines(out / "round_2" / "comparisons.jsonl") == old + new[0] + new[1]
     for line in new[0]:
-        # The judge likes the longer answer: more characters, lower rank.
+        # The judge prefers the longer answer: more characters, lower rank.
         order = sorted(range(len(line["completions"])), key=lambda i: line["ranking"][i])
         lengths = [len(line["completions"][i]) for i in order]
         assert lengths == sorted(lengths, reverse=True) and len(set(line["completions"])) == len(line["completions"])
-    # Six training prompts, four a round: the second round begins with the two that had no turn.
+    # Six training prompts, four per round: the second round starts with the two unused ones.
     asked = [{line["prompt"] for line in rankings} for rankings in new]
     assert all(prompt in {f"q{i}" for i in range(6)} for prompt in asked[0] | asked[1]) and asked[0] != asked[1]
     for number in (1, 2):
@@ -64,7 +64,7 @@ def test_s21_two_rounds_each_on_all_rankings_so_far(run, base, capsys):
 
 
 @pytest.mark.parametrize("start, begins", [("previous", "round_1/ppo"), ("sft", None)])
-def test_s21_ppo_starts_from_the_policy_before_or_from_sft(run, base, monkeypatch, start, begins):
+def test_s21_ppo_starts_from_the_previous_policy_or_from_sft(run, base, monkeypatch, start, begins):
     started, real = [], iterate.run_ppo
 
     def note(config, **options):
@@ -92,8 +92,8 @@ def one_and_two_rounds(tmp_path_factory, base):
 
 
 @pytest.mark.parametrize("broken", ["run_rm", "run_ppo", "run_eval"])
-def test_s21_a_broken_run_goes_on_where_it_was(one_and_two_rounds, monkeypatch, broken):
-    """What a run that broke ends with is what a whole run ends with, and nothing is done twice."""
+def test_s21_an_interrupted_run_continues_at_the_failed_step(one_and_two_rounds, monkeypatch, broken):
+    """It ends with the results of an uninterrupted run, and no step runs twice."""
     run = one_and_two_rounds
     monkeypatch.chdir(run)
     shutil.rmtree(run / "out", ignore_errors=True)
@@ -137,7 +137,7 @@ def test_s21_identical_and_empty_answers_are_left_out_and_counted(run, monkeypat
     assert steps == {"round 1: generate": {"prompts": 2, "skipped": 1}}
 
 
-def test_s21_ppo_goes_on_from_its_checkpoint(run, monkeypatch):
+def test_s21_ppo_continues_from_its_checkpoint(run, monkeypatch):
     real, calls = iterate.run_ppo, []
 
     def break_after(config, *, resume, overwrite):
@@ -180,18 +180,18 @@ def test_s21_it_waits_for_a_file_of_rankings(run, capsys):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("iterate.judge=null", "iterate.judge: got nothing, expected a judge"),
-        ("eval.judge=file", "eval.judge: got 'file', expected a judge that rates"),
-        ("eval.candidate=x", "eval.candidate: got 'x', expected null: the rounds decide it"),
+        ("iterate.judge=null", "iterate.judge is not set; give a judge"),
+        ("eval.judge=file", "eval.judge: got 'file', expected a function or a reward model"),
+        ("eval.candidate=x", "eval.candidate: got 'x', expected null: every round sets it"),
         ("reward.path=x", "reward.path: got 'x', expected null"),
         ("reward.function=x:y", "reward.function: got 'x:y', expected null"),
         ("iterate.completions=1", "completions: got 1, expected at least 2"),
-        ("model.path=null", "model.path: got nothing"),
+        ("model.path=null", "model.path is not set"),
         ("iterate.judge=judge_by_length.py:nothing", "judge: got nothing under the name 'nothing'"),
-        ("rollout.temperature=0.0001", "gave no prompt two answers to compare"),
+        ("rollout.temperature=0.0001", "no prompt got two different answers"),
     ],
 )
-def test_s21_mistakes_are_told_in_one_line(run, capsys, override, message):
+def test_s21_mistakes_are_reported_in_one_line(run, capsys, override, message):
     code, _, shown = rlhf(capsys, "iterate", "--config", run / "run.yaml", sets=sets(override))
     assert code == 2 and message in shown and shown.count("\n") == 1
 
@@ -199,13 +199,13 @@ def test_s21_mistakes_are_told_in_one_line(run, capsys, override, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data.demonstrations=null"], "data.demonstrations: got nothing, expected a path"),
+        (["data.demonstrations=null"], "data.demonstrations is not set; give a path"),
         (["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["data.comparisons=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["eval.split=validation"], "data.prompts: got no prompts of split validation in"),
         (["data.prompts=test_only.jsonl"], "data.prompts: got no prompts of split train in"),
         (["data.prompts=long.jsonl"], "long.jsonl:2: prompt: got"),
-        (["ppo.ptx_coef=1"], "data.pretrain: got nothing, expected a path"),
+        (["ppo.ptx_coef=1"], "data.pretrain is not set; give a path"),
         (["ppo.ptx_coef=1", "data.pretrain=nowhere.txt"], "nowhere.txt: no such file"),
         (["iterate.judge=nowhere"], "iterate.judge: nowhere: no such folder"),
         (["eval.judge=nowhere"], "eval.judge: nowhere: no such folder"),
@@ -220,7 +220,7 @@ def test_s21_mistakes_are_told_in_one_line(run, capsys, override, message):
         (["model.path=nowhere"], "model.path: nowhere: no such folder"),
     ],
 )
-def test_s21_what_a_round_cannot_read_is_refused_before_anything_is_made(run, capsys, overrides, message):
+def test_s21_unreadable_inputs_are_refused_before_anything_is_written(run, capsys, overrides, message):
     write_lines(run / "test_only.jsonl", [{"prompt": "q", "user_id": "u", "split": "test"}])
     prompts = ("q", "a prompt of too many tokens")
     lines = [{"prompt": text, "user_id": "u", "split": split} for split in ("train", "test") for text in prompts]
@@ -230,8 +230,8 @@ def test_s21_what_a_round_cannot_read_is_refused_before_anything_is_made(run, ca
     assert not (run / "out").exists()
 
 
-def test_s21_what_no_finished_step_has_read_may_change(run):
-    """A PPO that diverges, or a judge that raises, is tried again with other settings; what was made before it stays."""
+def test_s21_settings_that_no_finished_step_has_read_may_change(run):
+    """After PPO has diverged, or a judge has raised, the step is repeated with other settings; earlier results are kept."""
     diverging = ("iterate.rounds=1", "ppo.optim.lr=1", "ppo.optim.weight_decay=1e30", "ppo.updates=3")
     with pytest.raises(FloatingPointError, match="diverged"):
         run_iterate(config_of(run, *diverging), lambda text: None)
@@ -247,7 +247,7 @@ def test_s21_what_no_finished_step_has_read_may_change(run):
     assert said == ["round 1: eval ..."]
 
 
-def test_s21_a_ppo_with_other_settings_does_not_go_on_from_its_checkpoint(run, monkeypatch):
+def test_s21_ppo_with_other_settings_does_not_continue_from_its_checkpoint(run, monkeypatch):
     real, resumed = iterate.run_ppo, []
 
     def break_after(config, *, resume, overwrite):
@@ -265,8 +265,8 @@ def test_s21_a_ppo_with_other_settings_does_not_go_on_from_its_checkpoint(run, m
     assert begins.startswith("ppo begins again: ppo.optim.lr: got 0.0001, expected 0.001 to go on with the run of")
 
 
-def test_s21_every_setting_is_some_steps_or_nobodys():
-    """A setting that a step reads and does not say so could change under what the step made."""
+def test_s21_every_setting_is_declared_by_a_step_or_read_by_none():
+    """If a step read a setting without declaring it, the setting could change after the step is finished."""
     unread = {
         key for key, _ in flat_settings(RunConfig().to_dict()) if not any(is_among(key, r) for r in READS.values())
     }
@@ -281,7 +281,7 @@ def test_s21_other_settings_are_refused(run):
     with pytest.raises(ValueError, match=r"ppo\.kl_coef: got 0\.5, expected 0\.02 to go on with the run of"):
         run_iterate(config_of(run, "ppo.kl_coef=0.5"), lambda text: None)
     (run / "out" / "state.json").unlink()
-    with pytest.raises(ValueError, match="round_1: it holds a round that"):
+    with pytest.raises(ValueError, match="round_1: contains a round that"):
         run_iterate(config_of(run), lambda text: None)
 
 

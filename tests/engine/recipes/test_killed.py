@@ -1,4 +1,4 @@
-"""A stage that `kill -9` ends at random instants, resumed each time, ends with the bits of an unbroken run."""
+"""A stage that is killed with `kill -9` at random moments and resumed gives the same bits as an uninterrupted run."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines
 
 DRIVER = '''
-"""Runs a stage in forked children, each killed at a random one of its audit events, until one comes to the end."""
+"""Run a stage in forked children, each killed at a random one of its audit events, until one finishes."""
 import json, os, signal, sys, traceback
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 
 def child(out, kill_at):
-    """Whether the stage came to its end, and how many events that took."""
+    """Run the stage in a child; return whether it finished, and whether it resumed a checkpoint."""
     checkpoint = Path(out) / (stage if stage == "ppo" else f"{stage}.checkpoint")
     arguments = continued(checkpoint)
     pid = os.fork()
@@ -75,7 +75,7 @@ SETS = {
 
 
 def outcome(out, stage):
-    """Tensors of the stage's folder, its report, and every number of the metrics that does not depend on time."""
+    """Return the tensors of the stage's folder, its report, and all metrics that do not depend on time or memory."""
     folder = out / stage
     tensors = {
         f"{path.relative_to(folder)}:{name}": tensor.numpy().tobytes()
@@ -92,7 +92,7 @@ def outcome(out, stage):
 
 
 @pytest.mark.parametrize("stage", list(SETS))
-def test_killed_at_any_instant_a_stage_ends_with_the_same_bits(tmp_path, stage):
+def test_a_stage_killed_at_any_moment_ends_with_the_same_bits(tmp_path, stage):
     new_run(tmp_path, new_model(tmp_path / "base"))
     (tmp_path / "rewards.py").write_text("def reward(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
     (tmp_path / "driver.py").write_text(DRIVER)

@@ -1,4 +1,4 @@
-"""What the stages share on their way from files to tensors."""
+"""The split of records into training and validation sets, which the stages share."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_s4_no_prompt_is_trained_and_validated_on(prompts, share, held_out):
 
 
 def test_s4_stages_hold_out_the_same_prompts():
-    """A reward model's base was not fine-tuned on what the reward model is validated on."""
+    """The base of a reward model must not have been fine-tuned on the reward model's validation prompts."""
     few, many = (parts(examples_of(40, answers), config_of())[1] for answers in (1, 5))
     assert few == many
     assert parts(examples_of(40), config_of(seed=1))[1] != few

@@ -1,4 +1,4 @@
-"""The engine runs by its memory plan, and `rlhf plan` prints it."""
+"""The engine follows its memory plan, and `rlhf plan` prints it."""
 
 import json
 import platform
@@ -21,7 +21,7 @@ BATCH = ("ppo.rollout_batch=40", "ppo.minibatch=2", "ppo.microbatch=1", "rollout
 
 
 def with_function(folder):
-    """Overrides: a Python function as the reward, so that nothing is larger than the keys and values."""
+    """Return overrides for a Python function as the reward, so that the keys and values are the largest item."""
     (folder / "reward.py").write_text("def length(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
     return [f"reward.function={folder / 'reward.py'}:length", "ppo.value_init=zero"]
 
@@ -31,7 +31,7 @@ def ppo(capsys, folder, out, *sets):
     return rlhf(capsys, "ppo", "--config", folder / "run.yaml", sets=sets)
 
 
-def test_ppo_runs_by_its_plan(tmp_path, capsys, monkeypatch):
+def test_ppo_follows_its_plan(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(planning, "resident_mb", lambda: 123.5)
     new_run(tmp_path, new_model(tmp_path / "base"))
     code, _, err = ppo(capsys, tmp_path, "free", *BATCH)
@@ -48,7 +48,7 @@ def test_ppo_runs_by_its_plan(tmp_path, capsys, monkeypatch):
         assert planned[name] == pytest.approx(before + (plan.kept + phase.total) / 1e6)
     assert line["planned_peak_mb"] == max(planned.values())
 
-    # A budget for 20 slots of 40: fewer sequences together, the same ones.
+    # A budget for 20 of the 40 slots: fewer sequences are decoded together, with the same results.
     budget = MemoryPlan.of(replace(plan.workload, slots=20)).peak
     code, _, err = ppo(capsys, tmp_path, "tight", *BATCH, f"memory.budget={budget}B")
     assert code == 0, err
@@ -60,7 +60,7 @@ def test_ppo_runs_by_its_plan(tmp_path, capsys, monkeypatch):
     ]
     assert runs[0] == runs[1]
 
-    # Not even one sequence: refused before anything is read or written.
+    # A budget without room for one sequence is refused before anything is read or written.
     code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=100KB")
     assert code == 2 and err.startswith("rlhf: memory.budget: got 100000 bytes, which is")
     assert (
@@ -69,8 +69,8 @@ def test_ppo_runs_by_its_plan(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_budget_cuts_the_pool_of_pages_and_not_the_sequences(tmp_path, capsys):
-    """Pages of 64 tokens, sequences of at most 184: three pages each, of which a prompt begins with two."""
+def test_a_budget_reduces_the_pages_and_not_the_sequences(tmp_path, capsys):
+    """Pages have 64 tokens and sequences at most 184: three pages per sequence, two of them at its start."""
     new_run(tmp_path, new_model(tmp_path / "base", max_position_embeddings=192))
     sizes = ("rollout.cache=paged", "rollout.max_response_tokens=176", *BATCH)
     code, _, err = ppo(capsys, tmp_path, "free", *sizes)
@@ -87,7 +87,7 @@ def test_a_budget_cuts_the_pool_of_pages_and_not_the_sequences(tmp_path, capsys)
     assert rows[0]["score_mean"] == rows[1]["score_mean"] and rows[0]["kl"] == rows[1]["kl"]
 
 
-def test_a_generator_is_given_the_slots_of_its_plan():
+def test_the_batch_size_is_limited_to_the_slots_of_the_plan():
     config = RunConfig.from_dict({"rollout": {"batch_size": 8}, "ppo": {"rollout_batch": 64, "minibatch": 64}})
     shape = ModelShape.of("qwen2.5-0.5b")
     workload = replace(Workload.of(config, shape, None), slots=8)
@@ -101,7 +101,7 @@ def test_a_generator_is_given_the_slots_of_its_plan():
     assert RunPlan(MemoryPlan.of(Workload.of(few, shape, None))).within(few).rollout.batch_size == 4
 
 
-def test_a_budget_and_pages_for_one_sequence_of_one_page_run(tmp_path, capsys):
+def test_a_budget_and_pages_work_for_one_sequence_of_one_page(tmp_path, capsys):
     new_run(tmp_path, new_model(tmp_path / "base"))
     one = ("rollout.cache=paged", "ppo.rollout_batch=1", "ppo.minibatch=1", "ppo.microbatch=1", "memory.budget=100GiB")
     code, _, err = ppo(capsys, tmp_path, "one", *one)
@@ -136,10 +136,10 @@ print((before - resident()) * 4096 / 1e6)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its blocks in another way")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage freed blocks differently")
 @pytest.mark.parametrize("way, least, most", [("kept", 0, 10), ("returned", 50, 65)])
 def test_freed_blocks_go_back_to_the_system(way, least, most):
-    """Every second of 200 blocks of 0.6 MB is freed: holes between blocks that live on."""
+    """Every second of 200 blocks of 0.6 MB is freed, which leaves holes between the other blocks."""
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", FREEING, way], cwd=root, capture_output=True, text=True, check=True)
     assert least <= float(done.stdout) <= most
@@ -176,7 +176,7 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     code, _, err = rlhf(capsys, "plan", "--model", tmp_path)
     assert code == 2 and f"{tmp_path / 'config.json'}: not valid JSON" in err
     code, _, err = rlhf(capsys, "plan")
-    assert code == 2 and "model.path: got nothing" in err
+    assert code == 2 and "model.path is not set" in err
 
 
 def test_the_guide_shows_what_the_command_prints():

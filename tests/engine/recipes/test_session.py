@@ -1,4 +1,4 @@
-"""What a training session saves: when a checkpoint is due, and where a stage ends early."""
+"""What a training session saves: when a checkpoint is due, and when a stage ends early."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ class Counter:
         save_file({"weight": self.weight}, folder / "model.safetensors")
 
     def load(self, folder, state, tensors):
-        raise AssertionError("no test resumes it")
+        raise AssertionError("no test of this module resumes a trainer")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def trainer():
 
 @pytest.fixture
 def session(tmp_path, trainer):
-    """`session(...)` makes one over the trainer, in the folder `sft.checkpoint`."""
+    """Return a function that builds a session of the trainer in the folder `sft.checkpoint`."""
 
     def make(every=0, **options):
         metrics = MetricsWriter(tmp_path, "sft", resume_after=0)
@@ -70,7 +70,7 @@ def session(tmp_path, trainer):
 
 
 def held(folder):
-    """Steps that a checkpoint holds, in its state and in its weights."""
+    """Return the number of steps in a checkpoint, and check that its state and its weights agree."""
     if not folder.exists():
         return 0
     done = json.loads((folder / "trainer.json").read_text())["done"]
@@ -79,7 +79,7 @@ def held(folder):
 
 
 def run(session, trainer, steps, within=lambda: None):
-    """`steps` finished steps; within the last one `within` is called, when it has changed the weights."""
+    """Run `steps` steps; call `within` during the last one, after it has changed the weights."""
     for number in range(1, steps + 1):
         trainer.step(within if number == steps else lambda: None)
         session.write(trainer.done, {"loss": float(trainer.done)})
@@ -138,7 +138,7 @@ def test_a_signal_between_steps_saves_the_finished_ones(session, trainer, tmp_pa
 
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_a_signal_within_a_step_lets_it_finish(session, trainer, tmp_path, times):
-    """Several at once are one: terminals and batch systems send them to a process and again to its group."""
+    """Several signals at once count as one: terminals and batch systems send them to a process and to its group."""
 
     def within():
         for _ in range(times):
@@ -170,7 +170,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(session, trainer, t
     assert stopped.value.saved and held(tmp_path / "sft.checkpoint") == 1
 
 
-def test_nothing_finished_is_nothing_saved(session, tmp_path):
+def test_without_a_finished_step_nothing_is_saved(session, tmp_path):
     with pytest.raises(Stopped) as stopped, session():
         signal.raise_signal(signal.SIGTERM)
     assert not stopped.value.saved and not (tmp_path / "sft.checkpoint").exists()
@@ -206,11 +206,11 @@ def test_changed_weights_replace_no_checkpoint(session, trainer, tmp_path, error
     assert ("holds 2 steps" if kept else "there is no checkpoint") in note
 
 
-# ---- F3: whatever is raised between steps ----
+# ---- F3: exceptions between steps ----
 
 
 class Own(BaseException):
-    """An exception that nobody lists."""
+    """An exception that no handler names."""
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,8 @@ def test_a_failed_save_keeps_the_last_checkpoint_and_writes_next_to_it(session, 
     assert f"everything after step 4 is in {rescued}; move it to" in raised.value.__notes__[0]
 
 
-def test_the_model_alone_is_saved_where_everything_does_not_fit(session, trainer, tmp_path, monkeypatch):
-    """The state of the optimizer is two thirds of a checkpoint."""
+def test_only_the_model_is_saved_if_the_whole_state_does_not_fit(session, trainer, tmp_path, monkeypatch):
+    """The optimizer state is two thirds of a checkpoint."""
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 5000}))
     full = [True]
     trainer.full = lambda name: full[0]
@@ -272,7 +272,7 @@ def test_the_model_alone_is_saved_where_everything_does_not_fit(session, trainer
     assert "there is no checkpoint; 7,000 bytes are missing on the disk of" in note  # 4 * 1,000 + 4 * 2,000 - 5,000
 
 
-def test_where_nothing_can_be_written_the_bytes_are_named(session, trainer, tmp_path, monkeypatch):
+def test_if_no_place_can_be_written_the_note_has_the_missing_bytes(session, trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 0}))
     with pytest.raises(OSError) as raised, session(every=1) as one:
         run(one, trainer, 1)
@@ -284,11 +284,11 @@ def test_where_nothing_can_be_written_the_bytes_are_named(session, trainer, tmp_
     assert not [path for path in tmp_path.iterdir() if path.name.endswith((".new", ".rescued"))]
 
 
-# ---- F5: a run that replaces another ----
+# ---- F5: a run that replaces an earlier one ----
 
 
 def test_an_overwriting_run_deletes_the_old_checkpoint_with_its_first_step(session, trainer, tmp_path):
-    """Metrics of the new run and a checkpoint of the old one would be continued as if they were one run."""
+    """Otherwise `--resume` would continue the old checkpoint with the new metrics, as if they were of one run."""
     with session(every=1) as one:
         run(one, trainer, 3)
     (tmp_path / "sft").mkdir()  # the finished model of an earlier run

@@ -1,4 +1,4 @@
-"""Mistakes on a user's own files, through the command line: one line, and nothing left behind."""
+"""Mistakes in a user's files, through the command line: a message of one line, and no files are written."""
 
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ def test_resuming_without_a_checkpoint_is_refused(run, capsys):
 @pytest.mark.parametrize(
     "command, overrides, message",
     [
-        ("sft", ["data.demonstrations=null"], "data.demonstrations: got nothing, expected a path"),
+        ("sft", ["data.demonstrations=null"], "data.demonstrations is not set; give a path"),
         ("sft", ["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         ("sft", ["model.path=nowhere"], "model.path: nowhere: no such folder"),
         ("sft", ["sft.epoch=3"], "unknown key 'sft.epoch'; did you mean 'epochs'?"),
@@ -39,12 +39,12 @@ def test_resuming_without_a_checkpoint_is_refused(run, capsys):
         ("rm", ["rollout.max_prompt_tokens=1"], "demonstrations.jsonl:1: prompt: got"),
         ("sft", ["device=foo"], "rlhf: device: got 'foo', which torch cannot use here: "),
         ("sft", ["device=meta"], "rlhf: device: got 'meta', which torch cannot use here: "),
-        ("ppo", [], "reward.path: got nothing, expected a path"),
+        ("ppo", [], "reward.path is not set; give a path"),
         ("ppo", ["reward.path=nowhere"], "reward.path: nowhere: no such folder"),
         ("ppo", ["ppo.minibatch=3"], "minibatch: got 3, expected a divisor of rollout_batch 4"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_leave_nothing(run, capsys, command, overrides, message):
+def test_mistakes_are_reported_in_one_line_and_nothing_is_written(run, capsys, command, overrides, message):
     options = [option for override in overrides for option in ("--set", override)]
     code, _, shown = rlhf(capsys, command, "--config", run / "run.yaml", *options)
     assert code == 2
@@ -78,7 +78,7 @@ def test_training_that_diverges_ends_in_one_line(run, capsys):
 
 
 def test_a_missing_weight_is_one_line_on_the_terminal(run, tmp_path, base):
-    """In a process of its own: transformers would print its table past pytest's capture."""
+    """The command runs in a separate process, because transformers' table would bypass pytest's capture."""
     shutil.copytree(base, tmp_path / "torn")
     tensors = load_file(base / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -90,7 +90,7 @@ def test_a_missing_weight_is_one_line_on_the_terminal(run, tmp_path, base):
     assert found.stderr == f"rlhf: model.path: {tmp_path / 'torn'}: {message}\n"
 
 
-def test_a_line_is_named_as_the_file_counts_it(run, capsys):
+def test_line_numbers_count_empty_lines(run, capsys):
     path = run / "demonstrations.jsonl"
     path.write_text("\n\n" + path.read_text())
     code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--set", "data.max_response_tokens=2")
@@ -106,8 +106,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run, capsys):
 
 
 @pytest.mark.parametrize("family, positions", [("gpt2", "n_positions"), ("llama_tied", "max_position_embeddings")])
-def test_what_is_longer_than_the_models_positions_is_refused(run, capsys, family, positions):
-    """A rollout of eight and six is scored with an EOS behind it, which makes fifteen."""
+def test_sequences_longer_than_the_models_positions_are_refused(run, capsys, family, positions):
+    """A prompt of 8 and a response of 6 tokens are scored with an EOS appended: 15 tokens."""
     short = new_model(run / "short", family=family, **{positions: 14})
     command = ("--config", run / "run.yaml", "--set", f"model.path={short}")
     reward = ("--set", f"reward.path={run / 'out' / 'rm'}")
@@ -137,7 +137,7 @@ def test_unknown_options_exit_with_2(capsys):
     assert rlhf(capsys, "demo", "--seed", "-1")[0] == 2
 
 
-def test_an_interrupted_command_says_so(run, capsys, monkeypatch):
+def test_an_interrupted_command_exits_with_130(run, capsys, monkeypatch):
     def interrupted(config, **options):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The stages on a user's own files, through the command line: what they write."""
+"""The stages on a user's files, through the command line: what they write."""
 
 import json
 from dataclasses import replace
@@ -64,7 +64,7 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     assert all((out / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
-def test_s3_rankings_that_are_all_ties_are_told_with_their_file(run, capsys):
+def test_s3_rankings_that_are_all_ties_are_refused_with_the_name_of_the_file(run, capsys):
     path = run / "comparisons.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     tied = [row | {"ranking": " = ".join("ABCDEFGHI"[: len(row["completions"])])} for row in rows]
@@ -91,14 +91,14 @@ def test_s19_long_prompts_are_cut_and_counted_by_every_stage(run, capsys):
     assert last["stage"] == "ppo" and last["truncated_prompts"] == 1
 
 
-def test_a_stage_run_again_replaces_its_own_numbers(run, capsys):
+def test_a_repeated_stage_replaces_its_metrics(run, capsys):
     for _ in range(2):
         assert rlhf(capsys, "sft", "--config", run / "run.yaml", "--overwrite")[0] == 0
     steps = [json.loads(line)["step"] for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2, 3, 4, 4]
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(run, capsys):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run, capsys):
     reward = run / "out" / "rm"
     assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
     ends = []
@@ -121,7 +121,7 @@ def test_s9_ptx_runs_from_a_text_file(run, capsys):
     options = [f"reward.path={run / 'out' / 'rm'}", "ppo.ptx_coef=27.8", "ppo.ptx_ratio=2"]
     arguments = ["--config", run / "run.yaml", *(part for option in options for part in ("--set", option))]
     code, _, shown = rlhf(capsys, "ppo", *arguments)
-    assert code == 2 and "data.pretrain: got nothing, expected a path" in shown
+    assert code == 2 and "data.pretrain is not set; give a path" in shown
     (run / "text.txt").write_text("I do not know")
     arguments += ["--set", f"data.pretrain={run / 'text.txt'}"]
     code, _, shown = rlhf(capsys, "ppo", *arguments)
@@ -160,7 +160,7 @@ def test_s6_a_python_function_is_the_reward(run, capsys):
     more = [*zero, *options("ppo.updates=3"), "--resume"]
     code, _, shown = rlhf(capsys, *arguments, f"{function}:broken", *more)
     assert code == 2 and "longest' to go on with the run of" in shown
-    # The same function, repaired or broken since.
+    # The same function name with a different body is accepted; here the body returns nan.
     (run / "rewards.py").write_text(
         REWARD.replace("float(len(answer)) for", '(i == 2 and float("nan")) for i,').replace(
             "in answers]", "in enumerate(answers)]"
@@ -181,13 +181,13 @@ def test_s6_a_python_function_is_the_reward(run, capsys):
         (["reward.function=a:b", "reward.path=c"], "function is 'a:b' and path is 'c'; set only one of the two"),
     ],
 )
-def test_s6_a_function_that_is_not_there_is_named(run, capsys, overrides, message):
+def test_s6_a_function_that_cannot_be_imported_is_named(run, capsys, overrides, message):
     code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options(*overrides))
     assert code == 2 and message in shown
 
 
 def test_s22_a_reward_model_smaller_than_the_policy(run, capsys):
-    """One layer and half the width against two: it scores, and its weights are those of the value model."""
+    """The reward model has one layer and half the width of the policy; a value model starts from its weights."""
     changes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 4}
     small = f"model.path={new_model(run / 'small', **changes)}"
     assert rlhf(capsys, "rm", "--config", run / "run.yaml", "--set", small)[0] == 0
@@ -209,7 +209,7 @@ def test_s22_a_reward_model_smaller_than_the_policy(run, capsys):
     assert rlhf(capsys, "ppo", "--config", run / "run.yaml", *more)[0] == 0
 
 
-def test_s15_trpo_wants_attention_that_can_be_differentiated_twice(run, capsys):
+def test_s15_trpo_requires_attention_that_can_be_differentiated_twice(run, capsys):
     assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
     arguments = options(f"reward.path={run / 'out' / 'rm'}", "ppo.objective=trpo")
     code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *arguments)
@@ -221,7 +221,7 @@ def test_s15_trpo_wants_attention_that_can_be_differentiated_twice(run, capsys):
 
 
 def test_s8_the_value_function_starts_as_the_reward_model(run):
-    """Head on the policy's trunk or backbone of its own: a copy of the reward model's weights, or zeros where asked."""
+    """Both a head on the policy's trunk and a separate backbone copy the reward model's weights, or start from zeros."""
 
     def policy(**ppo):
         config = load_config(run / "run.yaml")
@@ -261,7 +261,7 @@ def test_s16_s17_s18_presets_run_from_the_command_line(run, capsys, preset):
     assert code == 2 and f"objective: got 'ratio', expected 'policy_gradient' with preset '{preset}'" in shown
 
 
-def test_a_response_that_ran_out_of_budget_is_scored_with_an_end(run):
+def test_a_response_at_the_token_limit_is_scored_with_eos(run):
     model, codec = load_model(load_config(run / "run.yaml"))
     prompts, responses = torch.tensor([[5, 6, 1], [4, 5, 6]]), torch.tensor([[7, 8, 0], [7, 8, 9]])
     mask = torch.ones(2, 3, dtype=torch.bool)
@@ -275,7 +275,7 @@ def test_a_response_that_ran_out_of_budget_is_scored_with_an_end(run):
 
 
 def test_the_demo_in_miniature(tmp_path, monkeypatch):
-    """All stages with next to no training: every file of the report is there and says what it should."""
+    """All stages with very little training: the files of the report exist and have valid numbers."""
     monkeypatch.setattr("rlhf_engine.demo.run.with_shipped_data", with_few_examples)
     overrides = [
         "demo.hidden_size=32",
