@@ -1,19 +1,19 @@
-// What the launchers of each op take: plain pointers and sizes, the same for CPU and CUDA. A pointer may be null where the
-// comment says "or null".
+// Arguments of the launchers of each op: plain pointers and sizes, the same for CPU and CUDA. A pointer may be null only if its
+// comment has "or null". Legend: B sequences, N tokens, V vocabulary.
 #pragma once
 #include "math/common.h"
 #include "math/ppo.h"
 
 namespace rlhf {
 
-// z = softcap * tanh(logit_scale * u / softcap) / temperature
+// The logit z that the softmax uses, from the model's logit u: z = softcap * tanh(logit_scale * u / softcap) / temperature.
 struct LogitTransform {
     double temperature = 1;
     const float* temperatures = nullptr;  // (N) or null
     double softcap = 0;                   // 0: off
     double logit_scale = 1;
 
-    // z = factor * w, where w = softcap * tanh(inner * u) with a softcap and u without one.
+    // z = factor * w, where w is softcap * tanh(inner * u) with a softcap and u without a softcap.
     RLHF_MEMBER double factor(int64_t row) const {
         return (softcap > 0 ? 1 : logit_scale) / (temperatures ? temperatures[row] : temperature);
     }
@@ -27,13 +27,13 @@ struct LogitRows {
     DType dtype;
     int64_t n, vocab, row_stride, inner, outer_stride;
     const int64_t* ids;   // (N)
-    const uint8_t* mask;  // (N) or null: all count
+    const uint8_t* mask;  // (N) or null: every row counts
     LogitTransform transform;
 
     RLHF_MEMBER int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * row_stride; }
 };
 
-// Statistics of one read of a row: p_j = exp((w_j - shift) * factor) * inv_sum, w being the logit before the temperature.
+// Statistics of each row: p_j = exp((w_j - shift) * factor) * inv_sum, with w and factor of LogitTransform.
 struct RowStats {
     float* logprobs;  // (N)
     float* entropy;   // (N)
@@ -43,7 +43,7 @@ struct RowStats {
 
 struct RowGradient {
     void* dlogits;               // (N, V), the dtype of the logits; may be the logits themselves
-    bool contiguous;             // rows of dlogits follow each other; otherwise they have the strides of the logits
+    bool contiguous;             // rows of dlogits are adjacent; otherwise they have the strides of the logits
     const float* grad_logprobs;  // (N) or null: 0
     const float* grad_entropy;   // (N) or null: 0
 };
@@ -58,17 +58,17 @@ struct PpoRows {
     const float* row_weight;    // or null: 1; the aggregation's relative weight of each token
 };
 
-// Where one sequence ends: packed by cu_seqlens, or padded to `length` tokens each when it is null.
+// Bounds of the sequences: packed with cu_seqlens, or padded to `length` tokens each if cu_seqlens is null.
 struct Sequences {
     int64_t count;
     int64_t length;
     const int32_t* cu_seqlens;  // (B + 1) or null
 };
 
-// Sums over the tokens of one call, in this order; the Python side names them in the same order (launch_args.SUMS).
+// Indices of the sums over the tokens of one call; launch_args.SUMS in Python has the same order.
 enum PpoSum : int {
     kPolicy, kRefKlTerm, kEntropyTerm, kValueTerm,  // times the aggregation's weight
-    kEntropy, kClipped, kDualClipped, kApproxKl, kK3, kRatio, kRefKl, kActive, kNumTokens,  // plain
+    kEntropy, kClipped, kDualClipped, kApproxKl, kK3, kRatio, kRefKl, kActive, kNumTokens,  // unweighted
     kValueClipped, kNumValueTokens, kReturns, kReturnsSq, kResidual, kResidualSq,
     kRatioMax,  // a maximum
     kNumSums
@@ -106,7 +106,7 @@ struct GaeArgs {
 };
 
 struct RolloutArgs {
-    GaeArgs gae;  // its rewards are computed here
+    GaeArgs gae;  // gae.rewards is the buffer `rewards` below, which the op fills
     const float* scores;         // (B)
     const float* logprobs;       // (N)
     const float* ref_logprobs;   // (N)
@@ -137,10 +137,10 @@ struct SampleArgs {
 };
 
 struct AttentionArgs {
-    const void *query, *keys, *values;  // (R, heads, D), (R, groups, C, D), (R, groups, C, D)
+    const void *query, *keys, *values;  // (R, heads, D), (R, groups, C, D), (R, groups, C, D); R rows, C columns
     DType dtype;
     int64_t rows, heads, groups, width, size;  // width is C, size is D
-    int64_t key_strides[3], value_strides[3];  // in elements; that of D is 1
+    int64_t key_strides[3], value_strides[3];  // of R, groups and C, in elements; the stride of D is 1
     const uint8_t* mask;                       // (R, C)
     float scale;
     void* out;  // (R, heads, D) out

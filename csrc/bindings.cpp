@@ -1,5 +1,5 @@
-// pybind11 module rlhf_kernels._C. Tensors come as addresses (0: absent), sizes and dtype numbers: no torch headers, so one
-// build serves every torch. rlhf_kernels/_native.py is the only caller; it checks what it passes.
+// The pybind11 module rlhf_kernels._C. Tensors are passed as addresses (0: absent), sizes and dtype numbers. The module
+// includes no torch headers, so one build works with every version of torch. Its callers in rlhf_kernels check the tensors.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -34,7 +34,7 @@ Isa isa = best;
 
 std::string isa_name() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
 
-// For tests: every instruction set up to the best one must agree.
+// For tests, which compare the results of every instruction set up to the best one.
 void set_isa(const std::string& name) {
     const Isa wanted = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::baseline;
     if (wanted > best) throw py::value_error("isa: got '" + name + "', which this machine does not have");
@@ -47,8 +47,8 @@ void set_isa(const std::string& name) {
 #define RLHF_CPU(call) (baseline::call)
 #endif
 
-// A fresh block costs a page fault every 4 KB, which for a chunk of logits is a quarter of its matrix product's time; on huge
-// pages it is one every 2 MB. Only a hint: without support for it nothing happens.
+// Ask the kernel for huge pages. The first write to new memory costs one page fault per 4 KB, which for a chunk of logits takes
+// a quarter as long as its matrix product; with huge pages it costs one per 2 MB. Without support, the hint has no effect.
 void advise_huge_pages(Address begin, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const Address page = 4096, first = (begin + page - 1) & ~(page - 1), last = (begin + bytes) & ~(page - 1);
@@ -56,7 +56,7 @@ void advise_huge_pages(Address begin, std::size_t bytes) {
 #endif
 }
 
-// What the CUDA kernels were compiled for, as 10 * major + minor; empty for a build without nvcc.
+// Return the compute capabilities of the compiled CUDA kernels, as 10 * major + minor; an empty list in a build without nvcc.
 py::list cuda_architectures() {
     py::list built;
 #ifdef RLHF_CUDA

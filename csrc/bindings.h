@@ -1,4 +1,4 @@
-// What the modules of this project's bindings share: addresses, and the arguments that cross as objects.
+// Helpers that the binding modules share: addresses as pointers, and the structs of arguments that Python creates.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -26,7 +26,7 @@ static inline LogitRows logit_rows(Address logits, int dtype, int64_t n, int64_t
             at<const uint8_t>(mask), transform};
 }
 
-// Every scalar by its name, and nothing else.
+// Return PpoScalars from keyword arguments: exactly one for each scalar.
 static inline PpoScalars ppo_scalars(const pybind11::kwargs& given) {
     PpoScalars s;
     size_t known = 0;
@@ -39,7 +39,8 @@ static inline PpoScalars ppo_scalars(const pybind11::kwargs& given) {
     return s;
 }
 
-// Local to the module, so that a second one, built for tests, can register the same types.
+// Register the types of arguments. They are local to the module, so that a second module, built for tests, can also
+// register them.
 static inline void bind_arguments(pybind11::module_& m) {
     namespace py = pybind11;
     using py::arg;

@@ -1,5 +1,5 @@
-// Attention of one query token a sequence over the columns that its mask allows. A row's bits depend on its own columns alone:
-// which lane and which block a column falls into is decided by its number, and a column that is not allowed is never read.
+// Attention of one query token per sequence over the key columns that its mask allows. The bits of a row depend only on its
+// allowed columns: the index of a column determines its lane and block, and a masked column is never read.
 #include "ops.h"
 #include "simd.h"
 
@@ -8,7 +8,7 @@ namespace RLHF_ISA {
 
 namespace {
 
-constexpr int kLanes = 4;  // vectors of the head that are summed side by side
+constexpr int kLanes = 4;  // vectors of the head with independent accumulators
 
 float lane_sum(vf v) {
 #if defined(RLHF_ISA_AVX512)
@@ -22,7 +22,7 @@ float lane_sum(vf v) {
 #endif
 }
 
-// q . k; `q` is float and padded with zeros to whole vectors.
+// Return q . k; `q` is float and padded with zeros to whole vectors.
 template <class T>
 float dot(const float* q, const T* k, int64_t size) {
     vf sum[kLanes] = {};
@@ -36,7 +36,7 @@ float dot(const float* q, const T* k, int64_t size) {
 
 struct Columns {
     const uint8_t* mask;
-    int64_t first, end;  // the allowed ones lie in [first, end)
+    int64_t first, end;  // every allowed column is in [first, end)
 };
 
 Columns live(const uint8_t* mask, int64_t width) {
@@ -46,7 +46,8 @@ Columns live(const uint8_t* mask, int64_t width) {
     return {mask, first, end};
 }
 
-// Scores become weights that are not divided by their sum yet; returns the sum. Vectors start at multiples of W.
+// Replace the attention logits by e^(logit - maximum), the weights before normalization, and return their sum. Vectors start
+// at multiples of W.
 double weigh(float* score, const Columns& c) {
     float top = -kInf;
     for (int64_t i = c.first; i < c.end; i++) top = score[i] > top ? score[i] : top;
@@ -66,7 +67,7 @@ double weigh(float* score, const Columns& c) {
     return sum;
 }
 
-// out = sum of weight * value, `kLanes` vectors of the head at a time, columns in order.
+// out = scale * sum of weight * value, with `kLanes` vectors of the head at a time and columns in order.
 template <class T>
 void combine(const float* weight, const T* values, int64_t stride, const Columns& c, int64_t size, float scale, float* out) {
     int64_t i = 0;
@@ -91,7 +92,7 @@ void combine(const float* weight, const T* values, int64_t stride, const Columns
     }
 }
 
-// The query heads of one group of one row: they share keys and values, which the first of them brings into the cache.
+// Compute the query heads of one group of one row. They share keys and values, which the first head loads into the CPU's cache.
 template <class T>
 void attend(const AttentionArgs& a, int64_t row, int64_t group, float* query, float* score, float* out) {
     const int64_t shared = a.heads / a.groups, padded = (a.size + W - 1) / W * W;

@@ -1,4 +1,4 @@
-// Sums and casts of gradients: half-precision partial products are added up in float32 and rounded once, scaled, at the end.
+// Sums and casts of gradients: half-precision partial products are added in float32; the sum is scaled and rounded once.
 #include "ops.h"
 #include "simd.h"
 
@@ -39,7 +39,7 @@ void accumulate(float* sum, const void* part, DType dtype, int64_t n, bool first
     RLHF_DISPATCH(dtype, T, accumulate_as(sum, (const T*)part, n, first));
 }
 
-// out = x * scale, rounded once; `out` may be `x` where their types agree.
+// out = x * scale, rounded once; `out` may be `x` if their types are the same.
 void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale) {
     RLHF_DISPATCH(from, From, RLHF_DISPATCH(to, To, scale_as((const From*)x, (To*)out, n, scale)));
 }

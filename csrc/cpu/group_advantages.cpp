@@ -1,4 +1,4 @@
-// Each sample against the others of its group: the samples are ordered by group, then each group is a run.
+// Advantages of samples relative to their group. The samples are sorted by group, so that each group is contiguous.
 #include "ops.h"
 #include "simd.h"
 
@@ -7,7 +7,8 @@ namespace RLHF_ISA {
 
 namespace {
 
-// Bottom-up merge sort of indices by key, stable: the samples of a group keep their order, so the sums repeat.
+// Sort indices by key with a bottom-up merge sort. It is stable: the samples of a group keep their order, so repeated calls
+// give the same sums.
 void order_by(const int64_t* key, int64_t n, int64_t* order, int64_t* spare) {
     for (int64_t i = 0; i < n; i++) order[i] = i;
     for (int64_t width = 1; width < n; width *= 2) {
@@ -22,7 +23,7 @@ void order_by(const int64_t* key, int64_t n, int64_t* order, int64_t* spare) {
     }
 }
 
-// What the deviation from the group's mean is multiplied by.
+// Return the factor of the deviation from the group's mean.
 double group_scale(GroupKind kind, double count, double squares) {
     if (kind == GroupKind::dr_grpo) return 1;
     if (kind == GroupKind::rloo) return count > 1 ? count / (count - 1) : 0;

@@ -33,7 +33,7 @@ RLHF_HD vf kl_slope(vf d) {
     return d > 0.f ? splat(1.f) : d < 0.f ? splat(-1.f) : d;
 }
 
-// Runs `code` with E bound to the estimator.
+// Run `code` with E bound to the estimator.
 #define RLHF_DISPATCH_KL(estimator, E, code)                                          \
     switch (estimator) {                                                              \
         case KlEstimator::k1: { constexpr auto E = KlEstimator::k1; code; break; }    \

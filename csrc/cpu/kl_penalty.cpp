@@ -1,4 +1,4 @@
-// Estimators of KL(policy || reference) token by token, and their gradient.
+// Estimators of KL(policy || reference) per token, and their gradient.
 #include "kl.h"
 #include "ops.h"
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kTile = 8192;
 
-// out = f(d, i) by vectors, d = logprobs - ref; `f` gets the number of live lanes too.
+// out = f(d, i, lanes) for each vector of d = logprobs - ref, where i is its first token and `lanes` the number of valid lanes.
 template <class F>
 void by_vectors(const float* logprobs, const float* ref, int64_t n, float* out, F f) {
 #pragma omp parallel for schedule(static) if (n > 8 * kTile)

@@ -1,4 +1,5 @@
-// Masked mean and whitening. Tiles of fixed size leave their sums, which are added in order.
+// Masked mean and whitening. The sums of tiles of fixed size are added in order, so the bits do not depend on the number of
+// threads.
 #include "moments.h"
 #include "ops.h"
 

@@ -1,4 +1,4 @@
-// Count, sum and sum of squares of the entries that a mask counts, in double, and the whitening made of them.
+// Count, sum and sum of squares, in double, of the entries that a mask selects, and the whitening computed from them.
 #pragma once
 #include <cmath>
 
@@ -8,7 +8,7 @@
 namespace rlhf {
 namespace RLHF_ISA {
 
-// A running sum in double for each lane: halves, because a vector twice as wide as the registers would live in memory.
+// A running sum in double for each lane, in two halves: the compiler would keep a vector twice as wide as a register in memory.
 struct LaneSums {
     typedef double vd __attribute__((vector_size(W * 4)));
     typedef float half __attribute__((vector_size(W * 2)));
@@ -40,7 +40,8 @@ struct LaneSums {
     }
 };
 
-// W tokens of `v` where the mask counts them, else 0. Selected, not multiplied: a masked entry may hold anything.
+// Return `v`, with 0 in the lanes whose token is masked. This selects instead of multiplying, because a masked entry may be
+// NaN or inf.
 RLHF_HD vf where(const uint8_t* mask, vf v) {
 #if defined(RLHF_ISA_AVX512)
     const __m128i m = _mm_loadu_si128((const __m128i*)mask);
@@ -77,7 +78,7 @@ RLHF_HD void add_moments(const float* x, const uint8_t* mask, int n, Moments& m)
     m.squares += squares.total();
 }
 
-// The parts in order, so that the bits repeat.
+// Add the parts in order, so that repeated calls give the same bits.
 RLHF_HD Moments total(const Moments* parts, int64_t count) {
     Moments m{};
     for (int64_t i = 0; i < count; i++) {

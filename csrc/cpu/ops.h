@@ -1,4 +1,4 @@
-// Every CPU op, declared once for each instruction set, and the pick among them.
+// Declarations of every CPU op, once per instruction set, and the dispatch on the element type.
 #pragma once
 #include "../args.h"
 
@@ -29,7 +29,7 @@ namespace avx512 { RLHF_DECLARE_CPU_OPS }
 #endif
 }  // namespace rlhf
 
-// Runs `code` with T bound to the element type that `dtype` names.
+// Run `code` with T bound to the element type of `dtype`.
 #define RLHF_DISPATCH(dtype, T, code)                       \
     switch (dtype) {                                        \
         case DType::f32: { using T = float; code; break; }  \

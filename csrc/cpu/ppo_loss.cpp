@@ -1,7 +1,7 @@
 // The PPO objective on per-token arrays: sums for the loss and the metrics, slopes for the gradients.
 //
-// Tokens are taken in segments: tiles of fixed size, or whole sequences where the ratio is one number a sequence. Each
-// segment leaves its partial sums, which are added in order: the bits do not depend on the number of threads.
+// Tokens are processed in segments: tiles of fixed size, or whole sequences for a sequence-level ratio. The partial sums of the
+// segments are added in order, so the bits do not depend on the number of threads.
 #include "ops.h"
 #include "simd.h"
 
@@ -26,7 +26,7 @@ Segment segment_of(const PpoLossArgs& a, int64_t i) {
 double weight_of(const PpoLossArgs& a, int64_t t) { return a.ppo.row_weight ? a.ppo.row_weight[t] : 1.0; }
 float importance_of(const PpoLossArgs& a, int64_t t) { return a.ppo.weights ? a.ppo.weights[t] : 1.f; }
 
-// The objective at a token, for a log-ratio that may be that of its sequence.
+// Return the objective of token t; `log_ratio` is the token's or its sequence's.
 ObjectiveTerm term_of(const PpoLossArgs& a, int64_t t, float log_ratio) {
     const float* ref = a.ppo.ref_logprobs ? a.ppo.ref_logprobs + t : nullptr;
     return objective_term(log_ratio, a.logprobs[t], a.ppo.advantages[t], importance_of(a, t), ref, a.ppo.scalars);
@@ -79,7 +79,7 @@ void by_token(const PpoLossArgs& a, Segment seg, double* sum) {
     }
 }
 
-// GSPO eq. 7: one log-ratio a sequence, the mean over its actions; each of them moves it by 1 / count.
+// GSPO eq. 7: one log-ratio per sequence, the mean over its actions. Its derivative with respect to each log-prob is 1 / count.
 void by_sequence(const PpoLossArgs& a, Segment seg, double* sum) {
     double log_ratio = 0, count = 0, slope = 0;
     for (int64_t t = seg.begin; t < seg.end; t++) {

@@ -1,7 +1,7 @@
-// KL-shaped rewards and GAE in one pass over the tokens; whitening scales the result in a second, smaller one.
+// KL-shaped rewards and GAE in one pass over the tokens. Whitening scales the advantages in a second, smaller pass.
 //
-// Whitened rewards need their statistics before the recurrence, so there a light pass over the log-probs comes first. The sums are
-// kept for each sequence and added in order: the bits do not depend on the number of threads.
+// Whitened rewards need their statistics before the recurrence, so they add a light first pass over the log-probs. The sums are
+// stored per sequence and added in order, so the bits do not depend on the number of threads.
 #include "kl.h"
 #include "ops.h"
 #include "scan.h"
@@ -28,7 +28,7 @@ void shape_rewards(const float* logprobs, const float* ref, const uint8_t* mask,
     }
 }
 
-// The token that the score goes to, or -1: a sequence without an action has none.
+// Return the token that receives the score, or -1 if the sequence has no action or `score_index` is not one of its actions.
 int64_t score_token(const RolloutArgs& a, int64_t b, Span span) {
     const uint8_t* mask = a.gae.mask + span.begin;
     int64_t last = span.length - 1;
@@ -44,7 +44,7 @@ float clipped_score(const RolloutArgs& a, int64_t b) {
     return s > limit ? limit : s < -limit ? -limit : s;
 }
 
-// Rewards of tokens [from, from + n) of sequence b; `lands` is its score_token.
+// Compute the rewards of tokens [from, from + n) of sequence b; `lands` is the result of score_token.
 void rewards_of(const RolloutArgs& a, int64_t b, Span span, int64_t from, int n, int64_t lands) {
     const int64_t at = span.begin + from;
     const float *logprobs = a.logprobs + at, *ref = a.ref_logprobs + at;

@@ -1,4 +1,4 @@
-// One row of logits: a single read makes log-sum-exp, log-prob and entropy; a second one writes the gradient.
+// One row of logits: one read computes log-sum-exp, log-prob and entropy; a second read computes the gradient.
 #pragma once
 #include "../args.h"
 #include "simd.h"
@@ -6,10 +6,11 @@
 namespace rlhf {
 namespace RLHF_ISA {
 
-// Elements held as floats in L1 while a block is reduced: 32 for each lane of two sums, whose roundings add up.
+// Elements of a block, which stays in L1 while it is reduced. Each lane of two sums adds 32 of them in float, which bounds the
+// accumulated rounding error.
 constexpr int kBlock = 64 * W;
 
-// The numbers of LogitTransform for one row.
+// The constants of LogitTransform for one row.
 struct Factor {
     double exact;
     float factor;  // rounded
@@ -36,8 +37,9 @@ struct Stats {
     float logprob, entropy, shift, inv_sum;
 };
 
-// Reads the row once, block by block against a running maximum; the sums are double, their order is fixed. A block is small
-// enough to be in L1 when its exponentials are taken; capped, it is kept as floats, because tanh is dearer than a store.
+// Read the row once, block by block, with a running maximum. The sums over blocks are double, and their order is fixed. A block
+// is still in L1 when its exponentials are computed. With a softcap, the capped logits of a block are stored as floats, because
+// a store costs less than a second tanh.
 template <bool CAP, class T>
 RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) {
     alignas(64) float capped[CAP ? kBlock : W];
@@ -52,7 +54,7 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
         if (CAP) {
             for (int i = 0; i < n; i += W) {
                 store(capped + i, capped_logit<CAP>(raw(i), f));
-                for (int lane = n - i; lane < W; lane++) capped[i + lane] = -kInf;  // tanh made -softcap of the filler
+                for (int lane = n - i; lane < W; lane++) capped[i + lane] = -kInf;  // tanh turned the padding into -softcap
                 top = vmax(load(capped + i), top);
             }
         } else {
@@ -95,7 +97,7 @@ RLHF_HD Stats row_stats(const T* u, int64_t vocab, int64_t id, const Factor& f) 
     return {float(logprob), float(log_sum - mean), shift, float(1 / sum)};
 }
 
-// dL/du_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) * dz_j/du_j, written over `out`, which may be `u` itself.
+// Write dL/du_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) * dz_j/du_j to `out`, which may be `u`.
 template <bool CAP, bool ENTROPY, class T>
 RLHF_HD void row_gradient(const T* u, T* out, int64_t vocab, int64_t id, const Factor& f, const Stats& s, float g, float h) {
     const float level = ENTROPY ? float(double(s.entropy) + log(double(s.inv_sum))) : 0.f;  // log p + H = t + level
@@ -103,7 +105,7 @@ RLHF_HD void row_gradient(const T* u, T* out, int64_t vocab, int64_t id, const F
     auto at = [&](vf x, bool taken) {
         const vf w = capped_logit<CAP>(x, f);
         const vf t = (w - s.shift) * f.factor;
-        const vf p = vexp(t) * s.inv_sum;  // not exp(t - log_sum): large p come out of small t, exactly
+        const vf p = vexp(t) * s.inv_sum;  // not exp(t - log_sum): t is near 0 for a large p, so p is accurate
         vf dz = -g * p;
         if (ENTROPY) dz -= h * p * (vmax(splat(kExpLow), t) + level);
         if (taken) dz += g;

@@ -1,5 +1,6 @@
-// One token a row. A read of the row leaves the maximum and the mass of every block; the filters then find one limit on the
-// logits, and the inverse of the distribution function is looked up by block and inside the one block that is hit.
+// Sampling of one token per row. One read of the row computes the maximum and the mass of every block. The filters then
+// determine one lower limit on the logits. The inverse of the cumulative distribution is searched first over the blocks and
+// then inside one block.
 #include "../math/philox.h"
 #include "moments.h"
 #include "ops.h"
@@ -16,7 +17,7 @@ struct Block {
     double mass;  // Σ e^((u - top) factor) over its kept logits
 };
 
-// Buffers of one thread. `values` is there only when a filter needs it.
+// Buffers of one thread. `values` is allocated only if a filter needs it.
 struct Scratch {
     Block* blocks;
     float* values;  // (V + W)
@@ -45,7 +46,7 @@ struct Row {
     double scale(const Block& b, float top) const { return exp((double(b.top) - top) * factor); }
 };
 
-// The mass of one block; logits below `limit` do not count.
+// Return the mass of one block; logits below `limit` do not count.
 template <class T>
 double mass_of(const Row<T>& row, int64_t block, float top, float limit) {
     LaneSums sum;
@@ -53,12 +54,12 @@ double mass_of(const Row<T>& row, int64_t block, float top, float limit) {
     for (int i = 0; i < row.length(block); i += W) {
         const vf u = row.at(start + i);
         const vf e = vexp((u - top) * row.factor);
-        sum.add(u < limit ? vf{} : e);  // a NaN counts, and shows
+        sum.add(u < limit ? vf{} : e);  // NaN counts, so the sum becomes NaN
     }
     return sum.total();
 }
 
-// The maximum of every W-th logit of a block, lane by lane.
+// Return the maxima of a block per lane: lane i is the maximum of logits i, i + W, i + 2 W, ... of the block.
 template <class T>
 vf lane_tops(const Row<T>& row, int64_t block) {
     vf high = splat(-kInf);
@@ -71,7 +72,7 @@ float read_blocks(const Row<T>& row) {
     float top = -kInf;
     for (int64_t b = 0; b < row.blocks(); b++) {
         const float block_top = hmax(lane_tops(row, b));
-        // A block of -inf has no mass; against 0 its exponents are no NaN.
+        // A block of -inf only has mass 0. Its exponents are relative to 0, because -inf - -inf would be NaN.
         row.scratch.blocks[b] = {block_top, mass_of(row, b, block_top == -kInf ? 0.f : block_top, -kInf)};
         top = block_top > top ? block_top : top;
     }
@@ -85,7 +86,7 @@ double total_mass(const Row<T>& row, float top) {
     return total;
 }
 
-// One bit for each lane that reaches `limit`.
+// Return one bit per lane, set if the lane is at least `limit`.
 unsigned reaching(vf u, float limit) {
 #if defined(RLHF_ISA_AVX512)
     return _mm512_cmp_ps_mask(bits<__m512>(u), _mm512_set1_ps(limit), _CMP_GE_OQ);
@@ -98,7 +99,7 @@ unsigned reaching(vf u, float limit) {
 #endif
 }
 
-// Copies the logits that reach `limit` to the scratch buffer, in order, and returns how many there are.
+// Copy the logits that are at least `limit` to the scratch buffer, in order, and return their number.
 template <class T>
 int64_t gather(const Row<T>& row, float limit) {
     float* out = row.scratch.values;
@@ -130,7 +131,7 @@ float middle(float a, float b, float c) {
 }
 
 struct Weights {
-    bool count;  // every value weighs 1; else e^((x - top) factor)
+    bool count;  // every value has weight 1; otherwise e^((x - top) factor)
     float top, factor;
 };
 
@@ -147,12 +148,13 @@ Split split(const float* x, int64_t n, float pivot, const Weights& w) {
         greater.add(v > pivot ? weight : vf{});
         equal.add(v == pivot ? weight : vf{});
     }
-    // The filler behind the end is -inf, and is not one of the values.
+    // The last vector is padded with -inf, which is not one of the values.
     const double filler = COUNT && pivot == -kInf && n % W ? double(W - n % W) : 0;
     return {greater.total(), equal.total() - filler};
 }
 
-// The largest x_i such that the values >= x_i weigh at least `target` together; the smallest one if all do not.
+// Return the largest x_i such that the values >= x_i have a total weight of at least `target`, or the smallest value if the
+// weight of all values is less. This is a quickselect, which overwrites `x`.
 float weighted_select(float* x, int64_t n, double target, const Weights& w) {
     float pivot = -kInf;
     while (n > 0) {
@@ -180,8 +182,8 @@ float weighted_select(float* x, int64_t n, double target, const Weights& w) {
     return pivot;
 }
 
-// The k-th largest logit. The maxima of stretches of the row bound it from below, so that few logits need a closer look;
-// the filler of a last short stretch is -inf and can only lower that bound.
+// Return the k-th largest logit. The k-th largest of the lanes' maxima is a lower bound of it, so only logits that reach the
+// bound are candidates. The padding of a short last block is -inf, which can only lower the bound.
 template <class T>
 float top_k_limit(const Row<T>& row, int64_t k) {
     float* x = row.scratch.values;
@@ -194,14 +196,15 @@ float top_k_limit(const Row<T>& row, int64_t k) {
     return weighted_select(x, gather(row, bound), double(k), {true, 0, 0});
 }
 
-// The limit of the smallest set of largest logits whose share of the mass of those >= limit reaches p.
+// Return the smallest logit of the top-p set: the smallest set of largest logits with at least a share p of the mass of the
+// logits >= limit.
 template <class T>
 float top_p_limit(const Row<T>& row, double p, float top, float limit, double total) {
     const Weights w{false, top, row.factor};
     if (limit == -kInf) {
-        // All logits below this one together weigh less than 1 - p, so none of them is needed.
+        // All logits below this one together have a share of less than 1 - p, so none of them is in the set.
         const double needless = top + (log((1 - p) * total / double(row.vocab)) - 1e-3) / row.factor;
-        const int64_t n = gather(row, float(needless - 1e-6 * fabs(needless)));  // what is rounded here is still far above
+        const int64_t n = gather(row, float(needless - 1e-6 * fabs(needless)));  // the margin exceeds the rounding to float
         return weighted_select(row.scratch.values, n, p * total, w);
     }
     const int64_t n = gather(row, limit);
@@ -224,7 +227,7 @@ float filter_limit(const Row<T>& row, const SampleArgs& a, float top, double tot
     return limit;
 }
 
-// The first kept token behind which the mass exceeds `target`.
+// Return the first kept token at which the cumulative mass exceeds `target`.
 template <class T>
 int64_t look_up(const Row<T>& row, double target, float top, float limit) {
     int64_t block = 0, last = 0;
@@ -236,7 +239,7 @@ int64_t look_up(const Row<T>& row, double target, float top, float limit) {
         if (b.mass * scale > target) break;
         target -= b.mass * scale;
     }
-    if (block == row.blocks()) {  // the sum was rounded up: the last token that has any mass
+    if (block == row.blocks()) {  // the total was rounded up: return the last token with any mass
         block = last;
         scale = row.scale(row.scratch.blocks[block], top);
         target = kInf;

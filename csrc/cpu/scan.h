@@ -1,7 +1,8 @@
-// The recurrence of GAE on one sequence: a scan inside each vector, a carry between vectors, from the last token to the first.
+// The recurrence of GAE on one sequence: a scan inside each vector and a carry between vectors, from the last token to the
+// first.
 //
-// Tokens are taken in chunks counted from the start of their sequence, and a chunk's actions form one dense run whatever
-// lies between them, so a padded row and the same row packed give the same bits.
+// Tokens are processed in chunks that are counted from the start of their sequence, and the actions of a chunk are compacted if
+// holes are skipped. A padded row and the same row packed therefore give the same bits.
 #pragma once
 #include "../args.h"
 #include "../math/gae.h"
@@ -12,7 +13,7 @@ namespace RLHF_ISA {
 
 constexpr int kChunk = 1024;
 
-// Lane i takes lane i + K; zeros come in at the top.
+// Return `v` shifted by K lanes: lane i is lane i + K of `v`, and the last K lanes are 0.
 template <int K>
 RLHF_HD vf shift_down(vf v) {
 #if defined(RLHF_ISA_AVX512)
@@ -27,11 +28,11 @@ RLHF_HD vf shift_down(vf v) {
 #endif
 }
 
-// What every step of one call shares.
+// Constants of the recurrence.
 struct Recursion {
     float gamma;
     float powers[5];                    // (γλ)^1, 2, 4, 8: distances inside a vector
-    alignas(64) float to_carry[2 * W];  // (γλ)^(W - i): the distance of lane i from the carry; zeros behind
+    alignas(64) float to_carry[2 * W];  // (γλ)^(W - i), W - i the distance of lane i from the carry; then W zeros
 };
 
 RLHF_HD Recursion recursion(float gamma, float lam) {
@@ -46,7 +47,7 @@ RLHF_HD Recursion recursion(float gamma, float lam) {
     return r;
 }
 
-// The action behind the one that is computed.
+// Advantage and value of the next action in time.
 struct Next {
     float advantage;
     float value;
@@ -60,7 +61,7 @@ RLHF_HD vf scan(vf x, const Recursion& r) {
     return x;
 }
 
-// n consecutive actions; the vectors begin at the first of them.
+// Run the recurrence over n consecutive actions; the vectors start at the first action.
 RLHF_HD Next run(const float* rewards, const float* values, int n, float* advantages, float* returns, const Recursion& r,
                  Next next) {
     const int whole = n / W * W, rest = n - whole;
@@ -89,7 +90,8 @@ RLHF_HD Next run(const float* rewards, const float* values, int n, float* advant
     return next;
 }
 
-// A chunk whose actions do not simply come first. `skip`: they are moved together; else holes are steps of reward 0, value 0.
+// Run the recurrence over a chunk whose first tokens are not exactly its actions. `skip`: the actions are compacted; otherwise
+// holes are steps with reward 0 and value 0.
 RLHF_HD Next run_with_holes(const float* rewards, const float* values, const uint8_t* mask, int n, bool skip, float* advantages,
                             float* returns, const Recursion& r, Next next) {
     alignas(64) float reward[kChunk], value[kChunk], advantage[kChunk], target[kChunk];
@@ -108,11 +110,12 @@ RLHF_HD Next run_with_holes(const float* rewards, const float* values, const uin
     return next;
 }
 
-// One chunk of n tokens. `seen`: whether an action lies behind it, or was found in it.
+// Run the recurrence over one chunk of n tokens. `seen`: whether a later chunk has an action; set to true if this chunk has
+// one.
 RLHF_HD Next run_chunk(const float* rewards, const float* values, const uint8_t* mask, int n, bool skip, float* advantages,
                        float* returns, const Recursion& r, Next next, bool& seen) {
     int length = n, count = count_true(mask, n);
-    if (skip || !seen) {  // what lies behind the last action is padding, not holes
+    if (skip || !seen) {  // masked tokens after the last action are padding, not holes
         if (count == 0) {
             length = 0;
         } else if (count_true(mask, count) == count) {
@@ -137,7 +140,8 @@ RLHF_HD Span span_of(const Sequences& s, int64_t i) {
     return {i * s.length, s.length};
 }
 
-// Where threads pay: below, one core is done before another one wakes up. Sequences are handed out a few at a time.
+// Threads are used from kParallelTokens on: with fewer tokens, one core finishes before a second one wakes up. They receive
+// sequences in pieces of about kPieceTokens tokens.
 constexpr int64_t kParallelTokens = 32768, kPieceTokens = 16384;
 
 RLHF_HD int sequences_a_piece(const Sequences& s, int64_t n) {

@@ -1,5 +1,5 @@
-// One vector of floats per instruction set, on the compilers' vector extension: the same source is SSE2 or NEON (4 lanes),
-// AVX2 (8) and AVX-512 (16). Comparisons keep NaN: `x < a ? a : x` is x where x is NaN, and the code relies on it.
+// A vector of floats per instruction set, with the compilers' vector extension: the same source compiles to SSE2 or NEON (4
+// lanes), AVX2 (8) and AVX-512 (16). Comparisons keep NaN: `x < a ? a : x` is x where x is NaN, and the code relies on it.
 #pragma once
 #include <cstring>
 
@@ -36,7 +36,8 @@ RLHF_HD vf vmax(vf a, vf b) {
 #endif
 }
 
-// A value that was rounded: keeps a product from being fused into a later sum, where two passes must see the same number.
+// Return `x`, rounded: if `x` is a product, the compiler cannot fuse it into a later sum. Two passes that must see the same
+// number need this.
 RLHF_HD vf rounded(vf x) {
 #if defined(__x86_64__)
     asm("" : "+v"(x));
@@ -54,7 +55,7 @@ RLHF_HD To bits(From x) {
     return y;
 }
 
-// Lane 0 first, always in this order, so that the bits repeat.
+// Return the sum of the lanes, always in order from lane 0, so that repeated calls give the same bits.
 RLHF_HD double hsum(vf v) {
     double s = 0;
     for (int i = 0; i < W; i++) s += v[i];
@@ -96,7 +97,7 @@ RLHF_HD void from_float(float x, f16* out) {
     const uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
     if (magnitude > 0x7f800000) { out->raw = uint16_t(sign | 0x7e00); return; }
     if (magnitude >= 0x477ff000) { out->raw = uint16_t(sign | 0x7c00); return; }  // rounds to 65536 or more
-    if (magnitude < 0x38800000) {  // a subnormal: adding 0.5 puts its last bit where float rounds
+    if (magnitude < 0x38800000) {  // subnormal in float16: its last bit has the weight of the last bit of 0.5f, so the sum rounds
         out->raw = uint16_t(sign | (bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000));
         return;
     }
@@ -140,7 +141,7 @@ RLHF_HD void store(f16* p, vf v) {
 #endif
 }
 
-// The last n < W elements; lanes behind them are `fill`.
+// Load the last n < W elements; the other lanes are `fill`.
 template <class T>
 RLHF_HD vf load_tail(const T* p, int n, float fill) {
     vf v = splat(fill);
@@ -154,16 +155,17 @@ RLHF_HD void store_tail(T* p, vf v, int n) {
 
 // ---- exp and tanh -------------------------------------------------------------------------------------------------
 
-constexpr float kExpLow = -87.33654f;  // e^x below is subnormal: without AVX-512 it is 0 here
+constexpr float kExpLow = -87.33654f;  // below this, e^x is subnormal, and vexp returns 0 without AVX-512
 
-// e^x for x <= 0 within 1 ulp or so: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r, n into the exponent. 0 for -inf.
+// Return e^x for x <= 0 to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial approximates e^r, and n is added to
+// the exponent. e^-inf is 0.
 RLHF_HD vf vexp(vf x) {
 #if defined(RLHF_ISA_AVX512)
     const vf clamped = vmax(splat(-150.f), x);
 #else
     const vf clamped = vmax(splat(kExpLow), x);
 #endif
-    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
     const vf shifted = clamped * 1.44269504f + magic;
     const vf n = shifted - magic;
     vf r = clamped - n * 0.693359375f;
@@ -183,10 +185,10 @@ RLHF_HD vf vexp(vf x) {
 #endif
 }
 
-// e^x for any x; inf above 88, which is short of where float32 ends.
+// Return e^x for any x; inf above 88, slightly below the overflow limit of float32.
 RLHF_HD vf vexp_any(vf x) { return x > 88.f ? splat(kInf) : vexp(x); }
 
-// Accurate near 0, where 1 - 2 e^-2x / (1 + e^-2x) would cancel.
+// Return tanh(x). Near 0 it is a polynomial, because 1 - 2 e^-2x / (1 + e^-2x) would cancel.
 RLHF_HD vf vtanh(vf x) {
     const vf ax = x < 0.f ? -x : x;
     const vf x2 = x * x;

@@ -1,4 +1,5 @@
-// Log-prob and entropy of taken tokens, forward and backward; the loss epilogue of a chunk of rows; moves of its rows.
+// Log-prob of one token per row and entropy of the row, forward and backward; the epilogue of the loss for a chunk of rows;
+// copies between rows of a chunk.
 #include "ops.h"
 #include "row.h"
 
@@ -83,7 +84,8 @@ void token_logprobs_backward(const LogitRows& x, const RowStats& s, const RowGra
     RLHF_DISPATCH(x.dtype, T, backward<T>(x, s, grad));
 }
 
-// Turns the logits of a chunk into their gradient, in place, for the rows that have one.
+// Replace the logits of a chunk by their gradient, in place. `active` marks the rows whose gradient is not 0; other rows keep
+// their logits.
 void ppo_epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, uint8_t* active) {
     RLHF_DISPATCH(x.dtype, T, epilogue<T>(x, out, ppo, active));
 }

@@ -1,4 +1,4 @@
-// What every formula needs to compile for the host and for a CUDA device.
+// Macros and types with which the formulas compile for both the host and a CUDA device.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace rlhf {
 
-// dtypes of tensors that cross the binding; the Python side has the same numbers (rlhf_kernels/_native.py)
+// dtypes of the tensors that Python passes; rlhf_kernels/_native.py has the same numbers.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr float kNaN = __builtin_nanf("");

@@ -1,4 +1,5 @@
-// Generalised advantage estimation (Schulman et al. 2016, eq. 16), one step, for a float or for a vector of them.
+// One step of generalised advantage estimation (Schulman et al. 2016, eq. 16), for a float or a vector of floats, and its
+// composition over consecutive steps for a parallel scan.
 #pragma once
 #include "common.h"
 
@@ -10,13 +11,13 @@ RLHF_HD F td_error(F reward, F value, F next_value, float gamma) {
     return reward + gamma * next_value - value;
 }
 
-// A_t = δ_t + γλ A_{t+1}; over a distance of d steps, `decay` is (γλ)^d.
+// A_t = δ_t + γλ A_{t+1}; for a distance of d steps, `decay` is (γλ)^d.
 template <class F, class D>
 RLHF_HD F discounted(F delta, D decay, F later) {
     return delta + decay * later;
 }
 
-// What the step behind leaves to the one in front of it: its advantage and its value.
+// Advantage and value of a step, from which the preceding step is computed.
 struct GaeState {
     float advantage, value;
 };
@@ -25,25 +26,27 @@ RLHF_HD GaeState gae_step(float reward, float value, GaeState behind, float gamm
     return {discounted(td_error(reward, value, behind.value, gamma), decay, behind.advantage), value};
 }
 
-// A run of steps as one: A = sum + next * V + decay * A' for the state (A', V) behind it; V of its first step is `value`.
-// Without steps it changes nothing, whatever the state holds: 0 * inf would be NaN.
+// The composition of consecutive steps. If (A', V') is the state of the step after the segment, the advantage of the segment's
+// first step is A = sum + next * V' + decay * A', and that step's value is `value`. An empty segment (`steps` is false) returns
+// the state unchanged; this is a branch, because arithmetic would turn an infinite state into NaN (0 * inf).
 struct GaeSegment {
     float decay, next, sum, value;
     bool steps;
 };
 
-// One more step in front of a run.
+// Return the segment that consists of one step and then `s`.
 RLHF_HD GaeSegment gae_prepend(float reward, float value, const GaeSegment& s, float gamma, float decay) {
     if (!s.steps) return {decay, gamma, reward - value, value, true};
     return {decay * s.decay, decay * s.next, discounted(td_error(reward, value, s.value, gamma), decay, s.sum), value, true};
 }
 
+// Return the state of the segment's first step; `behind` is the state of the step after the segment.
 RLHF_HD GaeState gae_apply(const GaeSegment& s, GaeState behind) {
     if (!s.steps) return behind;
     return {s.sum + s.next * behind.value + s.decay * behind.advantage, s.value};
 }
 
-// The run `front`, then the run `behind`.
+// Return the segment `front` followed by the segment `behind`.
 RLHF_HD GaeSegment gae_join(const GaeSegment& front, const GaeSegment& behind) {
     if (!front.steps) return behind;
     if (!behind.steps) return front;

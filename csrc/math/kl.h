@@ -1,4 +1,4 @@
-// Estimators of KL(policy || reference) of one token (Schulman 2020, "Approximating KL divergence").
+// Estimators of KL(policy || reference) for one token (Schulman 2020, "Approximating KL divergence").
 #pragma once
 #include "common.h"
 
@@ -6,8 +6,8 @@ namespace rlhf {
 
 enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2, abs = 3 };
 
-// e^x - 1 - x for |x| <= 1, without the cancellation near 0, for a float or for a vector of them: 1 / k!, k from 12 down to
-// 2; the remainder is below 1e-8 of the value.
+// Return e^x - 1 - x for |x| <= 1, without cancellation near 0, for a float or a vector of floats: the Taylor series with
+// coefficients 1 / k! for k from 12 down to 2. The remainder is below 1e-8 of the value.
 template <class V>
 RLHF_HD V expm1_minus_x_series(V x) {
     V p = x * 2.0876757e-9f + 2.5052108e-8f;
@@ -30,7 +30,7 @@ struct Term {
     float slope;
 };
 
-// From d = logprob - ref_logprob; the slope is d KL / d logprob.
+// Return the estimate for d = logprob - ref_logprob, and its slope d KL / d logprob.
 RLHF_HD Term kl_term(float d, KlEstimator estimator) {
     switch (estimator) {
         case KlEstimator::k1: return {d, 1.f};

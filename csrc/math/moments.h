@@ -1,4 +1,4 @@
-// Count, sum and sum of squares of the entries that a mask counts, and the whitening made of them.
+// Count, sum and sum of squares of the entries that a mask selects, and the whitening computed from them.
 #pragma once
 #include "common.h"
 
@@ -19,7 +19,7 @@ struct Whitening {
     float mean, scale, offset;
 };
 
-// One entry, or none, has variance 0. Without `shift_mean` the mean is put back.
+// The variance of fewer than two entries is 0. Without `shift_mean`, the mean is added again after scaling.
 RLHF_HD Whitening whitening(const Moments& m, bool shift_mean, bool unbiased) {
     const double mean = mean_of(m), residual = m.squares - mean * m.sum;
     const double degrees = m.count - unbiased, variance = (residual < 0 ? 0 : residual) / (degrees > 1 ? degrees : 1);

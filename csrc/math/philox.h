@@ -18,7 +18,7 @@ RLHF_HD Philox philox4x32(uint32_t k0, uint32_t k1, Philox c) {
     return c;
 }
 
-// One double in [0, 1) for each (seed, sequence, position): 53 bits of the first two words.
+// Return a double in [0, 1) for (seed, sequence, position), from 53 bits of the first two words.
 RLHF_HD double philox_uniform(uint64_t seed, uint64_t sequence, uint64_t position) {
     const Philox counter{{uint32_t(position), uint32_t(position >> 32), uint32_t(sequence), uint32_t(sequence >> 32)}};
     const Philox r = philox4x32(uint32_t(seed), uint32_t(seed >> 32), counter);

@@ -1,4 +1,4 @@
-// One token of the PPO objective: its loss, the derivative with respect to its log-prob, and what the metrics count.
+// The PPO objective for one token: the loss, its derivative with respect to the log-prob, and the quantities of the metrics.
 #pragma once
 #include "kl.h"
 
@@ -7,7 +7,7 @@ namespace rlhf {
 enum class Objective : int { clip = 0, kl_penalty = 1, ratio = 2, policy_gradient = 3 };
 enum class KlWeighting : int { none = 0, ratio = 1 };
 
-// The rows of rlhf_kernels/_options.py that the kernels receive, by the same names. A limit that is off is inf.
+// The options of rlhf_kernels/_options.py that the kernels receive, under the same names. A limit that is off is inf.
 #define RLHF_PPO_SCALARS(CHOICE, NUMBER) \
     CHOICE(Objective, objective)         \
     NUMBER(cliprange)                    \
@@ -38,11 +38,12 @@ struct SurrogateTerm {
     bool dual_clipped;
 };
 
-// PPO (2017) eq. 7 with the limits apart (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
-// estimated by k3 of old against new; TRPO's surrogate; the plain policy gradient.
+// Return the policy term. clip: PPO (2017) eq. 7 with separate limits (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5).
+// kl_penalty: PPO eq. 8 with the k3 estimate of KL(old || new). ratio: the surrogate of TRPO. policy_gradient: the plain policy
+// gradient.
 RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const PpoScalars& p) {
     SurrogateTerm s{0.f, 0.f, 0.f, 0.f, false, false};
-    // No gradient outside the clamp; its limits themselves still carry one. A NaN stays a NaN.
+    // Outside the clamp the gradient is 0; at the limits it is not. NaN stays NaN.
     const bool frozen = fabsf(log_ratio) > p.log_ratio_clamp;
     if (frozen) log_ratio = copysignf(p.log_ratio_clamp, log_ratio);
     s.ratio = expf(log_ratio);
@@ -70,13 +71,13 @@ RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float a, const P
     return s;
 }
 
-// Policy term and KL to the reference of one token, before the aggregation's weight.
+// The policy term and the KL to the reference of one token, before the aggregation's weight.
 struct ObjectiveTerm {
     SurrogateTerm policy;  // before the importance weight
     float ref_kl;          // the estimate, for the metrics
     float ref_kl_term;     // its term of the loss, before kl_coef
-    float ratio_slope;     // d L / d log-ratio, which sequence-level ratios spread over the sequence
-    float own_slope;       // d L / d logprob other than through the log-ratio
+    float ratio_slope;     // d L / d log-ratio; a sequence-level ratio distributes it over the sequence
+    float own_slope;       // d L / d logprob except through the log-ratio
 };
 
 RLHF_HD ObjectiveTerm objective_term(float log_ratio, float logprob, float a, float importance, const float* ref_logprob,
@@ -96,7 +97,7 @@ RLHF_HD ObjectiveTerm objective_term(float log_ratio, float logprob, float a, fl
     return t;
 }
 
-// d L / d logprob of one token where the ratio is the token's.
+// Return d L / d logprob of one token for a token-level ratio.
 RLHF_HD float logprob_slope(
     float logprob, float old_logprob, float a, float importance, const float* ref_logprob, const PpoScalars& p) {
     const ObjectiveTerm t = objective_term(logprob - old_logprob, logprob, a, importance, ref_logprob, p);
