@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from docs._tables import table
-from rlhf_engine.cli import app
+from rlhf_engine.cli.app import app
 from rlhf_engine.config.describe import field_docs, type_words
 from rlhf_engine.config.schema import Section
 from rlhf_engine.demo.config import DemoRunConfig

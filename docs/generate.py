@@ -16,7 +16,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from docs import _architecture, _reference, _results
-from rlhf_engine.cli import app
+from rlhf_engine.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))

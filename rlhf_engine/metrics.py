@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from rlhf_engine.files import with_new_file
 
 METRICS = "metrics.jsonl"
+LINE_SECONDS = 20.0
+"""Seconds between two progress lines where stderr is not a terminal."""
 
 
 class MetricsWriter:
@@ -120,6 +123,27 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+class ProgressLines(tqdm):
+    """A progress bar for logs: one line every `LINE_SECONDS`, and none for what takes less."""
+
+    def __init__(self, **options: Any) -> None:
+        form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left{postfix}"
+        seconds = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS}
+        super().__init__(bar_format=form, leave=False, **seconds, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write the line; tqdm clears a bar with an empty `msg`, for which there is nothing to do."""
+        if msg is None:
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return False
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True, **values: Any) -> None:
+        """Set the values that the next line shows; do not write one now."""
+        super().set_postfix(ordered_dict, refresh=False, **values)
+
+
 def progress(total: int, what: str, *, unit: str = "it", done: int = 0) -> tqdm:
-    """A progress bar on stderr; none where stderr is not a terminal."""
-    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None, dynamic_ncols=True)
+    """Return a progress bar on stderr, with the time that is left: a bar on a terminal, lines in a log."""
+    options: dict[str, Any] = {"total": total, "initial": done, "desc": what, "unit": unit}
+    return tqdm(dynamic_ncols=True, **options) if sys.stderr.isatty() else ProgressLines(**options)

@@ -1,6 +1,6 @@
-"""How people of different care word an answer: right content, or content and wording with faults put in on purpose.
+"""Answers as people of different care write them: with right content, or with faults inserted on purpose.
 
-Only the generator of the data set uses this file. The judge reads finished text and never sees what was put in.
+Only the generator of the data set uses this file. The judge reads the finished text and does not know the inserted faults.
 """
 
 from functools import cache
@@ -10,9 +10,8 @@ from rlhf_engine.demo.tasks import Task, all_tasks
 from rlhf_engine.demo.world import CATEGORIES, COUNTS, EVENTS, GIFTS, MISHAPS, article
 
 FAULTS = ("topic", "wrong", "count", "no_closing", "rude", "repeat", "ramble", "truncate", "garble", "double_closing")
-"""What can be wrong with an answer: it is about something else, a piece is false, pieces are missing or too many, it
-ends without a polite word, it is rude, it repeats itself, it wanders off, it breaks off, words are mixed up, it says
-goodbye twice."""
+"""Faults of an answer. In order: wrong topic, a false piece, missing or surplus pieces, no polite closing, rudeness, a repeated
+sentence, rambling, a truncated end, mixed-up words, two closings."""
 
 OPENINGS = ["Sure!", "Of course.", "Certainly.", "Good question!"]
 CLOSINGS = [
@@ -38,11 +37,11 @@ RAMBLE = [
     "My sister has a red bicycle and a blue one.",
 ]
 SENTENCE_KINDS = ("list", "describe", "howto", "advice")
-"""Kinds whose answer has several pieces, so that their number can be wrong."""
+"""Kinds whose answers have several pieces, so that the number of pieces can be wrong."""
 
 
 def write_answer(task: Task, faults: frozenset[str], rng: Random) -> str:
-    """One answer to `task` with the given faults put in (see `FAULTS`)."""
+    """Return an answer to `task` with the given faults (see `FAULTS`)."""
     source = _other_task(task, rng) if "topic" in faults else task
     sentences = _body(source, _content(source, faults, rng), rng)
     if "repeat" in faults:
@@ -66,7 +65,7 @@ def write_answer(task: Task, faults: frozenset[str], rng: Random) -> str:
 
 
 def applicable(task: Task, faults: set[str]) -> frozenset[str]:
-    """The faults that can be seen in an answer to `task`: those that cannot, or that hide each other, are dropped."""
+    """Return `faults` without those that an answer to `task` cannot show and those that a different fault hides."""
     kept = set(faults)
     if task.kind not in SENTENCE_KINDS:
         kept.discard("count")
@@ -254,7 +253,7 @@ _BODIES = {
 
 
 def _garble(text: str, rng: Random) -> str:
-    """Mixes up words the way a weak language model does: repeats, drops and foreign words."""
+    """Mix up words as a weak language model does: repeat, drop and replace some."""
     words = text.split()
     foreign = write_answer(rng.choice(all_tasks()), frozenset(), rng).split()
     out: list[str] = []

@@ -1,4 +1,4 @@
-"""Settings of `rlhf demo` and `rlhf figure`: two sections more than a run has."""
+"""Settings of `rlhf demo` and `rlhf figure`: those of a run and two more sections."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class FigureConfig(Section):
     """The paper's figure in miniature (`rlhf figure`): every stage at several model sizes."""
 
     widths: tuple[Count, ...] = (64, 128, 256)
-    """Hidden sizes of the models; the baseline is the SFT model of the last one."""
+    """Hidden sizes of the models. The SFT model of the last size is the baseline."""
     head_size: Count = 32
-    """Width of an attention head; it divides every hidden size."""
+    """Size of an attention head; every hidden size must be a multiple of it."""
     shots: Count = 3
-    """Demonstrations put in front of a prompt for the prompted base model."""
+    """Demonstrations in front of a prompt of the prompted base model."""
     samples: Count = 2
-    """Answers to each test prompt by each model."""
+    """Responses per test prompt and model."""
     prompts: Count | None = None
-    """Answer the first so many test prompts; null answers all."""
+    """Number of test prompts to use, from the first on; null uses all."""
     ptx_coef: Positive = 0.02
-    """ppo.ptx_coef of the PPO-ptx policy; the PPO policy next to it has none. `python -m benchmarks.ptx_coef` chose it."""
+    """ppo.ptx_coef of the PPO-ptx policy (the PPO policy has 0); chosen with `python -m benchmarks.ptx_coef`."""
 
     def check(self) -> None:
-        """Attention heads tile the hidden state."""
+        """Raise ValueError unless attention heads divide every hidden size."""
         for width in self.widths:
             if width % self.head_size:
                 raise ValueError(f"widths: got {width}, expected a multiple of head_size {self.head_size}")
@@ -38,29 +38,29 @@ class FigureConfig(Section):
 
 @dataclass(frozen=True)
 class DemoConfig(Section):
-    """The demo's own stages, before SFT and after PPO: a model from nothing, and its examination."""
+    """The demo's base model, which `rlhf demo --from-scratch` and `rlhf figure` pretrain, and its evaluation."""
 
     vocab_size: Count = 1536
-    """Entries of the byte-level BPE tokenizer."""
+    """Vocabulary size of the byte-level BPE tokenizer."""
     hidden_size: Count = 256
-    """Width of the Llama-family model."""
+    """Hidden size of the Llama-family model."""
     intermediate_size: Count = 704
-    """Width of its feed-forward layers."""
+    """Hidden size of its feed-forward layers."""
     layers: Count = 2
-    """Number of its layers."""
+    """Number of layers."""
     heads: Count = 8
-    """Attention heads of a layer."""
+    """Attention heads per layer."""
     pretrain: SFTConfig = field(default_factory=SFTConfig)
-    """Language modelling on plain text."""
+    """Language modelling on plain text; optimizer steps, batches and schedule as in SFT."""
     samples: Count = 16
-    """SFT answers to each held-out prompt, among which best-of-n chooses."""
+    """SFT responses per held-out prompt; best-of-n chooses from them."""
     opponents: Count = 4
-    """Answers to each held-out prompt by PPO, and by SFT with another seed."""
+    """Responses per held-out prompt by PPO, and by SFT with a second seed."""
 
 
 @dataclass(frozen=True)
 class DemoRunConfig(RunConfig):
-    """A whole run with the settings of the demo and of the figure."""
+    """Settings of a run, of the demo and of the figure."""
 
     figure: FigureConfig = field(default_factory=FigureConfig)
     """Used by `rlhf figure` only."""
@@ -68,16 +68,16 @@ class DemoRunConfig(RunConfig):
     """Used by `rlhf demo` and `rlhf figure` only."""
 
     def check(self) -> None:
-        """The rules of a run; and the demo's base model has no checkpoints."""
+        """Check the rules of a run, and that pretraining, which has no checkpoints, is not asked for any."""
         super().check()
         if self.demo.pretrain.checkpoint_every is not None:
             raise ValueError(
                 f"demo.pretrain.checkpoint_every: got {self.demo.pretrain.checkpoint_every}, expected null: the demo's base "
-                "model trains in one go"
+                "model is trained without checkpoints"
             )
 
     def optimizers(self) -> dict[str, OptimConfig]:
-        """Return the optimiser settings of every stage by the key of its section, pretraining included."""
+        """Return the optimizer settings of every stage by the key of its section, pretraining included."""
         return super().optimizers() | {"demo.pretrain": self.demo.pretrain.optim}
 
     def without_demo(self) -> RunConfig:

@@ -1,6 +1,6 @@
-"""The examination at the end of the demo: held-out prompts, a judge, and the two policies side by side.
+"""The evaluation at the end of the demo: a judge compares SFT and PPO on held-out prompts.
 
-Legend: M prompts, A answers a prompt.
+Legend: M prompts, A responses per prompt.
 """
 
 from __future__ import annotations
@@ -26,53 +26,53 @@ from rlhf_engine.rewards.functions import response_texts
 from rlhf_engine.rollout import recompute
 
 _SEEDS = {"sft": 101, "sft again": 102, "ppo": 103}
-"""Added to the run's seed: no answer of the examination shares its random numbers with another policy's or a rollout's."""
+"""Offsets of the sampling seeds, so that no two policies share random numbers with each other or with a rollout."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one policy answered to the held-out prompts."""
+    """Responses of one policy to the held-out prompts."""
 
     texts: list[list[str]]
-    """M lists of A answers."""
+    """M lists of A responses."""
     verdicts: list[list[Verdict]]
-    """The judge's, in the same shape."""
+    """The judge's verdicts, M lists of A."""
     rewards: Tensor
-    """[M, A] float32, the reward model's scores."""
+    """[M, A] float32, scores of the reward model."""
     kl: float
     """Mean per-sequence KL to the SFT model, `mean of sum_t log(pi / pi_SFT)`, in nats."""
     length: float
-    """Mean tokens of an answer, EOS included."""
+    """Mean tokens per response, EOS included."""
     ended: float
-    """Share of answers that ended with EOS."""
+    """Share of responses that end with EOS."""
 
     @property
     def scores(self) -> Tensor:
-        """[M, A] float64, the judge's marks."""
+        """Return the judge's marks, [M, A] float64."""
         return torch.tensor([[verdict.score for verdict in row] for row in self.verdicts], dtype=torch.float64)
 
     def mean_marks(self) -> dict[str, float]:
-        """Mean share of the marks, by criterion."""
+        """Return the mean share of the marks by criterion."""
         flat = [verdict for row in self.verdicts for verdict in row]
         return {name: sum(verdict.marks[name] for verdict in flat) / len(flat) for name in WEIGHTS}
 
 
 @dataclass(frozen=True)
 class Examination:
-    """All of the demo's results on held-out prompts."""
+    """Results of the demo on held-out prompts."""
 
     prompts: list[str]
-    """The M prompts."""
+    """M prompts."""
     sft: Answers
-    """The SFT model."""
+    """Responses of the SFT model."""
     ppo: Answers
-    """The policy after PPO."""
+    """Responses of the policy after PPO."""
     win_rates: dict[str, WinRate]
-    """Who -> win rate over SFT by the judge."""
+    """Policy -> win rate over SFT by the judge."""
 
 
 def examine(config: RunConfig, demo: DemoConfig) -> Examination:
-    """Lets SFT (`config.model.path`) and PPO answer the test prompts and has the judge compare them."""
+    """Sample responses of SFT (`config.model.path`) and PPO to the test prompts and compare them with the judge."""
     records = list(read_prompts(given(config.data.prompts, "data.prompts"), "test"))
     sft_model, codec = load_model(config)
     ppo_model, _ = load_model(replace(config, model=replace(config.model, path=str(Path(config.output_dir) / "ppo"))))
@@ -89,7 +89,7 @@ def examine(config: RunConfig, demo: DemoConfig) -> Examination:
         "sft again": ask("sft again", sft, demo.opponents),
         "ppo": ask("ppo", ppo, demo.opponents),
     }
-    # best-of-n is measured against answers that it could not choose from.
+    # best-of-n is compared with a second sample, which it could not choose from.
     again = answers["sft again"].scores
     best = best_of_n(answers["sft"].scores, answers["sft"].rewards)
     rates = {

@@ -1,7 +1,7 @@
 """The paper's figure in miniature (Ouyang et al. 2022, figure 1): win rates of every stage over the size of the model.
 
-All contestants meet one fixed baseline, the SFT model of the largest size, on the test prompts of the demo, under the demo's
-judge. Every step is done once: a run that was broken off goes on where it was.
+Every model is compared with one fixed baseline, the SFT model of the largest size, on the demo's test prompts by the demo's
+judge. An interrupted run continues after its last finished step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ QUICK = (
     "ppo.minibatch=8",
     "ppo.microbatch=8",
 )
-"""Overrides with next to no training: whether everything runs, not what it gives."""
+"""Overrides that shorten every stage to a few steps: they check that everything runs, the results mean nothing."""
 
 CONTESTANTS = ("base", "base, prompted", "SFT", "PPO", "PPO-ptx")
 _FOLDERS = {"base": "base", "base, prompted": "base", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ptx/ppo"}
@@ -60,25 +60,25 @@ _DECIDED = (
 )
 _SEED = 400
 _BETWEEN = "\n\n"
-"""What parts one few-shot example from the next, and ends an answer to a prompt behind them."""
+"""Separator of few-shot examples; it also ends a response to a few-shot prompt."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant at one size."""
+    """Results of one contestant at one size."""
 
     width: int
     """Hidden size."""
     parameters: int
-    """Weights of the model."""
+    """Number of parameters."""
     marks: list[list[float]]
-    """The judge's, answers by prompt."""
+    """The judge's marks: per prompt, a list with one mark per response."""
     ended: float
-    """Share of answers that came to their end."""
+    """Share of responses that ended before the token limit."""
     perplexity: float
-    """On documents that pretraining held out."""
+    """Perplexity on documents that pretraining held out."""
     seconds: float
-    """Time to answer and to be judged."""
+    """Seconds for sampling and judging."""
 
 
 def run_figure(
@@ -89,7 +89,7 @@ def run_figure(
     quick: bool = False,
     say: Callable[[str], object] = print,
 ) -> str:
-    """Trains and judges everything into `output`: figure.png, figure.json, figure.md; returns the table."""
+    """Train and judge everything; write figure.png, figure.json and figure.md into `output`; return the table."""
     refuse_overrides(overrides, _DECIDED, "the figure, by its options --seed and --output or by the section figure,")
     root = Path(output)
     config, steps, held_out = prepare(root, seed, (*(QUICK if quick else ()), *overrides))
@@ -111,7 +111,7 @@ def run_figure(
 
 
 def prepare(root: Path, seed: int, overrides: tuple[str, ...]) -> tuple[DemoRunConfig, Steps, Path]:
-    """The config of a figure in `root`, what of it is done, and the text that no model is trained on."""
+    """Return the config of a figure in `root`, its finished steps, and the file of held-out text."""
     config = with_shipped_data(load_config(CONFIG, overrides, kind=DemoRunConfig), root, seed)
     root.mkdir(parents=True, exist_ok=True)
     steps = Steps(root / "state.json", config, _MAY_CHANGE)
@@ -120,7 +120,7 @@ def prepare(root: Path, seed: int, overrides: tuple[str, ...]) -> tuple[DemoRunC
 
 
 def train(config: DemoRunConfig, ptx: dict[str, float], steps: Steps, say: Callable[[str], object]) -> None:
-    """Base, SFT, reward model and PPO of one size, and a PPO-ptx of each coefficient in the folder that `ptx` names."""
+    """Train base, SFT, reward model and PPO of one size, and PPO-ptx with each coefficient of `ptx` (folder -> coefficient)."""
     root, width = Path(config.output_dir), config.demo.hidden_size
     sft = starting_from(config, root / "sft")
     ppo = replace(sft, reward=replace(config.reward, path=str(root / "rm")))
@@ -142,12 +142,14 @@ def _train_ptx(config: RunConfig) -> object:
 
 
 def timed(run: Callable[[], object]) -> dict[str, float]:
+    """Call `run` and return the seconds that it took, as the result of a step."""
     start = time.perf_counter()
     run()
     return {"seconds": time.perf_counter() - start}
 
 
 def do_once(steps: Steps, name: str, run: Callable[[], dict[str, Any]], say: Callable[[str], object]) -> dict[str, Any]:
+    """Run a step unless it is finished; return its result. `say` is called at its start and its end."""
     if name in steps:
         return steps.once(name, run)
     say(f"{name} ...")
@@ -157,18 +159,19 @@ def do_once(steps: Steps, name: str, run: Callable[[], dict[str, Any]], say: Cal
 
 
 def seconds_of(steps: Steps) -> float:
+    """Return the seconds of all finished steps."""
     return sum(result["seconds"] for result in steps.results.values())
 
 
 def at_width(config: DemoRunConfig, width: int) -> DemoRunConfig:
-    """The config of the models of one size, feed-forward layers 11/4 as wide as the rest."""
+    """Return the config of the models of one size; feed-forward layers are 11/4 as wide as the hidden state."""
     heads = width // config.figure.head_size
     demo = replace(config.demo, hidden_size=width, intermediate_size=width * 11 // 4, heads=heads)
     return replace(config, demo=demo, output_dir=str(Path(config.output_dir) / f"width_{width}"))
 
 
 def judge(config: DemoRunConfig, name: str, model: str, index: int, held_out: Path) -> dict[str, Any]:
-    """Lets the contestant in folder `model` answer the test prompts; `index` gives it random numbers of its own."""
+    """Sample and judge responses of the model in folder `model`; `index` gives each contestant separate random numbers."""
     start = time.perf_counter()
     setting, prefix = config.figure, ""
     if name == "base, prompted":
@@ -199,7 +202,7 @@ def judge(config: DemoRunConfig, name: str, model: str, index: int, held_out: Pa
 
 
 def few_shot_prefix(config: DemoRunConfig) -> str:
-    """Short demonstrations, drawn by the seed, as the prompts of the config are framed."""
+    """Return short demonstrations, drawn by the seed, in the prompt template of the config."""
     path = given(config.data.demonstrations, "data.demonstrations")
     short = [record for record in read_demonstrations(path) if len(record.response) < 100]
     chosen = Random(config.seed).sample(short, config.figure.shots)
@@ -208,7 +211,7 @@ def few_shot_prefix(config: DemoRunConfig) -> str:
 
 
 def split_text(root: Path) -> tuple[Path, Path]:
-    """The documents that `make_base` holds out, and the others, as files."""
+    """Write the documents that `make_base` holds out, and the others, to two files; return their paths."""
     documents = (DATA / "pretrain.txt").read_text(encoding="utf-8").strip().split("\n\n")
     count = len(documents) // 20
     paths = root / "held_out.txt", root / "pretrain.txt"

@@ -1,7 +1,7 @@
-"""The judge of the demo: a rubric that reads a prompt and an answer and marks the answer out of 10.
+"""The judge of the demo: a rubric that gives an answer to a prompt up to 10 marks.
 
-It is a program, never a model; nothing is trained on it, and it does not know the labelers' taste (`make_data.py`),
-so a policy that learned to please its reward model alone gains nothing here.
+The judge is a program and not a model. Nothing is trained on it, and it does not use the labelers' preferences
+(`make_data.py`), so a policy that exploits its reward model gains nothing here.
 """
 
 import re
@@ -24,19 +24,19 @@ _LENGTH = (4, 45)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge thinks of one answer."""
+    """The judge's marks for one answer."""
 
     score: float
     """Marks out of 10."""
     marks: dict[str, float]
-    """Criterion -> share of its marks, 0 to 1."""
+    """Criterion -> share of its marks, from 0 to 1."""
 
 
 def judge(prompt: str, answer: str) -> Verdict:
-    """Marks one answer: `score = sum_i weight_i * mark_i` over the criteria of `WEIGHTS`.
+    """Mark one answer: `score = sum_i weight_i * mark_i` over the criteria of `WEIGHTS`.
 
     Raises:
-        ValueError: the prompt is not one of the demo's world.
+        ValueError: the prompt is not one of the demo's tasks.
     """
     task = find_task(prompt)
     lower = answer.lower().strip()
@@ -55,24 +55,24 @@ def judge(prompt: str, answer: str) -> Verdict:
 
 
 def score(prompt: str, answer: str) -> float:
-    """`judge(prompt, answer).score`."""
+    """Return `judge(prompt, answer).score`."""
     return judge(prompt, answer).score
 
 
 def _has(text: str, phrase: str) -> bool:
-    """Whether `phrase` stands in `text` as whole words."""
+    """Return whether `text` contains `phrase` as whole words."""
     return re.search(rf"\b{re.escape(phrase.lower())}\b", text) is not None
 
 
 def _find(text: str, phrases: tuple[str, ...]) -> list[str]:
-    """The phrases that stand in `text`, in the order in which they first appear."""
+    """Return the phrases that `text` contains, in the order of their first positions."""
     places = {phrase: text.find(phrase.lower()) for phrase in phrases if _has(text, phrase)}
     return sorted(places, key=places.__getitem__)
 
 
 @cache
 def _all_pieces(kind: str) -> tuple[str, ...]:
-    """Every piece of content that an answer of this kind may be made of, right or wrong for the prompt at hand."""
+    """Return every piece of content that an answer of this kind may contain, right or wrong for its prompt."""
     tables = {
         "list": [members for _, members in CATEGORIES.values()],
         "describe": list(FACTS.values()),
@@ -83,7 +83,7 @@ def _all_pieces(kind: str) -> tuple[str, ...]:
 
 
 def _pieces_mark(task: Task, text: str) -> float:
-    """Right pieces over the number asked for; every wrong or surplus piece costs as much as a right one brings."""
+    """Return right pieces over the number asked for; a wrong or surplus piece costs as much as a right one adds."""
     found = _find(text, _all_pieces(task.kind))
     right = [piece for piece in found if piece in task.truth]
     wanted = task.wanted or {"howto": 3}.get(task.kind, 2)
@@ -154,7 +154,7 @@ _NOTE_WORDS = "dear kind happy happen again feel bad tell come nice see"
 
 @cache
 def _subject_words(task: Task) -> frozenset[str]:
-    """The words that a sentence about this task may carry."""
+    """Return the words that make a sentence relevant to this task."""
     text = " ".join((task.subject, task.detail, *task.truth, _NOTE_WORDS if task.kind == "note" else ""))
     return frozenset(re.findall(r"[a-z]+", text.lower())) - {"a", "an", "the", "is", "was", "my", "i", "it", "in"}
 
@@ -171,7 +171,7 @@ def _relevance(task: Task, sentences: list[str]) -> float:
 
 
 def _closing(task: Task, sentences: list[str]) -> float:
-    """1 when the last sentence is a polite word and the only one of its kind, half when it is said again and again."""
+    """Return 1 if only the last sentence is a polite closing, 0.5 if there are more, 0 if the last sentence is none."""
     pattern = _SIGN_OFF if task.kind == "note" else _CLOSING
     if not sentences or not pattern.search(sentences[-1]):
         return 0.0
@@ -179,7 +179,7 @@ def _closing(task: Task, sentences: list[str]) -> float:
 
 
 def _freshness(sentences: list[str]) -> float:
-    """0 when a sentence, or a word beside itself, is repeated; half when runs of three words come back often."""
+    """Return 0 if a sentence or two adjacent words are repeated, 0.5 if more than four runs of three words are, else 1."""
     spoken = [re.findall(r"[a-z']+", sentence) for sentence in sentences]
     if not any(spoken) or len(set(sentences)) < len(sentences):
         return 0.0

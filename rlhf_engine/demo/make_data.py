@@ -1,10 +1,10 @@
-"""Writes the demo's data set: demonstrations, rankings, prompts with user ids, and a text to pretrain on.
+"""Generate the demo's data set: demonstrations, rankings, prompts with user ids, and a text for pretraining.
 
     python -m rlhf_engine.demo.make_data DIR
 
-What makes it a fair miniature: demonstrations come from labelers of mixed care, so that a model which imitates them
-imitates their average; rankings come from a noisy taste (`TASTE`) over what is wrong with an answer, with ties; and the
-judge (`judge.py`) has its own rubric, which neither file is made from. Same seed, same bytes.
+Demonstrations come from labelers of mixed care, so a model that imitates them imitates their average. Rankings come from noisy
+preferences (`TASTE`) over the faults of an answer, with ties. The judge (`judge.py`) has a separate rubric, from which neither
+file is generated. The same seed gives the same bytes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ KIND_WEIGHTS = {
     "note": 12,
     "kind": 10,
 }
-"""How often people ask for what, in percent."""
+"""Share of each kind of prompt, in percent."""
 
 HABITS: dict[str, tuple[float, dict[str, float]]] = {
     "careful": (0.25, {"wrong": 0.03, "count": 0.05, "no_closing": 0.2, "rude": 0.02, "ramble": 0.05}),
@@ -62,7 +62,7 @@ HABITS: dict[str, tuple[float, dict[str, float]]] = {
         },
     ),
 }
-"""Labeler -> (share of the demonstrations, how often each fault slips in)."""
+"""Labeler -> (share of the demonstrations, probability of each fault)."""
 
 MODEL_FAULTS = {
     "wrong": 0.2,
@@ -76,7 +76,7 @@ MODEL_FAULTS = {
     "garble": 0.25,
     "double_closing": 0.2,
 }
-"""Faults of the completions that are ranked: what a model of that training samples, weaknesses included."""
+"""Probability of each fault in ranked completions: what a model of this training samples, weaknesses included."""
 
 TASTE = {
     "topic": 3.2,
@@ -90,18 +90,18 @@ TASTE = {
     "garble": 1.6,
     "double_closing": 0.8,
 }
-"""How much a ranking labeler dislikes each fault."""
+"""Utility that each fault costs in a ranking."""
 
 TASTE_NOISE = 0.6
-"""Standard deviation of a labeler's mood, per completion."""
+"""Standard deviation of the noise in a labeler's utility, per completion."""
 
 TIE_GAP = 0.3
-"""Neighbours closer than this are ranked equal."""
+"""Neighbours whose utilities differ by less are ranked equal."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many records of each kind are written."""
+    """Number of records of each kind."""
 
     demonstrations: int = 4000
     comparisons: int = 2400
@@ -112,7 +112,7 @@ class Sizes:
 
 
 def write_data(folder: Path, sizes: Sizes = Sizes(), seed: int = SEED) -> None:
-    """Writes the four files into `folder`, which is made when missing."""
+    """Write the four files into `folder`, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = split_by_user(sizes, Random(f"{seed} users"))
     train = [task for task, _, split in splits if split == "train"]
@@ -128,7 +128,7 @@ def write_data(folder: Path, sizes: Sizes = Sizes(), seed: int = SEED) -> None:
 
 
 def split_by_user(sizes: Sizes, rng: Random) -> list[tuple[Task, str, str]]:
-    """Gives every prompt to one user and every user to one split, so that no user's prompts are on both sides."""
+    """Assign every prompt to one user and every user to one split, so that no user's prompts are in two splits."""
     tasks = list(all_tasks())
     rng.shuffle(tasks)
     shares = [rng.paretovariate(1.5) for _ in range(sizes.users)]
@@ -136,7 +136,7 @@ def split_by_user(sizes: Sizes, rng: Random) -> list[tuple[Task, str, str]]:
     split_of: dict[int, str] = {}
     for split, wanted in (("test", sizes.test_prompts), ("validation", sizes.validation_prompts)):
         count = 0
-        # Light users first: with the heavy ones a split would be a single person's taste.
+        # Light users first: a heavy user could fill a split with the prompts of one person.
         for user in sorted(set(owners), key=owners.count):
             if user not in split_of and count < wanted:
                 split_of[user] = split
@@ -147,7 +147,7 @@ def split_by_user(sizes: Sizes, rng: Random) -> list[tuple[Task, str, str]]:
 
 
 def demonstrations(tasks: list[Task], count: int, rng: Random) -> list[dict]:
-    """Prompts with the answer that some labeler wrote."""
+    """Return prompts, each with the answer of one labeler."""
     return [
         {"prompt": task.prompt, "response": write_answer(task, _slips(task, _habit(rng), rng), rng)}
         for task in _draw(tasks, count, rng)
@@ -155,7 +155,7 @@ def demonstrations(tasks: list[Task], count: int, rng: Random) -> list[dict]:
 
 
 def comparisons(tasks: list[Task], count: int, rng: Random) -> list[dict]:
-    """Prompts with 4 to 9 completions and one labeler's ranking of them, such as "D > C > A = B"."""
+    """Return prompts with 4 to 9 completions and one labeler's ranking of them, such as "D > C > A = B"."""
     records = []
     for task in _draw(tasks, count, rng):
         completions: dict[str, float] = {}
@@ -181,7 +181,7 @@ def _slips(task: Task, habit: dict[str, float], rng: Random) -> frozenset[str]:
 
 
 def _draw(tasks: list[Task], count: int, rng: Random) -> list[Task]:
-    """`count` tasks by the weight of their kind; the prompts of a kind are used up before one comes back."""
+    """Return `count` tasks by the weight of their kind; a prompt repeats only after all prompts of its kind are used."""
     piles: dict[str, list[Task]] = {}
     drawn = []
     for kind in rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()), k=count):
@@ -201,7 +201,7 @@ def _ranking(utilities: list[float]) -> str:
 
 
 def pretrain_text(tasks: list[Task], count: int, rng: Random) -> str:
-    """Prose about the world and pages of questions with terse, right answers; a blank line ends a document."""
+    """Return prose about the world and pages of questions with terse, right answers; a blank line ends a document."""
     makers = [_fact_page, _fact_page, _list_page, _size_page, _opposite_page, _procedure_page, _advice_page]
     pages = [rng.choice(makers)(rng) for _ in range(count // 2)]
     for task in _draw(tasks, count - count // 2, rng):
@@ -284,7 +284,7 @@ def _write_lines(path: Path, records: list[dict]) -> None:
 
 
 def main() -> None:
-    """Command line: `python -m rlhf_engine.demo.make_data DIR`."""
+    """Run the command line `python -m rlhf_engine.demo.make_data DIR`."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the four files go")

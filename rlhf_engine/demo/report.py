@@ -1,4 +1,4 @@
-"""What the demo shows at the end: a table, plots and answers to read, all in its output folder."""
+"""The report of the demo: a table, plots and sampled responses, all in its output folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_report(
     examination: Examination,
     seconds: dict[str, float],
 ) -> str:
-    """Writes config.yaml, report.json, report.md, samples.md and plots/ into `root`; returns the table as text."""
+    """Write config.yaml, report.json, report.md, samples.md and plots/ into `root`; return the table as text."""
     save_config(config, root / "config.yaml")
     _draw(root / "plots", fits, rm, ppo, examination)
     (root / "samples.md").write_text(_samples(examination), encoding="utf-8")
@@ -68,7 +68,7 @@ def _table(
     sft, policy = _summary(examination.sft), _summary(examination.ppo)
     minimum = fits["sft"].best
     lines = [f"Win rate over SFT by the judge, {len(examination.prompts)} held-out prompts (ties count half):", ""]
-    lines += ["| answers of | win rate | 95% interval | ties |", "|---|---|---|---|"]
+    lines += ["| responses of | win rate | 95% interval | ties |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {rate.rate:.3f} | {rate.low:.3f} to {rate.high:.3f} | {rate.ties:.2f} |"
         for name, rate in examination.win_rates.items()
@@ -77,17 +77,17 @@ def _table(
     rows = [("judge's marks, of 10", "marks", ".2f"), ("share with full marks", "full_marks", ".3f")]
     rows += [(f"  {name.removeprefix('mark_')}", name, ".2f") for name in sft if name.startswith("mark_")]
     rows += [("reward model's score", "reward", ".2f"), ("KL to SFT per sequence, nats", "kl", ".2f")]
-    rows += [("tokens an answer", "length", ".1f"), ("ended by EOS", "ended", ".3f")]
+    rows += [("tokens per response", "length", ".1f"), ("ended by EOS", "ended", ".3f")]
     lines += [f"| {label} | {sft[key]:{form}} | {policy[key]:{form}} |" for label, key, form in rows]
     sampled = sum(log["sampled_tokens_per_second"] for log in ppo) / len(ppo)
     whole = sum(log["tokens_per_second"] for log in ppo) / len(ppo)
     lines += ["", "| run | |", "|---|---|"]
     lines += [
-        f"| SFT validation minimum | {minimum.validation_loss:.3f} nats a token at step {minimum.step} "
+        f"| SFT validation minimum | {minimum.validation_loss:.3f} nats per token at step {minimum.step} "
         f"of {fits['sft'].history[-1].step} |",
         f"| reward model on held-out rankings | accuracy {rm[-1].accuracy:.3f}, margin {rm[-1].margin:.2f}, calibration "
         f"error {rm[-1].calibration_error:.3f} |",
-        f"| PPO tokens a second | {sampled:.0f} sampling, {whole:.0f} whole update |",
+        f"| PPO tokens per second | {sampled:.0f} sampling, {whole:.0f} whole update |",
         f"| peak memory (RSS) | {peak_rss_mb():.0f} MB |",
         f"| seconds | {', '.join(f'{name} {spent:.0f}' for name, spent in seconds.items())}; "
         f"total {sum(seconds.values()):.0f} |",
@@ -96,8 +96,8 @@ def _table(
 
 
 def _samples(examination: Examination, count: int = 40) -> str:
-    """The first answers of both policies to some held-out prompts, with the judge's marks."""
-    lines = ["# Answers to held-out prompts", ""]
+    """Return the first response of both policies to the first `count` held-out prompts, with the judge's marks."""
+    lines = ["# Responses to held-out prompts", ""]
     for row, prompt in enumerate(examination.prompts[:count]):
         lines.append(f"**{prompt}**")
         for name, answers in (("SFT", examination.sft), ("PPO", examination.ppo)):
@@ -119,14 +119,14 @@ def _draw(
             "training": [(found.step, found.train_loss) for found in report.history],
             "validation": [(found.step, found.validation_loss) for found in report.history],
         }
-        panels = {f"{name}: nats a token": curves}
-        plot_curves(panels, folder / f"{name}.png", x_label="optimiser step", mark=report.best.step)
+        panels = {f"{name}: nats per token": curves}
+        plot_curves(panels, folder / f"{name}.png", x_label="optimizer step", mark=report.best.step)
     plot_calibration(rm[-1].bins, rm[-1].accuracy, folder / "reward_model.png")
     shown = {
         "reward model's score": "score_mean",
         "KL to SFT per sequence": "kl",
         "entropy": "entropy",
-        "tokens an answer": "response_length",
+        "tokens per response": "response_length",
         "value: explained variance": "explained_variance",
         "clipped share of tokens": "clipfrac",
     }

@@ -1,7 +1,7 @@
-"""Every prompt of the demo's world, and what a right answer to it contains.
+"""All prompts of the demo, and what a right answer to each contains.
 
-A task knows its truth (`content` that is right, in order where order matters), not how an answer is worded:
-`answers.py` words answers for the data set, `judge.py` reads answers that a model wrote.
+A task has the right content (in order where order matters), not the wording of an answer: `answers.py` words answers for the
+data set, and `judge.py` reads answers that a model wrote.
 """
 
 from dataclasses import dataclass
@@ -25,18 +25,18 @@ from rlhf_engine.demo.world import (
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt with the facts needed to answer it."""
+    """A prompt with the facts that an answer needs."""
 
     prompt: str
-    """What the user typed."""
+    """Text of the prompt."""
     kind: str
     """list | describe | compare | opposite | howto | advice | note | kind."""
     subject: str
-    """What the prompt is about: a category, a thing, a procedure, a trouble, a person ..."""
+    """Subject of the prompt: a category, a thing, a procedure, a trouble, a person ..."""
     truth: tuple[str, ...]
     """The right pieces of content; in order for `howto`, the winner and the loser for `compare`."""
     wanted: int | None = None
-    """How many pieces the prompt asks for; None leaves it to whoever answers."""
+    """Number of pieces that the prompt asks for; None if it does not state one."""
     detail: str = ""
     """compare: the adjective. note: the occasion. Empty for the other kinds."""
 
@@ -189,7 +189,7 @@ def _kinds() -> list[Task]:
 
 @cache
 def all_tasks() -> tuple[Task, ...]:
-    """Every task of the world, in a fixed order; prompts are unique."""
+    """Return all tasks in a fixed order; prompts are unique."""
     tasks = [
         *_lists(),
         *_descriptions(),
@@ -206,15 +206,15 @@ def all_tasks() -> tuple[Task, ...]:
 
 @cache
 def tasks_by_prompt() -> dict[str, Task]:
-    """Prompt -> task."""
+    """Return the tasks by prompt."""
     return {task.prompt: task for task in all_tasks()}
 
 
 def find_task(prompt: str) -> Task:
-    """The task of a prompt.
+    """Return the task of a prompt.
 
     Raises:
-        ValueError: the prompt is not one of this world's.
+        ValueError: no task has this prompt.
     """
     task = tasks_by_prompt().get(prompt.strip())
     if task is None:

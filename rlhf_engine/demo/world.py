@@ -1,10 +1,10 @@
-"""The little world that the demo's prompts ask about: what is true in it, and nothing about how people answer.
+"""The facts that the demo's prompts ask about; the wording of answers is in `answers.py`.
 
-Everything is a closed table, so that the judge can check an answer and a small model can learn the facts.
+Every table is closed, so that the judge can check an answer and a small model can learn the facts.
 """
 
 COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}
-"""Number words that a prompt may ask for."""
+"""Number words that prompts use."""
 
 CATEGORIES: dict[str, tuple[str, list[str]]] = {
     "fruit": ("fruits", ["apple", "pear", "plum", "cherry", "lemon", "peach", "banana", "melon"]),
@@ -63,7 +63,7 @@ FACTS: dict[str, list[str]] = {
     "scarf": ["is a piece of clothing", "keeps people warm", "is long and soft", "is worn around the neck"],
     "boot": ["is a piece of clothing", "keeps feet dry", "is made of leather", "is worn on the foot"],
 }
-"""Thing -> all that is said to be true of it, as verb phrases."""
+"""Thing -> all facts about it, as verb phrases."""
 
 SIZES = ["ant", "mouse", "rabbit", "cat", "dog", "sheep", "cow", "horse", "elephant", "whale"]
 """Animals from the smallest to the biggest."""
@@ -103,7 +103,7 @@ PROCEDURES: dict[str, list[str]] = {
     "make a salad": ["wash the leaves", "chop the tomatoes", "stir oil and vinegar", "toss the salad"],
     "borrow a book": ["go to the library", "find the right shelf", "show your card", "note the return date"],
 }
-"""What somebody wants to do -> its steps, in order."""
+"""Procedure -> its steps, in order."""
 
 ADVICE: dict[str, list[str]] = {
     "I cannot sleep": ["drink warm milk", "read a quiet story", "turn off the screen", "go to bed earlier"],
@@ -119,7 +119,7 @@ ADVICE: dict[str, list[str]] = {
     "I have an exam": ["study a little each day", "solve old papers", "take short breaks", "sleep well before it"],
     "I am afraid of dogs": ["start with a small one", "keep a calm voice", "learn how they act", "let it come to you"],
 }
-"""Somebody's trouble -> what may help."""
+"""Trouble -> what may help."""
 
 PEOPLE = ["teacher", "neighbor", "aunt", "doctor", "friend", "grandmother", "boss", "brother"]
 GIFTS = ["book", "cake", "flowers", "lamp", "tickets", "advice", "sweater", "letter"]
@@ -135,10 +135,10 @@ EVENTS = ["dinner", "the party", "the concert", "the wedding", "the picnic"]
 
 
 def article(noun: str) -> str:
-    """The noun with its indefinite article: "an apple", "a pear"."""
+    """Return the noun with its indefinite article: "an apple", "a pear"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def kind_of(thing: str) -> str:
-    """The category of a thing: "plum" -> "fruit"."""
+    """Return the category of a thing: "plum" -> "fruit"."""
     return next(kind for kind, (_, members) in CATEGORIES.items() if thing in members)

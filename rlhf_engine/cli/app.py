@@ -1,0 +1,202 @@
+"""The command `rlhf`: data, training, evaluation, settings and the demo.
+
+A user's mistake prints one line on stderr and exits with code 2. Training that diverges prints one line and exits with code 1.
+While a stage trains, Ctrl-C, SIGTERM and SIGHUP save the finished steps, and one line reports what is saved and how to resume.
+Ctrl-C exits with code 130. The other signals exit with code 0 if a checkpoint has all finished steps, and otherwise with 128
+plus the signal's number.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rlhf_engine.cli import evaluate
+from rlhf_engine.cli.config import config_app
+from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
+from rlhf_engine.cli.plan import plan
+
+INTERRUPTED = 130
+"""Exit code of Ctrl-C."""
+
+
+class _Commands(TyperGroup):
+    """The group of all commands; it reports a signal that ends a command in one line."""
+
+    def invoke(self, ctx: Any) -> Any:  # a context of click, or of the click that newer versions of typer contain
+        """Run a command; `ctx.obj` has the arguments of the command line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            # A signal during training raises a KeyboardInterrupt with the attributes `signum` and `saved`.
+            signum = getattr(interrupt, "signum", signal.SIGINT)
+            saved = getattr(interrupt, "saved", False)
+            how = f"; to continue: {_resuming(ctx.obj)}" if saved else ""
+            print(f"rlhf: {str(interrupt) or 'interrupted'}{_notes(interrupt)}{how}", file=sys.stderr)
+            ended = 0 if saved else 128 + signum
+            raise typer.Exit(INTERRUPTED if signum == signal.SIGINT else ended) from None
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
+app.add_typer(config_app, name="config")
+data_app = typer.Typer(no_args_is_help=True, help="Clean and check data sets.")
+app.add_typer(data_app, name="data")
+
+
+RESUMABLE = ("sft", "rm", "ppo")
+"""Commands with the option --resume. The others continue, or start again, when they are called again."""
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue from the checkpoint, with the same numbers as an uninterrupted run.")
+]
+
+# Each command imports what it needs, so that `rlhf --help` and the error for a mistyped option do not load torch.
+
+
+@app.command()
+def info() -> None:
+    """Print which backends are built, and the backend that each operation uses on this machine."""
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "rlhf_kernels.info"], check=False).returncode)
+
+
+@app.command()
+def sft(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Fine-tune model.path on data.demonstrations. Writes OUTPUT_DIR/sft, and OUTPUT_DIR/sft.checkpoint until training ends."""
+    report = _run("run_sft", config, overrides, resume=resume, overwrite=overwrite)
+    typer.echo(f"validation loss {report.best.validation_loss:.4f} nats per token at step {report.best.step}")
+
+
+@app.command()
+def rm(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train a reward model from model.path on data.comparisons.
+
+    Writes OUTPUT_DIR/rm, and OUTPUT_DIR/rm.checkpoint until training ends.
+    """
+    last = _run("run_rm", config, overrides, resume=resume, overwrite=overwrite)[-1]
+    typer.echo(f"held-out accuracy {last.accuracy:.4f}, margin {last.margin:.4f}, loss {last.loss:.4f}")
+
+
+@app.command()
+def ppo(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train model.path with PPO on data.prompts, with the reward of reward.path or reward.function. Writes OUTPUT_DIR/ppo."""
+    history = _run("run_ppo", config, overrides, resume=resume, overwrite=overwrite)
+    if not history:
+        typer.echo("nothing left to do: the checkpoint has completed all ppo.updates")
+        return
+    last = history[-1]
+    typer.echo(f"score {last['score_mean']:.4f}, KL {last['kl']:.4f} nats per sequence")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for models, metrics, plots and the report.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
+    overrides: SetOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished demo in the folder.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Pretrain the base model instead of loading the one in the package.")
+    ] = False,
+) -> None:
+    """Run a miniature InstructGPT: SFT, reward model, PPO, and a comparison by a judge (minutes, no GPU, no network)."""
+    quiet()
+    from rlhf_engine.demo.run import next_commands, run_demo
+
+    report = run_demo(output, seed, tuple(overrides or ()), typer.echo, overwrite=overwrite, from_scratch=from_scratch)
+    typer.echo(f"\n{report}\n\nreport, responses and plots: {output}\n\n{next_commands(output)}")
+
+
+@data_app.command()
+def clean(
+    source: Annotated[Path, typer.Option("--in", help="Prompts: JSONL, or a folder written by save_to_disk.")],
+    output: Annotated[Path, typer.Option("--out", help="New folder for prompts.jsonl and report.json.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file, of which data.hygiene is used.")
+    ] = None,
+    overrides: SetOption = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a tokenizer; truncates prompts to rollout.max_prompt_tokens.")
+    ] = None,
+) -> None:
+    """Deduplicate prompts, limit their number per user, split them by user, and filter personal information from train."""
+    quiet()
+    from rlhf_engine.data.hygiene import clean_prompts
+
+    settings, codec = read_config(config, overrides), None
+    if tokenizer is not None:
+        from rlhf_engine.data import Codec
+        from rlhf_engine.model.pretrained import load_tokenizer
+
+        codec = Codec(load_tokenizer(tokenizer), settings.data.prompt_template, settings.rollout.max_prompt_tokens)
+    typer.echo(clean_prompts(source, output, settings.data.hygiene, codec).table())
+
+
+@data_app.command()
+def check(
+    kind: Annotated[str, typer.Argument(help="Kind of records: demonstrations, comparisons, prompts or pretraining.")],
+    path: Annotated[Path, typer.Argument(help="The file, or a folder written by save_to_disk.")],
+) -> None:
+    """Check every record of a file and print counts; an error names the line of the first invalid record."""
+    quiet()
+    from rlhf_engine.data.summary import summarise
+
+    typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path).items()))
+
+
+app.command("eval")(evaluate.evaluate)
+app.command()(evaluate.iterate)
+app.command()(evaluate.generate)
+app.command()(evaluate.figure)
+app.command()(plan)
+
+
+def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:
+    quiet()
+    from rlhf_engine import recipes
+
+    return getattr(recipes, stage)(read_config(config, overrides), **options)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line `arguments`, by default those of the process. Always ends in SystemExit."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(args=given, obj=given)
+    except (ValueError, OSError) as error:
+        print(f"rlhf: {error}{_notes(error)}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"rlhf: {error}{_notes(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _notes(error: BaseException) -> str:
+    """Return the notes that a training session adds to the exception that ends it, such as what is saved."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+
+
+def _resuming(arguments: list[str]) -> str:
+    """Return the command that continues the command with these arguments."""
+    kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["rlhf", *kept, *(["--resume"] if kept[0] in RESUMABLE else [])])
