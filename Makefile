@@ -1,12 +1,14 @@
-# `make demo` and `make test` set up everything that they need, in .venv, and then run. PYTHON=... picks the interpreter.
+# `make demo` and `make test` create a virtual environment in .venv, install what they need, and run. PYTHON=... sets the interpreter,
+# RLHF_CUDA=1 or 0 whether the extension has CUDA kernels (default: with a CUDA build of torch or an NVIDIA device).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.c*' -o -name '*.h')
 
 PEERS := .venv-peers
+PACKAGE := build/package
 
-.PHONY: demo figure test test-peers lint compile-check bench bench-env build clean
+.PHONY: demo figure test test-peers lint compile-check bench bench-env build package docs clean
 
 demo: build
 	$(BIN)/rlhf demo --output runs/demo --overwrite
@@ -14,24 +16,25 @@ demo: build
 figure: build
 	$(BIN)/rlhf figure --output runs/figure
 
-# A process for every core, up to eight, and one thread in each. Modules start in the order of tests/conftest.py, slowest first.
+# One process per core, at most eight, with one thread each. tests/conftest.py orders the modules, slowest first.
 test: build lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.wording
 	$(BIN)/pyright
 	PATH=$(BIN):$$PATH PYTHONPATH=. $(BIN)/pyright --verifytypes rlhf_kernels --ignoreexternal
 
-# Every GPU kernel compiled for real chips, on a machine that has none: registers, spills, stack frames.
+# Compile every GPU kernel for real chips, without a GPU: registers, spills, stack frames.
 compile-check: build
 	$(BIN)/python -m benchmarks.compile_check
 
 bench: bench-env
 	$(BIN)/python -m benchmarks
 
-# The peers that the benchmarks compare with; they change no version of the packages above.
+# The libraries that benchmarks compare with; they change no version of the packages above.
 bench-env: build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint benchmarks/constraints-peers.txt \
 		trl liger-kernel cut-cross-entropy
@@ -41,17 +44,32 @@ build: $(VENV)/.built
 $(VENV)/.built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,dev]'
+	$(BIN)/python -m rlhf_kernels.info --build
 	touch $@
 
-# The adapters against the originals, in an environment of their own: trl 1.12.0 beside verl and OpenRLHF, then trl's current
-# release. DEEPSPEED_CHAT=... names a folder with DeepSpeed-Chat, which is in no package index; without it, its cases are skipped.
+# Build the sdist and, from it, the wheel; install the wheel into an empty environment and check it there.
+package: build
+	rm -rf dist $(PACKAGE)
+	$(BIN)/python -m pip install --quiet build
+	RLHF_CUDA=0 $(BIN)/python -m build --outdir dist > build/package.log || { cat build/package.log; exit 1; }
+	$(PYTHON) -m venv $(PACKAGE)
+	$(PACKAGE)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	$(PACKAGE)/bin/python -I tests/package_check.py
+
+docs: build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m docs.generate --check
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+# Compare the adapters with the original trainers, in a separate environment: trl 1.12.0 with verl and OpenRLHF, then trl's current
+# release. DEEPSPEED_CHAT=... is a folder with DeepSpeed-Chat, which is in no package index; without it its cases are skipped.
 test-peers: $(PEERS)/.built
 	$(if $(DEEPSPEED_CHAT),ln -sfn $(abspath $(DEEPSPEED_CHAT)) $(PEERS)/sources/DeepSpeed-Chat)
 	$(PEERS)/bin/python -m pytest tests/integrations/peers
 	PYTHONPATH=$(PEERS)/sources/trl-current $(PEERS)/bin/python -m pytest tests/integrations/peers/test_trl_grpo.py
 	$(PEERS)/bin/python -m benchmarks.peer_agreement
 
-# What verl and OpenRLHF say they require are older releases and GPU libraries that the compared functions have no use for.
+# The requirements of verl and OpenRLHF are older releases and GPU libraries that the compared functions do not use: --no-deps.
 $(PEERS)/.built: $(SOURCES) benchmarks/constraints-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --constraint benchmarks/constraints-peers.txt \
@@ -64,8 +82,5 @@ $(PEERS)/.built: $(SOURCES) benchmarks/constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/trl-current trl==1.16.0
 	touch $@
 
-.PHONY: docs
-docs: build ; $(BIN)/python -m pip install --quiet mkdocs-material 'mkdocstrings[python]' latex2mathml && $(BIN)/python -m mkdocs build --strict
-
 clean:
-	rm -rf $(VENV) $(PEERS) build runs *.egg-info rlhf_kernels/*.so
+	rm -rf $(VENV) $(PEERS) build dist runs *.egg-info rlhf_kernels/*.so

@@ -106,7 +106,7 @@ class Kernels(Protocol):
         self, logits: Tensor, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float,
         seed: int, sequence: Tensor, position: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return int64 ids, log-probs, sampling log-probs. Off: top_k 0, top_p 1, min_p 0. `logits`: any dtype and row stride."""
+        """Return int64 ids, log-probs, sampling log-probs. Off: top_k 0, top_p 1, min_p 0. `logits`: any dtype, row stride."""
         ...
 
     def paged_attention(
@@ -198,7 +198,9 @@ def why_no_cuda(op: str, device: torch.device) -> str:
         return "its kernels are for NVIDIA devices"
     built = _native.extension().cuda_architectures()
     if not built:
-        return "the extension was built without nvcc; install the CUDA toolkit and build again"
+        return (
+            "the extension was built without CUDA kernels; install the CUDA toolkit and build it again with RLHF_CUDA=1"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability[0] * 10 + capability[1] < min(built):
         names = ", ".join(f"sm_{x}" for x in built)

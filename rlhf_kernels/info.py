@@ -1,5 +1,6 @@
 """`python -m rlhf_kernels.info`: print the build, the backend that `"auto"` selects for each op, and the reason."""
 
+import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -42,7 +43,11 @@ def build() -> list[tuple[str, str]]:
     state = f"loaded, instruction set {_native.extension().isa()}" if _native.AVAILABLE else _native.why_missing()
     rows = [("rlhf-kernels", own), ("python", sys.version.split()[0]), ("torch", torch.__version__)]
     chips = _native.extension().cuda_architectures() if _native.AVAILABLE else []
-    nothing = "none: the extension was built without nvcc" if _native.AVAILABLE else "none: the extension does not load"
+    nothing = (
+        "none: the extension was built without CUDA kernels (RLHF_CUDA=1 builds them)"
+        if _native.AVAILABLE
+        else "none: the extension does not load"
+    )
     gpu = ", ".join(f"sm_{chip}" for chip in chips) or nothing
     rows += [
         ("extension", state),
@@ -57,9 +62,14 @@ def build() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, or only the first with `--build`."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf_kernels.info", description=__doc__)
+    parser.add_argument("--build", action="store_true", help="print the versions and the build only")
+    only_build = parser.parse_args().build
     for name, value in build():
         print(f"{name:16} {value}")
+    if only_build:
+        return
     print()
     rows = [("op", "device", "dtypes", "auto", "because"), *choices()]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
