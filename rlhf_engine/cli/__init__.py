@@ -5,7 +5,20 @@ from __future__ import annotations
 import sys
 
 ENGINE = frozenset(
-    "huggingface_hub matplotlib numpy phonenumbers safetensors stdnum tensorboard tokenizers tqdm transformers typer yaml".split()
+    [
+        "huggingface_hub",
+        "matplotlib",
+        "numpy",
+        "phonenumbers",
+        "safetensors",
+        "stdnum",
+        "tensorboard",
+        "tokenizers",
+        "tqdm",
+        "transformers",
+        "typer",
+        "yaml",
+    ]
 )
 """Modules that the extra `engine` installs."""
 
