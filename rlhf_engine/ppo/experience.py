@@ -110,7 +110,7 @@ def advantages(
 ) -> tuple[Experience, dict[str, float]]:
     """Return the experience with the advantages of a scored rollout, and the metrics to log.
 
-    The advantages are GAE of the reward `-kl_coef * KL_t + [t is last] score`, whitened over the batch if the config asks for it.
+    The advantages are GAE of the reward `-kl_coef * KL_t + [t is last] score`, whitened over the batch if configured.
     """
     rollout = scored.rollout
     result = rollout_advantages(

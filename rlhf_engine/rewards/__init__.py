@@ -1,1 +1,1 @@
-"""Scores of responses: reward functions, scaling and penalties, and the calls into user code."""
+"""Scores of responses: reward functions, scaling and penalties, and calls of user code."""

@@ -1,4 +1,4 @@
-"""A user's own reward: a Python function of prompts and answers."""
+"""Rewards from a user's Python function of prompts and responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_engine.rewards.user_code import SampleError, ask, number
 from rlhf_engine.rollout import Rollout
 
 TextReward = Callable[[list[PlainPrompt], list[str]], Sequence[float]]
-"""Gives one number for each (prompt, answer)."""
+"""Returns one number for each (prompt, response)."""
 
 
 def text_reward(
@@ -23,17 +23,16 @@ def text_reward(
     prompt_of: Callable[[Sequence[int]], PlainPrompt] | None = None,
     name: str | None = None,
 ) -> RewardFunction:
-    """Return a reward that calls `function(prompts, responses)` once per rollout, with texts.
+    """Return a reward that calls `function(prompts, responses)` once per rollout with decoded texts.
 
     Args:
         function: returns one number for each (prompt, response).
         codec: decodes the responses.
-        prompt_of: returns the prompt of some token ids as it was before its format; None decodes the ids, format included.
-        name: the function's name in an error; None is its own.
+        prompt_of: returns the prompt without its format for token ids; by default the ids are decoded, format included.
+        name: the name of the function in errors; by default its `__qualname__`.
 
-    Raises:
-        SampleError: with the row of the rollout, if the function raises on a response or returns no number for it.
-        ValueError: if it does not return one number per response.
+    The returned reward raises SampleError with the row of the rollout if the function raises on a response or returns no number
+    for it. It raises ValueError if the function does not return one number per response.
     """
     own = getattr(function, "__qualname__", type(function).__name__)
     what = f"reward function {own}" if name is None else f"reward.function {name}"
@@ -42,7 +41,7 @@ def text_reward(
         asked = [(prompt_of or codec.tokenizer.decode)(ids) for ids in rollout.prompts()]
         answers = response_texts(rollout, codec)
         try:
-            found = _floats(ask(function, [asked, answers], f"{what}: {len(answers)} answers"), len(answers), what)
+            found = _floats(ask(function, [asked, answers], f"{what}: {len(answers)} responses"), len(answers), what)
         except SampleError as error:
             raise SampleError(error.row, f"{what}: {error}") from error.__cause__
         return torch.tensor(found, dtype=torch.float32)
@@ -57,9 +56,9 @@ def response_texts(rollout: Rollout, codec: Codec) -> list[str]:
 
 def _floats(said: object, count: int, what: str) -> list[float]:
     if not isinstance(said, list):
-        raise ValueError(f"{what}: got {said!r}, expected a list of {count} numbers, one an answer")
+        raise ValueError(f"{what}: got {said!r}, expected a list of {count} numbers, one per response")
     if len(said) != count:
-        raise ValueError(f"{what}: got {len(said)} scores, expected {count}, one an answer")
+        raise ValueError(f"{what}: got {len(said)} scores, expected {count}, one per response")
     numbers = []
     for row, value in enumerate(said):
         found = number(value)

@@ -1,7 +1,7 @@
-"""From answers to the scores that PPO learns from: who is scored, what is not a number, on which scale.
+"""Scores of responses for PPO: missing EOS, scores that are not finite, and normalization. Shapes: B sequences.
 
-The order is that of "The N implementation details of RLHF with PPO" (Huang et al. 2024): the reward function's scores are
-normalised first, then what an answer without EOS gets takes its place or is taken off. Shapes: B sequences.
+The order of operations is that of "The N implementation details of RLHF with PPO" (Huang et al. 2024): the reward function's
+scores are normalized first. Then the score of a response without EOS is replaced or reduced.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rlhf_engine.rewards.user_code import SampleError
 from rlhf_engine.rollout import Rollout
 
 RewardFunction = Reward[Rollout]
-"""Gives one float score for each sequence of a rollout, [B]."""
+"""Returns one float score for each sequence of a rollout, [B]."""
 
 
 class ScoreScale:
-    """Moves the reward function's scores to mean 0 and standard deviation 1, by the moments that `kind` says.
+    """Normalization of scores to mean 0 and standard deviation 1. `kind` selects the rollouts that define the moments.
 
-    batch: those of this rollout. first: those of the run's first rollout, which the reference policy wrote (OpenAI's
-    normalisation of the reward model before training), or of the first whose scores differ at all. running: those of all
-    rollouts so far. none: nothing is moved.
+    batch: the current rollout. first: the first rollout of the run, sampled from the initial policy (OpenAI's normalization of
+    the reward model before training), or the first rollout whose scores are not all equal. running: all rollouts so far.
+    none: scores are not changed.
     """
 
     def __init__(self, kind: str) -> None:
@@ -35,6 +35,7 @@ class ScoreScale:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def __call__(self, scores: Tensor) -> Tensor:  # (B,) -> (B,)
+        """Return the normalized scores, and update the moments."""
         if self.kind == "none" or not len(scores):
             return scores
         if self.kind == "batch" or (self.kind == "first" and not self._spread()):
@@ -45,12 +46,12 @@ class ScoreScale:
         return (scores - self.mean) / spread if spread else scores - self.mean
 
     def _spread(self) -> float:
-        """The standard deviation so far; 0 for scores that are all the same, which say nothing: their spread is rounding."""
+        """Return the standard deviation so far, or 0 for equal scores, whose computed deviation is only rounding."""
         spread = math.sqrt(self.squares / self.count) if self.count else 0.0
         return spread if spread > 1e-6 * max(1.0, abs(self.mean)) else 0.0
 
     def _add(self, scores: Tensor) -> None:
-        """Join the moments of `scores` to those so far (Chan et al. 1979)."""
+        """Combine the moments of `scores` with those so far (Chan et al. 1979)."""
         count, mean = len(scores), float(scores.mean())
         squares = float((scores - mean).square().sum())
         total, gap = self.count + count, mean - self.mean
@@ -59,25 +60,28 @@ class ScoreScale:
         self.count = total
 
     def state(self) -> dict[str, int | float]:
-        """The moments, under the names that a checkpoint knows them by."""
+        """Return the moments under their names in a checkpoint."""
         return {"score_count": self.count, "score_mean": self.mean, "score_squares": self.squares}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         self.count, self.mean, self.squares = (state[f"score_{name}"] for name in ("count", "mean", "squares"))
 
 
 def score_answers(
     rollout: Rollout, reward_fn: RewardFunction, config: PPOConfig, scale: ScoreScale, first: int = 0
 ) -> tuple[Rollout, Tensor, Tensor]:
-    """The answers that stay in the rollout, the scores [B] that PPO learns from, and those before any scale or penalty [B].
+    """Return the rollout without skipped responses, the scores [B] for PPO, and the scores [B] before scaling and penalties.
 
-    With `missing_eos_score` an answer without EOS gets that, and `reward_fn` never sees it; otherwise it loses
-    `missing_eos_penalty`. An answer whose score is not finite leaves the rollout if `nonfinite_scores` is "skip"; if not, or
-    if none is left, ValueError, which names it by its number in the run (`first` is that of the rollout's first) and leaves
-    all state as it was. So is a sample told by `reward_fn` in a SampleError. Any other ValueError of `reward_fn` is raised
-    again behind the numbers of the first and the last sample that it was given. ValueError too unless there is one score an
-    answer.
+    With `missing_eos_score`, a response without EOS gets that score and is not passed to `reward_fn`. Otherwise
+    `missing_eos_penalty` is subtracted from its score. With `nonfinite_scores` "skip", responses whose score is not finite are
+    removed from the rollout. `first` is the number in the run of the rollout's first sample.
+
+    Raises:
+        ValueError: if a score is not finite and `nonfinite_scores` is "stop", or no score is finite; if `reward_fn` does not
+            return one score per response; if `reward_fn` raises ValueError. The message begins with the sample's number in the
+            run for a SampleError, and with those of the first and the last scored sample for any other ValueError of
+            `reward_fn`. `scale` is not changed.
     """
     scored = rollout.ended if config.missing_eos_score is not None else torch.ones_like(rollout.ended)
     rows = scored.nonzero()[:, 0]
@@ -93,8 +97,8 @@ def score_answers(
             raise ValueError(f"{asked}: {error}") from error
         if not isinstance(found, Tensor):
             raise ValueError(
-                f"reward: got {type(found).__name__}, expected a tensor of {len(rows)} scores; `text_reward` makes a reward "
-                "of a function of texts"
+                f"reward: got {type(found).__name__}, expected a tensor of {len(rows)} scores; use `text_reward` to turn a "
+                "function of texts into a reward"
             )
         if found.shape != (len(rows),):
             raise ValueError(f"reward: got scores of shape {tuple(found.shape)}, expected {len(rows)} finite scores")
@@ -106,7 +110,7 @@ def score_answers(
             numbers = ", ".join(str(first + row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise ValueError(
                 f"reward: got {float(raw[bad[0]])} for sample {numbers} of the run ({len(bad)} of {len(rollout)} in "
-                f"this rollout), expected {len(rows)} finite scores; ppo.nonfinite_scores=skip leaves such samples out"
+                f"this rollout), expected {len(rows)} finite scores; set ppo.nonfinite_scores=skip to skip such samples"
             )
         kept = finite.nonzero()[:, 0]
         rollout, raw, scored = rollout.take(kept), raw[kept], scored[kept]

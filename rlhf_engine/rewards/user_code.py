@@ -1,4 +1,4 @@
-"""A user's own Python functions, rewards and judges: found by name, asked, and told of by name where they fail."""
+"""A user's Python functions, which are rewards and judges: import by name, calls, and errors that name the function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class SampleError(ValueError):
-    """What a user's function did wrong with one of the samples of a call, number `row` of them."""
+    """An error of a user's function on sample number `row` of a call."""
 
     def __init__(self, row: int, what: str) -> None:
         super().__init__(what)
@@ -22,9 +22,9 @@ class SampleError(ValueError):
 
 
 class user_code_errors:
-    """Turns whatever is raised inside into a ValueError that begins with `what`.
+    """A context manager that converts any exception of user code into a ValueError that begins with `what`.
 
-    A context manager, because what a stranger's code may raise cannot be listed.
+    With `row` it is a SampleError of that row. SystemExit is converted too.
     """
 
     def __init__(self, what: str, row: int | None = None) -> None:
@@ -36,7 +36,7 @@ class user_code_errors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A stranger's exit would end the run without a word.
+        # SystemExit in user code would end the run without a message.
         if kind is None or not issubclass(kind, Exception | SystemExit):
             return
         said = f"it raised {kind.__name__}: {' '.join(str(error).split())}"
@@ -46,22 +46,29 @@ class user_code_errors:
 
 
 def import_function(name: str, key: str) -> Callable[..., Any]:
-    """What `module:function` or `path/to/file.py:function` names; ValueError, naming `key`, if it names nothing callable."""
+    """Import `module:function` or `path/to/file.py:function`.
+
+    Raises:
+        ValueError: that begins with `key`, if `name` does not refer to a function.
+    """
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise ValueError(f"{key}: got {name!r}, expected module:function or file.py:function")
     function = getattr(_module(place, key), attribute, None)
     if not callable(function):
-        got = "nothing" if function is None else type(function).__name__
-        raise ValueError(f"{key}: got {got} under the name {attribute!r} in {place}, expected a function")
+        got = "not defined" if function is None else type(function).__name__
+        raise ValueError(f"{key}: {attribute!r} in {place} is {got}, expected a function")
     return function
 
 
 def ask(function: Callable[..., Any], columns: Sequence[list[Any]], samples: str) -> Any:
-    """What `function` gives for columns of samples, as lists and numbers where it gave tensors or arrays.
+    """Return the result of `function` on columns of samples, with tensors and arrays converted to lists and numbers.
 
-    Raises SampleError for the first sample on which it raises alone; ValueError, which begins with `samples`, if it raises
-    on all of them together only.
+    If the call raises, `function` is called on one sample at a time to find the sample that causes the error.
+
+    Raises:
+        SampleError: for the first sample on which `function` raises.
+        ValueError: that begins with `samples`, if `function` raises only on all samples together.
     """
     size = len(columns[0])
     try:
@@ -77,7 +84,7 @@ def ask(function: Callable[..., Any], columns: Sequence[list[Any]], samples: str
 
 
 def number(value: Any) -> float | None:
-    """A float; None for what is no number, infinity for one that no float holds. A text is none, whatever it spells."""
+    """Return `value` as a float: None if it is not a number (a text never is), infinity if it is too large for a float."""
     if isinstance(value, str | bytes):
         return None
     try:
@@ -89,7 +96,7 @@ def number(value: Any) -> float | None:
 
 
 def _plain(said: Any) -> Any:
-    """Lists and numbers of what a user's function gives: tensors, arrays and columns of a table have a `tolist`."""
+    """Convert a user function's result to lists and numbers; tensors, arrays and table columns have a `tolist`."""
     if hasattr(said, "tolist"):
         return said.tolist()
     if isinstance(said, str | bytes | dict) or not isinstance(said, Iterable):
@@ -105,13 +112,13 @@ def _module(place: str, key: str) -> ModuleType:
         except ValueError as error:
             if isinstance(error.__cause__, ModuleNotFoundError):
                 raise ValueError(
-                    f"{key}: {error.__cause__}; expected a module that Python finds, or a path that ends in .py"
+                    f"{key}: {error.__cause__}; expected a module on Python's path, or a path that ends in .py"
                 ) from None
             raise
     path = Path(place)
     if not path.is_file():
         raise ValueError(f"{key}: {path}: no such file")
-    # Dataclasses look their module up by its name, so it has one that no other module has.
+    # Dataclasses look up their module by its name, so the name must be unique.
     name = f"_rlhf_user_code_{blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py

@@ -117,8 +117,8 @@ def test_an_interrupt_passes_through():
     "name, message",
     [
         ("no_such_module:f", "judge: No module named 'no_such_module'; expected a module"),
-        ("math:no_such", "judge: got nothing under the name 'no_such' in math, expected a function"),
-        ("math:pi", "judge: got float under the name 'pi' in math, expected a function"),
+        ("math:no_such", "judge: 'no_such' in math is not defined, expected a function"),
+        ("math:pi", "judge: 'pi' in math is float, expected a function"),
         ("no_such.py:f", r"judge: no_such\.py: no such file"),
         ("nowhere", "judge: nowhere: no such folder"),
     ],

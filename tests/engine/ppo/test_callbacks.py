@@ -88,6 +88,6 @@ def test_no_step_follows_one_that_broke_off_half_way():
 
 
 def test_a_reward_that_is_no_tensor():
-    with pytest.raises(ValueError, match="reward: got list, expected a tensor of 16 scores; `text_reward` makes"):
+    with pytest.raises(ValueError, match="reward: got list, expected a tensor of 16 scores; use `text_reward`"):
         make_trainer(reward=lambda rollout: [0.0] * len(rollout)).step()
     assert make_trainer(reward=lambda rollout: torch.zeros(len(rollout))).step()["score_mean"] == 0.0

@@ -187,7 +187,7 @@ def test_s21_it_waits_for_a_file_of_rankings(run, capsys):
         ("reward.function=x:y", "reward.function: got 'x:y', expected null"),
         ("iterate.completions=1", "completions: got 1, expected at least 2"),
         ("model.path=null", "model.path is not set"),
-        ("iterate.judge=judge_by_length.py:nothing", "judge: got nothing under the name 'nothing'"),
+        ("iterate.judge=judge_by_length.py:nothing", "judge: 'nothing' in judge_by_length.py is not defined"),
         ("rollout.temperature=0.0001", "no prompt got two different answers"),
     ],
 )
@@ -209,7 +209,7 @@ def test_s21_mistakes_are_reported_in_one_line(run, capsys, override, message):
         (["ppo.ptx_coef=1", "data.pretrain=nowhere.txt"], "nowhere.txt: no such file"),
         (["iterate.judge=nowhere"], "iterate.judge: nowhere: no such folder"),
         (["eval.judge=nowhere"], "eval.judge: nowhere: no such folder"),
-        (["eval.judge=judge_by_length.py:nothing"], "eval.judge: got nothing under the name 'nothing'"),
+        (["eval.judge=judge_by_length.py:nothing"], "eval.judge: 'nothing' in judge_by_length.py is not defined"),
         (["eval.text=nowhere.txt"], "nowhere.txt: no such file"),
         (["eval.candidate_prefix=nowhere.txt"], "eval.candidate_prefix: nowhere.txt: "),
         (["eval.baseline_prefix=judge_by_length.py"], "prompts.jsonl:7: prompt: got"),

@@ -67,14 +67,14 @@ def reward(run, capsys, name, text):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("many_raise", "4 answers: it raised KeyError: 'too many'"),
-        ("short", "got 1 scores, expected 4, one an answer"),
+        ("many_raise", "4 responses: it raised KeyError: 'too many'"),
+        ("short", "got 1 scores, expected 4, one per response"),
         ("words", "got '1.0', expected a number"),
-        ("none", "got None, expected a list of 4 numbers, one an answer"),
-        ("scalar", "got 1.0, expected a list of 4 numbers, one an answer"),
+        ("none", "got None, expected a list of 4 numbers, one per response"),
+        ("scalar", "got 1.0, expected a list of 4 numbers, one per response"),
         ("breaks_off", "it raised KeyError: 'half way'"),
-        ("number", "reward.function: got int under the name 'number'"),
-        ("nothing", "reward.function: got nothing under the name 'nothing'"),
+        ("number", "rewards.py is int, expected a function"),
+        ("nothing", "rewards.py is not defined, expected a function"),
     ],
 )
 def test_s6_a_reward_function_that_fails_is_one_line(tmp_path, base, capsys, name, message):
