@@ -9,12 +9,14 @@ from .launch_args import LogitRows, PpoRows, RowStats, Sequences
 
 
 def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
+    """Compute the statistics of each row."""
     _native.extension().token_logprobs_forward(_native.logit_rows(x), address(stats.buffer))
 
 
 def token_logprobs_backward(
     x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
 ) -> None:
+    """Write the gradient of the logits to `out`."""
     contiguous = out.is_contiguous()
     assert contiguous or out.data_ptr() == x.logits.data_ptr(), (
         "a gradient with strides must share the memory of the logits"
@@ -25,6 +27,7 @@ def token_logprobs_backward(
 
 
 def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
+    """Compute the statistics, overwrite the logits with their gradient, and return which rows have one."""
     assert out.data_ptr() == x.logits.data_ptr() and out.dtype == x.logits.dtype, (
         "the gradient must overwrite the logits"
     )
@@ -36,6 +39,7 @@ def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Te
 
 
 def compact_rows(x: Tensor, active: Tensor) -> Tensor:
+    """Move marked rows from the end into unmarked places at the front; return the original index of each row."""
     order = active.nonzero().squeeze(1)
     kept = order.numel()
     holes = (~active[:kept]).nonzero().squeeze(1)
@@ -60,6 +64,7 @@ def ppo_loss(
     value_mask: Tensor,
     value_row_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the slopes and the sums of the objective; the values of `cu_seqlens` are checked."""
     slope = torch.empty_like(logprobs)
     value_slope = torch.empty_like(logprobs if values is not None else logprobs[:0])
     sums = torch.empty(_native.NUM_SUMS, dtype=torch.float64)
@@ -87,11 +92,13 @@ def ppo_loss(
 
 
 def accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
+    """Set or add to a float32 sum."""
     dtype = _native.DTYPES[part.dtype]
     _native.extension().accumulate(address(total), address(part), dtype, part.numel(), first)
 
 
 def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x * scale`, rounded once, in place if the dtype does not change."""
     out = x if x.dtype == dtype else _native.empty(x.shape, dtype, x.device)
     dtypes = _native.DTYPES[x.dtype], _native.DTYPES[dtype]
     _native.extension().scale_cast(address(x), dtypes[0], address(out), dtypes[1], x.numel(), scale.item())
@@ -102,6 +109,7 @@ def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return advantages and returns; the values of `cu_seqlens` are checked."""
     Sequences.of(rewards, cu_seqlens).check(rewards.numel())
     out = torch.empty_like(rewards), torch.empty_like(rewards)
     args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
@@ -114,6 +122,7 @@ def rollout_advantages(
     kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
     skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return advantages, returns, rewards and KL; the values of `cu_seqlens` are checked."""
     Sequences.of(logprobs, cu_seqlens).check(logprobs.numel())
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
     recursion = _native.gae_args(
@@ -131,6 +140,7 @@ def sample_tokens(
     logits: Tensor, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float, seed: int,
     sequence: Tensor, position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return ids, log-probs and sampling log-probs."""
     b, v = logits.shape
     ids, logprobs, sampling_logprobs = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b)
     _native.extension().sample_tokens(
@@ -155,6 +165,7 @@ def sample_tokens(
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return the attention of one query per row."""
     out = torch.empty_like(query)
     rows, heads, size = query.shape
     _native.extension().decode_attention(
@@ -177,12 +188,14 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, 
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    """Return the KL estimate of each element."""
     out = torch.empty_like(logprobs)
     _native.extension().kl_penalty(address(logprobs), address(ref_logprobs), out.numel(), estimator, address(out))
     return out
 
 
 def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    """Return `grad` times d KL / d logprobs."""
     out = torch.empty_like(logprobs)
     tensors = map(address, (grad, logprobs, ref_logprobs))
     _native.extension().kl_penalty_backward(*tensors, out.numel(), estimator, address(out))
@@ -190,18 +203,21 @@ def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, es
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the True entries."""
     out = torch.empty(())
     _native.extension().masked_mean(address(x), address(mask), x.numel(), out.data_ptr())
     return out
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tensor:
+    """Return the True entries whitened, zeros elsewhere."""
     out = torch.empty_like(x)
     _native.extension().masked_whiten(address(x), address(mask), x.numel(), shift_mean, unbiased, address(out))
     return out
 
 
 def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+    """Return one advantage per score."""
     out = torch.empty_like(scores)
     _native.extension().group_advantages(address(scores), address(groups), out.numel(), kind, address(out))
     return out

@@ -40,6 +40,7 @@ def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return advantages and returns; invalid `cu_seqlens` are clamped."""
     cu_seqlens = _inside(cu_seqlens, rewards)
     out = torch.empty_like(rewards), torch.empty_like(rewards)
     args = _native.gae_args(rewards, values, mask, gamma, lam, bootstrap, skip_holes, cu_seqlens, *out)
@@ -54,6 +55,7 @@ def rollout_advantages(
     kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
     skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return advantages, returns, rewards and KL; invalid `cu_seqlens` are clamped."""
     cu_seqlens = _inside(cu_seqlens, logprobs)
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
     recursion = _native.gae_args(

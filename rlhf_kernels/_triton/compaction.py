@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false, reportOperatorIssue=false
 # triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
-"""Rows that have a gradient move to the front, so that the backward products run over them alone.
+"""Compaction: rows with a gradient are moved to the front, so that the backward products contain only these rows.
 
 Legend: N rows, V vocabulary, K marked rows.
 """
@@ -11,20 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 1024
-"""Rows that the one program which counts them looks at together."""
+"""Rows that the counting program reads at a time; it is a single program."""
 
 
 @triton.jit
 def _marked(active, start, n, TILE: tl.constexpr):
-    """The places of a tile, and 1 where its rows are marked."""
+    """Return the row indices of a tile, and 1 for each marked row."""
     i = start + tl.arange(0, TILE)
     return i, tl.load(active + i, mask=i < n, other=0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["active"])
 def _places_kernel(active, source, movers, count, n, TILE: tl.constexpr):
-    """K, and the row that comes to each of the first K places: its own where that is marked, else the k-th unmarked place
-    takes the k-th marked row behind them all."""
+    """Store K in `count`, and in `source` the index of the row that each of the first K places receives.
+
+    A marked row among the first K stays. The k-th unmarked place receives the k-th marked row whose index is at least K.
+    """
     kept = 0
     for start in range(0, n, TILE):
         _, marked = _marked(active, start, n, TILE)
@@ -36,7 +38,7 @@ def _places_kernel(active, source, movers, count, n, TILE: tl.constexpr):
         moves = tl.where(i >= kept, marked, 0)
         tl.store(movers + before + tl.cumsum(moves, 0) - 1, i, mask=moves > 0)
         before += tl.sum(moves, 0)
-    tl.debug_barrier()  # or a warp would read a mover that another one has not written
+    tl.debug_barrier()  # otherwise a warp could read an entry of `movers` before it is written
     before = 0
     for start in range(0, kept, TILE):
         i, marked = _marked(active, start, n, TILE)
@@ -48,7 +50,7 @@ def _places_kernel(active, source, movers, count, n, TILE: tl.constexpr):
 
 @triton.jit
 def _move_kernel(x, source, count, vocab, row_stride, BLOCK: tl.constexpr):
-    """Row `source[i]` into place i: those that move come from behind all places, so that none is read and written."""
+    """Copy row `source[i]` to place i. Rows that move have an index of at least K, so no row is both read and written."""
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(count):
         origin = tl.load(source + row)
@@ -60,11 +62,11 @@ def _move_kernel(x, source, count, vocab, row_stride, BLOCK: tl.constexpr):
 
 
 def compact_rows(x: Tensor, active: Tensor) -> Tensor:
-    """All is launched before the host waits for K: the device has nothing to do from then on until the next product."""
+    """Launch both kernels before the host waits for K, because the device is idle from then until the next product."""
     n, vocab = x.shape
     source, movers = (torch.empty(n, dtype=torch.int64, device=x.device) for _ in range(2))
     count = torch.zeros((), dtype=torch.int64, device=x.device)
-    # A copy is bound by memory: 8 warps, 32 bytes a thread.
+    # A copy is bound by memory: at most 8 warps, with 32 bytes per thread in half precision.
     block = max(128, min(4096, triton.next_power_of_2(vocab)))
     with torch.cuda.device_of(x):
         _places_kernel[(1,)](active.contiguous(), source, movers, count, n, TILE=TILE, num_warps=4)

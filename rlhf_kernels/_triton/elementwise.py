@@ -1,6 +1,6 @@
 # pyright: reportCallIssue=false, reportOperatorIssue=false
 # triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
-"""Kernels that look at one element at a time, or at one small batch.
+"""Elementwise kernels, and group advantages over one batch of scores.
 
 Legend: N elements, B samples.
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from .math import kl_slope, kl_value
 
-RLOO, GRPO = tl.constexpr(0), tl.constexpr(1)  # places in KINDS of ops/group_advantages.py
+RLOO, GRPO = tl.constexpr(0), tl.constexpr(1)  # indices in KINDS of ops/group_advantages.py
 
-# 16 elements a thread: two 16-byte loads of a half-precision input, four of float32, are under way at once.
+# 16 elements per thread: two 16-byte loads of a half-precision input, or four of float32, are in flight at once.
 BLOCK, WARPS = 4096, 8
-# Programs that read a whole batch of some thousands of samples: 8 of them a thread.
+# Each program reads the whole batch, some thousands of samples: 8 samples per thread and iteration.
 GROUP_BLOCK, GROUP_WARPS = 1024, 4
 
 
 def blocks(n: int) -> tuple[int]:
-    """Axis 0 alone: it goes to 2^31 - 1, the others to 65,535."""
+    """Return the grid for n elements. It uses axis 0, which allows 2^31 - 1 programs; the other axes allow 65,535."""
     return (triton.cdiv(n, BLOCK),)
 
 
@@ -29,7 +29,7 @@ def blocks(n: int) -> tuple[int]:
 def _scale_cast(x, scale, out, n, BLOCK: tl.constexpr):
     start, i = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
     factor = tl.load(scale).to(tl.float32)
-    # n has no known divisor: a load that is bounded by it is not a wide one.
+    # The bound n has no known divisor, so a bounded load is not a wide one.
     if start + BLOCK <= n:
         tl.store(out + start + i, (tl.load(x + start + i).to(tl.float32) * factor).to(out.dtype.element_ty))
     else:
@@ -39,7 +39,7 @@ def _scale_cast(x, scale, out, n, BLOCK: tl.constexpr):
 
 
 def accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
-    """One kernel of torch, which is bound by memory as one of Triton would be."""
+    """Call torch's kernel, which is bound by memory, as a Triton kernel would be."""
     if first:
         total.copy_(part)
     else:
@@ -47,7 +47,7 @@ def accumulate(total: Tensor, part: Tensor, *, first: bool) -> None:
 
 
 def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale is read on the device."""
+    """Scale and cast; the scale is read on the device, so the host does not wait."""
     assert x.is_contiguous() and scale.numel() == 1
     out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     if x.numel():
@@ -71,10 +71,12 @@ def _kl_penalty(
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    """Return the KL estimate of each element."""
     return _kl_terms(None, logprobs, ref_logprobs, estimator)
 
 
 def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    """Return `grad` times d KL / d logprobs."""
     return _kl_terms(grad, logprobs, ref_logprobs, estimator)
 
 
@@ -90,7 +92,7 @@ def _kl_terms(grad: Tensor | None, logprobs: Tensor, ref_logprobs: Tensor, estim
 
 @triton.jit(do_not_specialize=["b"])
 def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a sample, which reads all of them."""
+    """Compute one sample per program, which reads all samples."""
     i = tl.program_id(0).to(tl.int64)
     group = tl.load(groups + i)
     sums, counts, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
@@ -115,6 +117,7 @@ def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.cons
 
 
 def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+    """Return one advantage per score, one program per score."""
     out, b = torch.empty_like(scores), scores.numel()
     if b:
         with torch.cuda.device_of(scores):

@@ -30,7 +30,7 @@ def _kernel(
     value = load_tile(values + begin, first, count, BLOCK)
     m = load_tile(mask + begin, first, count, BLOCK)
     for _ in range(tiles):
-        # The tile in front is under way while this one is scanned.
+        # The preceding tile is loaded while this one is scanned.
         front = first - BLOCK
         front_count = filled(front, length, BLOCK)
         front_reward = load_tile(rewards + begin, front, front_count, BLOCK)
@@ -56,6 +56,7 @@ def gae(
     skip_holes: bool,
     cu_seqlens: Tensor | None,  # (B + 1,), int32
 ) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns, one program per sequence; on a CPU the values of `cu_seqlens` are checked."""
     Sequences.of(rewards, cu_seqlens).check_on_cpu(rewards)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     b, t = rewards.shape if cu_seqlens is None else (cu_seqlens.numel() - 1, 0)

@@ -1,9 +1,10 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
-"""Masked mean and whitening, and the statistics that `rollout_advantages` whitens with.
+"""Masked mean and whitening, and the statistics with which `rollout_advantages` whitens.
 
-Tiles of fixed size, or sequences, leave count, sum and sum of squares of their True entries in float64; one program adds them
-in order, so the bits repeat. Squares are summed in float64 because a spread of 1 beside a mean of 4096 is lost in float32.
+Each tile of fixed size, or each sequence, stores count, sum and sum of squares of its True entries in float64. One program
+adds them in a fixed order, so that results are bitwise reproducible. Squares are summed in float64, because float32 loses a
+standard deviation of 1 at a mean of 4096.
 """
 
 import torch
@@ -12,26 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, NUM_WARPS = 1024, 8
-"""4 entries a thread: one wide load of floats, whose lanes lie side by side, and one of mask bytes. With 16 entries a thread
-would have 16 bytes of the mask in one load, and its floats would lie in four, 64 bytes apart from lane to lane."""
+"""4 entries per thread: one wide load of floats, contiguous across lanes, and one load of mask bytes. With 16 entries per
+thread the mask would be one 16-byte load, but the floats would need four loads with 64 bytes from lane to lane."""
 
 RUNS = 8
-"""Blocks of a tile: as many loads in flight, and an eighth of the partial results."""
+"""Blocks per tile: 8 loads in flight, and an eighth of the partial results."""
 
 TOTAL_BLOCK, TOTAL_WARPS = 1024, 8
-"""Partial results that the one adding program reads at a time: its latency counts, not its bandwidth."""
+"""Partial results that the summing program reads at a time. It is a single program, bound by latency, not by bandwidth."""
 
 
 @triton.jit
 def moments(x, mask):
-    """Count, sum and sum of squares of the entries of a block that `mask` counts, float64."""
+    """Return count, sum and sum of squares of the True entries of a block, in float64."""
     wide = tl.where(mask, x, 0.0).to(tl.float64)
     return tl.sum(mask.to(tl.int32), 0).to(tl.float64), tl.sum(wide, 0), tl.sum(wide * wide, 0)
 
 
 @triton.jit
 def store_moments(parts, i, n, count, total, squares):
-    """To column i of `parts` (3, n)."""
+    """Store the moments in column i of `parts` (3, n)."""
     tl.store(parts + i, count)
     tl.store(parts + n + i, total)
     tl.store(parts + 2 * n + i, squares)
@@ -39,7 +40,7 @@ def store_moments(parts, i, n, count, total, squares):
 
 @triton.jit
 def add_moments(parts, n, BLOCK: tl.constexpr):
-    """Count, sum and sum of squares of all columns of `parts` (3, n)."""
+    """Return count, sum and sum of squares, added over the columns of `parts` (3, n)."""
     count = tl.zeros([BLOCK], tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
@@ -53,14 +54,17 @@ def add_moments(parts, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def whitened(x, mask, statistics):
-    """The True entries of a block by `statistics` (mean, scale, offset), zeros elsewhere."""
+    """Return the True entries of a block whitened with `statistics` (mean, scale, offset), zeros elsewhere."""
     mean, scale, offset = tl.load(statistics), tl.load(statistics + 1), tl.load(statistics + 2)
     return tl.where(mask, (x - mean) * scale + offset, 0.0)
 
 
 @triton.jit
 def _load(x, mask, at, n, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Entries and mask of a block. n has no known divisor, so a load that is bounded by it is not a wide one."""
+    """Load entries and mask of a block.
+
+    The bound n has no known divisor, so a bounded load is not a wide one. A WHOLE block is loaded without a bound.
+    """
     i = tl.arange(0, BLOCK)
     if WHOLE:
         v, m = tl.load(x + at + i), tl.load(mask + at + i)
@@ -101,7 +105,7 @@ def _mean_kernel(parts, out, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def _statistics_kernel(parts, out, n, SHIFT_MEAN: tl.constexpr, UNBIASED: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean, scale and offset of a whitening; one entry, or none, has variance 0."""
+    """Compute mean, scale and offset of the whitening; with one entry, or none, the variance is 0."""
     count, total, squares = add_moments(parts, n, BLOCK)
     mean = total / tl.maximum(count, 1.0)
     degrees = tl.maximum(count - 1.0 if UNBIASED else count, 1.0)
@@ -124,7 +128,7 @@ def _whiten_kernel(x, mask, statistics, out, n, BLOCK: tl.constexpr):
 
 
 def new_parts(count: int, like: Tensor) -> Tensor:
-    """Room for the moments of `count` tiles or sequences."""
+    """Return an uninitialised tensor for the moments of `count` tiles or sequences."""
     return torch.empty(3, count, dtype=torch.float64, device=like.device)
 
 
@@ -133,7 +137,7 @@ def statistics_of(
     shift_mean: bool,
     unbiased: bool,
 ) -> Tensor:
-    """Mean, scale, offset: (3,), float32."""
+    """Return mean, scale and offset of the whitening, (3,), float32."""
     out = torch.empty(3, dtype=torch.float32, device=parts.device)
     with torch.cuda.device_of(parts):
         _statistics_kernel[(1,)](
@@ -154,6 +158,7 @@ def whiten(
     statistics: Tensor,  # (3,)
     out: Tensor,  # as x; may be x
 ) -> Tensor:
+    """Write the whitened entries to `out`, zeros where the mask is False, and return it."""
     n = x.numel()
     with torch.cuda.device_of(x):
         _whiten_kernel[(triton.cdiv(n, BLOCK),)](x, mask, statistics, out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
@@ -173,6 +178,7 @@ def masked_mean(
     x: Tensor,  # any shape
     mask: Tensor,  # as x, bool
 ) -> Tensor:
+    """Return the mean of the True entries, in two launches."""
     parts = _moments_of(x, mask)
     out = torch.empty((), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -186,5 +192,6 @@ def masked_whiten(
     shift_mean: bool,
     unbiased: bool,
 ) -> Tensor:
+    """Return the True entries whitened, zeros elsewhere, in three launches."""
     statistics = statistics_of(_moments_of(x, mask), shift_mean, unbiased)
     return whiten(x, mask, statistics, torch.empty_like(x))

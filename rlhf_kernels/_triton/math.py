@@ -1,7 +1,7 @@
-"""Scalar formulas of the kernels and their derivatives; every kernel takes them from here (csrc/math is the C++ twin).
+"""Formulas of the kernels and their derivatives, used by all Triton kernels; csrc/math has the same formulas in C++.
 
-The kernels receive the objective's scalars as one named tuple, see `scalars_of`. All formulas are elementwise, on scalars and
-blocks. Legend: u raw logit, w logit before the temperature, z logit.
+The kernels receive the objective's scalars as one named tuple, see `scalars_of`. All formulas are elementwise and apply to
+scalars and blocks. Legend: u raw logit, w logit before the temperature, z logit.
 """
 
 import triton
@@ -18,18 +18,24 @@ K1, K2, K3 = (tl.constexpr(KL_ESTIMATORS.index(name)) for name in ("k1", "k2", "
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 EXP2_LOW = tl.constexpr(-126.0)
-"""2^t below is subnormal; products of 2^t with max(t, EXP2_LOW) are 0 where t is -inf."""
+"""Below this exponent 2^t is subnormal. `2^t * max(t, EXP2_LOW)` is 0 where t is -inf, and `2^t * t` would be NaN."""
 
 
 @triton.jit
 def exp(x):
-    """e^x of a per-token number, rounded once: the hardware's float32 exp rounds x log2(e), which costs |x| eps."""
+    """Return e^x of a per-token number, computed in float64 and rounded once.
+
+    The hardware's float32 exp rounds x log2(e) first, which is a relative error of |x| eps.
+    """
     return tl.exp(x.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def tanh(x):
-    """Accurate near 0, where `1 - 2 e^-2x / (1 + e^-2x)` would cancel; written out, for the interpreter has no tanh."""
+    """Return the hyperbolic tangent, by a polynomial near 0, where `1 - 2 e^-2x / (1 + e^-2x)` would cancel.
+
+    The interpreter has no tanh.
+    """
     x2 = x * x
     p = x2 * -5.70498872745e-3 + 2.06390887954e-2
     p = p * x2 - 5.37397155531e-2
@@ -45,7 +51,7 @@ def tanh(x):
 
 @triton.jit
 def capped_logit(u, softcap, inner, HAS_CAP: tl.constexpr):
-    """w: `softcap * tanh(inner * u)`, or u itself without a softcap; z = w * factor."""
+    """Return w: `softcap * tanh(inner * u)`, or u without a softcap; z = w * factor."""
     w = u
     if HAS_CAP:
         w = softcap * tanh(u * inner)
@@ -54,20 +60,20 @@ def capped_logit(u, softcap, inner, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def wide(x):
-    """A scalar in float64. The interpreter has plain numbers, which a cast would round to float32 on their way."""
+    """Return a scalar in float64. In the interpreter it is a plain Python number, which a cast would round to float32 first."""
     return x + tl.zeros([], tl.float64)
 
 
 @triton.jit
 def factor_of(temperature, logit_scale, HAS_CAP: tl.constexpr):
-    """z / w, float64."""
+    """Return z / w in float64."""
     scale = 1.0 if HAS_CAP else logit_scale
     return wide(scale) / wide(temperature)
 
 
 @triton.jit
 def cap_of(softcap, logit_scale, HAS_CAP: tl.constexpr):
-    """The softcap and `logit_scale / softcap`, float32."""
+    """Return the softcap and `logit_scale / softcap`, in float32."""
     inner = 0.0
     if HAS_CAP:
         inner = (wide(logit_scale) / wide(softcap)).to(tl.float32)
@@ -76,7 +82,7 @@ def cap_of(softcap, logit_scale, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def capped_logit_slope(u, inner, outer, HAS_CAP: tl.constexpr):
-    """dz / du, `outer` where tanh' is 1; `1 - tanh^2` would cancel where tanh is near 1."""
+    """Return dz / du, where `outer` is its value at tanh' = 1. `1 - tanh^2` would cancel where tanh is near 1."""
     slope = outer
     if HAS_CAP:
         e = tl.exp(-2.0 * tl.abs(u * inner))
@@ -89,7 +95,7 @@ def capped_logit_slope(u, inner, outer, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def expm1_minus_x(x):
-    """`e^x - 1 - x` without the cancellation near 0: up to |x| = 1 by the series 1 / k!, k from 12 down to 2."""
+    """Return `e^x - 1 - x` without cancellation near 0: up to |x| = 1 by the series x^k / k!, k from 12 down to 2."""
     p = x * 2.0876757e-9 + 2.5052108e-8
     p = p * x + 2.7557319e-7
     p = p * x + 2.7557319e-6
@@ -105,12 +111,13 @@ def expm1_minus_x(x):
 
 @triton.jit
 def expm1(x):
+    """Return `e^x - 1` without cancellation near 0."""
     return tl.where(tl.abs(x) <= 1.0, expm1_minus_x(x) + x, exp(x) - 1.0)
 
 
 @triton.jit
 def kl_value(d, KL: tl.constexpr):
-    """KL(policy || reference) estimated from d = logprob - ref_logprob."""
+    """Return the estimate of KL(policy || reference) from d = logprob - ref_logprob."""
     if KL == K1:
         value = d
     elif KL == K2:
@@ -124,7 +131,7 @@ def kl_value(d, KL: tl.constexpr):
 
 @triton.jit
 def kl_slope(d, KL: tl.constexpr):
-    """d KL / d logprob."""
+    """Return d KL / d logprob."""
     if KL == K1:
         slope = tl.where(d == d, 1.0, d)
     elif KL == K2:
@@ -140,9 +147,9 @@ def kl_slope(d, KL: tl.constexpr):
 
 
 def scalars_of(scalars: PpoScalars) -> KernelScalars:
-    """Return the scalars as an argument of a kernel, which is compiled for its choices and for any numbers.
+    """Return the scalars as a kernel argument: the kernel is compiled for these choices and for any numbers.
 
-    Triton knows the fields of a named tuple but not those of a class that inherits from one.
+    The result is a plain `KernelScalars`, because Triton does not know the fields of a class that inherits from a named tuple.
     """
     choices = {name: tl.constexpr(getattr(scalars, name)) for name in CHOICES}
     return KernelScalars(**(scalars._asdict() | choices))
@@ -150,18 +157,19 @@ def scalars_of(scalars: PpoScalars) -> KernelScalars:
 
 @triton.jit
 def surrogate(log_ratio, logprob, a, p):
-    """(loss, slope, ratio, live, clipped, dual clipped) of the policy term; the slope is d loss / d log-ratio, that of
-    `policy_gradient` d loss / d logprob; live is d ratio / d log-ratio. `p` are the scalars.
+    """Return (loss, slope, ratio, live, clipped, dual clipped) of the policy term; `p` are the scalars.
 
-    PPO (2017) eq. 7 with separate limits (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); eq. 8 with the penalty
-    estimated by k3 of old against new; TRPO's surrogate; the plain policy gradient.
+    The slope is d loss / d log-ratio, or d loss / d logprob for `policy_gradient`; live is d ratio / d log-ratio.
+
+    `clip` is PPO (2017) eq. 7 with separate limits (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); `kl_penalty` is
+    eq. 8 with the penalty estimated by k3 of old against new; `ratio` is TRPO's surrogate; `policy_gradient` is the plain one.
     """
-    # No gradient outside the clamp; its limits themselves still carry one. A NaN stays a NaN.
+    # The gradient is 0 outside the clamp, but not at its limits. A NaN stays NaN.
     frozen = tl.abs(log_ratio) > p.log_ratio_clamp
     log_ratio = tl.where(frozen, tl.where(log_ratio < 0, -p.log_ratio_clamp, p.log_ratio_clamp), log_ratio)
     ratio = exp(log_ratio)
     live = tl.where(frozen, 0.0, ratio)
-    clipped = ratio < 0  # never
+    clipped = ratio < 0  # all False
     dual_clipped = clipped
     if p.objective == POLICY_GRADIENT:
         loss = -a * logprob
@@ -185,10 +193,11 @@ def surrogate(log_ratio, logprob, a, p):
 
 @triton.jit
 def objective_term(log_ratio, logprob, a, importance, ref_logprob, p, HAS_REF: tl.constexpr):
-    """(loss, ratio, clipped, dual clipped, KL, KL term, ratio slope, own slope) of one token, before the aggregation's weight.
+    """Return (loss, ratio, clipped, dual clipped, KL, KL term, ratio slope, own slope) of one token.
 
-    The policy's loss is before the importance weight, the KL term of the loss before kl_coef. The ratio slope is
-    d L / d log-ratio, which sequence-level ratios spread over the sequence; the own slope d L / d logprob by other ways.
+    Nothing is multiplied by the aggregation's weight. The policy loss is not yet multiplied by the importance weight, nor the
+    KL term by kl_coef. The ratio slope is d L / d log-ratio, which a sequence-level ratio distributes over its sequence. The
+    own slope is d L / d logprob apart from the ratio.
     """
     loss, slope, ratio, live, clipped, dual_clipped = surrogate(log_ratio, logprob, a, p)
     ratio_slope = importance * slope
@@ -207,11 +216,11 @@ def objective_term(log_ratio, logprob, a, importance, ref_logprob, p, HAS_REF: t
 
 @triton.jit
 def value_term(v, old_value, target, cliprange):
-    """(loss, slope, clipped) of `1/2 max((v - R)^2, (clip(v, old ± range) - R)^2)`; the slope is d loss / d v."""
+    """Return (loss, slope, clipped) of `1/2 max((v - R)^2, (clip(v, old ± range) - R)^2)`; the slope is d loss / d v."""
     error = v - target
     low, high = old_value - cliprange, old_value + cliprange
     bounded = tl.where(v < low, low, tl.where(v > high, high, v)) - target
-    # Clipped, v lies outside the range, so it has no gradient.
+    # A clipped v is outside the range, where the loss does not depend on it.
     clipped = bounded * bounded > error * error
     worst = tl.where(clipped, bounded, error)
     return 0.5 * worst * worst, tl.where(clipped, 0.0, error), clipped

@@ -1,11 +1,12 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
-"""Attention of one query a sequence over pages: split over the keys, then the splits summed in their order.
+"""Attention of one query per sequence over pages: one launch computes splits of the keys, a second adds them in order.
 
-A program takes up to ROWS heads that share keys, and one split of the sequence's tokens. Where a sequence is cut depends on
-its length and the window alone, so its bits do not depend on its batch. Memory is the limit: keys and values are read once.
+A program processes up to ROWS heads that share keys, and one split of the sequence's tokens. The splits of a sequence depend
+only on its length and the window, so its bits do not depend on its batch. The kernel is bound by memory, and reads keys and
+values once.
 
-Legend: B sequences, P pages, M places of the block table, D size of a head.
+Legend: B sequences, P pages, M entries per row of the block table, D size of a head.
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .math import LOG2E, tanh
 
 SPLITS, SPLIT_TOKENS = 64, 512
-"""Most splits of a sequence, and the fewest tokens of one: a short sequence has one split, and no program that does little."""
+"""Maximum splits per sequence, and minimum tokens per split. A short sequence has one split, so no program has little work."""
 ROWS = 16  # the smallest side of a matrix product
 COMBINE = {"num_warps": 1}
 TILE_BYTES = 16384
@@ -24,7 +25,7 @@ TILE_BYTES = 16384
 
 @triton.jit
 def _spans(length, window, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
-    """The first token that counts, the tile that holds it, tiles of a split, splits."""
+    """Return the first token that counts, the tile that holds it, the tiles per split and the number of splits."""
     first = tl.zeros_like(length)
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
@@ -36,7 +37,7 @@ def _spans(length, window, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr, SPLITS:
 
 @triton.jit
 def _length(lengths, row, tokens):
-    """The row's length, 0 where its table has no room for it; and whether it has."""
+    """Return (length, True), or (0, False) if the length is negative or exceeds the `tokens` of a row of the table."""
     length = tl.load(lengths + row)
     sound = (length >= 0) & (length <= tokens)
     return tl.where(sound, length, 0), sound
@@ -44,7 +45,7 @@ def _length(lengths, row, tokens):
 
 @triton.jit
 def _product(a, b, WIDEN: tl.constexpr):
-    """Float32 sums of exact products, float32 operands too."""
+    """Return the matrix product: float32 sums of exact products, also for float32 operands."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -52,7 +53,7 @@ def _product(a, b, WIDEN: tl.constexpr):
 
 @triton.jit
 def _logits(query, k, scale, softcap, HAS_CAP: tl.constexpr, WIDEN: tl.constexpr):
-    """Logits times log2(e), float32."""
+    """Return the logits times log2(e), in float32."""
     logits = _product(query, tl.trans(k), WIDEN)
     if HAS_CAP:
         logits = softcap * tanh(logits * (scale / softcap)) * LOG2E
@@ -95,7 +96,7 @@ def _attend(
             k_at = page * k_page + within * k_token + group * k_group
             k = tl.load(k_pages + k_at[:, None] + d[None, :], read, other=0.0)
             logits = _logits(query, k, scale, softcap, HAS_CAP, WIDEN)
-            # A page that does not exist makes its row NaN, and is not read.
+            # A page that does not exist is not read, and makes its row NaN.
             logits = tl.where(exists[None, :], logits, float("nan"))
             logits = tl.where(counts[None, :], logits, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
@@ -126,7 +127,7 @@ def _combine(
     at = place * room
     top = tl.max(tl.load(tops + at + split, split < live, other=float("-inf")))
     mass, total = 0.0, tl.zeros([BLOCK_D], tl.float32)
-    # One after the other: the order of a tree's sums would depend on how many splits there is room for.
+    # Added one by one, because the order of a tree reduction would depend on how many splits are allocated.
     for part in range(live):
         weight = tl.exp2(tl.load(tops + at + part) - top)
         mass += weight * tl.load(masses + at + part)
@@ -137,10 +138,10 @@ def _combine(
 
 
 def tile_of(size: int, itemsize: int) -> tuple[int, int]:
-    """Tokens that are read at a time, 16 to 128, and warps.
+    """Return the tokens per tile, 16 to 128, and the number of warps.
 
-    A tile of keys has 16 KiB and 8 warps. Wide heads in half precision fill 32 KiB for 4 warps, faster by a quarter where
-    sequences are long; others would spill.
+    A tile of keys has 16 KiB and 8 warps. Half-precision heads of at least 256 bytes have tiles of 32 KiB and 4 warps, which
+    is faster by a quarter for long sequences; other heads would spill with these.
     """
     row = triton.next_power_of_2(max(16, size)) * itemsize
     wide = itemsize == 2 and row >= 256
@@ -148,7 +149,7 @@ def tile_of(size: int, itemsize: int) -> tuple[int, int]:
 
 
 def splits_of(tokens: int, tile: int) -> int:
-    """The most splits of a sequence of at most `tokens`: what the sums have room for."""
+    """Return the largest number of splits of a sequence of at most `tokens`, for which partial sums are allocated."""
     return max(1, min(SPLITS, -(-tokens // max(tile, SPLIT_TOKENS))))
 
 
@@ -162,12 +163,13 @@ def paged_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
+    """Return the attention of one query per sequence, in two launches."""
     (b, heads, size), (pages, page_size, groups, _) = q.shape, k_pages.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
     (tile, warps), places, per_group = tile_of(size, q.element_size()), block_table.shape[1], heads // groups
-    # A window that does not begin with a tile reaches into one more.
+    # A window that does not start at a tile boundary covers one more tile.
     tokens = min(places * page_size, window + tile) if window else places * page_size
     room = splits_of(tokens, tile)
     sums = torch.empty(b, heads, room, size, dtype=torch.float32, device=q.device)
@@ -178,7 +180,7 @@ def paged_attention(
         "LEAST": SPLIT_TOKENS // tile,
         "BLOCK_D": triton.next_power_of_2(max(16, size)),
     }
-    # Triton's interpreter multiplies the bits of bfloat16 as integers; float32 holds its products exactly.
+    # Triton's interpreter multiplies the bits of bfloat16 as integers, so it gets float32, which holds the products exactly.
     widen = triton.knobs.runtime.interpret and q.dtype == torch.bfloat16
     shape = {"HEAD": size, "PAGE": page_size, "HAS_WINDOW": window > 0, **cuts}
     with torch.cuda.device_of(q):

@@ -20,7 +20,7 @@ from ..launch_args import SUMS, PpoRows, Sequences
 from .math import expm1_minus_x, objective_term, scalars_of, value_term
 from .scan import registers
 
-# 2 tokens per thread with some twenty live numbers each. Without a limit, ptxas spills a few to fit one more program.
+# A thread has 2 tokens with about twenty live numbers each. Without a limit, ptxas spills a few to fit one more program.
 TILE, WARPS = 1024, 16
 LAUNCH = {"num_warps": WARPS, **registers(128)}
 (
@@ -32,19 +32,19 @@ _LANES, _NUM_SUMS, _TILE = tl.constexpr(32), tl.constexpr(NUM_SUMS), tl.constexp
 
 @triton.jit
 def _add(sums, k: tl.constexpr, x):
-    """Add all of `x` to the k-th of the sums, in float64."""
+    """Return `sums` with the float64 sum of `x` added to the k-th of them."""
     return tl.where(tl.arange(0, _LANES) == k, sums + tl.sum(x.to(tl.float64)), sums)
 
 
 @triton.jit
 def _larger(a, b):
-    """Return the larger one, or a NaN in either."""
+    """Return the larger of two numbers, or NaN if one of them is NaN."""
     return tl.where((b > a) | (b != b), b, a)
 
 
 @triton.jit
 def _largest(x):
-    """Return the largest of numbers that are not negative, or a NaN among them, which a plain reduction does not promise."""
+    """Return the largest of non-negative numbers, or NaN if one is NaN, which a plain reduction does not guarantee."""
     nan = x != x
     return tl.where(tl.max(nan.to(tl.int32)) > 0, float("nan"), tl.max(tl.where(nan, 0, x)))
 
@@ -57,7 +57,7 @@ def _optional(x, at, on, HAS: tl.constexpr):
 
 @triton.jit
 def _segment(i, n, length, cu_seqlens, PACKED: tl.constexpr, SEQUENCE_LEVEL: tl.constexpr):
-    """Return the first and the last token of a program, clamped to [0, n] against a wrong `cu_seqlens`."""
+    """Return the bounds [begin, end) of a program's tokens, clamped to [0, n] in case `cu_seqlens` is wrong."""
     if not SEQUENCE_LEVEL:
         begin, end = i * _TILE, i * _TILE + _TILE
     elif PACKED:
@@ -72,7 +72,7 @@ def _sequence_ratio(
     begin, end, mask, logprobs, old_logprobs, advantages, weights, ref_logprobs, row_weight, scalars,
     HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Return the log-ratio of a sequence, the mean over its actions, and the slope of each action through it (GSPO eq. 7)."""
+    """Return the log-ratio of a sequence (the mean over its actions) and each action's slope through it (GSPO eq. 7)."""
     total, count = tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float64)
     for start in range(begin, end, _TILE):
         at = start + tl.arange(0, _TILE)
@@ -109,7 +109,7 @@ def _values(
         live = at < end
         on = live & tl.load(value_mask + at, live, other=0)
         value, target = tl.load(values + at, on, other=0), tl.load(returns + at, on, other=0)
-        # Without old values nothing is clipped: a range of inf around any number.
+        # Without old values nothing is clipped: the range is infinite.
         old = tl.load(old_values + at, on, other=0) if HAS_OLD_VALUES else tl.zeros_like(value)
         cliprange_value = scalars.cliprange_value if HAS_OLD_VALUES else float("inf")
         weight = _optional(value_row_weight, at, on, HAS_VALUE_ROW_WEIGHT).to(tl.float64)
@@ -127,7 +127,7 @@ def _values(
     return sums
 
 
-# Rows of statistics are among them, and begin at any multiple of N.
+# Some of these are rows of `RowStats.buffer`, which start at any multiple of N, so their alignment varies.
 _TOKENS = [
     "mask", "logprobs", "old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight", "entropy", "value_mask",
     "values", "old_values", "returns", "value_row_weight",
@@ -224,7 +224,7 @@ def ppo_loss(
     value_mask: Tensor,
     value_row_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Read `cu_seqlens` on the host only on a CPU; on a GPU a token of no sequence gets NaN."""
+    """Check `cu_seqlens` on a CPU only; on a GPU with sequence-level ratios, a token of no sequence gets a NaN slope."""
     n, packed = logprobs.numel(), sequences.cu_seqlens is not None
     sequences.check_on_cpu(logprobs)
     slope = torch.empty_like(logprobs)

@@ -1,10 +1,10 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 # triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
-"""KL-shaped rewards, GAE and the statistics of the advantages in one launch; whitening scales the result in a second pass.
+"""KL-shaped rewards, GAE and the statistics of the advantages in one launch; whitening is a second pass over the advantages.
 
-Whitened rewards need their statistics before the recurrence, so there a light launch over the log-probs comes first, and the
-rewards are made twice. What is read and written is 29 bytes a token, 9 more with whitened advantages (one of them the mask),
-9 more with whitened rewards.
+Whitened rewards need their statistics before the recurrence, so a launch over the log-probs precedes it, and the rewards are
+computed twice. The kernels read and write 29 bytes per token, 9 more for whitened advantages (one of them the mask), and 9
+more for whitened rewards.
 """
 
 import torch
@@ -22,13 +22,13 @@ from .scan import discounts, gae_tile, last_action, load_tile, span, store_tile,
 @triton.jit
 def _clipped_score(scores, sequence, score_clip):
     score = tl.load(scores + sequence)
-    # A score that is NaN stays so.
+    # A NaN score stays NaN.
     return tl.where(score > score_clip, score_clip, tl.where(score < -score_clip, -score_clip, score))
 
 
 @triton.jit
 def _landing(score_index, sequence, first, last, seen):
-    """The place in the tile that begins at `first` which the score goes to; none of its places when it goes elsewhere."""
+    """Return the index of the score's token in the tile that begins at `first`; outside the tile if it is elsewhere."""
     if score_index is None:
         place = tl.where(seen, -1, last).to(tl.int64)
     else:
@@ -38,7 +38,7 @@ def _landing(score_index, sequence, first, last, seen):
 
 @triton.jit
 def _shape_rewards(logprob, ref, mask, score, landing, kl_coef, KL: tl.constexpr, BLOCK: tl.constexpr):
-    """(rewards, KL) of one tile; zeros where the mask is False, which drops a score that lands there."""
+    """Return (rewards, KL) of one tile; zeros where the mask is False, so that a score at a masked token is dropped."""
     kl = tl.where(mask, kl_value(logprob - ref, KL), 0.0)
     reward = tl.where(tl.arange(0, BLOCK) == landing, -kl_coef * kl + score, -kl_coef * kl)
     return tl.where(mask, reward, 0.0), kl
@@ -76,7 +76,7 @@ def _kernel(
     advantages, returns, rewards, kls, parts, n, length, kl_coef, score_clip,
     gamma, rest, decay, decay2, decay3, decay4, KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Without `statistics` rewards are not whitened; without `parts` advantages will not be."""
+    """Compute one sequence per program. `statistics` are for whitened rewards, `parts` for whitened advantages, else None."""
     sequence = tl.program_id(0).to(tl.int64)
     begin, length = span(cu_seqlens, n, length, sequence)
     score = _clipped_score(scores, sequence, score_clip)
@@ -131,11 +131,12 @@ def rollout_advantages(
     whiten_advantages: bool,
     cu_seqlens: Tensor | None,  # (B + 1,), int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return advantages, returns, rewards and KL; on a CPU the values of `cu_seqlens` are checked."""
     Sequences.of(logprobs, cu_seqlens).check_on_cpu(logprobs)
     advantages, returns, rewards, kl = (torch.empty_like(logprobs) for _ in range(4))
     n = logprobs.numel()
     b, t = scores.numel(), logprobs.shape[-1] if cu_seqlens is None else 0
-    # A whole number would be another type to the compiler, and 1 a constant.
+    # Triton specializes integers, and compiles 1 as a constant: an int would compile a second kernel.
     kl_coef, score_clip = float(kl_coef), float(score_clip)
     tile = scan.ROLLOUT_K3_TILE if kl_estimator == K3.value else scan.ROLLOUT_TILE
     statistics = None

@@ -1,10 +1,10 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 # triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
-"""Rows of logits: one read makes log-sum-exp, log-prob and entropy; a second one writes the gradient.
+"""Kernels over rows of logits: one read gives log-sum-exp, log-prob and entropy; a second read gives the gradient.
 
-A program owns a row, so its bits depend on nothing but the row. Both passes are bound by memory. A row is not kept on chip:
-256 KB of it exceed what one program can have.
+One program processes one row, so the bits of a row do not depend on other rows. Both passes are bound by memory. A row is
+not kept on chip: its size, for example 256 KB, exceeds the memory of one program.
 Legend: N tokens, V vocabulary; u raw logit, w logit before the temperature, p probability.
 """
 
@@ -21,7 +21,7 @@ from .math import EXP2_LOW, LN2, LOG2E, cap_of, capped_logit, capped_logit_slope
 
 @triton.jit
 def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where a row begins, in elements; see LogitRows.layout."""
+    """Return the offset of a row in elements; see LogitRows.layout."""
     if NESTED:
         if ALIGNED:
             outer_stride = tl.multiple_of(outer_stride, 16)
@@ -33,7 +33,7 @@ def _row_start(row, row_stride, inner, outer_stride, NESTED: tl.constexpr, ALIGN
 
 @triton.jit
 def _id(ids, row, vocab):
-    """What was taken in a row; -1 where that is no token, and then nothing is read for it."""
+    """Return the token id of a row; -1 if it is outside the vocabulary, so that it is not used as an address."""
     id = tl.load(ids + row)
     return tl.where((id >= 0) & (id < vocab), id, -1).to(tl.int32)
 
@@ -46,9 +46,9 @@ def _load(u, start, vocab, other: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """(log-prob, entropy, shift, 1 / sum) of the row at `u`, in one read against a running maximum.
+    """Return (log-prob, entropy, shift, 1 / sum) of the row at `u`, from one read with a running maximum.
 
-    Powers are of 2, the hardware's: one multiplication, and one rounding, less for each element.
+    Exponentials are powers of 2, the hardware's instruction, which saves one multiplication and one rounding per element.
     """
     taken = tl.load(u + tl.maximum(id, 0)).to(tl.float32)
     factor = factor_of(temperature, logit_scale, HAS_CAP)
@@ -56,16 +56,16 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
     softcap, inner = cap_of(softcap, logit_scale, HAS_CAP)
     # Sums of 2^t and t 2^t, t = (w - shift) * rate.
     shift, total, weighted = float("-inf"), 0.0, 0.0
-    # The next block is under way while the warps wait for each other in the reductions of this one.
+    # The next block is loaded while the warps synchronise in the reductions of the current one.
     ahead = _load(u, 0, vocab, float("-inf"), BLOCK)
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
         w = capped_logit(ahead.to(tl.float32), softcap, inner, HAS_CAP)
         ahead = _load(u, start + BLOCK, vocab, float("-inf"), BLOCK)
         if HAS_CAP:
-            w = tl.where(start + tl.arange(0, BLOCK) < vocab, w, float("-inf"))  # tanh made -softcap of the filler
+            w = tl.where(start + tl.arange(0, BLOCK) < vocab, w, float("-inf"))  # the fill value is -softcap after tanh
         high = tl.maximum(shift, tl.max(w, 0))
-        # Nothing but -inf so far has no distance: -inf - -inf is NaN. A sum that is NaN stays.
-        # Bounded, for logits that were masked with the lowest number are so far below that 0 * -inf would follow.
+        # If all logits so far are -inf, `shift - high` would be NaN. A total of NaN stays NaN.
+        # The bound prevents 0 * -inf where logits are masked with the lowest float, which is extremely far below `high`.
         move = tl.where(total > 0, tl.maximum((shift - high) * rate, -1000.0), 0.0)
         scale = tl.exp2(move)
         weighted = scale * (weighted + move * total)
@@ -79,7 +79,7 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
     # float64: near 0 the hardware's float32 logarithm has an absolute error of 2^-22.
     log_sum = tl.log(total.to(tl.float64))
     mean = weighted.to(tl.float64) / total * LN2
-    # Every exponent was made with the rounded rate; to first order that error moves the log-sum as it moves their mean.
+    # Every exponent contains the rounding error of `rate`. To first order, the log-sum changes by this error times the mean.
     logprob = (taken.to(tl.float64) - shift) * factor - log_sum - (factor * LOG2E / rate - 1.0) * mean
     return logprob.to(tl.float32), (log_sum - mean).to(tl.float32), shift, tl.div_rn(1.0, total)
 
@@ -89,7 +89,7 @@ def _write_gradient(
     u, out, vocab, id, temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
     HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` may be `u`, or lie in the front of its bytes."""
+    """Write `out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` can be `u`, or the front of its memory."""
     factor = factor_of(temperature, logit_scale, HAS_CAP)
     outer = tl.cast(factor * logit_scale if HAS_CAP else factor, tl.float32)
     rate = tl.cast(factor * LOG2E, tl.float32)
@@ -98,19 +98,19 @@ def _write_gradient(
     level = 0.0  # log p + H = t ln 2 + level
     if ENTROPY:
         level = (entropy + tl.log(inv_sum.to(tl.float64))).to(tl.float32)
-    # In increasing order, each block read before the one in front of it is written: what a block writes lies at or before
-    # its own bytes, so blocks that are still to be read are whole.
+    # Blocks are in increasing order, and each is read before the previous one is written. A block writes at or before its
+    # position in `u`, so it never overwrites a block that is still to be read.
     ahead = _load(u, 0, vocab, 0.0, BLOCK)
     for start in tl.range(0, vocab, BLOCK, num_stages=1):
         cols = start + tl.arange(0, BLOCK)
         raw = ahead.to(tl.float32)
         w = capped_logit(raw, softcap, inner, HAS_CAP)
         ahead = _load(u, start + BLOCK, vocab, 0.0, BLOCK)
-        # All warps have read their parts before one of them writes: a narrower `out` lies in bytes that other warps read,
-        # and without the barrier those would take gradients for logits.
+        # A narrower `out` overlaps memory that other warps read. Without the barrier a warp could write before they have
+        # read, and they would use gradients as logits.
         tl.debug_barrier()
         t = (w - shift) * rate
-        p = tl.exp2(t) * inv_sum  # not 2^(t - log2 sum): large p come out of small t, exactly
+        p = tl.exp2(t) * inv_sum  # not 2^(t - log2 sum): a large p has a small t, whose power of 2 is accurate
         slope = g
         if ENTROPY:
             slope = g + h * (tl.maximum(t, EXP2_LOW) * LN2 + level)
@@ -134,8 +134,8 @@ def _put(stats, row, n, logprob, entropy, shift, inv_sum):
     tl.store(stats + n.to(tl.int64) * 3 + row, inv_sum)
 
 
-# N and T come and go from call to call: nothing is compiled again for them, or for a coefficient.
-# Views of longer tensors begin anywhere, and each of their numbers is read alone.
+# N, T and the coefficients change from call to call, and must not compile a kernel again. Per-row tensors can be views with
+# any offset; a program reads one number of each, so their alignment does not matter.
 _PER_ROW = ["ids", "mask", "temperatures", "stats"]
 _VARYING = ["n", "inner", "outer_stride", "temperature", "softcap", "logit_scale"]
 
@@ -224,7 +224,7 @@ def _ppo_kernel(
         id = _id(ids, row, vocab)
         logprob, entropy, shift, inv_sum = _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP, BLOCK)
         _put(stats, row, n, logprob, entropy, shift, inv_sum)
-        # d L / d logprob and d L / d H, times the denominator.
+        # d L / d logprob and d L / d H, each times the denominator.
         importance, ref_logprob = 1.0, 0.0
         if weights is not None:
             importance = tl.load(weights + row)
@@ -235,7 +235,7 @@ def _ppo_kernel(
             ref_logprobs is not None,
         )  # fmt: skip
         g = ratio_slope + own_slope
-        g = tl.where(logprob == logprob, g, float("nan"))  # of an id that does not exist, whatever the objective
+        g = tl.where(logprob == logprob, g, float("nan"))  # an invalid id gives NaN with every objective
         h = -scalars.entropy_coef
         if row_weight is not None:
             weight = tl.load(row_weight + row)
@@ -251,16 +251,18 @@ def _ppo_kernel(
         _put(stats, row, n, 0.0, 0.0, 0.0, 0.0)
     tl.store(active + row, live)
     if not live:
-        # All warps have read the row before one of them writes zeros over it.
+        # A warp must not write zeros to memory that a different warp has not read yet.
         tl.debug_barrier()
         _write_zeros(out, vocab, BLOCK)
 
 
 def _launch_shape(x: LogitRows) -> dict[str, int]:
-    """4 warps, each thread with 64 bytes of logits and as many ahead: enough in flight for the memory, few enough registers
-    that several programs share a multiprocessor, some of them reading while others reduce or write, and reductions across few
-    warps (measured on an H200: benchmarks/results/notes.md). tanh takes registers of its own, and so do the addresses of rows
-    that no wide load fits: half as many logits a thread for either, or some would spill.
+    """Return the block size and warps of a launch (measured on an H200: benchmarks/results/notes.md).
+
+    A program has 4 warps. A thread has 64 bytes of logits and loads as many ahead. That keeps enough loads in flight, uses
+    few enough registers that several programs share a multiprocessor (some read while others reduce or write), and reduces
+    across few warps. tanh needs extra registers, and so do the addresses of rows that cannot be read with wide loads. Each of
+    these halves the logits per thread; otherwise registers would spill.
     """
     vocab = x.logits.shape[-1]
     narrower = (x.transform.softcap is not None) + (vocab % 16 != 0)
@@ -270,7 +272,7 @@ def _launch_shape(x: LogitRows) -> dict[str, int]:
 
 
 def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
-    """Row, inner and outer stride, and whether the latter two matter."""
+    """Return (row, inner, outer) of `LogitRows.layout`, and whether inner and outer are needed."""
     n, _, row_stride, inner, outer_stride = x.layout()
     if n <= inner or outer_stride == inner * row_stride:
         return (row_stride, inner, 0), False
@@ -278,20 +280,21 @@ def _layout(x: LogitRows) -> tuple[tuple[int, int, int], bool]:
 
 
 def _flags(x: LogitRows, nested: bool) -> dict[str, bool]:
-    # Whether strides are multiples of 16 is for the vocabulary to decide: an odd one has such a stride for some T only, and
-    # those would be another kernel.
+    # Both strides must be multiples of 16, so that ALIGNED depends on the vocabulary only. With an odd vocabulary the outer
+    # stride is such a multiple for some T, which would compile a second kernel.
     (row_stride, _, outer_stride), _ = _layout(x)
     aligned = row_stride % 16 == 0 and outer_stride % 16 == 0
     return {"NESTED": nested, "ALIGNED": aligned, "HAS_CAP": x.transform.softcap is not None}
 
 
 def _transform(x: LogitRows) -> tuple[Tensor | None, tuple[float, float, float]]:
-    """Return the temperatures of each row or None; temperature, softcap, logit scale."""
+    """Return the temperatures of the rows, or None, and (temperature, softcap, logit scale)."""
     t = x.transform
     return t.temperatures, (float(t.temperature), float(t.softcap or 0.0), float(t.logit_scale))
 
 
 def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
+    """Compute the statistics of each row, one program per row."""
     n, vocab, *_ = x.layout()
     strides, nested = _layout(x)
     temperatures, transform = _transform(x)
@@ -307,6 +310,7 @@ def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
 def token_logprobs_backward(
     x: LogitRows, stats: RowStats, out: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
 ) -> None:
+    """Write the gradient of the logits to `out`, one program per row."""
     n, vocab, *_ = x.layout()
     strides, nested = _layout(x)
     out_strides, out_nested = _layout(replace(x, logits=out))
@@ -322,6 +326,7 @@ def token_logprobs_backward(
 
 
 def ppo_epilogue(x: LogitRows, stats: RowStats, ppo: PpoRows, out: Tensor) -> Tensor:
+    """Compute the statistics and write the gradient to `out`, one program per row; return which rows have one."""
     n, vocab, *_ = x.layout()
     strides, nested = _layout(x)
     out_strides, out_nested = _layout(replace(x, logits=out))

@@ -1,10 +1,10 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportInvalidTypeForm=false, reportOperatorIssue=false
 # triton.jit compiles the functions it decorates and changes how they are called; a checker reads them as Python.
-"""One token a row: the filters find one limit on the logits, then the inverse of the distribution function is looked up.
+"""Sampling of one token per row: the filters give one lower limit on the logits, then the distribution function is inverted.
 
-A program reads its row a few times, from the second time on out of the cache. Limits are found by search over the ordered
-integers behind the floats: a fixed number of passes, each of which gives two bits of the answer. Masses are float64.
+A program reads its row several times, after the first time from the cache. A limit is found by a search over integers that
+are ordered like the floats: in a fixed number of passes, of which each determines two bits. Masses are summed in float64.
 
 Legend: B rows, V vocabulary.
 """
@@ -18,14 +18,17 @@ from torch import Tensor
 
 from .scan import registers
 
-# Few rows are under way at once, often fewer than there are multiprocessors, so a program has 16 warps. 4 elements a thread:
-# the three sums of the search, in float64, would spill with 8, and with the registers that ptxas takes of its own accord.
+# A batch has few rows, often fewer than there are multiprocessors, so a program has 16 warps. It has 4 elements per thread:
+# with 8, the three float64 sums of the search would spill, as they do with the registers that ptxas chooses by default.
 LAUNCH = {"BLOCK": 2048, "num_warps": 16, **registers(128)}
 
 
 @triton.jit
 def uniform(seed, sequence, position):
-    """A float64 in [0, 1): 53 bits of the first two words of Philox4x32-10 (csrc/math/philox.h), as (key, counter) say."""
+    """Return a float64 in [0, 1): 53 bits of the first two words of Philox4x32-10 (csrc/math/philox.h).
+
+    The key is the seed, the counter is (position, sequence).
+    """
     low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
     w0, w1, _, _ = tl.philox(seed, low, high, sequence.to(tl.uint32), (sequence >> 32).to(tl.uint32))
     return (((w0.to(tl.uint64) << 32) | w1.to(tl.uint64)) >> 11).to(tl.float64) * 1.1102230246251565e-16
@@ -33,7 +36,7 @@ def uniform(seed, sequence, position):
 
 @triton.jit
 def _ordered(x):
-    """An integer that grows with the float, int64."""
+    """Return an int64 that increases with the float."""
     if x.dtype.primitive_bitwidth == 32:
         bits = x.to(tl.int32, bitcast=True).to(tl.int64)
         rest = 0x7FFFFFFF
@@ -45,7 +48,7 @@ def _ordered(x):
 
 @triton.jit
 def _float_of(ordered, DTYPE: tl.constexpr):
-    """The inverse of `_ordered` for floats of DTYPE, as float32."""
+    """Return the float of DTYPE with this `_ordered` value, as float32."""
     if DTYPE.primitive_bitwidth == 32:
         x = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.int32).to(tl.float32, bitcast=True)
     else:
@@ -60,7 +63,7 @@ def _logits(row, at, vocab):
 
 @triton.jit
 def _mass(row, vocab, top, factor, limit, BLOCK: tl.constexpr):
-    """The sum of e^((u - top) factor) over the logits that are not below the limit; a NaN counts, and shows."""
+    """Return the sum of e^((u - top) factor) over the logits not below the limit; a NaN logit makes it NaN."""
     mass = tl.zeros([BLOCK], tl.float64)
     for start in range(0, vocab, BLOCK):
         u = _logits(row, start + tl.arange(0, BLOCK), vocab)
@@ -70,9 +73,9 @@ def _mass(row, vocab, top, factor, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(row, vocab, top, factor, limit, target, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest logit such that those not below it weigh `target` together; the limit given if all above it do not.
+    """Return the largest x for which the logits >= x have a total weight of at least `target`; `limit` if there is none above.
 
-    Weights are 1 (COUNT) or e^((u - top) factor).
+    The weight of a logit is 1 (COUNT) or e^((u - top) factor).
     """
     DTYPE: tl.constexpr = row.dtype.element_ty
     SUM: tl.constexpr = tl.int32 if COUNT else tl.float64
@@ -97,7 +100,10 @@ def _search(row, vocab, top, factor, limit, target, COUNT: tl.constexpr, BLOCK: 
 
 @triton.jit
 def look_up(row, vocab, top, factor, limit, target, BLOCK: tl.constexpr):
-    """The first kept token up to which the mass exceeds `target`; the last that has any where the sum was rounded up."""
+    """Return the first kept token at which the cumulative mass exceeds `target`.
+
+    If rounding makes `target` at least the total mass, return the last token with a positive mass.
+    """
     before = tl.zeros_like(target)
     before_hit, hit, passed = before, 0, before > target
     for start in range(0, vocab, BLOCK):
@@ -144,7 +150,7 @@ def _sample(
         kept = _mass(row, vocab, top, factor, limit, BLOCK)
     number = uniform(seed, tl.load(sequence + r), tl.load(position + r))
     id = look_up(row, vocab, top, factor, limit, number * kept, BLOCK)
-    # Without a finite mass there is nothing to choose from.
+    # Without a positive and finite mass there is no distribution to sample from.
     sound = (total > 0) & (total < float("inf"))
     log_weight = (tl.load(row + id).to(tl.float64) - top) * factor
     tl.store(ids + r, tl.where(sound, id, 0).to(tl.int64))
@@ -163,6 +169,7 @@ def sample_tokens(
     sequence: Tensor,  # (B,), int64
     position: Tensor,  # (B,), int64
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, log-probs and sampling log-probs, one program per row."""
     b, v = logits.shape
     out = [torch.empty(b, dtype=dtype, device=logits.device) for dtype in (torch.int64, torch.float32, torch.float32)]
     if b:

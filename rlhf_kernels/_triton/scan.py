@@ -1,17 +1,18 @@
-"""The recurrence of GAE as a scan: what the kernels of `gae` and `rollout_advantages` share.
+"""The recurrence of GAE as a scan, used by the kernels of `gae` and `rollout_advantages`.
 
-With U the worth of all that follows a token, `A_t = r_t - V_t + U_{t+1}` and `U_t = γ V_t + γλ A_t`, so
+Let U_{t+1} be the discounted value of everything after token t. Then `A_t = r_t - V_t + U_{t+1}` and `U_t = γ V_t + γλ A_t`, so
 
     U_t = γλ r_t + γ(1-λ) V_t + γλ U_{t+1}     at an action
     U_t = γλ U_{t+1}                           at a hole that decays (a step of reward 0 and value 0)
-    U_t = U_{t+1}                              at a token that is stepped over
+    U_t = U_{t+1}                              at a token that is skipped
 
-which is one affine map of U a token, whatever the holes: no search for the value of the next action. Behind the last action
-U is γ times the bootstrap. Maps compose in any grouping, so a tile is one scan, and U goes from tile to tile.
+Each token is one affine map of U, with or without holes, so no search for the value of the next action is needed. After the
+last action U is γ times the bootstrap value. Composition of maps is associative, so a tile is one scan, and U is carried from
+tile to tile.
 
-One program owns a sequence and walks its tiles from the last to the first. They have a fixed size and are counted from the
-sequence's start, and padding adds maps that change nothing: a row's bits depend neither on other rows nor on the padding, and
-a packed row has the same.
+One program processes a sequence, from its last tile to its first. Tiles have a fixed size and are counted from the start of
+the sequence, and padding is an identity map. The bits of a row therefore do not depend on other rows, on the padding, or on
+whether the row is packed.
 """
 
 import torch
@@ -20,36 +21,37 @@ import triton.language as tl
 
 
 def registers(most: int) -> dict[str, int]:
-    """Launch option: registers a thread, so that several programs fit on a multiprocessor; left alone, the compiler spends
-    them on the order of its loads."""
+    """Return the launch option that limits the registers per thread, so that several programs fit on a multiprocessor.
+
+    Without a limit the compiler uses more registers to reorder loads. On HIP the limit is not set.
+    """
     return {} if torch.version.hip else {"maxnreg": most}
 
 
-# Tokens of a tile and how a program runs. A thread has eight tokens, whose addresses and intermediate results fill registers.
-# A larger tile has more loads in flight, but a short row pays for the scan of all of it.
+# Tokens per tile and launch options. A thread has eight tokens, whose addresses and intermediate results fill its registers.
+# A larger tile has more loads in flight, but a short row has to scan all of it.
 GAE_TILE = {"BLOCK": 2048, "num_warps": 8, **registers(128)}
-"""Two programs a multiprocessor. Few rows leave it to one, so the next tile is loaded while a tile is scanned."""
+"""Two programs per multiprocessor. With few rows there is only one, so the next tile is loaded while a tile is scanned."""
 
 ROLLOUT_TILE = {"BLOCK": 1024, "num_warps": 4, **registers(128)}
-"""Four programs a multiprocessor, so that 512 rows are one wave on an H200."""
+"""Four programs per multiprocessor, so that 512 rows are one wave on an H200."""
 
 ROLLOUT_K3_TILE = {**ROLLOUT_TILE, **registers(168)}
-"""The exponential of k3, in float64, has no room in fewer registers."""
+"""More registers, because the float64 exponential of k3 does not fit in 128."""
 
 
 @triton.jit
 def compose(later_decay, later_own, decay, own):
-    """The map of tokens after the map of those behind them: `U -> own + decay * (later_own + later_decay * U)`."""
+    """Return the composition with the map of the later tokens: `U -> own + decay * (later_own + later_decay * U)`."""
     return later_decay * decay, own + decay * later_own
 
 
 @triton.jit
 def span(cu_seqlens, n, length, sequence):
-    """Where a sequence begins, int64, and its length, int32 (int64 only where a padded T is that long); inside the `n`
-    tokens whatever `cu_seqlens` says.
+    """Return where a sequence begins, int64, and its length, int32 (int64 only if a padded T needs it).
 
-    Places inside a sequence are counted as its length is: in 64 bits, the compiler would keep an address for each token and
-    tensor over the whole walk, in twice the registers.
+    Both are clamped to the `n` tokens for any `cu_seqlens`. Indices within a sequence have the type of its length: with 64
+    bits, the compiler would keep an address per token and tensor during the whole loop, in twice the registers.
     """
     if cu_seqlens is None:
         begin = sequence * length
@@ -62,38 +64,39 @@ def span(cu_seqlens, n, length, sequence):
 
 @triton.jit
 def tiles_of(length, BLOCK: tl.constexpr):
-    """Rounded up without a sum that might overflow."""
+    """Return the number of tiles, rounded up without a sum that could overflow."""
     return length // BLOCK + tl.where(length % BLOCK > 0, 1, 0)
 
 
 @triton.jit
 def filled(first, length, BLOCK: tl.constexpr):
-    """How many tokens the tile that begins at `first` has; none in front of the sequence."""
+    """Return the number of tokens of the tile that begins at `first`; 0 before the start of the sequence."""
     return tl.where(first < 0, 0, tl.minimum(length - first, BLOCK))
 
 
 @triton.jit
 def load_tile(x, first, count, BLOCK: tl.constexpr):
-    """Tokens `first, ..., first + count - 1` of the sequence at `x`, then zeros."""
+    """Load tokens `first, ..., first + count - 1` of the sequence at `x`, then zeros."""
     place = tl.arange(0, BLOCK)
     return tl.load(x + (first + place), mask=place < count, other=0)
 
 
 @triton.jit
 def store_tile(x, first, count, tile, BLOCK: tl.constexpr):
+    """Store the first `count` entries of a tile as tokens `first, ...` of the sequence at `x`."""
     place = tl.arange(0, BLOCK)
     tl.store(x + (first + place), tile, mask=place < count)
 
 
 @triton.jit
 def last_action(mask, BLOCK: tl.constexpr):
-    """The place of the last action of a tile; -1 without one."""
+    """Return the index of the last action in a tile; -1 without one."""
     return tl.max(tl.where(mask, tl.arange(0, BLOCK), -1), 0)
 
 
 @triton.jit
 def _columns(x, BLOCK: tl.constexpr):
-    """A block as four: each run of four tokens becomes one thread's."""
+    """Split a block into four, so that one thread holds a run of four tokens."""
     even, odd = tl.split(tl.reshape(x, [BLOCK // 4, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -102,25 +105,25 @@ def _columns(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def _block(x0, x1, x2, x3, BLOCK: tl.constexpr):
-    """The inverse of `_columns`."""
+    """Join four blocks, the inverse of `_columns`."""
     return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [BLOCK])
 
 
 @triton.jit
 def _step(own, on, decay, later):
-    """`own + decay * later` where a token counts, `own + later` elsewhere."""
+    """Return `own + decay * later` where a token counts as a step, `own + later` elsewhere."""
     return own + tl.where(on, decay, 1.0) * later
 
 
 @triton.jit
 def _power(count, decay, decay2, decay3, decay4):
-    """decay^count; count is 0 to 4."""
+    """Return decay^count for a count of 0 to 4."""
     few = tl.where(count == 0, 1.0, tl.where(count == 1, decay, decay2))
     return tl.where(count == 3, decay3, tl.where(count == 4, decay4, few))
 
 
 def discounts(gamma: float, lam: float) -> tuple[float, ...]:
-    """What the kernels are given: γ, γ - γλ, and γλ to the powers of 1 to 4, each rounded once on its way."""
+    """Return γ, γ - γλ and the powers 1 to 4 of γλ in float64; each is rounded once when it is passed to a kernel."""
     gamma, decay = float(gamma), float(gamma * lam)
     return gamma, gamma - decay, decay, decay**2, decay**3, decay**4
 
@@ -130,17 +133,17 @@ def gae_tile(
     reward, value, mask, last, seen, behind, rest, decay, decay2, decay3, decay4,
     SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(advantages, U of the tile's first token) of one tile.
+    """Return (advantages, U at the tile's first token) of one tile.
 
-    `rest` and the powers of γλ are those of `discounts`, `behind` is U behind the tile, `last` the place of its last action,
-    `seen` whether a tile behind it has one. Runs of four tokens are composed with γλ to the number of their steps, so that
-    what its rounding is off by grows with runs and not with tokens: 75 of it cost as much as all sums do.
+    `rest` and the powers of γλ come from `discounts`. `behind` is U after the tile, `last` the index of the tile's last action,
+    and `seen` whether a later tile has an action. A run of four tokens is composed with γλ to the power of its steps, so that
+    the rounding error of γλ accumulates per run and not per token: 75 such errors are as large as the error of all sums.
     """
     step = mask
     if not SKIP_HOLES:
-        # What lies behind the last action of all is padding, not holes.
+        # Tokens after the last action of the sequence are padding, not holes.
         step = mask | seen | (tl.arange(0, BLOCK) < last)
-    # Selected, not multiplied: a masked token may hold anything.
+    # `where` instead of a product with the mask: a masked token can hold NaN.
     own = tl.where(mask, decay * reward + rest * value, 0.0)
     o0, o1, o2, o3 = _columns(own, BLOCK)
     s0, s1, s2, s3 = _columns(step.to(tl.int32), BLOCK)
