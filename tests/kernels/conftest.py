@@ -8,7 +8,7 @@ from rlhf_kernels import _native
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fresh tensors hold NaN, so that a kernel which leaves an element unwritten is seen."""
+    """Fill uninitialised tensors with NaN, so that a test detects an element that a kernel does not write."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -20,7 +20,7 @@ def poisoned_memory():
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request):
-    """Each instruction set that this machine has, in turn."""
+    """Each instruction set that this machine supports."""
     kernels = _native.extension()
     best = kernels.isa()
     try:

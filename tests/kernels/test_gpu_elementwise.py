@@ -13,11 +13,11 @@ from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = [1, 5, 4096, 9001]  # less than a block, a block, and some of the third
+SIZES = [1, 5, 4096, 9001]  # less than a block, exactly one, and more than two
 
 
 def rounded(x, dtype):
-    """`x` in `dtype`, to the nearest; Triton's interpreter cuts the bits off that bfloat16 has no room for."""
+    """Return `x` rounded to the nearest value of `dtype`; Triton's interpreter truncates to bfloat16 instead."""
     if dtype == torch.bfloat16 and DEVICE.type == "cpu":
         return (x.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
     return x.to(dtype)
@@ -37,7 +37,7 @@ def test_scale_cast_rounds_once(dtype, to, n):
     assert torch.equal(given.cpu(), expected if dtype == to else x)
 
 
-def test_scale_cast_keeps_what_is_not_finite_and_the_shape():
+def test_scale_cast_keeps_the_shape_and_values_that_are_not_finite():
     x = torch.tensor([[math.nan, math.inf], [-math.inf, 1e30]], device=DEVICE)
     got = kernels("triton").scale_cast(x, torch.tensor(2.0, device=DEVICE), torch.float16)
     assert got.shape == (2, 2) and got[0, 0].isnan()
@@ -63,7 +63,7 @@ def test_kl_penalty_against_float64(estimator, n, scale):
         check_error(name, *three)
 
 
-def test_kl_penalty_is_exact_near_zero_and_shows_what_is_not_finite():
+def test_kl_penalty_is_exact_near_zero_and_propagates_nan_and_inf():
     d = torch.tensor([0.0, -0.0, 1e-8, math.nan, math.inf, -math.inf], device=DEVICE)
     expected = {
         "k1": ([0, 0, 1e-8, math.nan, math.inf, -math.inf], [1, 1, 1, math.nan, 1, 1]),
@@ -99,7 +99,7 @@ def test_kl_penalty_takes_strides_shapes_and_half_precision():
 @pytest.mark.parametrize("kind", ["rloo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize(("n", "groups"), [(1, 1), (2, 1), (37, 40), (90, 5)])
 def test_group_advantages_against_float64(kind, n, groups, monkeypatch):
-    monkeypatch.setattr(elementwise, "GROUP_BLOCK", 32)  # the largest groups are spread over three blocks
+    monkeypatch.setattr(elementwise, "GROUP_BLOCK", 32)  # the largest groups extend over three blocks
     g = torch.Generator().manual_seed(n)
     scores, index = 3 * torch.randn(n, generator=g) + 1, torch.randint(0, groups, (n,), generator=g) * 10**12 - 7
     got = group_advantages(scores.to(DEVICE), index.to(DEVICE), kind=kind, backend="triton").cpu()
@@ -107,7 +107,7 @@ def test_group_advantages_against_float64(kind, n, groups, monkeypatch):
     check_error(kind, got, reference.group_advantages(scores, index, kind=kind), exact, scale=scores.abs().max().item())
 
 
-def test_group_advantages_of_nobody_and_of_half_precision():
+def test_group_advantages_of_an_empty_batch_and_in_half_precision():
     scores, index = torch.randn(6, 2).to(DEVICE), torch.arange(6, device=DEVICE) // 4
     got = group_advantages(scores[:, 1].bfloat16(), index.int(), backend="triton")
     assert got.dtype == torch.float32
@@ -118,7 +118,7 @@ def test_group_advantages_of_nobody_and_of_half_precision():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_accumulate(backend, dtype):
-    """Each backend sums parts of any dtype in float32, and the first part replaces what was there."""
+    """Each backend sums parts of any dtype in float32, and the first part overwrites the total."""
     device = torch.device("cpu") if backend == "cpu" else DEVICE
     first, second = (torch.randn(7, 65, device=device).to(dtype) for _ in range(2))
     total = torch.full((7, 65), torch.nan, device=device)

@@ -1,4 +1,4 @@
-"""`gae` in Triton: exact numbers, float64, tiles and their carry, padded against packed, and what must not matter."""
+"""`gae` in Triton: exact numbers, float64, tiles and their carry, padded against packed, and invariance of the bits."""
 
 import itertools
 
@@ -9,14 +9,14 @@ from rlhf_kernels import gae, reference
 from rlhf_kernels._triton import scan
 from rlhf_kernels.backend import kernels
 
-from .helpers.advantages import INF, LIES, MASKS, NAN, batch, check_lies
+from .helpers.advantages import INF, INVALID_CU_SEQLENS, MASKS, NAN, batch, check_invalid_cu_seqlens
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 tokens, so that short sequences have several: the interpreter walks a scan one token at a time."""
+    """Use tiles of 16 tokens, so that short sequences have several: the interpreter scans one token at a time."""
     monkeypatch.setitem(scan.GAE_TILE, "BLOCK", 16)
 
 
@@ -27,19 +27,19 @@ def run(rewards, values, mask, **options):
     return type(got)(*(x.cpu() for x in got))
 
 
-@pytest.mark.parametrize("ends", LIES)
-def test_cu_seqlens_that_lie_read_nothing_outside(ends, monkeypatch):
+@pytest.mark.parametrize("ends", INVALID_CU_SEQLENS)
+def test_invalid_cu_seqlens_do_not_read_outside_the_tokens(ends, monkeypatch):
     def arguments(x, mask, ends):
         return x, x, mask, 1.0, 0.95, None, True, ends
 
-    check_lies(kernels("triton").gae, arguments, ends, monkeypatch)
+    check_invalid_cu_seqlens(kernels("triton").gae, arguments, ends, monkeypatch)
 
 
 @pytest.mark.parametrize("holes", ["skip", "zero"])
 @pytest.mark.parametrize("bootstrap", [False, True])
 @pytest.mark.parametrize("tile", [4, 8])
 def test_every_mask_of_five_tokens_exactly(monkeypatch, holes, bootstrap, tile):
-    """γ = λ = 1/2 and small halves: no operation rounds, so the results are those of the definition."""
+    """With γ = λ = 1/2 and small multiples of 1/2 no operation rounds, so the results equal the definition."""
     monkeypatch.setitem(scan.GAE_TILE, "BLOCK", tile)
     mask = torch.tensor(list(itertools.product((False, True), repeat=5)))
     g = torch.Generator().manual_seed(0)
@@ -66,15 +66,15 @@ def test_against_float64(small_tiles, mask, holes, b, t):
         eager = reference.gae(rewards, values, m, **options, bootstrap=bootstrap)
         wide = None if bootstrap is None else bootstrap.double()
         exact = reference.gae(rewards.double(), values.double(), m, **options, bootstrap=wide)
-        # V of the next state and of this one nearly cancel.
+        # The values of the next state and of this state nearly cancel.
         scale = torch.where(m, values, 0).abs().max().item()
         for name in got._fields:
             check_error(name, getattr(got, name), getattr(eager, name), getattr(exact, name), scale)
             assert getattr(got, name).dtype == torch.float32
 
 
-def test_the_rounding_of_the_decay_is_not_that_of_every_token():
-    """float32(0.9941) is 2.6e-8 off, over 170 tokens 4.3e-6 of what is summed."""
+def test_the_rounding_error_of_the_decay_does_not_accumulate_per_token():
+    """The error of float32(0.9941) is 2.6e-8. Over 170 tokens it would become a relative error of 4.3e-6."""
     rewards, values = torch.full((1, 2500), 0.5), torch.zeros(1, 2500)
     mask = torch.ones(1, 2500, dtype=torch.bool)
     got = run(rewards, values, mask, gamma=0.9941, lam=1.0)
@@ -109,7 +109,7 @@ def test_packed_gives_the_bits_of_padded(small_tiles, mask, holes):
         assert not y[~inside].any()
 
 
-def test_neighbours_padding_and_repetition_do_not_matter(small_tiles):
+def test_bits_do_not_depend_on_other_rows_padding_or_repetition(small_tiles):
     rewards, values, m = batch(4, 45, "holes")
     whole = run(rewards, values, m)
     assert all(map(torch.equal, whole, run(rewards, values, m)))
@@ -141,8 +141,8 @@ def test_empty(b, t):
     assert none.advantages.shape == (0,)
 
 
-def test_not_a_number_stays_where_it_is_looked_at(small_tiles):
-    """A NaN reward of an action reaches the actions before it, over tiles, and none behind it."""
+def test_a_nan_reward_reaches_only_earlier_tokens(small_tiles):
+    """A NaN reward of an action reaches the actions before it, also in earlier tiles, and none after it."""
     rewards, values, m = batch(2, 40, "all")
     clean = run(rewards, values, m)
     rewards[1, 20] = NAN

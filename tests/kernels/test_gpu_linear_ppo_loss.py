@@ -1,4 +1,4 @@
-"""`linear_ppo_loss` on a GPU: outputs and every gradient against float64, compaction, bits, poisoned rows."""
+"""`linear_ppo_loss` on a GPU: outputs and all gradients against float64, compaction, reproducible bits, NaN in masked rows."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_matches_float64(dtype, flags, options):
 @pytest.mark.parametrize("compact", [True, None])
 @pytest.mark.parametrize(("chunk_tokens", "seed"), [(1, 3), (17, 4), (17, 5), (17, 6)])
 def test_compaction_and_chunks(dtype, options, compact, chunk_tokens, seed):
-    """Rows without a gradient left out or not, in chunks that do not divide N: within the same bound."""
+    """The error bound is the same with and without compaction, in chunks that do not divide N."""
     leaves, constants, extra = batch(seed, dtype)
     constants["advantages"][:, ::3] = 0
     chosen = chosen_of("everything", options, extra) | ({"entropy_coef": 0.0} if options == "softcap" else {})
@@ -57,7 +57,7 @@ def test_odd_shapes(b, t, vocabulary, hidden, compact, seed):
 
 @pytest.mark.parametrize("compact", [True, None])
 def test_rows_in_the_backward_products(monkeypatch, compact):
-    """With `compact` only rows that have a gradient enter them; without it all do, and nothing waits for the device."""
+    """With `compact` only rows with a gradient enter the products. Otherwise all rows do, and the host does not wait."""
     leaves, constants, _ = batch(5)
     leaves = {k: leaves[k].requires_grad_() for k in ("hidden", "weight")}
     constants["advantages"] = torch.ones_like(constants["advantages"])
@@ -79,8 +79,8 @@ def test_rows_in_the_backward_products(monkeypatch, compact):
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("compact", [True, None])
 @pytest.mark.parametrize("options", ["entropy_kl", "sequence"])
-def test_masked_rows_may_hold_anything(dtype, compact, options):
-    """NaN in masked hidden states and constants, ids from nowhere: the same bits."""
+def test_masked_rows_have_no_effect(dtype, compact, options):
+    """NaN in masked hidden states and constants, and invalid ids, do not change the bits."""
     leaves, constants, extra = batch(15, dtype)
     chosen = chosen_of("everything", options, extra) | {"compact": compact}
     clean, clean_gradients = run(fused, leaves, constants, chosen, dtype)
@@ -130,8 +130,8 @@ def test_second_backward_raises():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compact", [True, None])
-def test_nothing_counts(dtype, compact):
-    """All masked, and an empty batch: loss 0 and gradients 0, not NaN."""
+def test_no_token_counts(dtype, compact):
+    """If all tokens are masked, or the batch is empty, the loss and the gradients are 0, not NaN."""
     leaves, constants, extra = batch(14, dtype)
     constants["mask"][:] = False
     chosen = chosen_of("values", "clip", extra) | {"entropy_coef": 0.1, "compact": compact}
@@ -145,7 +145,7 @@ def test_nothing_counts(dtype, compact):
 
 
 def test_half_precision_gradients_do_not_underflow():
-    """fp16 with a denominator of 10^7: applied before the cast of dlogits it would flush every gradient to zero."""
+    """The denominator is 10^7. Dividing by it before the cast of dlogits to float16 would flush every gradient to zero."""
     leaves, constants, _ = batch(16, torch.float16)
     leaves = {k: leaves[k] for k in ("hidden", "weight")}
     options = {"num_tokens": 10_000_000}
@@ -155,7 +155,7 @@ def test_half_precision_gradients_do_not_underflow():
         assert (gradient.double() - exact[name]).norm() <= 0.01 * exact[name].norm(), name
 
 
-def test_gradients_only_for_inputs_that_ask():
+def test_gradients_only_for_inputs_that_require_them():
     leaves, constants, extra = batch(7, torch.bfloat16)
     chosen = chosen_of("values", "entropy_kl", extra)
     _, whole = run(fused, leaves, constants, chosen, torch.bfloat16)
@@ -169,7 +169,7 @@ def test_gradients_only_for_inputs_that_ask():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_op_on_logits(dtype, inplace):
-    """`logits_ppo_loss` of shifted logits, with every flag; in place its gradient lies in the logits' bytes."""
+    """Check `logits_ppo_loss` of shifted logits with many options; with `inplace` the gradient overwrites the logits."""
     leaves, constants, extra = batch(2, t=9)
     base = (leaves["hidden"] @ leaves["weight"].t()).to(dtype)
     constants, extra = ({k: v[:, 1:] for k, v in x.items()} for x in (constants, extra))

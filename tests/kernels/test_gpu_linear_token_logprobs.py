@@ -50,7 +50,7 @@ def test_matches_float64(dtype, options):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_odd_shapes(dtype, b, t, vocabulary, hidden):
-    """One row, one token, V and H that nothing divides, V of more than one block."""
+    """One row, one token, V and H that are not multiples of a block, and V of more than one block."""
     leaves, constants, _ = batch(1, dtype, b=b, t=t, vocabulary=vocabulary, hidden=hidden)
     got, gradients = run(linear_token_logprobs, leaves, constants["ids"], dtype, backend="triton")
     eager, eager_gradients = run(reference.linear_token_logprobs, leaves, constants["ids"], dtype)
@@ -61,7 +61,7 @@ def test_odd_shapes(dtype, b, t, vocabulary, hidden):
         check_error(f"gradient of {name}", gradient, eager_gradients[name], exact_gradients[name])
 
 
-def test_masked_rows_may_hold_anything():
+def test_masked_rows_have_no_effect():
     leaves, constants, extra = batch(2, torch.bfloat16, t=9)
     options = {"mask": constants["mask"], "temperature": extra["temperature"], "backend": "triton"}
     out = ~constants["mask"]
@@ -86,8 +86,8 @@ def test_empty_and_all_masked():
 
 
 @pytest.mark.parametrize("upstream", [torch.inf, torch.nan, 1e9])
-def test_an_upstream_gradient_of_masked_rows_is_not_looked_at(upstream):
-    """A function behind the log-probs may have an infinite slope at the 0 of a masked row."""
+def test_the_upstream_gradient_of_masked_rows_is_ignored(upstream):
+    """A function of the log-probs can have an infinite slope at the 0 of a masked row."""
     leaves, constants, _ = batch(2, torch.float16, t=9)
     mask, grads = constants["mask"], []
     for masked in (0.0, upstream):
@@ -99,7 +99,7 @@ def test_an_upstream_gradient_of_masked_rows_is_not_looked_at(upstream):
 
 
 def test_tiny_upstream_gradients_survive_half_precision():
-    """Gradients of logits near 1e-7 are nothing in float16; they are made relative to the largest coefficient."""
+    """Gradients of logits near 1e-7 underflow in float16, so they are computed relative to the largest coefficient."""
     leaves, constants, _ = batch(2, torch.float16, t=9)
     weight = leaves["weight"].clone().requires_grad_()
     weight.grad_dtype = torch.float32  # float16 could not hold the result
@@ -112,8 +112,8 @@ def test_tiny_upstream_gradients_survive_half_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probs_have_the_same_bits_whatever_the_batch(dtype):
-    """A row alone, among others, first or last of its chunk: the same bits, for one size of chunk."""
+def test_the_bits_of_a_log_prob_do_not_depend_on_the_batch(dtype):
+    """With a fixed chunk size, a row has the same bits as a single row, among other rows, and first or last in its chunk."""
     leaves, constants, _ = batch(8, dtype, b=1, t=40, vocabulary=603, hidden=96)
     hidden, weight, ids = leaves["hidden"].view(40, 96), leaves["weight"], constants["ids"].view(40)
     options = {"entropy": True, "chunk_tokens": 16, "backend": "triton"}
@@ -124,8 +124,8 @@ def test_log_probs_have_the_same_bits_whatever_the_batch(dtype):
         assert torch.equal(part.entropy, whole.entropy[rows]), rows
 
 
-def test_log_probs_of_half_inputs_carry_no_half_rounding():
-    """Logits are float32 products of bfloat16 factors: as exact as float32, where eager rounds them to 8 bits."""
+def test_log_probs_of_half_inputs_have_float32_accuracy():
+    """Logits are float32 products of bfloat16 factors, so they have float32 accuracy; eager rounds them to 8 bits."""
     leaves, constants, _ = batch(9, torch.bfloat16, t=9)
     hidden, weight, ids = leaves["hidden"], leaves["weight"], constants["ids"]
     got = linear_token_logprobs(hidden, weight, ids, entropy=True, backend="triton")

@@ -63,7 +63,7 @@ def test_matches_float64(backend, dtype, options, inplace):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_lies_under_a_false_mask_is_not_read(backend):
+def test_masked_entries_have_no_effect(backend):
     logits, arguments = to_device(scene(1, b=2, t=10))
     loss = partial(logits_ppo_loss, backend=backend)
     clean, gradient = differentiate(loss, logits, arguments)
@@ -72,7 +72,7 @@ def test_what_lies_under_a_false_mask_is_not_read(backend):
         k: torch.where(mask, v, torch.nan) if torch.is_tensor(v) and v.is_floating_point() else v
         for k, v in arguments.items()
     }
-    dirty["temperature"] = arguments["temperature"]  # of a CPU tensor, all are checked
+    dirty["temperature"] = arguments["temperature"]  # on a CPU every temperature is checked, also masked ones
     dirty["ids"] = torch.where(mask, arguments["ids"], -(2**40))
     wild = torch.where(mask[..., None], logits, torch.nan)
     result, again = differentiate(loss, wild, dirty)
@@ -96,7 +96,7 @@ def test_clipped_tokens_have_exactly_no_gradient(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
-def test_nothing_counts(backend, aggregation):
+def test_no_token_counts(backend, aggregation):
     logits, arguments = to_device(scene(3, b=2, t=3))
     arguments["mask"] = torch.zeros_like(arguments["mask"])
     arguments["aggregation"] = aggregation
@@ -106,7 +106,7 @@ def test_nothing_counts(backend, aggregation):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shifted_logits_and_packed_tokens(backend):
-    """The slice logits[:, :-1] that trainers pass is read where it lies; two losses share one backward."""
+    """The slice logits[:, :-1] that trainers pass is read without a copy; two losses share one backward."""
     logits, arguments = to_device(scene(4, b=2, t=9))
     cut = {k: v[:, 1:] if torch.is_tensor(v) else v for k, v in arguments.items()}
     loss = partial(logits_ppo_loss, backend=backend)

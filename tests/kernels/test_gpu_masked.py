@@ -1,4 +1,4 @@
-"""`masked_mean` and `masked_whiten` in Triton: float64, tiles, masks of no or one entry, and what must not matter."""
+"""`masked_mean` and `masked_whiten` in Triton: float64, tiles, masks of no or one entry, and invariance of the bits."""
 
 import pytest
 import torch
@@ -61,8 +61,8 @@ def test_values_and_gradients_against_float64(tiles, shape, mean):
             check_error(name, *three)
 
 
-def test_a_small_spread_beside_a_large_mean(tiles):
-    """Sums of squares in float32 would lose it altogether."""
+def test_a_small_spread_around_a_large_mean(tiles):
+    """Sums of squares in float32 would lose the spread completely."""
     x, mask = batch(3000)
     x = 4096 + x.round(decimals=1)
     white = run(masked_whiten, x, mask)[mask].double()

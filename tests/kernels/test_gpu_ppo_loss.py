@@ -1,4 +1,4 @@
-"""`ppo_loss` in Triton: every objective, aggregation and optional tensor against float64; what lies under a False mask."""
+"""`ppo_loss` in Triton: every objective, aggregation and optional tensor against float64; masked entries."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from .helpers.gpu import DEVICE, to_device
 from .helpers.objective import OPTIONS, case, run
 
 triton_loss = partial(ppo_loss, backend="triton")
-LENGTHS = (1100, 1, 0, 1024, 700)  # more than a tile, one token, none, a tile, a part of one
+LENGTHS = (1100, 1, 0, 1024, 700)  # more than a tile, one token, none, exactly a tile, less than a tile
 NAMES = ("logprobs", "old_logprobs", "advantages", "mask")
 
 MORE = [
@@ -32,7 +32,7 @@ MORE = [
 
 
 def packed(seed: int):
-    """A padded case cut into sequences of LENGTHS, one behind the other."""
+    """Return a padded case as packed sequences of LENGTHS."""
     inputs, constants = case(seed, b=5, t=1100)
     constants["mask"][0] = constants["mask"][4]
     inside = torch.arange(1100) < torch.tensor(LENGTHS)[:, None]
@@ -42,7 +42,7 @@ def packed(seed: int):
 
 
 def on_device(inputs, constants, options, **keywords):
-    """Result and gradients of the Triton kernels, back on the CPU."""
+    """Return result and gradients of the Triton kernels, on the CPU."""
     result, gradients = run(triton_loss, *map(to_device, (inputs, constants, options)), **keywords)
     result = type(result)(result.loss.cpu(), {k: v.cpu() for k, v in result.metrics.items()})
     return result, {k: v.cpu() for k, v in gradients.items()}
@@ -101,7 +101,7 @@ def test_small_batches(shape, ratio_level):
 
 
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
-def test_what_lies_under_a_false_mask_is_not_read(ratio_level):
+def test_masked_entries_have_no_effect(ratio_level):
     inputs, constants = packed(4)
     options = {"ratio_level": ratio_level, "kl_coef": 0.1, "entropy_coef": 0.1, "aggregation": "seq_mean_token_mean"}
     clean, gradients = on_device(inputs, constants, options)
@@ -119,8 +119,8 @@ def test_what_lies_under_a_false_mask_is_not_read(ratio_level):
 
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"])
-def test_nothing_counts(aggregation, ratio_level):
-    """All masked, or no token at all: loss 0 and gradients 0, not NaN."""
+def test_no_token_counts(aggregation, ratio_level):
+    """If all tokens are masked, or there is no token, the loss and the gradients are 0, not NaN."""
     inputs, constants = case(4)
     constants["mask"][:] = False
     for rows, size in ((5, 40), (5, 0), (0, 40)):
@@ -142,7 +142,7 @@ def test_the_same_bits_twice(ratio_level):
 
 @pytest.mark.parametrize("segments", [0, 1, 1024, 3000])
 def test_any_number_of_partial_sums(segments):
-    """The last of them is a maximum, which a NaN must reach from any place."""
+    """The last result is a maximum instead of a sum, and a NaN at any index must reach it."""
     partials = torch.rand(_native.NUM_SUMS, segments, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def add_up(x):
@@ -161,8 +161,8 @@ def test_any_number_of_partial_sums(segments):
 
 
 @pytest.mark.parametrize("place", [0, 1023, 1024, 2099])
-def test_a_nan_is_seen(place):
-    """In the loss, in the largest ratio, and in its own gradient alone."""
+def test_a_nan_is_propagated(place):
+    """A NaN reaches the loss, the largest and the mean ratio, and only the gradient of its token."""
     inputs, constants = case(6, b=3, t=700)
     constants["mask"][:] = True
     inputs["logprobs"].view(-1)[place] = torch.nan
@@ -181,7 +181,7 @@ def test_a_ratio_that_overflows_is_infinite():
     assert gradients["logprobs"][0, 1] == 0  # clipped
 
 
-def test_two_losses_in_one_backward_and_nothing_under_no_grad():
+def test_two_losses_in_one_backward_and_no_gradient_under_no_grad():
     inputs, constants = to_device(case(8))
     x = inputs["logprobs"].clone().requires_grad_()
     rest = [constants[k] for k in NAMES[1:]]
@@ -205,8 +205,8 @@ def test_strides_and_dtypes():
 
 
 @pytest.mark.parametrize("ends", [[0, 8], [-9, 4, 4], [2, 1 << 30], [3, 1, 2, -4]])
-def test_cu_seqlens_that_lie_read_nothing_outside(ends, monkeypatch):
-    """A device's values are not looked at by the host: what is behind the tokens must not be reached all the same."""
+def test_invalid_cu_seqlens_do_not_read_outside_the_tokens(ends, monkeypatch):
+    """The host does not read values on a device, so the kernel must not read outside the tokens for any `cu_seqlens`."""
     x = torch.full((2000,), torch.nan, device=DEVICE)
     x[:4] = 0.5
     mask = torch.ones(2000, dtype=torch.bool, device=DEVICE)

@@ -1,4 +1,4 @@
-"""`rollout_advantages` in Triton: exact numbers, float64, tiles, padded against packed, and what must not matter."""
+"""`rollout_advantages` in Triton: exact numbers, float64, tiles, padded against packed, and invariance of the bits."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from rlhf_kernels import reference, rollout_advantages
 from rlhf_kernels._triton import scan
 from rlhf_kernels.backend import kernels
 
-from .helpers.advantages import INF, LIES, MASKS, NAN, check_lies, double, rollout
+from .helpers.advantages import INF, INVALID_CU_SEQLENS, MASKS, NAN, check_invalid_cu_seqlens, double, rollout
 from .helpers.bounds import check_error
 from .helpers.gpu import DEVICE, to_device
 
@@ -21,7 +21,7 @@ def set_tile(monkeypatch, tokens: int) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 tokens, so that short sequences have several: the interpreter walks a scan one token at a time."""
+    """Use tiles of 16 tokens, so that short sequences have several: the interpreter scans one token at a time."""
     set_tile(monkeypatch, 16)
 
 
@@ -31,7 +31,7 @@ def run(data, **options):
 
 
 def exact_data() -> dict[str, torch.Tensor]:
-    """Every mask of five tokens and small halves: with γ = λ = kl_coef = 1/2 no operation rounds."""
+    """Return every mask of five tokens and small multiples of 1/2: with γ = λ = kl_coef = 1/2 no operation rounds."""
     mask = torch.tensor(list(itertools.product((False, True), repeat=5)))
     g = torch.Generator().manual_seed(0)
     logprobs, ref_logprobs, values = (torch.randint(-8, 9, mask.shape, generator=g) / 2 for _ in range(3))
@@ -44,21 +44,21 @@ def exact_data() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("ends", LIES)
-def test_cu_seqlens_that_lie_read_nothing_outside(ends, monkeypatch):
+@pytest.mark.parametrize("ends", INVALID_CU_SEQLENS)
+def test_invalid_cu_seqlens_do_not_read_outside_the_tokens(ends, monkeypatch):
     def arguments(x, mask, ends):
         scores = torch.zeros(len(ends) - 1, device=DEVICE)
         return scores, x, x, x, mask, 0.1, 0, 1.0, 0.95, torch.inf, None, None, True, False, False, ends
 
-    check_lies(kernels("triton").rollout_advantages, arguments, ends, monkeypatch)
+    check_invalid_cu_seqlens(kernels("triton").rollout_advantages, arguments, ends, monkeypatch)
 
 
 @pytest.mark.parametrize("tile", [4, 8])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "abs"])
 @pytest.mark.parametrize("index", [None, 2])
 @pytest.mark.parametrize("score_clip", [None, 1.5])
-def test_where_the_score_goes(monkeypatch, tile, estimator, index, score_clip):
-    """The last action or `score_index`; on a masked token, or in a row without an action, it is dropped."""
+def test_the_token_that_receives_the_score(monkeypatch, tile, estimator, index, score_clip):
+    """It is the last action or `score_index`. A score at a masked token, or in a row without an action, is dropped."""
     set_tile(monkeypatch, tile)
     data = exact_data()
     b = len(data["mask"])
@@ -116,12 +116,12 @@ def test_tiles_of_full_size(whiten_rewards):
         check_error(name, getattr(got, name), getattr(eager, name), getattr(exact, name))
 
 
-def test_whitening_keeps_a_small_spread_beside_a_large_mean(small_tiles):
-    """Sums of squares in float32 would lose a spread of 1 beside a mean of 4096 altogether."""
+def test_whitening_keeps_a_small_spread_around_a_large_mean(small_tiles):
+    """Sums of squares in float32 would lose a standard deviation of 1 at a mean of 4096 completely."""
     b, t = 4, 100
     rewards = 4096 + torch.randn(b, t, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     zeros, mask = torch.zeros(b, t), torch.ones(b, t, dtype=torch.bool)
-    # γ = 0 and V = 0 make the advantage the reward itself, which is -kl_coef * (logprobs - 0).
+    # With γ = 0 and V = 0 the advantage is the reward, which is -kl_coef * (logprobs - 0).
     data = {"scores": torch.zeros(b), "logprobs": rewards, "ref_logprobs": zeros, "values": zeros, "mask": mask}
     got = run(data, kl_coef=-1.0, gamma=0.0)
     check_error(
@@ -132,8 +132,8 @@ def test_whitening_keeps_a_small_spread_beside_a_large_mean(small_tiles):
     )
 
 
-def test_actions_without_an_advantage_count(small_tiles):
-    """Half the advantages are exactly 0, as those of masked tokens are."""
+def test_actions_with_a_zero_advantage_count(small_tiles):
+    """Half the advantages are exactly 0, like those of masked tokens, but must enter the statistics."""
     logprobs = (torch.arange(40) % 2).float().view(2, 20)
     zeros, mask = torch.zeros(2, 20), torch.arange(20).expand(2, 20) < 15
     data = {"scores": torch.zeros(2), "logprobs": logprobs, "ref_logprobs": zeros, "values": zeros, "mask": mask}
@@ -143,7 +143,7 @@ def test_actions_without_an_advantage_count(small_tiles):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_whitening_of_nothing_and_of_one_token(small_tiles, count):
-    """A variance over n - 1 = 0 or -1 is taken for 0."""
+    """A variance over n - 1 = 0 or -1 counts as 0."""
     mask = torch.arange(4)[None] < count
     x = torch.ones(1, 4)
     data = {"scores": torch.ones(1), "logprobs": x, "ref_logprobs": x, "values": x, "mask": mask}
@@ -173,7 +173,7 @@ def test_packed_gives_the_bits_of_padded(small_tiles, mask):
         check_error("advantages", packed.advantages, eager.advantages, exact.advantages)
 
 
-def test_neighbours_and_repetition_do_not_matter(small_tiles):
+def test_bits_do_not_depend_on_other_rows_or_repetition(small_tiles):
     data = rollout(4, 45, "holes")
     options = {"kl_coef": 0.2, "kl_estimator": "k3"}
     whole = run(data, **options, whiten_rewards=True)
@@ -202,8 +202,8 @@ def test_empty(b, t):
     assert all(y.shape == (b, t) for y in run(data, kl_coef=0.1, whiten_rewards=True))
 
 
-def test_whole_numbers_are_numbers(small_tiles):
-    """Without the dispatcher, which makes floats of them."""
+def test_integer_options_equal_float_options(small_tiles):
+    """Integers reach the launcher as integers, because no dispatcher converts them to floats."""
     data = rollout(2, 20, "holes")
     whole, expected = run(data, kl_coef=1, gamma=1, lam=0), run(data, kl_coef=1.0, gamma=1.0, lam=0.0)
     assert all(map(torch.equal, whole, expected))

@@ -1,4 +1,4 @@
-"""`sample_tokens` in Triton: the random numbers bit by bit, the ids of the C++ kernel, the filters against a full sort."""
+"""`sample_tokens` in Triton: random numbers bit for bit, the same ids as the C++ kernel, the filters against a full sort."""
 
 import math
 import sys
@@ -30,14 +30,14 @@ FILTERS = [
 ]
 
 
-LAUNCHER = sys.modules["rlhf_kernels._triton.sample_tokens"]  # the package has the function of that name in its place
+LAUNCHER = sys.modules["rlhf_kernels._triton.sample_tokens"]  # in the package, this name is the function
 LARGE = LAUNCHER.LAUNCH["BLOCK"]
 BLOCK = 256 if DEVICE.type == "cpu" else LARGE
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """The interpreter takes its time by the lane: there most tests get small blocks, and short rows have several."""
+    """Use small blocks in the interpreter, whose time grows with the lanes, so that short rows have several blocks."""
     monkeypatch.setitem(LAUNCHER.LAUNCH, "BLOCK", BLOCK)
 
 
@@ -48,7 +48,7 @@ def uniform_kernel(out, sequence, position, seed: tl.int64):
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**32 + 7, 2**63 - 1, -(2**63), -12345678901234])
-def test_the_random_numbers_are_those_of_the_definition(seed):
+def test_the_random_numbers_equal_the_definition(seed):
     sequence = torch.tensor([0, 1, -1, 2**31, 2**32 - 1, 2**40 + 3, 2**63 - 1, -(2**63)])
     position = sequence.roll(3) ^ 0x1234567
     out = torch.empty(8, dtype=torch.float64, device=DEVICE)
@@ -63,7 +63,7 @@ def test_the_random_numbers_are_those_of_the_definition(seed):
 
 
 def draw(logits, numbers, **options):
-    """A sample by the Triton kernel, back on the CPU."""
+    """Return a sample of the Triton kernel, on the CPU."""
     got = sample_tokens(to_device(logits), **to_device(numbers | options), backend="triton")
     return type(got)(*(x.cpu() for x in got))
 
@@ -76,8 +76,8 @@ def compare(got, expected):
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_ids_of_the_cpu_kernel(dtype, filters):
-    """Rows of three blocks, the last one short; the sample comes from each of them."""
+def test_the_ids_equal_those_of_the_cpu_kernel(dtype, filters):
+    """Rows have three blocks, the last one partial; without filters, samples come from the first and the second block."""
     logits, numbers = rows(6 if filters else 20, 2 * BLOCK + 37, dtype=dtype)
     options = filters | {"temperature": torch.linspace(0.3, 4, len(logits))}
     got = draw(logits, numbers, **options)
@@ -97,7 +97,7 @@ def test_rows_of_several_whole_blocks(filters, monkeypatch):
 @pytest.mark.parametrize("v", [1, 33, 600])
 @pytest.mark.parametrize("step", [None, 0.5])
 def test_filters_against_a_sort(v, step):
-    """The mass of the kept set and the place of the sample in it, with and without equal logits."""
+    """The sample is in the kept set, and its log-probs match the mass of that set, with and without equal logits."""
     logits, numbers = rows(2, v, step=step, seed=v)
     for filters in FILTERS[1:]:
         got = draw(logits, numbers, **filters)
@@ -110,7 +110,7 @@ def test_filters_against_a_sort(v, step):
 
 
 def test_many_rows_agree_with_the_definition():
-    """With exact ties at the limits."""
+    """The logits have exact ties at the limits."""
     logits, numbers = rows(30, 64, step=0.25)
     for filters in ({}, {"top_k": 9}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}):
         expected = reference.sample_tokens(logits, **numbers, **filters)
@@ -127,13 +127,13 @@ def test_zeros_of_both_signs_are_equal():
 
 
 def test_greedy_takes_the_largest_logit():
-    logits, numbers = rows(6, 700, spread=1e-9)  # apart by less than their log-probs can show
+    logits, numbers = rows(6, 700, spread=1e-9)  # they differ by less than the resolution of the log-probs
     got = draw(logits, numbers, top_k=1)
     assert got.ids.tolist() == logits.argmax(-1).tolist()
     assert got.sampling_logprobs.tolist() == [0.0] * 6
 
 
-def test_logits_of_minus_infinity_never_come_and_rows_without_mass_give_nan():
+def test_logits_of_minus_infinity_are_never_sampled_and_rows_without_mass_give_nan():
     logits, numbers = rows(7, 600)
     logits[0, :-2] = -torch.inf
     logits[0, -2:] = 3.0
@@ -142,7 +142,7 @@ def test_logits_of_minus_infinity_never_come_and_rows_without_mass_give_nan():
     logits[3] = -torch.inf
     logits[4, :580] = -torch.inf
     logits[5] = torch.nan
-    logits[6] = torch.finfo(torch.float32).max  # the float above is infinite
+    logits[6] = torch.finfo(torch.float32).max  # the next larger float is infinite
     for filters in ({}, FILTERS[-1]):
         got = draw(logits, numbers, **filters)
         compare(
@@ -160,8 +160,8 @@ def look_up_kernel(out, row, target: tl.float64, limit, vocab, BLOCK: tl.constex
     tl.store(out, look_up(row, vocab, 2.0, 1.0, limit, exact, BLOCK))
 
 
-def test_a_target_beyond_the_mass_takes_the_last_kept_token():
-    """The product of the mass and a number just below 1 may be rounded up to the whole mass."""
+def test_a_target_beyond_the_mass_selects_the_last_kept_token():
+    """The product of the mass and a number just below 1 can be rounded up to the total mass."""
     row = torch.zeros(3 * BLOCK)
     row[3], row[BLOCK + 2] = 2.0, 1.0
     for limit, expected in ((-math.inf, 3 * BLOCK - 1), (0.5, BLOCK + 2), (1.5, 3)):

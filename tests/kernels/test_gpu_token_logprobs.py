@@ -1,4 +1,4 @@
-"""`token_logprobs` on a GPU against float64, and the launchers of rows of logits where no public op reaches them."""
+"""`token_logprobs` on a GPU against float64, and uses of the row launchers that no public op reaches directly."""
 
 import math
 from functools import partial
@@ -27,7 +27,10 @@ HALF = DTYPES[1:]
 
 
 def compare(logits, ids, upstream=(0.37, -0.11), **options):
-    """Outputs and gradient of the kernel, of eager and of float64, under weights of the two outputs."""
+    """Check outputs and gradient of the kernel against eager and float64; return those of the kernel.
+
+    The loss is a weighted sum of log-probs and entropies.
+    """
     logits, ids, options = to_device((logits, ids, options))
     results = []
     for function, dtype in (
@@ -51,7 +54,7 @@ def compare(logits, ids, upstream=(0.37, -0.11), **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [1, 2, 203, 17003])  # the last: three blocks
+@pytest.mark.parametrize("vocabulary", [1, 2, 203, 17003])  # the last one has several blocks
 @pytest.mark.parametrize(
     "options",
     [
@@ -72,7 +75,7 @@ def test_matches_float64(dtype, vocabulary, options):
 
 
 def test_hand_computed():
-    """p = (1/2, 1/4, 1/4): log p = -log 2, H = 1.5 log 2; the gradient of log p is onehot - p."""
+    """For p = (1/2, 1/4, 1/4): log p = -log 2, H = 1.5 log 2, and the gradient of log p is onehot - p."""
     logits = torch.tensor([[0.0, -math.log(2), -math.log(2)]], device=DEVICE, requires_grad=True)
     out = token_logprobs(logits, torch.tensor([0], device=DEVICE), entropy=True, backend="triton")
     torch.testing.assert_close(out.logprobs.cpu(), torch.tensor([-math.log(2)]))
@@ -83,7 +86,7 @@ def test_hand_computed():
 
 @pytest.mark.parametrize("kind", TEMPERATURES)
 def test_a_temperature_costs_no_accuracy(kind):
-    """1 / T is rounded, and a log-prob of -15 would move by it as a whole; ratios and k3 multiply what is lost here."""
+    """The rounding of 1 / T would shift a log-prob of -15 as a whole, and ratios and k3 amplify such an error."""
     logits, ids, options = to_device(temperature_scene(kind))
     check_temperature_costs_nothing(
         token_logprobs(logits, ids, **options, backend="triton").logprobs, logits, ids, options
@@ -91,14 +94,14 @@ def test_a_temperature_costs_no_accuracy(kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_softcaps_slope_does_not_cancel(dtype):
+def test_the_slope_of_the_softcap_does_not_cancel(dtype):
     check_softcap_slope(partial(token_logprobs, backend="triton"), dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_all_negative_logits_and_odd_vocabulary(dtype, softcap):
-    """Columns past V read as logit 0 would dominate logits near -50; as -softcap they would count like each of these."""
+    """Columns past V would dominate logits near -50 if they were 0, and count like one of them if they were -softcap."""
     logits = (-50 + torch.randn(5, 1001)).to(dtype)
     logprobs, _, _ = compare(logits, torch.randint(0, 1001, (5,)), softcap=softcap)
     assert (logprobs < 0).all()
@@ -109,7 +112,7 @@ def test_common_offset():
 
 
 def test_logsumexp_near_zero():
-    """Normalised logits: the log-prob is the logit itself, also where it is nearly 0."""
+    """The log-prob of a normalised logit is the logit, also where it is nearly 0."""
     logits = torch.randn(9, 333)
     logits[:, 0] += torch.arange(0.0, 36, 4)
     logits = logits.log_softmax(-1)
@@ -118,21 +121,21 @@ def test_logsumexp_near_zero():
 
 
 def test_rising_maximum():
-    """The running maximum moves in every block."""
+    """The running maximum changes in every block."""
     compare(torch.linspace(-80, 80, 20000).repeat(3, 1), torch.tensor([0, 10000, 19999]))
     compare(torch.randn(3, 20000) + torch.linspace(0, 4, 20000), torch.tensor([0, 10000, 19999]))
 
 
 def test_small_logits_under_a_wide_softcap():
-    """tanh keeps its relative accuracy near 0."""
+    """Near 0 the kernel's tanh keeps its relative accuracy."""
     compare(1e-3 * torch.randn(5, 77), torch.randint(0, 77, (5,)), softcap=1000.0)
 
 
 @pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
 def test_masked_columns(lowest):
-    """A logit of -inf has probability 0, takes no part and gets no gradient; it must not turn 0 * inf into NaN."""
+    """A logit of -inf has probability 0 and gradient 0; 0 * inf must not become NaN."""
     logits = torch.randn(3, 20000, device=DEVICE)
-    logits[:, :9000] = lowest  # a whole block and a part
+    logits[:, :9000] = lowest  # a whole block and a part of the next
     logits.requires_grad_()
     out = token_logprobs(logits, torch.full((3,), 12000, device=DEVICE), entropy=True, backend="triton")
     cut = logits.detach()[:, 9000:].double().requires_grad_()
@@ -158,14 +161,14 @@ def test_non_finite_logits_give_a_non_finite_row(bad, at):
     assert logits.grad.isfinite().all(1).tolist() == [True, False, True]
 
 
-def test_nothing_but_minus_infinity_is_not_finite():
+def test_a_row_of_minus_infinity_is_not_finite():
     logits = torch.full((1, 9000), -torch.inf, device=DEVICE)
     out = token_logprobs(logits, torch.zeros(1, dtype=torch.long, device=DEVICE), entropy=True, backend="triton")
     assert not out.logprobs.isfinite().any() and not out.entropy.isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mask_zeroes_rows_whatever_they_hold(dtype):
+def test_masked_rows_are_zero_for_any_content(dtype):
     logits, ids = torch.randn(2, 3, 50).to(dtype), torch.randint(0, 50, (2, 3))
     mask = torch.tensor([[True, False, True], [True, True, False]])
     temperature = torch.ones(2, 3)
@@ -190,7 +193,7 @@ def test_all_masked_and_empty():
 
 
 def test_strides_are_respected():
-    """The slices that trainers pass: shifted logits, a transpose, every second row; one sequence, one position."""
+    """Slices that trainers pass: shifted logits, a transpose, every second row, one sequence, one position."""
     base, ids = torch.randn(4, 9, 130), torch.randint(0, 130, (4, 8))
     compare(base[:, :-1], ids)
     compare(base[:, 1:].transpose(0, 1), ids.t())
@@ -201,7 +204,7 @@ def test_strides_are_respected():
     compare(torch.randn(130, 12).t(), torch.randint(0, 130, (12,)))
 
 
-def test_same_bits_twice_and_for_any_neighbours():
+def test_the_bits_repeat_and_do_not_depend_on_other_rows():
     logits, ids = to_device((torch.randn(12, 9001), torch.randint(0, 9001, (12,))))
 
     def run(rows):
@@ -215,7 +218,7 @@ def test_same_bits_twice_and_for_any_neighbours():
         assert all(torch.equal(a[rows], b) for a, b in zip(whole, run(rows), strict=True)), rows
 
 
-# ---- what only the launchers are given -------------------------------------------------------------------------------
+# ---- arguments that only the launchers have --------------------------------------------------------------------------
 
 SCALARS = PpoScalars.of(PPOArguments())
 
@@ -233,8 +236,8 @@ def stats_of(x):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("transform", [Transform(), Transform.of(0.7, 5.0, 0.5)], ids=["plain", "softcap"])
-def test_a_narrow_gradient_in_the_front_of_the_rows_own_bytes(dtype, transform):
-    """The same bits as in a tensor of its own, over several blocks; a block that is read too late holds gradients."""
+def test_a_narrow_gradient_in_the_front_of_each_row(dtype, transform):
+    """The bits are the same as in a separate tensor. A block of logits that is read too late would contain gradients."""
     launch, n = kernels("triton"), 5
     x = rows_of(n, 20001, transform=transform)
     stats = stats_of(x)
@@ -246,7 +249,7 @@ def test_a_narrow_gradient_in_the_front_of_the_rows_own_bytes(dtype, transform):
     front = front_of(x.logits, dtype)
     launch.token_logprobs_backward(x, stats, front, g, h)
     assert torch.equal(own, front)
-    eps = torch.finfo(dtype).eps  # one unit: the interpreter cuts bfloat16 off where a GPU rounds
+    eps = torch.finfo(dtype).eps  # one unit: the interpreter truncates to bfloat16, a GPU rounds
     torch.testing.assert_close(own.float(), packed, rtol=eps, atol=eps * torch.finfo(dtype).tiny)
     assert (own[2] == 0).all() and (own[[0, 1, 3, 4]] != 0).any(1).all()
 
@@ -270,7 +273,7 @@ def test_statistics_reproduce_the_probabilities():
 
 
 @pytest.mark.parametrize("bad", [-1, -100, 300, 2**40])
-def test_an_id_outside_the_vocabulary_gives_nan_and_reads_nothing(bad):
+def test_an_id_outside_the_vocabulary_gives_nan(bad):
     launch = kernels("triton")
     x = rows_of(3, 300)
     x.ids[1] = bad
@@ -289,8 +292,8 @@ def epilogue(x, constants, scalars=SCALARS, out=None, **optional):
     return stats, out, active
 
 
-def test_an_unknown_id_without_an_advantage_is_still_no_number():
-    """The slope of a policy gradient does not look at the log-prob."""
+def test_an_invalid_id_with_a_zero_advantage_gives_nan():
+    """The slope of a policy gradient does not depend on the log-prob, so the NaN must come from the id."""
     x = rows_of(2, 300)
     x.ids[1] = 300
     zeros = torch.zeros(2, device=DEVICE)
@@ -299,8 +302,8 @@ def test_an_unknown_id_without_an_advantage_is_still_no_number():
     assert active.tolist() == [False, True] and out.isnan().all(1).tolist() == [False, True]
 
 
-def test_the_epilogue_is_the_forward_and_the_backward_of_the_rows_that_count():
-    """Masked rows and rows without a gradient are zeros, whatever lies there; the others as the two launchers make them."""
+def test_the_epilogue_equals_forward_and_backward():
+    """Masked rows and rows without a gradient are zeros for any content; other rows equal the two launchers' results."""
     mask = torch.tensor([True, True, False, True, True])
     x = rows_of(
         5, 9001, mask=mask, transform=Transform.of(torch.tensor([1.0, 0.5, torch.nan, 2.0, 1.5], device=DEVICE))
@@ -323,7 +326,7 @@ def test_the_epilogue_is_the_forward_and_the_backward_of_the_rows_that_count():
         x.logits.copy_(kept)
 
 
-def test_an_entropy_term_alone_keeps_a_row_active():
+def test_an_entropy_term_without_an_advantage_keeps_a_row_active():
     x = rows_of(3, 203)
     zero = torch.zeros(3, device=DEVICE)
     weight = torch.tensor([1.0, 0.0, 0.5], device=DEVICE)
@@ -338,7 +341,7 @@ def test_an_entropy_term_alone_keeps_a_row_active():
 @pytest.mark.parametrize("tile", [2, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_marked_rows_move_to_the_front(monkeypatch, marks, tile, dtype):
-    """Each front place holds the row that is named for it, every marked row once; rows that stay are not touched."""
+    """Each front place holds the row that `source` names, every marked row is there once, and rows that stay are unchanged."""
     monkeypatch.setattr(compaction, "TILE", tile)
     n = len(marks)
     buffer = torch.randn(n, 5001, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Batches for the tests of `gae` and `rollout_advantages`, and `cu_seqlens` that describe no sequences."""
+"""Batches for the tests of `gae` and `rollout_advantages`, and invalid `cu_seqlens`."""
 
 import itertools
 
@@ -13,7 +13,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def batch(b: int, t: int, mask: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rewards, values, mask; what the mask leaves out is NaN and inf."""
+    """Return rewards, values and mask; masked entries are NaN and inf."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, t + 1, (b, 1), generator=g)
     position = torch.arange(t)
@@ -33,7 +33,7 @@ MASKS = ("all", "none", "right padding", "left padding", "holes", "response with
 
 
 def rollout(b: int, t: int, mask: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every argument that is a tensor of tokens or a score; what the mask leaves out is NaN and inf."""
+    """Return the per-token arguments and the scores; masked entries are NaN and inf."""
     _, values, m = batch(b, t, mask, seed)
     g = torch.Generator().manual_seed(seed + 1)
     logprobs = -torch.rand(b, t, generator=g)
@@ -51,11 +51,11 @@ def double(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
 
 
-LIES = [[0, 8], [-9, 4, 4], [2, 1 << 30], [3, 1, 2, -4]]
+INVALID_CU_SEQLENS = [[0, 8], [-9, 4, 4], [2, 1 << 30], [3, 1, 2, -4]]
 
 
-def check_lies(launcher, arguments_of, ends, monkeypatch):
-    """A device's values are not looked at by the host: what is behind the tokens must not be reached all the same."""
+def check_invalid_cu_seqlens(launcher, arguments_of, ends, monkeypatch):
+    """The host does not read values on a device, so the kernel must not read outside the tokens for any `cu_seqlens`."""
     x, ends = torch.full((2000,), torch.nan, device=DEVICE), torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     x[:4] = 0.5
     arguments = arguments_of(x[:4], torch.ones(2000, dtype=torch.bool, device=DEVICE)[:4], ends)

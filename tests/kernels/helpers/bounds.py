@@ -1,4 +1,4 @@
-"""The error bound of every kernel test."""
+"""The error bounds of the kernel tests."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from rlhf_kernels import reference
 
 
 def check_error(name: str, got: Tensor, eager: Tensor | Sequence[Tensor], exact: Tensor, scale: float = 0.0) -> None:
-    """The largest error is at most twice that of eager PyTorch in the same dtype, plus 2 eps of the output's scale.
+    """Assert that the largest error is at most twice that of eager PyTorch in the same dtype, plus 2 eps of the output's scale.
 
-    `exact` is the float64 reference; of several eager results the worst counts. The output's scale is its largest value, or
-    `scale` where that is more (a sum of terms that cancel has the scale of its terms). A failure says where the values lie
-    and what they are.
+    `exact` is the float64 reference. With several eager results the largest error counts. The output's scale is its largest
+    value, or `scale` if that is larger (a sum of terms that cancel has the scale of its terms). A failure prints the index and
+    the values.
     """
     eagers = (eager,) if isinstance(eager, Tensor) else eager
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -33,7 +33,7 @@ def check_error(name: str, got: Tensor, eager: Tensor | Sequence[Tensor], exact:
 
 
 def check_rounded_once(name: str, got: Tensor, exact: Tensor) -> None:
-    """Each float32 is within 2 eps of half a unit of its own last place from `exact`: nothing but its rounding is seen."""
+    """Assert that `got` differs from `exact` by its float32 rounding (half a unit in the last place) and at most 2 eps more."""
     rounded = exact.float().abs()
     half_unit = (rounded.nextafter(torch.tensor(torch.inf, device=rounded.device)) - rounded).double() / 2
     excess = ((got.double() - exact).abs() - half_unit).max() / torch.finfo(torch.float32).eps
@@ -44,9 +44,9 @@ TEMPERATURES = {"row": None, "row, scaled": None, "0.3": 0.3, "0.9": 0.9}
 
 
 def temperature_scene(kind: str) -> tuple[Tensor, Tensor, dict]:
-    """Logits (120, 2027), ids and options under which the rounding of 1 / T would move a log-prob as a whole.
+    """Return logits (120, 2027), ids and options for which the rounding of 1 / T would shift a whole log-prob.
 
-    Unlikely tokens are far from the largest logit, and so is the mean, for one token stands above many.
+    One logit is far above all others. Unlikely tokens, and the mean, are therefore far from the largest logit.
     """
     torch.manual_seed(0)
     logits, ids = 0.5 * torch.randn(120, 2027), torch.randint(0, 2027, (120,))
@@ -56,12 +56,13 @@ def temperature_scene(kind: str) -> tuple[Tensor, Tensor, dict]:
 
 
 def check_temperature_costs_nothing(logprobs: Tensor, logits: Tensor, ids: Tensor, options: dict) -> None:
+    """Assert that the log-probs have no error except their rounding."""
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
     check_rounded_once("logprobs", logprobs, reference.token_logprobs(logits.double(), ids, **wide).logprobs)
 
 
 def check_softcap_slope(token_logprobs, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-    """Far beyond the cap tanh is 1 in float32, and its slope still is not 0: 4 e^-2x / (1 + e^-2x)^2."""
+    """Check the slope far beyond the cap, where tanh is 1 in float32: it is 4 e^-2x / (1 + e^-2x)^2 and not 0."""
     x = torch.linspace(-7, 7, 141, device=device).repeat(2, 1).to(dtype).requires_grad_()
     taken, wide = torch.tensor([70, 0], device=device), x.detach().double()
     token_logprobs(x, taken, softcap=1.0).logprobs.sum().backward()

@@ -1,4 +1,4 @@
-"""Where the tests of the GPU backends run: on the device where there is one, else through Triton's interpreter."""
+"""The device for the tests of the GPU backends: the GPU if there is one, else the CPU with Triton's interpreter."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
-"""Of the ops that have a kernel in both."""
+"""Backends of the ops that have a Triton and a CUDA C++ kernel."""
 
 
 def to_device(x):
-    """Tensors to the device, also inside dicts, lists and tuples; everything else as it is."""
+    """Return `x` with tensors moved to the device, also inside dicts, lists and tuples; other values are unchanged."""
     if isinstance(x, torch.Tensor):
         return x.to(DEVICE)
     if isinstance(x, dict):

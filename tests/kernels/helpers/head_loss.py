@@ -1,4 +1,4 @@
-"""`linear_ppo_loss` beside what it is measured by: options, eager and float64 twins, the error bound for all it returns."""
+"""Cases of `linear_ppo_loss`, its eager and float64 reference, and the error bound for all its results."""
 
 import torch
 
@@ -34,7 +34,7 @@ _TRANSFORM = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}
 
 
 def chosen_of(flags: str, options: str, extra: dict) -> dict:
-    """Arguments for a choice of FLAGS and of OPTIONS."""
+    """Return the arguments for a key of FLAGS and a key of OPTIONS."""
     chosen = {k: extra[k] for k in FLAGS[flags]} | OPTIONS[options]
     if "kl_coef" in chosen:
         chosen["ref_logprobs"] = extra["ref_logprobs"]
@@ -44,7 +44,7 @@ def chosen_of(flags: str, options: str, extra: dict) -> dict:
 
 
 def run(function, leaves, constants, options, dtype, upstream=0.37):
-    """The result and the gradients of the leaves. Only the head's own arithmetic is in a half dtype."""
+    """Return the result and the gradients of the leaves. Only the leaves have a half `dtype`, other tensors are float32."""
     x = {k: v.to(dtype).clone().requires_grad_() for k, v in leaves.items()}
     if "returns" not in options:
         x = {k: v for k, v in x.items() if not k.startswith("value")}
@@ -61,7 +61,7 @@ def reference_loss(**arguments):
 
 
 def in_order(seed: int, leaves, constants, options, dtype):
-    """Eager's result with the vocabulary and the hidden units in another order, which is the same to the formula."""
+    """Return the eager result for a permutation of the vocabulary and the hidden units, which does not change the formula."""
     g = torch.Generator().manual_seed(seed)
     v, h = (torch.randperm(n, generator=g).to(leaves["weight"].device) for n in leaves["weight"].shape)
     places = {"hidden": (..., h), "weight": (v[:, None], h), "bias": (v,), "value_weight": (h,), "value_bias": (...,)}
@@ -74,26 +74,29 @@ def in_order(seed: int, leaves, constants, options, dtype):
 
 
 def eager_results(leaves, constants, options, dtype):
-    """Eager's, in several orders of its sums: where a single token rules the result, the roundings of one order cancel as
-    often as not, and what is left is less than the product alone makes.
+    """Yield eager results for several orders of the sums.
+
+    Where a single token dominates the result, the roundings of one order often cancel, and its error is smaller than the error
+    of the matrix product.
     """
     yield run(reference_loss, leaves, constants, options, dtype)
     yield from (in_order(seed, leaves, constants, options, dtype) for seed in range(7))
 
 
 def check_loss(function, leaves, constants, options, dtype, how=None):
-    """`function` holds the bound for the loss, every metric and every gradient, on these very numbers."""
+    """Assert that the loss, every metric and every gradient of `function` are within the error bound."""
     got, gradients = run(function, leaves, constants, options | (how or {}), dtype)
     exact, exact_gradients = run(reference_loss, leaves, constants, options, torch.float64)
     eager, eager_gradients = zip(*eager_results(leaves, constants, options, dtype), strict=True)
     terms = {
         "seq_mean_token_sum": constants["mask"].shape[1],
         "token_sum": constants["mask"].numel(),
-    }  # of order 1 each
+    }  # the number of terms, each of order 1
     check_error("loss", got.loss, [x.loss for x in eager], exact.loss, terms.get(options.get("aggregation"), 1))
     for name, gradient in gradients.items():
         assert gradient.dtype == dtype
-        # The value head's bias sums what its weight sums times hidden states of order 1; one number alone shows no scale.
+        # The gradient of the value head's bias is one number, which gives no scale. The gradient of its weight has the same
+        # terms, times hidden states of order 1.
         scale = float(exact_gradients["value_weight"].abs().max()) if name == "value_bias" else 0.0
         check_error(f"gradient of {name}", gradient, [x[name] for x in eager_gradients], exact_gradients[name], scale)
     for name in METRICS:

@@ -7,7 +7,10 @@ from rlhf_kernels import reference
 
 
 def make(seed: int, dtype=torch.float32, *, b=4, t=40, vocabulary=203, hidden=24, keep=0.7, drift=0.3):
-    """Differentiable tensors and per-token constants; rows beyond each clip bound with both signs of the advantage."""
+    """Return differentiable tensors, per-token constants and optional tensors.
+
+    Some ratios are beyond each clip bound, with both signs of the advantage.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -43,11 +46,11 @@ def make(seed: int, dtype=torch.float32, *, b=4, t=40, vocabulary=203, hidden=24
 
 
 def widen(x, dtype: torch.dtype):
-    """Floating point tensors to `dtype`, everything else as it is."""
+    """Return a floating point tensor in `dtype`, and any other value unchanged."""
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def differentiate(loss: Tensor, leaves: dict[str, Tensor], upstream: float = 0.37) -> dict[str, Tensor]:
-    """Gradients of `upstream * loss`, zeros where the loss does not depend on a leaf."""
+    """Return the gradients of `upstream * loss`, zeros for a leaf on which the loss does not depend."""
     (upstream * loss).backward()
     return {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}

@@ -1,4 +1,4 @@
-"""Batches and options for the tests of `ppo_loss`; an option of the objective has a case here."""
+"""Batches and options for the tests of `ppo_loss`; each option of the objective has a case here."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Rows of logits for the tests of `sample_tokens`, and its filters by plain loops."""
+"""Rows of logits for the tests of `sample_tokens`, and its filters written as plain loops."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def rows(b: int, v: int, *, seed: int = 0, dtype=torch.float32, spread: float = 3.0, step: float | None = None):
-    """Logits, sequence and position numbers; with `step` the logits lie on a grid and many of them are equal."""
+    """Return logits, and seed, sequence and position numbers; `step` rounds the logits to a grid, so that many are equal."""
     g = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(b, v, generator=g)
     if step:
@@ -16,7 +16,7 @@ def rows(b: int, v: int, *, seed: int = 0, dtype=torch.float32, spread: float = 
 
 
 def brute_force(z: torch.Tensor, *, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
-    """Probabilities of one row after the filters, each by a full sort and plain loops."""
+    """Return the probabilities of one row after the filters, by a full sort and plain loops."""
     order = sorted(range(len(z)), key=lambda i: -z[i].item())
     limit = z[order[top_k - 1]].item() if top_k and top_k < len(z) else -math.inf
     p = torch.where(z >= limit, z, -math.inf).softmax(0)
