@@ -97,7 +97,7 @@ RLHF_HD void from_float(float x, f16* out) {
     const uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
     if (magnitude > 0x7f800000) { out->raw = uint16_t(sign | 0x7e00); return; }
     if (magnitude >= 0x477ff000) { out->raw = uint16_t(sign | 0x7c00); return; }  // rounds to 65536 or more
-    if (magnitude < 0x38800000) {  // subnormal in float16: its last bit has the weight of the last bit of 0.5f, so the sum rounds
+    if (magnitude < 0x38800000) {  // subnormal in float16: its last bit is worth as much as that of 0.5f, so the sum rounds
         out->raw = uint16_t(sign | (bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000));
         return;
     }

@@ -1,4 +1,4 @@
-// The CUDA launchers' part of rlhf_kernels._C: addresses on the device, the stream's number, a workspace's address.
+// The CUDA launchers in rlhf_kernels._C. Addresses are in device memory; a stream and a workspace are passed as numbers too.
 #include "bindings.h"
 
 #include "../bindings.h"

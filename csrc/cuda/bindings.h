@@ -4,7 +4,7 @@
 namespace rlhf {
 namespace cuda {
 
-// Adds the CUDA launchers to a module that has the argument types already.
+// Add the CUDA launchers to a module in which the types of arguments are already registered.
 void bind(pybind11::module_& m);
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// What every kernel starts from: how it is launched, and the types of its elements.
+// Definitions that all kernels share: the launch configuration and the element types.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -26,8 +26,9 @@ struct f16 {
     uint16_t raw;
 };
 
-// How a kernel is launched; `shared` counts dynamic shared memory of a block in bytes, `shared_limit` the most that any
-// launch of this kernel takes: the limit is the kernel's, so threads that set one each would take each other's away.
+// Launch configuration of a kernel. `shared` is the dynamic shared memory per block in bytes; `shared_limit` is the maximum of
+// it over all launches of the kernel. CUDA stores one limit per kernel, so every launch sets the same one: if each launch set
+// its size, two host threads would overwrite each other's limit, and a launch above the other's size would fail.
 struct Launch {
     int64_t blocks;
     int threads;

@@ -1,7 +1,7 @@
-// What the kernels take from the device beyond C++: launches, clusters, conversions.
+// The parts of the kernels that are not C++: launches, clusters, conversions.
 //
-// Everything that only a compiler for the device can read is here, so that a test can put its own version in its place
-// (tests/kernels/cuda_emulator) and run the kernels on the host.
+// All code that only a CUDA compiler accepts is in this file, so that the tests can replace it (tests/kernels/cuda_emulator)
+// and run the kernels on the host.
 #pragma once
 
 namespace rlhf {
@@ -45,17 +45,17 @@ void launch(const char* op, void (*kernel)(P...), Launch how, void* stream, P...
     config.attrs = &cluster;
     config.numAttrs = how.cluster > 1 ? 1 : 0;
     const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, arguments...);
-    const cudaError_t left = cudaGetLastError();  // also clears it, for the next caller
+    const cudaError_t left = cudaGetLastError();  // also clears the error, which the next call would report otherwise
     check(op, launched != cudaSuccess ? launched : left);
 }
 
-// The dynamic shared memory of the block.
+// Return the dynamic shared memory of the block.
 static __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char memory[];
     return memory;
 }
 
-// Where a variable in this block's shared memory lies in that of another block of the cluster.
+// Return the address of a shared-memory variable in block `rank` of the cluster.
 template <class T>
 __device__ __forceinline__ T* peer(T* variable, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -77,8 +77,7 @@ static __device__ __forceinline__ int cluster_rank() {
 #endif
 }
 
-// A barrier of the cluster in two halves; what was written before `arrive` is seen after `wait`. Below sm_90 a block is its
-// own cluster.
+// A cluster barrier in two halves: writes before `arrive` are visible after `wait`. Below sm_90 a cluster is one block.
 static __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -93,7 +92,7 @@ static __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// 2^x to 2 ulp, in one instruction.
+// Return 2^x to 2 ulp, in one instruction.
 static __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -108,7 +107,7 @@ static __device__ __forceinline__ void from_float(float x, f16* out) { out->raw 
 static __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 static __device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
 
-// Two numbers in four bytes, the first one in front.
+// Return two numbers in four bytes, `a` in the low half.
 static __device__ __forceinline__ uint32_t pair(float a, float b, bf16) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
     return uint32_t(__bfloat16_as_ushort(v.y)) << 16 | __bfloat16_as_ushort(v.x);
@@ -118,7 +117,7 @@ static __device__ __forceinline__ uint32_t pair(float a, float b, f16) {
     return uint32_t(__half_as_ushort(__high2half(v))) << 16 | __half_as_ushort(__low2half(v));
 }
 
-// A product that is rounded, never fused into a sum: two passes must see the same number.
+// Return the rounded product, which is not fused into a sum, so that two passes see the same number.
 static __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 }  // namespace cuda

@@ -1,7 +1,9 @@
-// Advantages and value targets of padded or packed sequences: a block a sequence, or, for few long ones, a block a tile.
+// Advantages and value targets of padded or packed sequences: one block per sequence, or one block per tile for few long
+// sequences.
 //
-// Long rows take three launches: every tile is reduced to what it does to the state behind it, those are carried from the last
-// tile to the first, every tile runs again with its own state. No block waits for another one.
+// Long sequences take three launches: `reduce_tiles` composes the steps of every tile into a segment, `carry_states` computes
+// from the segments the state that follows each tile, from the last tile to the first, and `write_tiles` runs the recurrence in
+// every tile from that state. No block waits for other blocks.
 #include "rows.cuh"
 
 namespace rlhf {
@@ -12,6 +14,7 @@ namespace {
 using Long = Shape<256, 4>;
 static_assert(Long::tile == kTile, "places are counted in these tiles");
 
+// A tile of a sequence; `exists` is false for a place without tokens, see tile_places.
 struct Place {
     int64_t b, tile;
     Span span;
@@ -25,7 +28,7 @@ __device__ __forceinline__ int64_t first_place(const Sequences& s, int64_t b) {
 __device__ __forceinline__ Place place_of(const Sequences& s, int64_t place) {
     int64_t b = 0;
     if (s.cu_seqlens) {
-        for (int64_t above = s.count; above - b > 1;) {  // the last sequence whose first place is not behind this one
+        for (int64_t above = s.count; above - b > 1;) {  // search for the last sequence whose first place is at most `place`
             const int64_t middle = (b + above) / 2;
             (first_place(s, middle) <= place ? b : above) = middle;
         }
@@ -37,7 +40,7 @@ __device__ __forceinline__ Place place_of(const Sequences& s, int64_t place) {
     return {b, tile, span, tile * kTile < span.length};
 }
 
-// The place of the last action inside a tile, or -1 where it lies elsewhere.
+// Return the position of `token` inside the tile, or -1 if it is not in the tile.
 __device__ __forceinline__ int64_t inside(int64_t token, int64_t tile) {
     return token / kTile == tile && token >= 0 ? token - tile * kTile : -1;
 }
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(Long::threads, Long::resident)
     totals[blockIdx.x] = total;
 }
 
-// One warp a sequence: its lanes load the tiles, 32 at a time; the state passes over them from the last to the first.
+// One warp per sequence. Its lanes load 32 tiles at a time; the state is carried over them from the last to the first.
 __global__ void carry_states(Sequences s, const GaeSegment* totals, GaeState* behind) {
     const int64_t b = int64_t(blockIdx.x) * (blockDim.x / kWarp) + thread_id() / kWarp;
     if (b >= s.count) return;
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(Long::threads, Long::resident)
     }
 }
 
-constexpr int kSearch = 256, kEach = 16;
+constexpr int kSearch = 256, kEach = 16;  // threads of a block of find_last, tokens per thread and round
 
 __global__ void __launch_bounds__(kSearch) find_last(GaeArgs a, int64_t* last) {
     __shared__ int found[kSearch / kWarp];
@@ -123,9 +126,9 @@ __global__ void __launch_bounds__(kSearch) find_last(GaeArgs a, int64_t* last) {
         }
 #pragma unroll
         for (int d = kWarp / 2; d > 0; d /= 2) best = max(best, __shfl_xor_sync(kAllLanes, best, d));
-        __syncthreads();  // or a slow warp would still read the last round's
+        __syncthreads();  // or a slow warp could read this round's positions as the last round's
         if (thread_id() % kWarp == 0) found[thread_id() / kWarp] = best;
-        __syncthreads();  // or a warp's place would be read before it is written
+        __syncthreads();  // or a warp's position could be read before it is written
         for (int w = 0; w < kSearch / kWarp; w++) best = max(best, found[w]);
     }
     if (thread_id() == 0) last[blockIdx.x] = best < 0 ? -1 : end + best;

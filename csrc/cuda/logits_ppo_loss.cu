@@ -1,9 +1,9 @@
 // The PPO objective on logits: a row is read once and its gradient written once, for an upstream gradient of 1.
 //
-// On sm_90 and later a thread-block cluster holds a row in its shared memory: every block sums its part while it loads it, the
-// parts meet through distributed shared memory, every block writes its part of the gradient. A block takes at most 64 KB, so that
-// three of them share a multiprocessor and one loads while another one stores. Elsewhere, and for rows that do not fit, one block
-// reads the row twice.
+// On sm_90 and later, a thread-block cluster holds a row in its shared memory: every block sums its part while it loads it, the
+// sums are combined through distributed shared memory, and every block writes its part of the gradient. A block uses at most
+// 64 KB, so that three blocks fit on a multiprocessor, and one loads while others store. Below sm_90 a cluster is one block. If
+// a row does not fit in the shared memory of a cluster, one block reads it twice.
 #include "ops.h"
 #include "row.cuh"
 
@@ -13,14 +13,14 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256, kResident = 3, kWarps = kThreads / kWarp;
-constexpr int kBatch = 4;  // 16-byte loads of a thread in flight
+constexpr int kBatch = 4;  // 16-byte loads in flight per thread
 
 struct Sums {
     float shift;
     double sum, weighted;
 };
 
-// The front of a block's shared memory; the packs of its part of the row follow.
+// Start of a block's shared memory; the packs of its part of the row follow.
 struct alignas(16) Front {
     float tops[kWarps];
     double sums[kWarps][2];
@@ -39,7 +39,7 @@ __device__ __forceinline__ double warp_sum(double x) {
     return x;
 }
 
-// Sums over a block's part of the row, on its way to `held` where there is room for it.
+// Return this thread's sums over the block's part of the row; with CHIP, the packs are also stored in `held`.
 template <class T, bool CAP, bool CHIP>
 __device__ __forceinline__ RowSum read_part(const Row<T>& row, const Part& p, uint4* held, float edge, const Factor& f) {
     RowSum s{-FLT_MAX, 0.f, 0.f};
@@ -68,25 +68,25 @@ __device__ __forceinline__ RowSum read_part(const Row<T>& row, const Part& p, ui
     return s;
 }
 
-// The sums of all threads in `front.mine`, in fixed order.
+// Add the sums of all threads in fixed order and store the result in `front.mine`.
 __device__ __forceinline__ void sum_block(RowSum s, Front& front, const Factor& f) {
     const int lane = thread_id() % kWarp, w = thread_id() / kWarp;
     float top = warp_max(s.shift);
     if (lane == 0) front.tops[w] = top;
-    __syncthreads();  // or a warp's maximum would be read before it is written
+    __syncthreads();  // or a warp's maximum could be read before it is written
 #pragma unroll
     for (int i = 0; i < kWarps; i++) top = fmaxf(top, front.tops[i]);
     move_shift(s, top, f);
     const double sum = warp_sum(s.sum), weighted = warp_sum(s.weighted);
     if (lane == 0) front.sums[w][0] = sum, front.sums[w][1] = weighted;
-    __syncthreads();  // or thread 0 would add sums that are not there yet
+    __syncthreads();  // or thread 0 could add sums before they are written
     if (thread_id() != 0) return;
     Sums total{top, 0, 0};
     for (int i = 0; i < kWarps; i++) total.sum += front.sums[i][0], total.weighted += front.sums[i][1];
     front.mine = total;
 }
 
-// The sums of the whole row, by the first warp of each block of its cluster.
+// Return the sums of the whole row, in the first warp of each block of the cluster.
 __device__ __forceinline__ Sums sum_cluster(Front& front, int ranks, const Factor& f) {
     const int lane = thread_id() % kWarp;
     Sums s{-FLT_MAX, 0, 0};
@@ -96,7 +96,7 @@ __device__ __forceinline__ Sums sum_cluster(Front& front, int ranks, const Facto
     return {top, warp_sum(scale * s.sum), warp_sum(scale * (s.weighted + d * s.sum))};
 }
 
-// Log-prob, entropy and the coefficients of the gradient from the sums of the row.
+// Compute log-prob, entropy and the coefficients of the gradient from the sums of the row; store them if `write`.
 __device__ __forceinline__ RowCurve finish_row(const LogitsPpoArgs& a, int64_t r, const Sums& s, float taken, const Factor& f,
                                                bool write) {
     const double log_sum = log(s.sum), mean = kLn2 * s.weighted / s.sum;
@@ -108,7 +108,7 @@ __device__ __forceinline__ RowCurve finish_row(const LogitsPpoArgs& a, int64_t r
     const float* ref = ppo.ref_logprobs ? ppo.ref_logprobs + r : nullptr;
     const float importance = ppo.weights ? ppo.weights[r] : 1.f;
     float g = weight * logprob_slope(logprob, ppo.old_logprobs[r], ppo.advantages[r], importance, ref, ppo.scalars);
-    if (logprob != logprob) g = kNaN;  // also where the objective's slope does not depend on the log-prob
+    if (logprob != logprob) g = kNaN;  // needed if the objective's slope does not depend on the log-prob
     const float h = -ppo.scalars.entropy_coef * weight;
     if (write) {
         a.stats.logprobs[r] = logprob;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kResident) ppo_rows(LogitsPpoArgs a,
     const Row<T> row(a.x, a.dlogits, a.contiguous, r);
     const Part part = part_of(row, rank, ranks, per);
     const bool first = rank == 0 && thread_id() == 0;
-    if (a.x.mask && !a.x.mask[r]) {  // the same in every block of the cluster
+    if (a.x.mask && !a.x.mask[r]) {  // every block of the cluster takes the same branch
         if (first) clear_row(a, r);
         if (row.out) zero_part(row, part, kThreads);
         return;
@@ -143,24 +143,24 @@ __global__ void __launch_bounds__(kThreads, kResident) ppo_rows(LogitsPpoArgs a,
     const int64_t id = a.x.ids[r];
     const bool valid = id >= 0 && id < a.x.vocab;
     const Factor f = factor_of(a.x.transform, r);
-    // Read before any block of the cluster writes: the gradient may take the bytes of the logits.
+    // These are read before any block of the cluster writes, because the gradient may overwrite the logits.
     const float taken = valid ? to_float(row.logits[id]) : kNaN;
     const float edge = part.edge >= 0 ? to_float(row.logits[part.edge]) : 0.f;
     sum_block(read_part<T, CAP, CHIP>(row, part, held, edge, f), front, f);
     if (CHIP) {
         cluster_arrive();
-        cluster_wait();  // or another block's sums would be read before they are written
+        cluster_wait();  // or the sums of other blocks could be read before they are written
     }
     if (thread_id() < kWarp) {
         Sums s{};
         if (CHIP) {
             s = sum_cluster(front, ranks, f);
         } else if (thread_id() == 0) {
-            s = front.mine;  // thread 0's own; nothing has told the other lanes that it is there
+            s = front.mine;  // thread 0 wrote it; without a barrier, other lanes may not see it
         }
         if (thread_id() == 0) front.gradient = finish_row(a, r, s, capped_logit<CAP>(taken, f), f, first);
     }
-    __syncthreads();  // or the gradient's coefficients would be read before they are written
+    __syncthreads();  // or the other threads could read the gradient's coefficients before they are written
     if (CHIP) cluster_arrive();
     if (row.out) {
         const RowCurve c = front.gradient;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kResident) ppo_rows(LogitsPpoArgs a,
         const uint4* packs = CHIP ? held : row.front() + part.first;
         write_gradient<T, CAP>(row, part, packs, edge, taken, id, owns, f, c, kThreads);
     }
-    if (CHIP) cluster_wait();  // or a block would be gone while another one still reads its sums
+    if (CHIP) cluster_wait();  // or a block could exit, and its shared memory become invalid, while others read its sums
 }
 
 template <class T, bool CAP>
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kResident) rescale_rows(LogitsPpoArg
     RowCurve* shared = &reinterpret_cast<Front*>(shared_memory())->gradient;
     for (int64_t r = blockIdx.x; r < a.x.n; r += gridDim.x) {
         const float g = a.coefficients[r], h = a.coefficients[a.x.n + r];
-        if (g == 0.f && h == 0.f) continue;  // zeros already
+        if (g == 0.f && h == 0.f) continue;  // the gradient is already 0
         const Row<T> row(a.x, a.dlogits, a.contiguous, r);
         const Part part = part_of(row, 0, 1, row.packs);
         const float edge = part.edge >= 0 ? to_float(row.logits[part.edge]) : 0.f;
@@ -197,16 +197,16 @@ __global__ void __launch_bounds__(kThreads, kResident) rescale_rows(LogitsPpoArg
         const bool valid = id >= 0 && id < a.x.vocab;
         const float taken = valid ? to_float(row.logits[id]) : kNaN;
         const Factor f = factor_of(a.x.transform, r);
-        __syncthreads();  // or the last row's coefficients would be overwritten while they are read
+        __syncthreads();  // or the coefficients of the previous row could be overwritten while they are read
         if (thread_id() == 0) {
             *shared = gradient_from(f, a.stats.shift[r], a.stats.inv_sum[r], a.stats.entropy[r], g * scale, h * scale);
         }
-        __syncthreads();  // or the coefficients would be read before they are written
+        __syncthreads();  // or the coefficients could be read before they are written
         write_gradient<T, CAP>(row, part, row.front(), edge, taken, id, valid, f, *shared, kThreads);
     }
 }
 
-// How many blocks hold a row, and how many packs of it each of them; ranks 0: it does not fit.
+// Number of blocks that hold a row, and packs per block; ranks = 0 if the row does not fit.
 struct Split {
     int ranks, per;
 };
@@ -236,7 +236,7 @@ void run(const LogitsPpoArgs& a, int64_t shared_limit, void* stream) {
 
 template <class T, bool CAP>
 void run_rescale(const LogitsPpoArgs& a, const float* upstream, void* stream) {
-    const int64_t most = int64_t(multiprocessors()) * kResident;  // few, so that an upstream gradient of 1 costs nothing
+    const int64_t most = int64_t(multiprocessors()) * kResident;  // few blocks, so that an upstream gradient of 1 costs little
     const Launch how{a.x.n < most ? a.x.n : most, kThreads, sizeof(Front)};
     launch("logits_ppo_loss backward", rescale_rows<T, CAP>, how, stream, a, upstream);
 }

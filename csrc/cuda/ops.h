@@ -1,4 +1,5 @@
-// Every CUDA op: launchers that take device addresses, a stream and, where they need room, a workspace of the size they name.
+// The launchers of every CUDA op. They take device addresses, a stream and, if they need temporary memory, a workspace of the
+// size that the matching *_workspace function returns.
 #pragma once
 #include <cstddef>
 
@@ -14,7 +15,7 @@ void gae(const GaeArgs& a, void* workspace, void* stream);
 size_t rollout_workspace(int64_t n, const Sequences& s);
 void rollout_advantages(const RolloutArgs& a, void* workspace, void* stream);
 
-// The logits-level objective: one read of each row, one write of its gradient for an upstream gradient of 1.
+// Arguments of the PPO objective on logits, whose kernel writes the gradient of each row for an upstream gradient of 1.
 struct LogitsPpoArgs {
     LogitRows x;
     PpoRows ppo;
@@ -22,19 +23,20 @@ struct LogitsPpoArgs {
     float* coefficients;       // (2, N) out: dL / d logprob and dL / d entropy of each row
     const float* denominator;  // ()
     void* dlogits;             // (N, V) out, or null: no gradient; may be the logits
-    bool contiguous;           // rows of dlogits follow each other; otherwise they lie as the logits do
+    bool contiguous;           // rows of dlogits are adjacent; otherwise they have the strides of the logits
 };
 
-constexpr int64_t kRowShared = 64 * 1024;  // bytes of a row that one block holds, so that three blocks share a multiprocessor
+constexpr int64_t kRowShared = 64 * 1024;  // shared memory per block in bytes; three blocks fit on a multiprocessor
 
 void logits_ppo_loss(const LogitsPpoArgs& a, int64_t shared_limit, void* stream);
 
-// dlogits times `upstream`, a scalar on the device; nothing is touched where that is exactly 1. From logits and statistics,
-// or, where the gradient took the logits' bytes, from the gradient itself.
+// Multiply dlogits by `upstream`, a scalar on the device; if it is exactly 1, nothing is written. The gradient is computed
+// again from logits and statistics; if it has overwritten the logits, it is scaled in place.
 void rescale_dlogits(const LogitsPpoArgs& a, const float* upstream, void* stream);
 
-// Parts that the launchers of gae and rollout_advantages share.
+// The declarations below are shared by the launchers of gae and rollout_advantages.
 
+// Allocator of 16-byte aligned arrays in a block of memory; with a null `base`, it only computes the size of the block.
 struct Workspace {
     char* base;
     size_t used = 0;
@@ -46,26 +48,29 @@ struct Workspace {
     }
 };
 
-// Rewards are whitened by the moments in `parts`, on their way into the recurrence and where they lie; null: taken as given.
+// Whitening of rewards by the moments in `parts`: the recurrence reads the whitened rewards, which are also written to
+// `rewards`. If `parts` is null, rewards are not whitened.
 struct RewardWhitening {
     const Moments* parts;
     int64_t count;
     float* rewards;
 };
 
-// Where the last action of each sequence lies, from its start; -1 without one.
+// Write to `last` the position of the last action in each sequence, or -1 if it has none.
 void last_actions(const char* op, const GaeArgs& a, int64_t* last, void* stream);
 
-// GAE on rewards that lie in memory. `parts` null, or room for the moments of the advantages; returns how many were written.
+// Compute GAE on rewards in memory. If `parts` is not null, partial moments of the advantages are written to it; return their
+// number.
 int64_t scan_given(const char* op, const GaeArgs& a, RewardWhitening w, Moments* parts, Workspace& work, void* stream);
 
-// Tiles of a fixed size over all sequences, an upper bound: each sequence has its own, and some places stay empty.
-constexpr int64_t kTile = 4096;
+constexpr int64_t kTile = 4096;  // tokens
+
+// Return an upper bound of the number of tiles. A tile has tokens of one sequence only, and some places have no tokens.
 static inline int64_t tile_places(int64_t n, const Sequences& s) {
     return s.cu_seqlens ? n / kTile + s.count : (s.length + kTile - 1) / kTile * s.count;
 }
 
-// Long rows, and too few of them to fill the device with a block each.
+// Return whether sequences are long and too few to fill the device with one block per sequence.
 static inline bool tiled(int64_t n, const Sequences& s) { return s.count < 264 && n > kTile * s.count; }
 
 }  // namespace cuda

@@ -1,7 +1,7 @@
-// KL-shaped rewards, GAE and the sums for whitening in one launch; whitening scales the result in a second, smaller one.
+// KL-shaped rewards, GAE and the sums for whitening in one launch. Whitening scales the advantages in a second, smaller launch.
 //
-// Whitened rewards need their statistics before the recurrence, and long rows theirs before the tiles: there a light launch makes
-// the rewards first.
+// In two cases a light launch computes the rewards first: whitened rewards need their statistics before the recurrence, and the
+// launches for tiles of long sequences read finished rewards.
 #include "rows.cuh"
 
 namespace rlhf {
@@ -14,7 +14,7 @@ __device__ __forceinline__ float clipped_score(const RolloutArgs& a, int64_t b) 
     return s > limit ? limit : s < -limit ? -limit : s;
 }
 
-// -kl_coef * KL of the four tokens from `at` on, and the KL itself; 0 where they do not count.
+// Compute -kl_coef * KL of the four tokens from `at` on, and write their KL; both are 0 for tokens that do not count.
 __device__ __forceinline__ void shape4(const RolloutArgs& a, int64_t at, int left, unsigned mask, float (&reward)[kLane]) {
     float logprob[kLane], ref[kLane], kl[kLane];
     load4(a.logprobs + at, left, logprob);
@@ -27,7 +27,7 @@ __device__ __forceinline__ void shape4(const RolloutArgs& a, int64_t at, int lef
     store4(a.kl + at, left, kl);
 }
 
-// Rewards made of scores and log-probs on the way into the recurrence.
+// Rewards that the kernel of the recurrence computes from scores and log-probs.
 struct Shaped {
     static constexpr bool scored = true;
     RolloutArgs a;
@@ -45,7 +45,7 @@ struct Shaped {
         }
     }
 
-    // `last`: the sequence's last action inside this tile, or -1.
+    // Add the score and write the rewards. `last` is the position in this tile of the sequence's last action, or -1.
     template <class S>
     __device__ __forceinline__ void finish(int64_t b, Span span, int64_t tile, int last, Held<S>& held) const {
         const int64_t lands = a.score_index ? a.score_index[b] - tile * S::tile : last;
@@ -59,7 +59,7 @@ struct Shaped {
 
 constexpr int kThreads = 256;
 
-// The sequence of a token.
+// Return the sequence of a token.
 __device__ __forceinline__ int64_t sequence_of(const Sequences& s, int64_t token) {
     if (!s.cu_seqlens) return token / s.length;
     int64_t b = 0;
@@ -70,7 +70,7 @@ __device__ __forceinline__ int64_t sequence_of(const Sequences& s, int64_t token
     return b;
 }
 
-// Rewards without the scores, and their moments.
+// Compute the rewards, with the scores, and their moments.
 __global__ void __launch_bounds__(kThreads) shape_rewards(RolloutArgs a, const int64_t* last, Moments* parts) {
     __shared__ Moments sums[kThreads / kWarp];
     Moments m{};
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) shape_rewards(RolloutArgs a, const i
     }
 }
 
-// All parts as one, where there are too many for every block to add up again.
+// Above this number of parts, `fold` adds them once, so that not every block of `whiten` has to.
 constexpr int64_t kManyParts = 2048;
 constexpr int kFold = 1024;
 
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kFold) fold(Moments* parts, int64_t count) {
     __shared__ Moments sums[kFold / kWarp];
     Moments m{};
     for (int64_t i = thread_id(); i < count; i += kFold) m = m + parts[i];
-    m = block_total<kFold>(m, sums);  // its barrier is behind every read of the parts
+    m = block_total<kFold>(m, sums);  // its barrier keeps parts[0] from being overwritten while it is read
     if (thread_id() == 0) parts[0] = m;
 }
 
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kThreads) whiten(float* x, const uint8_t* mask
     }
 }
 
-// Blocks of an elementwise kernel: as many as the device holds at a time, fewer for fewer tokens. Only tokens decide, so
-// that the parts of a sum, and with them its bits, are the same on every device.
+// Return the number of blocks of an elementwise kernel: about as many as a device runs at a time, fewer for fewer tokens. It
+// depends only on the number of tokens, so that the partial sums, and the bits of their total, are the same on every device.
 int64_t blocks_for(int64_t n) {
     const int64_t needed = (n + kThreads * kLane - 1) / (kThreads * kLane);
     return needed < kManyParts / 2 ? needed : kManyParts / 2;

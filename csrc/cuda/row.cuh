@@ -1,5 +1,5 @@
-// One row of logits on the device: 16-byte accesses with single elements at its ends, the running sums of a softmax, the
-// gradient. Exponentials are powers of two; the factor into that base is applied together with the temperature.
+// One row of logits on the device: 16-byte accesses with single elements at both ends, the running sums of a softmax, and the
+// gradient. Exponentials are powers of 2; the factor log2(e) is applied together with the temperature.
 //
 // Legend: V vocabulary.
 #pragma once
@@ -12,7 +12,7 @@ namespace rlhf {
 namespace cuda {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr float kLowest = -1000.f;  // 2^-1000 is 0, and 0 * -1000 is too: 0 * -inf would be NaN
+constexpr float kLowest = -1000.f;  // lower bound of exponents: 2^-1000 is 0, and 0 * -1000 is 0, but 0 * -inf is NaN
 
 template <class T>
 constexpr int kPack = 16 / int(sizeof(T));  // elements in 16 bytes
@@ -37,13 +37,13 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8], T t) {
     return make_uint4(pair(x[0], x[1], t), pair(x[2], x[3], t), pair(x[4], x[5], t), pair(x[6], x[7], t));
 }
 
-// Where a row lies: `lead` single elements up to a 16-byte boundary, `packs` of 16 bytes, `trail` single elements.
+// Layout of a row in memory: `lead` single elements up to a 16-byte boundary, `packs` of 16 bytes, `trail` single elements.
 template <class T>
 struct Row {
     const T* logits;
     T* out;
     int lead, packs, trail;
-    bool aligned_out;  // the output's packs lie on 16-byte boundaries too
+    bool aligned_out;  // the packs of the output are on 16-byte boundaries too
 
     __device__ __forceinline__ Row(const LogitRows& x, void* dlogits, bool packed, int64_t row) {
         const int64_t offset = x.offset(row);
@@ -68,7 +68,8 @@ struct Row {
     }
 };
 
-// What of a row one block works on: packs [first, first + count), and, for each of its threads, one element of the ends or none.
+// The part of a row that a block processes: packs [first, first + count) and, per thread, one single element of the row's ends
+// (`edge`) or none (-1).
 struct Part {
     int first, count, edge;
 };
@@ -78,24 +79,24 @@ __device__ __forceinline__ Part part_of(const Row<T>& row, int rank, int ranks, 
     const int first = min(rank * per, row.packs), tid = thread_id();
     Part p{first, min(per, row.packs - first), -1};
     if (rank == 0 && tid < row.lead) p.edge = tid;
-    const int behind = tid - kWarp;  // by another warp than the lead's
+    const int behind = tid - kWarp;  // the first warp has the lead, the second warp the trail
     if (rank == ranks - 1 && behind >= 0 && behind < row.trail) p.edge = row.lead + row.packs * kPack<T> + behind;
     return p;
 }
 
-// Which rank writes an element.
+// Return the rank that writes an element.
 template <class T>
 __device__ __forceinline__ int rank_of(const Row<T>& row, int64_t element, int ranks, int per) {
     const int at = int(element) - row.lead;
     return at < 0 ? 0 : at / kPack<T> >= row.packs ? ranks - 1 : at / kPack<T> / per;
 }
 
-// The numbers of LogitTransform for one row, rounded; `binary` is the factor of exponents of 2.
+// The constants of LogitTransform for one row, rounded; `binary` = factor * log2(e) is the factor of exponents of 2.
 struct Factor {
     float factor, binary, softcap, inner, logit_scale;
 };
 
-// In float, for every thread of a block does it; chips differ in how dear doubles are.
+// Compute the constants in float, because every thread of a block does it, and double precision is slow on some chips.
 static __device__ __forceinline__ Factor factor_of(const LogitTransform& t, int64_t row) {
     const float temperature = t.temperatures ? t.temperatures[row] : float(t.temperature), scale = float(t.logit_scale);
     const float softcap = float(t.softcap), factor = (softcap > 0.f ? 1.f : scale) / temperature;
@@ -107,7 +108,7 @@ __device__ __forceinline__ float capped_logit(float u, const Factor& f) {
     return CAP ? rounded_product(f.softcap, tanhf(u * f.inner)) : u;
 }
 
-// Sums over some of a row: of 2^t and t 2^t, where t = (w - shift) * binary.
+// Sums over a part of a row: of 2^t and t 2^t, where t = (w - shift) * binary.
 struct RowSum {
     float shift, sum, weighted;
 };
@@ -123,7 +124,7 @@ template <int N>
 __device__ __forceinline__ void add(RowSum& s, const float (&w)[N], const Factor& f) {
     float top = s.shift;
 #pragma unroll
-    for (int i = 0; i < N; i++) top = fmaxf(top, w[i]);  // a NaN is left out here, and makes the sums NaN below
+    for (int i = 0; i < N; i++) top = fmaxf(top, w[i]);  // fmaxf ignores NaN, which makes the sums NaN below
     move_shift(s, top, f);
     float sum = 0.f, weighted = 0.f;
 #pragma unroll
@@ -136,7 +137,8 @@ __device__ __forceinline__ void add(RowSum& s, const float (&w)[N], const Factor
     s.weighted += weighted;
 }
 
-// dL/du_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) * dz_j/du_j = 2^t (slope + bend t) * dw_j/du_j, and `taken` more at id.
+// dL/du_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) * dz_j/du_j = (2^t (slope + bend t) + [j = id] `taken`) * s_j, where s_j
+// is tanh'(inner u_j) with a softcap and 1 without a softcap.
 struct RowCurve {
     float shift, slope, bend, taken;
 };
@@ -148,7 +150,7 @@ static __device__ __forceinline__ RowCurve gradient_from(const Factor& f, float 
     return {shift, -outer * inv_sum * (g + h * level), -outer * inv_sum * h * float(kLn2), outer * g};
 }
 
-// `extra` is added before the softcap's derivative.
+// Return the gradient of logit u; `extra` is added before the multiplication by the softcap's derivative.
 template <bool CAP>
 __device__ __forceinline__ float gradient_at(float u, const Factor& f, const RowCurve& c, bool bends, float extra = 0.f) {
     const float w = capped_logit<CAP>(u, f), t = (w - c.shift) * f.binary, e = fast_exp2(t);
@@ -157,7 +159,7 @@ __device__ __forceinline__ float gradient_at(float u, const Factor& f, const Row
     return y * tanh_slope(fast_exp2(-2.f * float(kLog2e) * fabsf(u * f.inner)));
 }
 
-// Writes a block's part of the gradient; `packs` are the row's, in shared memory or where they lie.
+// Write the packs of a block's part of the gradient; `packs` are the logits of this part, in shared or global memory.
 template <class T, bool CAP, bool BENDS>
 __device__ __forceinline__ void write_part(const Row<T>& row, const Part& p, const uint4* packs, const Factor& f,
                                            const RowCurve& c, int threads) {
@@ -178,7 +180,7 @@ __device__ __forceinline__ void zero_part(const Row<T>& row, const Part& p, int 
     if (p.edge >= 0) from_float(0.f, row.out + p.edge);
 }
 
-// All of a block's part of the gradient: packs, ends, and the taken element, which is written over.
+// Write a block's part of the gradient: packs, single elements at the ends, and the element `id` once more, with `c.taken`.
 template <class T, bool CAP>
 __device__ __forceinline__ void write_gradient(const Row<T>& row, const Part& p, const uint4* packs, float edge, float taken,
                                                int64_t id, bool owns, const Factor& f, const RowCurve& c, int threads) {
@@ -190,7 +192,7 @@ __device__ __forceinline__ void write_gradient(const Row<T>& row, const Part& p,
         write_part<T, CAP, false>(row, p, packs, f, c, threads);
     }
     if (p.edge >= 0) from_float(gradient_at<CAP>(edge, f, c, bends), row.out + p.edge);
-    __syncthreads();  // or the taken element could be overwritten by its pack
+    __syncthreads();  // or the pack that contains `id` could overwrite that element
     if (owns && thread_id() == 0) from_float(gradient_at<CAP>(taken, f, c, bends, c.taken), row.out + id);
 }
 

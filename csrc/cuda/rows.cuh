@@ -1,4 +1,5 @@
-// GAE with one block a sequence: it walks its tiles from the last to the first. Where the rewards come from is a parameter.
+// GAE with one block per sequence, which processes the tiles of the sequence from the last to the first. `Rewards` is the
+// source of the rewards.
 #pragma once
 #include "ops.h"
 #include "scan.cuh"
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(S::threads, S::resident) scan_rows(GaeArgs a, 
         scan_tile<S>(held, r, runs, warps);
         const GaeState mine = state_behind_warp<S>(warps, behind);
         write_tile<S>(a, span, tile, held, r, runs, mine, parts != nullptr, moments);
-        __syncthreads();  // or the next tile's runs would overwrite ones that are still being read
+        __syncthreads();  // or a fast warp could overwrite runs that a slow warp still reads
     }
     if (parts) {
         moments = block_total<S::threads>(moments, sums);
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(S::threads, S::resident) scan_rows(GaeArgs a, 
     }
 }
 
-// Rewards that lie in memory, whitened on the way where asked.
+// Rewards in memory, whitened after the load if `w.parts` is not null.
 struct Given {
     static constexpr bool scored = false;
     const float* rewards;
@@ -76,13 +77,13 @@ struct Given {
     }
 };
 
-// Short rows get blocks as short, so that every multiprocessor has one. A longer row walks tiles that are small enough for two
-// blocks a multiprocessor: one loads while the other computes.
+// Short rows have small blocks, so that every multiprocessor has one. The tiles of long rows are small enough for two blocks
+// per multiprocessor, so that one block loads while the other computes.
 template <class Rewards>
 void launch_rows(const char* op, const GaeArgs& a, const Rewards& rewards, Moments* parts, void* stream) {
     const Sequences& s = a.sequences;
     const int64_t mean = s.count ? a.n / s.count : 0;
-    const int64_t longest = s.cu_seqlens ? 2 * mean : s.length;  // how long packed ones are only the device knows
+    const int64_t longest = s.cu_seqlens ? 2 * mean : s.length;  // only the device knows the lengths of packed sequences
     const int64_t blocks = s.count;
     auto with = [&](auto shape) {
         using S = decltype(shape);

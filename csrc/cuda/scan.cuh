@@ -1,5 +1,6 @@
-// The recurrence of GAE over one tile of a sequence, by one block: each lane runs over a few tokens, a warp joins its lanes by
-// shuffles, a block joins its warps through shared memory. The order of every sum is fixed, so the bits repeat.
+// The recurrence of GAE over one tile of a sequence, in one block: each lane composes a few tokens, a warp joins its lanes with
+// shuffles, and a block joins its warps through shared memory. The order of every sum is fixed, so repeated calls give the same
+// bits.
 //
 // Tokens are counted from the start of their sequence, so a padded row and the same row packed give the same bits.
 #pragma once
@@ -12,13 +13,13 @@ namespace cuda {
 
 constexpr int kLane = 4;  // consecutive tokens of a lane: 16 bytes of float32
 
-// A tile of THREADS * CHUNKS * 4 tokens. A warp's tokens are consecutive; so are those of each of its chunks.
+// A tile of THREADS * CHUNKS * 4 tokens. The tokens of a warp are consecutive, and so are the tokens of each of its chunks.
 template <int THREADS, int CHUNKS>
 struct Shape {
     static constexpr int threads = THREADS, chunks = CHUNKS, warps = THREADS / kWarp;
-    static constexpr int resident = THREADS < 256 ? 6 : THREADS < 512 ? 2 : 1;  // blocks a multiprocessor, which bounds the registers
+    static constexpr int resident = THREADS < 256 ? 6 : THREADS < 512 ? 2 : 1;  // blocks per multiprocessor: bounds registers
     static constexpr int chunk = kWarp * kLane, tile = THREADS * CHUNKS * kLane;
-    // First token of a chunk of this thread, inside the tile.
+    // Return the position in the tile of this thread's first token in chunk c.
     static __device__ __forceinline__ int first(int c) {
         return (thread_id() / kWarp * CHUNKS + c) * chunk + thread_id() % kWarp * kLane;
     }
@@ -35,7 +36,7 @@ static __device__ __forceinline__ Span span_of(const Sequences& s, int64_t i) {
 
 static __device__ __forceinline__ int tokens_left(int64_t n) { return n < 0 ? 0 : n < kLane ? int(n) : kLane; }
 
-// Four tokens from `x`, of which `n` are there; the others are 0.
+// Load four tokens from `x`, of which the first `n` exist; the others are 0.
 static __device__ __forceinline__ void load4(const float* x, int n, float (&out)[kLane]) {
     if (n == kLane && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
         const float4 v = *reinterpret_cast<const float4*>(x);
@@ -57,7 +58,7 @@ static __device__ __forceinline__ void store4(float* x, int n, const float (&v)[
     }
 }
 
-// Bit i: whether token i counts.
+// Return the mask of four tokens as bits; bit i is set if token i exists and counts.
 static __device__ __forceinline__ unsigned load_mask4(const uint8_t* mask, int n) {
     if (n == kLane && reinterpret_cast<uintptr_t>(mask) % 4 == 0) {
         const uint32_t v = *reinterpret_cast<const uint32_t*>(mask);
@@ -69,12 +70,12 @@ static __device__ __forceinline__ unsigned load_mask4(const uint8_t* mask, int n
     return bits;
 }
 
-// What a thread holds of a tile; masked tokens are zeros.
+// The tokens of a tile that a thread holds; masked tokens are 0.
 template <class S>
 struct Held {
     float reward[S::chunks][kLane], value[S::chunks][kLane];
     unsigned mask[S::chunks];
-    int left[S::chunks];  // how many of the four tokens the sequence has
+    int left[S::chunks];  // how many of the four tokens are in the sequence
 };
 
 template <class S>
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_values(const GaeArgs& a, Span span, int64_t
     }
 }
 
-// The last token of the tile that counts, inside the tile, or -1; the same in every thread.
+// Return the position in the tile of the last token that counts, or -1; every thread returns the same.
 template <class S>
 __device__ __forceinline__ int last_in_tile(const Held<S>& held, int* shared) {
     int last = -1;
@@ -102,13 +103,13 @@ __device__ __forceinline__ int last_in_tile(const Held<S>& held, int* shared) {
 #pragma unroll
     for (int d = kWarp / 2; d > 0; d /= 2) last = max(last, __shfl_xor_sync(kAllLanes, last, d));
     if (thread_id() % kWarp == 0) shared[thread_id() / kWarp] = last;
-    __syncthreads();  // or a thread would read a warp's place before it is written
+    __syncthreads();  // or a thread could read a warp's position before it is written
 #pragma unroll
     for (int w = 0; w < S::warps; w++) last = max(last, shared[w]);
     return last;
 }
 
-// Adds `x` to the reward of one token of the tile, if it counts.
+// Add `x` to the reward of one token of the tile, if it counts.
 template <class S>
 __device__ __forceinline__ void add_reward(Held<S>& held, int64_t token, float x) {
 #pragma unroll
@@ -142,19 +143,20 @@ static __device__ __forceinline__ GaeSegment of_lane(const GaeSegment& s, int la
 
 struct Recursion {
     float gamma, decay;  // γ, γλ
-    bool skip;           // holes are stepped over, or steps of reward 0 and value 0
+    bool skip;           // true: holes are skipped; false: holes are steps with reward 0 and value 0
 };
 
 static __device__ __forceinline__ Recursion recursion(const GaeArgs& a) {
     return {a.gamma, float(double(a.gamma) * a.lam), a.skip_holes};
 }
 
-// Behind the last action every state is 0 (the bootstrap is part of the last reward), so holes there are steps from 0 to 0.
+// Return whether token i is a step. Without `skip` this includes masked tokens after the last action: there the state is 0, as
+// the bootstrap is part of the last reward, and a step with reward 0 and value 0 keeps it 0.
 static __device__ __forceinline__ bool is_step(const Recursion& r, unsigned mask, int i, int left) {
     return r.skip ? mask >> i & 1 : i < left;
 }
 
-// Each chunk's run of steps from this lane to the end of the chunk; the whole tile's warps in `shared`.
+// Compute `runs`, per chunk the segment from this lane to the end of the chunk, and `shared`, the segment of every warp.
 template <class S>
 __device__ __forceinline__ void scan_tile(const Held<S>& held, const Recursion& r, GaeSegment (&runs)[S::chunks],
                                           GaeSegment* shared) {
@@ -178,10 +180,11 @@ __device__ __forceinline__ void scan_tile(const Held<S>& held, const Recursion& 
         warp = gae_join(of_lane(run, 0), warp);
     }
     if (lane == 0) shared[thread_id() / kWarp] = warp;
-    __syncthreads();  // or a warp would be joined before its run is written
+    __syncthreads();  // or a warp's segment could be read before it is written
 }
 
-// From the state behind the tile, this warp's; `behind` becomes the one in front of the tile.
+// Return the state that follows this warp's tokens. `behind` is the state that follows the tile, and becomes the state of the
+// tile's first step.
 template <class S>
 __device__ __forceinline__ GaeState state_behind_warp(const GaeSegment* shared, GaeState& behind) {
     GaeState mine = behind;
@@ -193,7 +196,8 @@ __device__ __forceinline__ GaeState state_behind_warp(const GaeSegment* shared, 
     return mine;
 }
 
-// Walks the tokens of the tile again, with the state behind each lane, and writes; adds up the advantages that count.
+// Run the recurrence over the tokens of each lane, from the state that follows them, and write advantages and returns. With
+// `add`, the advantages that count are added to `moments`.
 template <class S>
 __device__ __forceinline__ void write_tile(const GaeArgs& a, Span span, int64_t tile, const Held<S>& held, const Recursion& r,
                                            const GaeSegment (&runs)[S::chunks], GaeState behind, bool add, Moments& moments) {
@@ -223,7 +227,7 @@ __device__ __forceinline__ void write_tile(const GaeArgs& a, Span span, int64_t 
     }
 }
 
-// Every thread's moments added up in fixed order, in thread 0. `shared` has room for one a warp.
+// Add the moments of all threads in fixed order; only thread 0 returns the sum. `shared` has one entry per warp.
 template <int THREADS>
 __device__ __forceinline__ Moments block_total(Moments m, Moments* shared) {
 #pragma unroll
@@ -232,14 +236,14 @@ __device__ __forceinline__ Moments block_total(Moments m, Moments* shared) {
                         __shfl_down_sync(kAllLanes, m.squares, d)};
     }
     if (thread_id() % kWarp == 0) shared[thread_id() / kWarp] = m;
-    __syncthreads();  // or thread 0 would add a warp that is not there yet
+    __syncthreads();  // or thread 0 could add a warp's moments before they are written
     if (thread_id() == 0) {
         for (int w = 1; w < THREADS / kWarp; w++) m = m + shared[w];
     }
     return m;
 }
 
-// The whitening made of the parts of all blocks, in every thread.
+// Return in every thread the whitening that is computed from the parts of all blocks.
 template <int THREADS>
 __device__ __forceinline__ Whitening whitening_of(const Moments* parts, int64_t count, bool shift_mean) {
     __shared__ Moments warps[THREADS / kWarp];
@@ -248,7 +252,7 @@ __device__ __forceinline__ Whitening whitening_of(const Moments* parts, int64_t 
     for (int64_t i = thread_id(); i < count; i += THREADS) m = m + parts[i];
     m = block_total<THREADS>(m, warps);
     if (thread_id() == 0) result = whitening(m, shift_mean, true);
-    __syncthreads();  // or the other threads would read the result before it is written
+    __syncthreads();  // or the other threads could read the result before it is written
     return result;
 }
 
