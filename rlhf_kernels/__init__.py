@@ -1,4 +1,4 @@
-"""Fused PPO maths for language models: one function from hidden states to the whole objective, and everything around it."""
+"""Fused PPO operations for language models: the loss from hidden states, and the ops for the other steps of an update."""
 
 from ._native import lend_workspace, release_workspace
 from ._options import PPOOptions

@@ -1,8 +1,8 @@
-"""The options of the PPO objective: `PPOOptions` for users and type checkers, `PPOArguments` as the one table of them.
+"""The options of the PPO objective: `PPOOptions` for users and type checkers, `PPOArguments` as the table of all options.
 
-The checks (ops/objective.py), the launchers (launch_args.PpoScalars), the Triton kernels and the bindings read that table.
-To add an option, write it in both classes here, its formula in reference/ppo_loss.py, csrc/math/ppo.h and _triton/math.py,
-and its meaning in the docstring of `ppo_loss`.
+The checks (ops/objective.py), the launchers (launch_args.PpoScalars), the Triton kernels and the bindings read that
+table. To add an option, declare it in both classes here, write its formula in reference/ppo_loss.py, csrc/math/ppo.h
+and _triton/math.py, and describe it in the docstring of `ppo_loss`.
 
 Legend: B sequences, T positions, N tokens.
 """
@@ -21,15 +21,15 @@ Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean",
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 KL_ESTIMATORS: tuple[str, ...] = get_args(KlEstimator)
 KL_WEIGHTINGS: tuple[str, ...] = get_args(KlWeighting)
-"""The kernels know a choice by its index here (csrc/math)."""
+"""The kernels (csrc/math) receive a choice as its index in these tuples."""
 WITH_RATIO = ("clip", "kl_penalty", "ratio")
 """Objectives that depend on the ratio of new to old probabilities."""
 
 
 class PPOOptions(TypedDict, total=False):
-    """Keyword options of `ppo_loss`, `logits_ppo_loss` and `linear_ppo_loss`; `ppo_loss` defines them.
+    """Keyword options of `ppo_loss`, `logits_ppo_loss` and `linear_ppo_loss`; the docstring of `ppo_loss` defines them.
 
-    `logits_ppo_loss` and `linear_ppo_loss` compute `entropy` and refuse it.
+    `logits_ppo_loss` and `linear_ppo_loss` compute the entropy, so they raise ValueError if `entropy` is passed.
     """
 
     objective: Objective
@@ -60,14 +60,16 @@ class PPOOptions(TypedDict, total=False):
 
 
 class Scalar(NamedTuple):
-    """A row of the table: a number or a choice of the objective."""
+    """A row of the table: an option of the objective that is a number or a choice."""
 
     name: str  # the keyword, the field of PpoScalars and the member of csrc/math/ppo.h
     default: Any
-    choices: tuple[str, ...] = ()  # of a choice; the kernels receive the index
-    limits: dict[str, Any] | None = None  # of a number: keywords of checks.number
-    off: float | str | None = None  # what the kernels receive for None: a number, or the value of the option so named
-    objectives: tuple[str, ...] = OBJECTIVES  # those that read it
+    choices: tuple[str, ...] = ()  # the allowed values of a choice; the kernels receive the index
+    limits: dict[str, Any] | None = None  # the range of a number: keywords of checks.number
+    off: float | str | None = (
+        None  # what the kernels receive for None: a number, or the value of the option of this name
+    )
+    objectives: tuple[str, ...] = OBJECTIVES  # the objectives that read it
     needs: str = ""  # the option without which it has no effect
     kernel: bool = True  # whether the kernels receive it
 
@@ -78,7 +80,10 @@ def _scalar(default: Any, **row: Any) -> Any:
 
 @dataclass(frozen=True)
 class PPOArguments:
-    """The options of one call with their defaults. A field with `_scalar` is a row of `SCALARS`; the others are tensors."""
+    """The options of one call with their defaults.
+
+    A field with `_scalar` is a row of `SCALARS`; the others are tensors and denominators.
+    """
 
     objective: str = _scalar("clip", choices=OBJECTIVES)
     cliprange: float = _scalar(0.2, limits={"least": 0}, objectives=("clip",))
@@ -113,6 +118,6 @@ def _row(option: Field[Any]) -> Scalar:
 
 OPTIONS: tuple[str, ...] = tuple(option.name for option in fields(PPOArguments))
 SCALARS: tuple[Scalar, ...] = tuple(_row(option) for option in fields(PPOArguments) if "row" in option.metadata)
-"""The table, in the order of `PPOArguments`."""
+"""The rows of the table, in the order of `PPOArguments`."""
 TOKEN_TENSORS = ("weights", "values", "old_values", "returns", "entropy", "ref_logprobs")
 DENOMINATORS = ("num_tokens", "num_value_tokens", "num_sequences")

@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false
 # torch does not declare the types of the hooks of a state dict.
-"""The output layer of a language model from hidden states: logits, log-probs and the PPO loss, without [N, V] logits.
+"""The output layer of a language model: log-probs and the PPO loss from hidden states, without [N, V] logits.
 
 Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden.
 """
@@ -21,7 +21,7 @@ from .ops import checks, linear_ppo_loss, linear_token_logprobs
 
 
 class Matrices(NamedTuple):
-    """What the head multiplies: `hidden @ weight.T + bias`."""
+    """The operands of the head's product `hidden @ weight.T + bias`."""
 
     hidden: Tensor  # (..., H + R); R is the rank of all active adapters
     weight: Tensor  # (V, H + R)
@@ -29,33 +29,39 @@ class Matrices(NamedTuple):
 
 
 class HeadTransform(TypedDict):
-    """What a model does to the product of its output layer: softcap and logit scale of `FusedHead`."""
+    """The softcap and the logit scale that a model applies to the result of its output layer."""
 
     softcap: float | None
     logit_scale: float
 
 
 class CausalLM(Protocol):
-    """What a Hugging Face causal LM has besides `torch.nn.Module`."""
+    """The methods of a Hugging Face causal LM that are used here and that `torch.nn.Module` does not have."""
 
-    def get_output_embeddings(self) -> nn.Module: ...
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output layer."""
+        ...
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None: ...
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer."""
+        ...
 
 
 class FusedHead(nn.Module):
-    """An output layer `softcap * tanh(logit_scale * (h W^T + b) / softcap)` around a linear layer.
+    """A wrapper of a linear output layer with the logits `softcap * tanh(logit_scale * (h W^T + b) / softcap)`.
 
-    `layer` is a `torch.nn.Linear`, or peft's LoRA layer around one. Every call reads weights and adapters from it, so that
-    FSDP2's gathered weights and a switched adapter are seen. The layer is a submodule. A model that registers
-    the layer itself keeps the head in a plain attribute (`model.__dict__`), so that no parameter is registered twice.
+    `layer` is a `torch.nn.Linear` or a peft LoRA layer that wraps one. Every call reads weights and adapters from
+    `layer`, so that it uses the weights that FSDP2 has gathered and the adapter that is active at that time. The layer
+    is a submodule of the head. A model that registers the layer itself keeps the head in a plain attribute
+    (`model.__dict__`), so that no parameter is registered twice.
 
-    Of a LoRA layer the active adapters count, with their dropout and scale; variants (DoRA, a bias in B) are refused.
-    `FusedHead.replacing(layer)` is the layer's substitute inside a model; `integrations.head.fuse_head` installs it.
+    The active adapters of a LoRA layer are applied with their dropout and scale. LoRA variants (DoRA, a bias in B)
+    raise ValueError. `FusedHead.replacing(layer)` returns a head that can replace the layer inside a model;
+    `integrations.head.fuse_head` installs it.
     """
 
     layer: nn.Module | None
-    weight: Tensor  # of a head without `layer`
+    weight: Tensor  # (V, H); set only if `layer` is None
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
@@ -86,9 +92,9 @@ class FusedHead(nn.Module):
     def replacing(
         cls, layer: nn.Module, *, softcap: float | None = None, logit_scale: float = 1.0, backend: str = "auto"
     ) -> FusedHead:
-        """Return a head that has the parameters of a linear layer under their names, to replace it in a model.
+        """Return a head that replaces a layer in a model and has its parameters under the same names.
 
-        Its `forward` is the layer's outside `taking`: the model applies softcap and scale.
+        Outside `taking`, its `forward` returns what the layer returns; the model applies softcap and scale.
         """
         head = cls(layer, softcap=softcap, logit_scale=logit_scale, backend=backend)
         if isinstance(layer, nn.Linear):
@@ -97,7 +103,7 @@ class FusedHead(nn.Module):
         return head
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
-        """Return the logits of a few rows, for sampling."""
+        """Return the logits, with softcap and scale; meant for the few rows that sampling needs."""
         return self.transform(self._product(hidden))
 
     def transform(self, product: Tensor) -> Tensor:  # (..., V) -> (..., V)
@@ -116,7 +122,7 @@ class FusedHead(nn.Module):
         entropy: bool = False,
         chunk_tokens: int | None = None,
     ) -> TokenLogprobs:
-        """Return the log-probs of `ids`, and the entropy on request; see `linear_token_logprobs`."""
+        """Return the log-probs of `ids`, and the entropy if `entropy=True`; see `linear_token_logprobs`."""
         hidden, weight, bias = self.matrices(hidden)
         return linear_token_logprobs(
             hidden,
@@ -145,12 +151,12 @@ class FusedHead(nn.Module):
         compact: bool | None = None,
         **options: Unpack[PPOOptions],
     ) -> PPOLoss:
-        """Return the PPO loss of policy and value head from one read of `hidden`; see `linear_ppo_loss`."""
+        """Return the PPO loss of the policy head and the optional value head; see `linear_ppo_loss`."""
         width = hidden.shape[-1]
         hidden, weight, bias = self.matrices(hidden)
         added = hidden.shape[-1] - width
         if value_weight is not None and added:
-            value_weight = torch.cat([value_weight, value_weight.new_zeros(added)])  # adapters of the head add no value
+            value_weight = torch.cat([value_weight, value_weight.new_zeros(added)])  # adapters do not change the value
         return linear_ppo_loss(
             hidden,
             weight,
@@ -169,10 +175,12 @@ class FusedHead(nn.Module):
         )
 
     def matrices(self, hidden: Tensor) -> Matrices:  # (..., H)
-        """Return `[h, s A h]` and `[W, B]`, whose product is `W h + s B A h`: no [N, V] tensor for an adapter either.
+        """Return the matrices `[h, s A h]` and `[W, B]`, whose product is `W h + s B A h`, and the bias.
+
+        where s is an adapter's scale. An adapter therefore needs no [N, V] tensor.
 
         Raises:
-            ValueError: sharded weights, adapters that are merged and disabled, a variant of LoRA.
+            ValueError: the weight is sharded, the adapters are both merged and disabled, or an adapter is a LoRA variant.
         """
         layer: Any = self if self.layer is None else self.layer  # peft's attributes, which a module does not declare
         if not _is_lora(layer):
@@ -184,15 +192,26 @@ class FusedHead(nn.Module):
     def taking(
         self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None, shifted: bool = False
     ) -> Generator[_Wanted, None, None]:
-        """Within the context, the model around a `replacing` head returns (B, K, 2) instead of logits.
+        """Return a context in which the model that contains this `replacing` head outputs (B, K, 2) instead of logits.
 
-        `taken.result(output.logits)` turns it into log-probs and entropy of `ids` (B, K), the last K tokens of the model's
-        input. They leave through the model's outputs, where FSDP2 and ZeRO-3 attach hooks to what needs a gradient. The
-        model must compute K + 1 positions or more (`logits_to_keep`). `shifted`: K positions, `ids` being the tokens that
-        follow them. Where `mask` is False both are 0.
+            with head.taking(ids) as wanted:
+                output = model(input_ids=..., logits_to_keep=K + 1)
+            logprobs, entropy = wanted.result(output.logits)
+
+        where `ids` (B, K) are the last K tokens of the model's input, and log-probs and entropy are (B, K). The model
+        must compute K + 1 positions or more. With `shifted=True` it must compute K positions or more, and `ids` are the
+        tokens that follow the last K positions. Log-prob and entropy are 0 where `mask` is False.
+
+        The results pass through the model's outputs because FSDP2 and ZeRO-3 attach hooks to outputs that need a
+        gradient.
+
+        Raises:
+            RuntimeError: a `taking` context of this head is already open.
         """
         if self._wanted is not None:
-            raise RuntimeError("taking: the head takes other tokens already")
+            raise RuntimeError(
+                "taking: the head already scores other tokens; leave that `taking` context before you open a new one"
+            )
         self._wanted = _Wanted(self, ids, temperature, mask, shifted)
         try:
             yield self._wanted
@@ -200,6 +219,7 @@ class FusedHead(nn.Module):
             self._wanted = None
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, T, H)
+        """Return the linear layer's result (B, T, V), without softcap and scale; inside `taking`, (B, K, 2)."""
         return self._product(hidden) if self._wanted is None else self._wanted.outputs(hidden)
 
     def _product(self, hidden: Tensor) -> Tensor:
@@ -210,10 +230,10 @@ class FusedHead(nn.Module):
 
 
 def transform_of(model: nn.Module) -> HeadTransform:
-    """Return softcap and logit scale under the names of the Hugging Face families.
+    """Return the softcap and the logit scale in a Hugging Face model's config.
 
-    `final_logit_softcapping` (Gemma) caps, `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply,
-    `logits_scaling` (Granite) divides.
+    `final_logit_softcapping` (Gemma) is the softcap. `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1)
+    multiply the logits, `logits_scaling` (Granite) divides them.
     """
     config = getattr(model, "config", None)
     text_config = getattr(config, "get_text_config", None)
@@ -227,20 +247,23 @@ def transform_of(model: nn.Module) -> HeadTransform:
 
 
 class _Wanted:
-    """The tokens that a model's forward scores instead of computing logits, and their log-probs."""
+    """The tokens whose log-probs a model's forward returns instead of logits."""
 
     def __init__(self, head: FusedHead, ids: Tensor, temperature: float, mask: Tensor | None, shifted: bool):
         self.head, self.ids, self.temperature, self.mask, self.shifted = head, ids, temperature, mask, shifted
         self.values: Tensor | None = None  # (B, K, 2), detached
 
     def outputs(self, hidden: Tensor) -> Tensor:  # (B, T, H) -> (B, K, 2)
-        """Return log-probs and entropies, or, for a model that transforms its logits, zeros with their gradient.
+        """Return log-probs and entropies, or zeros with their gradient if the model transforms its logits.
 
-        The model's transform f has f(0) = 0 and f'(0) = logit_scale, so that it changes zeros in a known way.
+        The model's transform f has f(0) = 0 and f'(0) = logit_scale. Its effect on zeros is therefore known, and
+        `result` reverts it.
         """
         k, t = self.ids.shape[1], hidden.shape[1]
         if k > t - (not self.shifted):
-            raise ValueError(f"ids: got {k} tokens of {t} positions, expected fewer: row t is the state before token t")
+            raise ValueError(
+                f"ids: got {k} tokens for {t} positions, expected fewer: the state at a position predicts the token after it"
+            )
         hidden = hidden[:, t - k :] if self.shifted else hidden[:, t - k - 1 : t - 1]
         taken = self.head.logprobs(hidden, self.ids, temperature=self.temperature, mask=self.mask, entropy=True)
         assert taken.entropy is not None
@@ -251,10 +274,10 @@ class _Wanted:
         return exact - self.values
 
     def result(self, logits: Tensor) -> TokenLogprobs:  # (B, K, 2)
-        """Return log-probs and entropies (B, K) from what the model returned as logits."""
+        """Return log-probs and entropies (B, K) from the `logits` that the model returned."""
         if self._transformed():
             if self.values is None:
-                raise RuntimeError("taking: the head did not run, expected one forward of the model")
+                raise RuntimeError("taking: the head has not run; call the model once inside the `taking` context")
             logits = self.values + logits / self.head.logit_scale
         return TokenLogprobs(*logits.unbind(-1))
 
@@ -267,16 +290,18 @@ def _is_lora(layer: nn.Module) -> bool:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """Return a weight that is not sharded."""
+    """Return `weight`; raise ValueError if it is sharded."""
     if hasattr(weight, "placements") or not weight.numel():
-        raise ValueError("head: got a sharded weight, expected the head to run inside the forward that gathers it")
+        raise ValueError(
+            "head: got a sharded weight; run the head inside the model's forward, which gathers the weight"
+        )
     return weight
 
 
 def _widened(layer: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if layer.disable_adapters or layer.merged:
         if layer.disable_adapters and layer.merged:
-            raise ValueError("head: got merged adapters that are disabled, expected them unmerged first")
+            raise ValueError("head: the adapters are merged and disabled; unmerge them first")
         return hidden, weight
     columns, rows = [hidden], [weight]
     for name in layer.active_adapters:
@@ -292,12 +317,12 @@ def _widened(layer: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
 
 
 def _without_layer(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
-    """Name the layer's parameters as the layer does."""
+    """Remove `layer.` from the names of the parameters in a state dict."""
     for key in [k for k in state if k.startswith(f"{prefix}layer.")]:
         state[prefix + key.removeprefix(f"{prefix}layer.")] = state.pop(key)
 
 
 def _with_layer(module: FusedHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The inverse of `_without_layer`."""
+    """Add `layer.` to the names of the parameters in a state dict, the inverse of `_without_layer`."""
     for key in [k for k in state if k.startswith(prefix)] if module.layer is not None else ():
         state[f"{prefix}layer.{key.removeprefix(prefix)}"] = state.pop(key)

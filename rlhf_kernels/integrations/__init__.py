@@ -1,6 +1,10 @@
-"""Other trainers' losses under their own names and signatures: objects that a user passes or calls, nothing is patched.
+"""Adapters with the names and signatures of other PPO libraries ("peers"): `trl`, `openrlhf`, `verl`, `deepspeed_chat`.
 
-`trl`, `openrlhf`, `verl`, `deepspeed_chat`; `head` is the fused head for any of them. No peer needs to be installed. Where an
-adapter differs from its peer on purpose, `faithful=True` gives the peer's own: what it leaves at entries that do not count,
-NaN or an error for a mask without a True, padding counted in metrics. The default is this library's: zeros.
+A user passes or calls these objects; nothing is patched at import. `head` is the fused head for any of the peers. No
+peer needs to be installed.
+
+An adapter differs from its peer on purpose in a few cases: masked entries of a result, a mask without a True entry, and
+padding in metrics. By default masked entries and results of an empty mask are zeros, and metrics do not include
+padding. With `faithful=True` the result is the peer's: its values at masked entries, NaN or an error for an empty mask,
+and metrics that include padding.
 """

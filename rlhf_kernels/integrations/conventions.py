@@ -1,4 +1,4 @@
-"""What the adapters share: a peer's mask as ours, its releases, statistics that reach entries which do not count."""
+"""Helpers that the adapters share: conversion of masks, selection of a release, and statistics as the peers compute them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class AggregationOptions(TypedDict, total=False):
-    """The options of `ppo_loss` that reduce a term over its tokens."""
+    """The options of `ppo_loss` for the reduction of a term over its tokens."""
 
     aggregation: Required[Aggregation]
     num_tokens: float | Tensor | None
@@ -23,10 +23,13 @@ class AggregationOptions(TypedDict, total=False):
 
 
 def counted(name: str, mask: Tensor | None, like: Tensor, *, from_start: bool = False) -> Tensor:
-    """A peer's mask, of bool or 0 and 1 in any dtype, as bool; None counts everything.
+    """Return a peer's mask (bool, or 0 and 1 in any dtype) as bool; None gives a mask that is True everywhere.
 
-    `from_start`: the peer's rows begin with a token that counts, so that a batch in which every row turns from False to True
-    and never back is a padding mask, True where nothing counts.
+    `from_start` states that a row of the peer's mask begins with True. A mask in which some row changes from False to
+    True, and no row from True to False, is then refused as a padding mask (True at padding).
+
+    Raises:
+        ValueError: a shape, dtype or value that does not fit, or a padding mask.
     """
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
@@ -37,13 +40,13 @@ def counted(name: str, mask: Tensor | None, like: Tensor, *, from_start: bool = 
             other = mask[(mask != 0) & (mask != 1)]
             if other.numel():
                 raise ValueError(
-                    f"{name}: got {other[0].item()} among its values, expected bool, or 1 that counts and 0"
+                    f"{name}: got {other[0].item()} among its values, expected bool, or 1 for tokens that count and else 0"
                 )
         mask = mask != 0
     if from_start and checks.values_visible(mask) and _is_padding(mask):
         raise ValueError(
-            f"{name}: got a padding mask (every row turns from False to True and none back), expected True where a token "
-            "counts: pass its negation, or faithful=True if that is what you mean"
+            f"{name}: got a padding mask (rows change from False to True and never back), expected True where a token counts: "
+            "pass its negation, or pass faithful=True if the mask is meant as it is"
         )
     return mask
 
@@ -56,13 +59,19 @@ def _is_padding(mask: Tensor) -> bool:
 
 
 def release(peer: str, asked: str | None, known: dict[str, T]) -> T:
-    """What `known` has for a release of `peer`, by its leading numbers; None: the installed one. ValueError for others."""
+    """Return the value in `known` for the release `asked` of `peer` (None: the installed release).
+
+    A key of `known` is the leading numbers of a release, such as "0.11".
+
+    Raises:
+        ValueError: the release is not known, or it is None and the peer is not installed.
+    """
     if asked is None:
         try:
             asked = version(peer)
         except PackageNotFoundError:
             raise ValueError(
-                f"version: got None and {peer} is not installed, expected one of {', '.join(known)}"
+                f"version is not set and {peer} is not installed; pass one of {', '.join(known)}"
             ) from None
     for numbers, value in known.items():
         if asked == numbers or asked.startswith(f"{numbers}."):
@@ -71,38 +80,44 @@ def release(peer: str, asked: str | None, known: dict[str, T]) -> T:
 
 
 def refuse(peer: str, **arguments: object) -> None:
-    """ValueError for an argument that the peer takes and we do not; None, False and 0 ask for nothing."""
+    """Raise ValueError for an argument that the peer supports and the adapter does not, unless it is None, False or 0."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) or (value is not None and value is not False and value != 0):
             raise ValueError(
-                f"{name}: got {type(value).__name__}, which {peer} takes and this adapter does not; leave it out"
+                f"{name}: got {type(value).__name__}, which {peer} supports and this adapter does not; leave it out"
             )
 
 
 def mean(x: Tensor, mask: Tensor, *, faithful: bool = False) -> Tensor:
-    """Masked mean; with nothing True 0, or the peers' NaN."""
+    """Return the masked mean. For an empty mask it is 0, or NaN as in the peers if `faithful`."""
     result = masked_mean(x, mask)
     return result / mask.any() if faithful else result
 
 
 def variance(x: Tensor, mask: Tensor, *, unbiased: bool = True) -> Tensor:
-    """Masked variance, NaN where the peers' is."""
+    """Return the masked variance, which is NaN in the same cases as the peers' variance."""
     n = mask.sum()
     biased = mean((x - mean(x, mask)).square(), mask, faithful=True)
     return biased * (n / (n - 1)) if unbiased else biased
 
 
 def whiten_everywhere(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Whitening as the peers write it: entries that do not count are shifted and scaled with the rest."""
+    """Whiten `x` as the peers do: statistics are masked, but masked entries are shifted and scaled too.
+
+    Raises:
+        ValueError: a mask without a True entry (on CPU), as in the peers.
+    """
     if checks.values_visible(mask) and not bool(mask.any()):
-        raise ValueError("mask: got no True, expected at least one: the peer raises here")
+        raise ValueError(
+            "mask: got no True entry, expected at least one: faithful=True raises here because the peer does"
+        )
     centre = mean(x, mask)
     white = (x - centre) * torch.rsqrt(variance(x, mask) + 1e-8)
     return white if shift_mean else white + centre
 
 
 def local_fraction(metric: Tensor, given: float | Tensor | None, mask: Tensor) -> Tensor:
-    """A metric that `ppo_loss` divided by the global count `given`, as the mean over this batch that peers report."""
+    """Return a metric as the mean over this batch, which peers report, if `ppo_loss` divided it by the count `given`."""
     return metric if given is None else metric * given / mask.sum().clamp(min=1)
 
 
@@ -117,7 +132,7 @@ def value_loss(
     num_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the value term of `ppo_loss` and the fraction of this batch in which the clipped error was the larger."""
+    """Return the value term of `ppo_loss`, and the fraction of this batch's tokens whose clipped error is larger."""
     nothing = torch.zeros_like(returns)
     loss, metrics = ppo_loss(
         nothing,

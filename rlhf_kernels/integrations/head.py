@@ -1,6 +1,6 @@
-"""A `FusedHead` in the place of a model's output layer: log-probs and entropies by the model's own forward.
+"""Replacement of a model's output layer by a `FusedHead`, so that the model's forward returns log-probs and entropies.
 
-It runs inside that forward, so that the weight is whole where FSDP2 or ZeRO-3 gather it.
+The head runs inside the forward, where FSDP2 and ZeRO-3 have gathered its weight.
 
 B sequences, T positions, K tokens of actions, V vocabulary, H hidden.
 """
@@ -17,14 +17,18 @@ from ..modules import CausalLM, FusedHead, transform_of
 from ..ops import checks
 
 LARGEST = 100.0
-"""Largest logit of the probe in `fuse_head`: large enough to show any softcap."""
+"""Largest logit of the probe in `fuse_head`, large enough to reveal any softcap."""
 
 
 def fuse_head(model: nn.Module) -> FusedHead:
-    """Replace the output layer of a Hugging Face causal LM by a `FusedHead` and return it; return one that is there.
+    """Replace the output layer of a Hugging Face causal LM by a `FusedHead` and return the head.
 
-    Softcap and logit scale are read from the model's config. ValueError for a model that transforms its logits otherwise,
-    found by running one pair of tokens.
+    If the output layer is a `FusedHead` already, return it. Softcap and logit scale are read from the model's config.
+    The function runs the model on two tokens, once to check that the logits have this softcap and scale and once to
+    check that log-probs pass through its forward unchanged.
+
+    Raises:
+        ValueError: the model transforms its logits in a different way; its output layer is not replaced then.
     """
     lm = cast(CausalLM, model)
     layer = lm.get_output_embeddings()
@@ -42,15 +46,15 @@ def fuse_head(model: nn.Module) -> FusedHead:
             lm.set_output_embeddings(layer)
     if not fused:
         raise ValueError(
-            f"model: got logits that are not softcap={head.softcap} and logit_scale={head.logit_scale} of its output layer, "
-            "which its config has; expected no other transform"
+            f"model: the logits are not those of the output layer with softcap={head.softcap} and "
+            f"logit_scale={head.logit_scale}, which are in the config; a different transform of the logits is not supported"
         )
     return head
 
 
 @torch.no_grad()
 def _transforms_logits_alike(model: nn.Module, head: FusedHead) -> bool:
-    """Return whether the model turns the layer's output into logits as the head does: of a probe in its place."""
+    """Return whether the model transforms a probe, in place of the layer's output, into the same logits as the head."""
     calls: list[Tensor] = []
 
     def probe(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -110,9 +114,13 @@ def token_logprobs_of(
     mask: Tensor | None = None,  # (B, keep)
     **inputs: Any,
 ) -> TokenLogprobs:
-    """Return log-probs and entropies of the last `keep` tokens by one forward of `model`, wrapped or not.
+    """Return log-probs and entropies (B, keep) of the last `keep` tokens, with one forward of `model`.
 
-    `inputs` are passed to it.
+    `model` contains `head` and may be wrapped (FSDP, DeepSpeed). `inputs` are passed to its forward. Results are 0
+    where `mask` is False.
+
+    Raises:
+        ValueError: `keep` is not in [1, T - 1].
     """
     checks.number("keep", keep, least=1, most=input_ids.shape[1] - 1, integer=True)
     with head.taking(input_ids[:, -keep:], temperature=temperature, mask=mask) as taken:

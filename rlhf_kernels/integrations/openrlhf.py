@@ -1,7 +1,7 @@
-"""OpenRLHF 0.11 and 0.7: its loss modules and the functions between rollout and loss, under their own signatures.
+"""OpenRLHF 0.11 and 0.7: its loss modules and the functions between rollout and loss, with the same signatures.
 
-B sequences, T positions, V vocabulary. The names here are those of 0.11.2; `for_version` has those of the others. `faithful`
-is explained in the package's docstring.
+B sequences, T positions, V vocabulary. The names are those of 0.11.2; `for_version` returns those of the other
+releases. The docstring of `rlhf_kernels.integrations` explains `faithful`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ KL_IS_WEIGHT_CLIP = 10.0
 
 
 class PolicyLoss(nn.Module):
-    """`policy_loss_type="ppo"`: ratios of tokens, log-ratios clamped at ±20; "gspo": of sequences, averaged over sequences.
+    """The clipped policy loss of OpenRLHF 0.11.2.
 
-    The importance correction between trainer and sampler weights or drops tokens (`is_correction_level="token"`) or
-    sequences ("seq") by the ratio old / rollout or a divergence of the two, within `is_correction_threshold`.
+    `policy_loss_type="ppo"` uses token-level ratios with log-ratios clamped to ±20. "gspo" uses sequence-level ratios
+    and averages over sequences.
+
+    The importance correction accounts for differences between the log-probs of the trainer (old) and of the sampler
+    (rollout). It compares the ratio old / rollout, or a divergence of the two, with the bounds
+    `is_correction_threshold`, per token (`is_correction_level="token"`) or per sequence ("seq"). Mode "mask" multiplies
+    the loss by the ratio and drops what is outside the bounds; mode "clip" multiplies the loss by the clipped ratio.
     """
 
     def __init__(
@@ -82,10 +87,16 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Loss, clip fraction, KL(old || new) by k1, mean log(rollout / old) and the fraction that the correction caught."""
+        """Return the loss, the clip fraction, KL(old || new) by k1, mean log(rollout / old) and the corrected fraction.
+
+        The corrected fraction is that of tokens, or sequences, outside `is_correction_threshold`. The last two are None
+        if the importance correction is off or the type is "gspo".
+        """
         corrects = self.is_correction_level != "off"
         if corrects and rollout_log_probs is None:
-            raise ValueError(f"rollout_log_probs: got None with is_correction_level={self.is_correction_level!r}")
+            raise ValueError(
+                f"rollout_log_probs is not set, but is_correction_level={self.is_correction_level!r} needs it"
+            )
         rollout = rollout_log_probs if corrects else None
         mask = counted("action_mask", action_mask, log_probs)
         weights = rollout_kl = filtered = None
@@ -111,14 +122,16 @@ class PolicyLoss(nn.Module):
         return _nothing_true(loss, aggregation, mask, self.faithful) * factor, clip_ratio, ppo_kl, rollout_kl, filtered
 
     def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """A factor of each token's loss, and the fraction of tokens, or sequences, outside the threshold."""
+        """Return the weight of each token's loss, and the fraction of tokens, or sequences, outside the threshold."""
         low, high = self.is_correction_threshold
         by_sequence = self.is_correction_level == "seq"
         log_ratio = old - rollout
         statistic = log_ratio if self.is_correction_gating == "ratio" else self._divergence(old, rollout)
         if by_sequence:
             count = mask.sum(-1, keepdim=True)
-            statistic = torch.where(mask, statistic, 0).sum(-1, keepdim=True) / count  # of an empty row NaN, outside
+            statistic = (
+                torch.where(mask, statistic, 0).sum(-1, keepdim=True) / count
+            )  # NaN for an empty row, so that it is outside
         if self.is_correction_gating == "ratio":
             statistic = statistic.exp()
         outside = ~((statistic >= low) & (statistic <= high))
@@ -129,7 +142,7 @@ class PolicyLoss(nn.Module):
         return weights, outside.float().mean() if by_sequence else mean(outside.float(), mask)
 
     def _divergence(self, old: Tensor, rollout: Tensor) -> Tensor:
-        """Of the two coins "this token or another"."""
+        """Return the divergence of the two Bernoulli distributions of sampling this token or a different one."""
         p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
         if self.is_correction_gating == "tv":
             return (p - q).abs()
@@ -137,7 +150,7 @@ class PolicyLoss(nn.Module):
 
 
 class PolicyLoss0110(PolicyLoss):
-    """That of 0.11.0 and 0.11.1: the correction under other names, four results."""
+    """`PolicyLoss` of 0.11.0 and 0.11.1, with different names for the importance correction and four results."""
 
     def __init__(
         self,
@@ -155,20 +168,20 @@ class PolicyLoss0110(PolicyLoss):
         kinds = {"tis": ("token", "clip"), "icepop": ("token", "mask"), "seq-mask-tis": ("seq", "mask")}
         checks.choice("vllm_is_correction_type", vllm_is_correction_type, tuple(kinds))
         if enable_vllm_is_correction and vllm_is_truncated_threshold is None:
-            raise ValueError("vllm_is_truncated_threshold: got None, expected a lower and an upper bound")
+            raise ValueError("vllm_is_truncated_threshold is not set; pass a lower and an upper bound")
         level, mode = kinds[vllm_is_correction_type] if enable_vllm_is_correction else ("off", "mask")
         clip = (clip_eps_low, clip_eps_high, dual_clip, token_level_loss, policy_loss_type)
         super().__init__(*clip, level, mode, "ratio", vllm_is_truncated_threshold or (0.5, 5.0), faithful=faithful)
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # that release's own results
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # this release has fewer results
         self, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `PolicyLoss.forward`, without the last result."""
+        """Return the results of `PolicyLoss.forward` except the last."""
         return super().forward(*args, **kwargs)[:4]
 
 
 class PolicyLoss07(nn.Module):
-    """That of 0.7: one clip range, no clamp, the loss alone."""
+    """`PolicyLoss` of 0.7: one clip range, no clamp of the log-ratio, and the loss as the only result."""
 
     def __init__(self, clip_eps: float = 0.2, token_level_loss: bool = True, *, faithful: bool = False):
         super().__init__()
@@ -183,6 +196,7 @@ class PolicyLoss07(nn.Module):
         advantages: Tensor,  # (B, T)
         action_mask: Tensor | None = None,  # (B, T)
     ) -> Tensor:
+        """Return the loss."""
         mask = counted("action_mask", action_mask, log_probs)
         aggregation, _ = _aggregation(self.token_level_loss, 1, None, None)
         loss, _ = ppo_loss(log_probs, old_log_probs, advantages, mask, cliprange=self.clip_eps, **aggregation)
@@ -190,7 +204,7 @@ class PolicyLoss07(nn.Module):
 
 
 class ValueLoss(nn.Module):
-    """Half the squared error, or the larger of the plain and the clipped one."""
+    """Half the squared error; with `clip_eps`, half the larger of the squared errors of the value and the clipped value."""
 
     def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True, *, faithful: bool = False):
         super().__init__()
@@ -208,6 +222,7 @@ class ValueLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> Tensor:
+        """Return the loss."""
         mask = counted("action_mask", action_mask, values)
         aggregation, factor = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         loss, _ = value_loss(values, old_values, returns, mask, self.clip_eps, **aggregation)
@@ -215,11 +230,12 @@ class ValueLoss(nn.Module):
 
 
 class ValueLoss07(ValueLoss):
-    """That of 0.7, which knows no global counts."""
+    """`ValueLoss` of 0.7, without the counts of the global batch."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # that release's own arguments
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # this release has fewer arguments
         self, values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor | None = None
     ) -> Tensor:
+        """Return the loss."""
         loss = super().forward(values, old_values, returns, action_mask)
         mask = counted("action_mask", action_mask, values)
         return _any_empty(loss, mask, self.token_level_loss) if self.faithful else loss
@@ -228,7 +244,7 @@ class ValueLoss07(ValueLoss):
 def _aggregation(
     token_level: bool, dp_size: int, batch_num_tokens: float | None, global_batch_size: float | None
 ) -> tuple[AggregationOptions, float]:
-    """`aggregate_loss` as options of `ppo_loss` and a factor, which needs a global count to be more than 1."""
+    """Return OpenRLHF's `aggregate_loss` as options of `ppo_loss` and a factor, which is 1 without a global count."""
     options: AggregationOptions = {"aggregation": "token_mean" if token_level else "seq_mean_token_mean"}
     count = batch_num_tokens if token_level else global_batch_size
     if count is None:
@@ -238,28 +254,30 @@ def _aggregation(
 
 
 def _nothing_true(loss: Tensor, aggregation: AggregationOptions, mask: Tensor, faithful: bool) -> Tensor:
-    """OpenRLHF's NaN of a batch without a True that has no count from elsewhere, when asked."""
+    """Return the loss, or NaN as in OpenRLHF if `faithful`, the mask is empty and there is no global count."""
     return loss / mask.any() if faithful and len(aggregation) == 1 else loss
 
 
 def _any_empty(loss: Tensor, mask: Tensor, token_level: bool) -> Tensor:
-    """0.7's NaN: of no True, or, by sequence, of any row without one."""
+    """Return the loss, or NaN as in 0.7 if the mask is empty; for means by sequence, if any row of it is empty."""
     fine = mask.any() if token_level else mask.any(-1).all()
     return torch.where(fine, loss, torch.nan)
 
 
 class PairWiseLoss(nn.Module):
-    """`-log σ(chosen - rejected - margin)`, the mean."""
+    """The mean of `-log σ(chosen - rejected - margin)`."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
+        """Return the loss."""
         apart = chosen_reward - reject_reward
         return -F.logsigmoid(apart if margin is None else apart - margin).mean()
 
 
 class LogExpLoss(nn.Module):
-    """`log(1 + exp(rejected - chosen))`, the mean; `margin` has no effect, as in OpenRLHF, so it is refused.
+    """The mean of `log(1 + exp(rejected - chosen))`.
 
-    As a softplus, which stays finite; `faithful`: as it is written, inf from a difference of 89 on.
+    OpenRLHF ignores `margin`, so passing it raises ValueError unless `faithful`. The loss is computed as a softplus,
+    which does not overflow. With `faithful` it is computed as written, which gives inf for differences of 89 and more.
     """
 
     def __init__(self, *, faithful: bool = False):
@@ -267,14 +285,18 @@ class LogExpLoss(nn.Module):
         self.faithful = faithful
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
+        """Return the loss."""
         if margin is not None and not self.faithful:
-            raise ValueError("margin: got a tensor, expected None: OpenRLHF takes it and ignores it")
+            raise ValueError("margin: got a tensor, expected None: OpenRLHF accepts the margin but ignores it")
         apart = reject_reward - chosen_reward
         return torch.log(1 + torch.exp(apart)).mean() if self.faithful else F.softplus(apart).mean()
 
 
 class GPTLMLoss(nn.Module):
-    """Mean negative log-likelihood of the next token where the label is not -100; rings of devices are refused."""
+    """The mean negative log-likelihood of the next tokens whose label is not -100.
+
+    Ring attention is not supported and raises ValueError.
+    """
 
     def __init__(self, ring_attn_group: Any = None, *, faithful: bool = False):
         super().__init__()
@@ -283,6 +305,7 @@ class GPTLMLoss(nn.Module):
         self.faithful: bool = faithful
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T)
+        """Return the loss."""
         labels = labels[..., 1:]
         mask = labels != self.IGNORE_INDEX
         return -mean(token_logprobs(logits[..., :-1, :], labels, mask=mask).logprobs, mask, faithful=self.faithful)
@@ -295,11 +318,15 @@ def compute_approx_kl(
     kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
-    """KL(policy || base) of each token in float32, within ±10; `unbiased_gradient`: the gradient of weighted k2 instead."""
+    """Return an estimate of KL(policy || base) per token in float32, clamped to ±10.
+
+    With `unbiased_gradient` the gradient is that of k2 times the importance weight exp(log_probs - log_probs_old),
+    which is limited to `KL_IS_WEIGHT_CLIP` and is 1 if `log_probs_old` is None.
+    """
     checks.choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
     d = log_probs.float() - log_probs_base.float()
     nothing = torch.zeros_like(d)
-    # k3 is past 10 there, and the slope of its exp would be inf.
+    # Below d = -10, k3 is clamped to 10 anyway, and the gradient of its exp would be inf.
     value = estimate_kl(d.clamp(min=-10) if kl_estimator == "k3" else d, nothing, estimator=kl_estimator).clamp(-10, 10)
     if not unbiased_gradient:
         return value
@@ -311,13 +338,13 @@ def compute_approx_kl(
 
 
 def compute_approx_kl07(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
-    """That of 0.7: no clamp."""
+    """Return `compute_approx_kl` of 0.7, which is not clamped."""
     checks.choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
     return estimate_kl(log_probs.float(), log_probs_base.float(), estimator=kl_estimator)
 
 
 def compute_approx_kl0110(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
-    """That of 0.11.0 and 0.11.1: its third argument is the estimator."""
+    """Return `compute_approx_kl` of 0.11.0 and 0.11.1, whose third argument is the estimator."""
     return compute_approx_kl(log_probs, log_probs_base, kl_estimator=kl_estimator)
 
 
@@ -330,12 +357,13 @@ def compute_reward(
     *,
     faithful: bool = False,
 ) -> Tensor:
-    """`-kl_coef kl`, and the clipped score on the last action; a negative `kl_coef` counts as 0.
+    """Return the rewards `-kl_coef kl`, plus the clipped score `r` at the last action, (B, T).
 
-    A row without an action gets no score; `faithful`: its last position does.
+    A negative `kl_coef` is treated as 0. A row without an action gets no score; with `faithful`, its last position gets
+    it.
     """
     checks.floating("kl", kl, dims=(2,), what="[B, T]")
-    checks.tensor("r", r, like=kl, expected=kl.shape[:1], what="one score a sequence")
+    checks.tensor("r", r, like=kl, expected=kl.shape[:1], what="one score per sequence")
     mask = counted("action_mask", action_mask, kl)
     if reward_clip_range:
         r = r.clamp(*reward_clip_range)
@@ -353,7 +381,10 @@ def get_advantages_and_returns(
     gamma: float,
     lambd: float,
 ) -> tuple[Tensor, Tensor]:
-    """GAE over all positions, values and rewards 0 where nothing counts: it decays through holes."""
+    """Return advantages and returns by GAE over all positions, with values and rewards 0 where the mask is 0.
+
+    Masked positions inside a response are therefore steps, over which the advantage is discounted.
+    """
     checks.floating("rewards", rewards, dims=(2,), what="[B, T]")
     mask = counted("action_mask", action_mask, rewards)
     values, rewards = (torch.where(mask, x, 0) for x in (values, rewards))
@@ -362,11 +393,14 @@ def get_advantages_and_returns(
 
 
 def normalize_advantages(
-    advantages: Sequence[Tensor],  # of each experience, (B, T)
-    action_masks: Sequence[Tensor],  # of each experience, (B, T)
+    advantages: Sequence[Tensor],  # one (B, T) per experience
+    action_masks: Sequence[Tensor],  # one (B, T) per experience
     no_std_norm: bool = False,
 ) -> list[Tensor]:
-    """What OpenRLHF does to a step's advantages: mean 0 over all of them, and variance 1 (biased, at least 1e-8)."""
+    """Return the advantages of a step with mean 0 and variance 1 over all experiences, as OpenRLHF normalizes them.
+
+    The variance is biased and at least 1e-8. With `no_std_norm` only the mean is subtracted.
+    """
     masks = [counted("action_masks", m, a) for m, a in zip(action_masks, advantages, strict=True)]
     flat, flags = (torch.cat([x.flatten() for x in xs]) for xs in (advantages, masks))
     centre = mean(flat, flags)
@@ -375,7 +409,11 @@ def normalize_advantages(
 
 
 def for_version(version: str | None = None) -> SimpleNamespace:
-    """The names of one release (None: the installed one); ValueError for a release that is not known."""
+    """Return the classes and functions of a release of OpenRLHF (None: the installed release), under its names.
+
+    Raises:
+        ValueError: the release is not known, or it is None and OpenRLHF is not installed.
+    """
     shared = {
         f.__name__: f
         for f in (PairWiseLoss, LogExpLoss, GPTLMLoss, compute_reward, get_advantages_and_returns, normalize_advantages)

@@ -1,4 +1,4 @@
-"""OpenRLHF's Actor from hidden states: its `forward` under its own signature, without [B, T, V] logits.
+"""OpenRLHF's Actor from hidden states: a `forward` with the same signature, without [B, T, V] logits.
 
 B sequences, T positions, K actions.
 """
@@ -17,9 +17,12 @@ from .head import fuse_head, token_logprobs_of
 
 
 class ActorMixin:
-    """`class Actor(ActorMixin, openrlhf.models.Actor)`; call `fuse()` before DeepSpeed wraps the model.
+    """A mixin that replaces the `forward` of OpenRLHF's Actor.
 
-    Packed samples, rings of devices, images and logits as a result are refused.
+        class Actor(ActorMixin, openrlhf.models.Actor): ...
+
+    Call `fuse()` before DeepSpeed wraps the model. Packed samples, ring attention, images and returned logits are not
+    supported and raise ValueError.
     """
 
     # Attributes of the actor.
@@ -28,7 +31,7 @@ class ActorMixin:
     _fused_head: FusedHead
 
     def fuse(self) -> ActorMixin:
-        """Puts the head in its place (see `fuse_head`)."""
+        """Replace the model's output layer by a fused head (see `fuse_head`) and return the actor."""
         refuse(
             "OpenRLHF", packing_samples=getattr(self, "packing_samples", False), is_vlm=getattr(self, "is_vlm", False)
         )
@@ -48,12 +51,17 @@ class ActorMixin:
         return_entropy: bool = False,
         **mm_inputs: Any,
     ) -> Tensor | tuple[Tensor, SimpleNamespace]:
-        """Log-probs of the actions (B, K), 0 where the mask is, or with `return_logprobs` of all tokens, (B, T - 1).
+        """Return the log-probs of the actions (B, K), or of all tokens (B, T - 1) if there is no action mask.
 
-        `return_output` adds an object with `entropy` (B, T - 1), which with an action mask is that of the actions alone.
+        Without an action mask, `return_logprobs=True` is required. Log-probs are 0 where the action mask is 0.
+        `return_output` adds an object whose `entropy` is (B, T - 1), or None without `return_entropy`. With an action
+        mask, the entropy is 0 outside the actions.
+
+        Raises:
+            ValueError: the head is not fused, or an argument is not supported.
         """
         if not hasattr(self, "_fused_head"):
-            raise ValueError("model: got an Actor that was not fused, expected Actor(...).fuse() before it is wrapped")
+            raise ValueError("the actor's head is not fused; call Actor(...).fuse() before DeepSpeed wraps the model")
         unmade = {
             "allgather_logits": allgather_logits,
             "ring_attn_group": ring_attn_group,
@@ -61,7 +69,9 @@ class ActorMixin:
         }
         refuse("OpenRLHF", **unmade, **mm_inputs)
         if action_mask is None and not return_logprobs:
-            raise ValueError("action_mask: got None, expected a mask or return_logprobs=True: the head makes no logits")
+            raise ValueError(
+                "action_mask is not set; pass it, or return_logprobs=True: a fused head does not return logits"
+            )
         if return_entropy and not return_output:
             raise ValueError("return_output: got False with return_entropy=True, expected True")
         keep, mask = sequences.shape[1] - 1, None

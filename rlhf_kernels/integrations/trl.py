@@ -1,8 +1,9 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # torch does not declare the types of `Tensor.tolist`.
-"""TRL: helpers and inline arithmetic of PPOTrainer, 0.12 to 1.12; `trl_classic` has that of 0.11, `trl_grpo` GRPOTrainer's.
+"""TRL 0.12 to 1.12: the helpers of PPOTrainer and the arithmetic inside its `train`.
 
-B sequences, T response positions, V vocabulary. `faithful` is explained in the package's docstring.
+`trl_classic` has the PPOTrainer of releases up to 0.11, `trl_grpo` the GRPOTrainer. B sequences, T response positions,
+V vocabulary. The docstring of `rlhf_kernels.integrations` explains `faithful`.
 """
 
 from __future__ import annotations
@@ -40,21 +41,23 @@ PPO_MODULES = (
     | {"0.29": _EXPERIMENTAL}
     | {f"1.{minor}": _EXPERIMENTAL for minor in range(13)}
 )
-"""Where each release keeps PPOTrainer and looks up its helpers."""
+"""Release -> the module that defines PPOTrainer, where the trainer looks up its helpers."""
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """Log-probs of `index`, (..., V), (...) -> (...), in float32 whatever the logits are in.
+    """Return the log-probs of `index` (...) under `logits` (..., V), (...), in float32 for any dtype of the logits.
 
-    Several indices a position, (..., K), which TRL takes too, are refused.
+    TRL also supports several indices per position, (..., K); here they raise ValueError.
     """
     if index.dim() == logits.dim():
-        raise ValueError(f"index: got shape {checks.shape(index)}, expected one index a position, {logits.shape[:-1]}")
+        raise ValueError(
+            f"index: got shape {checks.shape(index)}, expected one index per position, {logits.shape[:-1]}"
+        )
     return token_logprobs(logits, index).logprobs
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None, *, faithful: bool = False) -> Tensor:
-    """Mean of what counts, over everything or along `axis`; 0, `faithful` NaN, where nothing does."""
+    """Return the mean over the True entries of `mask`, in total or along `axis`; 0 (`faithful`: NaN) if there are none."""
     mask = counted("mask", mask, values)
     if axis is None:
         return mean(values, mask, faithful=faithful)
@@ -63,7 +66,10 @@ def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None, *, faithf
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, *, faithful: bool = False) -> Tensor:
-    """Mean 0 and variance 1 over what counts; elsewhere 0, `faithful` the same shift and scale."""
+    """Return `values` with mean 0 and variance 1 over the True entries of `mask`.
+
+    Masked entries are 0; with `faithful` they are shifted and scaled like the others.
+    """
     mask = counted("mask", mask, values)
     if faithful:
         return whiten_everywhere(values, mask, shift_mean=shift_mean)
@@ -72,9 +78,16 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, *, fait
 
 @contextmanager
 def fused_helpers(*, version: str | None = None) -> Generator[tuple[str, ...], None, None]:
-    """`with fused_helpers(): trainer.train()` runs TRL's PPOTrainer with our helpers; gives the names that were swapped.
+    """Replace the helpers of TRL's PPOTrainer inside a context, and yield the names of the replaced helpers.
 
-    They are put back on leaving, also by an exception. Releases before 0.15 have no `selective_log_softmax` to swap.
+        with fused_helpers():
+            trainer.train()
+
+    The originals are restored at the end of the context, also after an exception. Releases before 0.15 have no
+    `selective_log_softmax`, so it is not replaced there.
+
+    Raises:
+        ValueError: the release `version` (None: the installed release) is not known.
     """
     module = importlib.import_module(release("trl", version, PPO_MODULES))
     ours = {f.__name__: f for f in (selective_log_softmax, masked_mean, masked_whiten)}
@@ -89,7 +102,7 @@ def fused_helpers(*, version: str | None = None) -> Generator[tuple[str, ...], N
 
 
 class Rollout(NamedTuple):
-    """What PPOTrainer knows of its responses before the first epoch; all (B, T)."""
+    """The data of the responses that PPOTrainer computes before the first epoch; all (B, T)."""
 
     rewards: Tensor
     advantages: Tensor
@@ -97,16 +110,18 @@ class Rollout(NamedTuple):
     kl: Tensor
     logprobs: Tensor
     values: Tensor
-    mask: Tensor  # bool: actions, the end token among them
-    value_mask: Tensor  # bool: and the slot behind the last, where the score lies and a value is trained
+    mask: Tensor  # bool: the actions, including the end token
+    value_mask: (
+        Tensor  # bool: the actions and the position after the last, which has the score and whose value is trained
+    )
 
     def take(self, indices: Tensor | Sequence[int]) -> Rollout:
-        """Some of the sequences."""
+        """Return the data of the sequences at `indices`."""
         return Rollout(*(x[indices] for x in self))
 
 
 class PPO:
-    """What `PPOTrainer.train` computes between generation and optimiser, from its `PPOConfig`."""
+    """The computation of `PPOTrainer.train` between generation and optimizer; `args` is TRL's `PPOConfig`."""
 
     def __init__(self, args: Any, *, faithful: bool = False):
         checks.choice("args.kl_estimator", args.kl_estimator, ("k1", "k3"))
@@ -119,9 +134,12 @@ class PPO:
         ref_logprobs: Tensor,  # (B, T)
         values: Tensor,  # (B, T)
         scores: Tensor,  # (B,)
-        sequence_lengths: Tensor,  # (B,), the last action's position: -1 for an empty response
+        sequence_lengths: Tensor,  # (B,), position of the last action; -1 for an empty response
     ) -> Rollout:
-        """Rewards, whitened advantages and returns; the score lands behind the last action if there is room."""
+        """Return rewards, whitened advantages and returns.
+
+        The score is at the position after the last action, or at the last action if the response fills the row.
+        """
         args = self.args
         checks.floating("logprobs", logprobs, dims=(2,), what="[B, T]")
         last = sequence_lengths[:, None]
@@ -151,14 +169,15 @@ class PPO:
 
     def loss(
         self,
-        logits: Tensor,  # (B, T, V), as the model gives them, differentiable
+        logits: Tensor,  # (B, T, V), before the division by the temperature; differentiable
         responses: Tensor,  # (B, T)
         vpred: Tensor,  # (B, T), differentiable
         rollout: Rollout,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch and its statistics, under the names that TRL logs.
+        """Return the loss of one micro-batch and its statistics, under the names that TRL logs.
 
-        Entropy, KL and ratio are means over the actions; `faithful`: over all positions, padding counted, as TRL's.
+        Entropy, KL and ratio are means over the actions. With `faithful` they are means over all positions including
+        padding, as in TRL.
         """
         args, r = self.args, rollout
         temperature = args.temperature + 1e-7
@@ -202,7 +221,7 @@ class PPO:
     def metrics(
         rollout: Rollout, scores: Tensor, kl_coef: float, stats: Sequence[dict[str, Tensor]]
     ) -> dict[str, float]:
-        """One update's log line from its rollout and the statistics of its micro-batches."""
+        """Return the metrics that TRL logs for an update, from its rollout and the statistics of its micro-batches."""
         r = rollout
         rewarded = (-kl_coef * r.kl).sum(1).mean()
         line = {

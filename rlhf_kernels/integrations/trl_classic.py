@@ -1,6 +1,6 @@
 """TRL up to 0.11: `compute_rewards`, `compute_advantages` and `loss` of its PPOTrainer, as a mixin and as an object.
 
-B sequences, T positions, V vocabulary. `faithful` is explained in the package's docstring.
+B sequences, T positions, V vocabulary. The docstring of `rlhf_kernels.integrations` explains `faithful`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ _ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
 
 
 class ClassicMixin:
-    """`class Trainer(ClassicMixin, PPOTrainer)`: the trainer's own config and KL controller, our arithmetic."""
+    """A mixin that replaces three functions of PPOTrainer and uses the trainer's config and KL controller.
+
+    class Trainer(ClassicMixin, PPOTrainer): ...
+    """
 
     faithful: bool = False
     # Attributes of the trainer.
@@ -33,12 +36,17 @@ class ClassicMixin:
         ref_logprobs: Tensor,  # (B, T)
         masks: Tensor,  # (B, T)
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards with the score on the last action, rewards without it, and KL; `kl_penalty: full` is refused."""
+        """Return the rewards with the score at the last action, the rewards without it, and the KL; all (B, T).
+
+        Raises:
+            ValueError: `config.kl_penalty` is "full", which is not supported.
+            IndexError: a row of the mask has no True entry and `faithful` is set (on CPU), as in TRL.
+        """
         checks.choice("config.kl_penalty", self.config.kl_penalty, tuple(_ESTIMATORS))
         checks.floating("logprobs", logprobs, dims=(2,), what="[B, T]")
         mask = counted("masks", masks, logprobs)
         if self.faithful and checks.values_visible(mask) and not bool(mask.any(1).all()):
-            raise IndexError("masks: got a row without a True, on which TRL raises")
+            raise IndexError("masks: got a row without a True entry: faithful=True raises here because TRL does")
         kl = estimate_kl(logprobs, ref_logprobs, estimator=_ESTIMATORS[self.config.kl_penalty])
         plain = -self.kl_ctl.value * kl
         position = torch.arange(mask.shape[1], device=mask.device)
@@ -52,10 +60,10 @@ class ClassicMixin:
         rewards: Tensor,  # (B, T)
         mask: Tensor,  # (B, T)
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, zero where nothing counts, whitened advantages, and returns; it decays through holes.
+        """Return the values (0 where masked), the whitened advantages and the returns; all (B, T).
 
-        `faithful`: entries that do not count are whitened with the rest, rewards among them, which then leak from behind a
-        response into it.
+        GAE treats masked positions inside a response as steps. With `faithful`, whitening also shifts and scales masked
+        entries. If rewards are whitened, those after a response then change the advantages inside it, as in TRL.
         """
         checks.floating("rewards", rewards, dims=(2,), what="[B, T]")
         mask = counted("mask", mask, rewards)
@@ -78,9 +86,10 @@ class ClassicMixin:
         advantages: Tensor,  # (B, T)
         returns: Tensor,  # (B, T)
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Policy loss, weighted value loss and statistics; both are 0 where the mean ratio passes `ratio_threshold`.
+        """Return the policy loss, the weighted value loss and the statistics.
 
-        The warning with which TRL tells of that costs a wait for the device: `faithful` gives it.
+        Both losses are 0 if the mean ratio is above `ratio_threshold`. TRL warns in that case. The warning needs a
+        synchronization with the device, so only `faithful` gives it.
         """
         c = self.config
         mask = counted("mask", mask, logprobs)

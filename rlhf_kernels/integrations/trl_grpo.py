@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # torch does not declare the types of `Tensor.split`.
-"""TRL's GRPOTrainer: its log-probs and entropies from hidden states, everything else its own.
+"""TRL's GRPOTrainer with log-probs and entropies from hidden states; the rest of the trainer is unchanged.
 
 B sequences, T positions.
 """
@@ -16,15 +16,17 @@ from .conventions import counted, refuse, release
 from .head import fuse_head, token_logprobs_of
 
 KNOWN = {"1.12": "logits", "1.16": "fused_lm_head"}
-"""Releases whose `_get_per_token_logps_and_entropies` is called as it is here, and what it is made of there."""
+"""Supported releases of TRL, and what its `_get_per_token_logps_and_entropies` computes log-probs from."""
 
 
 class GRPOMixin:
-    """`class Trainer(GRPOMixin, GRPOTrainer)`: no [B, T, V] logits, on any device.
+    """A mixin for GRPOTrainer that avoids [B, T, V] logits, on any device.
 
-    The method that gives log-probs and entropies is this one, so that all that TRL builds on it stays: token and sequence
-    ratios, clip-higher, `delta`, importance weights, every loss type. Images, MoE balancing losses and `cast_lm_head_to_fp32`
-    are refused.
+        class Trainer(GRPOMixin, GRPOTrainer): ...
+
+    It replaces only the method that returns log-probs and entropies. All features of TRL that use them still work:
+    token and sequence ratios, clip-higher, `delta`, importance weights and every loss type. Images, MoE balancing
+    losses and `cast_lm_head_to_fp32` are not supported and raise ValueError.
     """
 
     # Attributes of the trainer.
@@ -50,7 +52,7 @@ class GRPOMixin:
         compute_aux_loss: bool = False,
         **images: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Log-probs and entropies (B, logits_to_keep) of the completion's tokens, 0 where `attention_mask` is 0."""
+        """Return log-probs and entropies (B, logits_to_keep) of the response's tokens, 0 where `attention_mask` is 0."""
         refuse("TRL", compute_aux_loss=compute_aux_loss, **images)
         head = fuse_head(self.accelerator.unwrap_model(model))
         mask = counted("attention_mask", attention_mask, input_ids)

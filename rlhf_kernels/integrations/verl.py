@@ -1,9 +1,9 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # torch does not declare the types of `Tensor.tolist`.
-"""verl 0.9: the functions of its `core_algos` and `linear_cross_entropy`, under their own signatures.
+"""verl 0.9: the functions of its `core_algos` and `linear_cross_entropy`, with the same signatures.
 
-B sequences, T positions. Mind the order: the policy loss takes old log-probs first, the value loss predictions, returns, old
-values. `faithful=True` is explained in the package's docstring.
+B sequences, T positions. Note verl's order of arguments: old log-probs come first in the policy loss, and the value
+loss has predictions, returns, old values. The docstring of `rlhf_kernels.integrations` explains `faithful`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ _ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "l
 
 
 def register(name: str = "rlhf_kernels", *, version: str | None = None) -> None:
-    """Enters `compute_policy_loss_vanilla` in verl's registry, where `actor.policy_loss.loss_mode` finds it by this name."""
+    """Register `compute_policy_loss_vanilla` in verl under `name`, the value to set `actor.policy_loss.loss_mode` to.
+
+    Raises:
+        ValueError: the release `version` (None: the installed release) is not known.
+    """
     release("verl", version, KNOWN)
     from verl.trainer.ppo.core_algos import register_policy_loss  # pyright: ignore[reportMissingImports]  # a peer
 
@@ -56,10 +60,11 @@ def compute_gae_advantage_return(
     *,
     faithful: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages, whitened over the mask, and returns; masked tokens inside a response are stepped over.
+    """Return advantages by GAE, whitened over the mask, and returns; masked tokens inside a response are skipped.
 
-    `faithful`: what verl leaves under a False mask (the next action's advantage, whitened; that plus the value), NaN for one
-    action and ValueError for none, instead of zeros.
+    By default both are 0 where the mask is False, and the advantages are 0 if there are fewer than two actions. With
+    `faithful` the masked entries are verl's: the whitened advantage of the next action, and that advantage before
+    whitening plus the value. One action then gives NaN advantages, and no action raises ValueError.
     """
     checks.floating("token_level_rewards", token_level_rewards, dims=(2,), what="[B, T]")
     mask = counted("response_mask", response_mask, token_level_rewards, from_start=not faithful)
@@ -71,7 +76,7 @@ def compute_gae_advantage_return(
 
 
 def _from_next_action(x: Tensor, mask: Tensor) -> Tensor:
-    """Each entry becomes that of the next True one, itself included; 0 behind the last."""
+    """Return for each position the entry of `x` at the first True position from it on; 0 after the last True."""
     t = x.shape[1]
     position = torch.where(mask, torch.arange(t, device=x.device), t)
     following = position.flip(1).cummin(1).values.flip(1)
@@ -91,11 +96,14 @@ def compute_policy_loss(
     *,
     faithful: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, clip fraction, KL(old || new) by k1 and the fraction that dual clip caught; log-ratios are clamped at ±20."""
+    """Return the loss, the clip fraction, KL(old || new) by k1 and the dual-clip fraction.
+
+    Log-ratios are clamped to ±20. `clip_ratio_c` is the bound of the dual clip.
+    """
     low = cliprange if cliprange_low is None else cliprange_low
     high = cliprange if cliprange_high is None else cliprange_high
     if low is None or high is None:
-        raise ValueError("cliprange: got None, expected a number, or cliprange_low and cliprange_high")
+        raise ValueError("cliprange is not set; pass it, or both cliprange_low and cliprange_high")
     mask = counted("response_mask", response_mask, log_prob, from_start=not faithful)
     aggregation, factor = _aggregation(mask, loss_agg_mode)
     return _policy_loss(
@@ -114,12 +122,13 @@ def compute_policy_loss_vanilla(
     *,
     faithful: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss and the metrics that verl logs; `config` is verl's ActorConfig, with the global counts in `global_batch_info`.
+    """Return the loss and the metrics that verl logs.
 
-    The metrics are Python numbers, as verl's are: on a GPU one wait a call (verl's own are three).
+    `config` is verl's ActorConfig, which has the global counts in `global_batch_info`. The metrics are Python numbers,
+    as in verl. On a GPU they cost one synchronization per call (three in verl).
     """
     if config is None:
-        raise ValueError("config: got None, expected verl's ActorConfig")
+        raise ValueError("config is not set; pass verl's ActorConfig")
     clip, dual_clip = config.clip_ratio, config.get("clip_ratio_c", 3.0)
     low = clip if config.clip_ratio_low is None else config.clip_ratio_low
     high = clip if config.clip_ratio_high is None else config.clip_ratio_high
@@ -162,7 +171,7 @@ def _policy_loss(
 
 
 def _nothing_true(loss: Tensor, aggregation: AggregationOptions, mask: Tensor, faithful: bool) -> Tensor:
-    """verl's NaN of a batch without a True that has no count from elsewhere, when asked."""
+    """Return the loss, or NaN as in verl if `faithful`, the mask is empty and there is no global count."""
     own = aggregation["aggregation"] != "token_sum" and not {"num_tokens", "num_sequences"} & set(aggregation)
     return loss / mask.any() if faithful and own else loss
 
@@ -181,7 +190,11 @@ def compute_value_loss(
     *,
     faithful: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Half the larger of the plain and the clipped squared error, aggregated, and the fraction where the clipped one is."""
+    """Return the clipped value loss, and the fraction of tokens whose clipped error is larger.
+
+    The loss is half the larger of the squared errors of the value and of the clipped value, aggregated by
+    `loss_agg_mode`.
+    """
     mask = counted("response_mask", response_mask, vpreds, from_start=not faithful)
     numbers = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     aggregation, factor = _aggregation(mask, loss_agg_mode, *numbers)
@@ -197,7 +210,7 @@ def _aggregation(
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> tuple[AggregationOptions, float]:
-    """`agg_loss` as options of `ppo_loss` and a factor."""
+    """Return verl's `agg_loss` as options of `ppo_loss` and a factor."""
     checks.choice("loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))
     options: AggregationOptions = {"aggregation": _AGGREGATIONS[loss_agg_mode]}
     if loss_agg_mode == "token-sum":
@@ -209,16 +222,17 @@ def _aggregation(
         options[name] = count
     elif dp_size > 1:
         peers = {"num_tokens": "batch_num_tokens", "num_sequences": "global_batch_size"}[name]
-        raise ValueError(f"{peers}: got None with dp_size={dp_size}, expected the global count")
+        raise ValueError(f"{peers} is not set, but dp_size={dp_size} needs it; pass the count of the global batch")
     if loss_agg_mode == "seq-mean-token-sum-norm":
         return options, dp_size / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
     return options, dp_size
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
-    """KL(policy || reference) of each token: kl (k1), abs, mse (k2), low_var_kl (k3).
+    """Return an estimate of KL(policy || reference) per token: kl (k1), abs, mse (k2) or low_var_kl (k3).
 
-    The log-ratio of k3 is clamped at ±20, k3 itself at ±10. A name that ends in "+" keeps its value and has k2's gradient.
+    The log-ratio of k3 is clamped to ±20 and k3 itself to ±10. A name with a "+" at its end gives the same value with
+    the gradient of k2.
     """
     base = kl_penalty.removesuffix("+")
     checks.choice("kl_penalty", base, tuple(_ESTIMATORS))
@@ -226,7 +240,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     checks.floating("logprob", logprob, dims=tuple(range(8)), what="any shape")
     checks.tensor("ref_logprob", ref_logprob, like=logprob, expected=logprob.shape, what="the shape of logprob")
     if estimator == "k3":
-        d = (logprob - ref_logprob).clamp(-20, 20)  # against zeros the difference stays what it is
+        d = (logprob - ref_logprob).clamp(-20, 20)  # the log-probs of the op are d and 0, so that their difference is d
         value = estimate_kl(d, torch.zeros_like(d), estimator=estimator).clamp(-10, 10)
     else:
         value = estimate_kl(logprob, ref_logprob, estimator=estimator)
@@ -244,7 +258,11 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (N,) of the labels ("sum", "mean": one number) and entropies (N,), flat as verl's; no [N, V] tensor."""
+    """Return the log-probs of the labels (N,) and the entropies (N,) from hidden states, without an [N, V] tensor.
+
+    N is the number of labels; the results are flat, as in verl. `reduction` "sum" or "mean" reduces the log-probs to a
+    scalar. `dist_process_group` is not supported and raises ValueError.
+    """
     refuse("verl", dist_process_group=dist_process_group)
     checks.choice("reduction", reduction.lower(), ("none", "sum", "mean"))
     taken = linear_token_logprobs(

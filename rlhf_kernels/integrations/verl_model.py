@@ -1,4 +1,4 @@
-"""A causal LM as verl's engine reads it with `use_fused_kernels`: `output.log_probs` and `output.entropy`, no logits.
+"""A causal LM for verl's engine with `use_fused_kernels`: it outputs `log_probs` and `entropy` instead of logits.
 
 B sequences, T positions.
 """
@@ -14,14 +14,17 @@ from .head import fuse_head
 
 
 class Output(NamedTuple):
-    """What verl's engine reads."""
+    """The output that verl's engine reads."""
 
     log_probs: Tensor  # (B, T)
     entropy: Tensor  # (B, T)
 
 
 class FusedCausalLM(nn.Module):
-    """Wraps a Hugging Face causal LM; wrap this, not the model, with FSDP: the head then runs in its forward."""
+    """A wrapper of a Hugging Face causal LM with a fused head.
+
+    Apply FSDP to this wrapper, not to the model, so that the head runs inside the forward that gathers its weight.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -39,13 +42,16 @@ class FusedCausalLM(nn.Module):
         return_dict: bool = True,
         **inputs: Any,
     ) -> Output:
-        """Return the log-prob of the token after each position, and the entropy there, as `forward_with_triton_backend`.
+        """Return the log-prob of the token after each position and the entropy at it, as `forward_with_triton_backend`.
 
-        The token after a position is that of `shift_labels`, or the next of `input_ids`; after the last one, as in verl, the
-        first.
+        The token after a position is the position's entry of `shift_labels`, or the next token of `input_ids` if
+        `shift_labels` is None. For the last position that is the first token of the row, as in verl.
+
+        Raises:
+            ValueError: `return_dict` is False, or a temperature that does not fit.
         """
         if not return_dict:
-            raise ValueError("return_dict: got False, expected True, as verl's own")
+            raise ValueError("return_dict: got False, expected True: verl's forward does not support False either")
         checks.number("temperature", temperature, above=0)
         labels = input_ids.roll(-1, -1) if shift_labels is None else shift_labels
         head = fuse_head(self.model)

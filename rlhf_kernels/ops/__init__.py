@@ -1,4 +1,4 @@
-"""The public functions: they check their arguments once and call the backend that serves them."""
+"""The public functions. Each checks its arguments once and calls a backend."""
 
 from .decode_attention import decode_attention
 from .gae import gae

@@ -1,8 +1,9 @@
 # pyright: reportUnnecessaryIsInstance=false
-# A caller may pass what the annotations do not allow.
-"""Checks of public arguments: a ValueError names the argument, the value that was given and what is expected.
+# A caller may pass types that the annotations do not allow.
+"""Checks of public arguments. A ValueError names the argument, its value and what is expected.
 
-They read metadata, so that none waits for a GPU or breaks a compiled graph, and values of eager CPU tensors only.
+The checks read the metadata of tensors. They read values of eager CPU tensors only, so that no check synchronizes with
+a GPU or breaks a compiled graph.
 """
 
 import math
@@ -18,11 +19,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def shape(x: Tensor) -> str:
+    """Return the shape of `x` as text, such as "(2, 3)"."""
     return f"({', '.join(map(str, x.shape))})"
 
 
 class Like(TypedDict):
-    """What several tensors of a call have in common, for `tensor` and `mask`."""
+    """Keyword arguments of `tensor` and `mask` that are the same for several tensors of a call."""
 
     like: Tensor
     expected: tuple[int, ...]
@@ -51,6 +53,7 @@ def tensor(
 
 
 def mask(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str) -> None:
+    """Check that `x` is a bool tensor with the shape `expected`, on the device of `like`."""
     tensor(name, x, like=like, expected=expected, what=what, dtypes=BOOL)
 
 
@@ -65,6 +68,7 @@ def floating(name: str, x: Tensor, *, dims: tuple[int, ...], what: str) -> None:
 
 
 def choice(name: str, x: str, options: tuple[str, ...]) -> None:
+    """Check that `x` is one of `options`."""
     if x not in options:
         raise ValueError(f"{name}: got {x!r}, expected one of {options}")
 
@@ -82,7 +86,7 @@ def number(
     optional: bool = False,
     integer: bool = False,
 ) -> None:
-    """Check that `x` is a finite number within its range; a compiler's symbol passes."""
+    """Check that `x` is a finite number within its range. The symbolic numbers of torch.compile are not checked."""
     if (x is None and optional) or (type(x) is not float and isinstance(x, SYMBOLS)):
         return
     kinds = int if integer else (int, float)  # numpy's float64 is a float
@@ -97,7 +101,7 @@ def number(
 
 
 def denominator(name: str, x: float | Tensor | None) -> None:
-    """Check a count of tokens or sequences: None, a number, or a tensor of shape (); 0 counts as 1."""
+    """Check a number of tokens or sequences: None, a number of at least 0, or a tensor of shape ()."""
     if not isinstance(x, Tensor):
         number(name, x, least=0, optional=True)
     elif x.dim() != 0 or x.dtype is torch.bool:
@@ -110,22 +114,23 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def temperature(x: float | Tensor, *, like: Tensor, expected: tuple[int, ...]) -> None:
+    """Check that temperatures and their inverses are positive normal float32 numbers: one number, or one per token."""
     if not isinstance(x, Tensor):
         number("temperature", x, above=0, least=_SMALLEST, most=1 / _SMALLEST)
         return
-    tensor("temperature", x, like=like, expected=expected, what="one temperature a token")
+    tensor("temperature", x, like=like, expected=expected, what="one temperature per token")
     if not values_visible(x):
         return
     wrong = ~((x >= _SMALLEST) & (x <= 1 / _SMALLEST))
     if bool(wrong.any()):
         raise ValueError(
-            f"temperature: got {x[wrong][0].item()} among its values, expected all above 0, with an inverse in float32"
+            f"temperature: got {x[wrong][0].item()} among its values, expected positive numbers whose inverse fits in float32"
         )
 
 
 def ids(x: Tensor, *, like: Tensor, expected: tuple[int, ...], vocabulary: int, where: Tensor | None = None) -> None:
-    """Check that ids are in [0, V) where the mask is True."""
-    tensor("ids", x, like=like, expected=expected, what="one id a token", dtypes=(torch.int64, torch.int32))
+    """Check that `x` has one id per token, and that the ids are in [0, V) where the mask `where` is True."""
+    tensor("ids", x, like=like, expected=expected, what="one id per token", dtypes=(torch.int64, torch.int32))
     if not values_visible(x):
         return
     outside = (x < 0) | (x >= vocabulary)
@@ -138,7 +143,10 @@ def ids(x: Tensor, *, like: Tensor, expected: tuple[int, ...], vocabulary: int, 
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool = True) -> int:
-    """Return the number of sequences of a token tensor: [B, T], or [N] with cu_seqlens."""
+    """Return the number of sequences of a token tensor, [B, T] or [N] with cu_seqlens.
+
+    [N] without cu_seqlens is one sequence if `needed` is False, and raises ValueError otherwise.
+    """
     if cu_seqlens is None:
         if x.dim() == 2:
             return x.shape[0]
@@ -161,17 +169,17 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, *, name: str, needed: bool =
 
 
 def values_visible(x: Tensor) -> bool:
-    """Return whether reading values is free: an eager CPU tensor."""
+    """Return whether the values of `x` can be read without a synchronization: it is an eager CPU tensor."""
     return x.device.type == "cpu" and is_eager(x)
 
 
 def is_eager(x: Tensor) -> bool:
-    """Return whether `x` has data, which a tensor that a compiler traces does not have."""
+    """Return whether `x` has data. A tensor that a compiler traces has none."""
     return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def constant(x: float | Tensor) -> float | Tensor:
-    """Return a number, or a tensor that gets no gradient."""
+    """Return `x`, detached if it is a tensor."""
     return x.detach() if isinstance(x, Tensor) else x
 
 
@@ -184,16 +192,17 @@ def wide(x: Tensor | None) -> Tensor | None: ...
 
 
 def wide(x: Tensor | None) -> Tensor | None:
-    """Return a constant of an op: detached, in float32 (float64 stays)."""
+    """Return a constant input of an op: detached and in float32, or in float64 if it was float64."""
     return None if x is None else widen(x.detach())
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return a differentiable input of an op in float32, or in float64 where it was."""
+    """Return a differentiable input of an op in float32, or in float64 if it was float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def integers(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what: str) -> None:
+    """Check that `x` is an int64 or int32 tensor with the shape `expected`, on the device of `like`."""
     tensor(name, x, like=like, expected=expected, what=what, dtypes=(torch.int64, torch.int32))
 
 
@@ -203,11 +212,11 @@ def recursion(gamma: float, lam: float, bootstrap: Tensor | None, holes: str, li
     number("lam", lam, least=0, most=1)
     choice("holes", holes, ("skip", "zero"))
     if bootstrap is not None:
-        tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value a sequence")
+        tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value per sequence")
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return `x` in float32 and contiguous, as the kernels read it."""
+    """Return `x` in float32 and contiguous, as the kernels expect it."""
     if x.dtype is torch.float32 and x.is_contiguous():
         return x
     return x.to(torch.float32).contiguous()
@@ -222,5 +231,5 @@ def flat(x: Tensor | None) -> Tensor | None: ...
 
 
 def flat(x: Tensor | None) -> Tensor | None:
-    """Return a constant as the kernels read it: detached, (N,), float32, contiguous."""
+    """Return a constant as the kernels expect it: detached, (N,), float32, contiguous."""
     return None if x is None else x.detach().reshape(-1).float().contiguous()

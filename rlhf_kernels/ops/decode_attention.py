@@ -1,4 +1,4 @@
-"""Attention of sequences that grow by one token each, over a cache of keys and values."""
+"""Attention of one query per row over cached keys and values: a decode step with a contiguous KV cache."""
 
 from torch import Tensor
 
@@ -15,11 +15,17 @@ def decode_attention(
     scale: float | None = None,  # default: D ** -0.5
     backend: str = "auto",
 ) -> Tensor:  # (R, heads, D)
-    """Return `softmax(scale q K^T) V` of one query per row over the columns where its mask is True, in the dtype of `query`.
+    """Return `softmax(scale q K^T) V` of one query per row, over the columns where the row's mask is True.
 
-    Query heads h of a group of `heads / groups` share its keys and values (grouped-query attention). A row's bits depend on
-    what its own mask shows it and where, not on R, the other rows or C; columns that the mask hides are never read, and may
-    hold anything. A row whose mask is all False is NaN. Keys and values may have any strides but the last. No gradient.
+    where R are rows, C columns of the cache and D the head size. The result has the dtype of `query`. `heads / groups`
+    consecutive query heads share the keys and values of one group (grouped-query attention). A row whose mask is all
+    False gives NaN. Keys and values may have any strides; they are copied if the last stride is not 1. There is no
+    gradient.
+
+    The result of a row is bit-identical for any R, any C and any other rows: it depends only on the row's query and on
+    its unmasked columns and their positions. Masked columns do not affect it, even if they are NaN.
+
+    Source: Vaswani et al. 2017, eq. 1; Ainslie et al. 2023 (grouped-query attention), section 2.2.
 
     Raises:
         ValueError: a shape, dtype, device or range that does not fit, with the argument's name.
@@ -33,7 +39,9 @@ def decode_attention(
     checks.tensor("values", values, **like, dtypes=(query.dtype,))
     checks.mask("mask", mask, like=query, expected=(rows, width), what="[R, C]")
     if groups == 0 or heads % groups:
-        raise ValueError(f"keys: got {groups} groups for {heads} heads of query, expected a divisor of them")
+        raise ValueError(
+            f"keys: got {groups} groups for {heads} heads of query, expected a divisor of the number of heads"
+        )
     checks.number("scale", scale, optional=True)
     factor = size**-0.5 if scale is None else float(scale)
     chosen = resolve("decode_attention", backend, query)

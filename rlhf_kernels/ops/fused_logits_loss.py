@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # torch does not declare the types of `Function.apply`.
-"""`logits_ppo_loss` by the CUDA kernel that reads a row of logits once and writes its gradient once, in the forward pass."""
+"""`logits_ppo_loss` with the CUDA kernel that reads each row of logits once and writes its gradient in the forward pass."""
 
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +20,7 @@ class Inputs(NamedTuple):
 
     logits: Tensor  # (N, V) or (B, T, V)
     values: Tensor | None  # (N,)
-    needs: list[bool]  # a gradient, logits and values
+    needs: list[bool]  # whether logits and values need a gradient
     inplace: bool
     ids: Tensor  # (N,)
     transform: Transform
@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     terms: ObjectiveTerms
 
     def rows(self) -> LogitRows:
+        """Return the rows of logits as the kernels expect them."""
         return LogitRows(self.logits, self.ids.contiguous(), self.transform, self.terms.mask)
 
 
@@ -46,9 +47,9 @@ def fused_logits_ppo_loss(
     *,
     inplace: bool,
 ) -> PPOLoss:
-    """Compute the loss by the CUDA kernel, for arguments that were checked; token-level ratios only.
+    """Return the loss, computed by the CUDA kernel from checked arguments; ratios are of tokens.
 
-    The gradient is computed with the loss, for an upstream gradient of 1; backward scales it once for another one.
+    The gradient is computed with the loss, for an upstream gradient of 1. Backward scales it by the upstream gradient.
     """
     values = None if args.values is None else args.values.float().reshape(-1)
     rows = as_rows(logits)
@@ -69,13 +70,14 @@ def fused_logits_ppo_loss(
 
 
 def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
-    """Return why the gradient cannot be computed before the upstream gradient is known; empty when it can."""
+    """Return why the gradient cannot be computed in the forward pass; empty if it can."""
     if args.ratio_level != "token":
         return (
-            f"got ratio_level={args.ratio_level!r}, expected 'token', where a row's own log-prob decides its gradient"
+            f"got ratio_level={args.ratio_level!r}, expected 'token', because the kernel computes gradients row by row"
         )
     if inplace and logits.dtype == torch.float16:
-        # What a loss scale would lift is 0 by then, and the logits are gone.
+        # Gradients that need a loss scale would underflow to 0 before it is applied, and the overwritten logits could not
+        # be used to compute them again.
         return "got inplace=True with float16 logits, expected inplace=False"
     return ""
 
@@ -117,14 +119,15 @@ def _fake(x: Inputs) -> tuple[Tensor, ...]:
 
 
 class OnePass(torch.autograd.Function):
-    """Keeps the gradients that the forward pass computed; backward scales them where the upstream gradient is not 1."""
+    """Autograd function that computes the gradients in forward and scales them by the upstream gradient in backward."""
 
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss and the metrics; save the gradients."""
         inputs = unflatten(Inputs, flat)
         loss, metrics, gradient, stats, coefficients, value_slope = _forward(inputs) if inputs.inplace else _op(*flat)
         if inputs.inplace:
-            # The version tells autograd that the logits are gone, so that a second use of them raises.
+            # With a new version, autograd raises if a different op needs the overwritten logits.
             torch.autograd.graph.increment_version(inputs.logits)
         ctx.inplace, ctx.needs = inputs.inplace, inputs.needs
         kept = inputs._replace(logits=None if inputs.inplace else inputs.logits, values=None)
@@ -138,6 +141,7 @@ class OnePass(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
         ctx: Any, grad_loss: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Return the saved gradients, scaled by the upstream gradient."""
         gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(gradients.values())
@@ -156,18 +160,18 @@ class OnePass(torch.autograd.Function):
 
 
 def _tensors_apart(flat: tuple[Any, ...]) -> tuple[list[Tensor], list[Any]]:
-    """Return the tensors, and the other values with None in the places of tensors; autograd stores tensors separately."""
+    """Return the tensors, and all values with None instead of tensors; autograd stores tensors separately."""
     return [x for x in flat if isinstance(x, Tensor)], [None if isinstance(x, Tensor) else (x,) for x in flat]
 
 
 def _tensors_back(tensors: list[Tensor], rest: list[Any]) -> tuple[Any, ...]:
-    """The inverse of `_tensors_apart`."""
+    """Return the flat values again, the inverse of `_tensors_apart`."""
     following = iter(tensors)
     return tuple(next(following) if x is None else x[0] for x in rest)
 
 
 def _scaled(x: Inputs, gradient: Tensor, stats: Tensor, coefficients: Tensor, upstream: Tensor) -> Tensor:
-    """Return the gradient for another upstream gradient than 1, in its own bytes, which makes a second backward raise."""
+    """Return the gradient times the upstream gradient, computed in place, so that a second backward raises."""
     if not checks.is_eager(gradient):
         return (gradient.float() * upstream).to(gradient.dtype)
     with torch.no_grad():

@@ -20,13 +20,15 @@ def gae(
     cu_seqlens: Tensor | None = None,  # (B + 1,), int32
     backend: str = "auto",
 ) -> Advantages:
-    """Return advantages and value targets of every action.
+    """Return the advantage and the value target of each action.
 
         A_t = δ_t + γλ A_{t+1},   δ_t = r_t + γ V_{t+1} - V_t,   returns_t = A_t + V_t
 
-    where t + 1 is the next action (`holes="skip"`: masked tokens between two actions are stepped over) or the next token
-    (`holes="zero"`: they count as steps of reward 0 and value 0). V after the last action is `bootstrap`, 0 when None.
-    Where the mask is False, rewards and values are ignored and both results are 0. No gradient.
+    where actions are the tokens with a True mask, and t + 1 is the next action (`holes="skip"`: masked tokens between
+    two actions are skipped) or the next token (`holes="zero"`: masked tokens between two actions are steps with reward
+    0 and value 0). The value after the last action is `bootstrap`, or 0 if None. Rewards and values are ignored where
+    the mask is False, and both results are 0 there. Results are float32, or float64 for float64 inputs. There is no
+    gradient.
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", eq. 16; PPO (2017) eq. 11-12.
 

@@ -1,4 +1,4 @@
-"""Critic-free advantages: each sample against the others of its prompt."""
+"""Advantages without a critic: the score of a response relative to the other responses to its prompt."""
 
 import torch
 from torch import Tensor
@@ -11,16 +11,21 @@ KINDS = ("rloo", "grpo", "dr_grpo")
 
 def group_advantages(
     scores: Tensor,  # (B,)
-    groups: Tensor,  # (B,), integer: samples with the same number share a prompt
+    groups: Tensor,  # (B,), integer: responses with the same number share a prompt
     *,
     kind: str = "rloo",
     backend: str = "auto",
 ) -> Tensor:  # (B,)
-    """Return the advantage of each sample of a group of n, float32, no gradient.
+    """Return the advantage of each response relative to its group, in float32 and without a gradient.
 
-    rloo: `s_i - mean(s_j, j != i)`, 0 for a group of one (Ahmadian et al. 2024, eq. 8);
-    grpo: `(s_i - mean) / (std + 1e-4)` with unbiased std (Shao et al. 2024, section 4.1.2);
-    dr_grpo: `s_i - mean` (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3).
+        rloo:     s_i - mean(s_j, j != i),  0 for a group of one
+        grpo:     (s_i - mean(s)) / (std(s) + 1e-4)
+        dr_grpo:  s_i - mean(s)
+
+    where s are the scores of the responses to one prompt and std is the unbiased standard deviation.
+
+    Source: Ahmadian et al. 2024 (RLOO), eq. 8; Shao et al. 2024 (GRPO), section 4.1.2; Liu et al. 2025, "Understanding
+    R1-Zero-Like Training", section 3 (Dr. GRPO).
 
     Raises:
         ValueError: a shape, dtype, device or kind that does not fit.

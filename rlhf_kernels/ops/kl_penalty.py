@@ -1,4 +1,4 @@
-"""Per-token estimators of KL(policy || reference)."""
+"""Estimators of KL(policy || reference) per token."""
 
 from typing import Any
 
@@ -17,15 +17,17 @@ def kl_penalty(
     estimator: str = "k1",
     backend: str = "auto",
 ) -> Tensor:
-    """Return an estimate of KL(policy || reference) per sampled token, float32, differentiable in `logprobs` only.
+    """Return an estimate of KL(policy || reference) per sampled token, in float32.
 
-    With `d = logprobs - ref_logprobs`: k1 = d (unbiased), k2 = d²/2 (low variance, biased), k3 = exp(-d) - 1 + d
-    (unbiased, never negative), abs = |d|.
+        k1 = d,   k2 = d² / 2,   k3 = exp(-d) - 1 + d,   abs = |d|
+
+    where `d = logprobs - ref_logprobs`. k1 and k3 are unbiased and k3 is never negative; k2 is biased with a low
+    variance. The result is differentiable in `logprobs` only.
 
     Source: Schulman 2020, "Approximating KL divergence"; k1 is the penalty of InstructGPT, eq. 2.
 
     Raises:
-        ValueError: shapes, dtypes or devices that differ, an unknown estimator.
+        ValueError: a shape, dtype or device that does not fit, or an unknown estimator.
     """
     checks.floating("logprobs", logprobs, dims=tuple(range(8)), what="any shape")
     checks.tensor("ref_logprobs", ref_logprobs, like=logprobs, expected=logprobs.shape, what="the shape of logprobs")

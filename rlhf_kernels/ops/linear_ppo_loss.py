@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # torch does not declare the types of `Function.apply` and `Tensor.split`.
-"""The PPO objective from hidden states: policy and value head in one read, three matrix products, no [N, V] tensor."""
+"""The PPO objective from hidden states: policy and value head with three matrix products and no [N, V] tensor."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Unpack
@@ -18,7 +18,7 @@ from .linear_token_logprobs import check_head, gradient_dtype, under_autocast
 from .objective import Denominators, ObjectiveTerms, as_loss
 
 VALUE_ROWS = 1024
-"""Rows of hidden states that the value head casts to float32 at a time."""
+"""Number of hidden states that the value head casts to float32 at a time."""
 
 
 def linear_ppo_loss(
@@ -40,18 +40,30 @@ def linear_ppo_loss(
     backend: str = "auto",
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """Return `logits_ppo_loss` of `hidden @ weight.T + bias`, and the value loss of `hidden @ value_weight + value_bias`.
+    """Return the PPO loss of a policy head and an optional value head, without [N, V] logits.
 
-    Gradients are computed in the forward pass, chunk by chunk, and scaled in backward: a second backward raises, and a
-    checkpointed region would do the work twice. Masked rows enter no matrix product; rows whose log-prob and entropy
-    coefficients are exactly zero (clipped, no advantage) enter none of the backward ones. On a GPU both need
-    `compact=True`, because their number has to reach the host: one wait per call and one per chunk, and no graph capture;
-    without it those rows are zeros in the products. On CPU they are always left out. `compact` and `chunk_tokens` change
-    memory and time but no result, and the reference backend, which computes all logits at once, ignores them. `options` are
-    those of `ppo_loss`, without `entropy`; `values=` is for a separate value model and excludes `value_weight`.
+        logits = hidden @ weight.T + bias,   values = hidden @ value_weight + value_bias
+
+    The loss is that of `logits_ppo_loss(logits, ids, ...)`, which includes the value term if there are values.
+    `options` are the options of `ppo_loss` except `entropy`, which this op computes. Pass the option `values` for a
+    separate value model; it excludes `value_weight`.
+
+    The forward pass computes logits and gradients chunk by chunk, and backward scales the gradients. A second backward
+    therefore raises, and activation checkpointing around this call would do the work twice.
+
+    Masked rows need no matrix product. Rows whose derivatives of the loss by log-prob and entropy are exactly zero
+    (clipped, or with an advantage of 0) need no backward product. On CPU these rows are always left out of the
+    products. On a GPU they are zeros in the products; `compact=True` leaves them out, but then the host waits for the
+    device once per call and once per chunk, and the call cannot be captured in a CUDA graph. `chunk_tokens` is the
+    number of rows per chunk (None: chosen from the sizes). `compact` and `chunk_tokens` change memory and time but no
+    result; the reference backend computes all logits at once and ignores both.
+
+    Source: as `ppo_loss`.
 
     Raises:
-        ValueError: as `linear_token_logprobs` and `ppo_loss`; `compact=True` while a CUDA graph is captured, `False` on CPU.
+        ValueError: as `linear_token_logprobs` and `ppo_loss`; also `compact=True` while a CUDA graph is captured, and
+            `compact=False` on CPU.
+        TypeError: an unknown option; the message names the nearest option.
     """
     temperature = checks.constant(temperature)
     args = objective.parse("linear_ppo_loss", options)
@@ -100,22 +112,25 @@ def linear_ppo_loss(
 
 
 def check_compact(compact: bool | None, hidden: Tensor, backend: str) -> bool:
-    """Return whether rows without a gradient are left out of the products."""
+    """Return whether the products leave out masked rows and rows without a gradient; raise ValueError if not possible."""
     if backend == "cpu":
         if compact is False:
-            raise ValueError("compact: got False, expected None or True: on CPU those rows are always left out")
+            raise ValueError("compact: got False, expected None or True: the CPU backend always leaves those rows out")
         return True
     if compact and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError("compact: got True while a CUDA graph is captured, expected None: it waits for the device")
+        raise ValueError(
+            "compact: got True while a CUDA graph is captured, expected None: compact waits for the device"
+        )
     return bool(compact)
 
 
 def check_value_head(hidden: Tensor, value_weight: Tensor | None, value_bias: Tensor | None) -> None:
+    """Check the shapes, devices and dtypes of the value head's parameters."""
     if value_weight is not None:
         checks.tensor("value_weight", value_weight, like=hidden, expected=hidden.shape[-1:], what="[H]")
     if value_bias is not None:
         if value_weight is None:
-            raise ValueError("value_bias: got a tensor without value_weight, expected both or neither")
+            raise ValueError("value_bias is set but value_weight is not; pass both or neither")
         checks.tensor("value_bias", value_bias, like=hidden, expected=(), what="a scalar")
 
 
@@ -134,7 +149,7 @@ class Inputs(NamedTuple):
     """The arguments of the registered op."""
 
     leaves: Leaves
-    needs: list[bool]  # a gradient, each of the leaves
+    needs: list[bool]  # whether each of the leaves needs a gradient
     ids: Tensor  # (N,)
     transform: Transform
     chunk_tokens: int | None
@@ -145,9 +160,11 @@ class Inputs(NamedTuple):
     backend: str
 
     def needed(self) -> dict[str, bool]:
+        """Return whether each of the leaves needs a gradient, by name."""
         return dict(zip(Leaves._fields, self.needs, strict=True))
 
     def plan(self) -> Plan:
+        """Return the plan of the loop over chunks."""
         dtype, vocab = self.leaves.hidden.dtype, len(self.leaves.weight)
         return Plan.of(self.ids.numel(), vocab, dtype, self.backend, self.chunk_tokens, self.compact)
 
@@ -183,21 +200,21 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 def _objective(
     kernels: Kernels, terms: ObjectiveTerms, rows: HeadRows, stats: RowStats, n: int, targets: list[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return slopes and sums of all N tokens from the statistics of the rows; `targets`: values, old values, returns."""
+    """Return slopes and sums of all N tokens from the statistics of `rows`; `targets` are values, old values, returns."""
     logprobs, entropy = rows.spread(stats.buffer[:2], n)
     return terms.sums(kernels, logprobs, entropy, *targets)
 
 
 def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
-    """Return `hidden @ weight + bias` in float32, (N,); masked rows may hold anything and count as zeros."""
+    """Return `hidden @ weight + bias` in float32, (N,). Hidden states of masked rows are replaced by zeros."""
     w = weight.float()
-    with torch.autocast(hidden.device.type, enabled=False):  # which would round this product
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round this product
         values = torch.cat([rows @ w for rows in _float_rows(hidden, mask)]) if len(hidden) else w.new_empty(0)
     return values if bias is None else values + bias.float()
 
 
 def _float_rows(hidden: Tensor, mask: Tensor) -> Iterator[Tensor]:
-    """Yield hidden states in float32, a few rows at a time instead of a copy of all; zeros where the mask is False."""
+    """Yield `VALUE_ROWS` hidden states at a time, in float32 and with zeros where the mask is False."""
     for rows, counts in zip(hidden.split(VALUE_ROWS), mask.split(VALUE_ROWS), strict=True):
         yield torch.where(counts[:, None], rows, 0).float()
 
@@ -205,9 +222,10 @@ def _float_rows(hidden: Tensor, mask: Tensor) -> Iterator[Tensor]:
 def _value_backward(
     leaves: Leaves, slope: Tensor, d_hidden: Tensor | None, terms: ObjectiveTerms, needs: dict[str, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of value weight, value bias and values; add the value head's part to `d_hidden`.
+    """Return the gradients of value weight, value bias and values; add the value head's gradient to `d_hidden`.
 
-    `d_hidden` is divided by the policy's denominator later, so the part is multiplied by it here.
+    `d_hidden` is divided by the policy's denominator in backward, so the value head's gradient is multiplied by it
+    here.
     """
     hidden, weight, d = leaves.hidden, leaves.value_weight, terms.denominators
     slope = slope * (terms.vf_coef / d.value)
@@ -233,10 +251,11 @@ def _fake(x: Inputs) -> tuple[Tensor, ...]:
 
 
 class LinearPpoLoss(torch.autograd.Function):
-    """Keeps the gradients that the forward pass computed, and scales them when the upstream gradient is known."""
+    """Autograd function that computes the gradients in forward and scales them by the upstream gradient in backward."""
 
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss and the metrics; save the gradients."""
         inputs = unflatten(Inputs, flat)
         loss, metrics, *gradients = _op(*flat)
         ctx.needs, ctx.backend = inputs.needs, inputs.backend
@@ -250,13 +269,14 @@ class LinearPpoLoss(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
         ctx: Any, grad_loss: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Return the saved gradients, scaled by the upstream gradient."""
         results: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(results.values())
         if torch.is_grad_enabled() and checks.is_eager(grad_loss):
             refuse(ctx)  # create_graph=True: the gradients are constants
         denominators, *gradients = ctx.saved_tensors
-        of_head = grad_loss / Denominators(*denominators).policy  # not divided yet, see HeadGradients
+        of_head = grad_loss / Denominators(*denominators).policy  # HeadGradients does not divide by the denominator
         for name, gradient, dtype, needed in zip(Leaves._fields, gradients, ctx.dtypes, ctx.needs, strict=True):
             if needed:
                 scale = of_head if name in ("hidden", "weight", "bias") else grad_loss
@@ -265,7 +285,7 @@ class LinearPpoLoss(torch.autograd.Function):
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Return `gradient * scale`, rounded once to `dtype`; in its bytes where possible, so that a second backward raises."""
+    """Return `gradient * scale`, rounded once to `dtype`; in place if possible, so that a second backward raises."""
     if not checks.is_eager(gradient) or dtype not in _native.DTYPES:
         return (gradient.float() * scale).to(dtype)
     with torch.no_grad():

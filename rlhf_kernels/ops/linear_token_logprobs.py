@@ -1,4 +1,4 @@
-"""Log-probability and entropy of given tokens, from hidden states."""
+"""Log-probs of given tokens and entropies, from hidden states."""
 
 from typing import Any, NamedTuple, cast
 
@@ -25,14 +25,19 @@ def linear_token_logprobs(
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
-    """Return `token_logprobs` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
+    """Return log-probs and entropies of `ids` from hidden states, without [N, V] logits.
 
-    The rows under a True mask (on a GPU all rows, because counting them would wait for it) are processed in chunks of
-    `chunk_tokens` (None: chosen from the sizes); backward computes each chunk's logits again. Differentiable in `hidden`,
-    `weight` and `bias`.
+        logits = hidden @ weight.T + bias
+
+    The results are those of `token_logprobs(logits, ids, ...)`, in float32 and of the shape of `ids`. They are
+    differentiable in `hidden`, `weight` and `bias`.
+
+    The logits are computed in chunks of `chunk_tokens` rows (None: chosen from the sizes), and again in backward. On
+    CPU the chunks have the rows with a True mask only. On a GPU they have all rows, because the host would have to wait
+    for the number of True entries. The reference backend computes all logits at once.
 
     Raises:
-        ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.
+        ValueError: a shape, dtype, device or range that does not fit; on CPU also an id outside [0, V) with a True mask.
     """
     temperature = checks.constant(temperature)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
@@ -79,10 +84,12 @@ class Inputs(NamedTuple):
     backend: str
 
     def plan(self) -> Plan:
+        """Return the plan of the loop over chunks."""
         n, vocab = self.ids.numel(), len(self.weight)
         return Plan.of(n, vocab, self.hidden.dtype, self.backend, self.chunk_tokens, None)
 
     def rows(self, keep: Tensor | None) -> HeadRows:
+        """Return the rows where `keep` (N,) is True, gathered if the plan is compact."""
         return HeadRows.of(self.hidden, self.ids, self.transform, keep, gather=self.plan().compact)
 
 
@@ -93,8 +100,8 @@ class GradientInputs(NamedTuple):
     grad_entropy: Tensor | None  # (N,)
     stats: Tensor  # (4, N)
     inputs: Inputs
-    needs: list[bool]  # a gradient: hidden, weight, bias
-    unrounded: list[bool]  # and whether in float32
+    needs: list[bool]  # whether hidden, weight and bias need a gradient
+    unrounded: list[bool]  # whether each of these gradients is float32
 
 
 NAMES = names_of(Inputs)
@@ -102,9 +109,9 @@ DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the head's inputs in autocast's dtype where it is on, as `torch.nn.functional.linear` does.
+    """Return the head's inputs in autocast's dtype if autocast is enabled, as `torch.nn.functional.linear` does.
 
-    As there, float64 stays float64.
+    float64 stays float64.
     """
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
@@ -124,6 +131,7 @@ def check_head(
     mask: Tensor | None,
     chunk_tokens: int | None,
 ) -> None:
+    """Check the arguments of `linear_token_logprobs`, which `linear_ppo_loss` also has."""
     checks.floating("hidden", hidden, dims=tuple(range(1, 8)), what="[..., H]")
     rows, h = hidden.shape[:-1], hidden.shape[-1]
     checks.floating("weight", weight, dims=(2,), what="[V, H]")
@@ -159,9 +167,9 @@ def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
     g, h = (None if y is None else y.float() for y in (x.grad_logprobs, x.grad_entropy))
     live = cast(Tensor, sum(y.abs() for y in (g, h) if y is not None)) != 0  # at least one is given
     keep = live if x.inputs.mask is None else live & x.inputs.mask
-    g, h = (None if y is None else torch.where(keep, y, 0) for y in (g, h))  # masked rows may hold anything
+    g, h = (None if y is None else torch.where(keep, y, 0) for y in (g, h))  # masked rows may be NaN
     rows = x.inputs.rows(keep)
-    # Relative to the largest coefficient: half-precision gradients of logits would underflow under a small one.
+    # Relative to the largest coefficient, because half-precision gradients of logits underflow for small coefficients.
     largest = torch.stack([y.abs().amax() for y in (g, h) if y is not None]).amax() if n else hidden.new_ones(())
     largest = torch.where(largest > 0, largest, 1).float()
     g, h = (None if y is None else rows.take(y) / largest for y in (g, h))
@@ -186,7 +194,7 @@ def _fake_backward(x: GradientInputs) -> tuple[Tensor, ...]:
 
 
 def gradient_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of a gradient of `x`: `x.grad_dtype` where that is set (compilers do not know it)."""
+    """Return the dtype of the gradient of `x`: `x.grad_dtype` if set, which is not known in a compiled graph."""
     return (x.grad_dtype if checks.is_eager(x) and x.is_leaf else None) or x.dtype
 
 

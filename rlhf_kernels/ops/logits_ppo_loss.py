@@ -27,14 +27,22 @@ def logits_ppo_loss(
     backend: str = "auto",
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """Return `ppo_loss` of `token_logprobs(logits, ids)`, with the entropy of the same read of the logits.
+    """Return the PPO loss from logits.
 
-    `inplace=True` lets the gradient take the bytes of `logits`, whose values are lost. The CUDA kernel computes the gradient
-    in the forward pass; for sequence-level ratios, and in place of float16 logits, `"auto"` takes Triton's. `options` are those
-    of `ppo_loss`, without `entropy`.
+        logprobs, entropy = token_logprobs(logits, ids, temperature=..., softcap=..., logit_scale=..., entropy=True)
+
+    The loss is that of `ppo_loss(logprobs, ..., entropy=entropy)`. `options` are the options of `ppo_loss` except
+    `entropy`, which this op computes. The loss is differentiable in `logits` and in the option `values`.
+
+    `inplace=True` writes the gradient over `logits`, so that their values are lost. The CUDA kernel computes the
+    gradient in the forward pass. It does not support sequence-level ratios, nor `inplace=True` with float16 logits;
+    `backend="auto"` uses the Triton kernels for these.
+
+    Source: as `ppo_loss`.
 
     Raises:
         ValueError: as `token_logprobs` and `ppo_loss`.
+        TypeError: an unknown option; the message names the nearest option.
     """
     temperature = checks.constant(temperature)
     args = objective.parse("logits_ppo_loss", options)
@@ -55,6 +63,6 @@ def logits_ppo_loss(
             return fused_logits_ppo_loss(logits, ids, transform, args, old_logprobs, advantages, mask, inplace=inplace)
         if backend == "cuda":
             raise ValueError(f"backend: 'cuda' cannot serve this call: {refused}; use 'triton' or 'auto'")
-        chosen = "triton"  # which computes the gradient in backward
+        chosen = "triton"  # computes the gradient in backward
     taken = fused_token_logprobs(logits, ids, transform, mask, chosen, entropy=True, inplace=inplace)
     return fused_ppo_loss(taken.logprobs, taken.entropy, args, old_logprobs, advantages, mask, chosen)

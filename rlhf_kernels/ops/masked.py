@@ -1,4 +1,4 @@
-"""Masked statistics."""
+"""Mean and whitening over the True entries of a mask."""
 
 from typing import Any
 
@@ -10,10 +10,12 @@ from . import checks
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return the mean of `x` over the True entries of `mask` (same shape), float32 (), differentiable; 0 without a True.
+    """Return the mean of `x` over the True entries of `mask`, which has the same shape.
+
+    The result is a float32 scalar, differentiable in `x`. It is 0 if no entry is True.
 
     Raises:
-        ValueError: shapes or devices that differ, a mask that is not bool.
+        ValueError: a shape or device that does not fit, or a mask that is not bool.
     """
     _check(x, mask)
     chosen = resolve("masked_mean", backend, x)
@@ -27,15 +29,18 @@ def masked_mean(x: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, backend: str = "auto"
 ) -> Tensor:
-    """Return `(x - mean) / sqrt(var + 1e-8)` over the True entries, 0 elsewhere, float32, differentiable.
+    """Return `x` with mean 0 and variance 1 over the True entries of `mask`, which has the same shape.
 
-    `shift_mean=False` adds the mean back (only the scale changes); `unbiased` divides the sum of squares by n - 1. One
-    True entry, or none, has variance 0 and is not divided by 0.
+        (x - mean) / sqrt(var + 1e-8)
 
-    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (its code's `whiten`).
+    where mean and variance are over the n True entries, and `var` divides the sum of squares by n - 1 (`unbiased=True`)
+    or n, and by at least 1. `shift_mean=False` adds the mean back, so that only the scale changes. The result is 0
+    where the mask is False. It is float32 and differentiable in `x`.
+
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (`whiten` in its code).
 
     Raises:
-        ValueError: shapes or devices that differ, a mask that is not bool.
+        ValueError: a shape or device that does not fit, or a mask that is not bool.
     """
     _check(x, mask)
     chosen = resolve("masked_whiten", backend, x)
@@ -83,9 +88,10 @@ def _whiten_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _whiten_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    """With c = x - mean, s = (var + 1e-8)^-1/2: `s (g - mean g) - s³ c Σ g c / (n - 1)`, and mean g where the mean stays.
+    """Return `s (g - mean g) - s³ c Σ g c / (n - 1)`, plus mean g if the mean is added back.
 
-    In float64, as the statistics of the forward pass are: the rounding of a large mean would be that of every c.
+    where c = x - mean and s = (var + 1e-8)^-1/2. It is computed in float64, like the statistics of the forward pass,
+    because the rounding error of a large mean would be an error of every c.
     """
     x, mask = ctx.saved_tensors
     x, g = x.double(), torch.where(mask, grad, 0).double()

@@ -1,4 +1,4 @@
-"""The PPO objective outside the kernels: checks of its options, aggregation weights, denominators, the loss and its metrics.
+"""The parts of the PPO objective outside the kernels: checks of options, aggregation weights, denominators, loss, metrics.
 
 Legend: B sequences, T positions, N tokens.
 """
@@ -17,7 +17,7 @@ from . import checks
 
 
 def parse(caller: str, options: PPOOptions) -> PPOArguments:
-    """Return the options of a call; raise TypeError with the nearest name for one that does not exist."""
+    """Return the options of a call; raise TypeError for an unknown option, with the nearest known name."""
     for name in options:
         if name not in OPTIONS:
             near = get_close_matches(name, OPTIONS, 1)
@@ -27,7 +27,7 @@ def parse(caller: str, options: PPOOptions) -> PPOArguments:
 
 
 def as_options(args: PPOArguments) -> dict[str, Any]:
-    """Return all options by name, as the reference takes them."""
+    """Return all options by name, as keyword arguments of the reference."""
     return {name: getattr(args, name) for name in OPTIONS}
 
 
@@ -42,9 +42,9 @@ def check(
     value_head: bool = False,
     computes_entropy: bool = False,
 ) -> None:
-    """Check all arguments against `rows`, a tensor of the token shape that the user knows as `name`.
+    """Check all arguments against `rows`, a tensor with one entry per token that is the argument `name` of the op.
 
-    `value_head` and `computes_entropy`: the op computes the values and the entropy.
+    `value_head` and `computes_entropy` state whether the op computes the values and the entropy itself.
     """
     needs_sequences = args.ratio_level == "sequence" or args.aggregation.startswith("seq")
     checks.sequences(rows, args.cu_seqlens, name=name, needed=needs_sequences)
@@ -75,9 +75,9 @@ def _check_scalar(row: Scalar, value: Any) -> None:
 
 
 def _check_effect(row: Scalar, args: PPOArguments) -> None:
-    """Raise ValueError for an option that the objective does not read, or that another option makes ineffective."""
+    """Raise ValueError for an option that the objective does not read, or that needs a second option which is not set."""
     value = getattr(args, row.name)
-    always_on = not row.choices and row.default not in (None, 0)  # a caller cannot leave it out
+    always_on = not row.choices and row.default not in (None, 0)  # its default is in effect, so any value is accepted
     if always_on or value in (None, 0, row.default):
         return
     if args.objective not in row.objectives:
@@ -90,26 +90,30 @@ def _check_effect(row: Scalar, args: PPOArguments) -> None:
 
 def _check_combinations(args: PPOArguments, computes_entropy: bool) -> None:
     if args.kl_coef and args.ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: got None with kl_coef={args.kl_coef}, expected the reference's log-probs")
+        raise ValueError(
+            f"ref_logprobs is not set, but kl_coef={args.kl_coef} needs it; pass the reference model's log-probs"
+        )
     if args.entropy_coef and args.entropy is None and not computes_entropy:
-        raise ValueError(f"entropy: got None with entropy_coef={args.entropy_coef}, expected the entropy of each token")
+        raise ValueError(
+            f"entropy is not set, but entropy_coef={args.entropy_coef} needs it; pass the entropy of each token"
+        )
     if computes_entropy and args.entropy is not None:
-        raise ValueError("entropy: got a tensor, expected None: this op computes the entropy")
+        raise ValueError("entropy: got a tensor, expected None: this op computes the entropy; leave the argument out")
 
 
 def _check_values(args: PPOArguments, value_head: bool) -> None:
     if value_head and args.values is not None:
-        raise ValueError("values: got a tensor together with value_weight, expected one of them")
+        raise ValueError("pass values or value_weight, not both")
     predicted = value_head or args.values is not None
     if predicted and args.returns is None:
-        raise ValueError("returns: got None, expected the value targets, since values are trained in this call")
+        raise ValueError("returns is not set, but the value loss needs it; pass the value targets")
     for name in ("returns", "old_values", "value_mask", "num_value_tokens"):
         if getattr(args, name) is not None and not predicted:
-            raise ValueError(f"values: got None with {name}, expected the predictions that it belongs to")
+            raise ValueError(f"{name} is set but there are no value predictions; pass values, or leave {name} out")
 
 
 class Denominators(NamedTuple):
-    """What the sums are divided by, (), float32."""
+    """The denominators of the kernels' sums, each () float32."""
 
     policy: Tensor
     value: Tensor
@@ -138,21 +142,21 @@ _SOURCES = {
     "residual_sq_sum": ("residual_sq", "one"),
     "ratio_max": ("ratio_max", "one"),
 }
-"""The sum and the denominator of each metric."""
+"""Metric -> its sum among `SUMS` and its denominator among the fields of `Denominators`."""
 _PLACE = {name: i for i, name in enumerate(SUMS)}
 
 
 class Aggregation(NamedTuple):
-    """The weights of one mask: relative weights within (0, 1] and one denominator for their sum."""
+    """The weights of the tokens under one mask: relative weights in (0, 1], and the denominator of the weighted sum."""
 
-    row_weight: Tensor | None  # (N,), float32; None: 1
+    row_weight: Tensor | None  # (N,), float32; None: all 1
     denominator: Tensor  # ()
 
     @classmethod
     def of(
         cls, kind: str, mask: Tensor, sequences: Sequences, tokens: Tensor, num_sequences: float | Tensor | None
     ) -> "Aggregation":
-        """`tokens` is the denominator of a mean over tokens."""
+        """Return the weights of the aggregation `kind`; `tokens` is the denominator of a mean over tokens."""
         if kind == "token_sum":
             return cls(None, torch.ones((), device=mask.device))
         if kind == "token_mean":
@@ -161,24 +165,27 @@ class Aggregation(NamedTuple):
         denominator = count(lengths > 0, num_sequences)
         if kind == "seq_mean_token_sum":
             return cls(None, denominator)
-        # Relative to the shortest sequence, so that half-precision gradients do not start out tiny.
+        # Relative to the shortest sequence, so that small weights do not make half-precision gradients underflow.
         shortest = torch.where(lengths > 0, lengths, lengths.max()).min().clamp(min=1) if lengths.numel() else 1
         return cls(sequences.per_token((shortest / lengths.clamp(min=1)).float(), mask.numel()), denominator * shortest)
 
 
 def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
-    """Return the caller's global denominator, or the number of True entries; 1 instead of 0, so that an empty batch gives 0."""
+    """Return the denominator `given` by the caller, or the number of True entries, and 1 instead of 0.
+
+    The loss of an empty batch is therefore 0.
+    """
     if given is None:
         return mask.sum().float().clamp(min=1)
     if isinstance(given, Tensor):
         x = given.to(mask.device).float()
         return torch.where(x > 0, x, 1)
-    # Filled on the device: no copy from the host.
+    # torch.full fills the value on the device, without a copy from the host.
     return torch.full((), given if given > 0 else 1, dtype=torch.float32, device=mask.device)
 
 
 class ObjectiveTerms(NamedTuple):
-    """The options of one call as the ops take them: flat tensors (N,), numbers, and choices as their index."""
+    """The options of one call as arguments of a registered op: flat tensors (N,), numbers, and choices as their index."""
 
     old_logprobs: Tensor
     advantages: Tensor
@@ -199,6 +206,7 @@ class ObjectiveTerms(NamedTuple):
 
     @classmethod
     def of(cls, args: PPOArguments, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> "ObjectiveTerms":
+        """Return the terms of a call from its checked arguments."""
         sequences = Sequences.of(mask, args.cu_seqlens)
         value_mask = mask if args.value_mask is None else args.value_mask
         alike = value_mask is mask and args.num_value_tokens is args.num_tokens
@@ -218,7 +226,7 @@ class ObjectiveTerms(NamedTuple):
             row_weight=policy.row_weight,
             mask=mask,
             value_mask=value_mask,
-            # A view, because Dynamo takes no tensor twice.
+            # A view, because Dynamo does not accept the same tensor as two arguments.
             value_row_weight=None if value.row_weight is None else value.row_weight.view(-1),
             stacked_denominators=torch.stack(
                 Denominators(policy.denominator, value.denominator, tokens, value_tokens, one)
@@ -234,15 +242,18 @@ class ObjectiveTerms(NamedTuple):
 
     @property
     def scalars(self) -> PpoScalars:
+        """The scalars of the objective."""
         return PpoScalars.from_lists(self.numbers, self.choices)
 
     @property
     def ppo(self) -> PpoRows:
+        """The constants of each token, as the kernels expect them."""
         constants = (self.old_logprobs, self.advantages, self.weights, self.ref_logprobs, self.row_weight)
         return PpoRows(self.scalars, *constants)
 
     @property
     def denominators(self) -> Denominators:
+        """The denominators by name."""
         return Denominators(*self.stacked_denominators)
 
     def sums(
@@ -254,7 +265,7 @@ class ObjectiveTerms(NamedTuple):
         old_values: Tensor | None,
         returns: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the slopes of the log-probs and of the values, times their denominators, and the kernels' sums."""
+        """Return d loss / d log-prob and d value loss / d value, times their denominators, and the kernels' sums."""
         return kernels.ppo_loss(
             ppo=self.ppo,
             sequences=Sequences(self.num_sequences, self.length, self.cu_seqlens),
@@ -270,7 +281,10 @@ class ObjectiveTerms(NamedTuple):
         )
 
     def loss(self, sums: Tensor, *, valued: bool) -> Tensor:
-        """Return the scalar loss of the kernels' sums; `valued`: there are values. On a GPU each operation is a launch."""
+        """Return the scalar loss from the kernels' sums; `valued` states whether there are value predictions.
+
+        Terms with a coefficient of 0 are skipped, because each operation is a kernel launch on a GPU.
+        """
         s, d = self.scalars, self.denominators
         policy = sums[_PLACE["policy"]]
         if s.kl_coef:
@@ -281,12 +295,12 @@ class ObjectiveTerms(NamedTuple):
         return (policy + self.vf_coef * sums[_PLACE["value_term"]] / d.value if valued else policy).float()
 
     def metrics(self, sums: Tensor) -> Tensor:
-        """Return (len(METRICS),) float32, in the order of METRICS."""
+        """Return the metrics from the kernels' sums, (len(METRICS),) float32, in the order of METRICS."""
         source, divisor = _metric_places(sums.device)
         return (sums[source] / self.stacked_denominators[divisor]).float()
 
     def entropy_slope(self) -> Tensor | None:
-        """Return d loss / d entropy of each token, times the policy's denominator; None: 0."""
+        """Return d loss / d entropy of each token, times the policy's denominator; None if it is 0."""
         coefficient = self.scalars.entropy_coef
         if not coefficient:
             return None
@@ -296,12 +310,15 @@ class ObjectiveTerms(NamedTuple):
 
 @cache
 def _metric_places(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the index of each metric's sum and of its denominator. Cached, because a copy to a device waits for it."""
+    """Return the index of each metric's sum and of its denominator.
+
+    Cached, because a copy to the device synchronizes with it.
+    """
     source, divisor = zip(*(_SOURCES[name] for name in METRICS), strict=True)
     places = [_PLACE[name] for name in source], [Denominators._fields.index(name) for name in divisor]
     return torch.tensor(places[0], device=device), torch.tensor(places[1], device=device)
 
 
 def as_loss(loss: Tensor, metrics: Tensor) -> PPOLoss:
-    """Return the result of the public functions: the metrics by name, detached."""
+    """Return the result of the public functions: the loss, and the metrics by name and detached."""
     return PPOLoss(loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True)))

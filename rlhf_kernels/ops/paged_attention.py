@@ -1,8 +1,8 @@
-"""Attention of one new token a sequence over keys and values that lie in pages: the decode step of a rollout.
+"""Attention of one query per sequence over keys and values in pages: the decode step of a rollout with a paged KV cache.
 
-Not a formula of PPO, and the ops of design.md did without it: a rollout whose KV pages share bytes with the gradients needs
-attention that reads pages where they lie, with bits that do not depend on the batch, or a sampled log-prob would depend on
-its neighbours. Torch has that only where FlashAttention-3 or -4 is installed and activated (see `backend.why_no_varlen`).
+This op is not part of PPO. A rollout whose KV pages share memory with the gradients needs attention that reads the
+pages directly. Its result must not depend on the batch, or a sampled log-prob would depend on the other sequences in
+the batch. Torch provides this only if FlashAttention-3 or -4 is installed and activated (see `backend.why_no_varlen`).
 """
 
 import torch
@@ -24,41 +24,44 @@ def paged_attention(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (B, heads, D)
-    """`softmax(scale * q k^T) v` for one query a sequence, over its last `window` tokens or all of them.
+    """Return `softmax(scale * q k^T) v` for one query per sequence, over its last `window` tokens (None: all tokens).
 
-    Token t of sequence b lies at `k_pages[block_table[b, t // page size], t % page size]`, and `lengths[b]` tokens count, the
-    query's own among them. `heads / groups` query heads share the keys of one group. `scale` is `D ** -0.5` by default; with a
-    `softcap` a logit s becomes `softcap * tanh(s / softcap)`. A sequence of length 0 gets zeros. Pages, places of the table
-    and tokens beyond a length or before a window are not read and may hold anything. Sums are float32 or wider, the result has
-    q's dtype, and its bits depend on nothing but the row's own. No gradient.
+    where B are sequences, D the head size, P pages, and M pages per sequence in the block table. The key of token t of
+    sequence b is `k_pages[block_table[b, t // page size], t % page size]`. `lengths[b]` is the number of tokens
+    including the query's token. `heads / groups` consecutive query heads share the keys and values of one group.
+    `scale` is `D ** -0.5` by default. With `softcap`, a logit s becomes `softcap * tanh(s / softcap)`.
 
-    In a page a token's keys of all groups are neighbours: a token is written in one piece, a head's key is read in one
-    piece of D, and it is the layout that `torch.nn.attention.varlen` takes.
+    The result has the dtype of `q`; sums are float32 or wider. A sequence of length 0 gives zeros. Tokens beyond the
+    length or before the window, and their pages and entries of the block table, do not affect the result, even if they
+    are NaN or invalid. The result of a sequence is bit-identical in any batch. There is no gradient.
+
+    A page stores the keys of all groups of a token next to each other, so that a token is written as one block and a
+    head's key is read as D contiguous numbers. `torch.nn.attention.varlen` uses the same layout.
 
     Source: Kwon et al. 2023 (paged attention); Dao et al. 2023 (flash-decoding).
 
     Raises:
-        ValueError: a shape, dtype, device or range that does not fit, with the argument's name. On CPU that includes a page
-            that does not exist and a length beyond the table; elsewhere their rows are NaN.
+        ValueError: a shape, dtype, device or range that does not fit, with the argument's name. On CPU also a page that does
+            not exist and a length beyond the block table; on other devices the result of such a sequence is NaN.
     """
     checks.floating("q", q, dims=(3,), what="[B, heads, D]")
     b, heads, size = q.shape
     checks.floating("k_pages", k_pages, dims=(4,), what="[P, page size, groups, D]")
     pages, page_size, groups, _ = k_pages.shape
     if groups == 0 or heads % groups or pages == 0 or page_size == 0:
-        what = f"some pages of some tokens, and groups that share q's {heads} heads evenly"
+        what = f"P >= 1, page size >= 1, and a number of groups that divides q's {heads} heads"
         raise ValueError(f"k_pages: got shape {checks.shape(k_pages)}, expected {what}")
     for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
         expected = (pages, page_size, groups, size)
         checks.tensor(name, x, like=q, expected=expected, what="[P, page size, groups, D]", dtypes=(q.dtype,))
     int32 = (torch.int32,)
-    checks.tensor("lengths", lengths, like=q, expected=(b,), what="one length a sequence", dtypes=int32)
-    # A caller may pass what is no tensor.
+    checks.tensor("lengths", lengths, like=q, expected=(b,), what="one length per sequence", dtypes=int32)
+    # A caller may pass something else than a tensor.
     given = isinstance(block_table, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
     places = block_table.shape[-1] if given and block_table.dim() else 0
     checks.tensor("block_table", block_table, like=q, expected=(b, places), what="[B, M]", dtypes=int32)
     if not 0 < places * page_size < 1 << 31:
-        raise ValueError(f"block_table: got room for {places * page_size} tokens, expected 1 to {(1 << 31) - 1}")
+        raise ValueError(f"block_table: got a capacity of {places * page_size} tokens, expected 1 to {(1 << 31) - 1}")
     checks.number("scale", scale, above=0, optional=True)
     checks.number("window", window, least=1, optional=True, integer=True)
     checks.number("softcap", softcap, above=0, optional=True)
@@ -68,7 +71,7 @@ def paged_attention(
     chosen = resolve("paged_attention", backend, q)
     if chosen == "varlen" and softcap is not None:
         if backend != "auto":
-            raise ValueError(f"softcap: got {softcap} with backend='varlen', which has none; expected None")
+            raise ValueError(f"softcap: got {softcap} with backend='varlen', which does not support it; expected None")
         chosen = "triton"
     if chosen == "reference":
         from .. import reference
@@ -81,21 +84,21 @@ def paged_attention(
 
 
 def _check_values(block_table: Tensor, lengths: Tensor, pages: int, page_size: int, window: int | None) -> None:
-    """On CPU: lengths that the table has room for, and pages that exist wherever a token counts."""
+    """Check on CPU that lengths are within the block table, and that the pages of all tokens to read exist."""
     wrong = (lengths < 0) | (lengths > block_table.shape[1] * page_size)
     if bool(wrong.any()):
         most = block_table.shape[1] * page_size
         raise ValueError(
-            f"lengths: got {lengths[wrong][0].item()} among its values, expected 0 to {most}, the table's room"
+            f"lengths: got {lengths[wrong][0].item()} among its values, expected 0 to {most}, the capacity of block_table"
         )
-    first = torch.arange(block_table.shape[1]) * page_size  # the first token of each place
+    first = torch.arange(block_table.shape[1]) * page_size  # the first token of each entry
     counts = first < lengths[:, None]
     if window is not None:
         counts &= first + page_size > lengths[:, None] - window
     wrong = counts & ((block_table < 0) | (block_table >= pages))
     if bool(wrong.any()):
         raise ValueError(
-            f"block_table: got page {block_table[wrong][0].item()} where tokens count, expected 0 to {pages - 1}"
+            f"block_table: got page {block_table[wrong][0].item()} for tokens to read, expected 0 to {pages - 1}"
         )
 
 

@@ -23,37 +23,52 @@ def ppo_loss(
     backend: str = "auto",
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """Return `L = agg(policy) - entropy_coef agg(H) + kl_coef agg(KL(policy || reference)) + vf_coef agg(value)`.
+    """Return the PPO loss and its metrics from log-probs.
 
-    With `r = exp(logprobs - old_logprobs)` (`ratio_level="sequence"`: the log-ratio is first averaged over the sequence's
-    actions; `log_ratio_clamp` bounds it on both sides, with no gradient outside) the policy term is `weights` times
+        L = agg(policy) - entropy_coef agg(H) + kl_coef agg(KL(policy || reference)) + vf_coef agg(value)
 
-        clip:            -min(r A, clip(r, 1 - cliprange, 1 + cliprange_high) A); with `dual_clip` c at most -c A where A < 0
-        kl_penalty:      -(r A - old_kl_coef KL(old || new)),  KL by k3: r - 1 - log r
+    The policy term is `weights` times one of
+
+        clip:            -min(r A, clip(r, 1 - cliprange, 1 + cliprange_high) A)
+        kl_penalty:      -(r A - old_kl_coef KL(old || new)),  KL(old || new) = r - 1 - log r  (k3)
         ratio:           -r A                                  (the surrogate of TRPO)
         policy_gradient: -A log π                              (REINFORCE, actor-critic)
 
-    the value term `1/2 max((v - R)², (clip(v, old_values ± cliprange_value) - R)²)` (unclipped where either is None), and
-    the KL term `kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)`. `kl_weighting="ratio"` multiplies it by r, as the
-    policy term has it and with r's gradient: then it estimates the KL of the current policy from the old policy's samples.
+    where A are `advantages` and `r = exp(logprobs - old_logprobs)`. With `ratio_level="sequence"` the log-ratio of a
+    token is the mean over the actions of its sequence. `log_ratio_clamp` limits the log-ratio to ± this number; the
+    gradient outside is 0. With `dual_clip` c, the clip term is at most -c A where A < 0.
 
-    `aggregation` reduces each term over its own mask (value: `value_mask`, default `mask`): token_mean divides the sum by
-    `num_tokens` (value: `num_value_tokens`), seq_mean_token_sum by `num_sequences`, seq_mean_token_mean by `num_sequences`
-    after each token was divided by its sequence's count, token_sum by nothing. A denominator that is None is counted in this
-    call; with the global ones, micro-batches add up to the full batch. A mask without a True gives a loss of 0, not NaN.
+    The value term is `1/2 max((v - R)², (clip(v, old_values ± cliprange_value) - R)²)`, where v are `values` and R
+    `returns`. It is `1/2 (v - R)²` if `old_values` or `cliprange_value` is None.
 
-    Defaults: objective "clip", cliprange 0.2, cliprange_high that of cliprange, cliprange_value 0.2, vf_coef 0.1, kl_estimator
-    "k3", kl_weighting "none", aggregation "token_mean"; the other coefficients 0, the other options None. An option that the
-    objective does not read is refused. `logprobs`, `values` and `entropy` are differentiable, all other tensors are constants.
-    Metrics: see `METRICS`.
+    The KL term is `kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)`. `kl_weighting="ratio"` multiplies it by
+    the policy term's r, through which gradients flow. It then estimates the KL divergence of the current policy from
+    samples of the old policy.
 
-    Source: Schulman et al. 2017 (PPO) eq. 6, 7, 8, 9; Ye et al. 2020 (dual clip) eq. 5; Yu et al. 2025 (DAPO, clip-higher)
-    eq. 10; Zheng et al. 2025 (GSPO, sequence ratios) eq. 7; Schulman et al. 2015 (TRPO) eq. 14; Williams 1992 (REINFORCE);
-    DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1 "Unbiased KL Estimate" (ratio-weighted KL).
+    H is `entropy`. `aggregation` (agg) reduces each term over `mask`, or the value term over `value_mask` (default:
+    `mask`):
+
+        token_mean:           sum over tokens / num_tokens (value term: num_value_tokens)
+        seq_mean_token_sum:   sum over tokens / num_sequences
+        seq_mean_token_mean:  sum over sequences of the mean over a sequence's tokens / num_sequences
+        token_sum:            sum over tokens
+
+    A denominator that is None is counted from the mask of this call. With the denominators of the full batch, the
+    losses and gradients of micro-batches add up to those of the full batch. If no entry of the mask is True, the loss
+    is 0, not NaN.
+
+    Defaults: objective "clip", cliprange 0.2, cliprange_high equal to cliprange, cliprange_value 0.2, vf_coef 0.1,
+    kl_estimator "k3", kl_weighting "none", aggregation "token_mean", ratio_level "token". The other coefficients are 0,
+    the other options None. An option that the objective does not read raises ValueError. `logprobs`, `values` and
+    `entropy` are differentiable; all other tensors are constants. `METRICS` describes the metrics.
+
+    Source: Schulman et al. 2017 (PPO) eq. 6, 7, 8, 9; Ye et al. 2020 (dual clip) eq. 5; Yu et al. 2025 (DAPO,
+    clip-higher) eq. 10; Zheng et al. 2025 (GSPO, sequence ratios) eq. 7; Schulman et al. 2015 (TRPO) eq. 14; Williams
+    1992 (REINFORCE); DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1 "Unbiased KL Estimate" (ratio-weighted KL).
 
     Raises:
         ValueError: a shape, dtype, device, range, choice or combination that does not fit, with the argument's name.
-        TypeError: an unknown option, with the nearest known one.
+        TypeError: an unknown option; the message names the nearest option.
     """
     args = objective.parse("ppo_loss", options)
     checks.floating("logprobs", logprobs, dims=(1, 2), what="[B, T] or [N]")
@@ -90,7 +105,7 @@ def fused_ppo_loss(
     mask: Tensor,
     backend: str,
 ) -> PPOLoss:
-    """Compute the loss by compiled kernels, for arguments that were checked."""
+    """Return the loss, computed by compiled kernels from checked arguments."""
     logprobs = logprobs.float().reshape(-1)
     entropy, values = (None if x is None else x.float().reshape(-1) for x in (entropy, args.values))
     terms = ObjectiveTerms.of(args, old_logprobs, advantages, mask)
@@ -121,10 +136,14 @@ def _fake(x: Inputs) -> tuple[Tensor, ...]:
 
 
 class Fused(torch.autograd.Function):
-    """Keeps the slopes. Not the backward of a registered op: torch spends 0.15 ms there on as many arguments."""
+    """Autograd function that computes the gradients in forward and scales them by the upstream gradient in backward.
+
+    It is not the backward of a registered op, because torch spends 0.15 ms per call on one with this many arguments.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss and the metrics; save the gradients."""
         loss, metrics, *slopes = _op(*inputs)
         ctx.save_for_backward(*slopes)
         ctx.mark_non_differentiable(metrics)
@@ -135,11 +154,12 @@ class Fused(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
         ctx: Any, grad_loss: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Return the saved gradients times the upstream gradient."""
         gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(gradients.values())
         if torch.is_grad_enabled() and checks.is_eager(grad_loss):
-            refuse(ctx)  # create_graph=True: the slopes are constants
+            refuse(ctx)  # create_graph=True: the saved gradients are constants
         needed = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
         for name, slope in zip(("logprobs", "entropy", "values"), ctx.saved_tensors, strict=True):
             if needed[name] and slope.numel():

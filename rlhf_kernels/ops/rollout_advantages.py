@@ -1,4 +1,4 @@
-"""From scores, log-probs and values of a rollout to advantages and value targets."""
+"""Rewards, advantages and value targets from the scores, log-probs and values of a rollout."""
 
 import torch
 from torch import Tensor
@@ -29,15 +29,17 @@ def rollout_advantages(
     cu_seqlens: Tensor | None = None,  # (B + 1,), int32
     backend: str = "auto",
 ) -> RolloutAdvantages:
-    """The reward of InstructGPT, then GAE.
+    """Return the rewards of InstructGPT, and their advantages and value targets by GAE.
 
         r_t = -kl_coef * KL_t + [t = t_score] * clip(score, ±score_clip)
 
-    where KL_t estimates KL(policy || reference) at the token and t_score is the last True action, or `score_index` (a
-    position inside the sequence; on a masked token the score is dropped, as in a row without a True). `whiten_rewards`
-    divides the rewards by their standard deviation (the mean stays), `whiten_advantages` gives the advantages mean 0 and
-    variance 1, both over all True tokens with unbiased variance. For `gamma`, `lam`, `bootstrap`, `holes` see `gae`. No
-    gradient.
+    where KL_t is the estimate `kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)` of a token, and t_score is
+    the position of the score in the sequence: the last action (the last token with a True mask), or `score_index`. The
+    score is dropped if `score_index` is a masked token or if the sequence has no action.
+
+    `whiten_rewards` divides the rewards by their standard deviation and keeps their mean. `whiten_advantages` gives the
+    advantages mean 0 and variance 1. Both use the unbiased variance over all True tokens. `gamma`, `lam`, `bootstrap`
+    and `holes` are those of `gae`. There is no gradient.
 
     Source: Ouyang et al. 2022 (InstructGPT), eq. 2 and section 3.5; Ziegler et al. 2019 for whitening.
 
@@ -50,7 +52,7 @@ def rollout_advantages(
     checks.tensor("ref_logprobs", ref_logprobs, **like)
     checks.tensor("values", values, **like)
     checks.mask("mask", mask, **like)
-    checks.tensor("scores", scores, like=logprobs, expected=(b,), what="one score a sequence")
+    checks.tensor("scores", scores, like=logprobs, expected=(b,), what="one score per sequence")
     if score_index is not None:
         check_score_index(score_index, logprobs, b, cu_seqlens)
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
@@ -81,7 +83,7 @@ def rollout_advantages(
         )
     clip, estimator = float("inf") if score_clip is None else score_clip, KL_ESTIMATORS.index(kl_estimator)
     whiten = whiten_rewards, whiten_advantages
-    # Nothing here has a gradient, so plain tensors need no dispatcher, which costs a sixth of a small call.
+    # There is no gradient, so eager tensors do not need the dispatcher, which takes a sixth of the time of a small call.
     run = _run if checks.is_eager(logprobs) else _op
     return RolloutAdvantages(
         *run(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, lam, clip, score_index, bootstrap,
@@ -90,8 +92,8 @@ def rollout_advantages(
 
 
 def check_score_index(index: Tensor, tokens: Tensor, b: int, cu_seqlens: Tensor | None) -> None:
-    """Positions inside their sequences; an empty sequence takes any."""
-    checks.integers("score_index", index, like=tokens, expected=(b,), what="one position a sequence")
+    """Check that each position is inside its sequence. For an empty sequence any position is accepted."""
+    checks.integers("score_index", index, like=tokens, expected=(b,), what="one position per sequence")
     if checks.values_visible(index):
         lengths = torch.full_like(index, tokens.shape[-1]) if cu_seqlens is None else cu_seqlens.diff()
         outside = ((index < 0) | (index >= lengths)) & (lengths > 0)

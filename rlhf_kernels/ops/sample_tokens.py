@@ -1,4 +1,4 @@
-"""One sampled token per row, from counters instead of a generator."""
+"""Sampling of one token per row, with counter-based random numbers instead of a generator."""
 
 import torch
 from torch import Tensor
@@ -20,13 +20,18 @@ def sample_tokens(
     position: Tensor,  # (B,), int64
     backend: str = "auto",
 ) -> SampledTokens:
-    """Sample one id per row of `softmax(logits / temperature)`, restricted to what top-k, then top-p, then min-p keep.
+    """Sample one id per row from `softmax(logits / temperature)`, restricted to the tokens that the filters keep.
 
-    `top_k` keeps the k largest; `top_p` the smallest set of the largest whose probabilities (renormalised after top-k)
-    reach p; `min_p` those with at least `min_p` times the largest probability. Ties at a limit are all kept. The random
-    number is Philox4x32-10 with key `seed` and counter (position, sequence): a row's sample depends on nothing else, so
-    not on its slot, its batch or a restart. `logprobs` are under the full tempered softmax, `sampling_logprobs` under the
-    kept set. No gradient.
+    The filters are applied in this order: `top_k` keeps the k tokens with the largest logits. `top_p` keeps the
+    smallest set of most probable tokens whose probabilities, renormalised after top-k, reach p. `min_p` keeps the
+    tokens with at least `min_p` times the largest probability. Each filter keeps all ties at its limit.
+
+    The random number of a row is Philox4x32-10 with key `seed` (its low 64 bits) and counter (position, sequence). A
+    sample therefore depends on the row's logits, these three numbers and the options only: not on the slot, the batch
+    or a restart.
+
+    The result has the sampled `ids` (B,) int64, their `logprobs` (B,) float32 under the full softmax with temperature,
+    and their `sampling_logprobs` (B,) float32 under the distribution after the filters. There is no gradient.
 
     Source: Salmon et al. 2011 (Philox); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
 
@@ -42,7 +47,7 @@ def sample_tokens(
     checks.number("top_p", top_p, above=0, most=1, optional=True)
     checks.number("min_p", min_p, least=0, most=1, optional=True)
     for name, x in (("sequence", sequence), ("position", position)):
-        checks.integers(name, x, like=logits, expected=(b,), what="one number a row")
+        checks.integers(name, x, like=logits, expected=(b,), what="one number per row")
     if not isinstance(seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]  # a caller may pass a float
         raise ValueError(f"seed: got {type(seed).__name__}, expected an integer")
     seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # its low 64 bits, as an int64

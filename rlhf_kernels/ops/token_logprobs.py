@@ -1,4 +1,4 @@
-"""Log-probability and entropy of given tokens, from logits."""
+"""Log-probs of given tokens and entropies, from logits."""
 
 from typing import Any, NamedTuple
 
@@ -22,14 +22,16 @@ def token_logprobs(
     entropy: bool = False,
     backend: str = "auto",
 ) -> TokenLogprobs:
-    """Return `log softmax(z)[ids]` and, on request, `H = -Σ p log p`, in float32, differentiable in `logits`.
+    """Return the log-probs of `ids`, and the entropies if `entropy=True`.
 
-        z = softcap * tanh(logit_scale * logits / softcap) / temperature
+        log p(ids) = z[ids] - logsumexp(z),   H = -Σ p log p
 
-    Where `mask` is False both are 0, the row is never read and its gradient is 0.
+    where `z = softcap * tanh(logit_scale * logits / softcap) / temperature` (no tanh if `softcap` is None) and p =
+    softmax(z). Both results are in nats, in float32, of the shape of `ids`, and differentiable in `logits`. Where
+    `mask` is False both are 0, the logits are ignored and their gradient is 0.
 
     Raises:
-        ValueError: a shape, dtype, device or range that does not fit; on CPU an id outside [0, V) under a True mask.
+        ValueError: a shape, dtype, device or range that does not fit; on CPU also an id outside [0, V) with a True mask.
     """
     temperature = checks.constant(temperature)
     check_logits(logits, ids, temperature, softcap, logit_scale, mask)
@@ -61,6 +63,7 @@ class Inputs(NamedTuple):
     backend: str
 
     def rows(self) -> LogitRows:
+        """Return the rows of logits as the kernels expect them."""
         mask = None if self.mask is None else self.mask.contiguous()
         return LogitRows(self.logits, self.ids.contiguous(), self.transform, mask)
 
@@ -87,7 +90,7 @@ def fused_token_logprobs(
     entropy: bool,
     inplace: bool = False,
 ) -> TokenLogprobs:
-    """Compute log-probs by compiled kernels, for arguments that were checked."""
+    """Return log-probs and entropies, computed by compiled kernels from checked arguments."""
     flat_mask = None if mask is None else mask.reshape(-1)
     inputs = Inputs(as_rows(logits), ids.reshape(-1).long(), flat_mask, transform, inplace, backend)
     logprobs, h, _ = _op(*flatten(inputs))
@@ -95,14 +98,14 @@ def fused_token_logprobs(
 
 
 def as_rows(logits: Tensor) -> Tensor:
-    """Return (N, V) or (B, T, V) with unit stride along V; a copy only where no such view exists."""
+    """Return the logits as (N, V) or (B, T, V) with unit stride along V, as a view if possible."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
 
 
 def overwritable(logits: Tensor) -> bool:
-    """Return whether no two rows share bytes, as those of an expanded tensor do, so that a gradient can take them."""
+    """Return whether a gradient can be written over the logits: rows do not overlap in memory, as in an expanded tensor."""
     rows_apart = logits.stride(-2) >= logits.shape[-1]
     if logits.dim() == 3 and logits.shape[0] > 1:
         rows_apart = rows_apart and logits.stride(0) >= logits.shape[1] * logits.stride(1)
@@ -117,6 +120,7 @@ def check_logits(
     logit_scale: float,
     mask: Tensor | None,
 ) -> None:
+    """Check the arguments of `token_logprobs`, which `logits_ppo_loss` also has."""
     checks.floating("logits", logits, dims=tuple(range(1, 8)), what="[..., V]")
     rows = logits.shape[:-1]
     if logits.shape[-1] == 0:
@@ -179,7 +183,7 @@ def _differentiate(
     if inputs.inplace and overwritable(logits):
         with torch.no_grad():
             _write_gradient(logits, x)
-        # The version tells autograd that the logits are gone, so that a second use of them raises.
+        # With a new version, autograd raises if a different op needs the overwritten logits.
         torch.autograd.graph.increment_version(logits)
         gradients["logits"] = logits.detach()
     else:

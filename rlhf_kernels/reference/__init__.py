@@ -1,7 +1,7 @@
-"""Eager PyTorch, in the dtype it is given (float64 too) and through autograd: the definition of every op.
+"""The definition of every op in eager PyTorch, differentiated by autograd and computed in the dtype of the inputs.
 
-The functions trust their arguments; `rlhf_kernels.ops` checks them once for all backends, and imports this package only when
-the reference serves a call.
+The dtype can be float64. The functions do not check their arguments: `rlhf_kernels.ops` checks them for all backends.
+It imports this package only for calls that use the reference backend.
 """
 
 from .decode_attention import decode_attention

@@ -1,3 +1,5 @@
+"""The definition of `gae` in eager PyTorch."""
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def gae(
     holes: str = "skip",
     cu_seqlens: Tensor | None = None,  # (B + 1,)
 ) -> Advantages:
-    """`A_t = δ_t + γλ A_{t+1}`, `δ_t = r_t + γ V_{t+1} - V_t`, walked from the last action to the first."""
+    """Compute `A_t = δ_t + γλ A_{t+1}`, `δ_t = r_t + γ V_{t+1} - V_t` from the last action to the first."""
     rewards, values, mask = (pad(x, cu_seqlens) for x in (rewards, values, mask))
     rewards = torch.where(mask, rewards, 0)
     values = torch.where(mask, values, 0)
@@ -28,7 +30,7 @@ def gae(
         m = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         carried = delta + gamma * lam * carry
-        # Behind the last action there is nothing to decay: those positions are padding, not holes.
+        # Positions after the last action are padding, not holes: the bootstrap value is not discounted over them.
         step = m if holes == "skip" else m | seen_action
         carry = torch.where(step, carried, carry)
         next_value = torch.where(step, values[:, t], next_value)

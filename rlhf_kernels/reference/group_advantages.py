@@ -1,9 +1,11 @@
+"""The definition of `group_advantages` in eager PyTorch."""
+
 import torch
 from torch import Tensor
 
 
 def group_advantages(scores: Tensor, groups: Tensor, *, kind: str = "rloo") -> Tensor:  # (B,), (B,) -> (B,)
-    """Advantage of each sample over the others of its group (same prompt)."""
+    """Return the advantage of each response relative to its group (the responses to one prompt)."""
     _, index = groups.unique(return_inverse=True)
     zeros = scores.new_zeros(int(index.max()) + 1 if index.numel() else 0)
     count = zeros.index_add(0, index, torch.ones_like(scores))[index]

@@ -1,9 +1,11 @@
+"""The definition of `kl_penalty` in eager PyTorch."""
+
 import torch
 from torch import Tensor
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
-    """Estimate of KL(policy || reference) at each token from `d = logprobs - ref_logprobs`."""
+    """Return an estimate of KL(policy || reference) per token, from `d = logprobs - ref_logprobs`."""
     d = logprobs - ref_logprobs
     if estimator == "k1":
         return d

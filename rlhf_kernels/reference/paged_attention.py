@@ -1,3 +1,5 @@
+"""The definition of `paged_attention` in eager PyTorch."""
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:  # (B, heads, D)
-    """`softmax(scale * q k^T) v` over the tokens that count, float32 or wider inside; what does not count enters as 0."""
+    """Return `softmax(scale * q k^T) v` over the tokens within length and window, with sums in float32 or wider."""
     (rows, heads, size), (pages, page_size, groups, _) = q.shape, k_pages.shape
     length, width = lengths.long()[:, None], block_table.shape[1] * page_size
     token = torch.arange(width, device=q.device)
@@ -30,7 +32,7 @@ def paged_attention(
 
     wide = torch.promote_types(q.dtype, torch.float32)
     query = q.reshape(rows, groups, heads // groups, size).to(wide) * scale
-    with torch.autocast(q.device.type, enabled=False):  # which would round the factors
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the factors
         logits = torch.matmul(query, read(k_pages).permute(0, 2, 3, 1))
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

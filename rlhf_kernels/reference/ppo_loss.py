@@ -1,3 +1,5 @@
+"""The definitions of `ppo_loss`, `logits_ppo_loss` and `linear_ppo_loss` in eager PyTorch."""
+
 from typing import NamedTuple, TypedDict, Unpack
 
 import torch
@@ -48,15 +50,15 @@ def ppo_loss(
     num_sequences: float | Tensor | None = None,
     **surrogate_options: Unpack[SurrogateOptions],
 ) -> PPOLoss:
-    """`L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value`, each term aggregated alike.
+    """Return `L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value`.
 
-    `kl_weighting="ratio"` multiplies KL by the ratio of the policy term.
+    All terms have the same aggregation. `kl_weighting="ratio"` multiplies KL by the ratio of the policy term.
     """
     wide = torch.promote_types(logprobs.dtype, torch.float32)
     mask, value_mask = mask.flatten(), (mask if value_mask is None else value_mask).flatten()
     seq, b = segment_ids(mask.view(logprobs.shape), cu_seqlens)
 
-    def rows(x: Tensor, where: Tensor = mask) -> Tensor:  # flat, wide, 0 where it does not count
+    def rows(x: Tensor, where: Tensor = mask) -> Tensor:  # (N,), float32 or wider, 0 where `where` is False
         return torch.where(where, x.flatten().to(wide), 0)
 
     weight = _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, wide)
@@ -69,7 +71,7 @@ def ppo_loss(
     ratio_slope, own_slope = s.slope * w, torch.zeros_like(new)
     count = _count(mask.sum(), num_tokens)
 
-    def mean(x: Tensor) -> Tensor:  # the plain token mean of the metrics
+    def mean(x: Tensor) -> Tensor:  # metrics are means over tokens for any aggregation
         return torch.where(mask, x.detach().to(wide), 0).sum() / count
 
     metrics = dict.fromkeys(METRICS, new.new_zeros(()))
@@ -113,8 +115,10 @@ def ppo_loss(
 
 
 class Surrogate(NamedTuple):
+    """The policy term of each token with its derivatives; all (N,)."""
+
     loss: Tensor
-    slope: Tensor  # d loss / d log-ratio, for the metric that counts live rows; the gradient itself is autograd's
+    slope: Tensor  # d loss / d log-ratio, for the metric `active_fraction`; autograd computes the gradient itself
     ratio: Tensor
     live: Tensor  # d ratio / d log-ratio: 0 outside the clamp
     clipped: Tensor
@@ -165,7 +169,7 @@ def _kl_slope(d: Tensor, estimator: str) -> Tensor:
 
 
 def _value_loss(v: Tensor, old: Tensor | None, returns: Tensor, cliprange: float | None) -> tuple[Tensor, Tensor]:
-    """`1/2 max((v - R)^2, (clip(v, old ± ε) - R)^2)` and where the clipped error was the larger one."""
+    """Return `1/2 max((v - R)^2, (clip(v, old ± ε) - R)^2)`, and where the clipped error is larger."""
     plain = (v - returns).square()
     if old is None:
         return 0.5 * plain, torch.zeros_like(v)
@@ -190,7 +194,10 @@ def _value_metrics(
 
 
 def _count(here: Tensor, given: float | Tensor | None) -> Tensor:
-    """The caller's global denominator, or this batch's own; 1 instead of 0, so that an empty batch gives 0."""
+    """Return the denominator `given` by the caller, or the count `here` of this batch, and 1 instead of 0.
+
+    The loss of an empty batch is therefore 0.
+    """
     x = torch.as_tensor(here if given is None else given, device=here.device)
     return torch.where(x > 0, x, 1)
 
@@ -204,7 +211,7 @@ def _token_weights(
     num_sequences: float | Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What each token's term is multiplied by before the plain sum; 0 where the mask is False."""
+    """Return the weight of each token's term in the sum; 0 where the mask is False."""
     on = mask.to(dtype)
     if aggregation == "token_sum":
         return on
@@ -216,7 +223,7 @@ def _token_weights(
 
 
 def _sequence_mean(x: Tensor, mask: Tensor, seq: Tensor, b: int) -> Tensor:
-    """Every token gets the mean over its own sequence's actions."""
+    """Return for each token the mean of `x` over the actions of its sequence."""
     lengths = x.new_zeros(b).index_add(0, seq, mask.to(x.dtype)).clamp(min=1)
     return (x.new_zeros(b).index_add(0, seq, x) / lengths)[seq]
 
@@ -237,7 +244,7 @@ def logits_ppo_loss(
     logit_scale: float,
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """`ppo_loss` of the log-probs and the entropy of the logits."""
+    """Return `ppo_loss` of the log-probs and the entropies that the logits give."""
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     taken = token_logprobs(logits, ids, **transform, mask=mask, entropy=True)
     options["entropy"] = taken.entropy
@@ -260,12 +267,12 @@ def linear_ppo_loss(
     logit_scale: float,
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """`logits_ppo_loss` of `hidden @ weight.T + bias`; values from the same hidden states."""
+    """Return `logits_ppo_loss` of `hidden @ weight.T + bias`, with values from the same hidden states."""
     if value_weight is not None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         given = options.get("value_mask")
         value_mask = mask if given is None else given
-        seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may hold anything
+        seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may be NaN
         options["values"] = seen.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
     logits = torch.nn.functional.linear(torch.where(mask[..., None], hidden, 0), weight, bias)
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}

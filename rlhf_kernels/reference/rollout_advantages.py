@@ -1,3 +1,5 @@
+"""The definition of `rollout_advantages` in eager PyTorch."""
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def rollout_advantages(
     whiten_advantages: bool = True,
     cu_seqlens: Tensor | None = None,  # (B + 1,)
 ) -> RolloutAdvantages:
-    """`r_t = -β KL_t + [t is the score's position] score`, whitened when asked, then GAE, whitened when asked."""
+    """Return the rewards `r_t = -β KL_t + [t = t_score] score`, and their GAE; both are whitened if requested."""
     inside = pad(mask, cu_seqlens)
     kl = torch.where(mask, kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator), 0)
     if score_clip is not None:

@@ -1,13 +1,14 @@
-"""Padded `[B, T]` and packed `[N]` batches seen as one: flat tokens and the sequence that each belongs to."""
+"""Conversion between padded `[B, T]` and packed `[N]` batches, and the sequence of each token."""
 
 import torch
 from torch import Tensor
 
 
 def segment_ids(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """The sequence of every flat token, shape (N,), and the number of sequences.
+    """Return the index of the sequence of each token, (N,), and the number of sequences.
 
-    Flat tokens without `cu_seqlens` are one sequence; the public functions refuse them where sequences matter.
+    (N,) tokens without `cu_seqlens` are one sequence; the public functions raise ValueError for them where sequences
+    matter.
     """
     if cu_seqlens is None:
         b, t = mask.shape if mask.dim() == 2 else (1, mask.numel())
@@ -18,7 +19,7 @@ def segment_ids(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
 
 
 def pad(x: Tensor, cu_seqlens: Tensor | None, fill: float = 0) -> Tensor:
-    """Packed (N,) to (B, T) with `fill` behind each sequence; a padded tensor passes through."""
+    """Return a packed (N,) tensor as (B, T) with `fill` after each sequence; return a padded tensor unchanged."""
     if cu_seqlens is None:
         return x
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
@@ -30,7 +31,7 @@ def pad(x: Tensor, cu_seqlens: Tensor | None, fill: float = 0) -> Tensor:
 
 
 def unpad(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The inverse of `pad`: (B, T) back to packed (N,)."""
+    """Return a (B, T) tensor as packed (N,), the inverse of `pad`."""
     if cu_seqlens is None:
         return x
     inside = torch.arange(x.shape[1], device=x.device) < cu_seqlens.diff()[:, None]

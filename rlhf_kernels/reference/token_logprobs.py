@@ -1,3 +1,5 @@
+"""The definitions of `token_logprobs` and `linear_token_logprobs` in eager PyTorch."""
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from ..launch_args import TokenLogprobs
 def transform_logits(
     logits: Tensor, *, temperature: float | Tensor = 1.0, softcap: float | None = None, logit_scale: float = 1.0
 ) -> Tensor:
-    """`z = softcap * tanh(logit_scale * logits / softcap) / temperature`, in float32 or wider."""
+    """Return `z = softcap * tanh(logit_scale * logits / softcap) / temperature`, in float32 or wider."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -26,12 +28,12 @@ def token_logprobs(
     mask: Tensor | None = None,  # (...), bool
     entropy: bool = False,
 ) -> TokenLogprobs:
-    """`log p(ids) = z[ids] - logsumexp(z)` and `H = -sum p log p`; 0 where the mask is False."""
+    """Return `log p(ids) = z[ids] - logsumexp(z)` and `H = -sum p log p`; 0 where the mask is False."""
     if mask is not None:
         ids = torch.where(mask, ids, 0)
         logits = torch.where(
             mask[..., None], logits, 0
-        )  # a masked row may hold inf or NaN; 0 * inf must not reach a gradient
+        )  # a masked row may be inf or NaN; 0 * inf must not reach a gradient
         if isinstance(temperature, Tensor):
             temperature = torch.where(mask, temperature, 1)
     z = transform_logits(logits, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
@@ -39,7 +41,7 @@ def token_logprobs(
     taken = logp.gather(-1, ids[..., None]).squeeze(-1)
     h = None
     if entropy:
-        # p log p -> 0 also for a logit of -inf; NaN stays NaN
+        # The clamp makes p log p = 0 for a logit of -inf; NaN stays NaN.
         h = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
     if mask is not None:
         taken = torch.where(mask, taken, 0)
@@ -59,7 +61,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,  # (...), bool
     entropy: bool = False,
 ) -> TokenLogprobs:
-    """`token_logprobs` of `hidden @ weight.T + bias`."""
+    """Return `token_logprobs` of `hidden @ weight.T + bias`."""
     if mask is not None:
         hidden = torch.where(mask[..., None], hidden, 0)
     logits = torch.nn.functional.linear(hidden, weight, bias)

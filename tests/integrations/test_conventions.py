@@ -272,19 +272,19 @@ def test_masks_that_mean_something_else_are_refused():
 
 def test_what_a_peer_takes_and_we_do_not_is_refused():
     x = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="dist_process_group: got object, which verl takes and this adapter does not"):
+    with pytest.raises(ValueError, match="dist_process_group: got object, which verl supports and this adapter does not"):
         verl.linear_cross_entropy(x, x, torch.zeros(1).long(), dist_process_group=object())
-    with pytest.raises(ValueError, match="ring_attn_group: got object, which OpenRLHF takes"):
+    with pytest.raises(ValueError, match="ring_attn_group: got object, which OpenRLHF supports"):
         openrlhf.GPTLMLoss(object())
     with pytest.raises(ValueError, match="margin: got a tensor, expected None"):
         openrlhf.LogExpLoss()(x, x, x)
     with pytest.raises(ValueError, match=r"config.kl_penalty: got 'full', expected one of"):
         trl.Classic(ppo_config(kl_penalty="full"), None).compute_rewards(torch.zeros(1), x, x, x)
-    with pytest.raises(ValueError, match=r"index: got shape \(1, 2, 4\), expected one index a position"):
+    with pytest.raises(ValueError, match=r"index: got shape \(1, 2, 4\), expected one index per position"):
         trl.selective_log_softmax(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4).long())
-    with pytest.raises(ValueError, match="batch_num_tokens: got None with dp_size=2, expected the global count"):
+    with pytest.raises(ValueError, match="batch_num_tokens is not set, but dp_size=2 needs it"):
         verl.compute_value_loss(x, x, x, x + 1, 0.2, dp_size=2)
-    with pytest.raises(ValueError, match="cliprange: got None"):
+    with pytest.raises(ValueError, match="cliprange is not set"):
         verl.compute_policy_loss(x, x, x, x + 1)
     with pytest.raises(ValueError, match="is_correction_mode: got 'clip'"):
         openrlhf.PolicyLoss(is_correction_level="seq", is_correction_mode="clip")

@@ -88,9 +88,9 @@ def test_outside_taking_it_is_the_layer_it_replaced():
     with pytest.raises(KeyError), head.taking(ids):
         raise KeyError
     assert torch.equal(fused(ids).logits, plain(ids).logits)
-    with head.taking(ids[:, 1:]), pytest.raises(RuntimeError, match="other tokens already"), head.taking(ids):
+    with head.taking(ids[:, 1:]), pytest.raises(RuntimeError, match="already scores other tokens"), head.taking(ids):
         pass
-    with head.taking(ids), pytest.raises(ValueError, match="ids: got 7 tokens of 7 positions, expected fewer"):
+    with head.taking(ids), pytest.raises(ValueError, match="ids: got 7 tokens for 7 positions, expected fewer"):
         fused(ids)
 
 
@@ -167,12 +167,12 @@ def test_what_is_refused():
     doubled = Doubled(LlamaConfig(**SIZES))
     layer = doubled.lm_head
     with pytest.raises(
-        ValueError, match=r"model: got logits that are not softcap=None and logit_scale=1.0 of its output"
+        ValueError, match=r"model: the logits are not those of the output layer with softcap=None and logit_scale=1.0"
     ):
         fuse_head(doubled)
     assert doubled.lm_head is layer
     with pytest.raises(
-        ValueError, match=r"model: got logits that are not softcap=None and logit_scale=3.0 of its output"
+        ValueError, match=r"model: the logits are not those of the output layer with softcap=None and logit_scale=3.0"
     ):
         fuse_head(model(logit_scale=3.0))  # Llama has no scale, whatever its config contains
     with pytest.raises(ValueError, match="softcap: got 0, expected a number above 0"):
@@ -204,7 +204,7 @@ def test_openrlhf_actor():
     fused = copy.deepcopy(plain)
     actor = Actor(fused)
     ids, attended = tokens()
-    with pytest.raises(ValueError, match="got an Actor that was not fused"):
+    with pytest.raises(ValueError, match="the actor's head is not fused"):
         actor(ids, attended[:, 1:], attended)
     actions = attended[:, 1:].clone()
     actions[:, :2] = 0
@@ -212,9 +212,9 @@ def test_openrlhf_actor():
     position = (attended.cumsum(-1) - 1).masked_fill(attended == 0, 1)
     expected = from_logits(plain, ids, attended, 6, 0.7, actions.bool(), position_ids=position)
     check((got, output.entropy), expected, fused, plain)
-    with pytest.raises(ValueError, match="packed_seq_lens: got list, which OpenRLHF takes and this adapter does not"):
+    with pytest.raises(ValueError, match="packed_seq_lens: got list, which OpenRLHF supports and this adapter does not"):
         actor(ids, actions, attended, packed_seq_lens=[1])
-    with pytest.raises(ValueError, match="action_mask: got None, expected a mask or return_logprobs=True"):
+    with pytest.raises(ValueError, match="action_mask is not set; pass it, or return_logprobs=True"):
         actor(ids, attention_mask=attended)
 
 

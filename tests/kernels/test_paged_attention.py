@@ -133,7 +133,7 @@ def test_a_page_that_does_not_exist_makes_its_row_nan(backend, place, bad, monke
     arguments, _ = scene([11, 3, 6])
     whole = run(arguments, backend)
     arguments[3][place] = bad
-    with pytest.raises(ValueError, match=f"block_table: got page {bad} where tokens count, expected 0 to"):
+    with pytest.raises(ValueError, match=f"block_table: got page {bad} for tokens to read, expected 0 to"):
         paged_attention(*arguments)
     monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)
     out = run(arguments, backend)

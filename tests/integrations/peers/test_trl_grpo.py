@@ -155,5 +155,5 @@ def test_what_is_refused(tmp_path):
     made = trainer(Fused, tmp_path)
     assert isinstance(made.model.lm_head, FusedHead)
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="pixel_values: got Tensor, which TRL takes and this adapter does not"):
+    with pytest.raises(ValueError, match="pixel_values: got Tensor, which TRL supports and this adapter does not"):
         made._get_per_token_logps_and_entropies(made.model, ids, ids + 1, 2, pixel_values=torch.zeros(1))
