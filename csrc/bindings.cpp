@@ -37,7 +37,7 @@ std::string isa_name() { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2
 // For tests, which compare the results of every instruction set up to the best one.
 void set_isa(const std::string& name) {
     const Isa wanted = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::baseline;
-    if (wanted > best) throw py::value_error("isa: got '" + name + "', which this machine does not have");
+    if (wanted > best) throw py::value_error("isa: got '" + name + "', which this machine does not support");
     isa = wanted;
 }
 

@@ -35,7 +35,7 @@ static inline PpoScalars ppo_scalars(const pybind11::kwargs& given) {
     RLHF_PPO_SCALARS(RLHF_CHOICE, RLHF_NUMBER)
 #undef RLHF_CHOICE
 #undef RLHF_NUMBER
-    if (given.size() != known) throw pybind11::type_error("PpoScalars: got a name that csrc/math/ppo.h does not have");
+    if (given.size() != known) throw pybind11::type_error("PpoScalars: unknown keyword; csrc/math/ppo.h lists the names");
     return s;
 }
 

@@ -28,7 +28,7 @@ static inline void check(const char* op, cudaError_t error) {
 template <class... P>
 void launch(const char* op, void (*kernel)(P...), Launch how, void* stream, P... arguments) {
     if (how.blocks == 0) return;
-    if (how.blocks > 0x7fffffff) throw std::runtime_error(std::string(op) + ": more blocks than a grid has, split the call");
+    if (how.blocks > 0x7fffffff) throw std::runtime_error(std::string(op) + ": too many blocks for one launch; split the batch");
     if (how.shared_limit > 48 * 1024) {
         check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_limit)));
         check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));

@@ -12,7 +12,7 @@ namespace cuda {
 namespace {
 
 using Long = Shape<256, 4>;
-static_assert(Long::tile == kTile, "places are counted in these tiles");
+static_assert(Long::tile == kTile, "tile_places counts tiles of kTile tokens");
 
 // A tile of a sequence; `exists` is false for a place without tokens, see tile_places.
 struct Place {

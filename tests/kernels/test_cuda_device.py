@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a device, at sizes that the emulator is too slow for; see test_cuda_emulated for the rest."""
+"""Tests of the CUDA C++ kernels on a device, at sizes for which the emulator is too slow; see also test_cuda_emulated."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def gradient(logits, constants, upstream=1.0, backend="cuda", inplace=False):
     return result.loss.detach(), x.grad
 
 
-# On sm_90 rows of one, two, four and eight blocks, rows that no boundary fits, and rows that are read twice.
+# On sm_90 these are rows of 1, 2, 4 and 8 blocks, rows that do not start on 16-byte boundaries, and rows that are read twice.
 @pytest.mark.parametrize("vocabulary", [1000, 50257, 64000, 128256, 151936, 300001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
@@ -103,7 +103,7 @@ def test_ids_out_of_range(vocabulary):
     assert torch.equal(got[good], clean[good])
 
 
-def test_a_graph_captures_it():
+def test_cuda_graph_capture():
     logits, constants = logits_batch(128256, torch.bfloat16)
     expected = gradient(logits, constants)
     x = logits.clone().requires_grad_()

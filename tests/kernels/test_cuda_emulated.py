@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of GAE and rollouts, run on the host by an emulator: what they compute, not how fast."""
+"""Tests of the results of the CUDA C++ kernels of `gae` and `rollout_advantages`, run on the host by an emulator."""
 
 import itertools
 
@@ -49,15 +49,15 @@ def test_gae(mask, holes, b, t):
 @pytest.mark.parametrize("holes", ["skip", "zero"])
 @pytest.mark.parametrize("bootstrap", [None, [3.0, -2.0]])
 def test_gae_in_tiles(mask, holes, bootstrap):
-    """One launch for the tiles, one for the carries, one that writes."""
+    """Long sequences take three launches: reduce the tiles, carry the states, write."""
     bootstrap = None if bootstrap is None else torch.tensor(bootstrap)
     check_gae(*batch(2, 2 * TILE + 5, mask), gamma=0.999, lam=0.99, holes=holes, bootstrap=bootstrap)
 
 
 @pytest.mark.parametrize("ends", [[0, 8], [-9, 4, 4], [2, 1 << 30], [3, 1, 2, -4], [0, 9 * TILE, 3 * TILE]])
 @pytest.mark.parametrize("tokens", [4, 2 * TILE + 4])
-def test_cu_seqlens_that_lie_read_nothing_outside(ends, tokens):
-    """A device's values are not looked at by the host: what is behind the tokens must not be reached all the same."""
+def test_invalid_cu_seqlens_read_nothing_out_of_bounds(ends, tokens):
+    """The host does not check `cu_seqlens` on a device, yet no kernel may read past the tokens."""
     x = torch.full((tokens + 2000,), torch.nan)
     x[:tokens] = 0.5
     mask, ends = torch.ones(len(x), dtype=torch.bool), torch.tensor(ends, dtype=torch.int32)
@@ -71,8 +71,8 @@ def test_cu_seqlens_that_lie_read_nothing_outside(ends, tokens):
 
 
 @pytest.mark.parametrize("holes", ["skip", "zero"])
-def test_a_block_walks_the_tiles_of_a_long_sequence(holes):
-    """Many short sequences and a long one: no launch for tiles, the same result."""
+def test_one_block_processes_all_tiles_of_a_long_sequence(holes):
+    """Among many short sequences, a long one takes no separate launches for its tiles."""
     lengths = torch.tensor([3, TILE + 77, 0, *[9] * 20])
     cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     n = int(cu[-1])
@@ -160,7 +160,7 @@ def test_rollout_in_tiles(mask, whiten_rewards):
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 @pytest.mark.parametrize("score_index", [None, [0, 0, 999, 3, 0, 700]])
 def test_packed_rollout(whiten_rewards, score_index):
-    """Where the score goes: the last action, or a place that may be masked."""
+    """The score is added at the last action, or at `score_index`, which may be masked or out of range."""
     b, t = 6, 1000
     lengths = torch.tensor([0, 1, t, 17, 0, 801])
     inside = torch.arange(t) < lengths[:, None]
@@ -178,19 +178,19 @@ def test_packed_rollout(whiten_rewards, score_index):
 
 
 def test_many_sequences_fold_their_sums():
-    """More sequences than every block of the whitening launch would add up again."""
+    """With more than 2048 sequences, a separate launch adds up their partial sums before the whitening launch."""
     check_rollout(rollout(2100, 3, "holes"), kl_coef=0.1)
 
 
 def test_whitened_rewards_of_sequences_shorter_than_a_lane():
-    """Four tokens of one lane lie in two or three sequences, each with a score of its own."""
+    """The four tokens of one lane belong to two or three sequences, each with its score."""
     check_rollout(rollout(50, 3, "holes"), kl_coef=0.1, whiten_rewards=True)
     cu = torch.tensor([0, 1, 1, 3, 4, 4, 9], dtype=torch.int32)
     tokens = {k: v if k == "scores" else v[0] for k, v in rollout(1, 9, "all").items()}
     check_rollout(tokens | {"scores": torch.arange(6) - 2.5}, kl_coef=0.1, whiten_rewards=True, cu_seqlens=cu)
 
 
-def test_a_score_behind_the_sequence_is_dropped():
+def test_a_score_index_out_of_range_adds_no_score():
     data = rollout(2, 9, "all")
     index = torch.tensor([9, -1])
     got = run_rollout(**data, kl_coef=0.0, score_index=index)

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernel of `logits_ppo_loss`, run on the host by an emulator, below the public function.
+"""Tests of the CUDA C++ kernel of `logits_ppo_loss`, called through the public function and run on the host by an emulator.
 
-Rows are short, so the room that a block has for them is made small: a row then takes a cluster of 1, 2, 4 or 8 blocks, or does
-not fit and is read twice.
+Rows are short, so the tests limit the shared memory per block: a row then takes a cluster of 1, 2, 4 or 8 blocks, or does not
+fit and is read twice.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ from .helpers.bounds import TEMPERATURES, check_error, check_temperature_costs_n
 from .helpers.heads import differentiate, make, widen
 
 REAL = _native._C
-FRONT = 208  # bytes of a block's shared memory in front of its part of a row
-SPLITS = {"one block": 65536, "two": 464, "four": 240, "eight": 128, "two passes": 16}  # bytes of 203 logits in float32
+FRONT = 208  # bytes at the start of a block's shared memory, before its part of a row
+SPLITS = {"one block": 65536, "two": 464, "four": 240, "eight": 128, "two passes": 16}
+"""Bytes per block for its part of a row of 203 logits in float32."""
 
 
 def ppo_loss(**arguments):
-    """The launcher of the loss from log-probs, of the backend that can run here."""
+    """Run the CPU launcher of `ppo_loss`: the emulator has no Triton, whose launcher the op would call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "_C", REAL)
         return _cpu.ppo_loss(**arguments)
@@ -43,7 +44,8 @@ def emulated(monkeypatch):
 
 
 @contextlib.contextmanager
-def room(split: str, dtype: torch.dtype = torch.float32):
+def shared_limit(split: str, dtype: torch.dtype = torch.float32):
+    """Limit a block's shared memory to the one that gives this split of rows of 203 logits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_emulator.load(), "CUDA_ROW_SHARED", FRONT + SPLITS[split] * dtype.itemsize // 4)
         yield
@@ -55,7 +57,7 @@ def batch(dtype, vocabulary=203, seed=0, b=3, t=6):
 
 
 def results(function, logits, arguments, kind=None, upstream=1.0, values=None):
-    """Loss, metrics, and the gradients of logits and values."""
+    """Return the loss, the metrics, and the gradients of logits and values."""
     kind = logits.dtype if kind is None else kind
     wide = torch.float64 if kind == torch.float64 else torch.float32
     arguments = {k: widen(v, wide) for k, v in arguments.items()}
@@ -84,20 +86,20 @@ def check(logits, arguments, **how):
 @pytest.mark.parametrize("kind", TEMPERATURES)
 @pytest.mark.parametrize("split", ["eight", "two passes"])
 def test_a_temperature_costs_no_accuracy(kind, split):
-    """The log-prob shows as the loss of an unclipped policy gradient of advantage -1, a row at a time."""
+    """The log-probs in the rows' statistics have no error except their rounding."""
     logits, ids, options = temperature_scene(kind)
     stats = RowStats.empty(len(ids), logits.device)
     transform = Transform.of(**options)
     ones = torch.ones(len(ids))
     args = PPOArguments(objective="policy_gradient")
     terms = ObjectiveTerms.of(args, ones, ones, ones.bool())
-    with room(split):
+    with shared_limit(split):
         rows = LogitRows(logits, ids, transform, terms.mask)
         _cuda.logits_ppo_loss(rows, terms.ppo, stats, torch.empty(2, len(ids)), terms.denominators.policy, None)
     check_temperature_costs_nothing(stats.logprobs, logits, ids, options)
 
 
-def test_the_softcaps_slope_does_not_cancel():
+def test_softcap_slope_has_no_cancellation():
     logits = torch.linspace(-7, 7, 141).view(1, 141).requires_grad_()
     one = torch.ones(1)
     logits_ppo_loss(
@@ -118,9 +120,9 @@ def test_the_softcaps_slope_does_not_cancel():
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 def test_every_split_and_dtype(dtype, split, upstream):
-    """203 logits: every row begins at another place between 16-byte boundaries."""
+    """With 203 logits, consecutive rows start at different offsets from a 16-byte boundary."""
     logits, constants, extra = batch(dtype)
-    constants["ids"][0] = torch.tensor([0, 1, 3, 200, 201, 202])  # among the single elements at the ends of a row
+    constants["ids"][0] = torch.tensor([0, 1, 3, 200, 201, 202])  # single elements at the ends of a row
     constants["mask"][0] = True
     options = {
         "temperature": extra["temperature"],
@@ -128,7 +130,7 @@ def test_every_split_and_dtype(dtype, split, upstream):
         "ref_logprobs": extra["ref_logprobs"],
         "kl_coef": 0.1,
     }
-    with room(split, dtype):
+    with shared_limit(split, dtype):
         check(logits, constants | options, upstream=upstream)
     blocks = cuda_emulator.load().largest_cluster()
     assert blocks == {"two": 2, "four": 4, "eight": 8}.get(split, 1)
@@ -153,14 +155,14 @@ def test_every_split_and_dtype(dtype, split, upstream):
 def test_options(split, options):
     logits, constants, extra = batch(torch.float32, seed=1)
     given = {k: extra[k] for k in ("weights", "returns", "old_values", "ref_logprobs")}
-    with room(split):
+    with shared_limit(split):
         check(logits, constants | options | given, values=extra["returns"] + 0.3, upstream=1.7)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 3, 7, 8, 33, 256, 1100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vocabularies(vocabulary, dtype):
-    """Fewer logits than blocks, than threads, than a pack; and several rounds of loads."""
+    """Rows with fewer logits than blocks, threads, or elements per pack; and rows that take several rounds of loads."""
     logits, constants, _ = batch(dtype, vocabulary)
     for shared in (FRONT + 16 * -(-vocabulary // 16), 65536):
         with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +171,7 @@ def test_vocabularies(vocabulary, dtype):
 
 
 def test_long_rows():
-    """More than one batch of loads of every thread."""
+    """Each thread loads more than one batch of packs."""
     logits, constants, _ = batch(torch.bfloat16, 9001, b=1, t=2)
     for shared in (65536, 8192, 16):
         with pytest.MonkeyPatch.context() as patch:
@@ -181,13 +183,13 @@ def test_long_rows():
 def test_masked_rows_are_not_read(split):
     logits, constants, _ = batch(torch.float32)
     mask = constants["mask"]
-    with room(split):
+    with shared_limit(split):
         clean = results(logits_ppo_loss, logits, constants)
         constants["ids"] = torch.where(mask, constants["ids"], 10**15)
         dirty = results(logits_ppo_loss, torch.where(mask[..., None], logits, torch.nan), constants)
     assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[2]["logits"], dirty[2]["logits"])
     assert (clean[2]["logits"][~mask] == 0).all()
-    with room(split):
+    with shared_limit(split):
         none = results(logits_ppo_loss, logits, constants | {"mask": torch.zeros_like(mask)})
     assert none[0] == 0 and (none[2]["logits"] == 0).all()
 
@@ -203,14 +205,14 @@ def test_an_id_out_of_range_makes_its_row_nan(split, upstream):
     rows = LogitRows(logits.view(-1, 203), ids.view(-1), Transform())
     wrong = (ids < 0).view(-1) | (ids >= 203).view(-1)
     for objective in ("clip", "policy_gradient"):
-        with room(split):
+        with shared_limit(split):
             stats, gradient = launch(rows, constants, objective, upstream)
         assert stats.logprobs[wrong].isnan().all() and stats.logprobs[~wrong].isfinite().all()
         assert gradient[wrong].isnan().all() and gradient[~wrong].isfinite().all()
 
 
 def launch(rows, constants, objective="clip", upstream=1.0):
-    """The launchers themselves: what the public function refuses on a CPU."""
+    """Call the launchers directly, because the public function rejects invalid ids on a CPU."""
     taken = (constants[name] for name in ("old_logprobs", "advantages", "mask"))
     terms = ObjectiveTerms.of(PPOArguments(objective=objective), *taken)
     n = rows.ids.numel()
@@ -223,12 +225,12 @@ def launch(rows, constants, objective="clip", upstream=1.0):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_make_their_row_so(split, bad):
+def test_non_finite_logits_make_only_their_row_non_finite(split, bad):
     logits, constants, _ = batch(torch.float32)
     constants["mask"][:] = True
     logits[0, 1, 150] = bad
     logits[0, 2] = -torch.inf
-    with room(split):
+    with shared_limit(split):
         stats, gradient = launch(LogitRows(logits.view(-1, 203), constants["ids"].view(-1), Transform()), constants)
     wrong = (torch.arange(18) == 1) | (torch.arange(18) == 2)
     assert not stats.logprobs[wrong].isfinite().any() and stats.logprobs[~wrong].isfinite().all()
@@ -236,13 +238,13 @@ def test_logits_that_are_not_finite_make_their_row_so(split, bad):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_some_logits_of_minus_infinity(split):
-    """As a constrained decoder leaves them: their probability is 0, and so is their part of the entropy."""
+def test_logits_of_minus_infinity(split):
+    """Logits masked by a constrained decoder have probability 0 and add 0 to the entropy."""
     logits, constants, _ = batch(torch.float32)
     forbidden = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)) < 0.4
     forbidden[..., 64:] |= torch.arange(18).view(3, 6, 1) == 4
     forbidden.scatter_(-1, constants["ids"][..., None], False)
-    with room(split):
+    with shared_limit(split):
         got = results(logits_ppo_loss, logits.masked_fill(forbidden, -torch.inf), constants | {"entropy_coef": 0.1})
         lowest = results(logits_ppo_loss, logits.masked_fill(forbidden, -1e4), constants | {"entropy_coef": 0.1})
     torch.testing.assert_close(got[2]["logits"], lowest[2]["logits"])
@@ -254,7 +256,7 @@ def test_some_logits_of_minus_infinity(split):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inplace(split, upstream, dtype):
     logits, constants, _ = batch(dtype)
-    with room(split, dtype):
+    with shared_limit(split, dtype):
         check(logits, constants | {"inplace": True, "entropy_coef": 0.05}, upstream=upstream)
         plain = logits.clone().requires_grad_()
         rows = plain * 1
@@ -264,8 +266,8 @@ def test_inplace(split, upstream, dtype):
         assert torch.equal(torch.autograd.grad(loss, rows)[0], expected)
 
 
-def test_inplace_where_saved_tensors_are_stored_elsewhere():
-    """Hooks that offload bring back copies: the logits' bytes must not come back as something else than the gradient's."""
+def test_inplace_with_saved_tensor_hooks():
+    """The gradient is the same if hooks replace saved tensors by copies, as offloading does."""
     logits, constants, _ = batch(torch.bfloat16)
     gradients = []
     for pack in (lambda x: x, lambda x: x.clone()):
@@ -285,7 +287,7 @@ def test_inplace_marks_the_logits_as_changed():
         other.backward()
 
 
-def test_without_a_gradient_the_logits_stay():
+def test_inplace_without_a_gradient_keeps_the_logits():
     logits, constants, _ = batch(torch.float32)
     before, version = logits.clone(), logits._version
     with torch.no_grad():
@@ -295,10 +297,10 @@ def test_without_a_gradient_the_logits_stay():
 
 
 @pytest.mark.parametrize("split", ["eight", "two passes"])
-def test_a_slice_is_read_where_it_lies(split):
+def test_a_slice_is_read_without_a_copy(split):
     logits, constants, _ = batch(torch.bfloat16, t=7)
     cut = {k: v[:, 1:] for k, v in constants.items()}
-    with room(split):
+    with shared_limit(split):
         x = logits.clone().requires_grad_()
         got = torch.autograd.grad(logits_ppo_loss(x[:, :-1], **cut).loss, x)[0]
         whole = logits[:, :-1].contiguous().requires_grad_()
@@ -306,12 +308,12 @@ def test_a_slice_is_read_where_it_lies(split):
     torch.testing.assert_close(got[:, :-1], expected)
     assert (got[:, -1] == 0).all()
     rows = logits.clone()
-    with room(split):
+    with shared_limit(split):
         y = logits_ppo_loss((rows.requires_grad_() * 1)[:, :-1], **cut, inplace=True).loss
         torch.testing.assert_close(torch.autograd.grad(y, rows)[0][:, :-1], expected)
 
 
-def test_backward_is_for_once():
+def test_backward_runs_only_once():
     logits, constants, _ = batch(torch.float32)
     loss = logits_ppo_loss(logits.requires_grad_(), **constants).loss
     with pytest.raises(RuntimeError, match="differentiates once"):
@@ -322,9 +324,9 @@ def test_backward_is_for_once():
         loss.backward()
 
 
-def test_repetition_gives_the_same_bits():
+def test_results_are_bitwise_reproducible():
     logits, constants, _ = batch(torch.bfloat16)
-    with room("four"):
+    with shared_limit("four"):
         one, two = (results(logits_ppo_loss, logits, constants) for _ in range(2))
     assert torch.equal(one[0], two[0]) and torch.equal(one[2]["logits"], two[2]["logits"])
 
@@ -341,8 +343,8 @@ def test_below_sm_90_there_are_no_clusters():
     module.largest_cluster()
     module.set_capability(80)
     try:
-        for split in ("one block", "eight"):  # the second one takes two passes then
-            with room(split):
+        for split in ("one block", "eight"):  # without clusters, "eight" takes two passes
+            with shared_limit(split):
                 check(logits, constants)
         assert module.largest_cluster() == 1
     finally:
@@ -378,7 +380,7 @@ def test_compiles_as_one_graph():
         (torch.float16, {"inplace": True}, "got inplace=True with float16 logits, expected inplace=False"),
     ],
 )
-def test_a_backend_asked_for_by_name_is_not_replaced(dtype, options, message):
+def test_an_explicit_backend_is_not_replaced(dtype, options, message):
     logits, constants, _ = batch(dtype)
     with pytest.raises(
         ValueError, match=f"backend: 'cuda' cannot serve this call: {message}.*; use 'triton' or 'auto'"

@@ -1,4 +1,4 @@
-"""The stub of the compiled extension, with which the callers are type-checked, names what the extension has."""
+"""Tests that the stub of the compiled extension, against which its callers are type-checked, agrees with the extension."""
 
 import ast
 import re
@@ -17,14 +17,14 @@ FIRST_CUDA_LINE = TEXT[: TEXT.index("# Only in a build with nvcc.")].count("\n")
 
 
 def signature(function: ast.FunctionDef) -> tuple[int, list[str], bool]:
-    """Number of positional parameters, names of keyword-only ones, and whether there are any others."""
+    """Return the number of positional parameters, the names of keyword-only ones, and whether there are `**kwargs`."""
     a = function.args
     names = [p.arg for p in (*a.posonlyargs, *a.args) if p.arg != "self"]
     return len(names), [p.arg for p in a.kwonlyargs], a.kwarg is not None
 
 
 def stub() -> dict[str, tuple[int, tuple[int, list[str], bool] | None]]:
-    """The line and the signature of each name."""
+    """Return the line and the signature of each name in the stub."""
     found = {}
     for node in ast.parse(TEXT).body:
         if isinstance(node, ast.ClassDef):
@@ -38,7 +38,7 @@ def stub() -> dict[str, tuple[int, tuple[int, list[str], bool] | None]]:
 
 
 def built_signature(value: object) -> tuple[int, list[str], bool] | None:
-    """The same from the line with which pybind11 documents a function or a constructor."""
+    """Return the signature of a function or constructor from the first line of its docstring, which pybind11 writes."""
     if not callable(value):
         return None
     documented = (value.__init__ if isinstance(value, type) else value).__doc__.splitlines()[0]

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: compiles csrc/cuda against the emulator, and puts it in the place of the extension."""
+"""An emulator of the CUDA kernels on the host: csrc/cuda compiled as C++, which replaces the extension in a context."""
 
 import contextlib
 import fcntl
@@ -27,7 +27,7 @@ FLAGS = [
 
 
 def build() -> Path:
-    """The compiled module, made again only where a source has changed."""
+    """Return the path of the compiled module; compile it only if a source has changed."""
     read = sorted(
         p for folder in (ROOT / "csrc", HERE) for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"
     )
@@ -46,7 +46,7 @@ def build() -> Path:
 
 
 def compile_into(module: Path) -> None:
-    """Compile the sources and link them as `module`, whose folder exists."""
+    """Compile the sources and link them as `module`; its folder must exist."""
     folder = module.parent
     cuda = ROOT / "csrc/cuda"
     sources = sorted([*cuda.glob("*.cu"), cuda / "bindings.cpp", HERE / "emulator.cpp"])
@@ -67,9 +67,9 @@ def compile_into(module: Path) -> None:
 
 @functools.cache
 def load():
-    """The module, with what the bindings of csrc/cuda define."""
+    """Return the compiled module, which has the bindings of csrc/cuda; skip the test if there is no g++."""
     if not shutil.which("g++"):
-        pytest.skip("the emulator of CUDA needs g++")
+        pytest.skip("the CUDA emulator needs g++")
     spec = importlib.util.spec_from_file_location("_cuda_emulated", build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -78,7 +78,7 @@ def load():
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, the launchers of `rlhf_kernels._cuda` take CPU tensors."""
+    """Replace the extension by the emulator: in the context, the launchers of `rlhf_kernels._cuda` take CPU tensors."""
     module = load()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "_C", module)

@@ -1,4 +1,4 @@
-// The host's version of csrc/cuda/device.cuh.
+// The host version of csrc/cuda/device.cuh.
 #pragma once
 #define RLHF_ISA emulated
 #include "cpu/simd.h"
@@ -23,7 +23,9 @@ template <class T>
 T* peer(T* variable, int rank) {
     const auto offset = reinterpret_cast<unsigned char*>(variable) - shared_memory();
     auto& memory = emulator::cluster->blocks.at(size_t(rank)).shared;
-    if (offset < 0 || size_t(offset) + sizeof(T) > memory.size()) throw std::runtime_error("peer: not in shared memory");
+    if (offset < 0 || size_t(offset) + sizeof(T) > memory.size()) {
+        throw std::runtime_error("emulated kernel: the variable passed to `peer` is not in shared memory");
+    }
     return reinterpret_cast<T*>(memory.data() + offset);
 }
 

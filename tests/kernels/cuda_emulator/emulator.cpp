@@ -22,7 +22,7 @@ jmp_buf scheduler;
 ucontext_t outside;
 const std::function<void()>* body = nullptr;
 std::exception_ptr failure;
-std::vector<std::unique_ptr<unsigned char[]>> free_stacks;  // of fibers that are done: fresh pages would be slow
+std::vector<std::unique_ptr<unsigned char[]>> free_stacks;  // of finished fibers: page faults on new stacks are slow
 
 std::unique_ptr<unsigned char[]> new_stack() {
     if (free_stacks.empty()) return std::unique_ptr<unsigned char[]>(new unsigned char[kStack]);
@@ -43,7 +43,7 @@ void enter() {
     self.warp().barrier.leave();
     self.block->barrier.leave();
     cluster->barrier.leave();
-    if (self.block->barrier.expected == 0) {  // gone: what another block reads of it from now on is NaN
+    if (self.block->barrier.expected == 0) {  // the block has exited: later reads of its memory by other blocks give NaN
         std::fill(self.block->shared.begin(), self.block->shared.end() - kCanary, 0xff);
     }
     _longjmp(scheduler, 1);
@@ -63,7 +63,7 @@ void resume(Fiber& f) {
     swapcontext(&outside, &f.start);
 }
 
-// Every fiber of [begin, end), each until it waits; how many are not done.
+// Run each fiber of [begin, end) until it waits, except for the warp `without`; return how many of them are not done.
 size_t round(std::vector<Fiber>& fibers, size_t begin, size_t end, size_t without) {
     size_t left = 0;
     for (size_t i = begin; i < end; i++) {
@@ -75,8 +75,8 @@ size_t round(std::vector<Fiber>& fibers, size_t begin, size_t end, size_t withou
     return left;
 }
 
-// One warp is kept back until all the others wait for it, then another one: what only a barrier that is missing would order
-// comes in the wrong order.
+// Hold back one warp until all others wait for it, then choose the next warp pseudo-randomly. If a kernel lacks a barrier, the
+// accesses that it would order then happen in the wrong order, and the results show it.
 void run_cluster(std::vector<Fiber>& fibers) {
     const size_t warps = fibers.size() / kWarp;
     for (uint32_t draw = 1;;) {
@@ -105,7 +105,9 @@ void yield() {
 }
 
 void run(int64_t blocks, int threads, size_t shared, int cluster_size, const std::function<void()>& kernel) {
-    if (threads % kWarp || blocks % cluster_size) throw std::runtime_error("emulated launch: whole warps and clusters only");
+    if (threads % kWarp || blocks % cluster_size) {
+        throw std::runtime_error("emulated launch: threads must fill whole warps, and blocks whole clusters");
+    }
     body = &kernel;
     largest_cluster = max(largest_cluster, cluster_size);
     grid_size.x = unsigned(blocks);
@@ -122,7 +124,7 @@ void run(int64_t blocks, int threads, size_t shared, int cluster_size, const std
             b.barrier.expected = threads;
             b.warps.resize(size_t(threads) / kWarp);
             for (Warp& w : b.warps) w.barrier.expected = kWarp;
-            b.shared.assign(shared + kCanary, 0xff);  // NaN: what is read before it is written shows
+            b.shared.assign(shared + kCanary, 0xff);  // NaN, so that a read before the first write shows in the results
             for (int t = 0; t < threads; t++) {
                 Fiber& f = fibers[size_t(rank) * threads + t];
                 f.block = &b;
@@ -133,7 +135,9 @@ void run(int64_t blocks, int threads, size_t shared, int cluster_size, const std
         for (Fiber& f : fibers) free_stacks.push_back(std::move(f.stack));
         for (const Block& b : group.blocks) {
             for (size_t i = 0; i < kCanary; i++) {
-                if (b.shared[shared + i] != 0xff) throw std::runtime_error("emulated kernel: wrote behind its shared memory");
+                if (b.shared[shared + i] != 0xff) {
+                    throw std::runtime_error("emulated kernel: it wrote past the end of its shared memory");
+                }
             }
         }
     }

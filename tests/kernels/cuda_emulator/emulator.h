@@ -1,6 +1,6 @@
-// Runs CUDA C++ on the host: every thread of a block is a fiber, the blocks of a cluster run together, clusters one after the
-// other. Slow, and enough to check what a kernel computes; of all the orders that threads can run in it tries a few.
-// Built with -fsanitize=alignment: a 16-byte access that a device would refuse ends the process.
+// An emulator of CUDA C++ on the host. Every thread of a block is a fiber; the blocks of a cluster run together, and clusters
+// run one after the other. The emulator is slow; it checks what a kernel computes, and tries a few of the possible orders of
+// threads. It is built with -fsanitize=alignment, so a misaligned 16-byte access, which fails on a device, ends the process.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -40,7 +40,7 @@ namespace emulator {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 * 1024, kCanary = 64;
 
-extern unsigned long progress;  // events; a round of all fibers without one is a deadlock
+extern unsigned long progress;  // number of events; a round of all fibers without an event is a deadlock
 
 struct Barrier {
     int expected = 0, arrived = 0;
@@ -106,7 +106,7 @@ inline void meet(Barrier& b) { wait(b, b.arrive()); }
 template <class T>
 T exchange(unsigned lanes, T value, int source) {
     static_assert(sizeof(T) <= 16, "fits a slot");
-    if (lanes != 0xffffffffu) throw std::runtime_error("only whole warps are emulated");
+    if (lanes != 0xffffffffu) throw std::runtime_error("emulated shuffle: the mask must be 0xffffffff");
     Warp& w = running->warp();
     memcpy(w.slots[running->thread.x % kWarp], &value, sizeof value);
     meet(w.barrier);
