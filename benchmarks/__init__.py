@@ -1,1 +1,1 @@
-"""Benchmarks: one `bench_<op>.py` an op, each measured against its floor and its peers in one run."""
+"""Benchmarks: one `bench_<op>.py` per op; each compares the op with a lower bound and with its peers in one run."""

@@ -16,15 +16,18 @@ NAMES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).paren
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(NAMES)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: shows that it runs")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}; all by default")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes and few rounds, to check that a benchmark runs"
+    )
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(NAMES))
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
 
     names = arguments.names or NAMES
-    if len(names) > 1:  # a process each: one that fails does not stop the others, nor leave threads and imports behind
+    # One process per benchmark: a failure does not stop the others, and none inherits threads or imports.
+    if len(names) > 1:
         flags = ["--quick"] * arguments.quick
         return max([subprocess.call([sys.executable, "-m", "benchmarks", name, *flags]) for name in names])
     run(names[0], quick=arguments.quick)
@@ -32,14 +35,14 @@ def main() -> int:
 
 
 def run(name: str, *, quick: bool) -> None:
-    """Run one benchmark from an empty result file."""
+    """Delete the results file of a benchmark, run it, and print how many bounds it met."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").unlink(missing_ok=True)
     facts = machine()
     versions = ", ".join(f"{package} {version}" for package, version in facts.pop("versions").items())
     print(f"\n# {name}\n" + ", ".join(f"{key} {value}" for key, value in facts.items()) + f"\n{versions}")
     if facts["load_average"] > 0.5 * facts["cores"]:
-        print("note: something else is running here; run again on a quiet machine for figures to quote")
+        print("note: the load average is high; run again on an idle machine before you quote these figures")
     importlib.import_module(f"benchmarks.bench_{name}").main(quick=quick)
     checks = [
         check["met"]

@@ -1,8 +1,8 @@
-"""`gae` and `rollout_advantages` against memory copies of what they read and write, and `gae` against a Python loop.
+"""Time of `gae` and `rollout_advantages` against memory copies of their inputs and outputs, and of a Python loop.
 
-Floors: `gae` reads rewards and values and writes advantages and returns, so copying four float32 tensors of that shape
-into existing ones; `rollout_advantages` against copying its 29 bytes an element (three float32 and a mask in, four
-float32 out), 37 when it whitens, as one block.
+Lower bounds (`floor`): `gae` reads rewards and values and writes advantages and returns, so its bound is a copy of four
+float32 tensors of that shape into existing ones. `rollout_advantages` moves 29 bytes per element (three float32 and a mask
+in, four float32 out), or 37 with whitening, so its bound is a copy of one block of that size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONG = (8, 131072)
 
 
 def make_rollout(b: int, t: int) -> dict[str, torch.Tensor]:
-    """Log-probs, values, scores and a mask of responses that end at different places."""
+    """Return log-probs, values, scores and a mask of responses with different lengths."""
     torch.manual_seed(0)
     lengths = torch.randint(t // 2, t + 1, (b, 1))
     logprobs = -torch.rand(b, t)
@@ -36,7 +36,7 @@ def make_rollout(b: int, t: int) -> dict[str, torch.Tensor]:
 
 
 def copies(b: int, t: int) -> Callable[[], None]:
-    """Four float32 tensors into four that exist."""
+    """Return a call that copies four float32 tensors into four existing ones."""
     pairs = [(torch.zeros(b, t), torch.randn(b, t)) for _ in range(4)]
     return lambda: [destination.copy_(source) for destination, source in pairs]
 
@@ -86,9 +86,9 @@ def _backend() -> str:
 
 
 def main(*, quick: bool = False) -> None:
-    """Every shape of the table; `quick` takes the first one only."""
-    # glibc returns freed blocks to the system until a large one was freed once, as in any process that trains; without
-    # this the first shapes would measure page faults of the outputs.
+    """Measure every shape of `SHAPES` and `LONG`; only the first shape if `quick`."""
+    # glibc returns freed blocks to the system until one large block has been freed, as it has in any process that trains.
+    # Without this block, the first shapes would measure page faults of the outputs.
     block = torch.empty(30 * 2**20, dtype=torch.uint8)
     del block
     rounds = 3 if quick else 11

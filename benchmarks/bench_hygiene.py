@@ -1,8 +1,8 @@
-"""`rlhf data clean` on 1,000,000 generated prompts: seconds and the whole peak of its memory, in a process of its own.
+"""Seconds and peak memory of `rlhf data clean` on 1,000,000 generated prompts, in a separate process.
 
-No peer does these steps together, so the bounds are absolute: 3 minutes and 1 GB on two cores. The prompts are English-
-like words, 300 characters on average and up to some thousands; one in six repeats a template, one in 25 has something
-personal in it, one in five has numbers, and twenty users have far more than 200.
+No peer does all of these steps, so the bounds are absolute: 3 minutes and 1 GB on two cores. The prompts are English-like
+words, 300 characters on average and up to several thousand. One prompt in six repeats a template, one in 25 contains
+personal data, one in five contains numbers, and each of twenty users has far more than 200 prompts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(*, quick: bool) -> None:
 
 
 def clean(session: Session, source: str, output: str) -> None:
-    """The worker: one cleaning a step."""
+    """Clean the prompts once per step of the session."""
     from rlhf_engine.config import HygieneConfig
     from rlhf_engine.data.hygiene import clean_prompts
 
@@ -69,7 +69,7 @@ def clean(session: Session, source: str, output: str) -> None:
 
 
 def write_prompts(path: Path, count: int, seed: int = 0) -> None:
-    """`count` lines of prompts with user ids, the same for a seed."""
+    """Write `count` prompts with user ids as lines of JSON; equal seeds give equal files."""
     rng = Random(seed)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
     vocabulary = ["".join(rng.choices(letters, range(26, 0, -1), k=rng.randint(2, 9))) for _ in range(4000)]

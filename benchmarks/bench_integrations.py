@@ -1,8 +1,8 @@
-"""Training steps of OpenRLHF, verl and TRL's GRPOTrainer beside the same with only our head and loss swapped in.
+"""Training steps of OpenRLHF, verl and TRL's GRPOTrainer, unmodified and with only their head and loss replaced by ours.
 
-A Llama of 20M parameters (random weights, a vocabulary of 32,768), sequences of 32 + 128 tokens, float32, AdamW. The two of a
-pair run in turn, each in a process of its own. Memory is peak RSS above what the process holds after its imports; the first
-step of each is a warm-up. It wants the environment of `make test-peers`.
+Setup: a Llama of 20M parameters (random weights, a vocabulary of 32,768), sequences of 32 + 128 tokens, float32, AdamW. The
+two variants of a trainer run in alternation, each in a separate process. Memory is peak RSS above the RSS after the imports.
+The first step of each variant is a warm-up. Requires the environment of `make test-peers`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOOPS = {"OpenRLHF": "openrlhf", "verl": "verl", "TRL GRPOTrainer": "trl_grpo"}
 
 
 def measure(peer: str, model: dict, batch: dict, rounds: int) -> None:
-    """One trainer as it is and with ours in it."""
+    """Measure one trainer unmodified and with our head and loss."""
     target = f"benchmarks.peers.integration_loops:{LOOPS[peer]}"
     sides = {f"{peer} with our head and loss": True, peer: False}
     workers = [
@@ -45,7 +45,7 @@ def main(*, quick: bool = False) -> None:
 
 
 def test_integrations(benchmark) -> None:
-    """The part that needs no peer: the loss alone, with its gradient."""
+    """Time only the loss with its gradient, which needs no peer."""
     import torch
 
     from rlhf_kernels.integrations.openrlhf import PolicyLoss

@@ -1,8 +1,8 @@
-"""`linear_ppo_loss` forward and backward from hidden states, against three matrix products and every CPU peer.
+"""Time and memory of `linear_ppo_loss`, forward and backward, against three matrix products and every CPU peer.
 
-Floor: logits = h W^T, dX = dlogits W, dW = dlogits^T h, in chunks of rows, into preallocated outputs; the best chunk
-counts. Memory is peak RSS above inputs, weight and their gradients. No token of the batch is clipped, so that no case
-gains by leaving rows out, except where half of them are masked.
+Lower bound (`floor`): logits = h W^T, dX = dlogits W, dW = dlogits^T h, in chunks of rows, into preallocated outputs, with
+the fastest chunk size. Memory is peak RSS above inputs, weight and their gradients. No token of the batch is clipped, so
+no case can save time by skipping rows, except the case in which half of the tokens are masked.
 
 N tokens as B sequences of 128, H hidden, V vocabulary.
 """
@@ -28,7 +28,7 @@ TINY = {"n": 128, "h": 64, "v": 512}
 
 
 def make_batch(n: int, h: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Batch]:
-    """Hidden states, weight and a batch whose ratios all lie inside the clip range."""
+    """Return hidden states, weight and a batch whose ratios are all inside the clip range."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(n // 128, 128, h).to(dtype), (0.02 * torch.randn(v, h)).to(dtype)
     ids = torch.randint(0, v, (n // 128, 128))
@@ -42,7 +42,7 @@ def make_batch(n: int, h: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def ours(case: str, hidden: Tensor, weight: Tensor, batch: Batch) -> Callable[[], Tensor]:
-    """The call that `case` names, with every extra tensor made beforehand."""
+    """Return the call of `case`; its extra tensors are allocated here, before the measurement."""
     options = {}
     if case == "ours, half masked":
         batch = batch._replace(mask=torch.randperm(batch.ids.numel()).view_as(batch.ids) % 2 == 0)
@@ -63,7 +63,7 @@ def ours(case: str, hidden: Tensor, weight: Tensor, batch: Batch) -> Callable[[]
 
 
 def floor_step(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], None]:
-    """Three `torch.mm` a chunk, into outputs made by the first call; logits stand in for their gradient."""
+    """Return a step of three `torch.mm` per chunk; the first call allocates the outputs, and logits serve as their gradient."""
     hidden, weight = hidden.detach().flatten(0, 1), weight.detach()
     outputs = []
 
@@ -81,7 +81,7 @@ def floor_step(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], None]
 
 
 def make_step(case: str, shape: dict, dtype: torch.dtype) -> Callable[[], None]:
-    """One forward and backward of `case`, its tensors made."""
+    """Allocate the tensors of `case` and return one forward and backward pass."""
     hidden, weight, batch = make_batch(**shape, dtype=dtype)
     if case.startswith("floor"):
         return floor_step(hidden, weight, min(int(case.split()[-1]), shape["n"]))
@@ -96,14 +96,14 @@ def make_step(case: str, shape: dict, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def worker(session: Session, *, case: str, dtype: str, **shape: int) -> None:
-    """One case in a process of its own: forward and backward a step."""
+    """Run one case in this process: one forward and backward pass per step of the session."""
     element_type = getattr(torch, dtype)
-    make_step(case, TINY, element_type)()  # what is imported or compiled on first use is not the loss's memory
+    make_step(case, TINY, element_type)()  # keeps imports and compilation on first use out of the measured memory
     step = make_step(case, shape, element_type)
     if case in COMPILING:
         step()
     gradient_bytes = (shape["n"] + shape["v"]) * shape["h"] * element_type.itemsize
-    session.baseline(expected_bytes=0 if case in COMPILING else gradient_bytes)  # a compiled peer has its gradients
+    session.baseline(expected_bytes=0 if case in COMPILING else gradient_bytes)  # a compiled peer has them by now
     session.ready()
     while session.begin():
         step()
@@ -144,7 +144,7 @@ def _checks(rows: dict[str, Row], floor: Row, dtype: str) -> list[Check]:
 
 
 def main(*, quick: bool = False) -> None:
-    """Both dtypes, every case; about a minute when `quick`."""
+    """Measure every case in both dtypes; takes about a minute if `quick`."""
     for dtype in ("bfloat16", "float32"):
         measure(dtype, QUICK if quick else FULL, rounds=2 if quick else 5)
 

@@ -1,10 +1,11 @@
-"""The memory plan against the measured peak of PPO updates on the CPU, each case in a process of its own.
+"""Planned and measured peak memory of PPO updates on the CPU, each case in a separate process.
 
-Measured is the peak resident set above what the process holds after its imports, models and optimiser included; planned is
-`MemoryPlan.peak`, what persists and the largest phase. Every response runs to its longest. Cases are of 2 GB and more, and
-different things make them large. The planner was fitted to none of those that say so: they were chosen without it, and what was
-changed in it since follows the engine's code. The last two showed what it had left out: a bfloat16 embedding's gradient beside
-its float32 sum, and the tensor that a layer's pages are read into on the CPU.
+Measured: the peak resident set above the resident set after the imports, so models and optimizer are included. Planned:
+`MemoryPlan.peak`, the persistent memory plus the largest phase. Every response has the maximum length. Each case needs 2 GB
+or more, and the cases differ in what dominates their memory. The planner was not fitted to the cases that are named "not
+fitted": they were chosen without it, and later changes to the planner follow the engine's code. The last two cases showed
+what the planner had omitted: the gradient of a bfloat16 embedding in addition to its float32 sum, and the tensor into which
+a layer's pages are read on the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo  # the first call of a custom op imports it: no part of an update
+import torch._dynamo  # the first call of a custom op would import it during an update
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import MB, Check, Row, Session, Worker, alternate_workers, report
@@ -41,7 +42,7 @@ def _model(model_type: str, vocab: int, hidden: int, intermediate: int, layers: 
 
 
 def _run(prompt: int, response: int, batch: int, microbatch: int, **rest: Any) -> dict:
-    """Settings of a run: one rollout of `batch` sequences, one minibatch, all decoded together."""
+    """Return the settings of a run with one rollout of `batch` sequences, decoded together, in one minibatch."""
     attention, dtype = rest.pop("attention", "sdpa"), rest.pop("dtype", "float32")
     state, checkpointed = rest.pop("state", "resident"), rest.pop("checkpointed", False)
     memory = {"optimizer_state": state, "gradient_checkpointing": checkpointed}
@@ -100,17 +101,17 @@ CASES: dict[str, tuple[dict, dict, int]] = {
         1,
     ),
 }
-"""Name -> (config.json's fields, the run's settings, updates)."""
+"""Name -> (fields of config.json, settings of the run, number of updates)."""
 
 
 def make_plan(fields: dict, settings: dict) -> MemoryPlan:
-    """The plan of a case, its reward model as large as its policy."""
+    """Return the plan of a case whose reward model has the size of its policy."""
     shape = ModelShape.from_fields(fields)
     return MemoryPlan.of_run(RunConfig.from_dict(settings), shape, shape)
 
 
 def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
-    """The trainer that `rlhf ppo` makes of these settings, with random weights and prompts."""
+    """Return the trainer that `rlhf ppo` builds from these settings, with random weights and prompts."""
     config = RunConfig.from_dict(settings)
     torch.manual_seed(0)
     shape = AutoConfig.for_model(**fields)
@@ -134,21 +135,21 @@ def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
 
 
 def worker(session: Session, *, fields: dict, settings: dict, updates: int) -> None:
-    """One case: models, then its updates as one step of the session."""
-    return_freed_blocks()  # as `rlhf ppo` does on the CPU where it is given a budget
+    """Run one case: create its models, then run all of its updates as one step of the session."""
+    return_freed_blocks()  # as `rlhf ppo` does on the CPU if `memory.budget` is set
     session.baseline()
     trainer = make_trainer(fields, settings)
     session.ready()
     while session.begin():
         logs = [trainer.step() for _ in range(updates)]
-        # The phases move the mark that the session reads.
+        # Each phase resets the high-water mark that the session reads.
         session.end(
             peak_bytes=1e6 * max(log[f"peak_{phase}_mb"] for log in logs for phase in ("generate", "score", "train"))
         )
 
 
 def measure(name: str) -> Row:
-    """The case's peak, and in its note what was planned."""
+    """Measure the peak of a case; the note of the row has the planned peak."""
     fields, settings, updates = CASES[name]
     case = {"fields": fields, "settings": settings, "updates": updates}
     one = Worker(name, "benchmarks.bench_memory_plan:worker", case, start_limit=900, step_limit=2400)
@@ -160,7 +161,7 @@ def measure(name: str) -> Row:
 
 
 def main(*, quick: bool = False) -> None:
-    """Every case, a few at a time, which changes their times and not their memory; `quick` runs the first alone."""
+    """Run every case, `JOBS` at a time: this changes their times but not their memory. If `quick`, run only the first."""
     names = list(CASES)[: 1 if quick else None]
     with ThreadPoolExecutor(JOBS) as pool:
         rows = list(pool.map(measure, names))

@@ -1,22 +1,23 @@
-"""One PPO update, prompt to optimiser: our trainer against TRL's PPOTrainer, in turn, each in a process of its own.
+"""One PPO update, from prompts to optimizer: our trainer and TRL's PPOTrainer in alternation, each in a separate process.
 
-A Llama of 7.3M parameters (7,309,568; random weights), 32 prompts of 32 tokens, 64 response tokens each (nothing ends
-earlier), 4 epochs of one minibatch, weights in float32, AdamW with a learning rate of 3e-6, temperature 0.7, kl_coef 0.05,
-gradients not clipped. TRL keeps four models: policy, reference, value model and reward model. Ours keeps the value head on
-the policy's trunk, a frozen copy as reference and a reward model of the same size. Memory is peak RSS above what the process
-holds after its imports. The first update of each is a warm-up.
+Setup: a Llama of 7.3M parameters (7,309,568; random weights), 32 prompts of 32 tokens, 64 response tokens each (no response
+ends earlier), 4 epochs of one minibatch, weights in float32, AdamW with a learning rate of 3e-6, temperature 0.7, kl_coef
+0.05, no gradient clipping. TRL keeps four models: policy, reference, value model and reward model. Ours keeps the value head
+on the policy's trunk, a frozen copy as reference and a reward model of the same size. Memory is peak RSS above the RSS after
+the imports. The first update of each trainer is a warm-up.
 
-Both take the same 32 sequences in every optimiser step, cut as each does best: TRL's loss is a mean of each micro-batch's, so
-that its micro-batches are the case; ours is the minibatch's whatever its cut, so that a budget of tokens decides (`TOKENS`).
-bf16 compute is ours alone, TRL stays in float32: on a processor without bfloat16 instructions (avx512_bf16, amx_bf16) its
-products are float32's with rounded factors. The floor is an update's matrix products alone in float32, with our cut, nothing
-else (`benchmarks/ppo_products.py`): where it is beyond a bound, no update on that processor is within it.
+Both trainers use the same 32 sequences in every optimizer step, split in the way that is best for each. TRL's loss is a mean
+per micro-batch, so the micro-batch size is part of the case. Our loss does not depend on the split, so a token budget
+determines it (`TOKENS`). Only ours runs with bfloat16 compute; TRL stays in float32. On a processor without bfloat16
+instructions (avx512_bf16, amx_bf16), bfloat16 products are float32 products of rounded factors. The lower bound (`floor`) is
+the time of only the matrix products of an update, in float32 and with our split (`benchmarks/ppo_products.py`). If it is
+above the bound of a check, no update on that processor can meet that bound.
 """
 
 from __future__ import annotations
 
 import torch
-import torch._dynamo  # the first call of a custom op imports it, as TRL's imports do: no part of an update
+import torch._dynamo  # TRL's imports load it; ours would at the first custom op, during an update
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Check, Session, Worker, alternate_workers, ratio, report
@@ -39,16 +40,16 @@ MODEL = {
 }
 BATCH = {"prompts": 32, "prompt_tokens": 32, "response_tokens": 64, "epochs": 4}
 TOKENS = {32: 760, 8: 380}
-"""TRL's sequences a pass -> our tokens a pass, 8 and 4 sequences of 95 inputs."""
+"""TRL's sequences per pass -> our tokens per pass: 8 and 4 sequences of 95 inputs."""
 OURS, TRL = "benchmarks.bench_ppo_step:worker", "benchmarks.peers.trl_ppo:run"
 FLOOR = "floor: its products alone, float32"
 BOUNDS = {"float32": 0.5, "bfloat16": 0.3}
-"""Compute type -> most seconds over TRL's."""
+"""Compute type -> upper bound of our seconds divided by TRL's."""
 MEMORY_BOUND = 0.35
 
 
 def make_trainer(model: dict, batch: dict) -> PPOTrainer:
-    """Our trainer with the settings that TRL's has."""
+    """Return our trainer with the settings of TRL's."""
     torch.manual_seed(0)
     vocab_size, prompts = model["vocab_size"], batch["prompts"]
     language_model = LlamaForCausalLM(LlamaConfig(**model))
@@ -89,18 +90,18 @@ def make_trainer(model: dict, batch: dict) -> PPOTrainer:
 
 
 def worker(session: Session, *, model: dict, batch: dict) -> None:
-    """Our half: one update a step of the session."""
+    """Run our trainer: one update per step of the session."""
     session.baseline()
     trainer = make_trainer(model, batch)
     session.ready()
     while session.begin():
         log = trainer.step()
-        # The phases move the mark that the session reads.
+        # Each phase resets the high-water mark that the session reads.
         session.end(peak_bytes=1e6 * max(log[f"peak_{phase}_mb"] for phase in ("generate", "score", "train")))
 
 
 def measure(micro_batch: int, batch: dict, rounds: int) -> None:
-    """TRL with `micro_batch` sequences a forward and backward pass; ours in both compute types."""
+    """Compare TRL with `micro_batch` sequences per forward and backward pass with ours in both compute types."""
     batch = batch | {"micro_batch": micro_batch, "tokens": TOKENS[micro_batch]}
     cases = [(f"ours, {compute}", OURS, {"compute": compute}) for compute in BOUNDS]
     slow = "" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "this processor has no bfloat16 instructions"
@@ -131,7 +132,7 @@ def measure(micro_batch: int, batch: dict, rounds: int) -> None:
 
 
 def main(*, quick: bool = False) -> None:
-    """TRL with the whole batch in one pass, and then in passes of 8, which saves it memory."""
+    """Compare with TRL with the whole batch in one pass, then in passes of 8 sequences, which reduces TRL's memory."""
     if quick:
         measure(32, BATCH | {"response_tokens": 16}, rounds=1)
         return

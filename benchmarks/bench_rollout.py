@@ -1,11 +1,10 @@
-"""Sampling: our generator against transformers' `generate` and its continuous batching, in turn, in one process.
+"""Sampling: our generator, transformers' `generate` and its continuous batching, in alternation in one process.
 
-Two Llamas of 7.3M and 48M parameters (random weights), 64 prompts of 32 tokens, float32, temperature 1, nothing filtered.
-"Equal lengths": 64 response tokens each, an end token outside the vocabulary. "Geometric lengths": a sixteenth of the
-vocabulary are end tokens, so that under random weights a response goes on with probability of about 15/16 a token, to 16
-tokens on average, a quarter of its budget. Figures are seconds for each token that was sampled, of the clock on the wall and
-of the processor: the second one is of use where something else runs on the machine. Ours gives log-probs and values beside the
-tokens.
+Setup: two Llamas of 7.3M and 48M parameters (random weights), 64 prompts of 32 tokens, float32, temperature 1, no filter.
+"Equal lengths": 64 response tokens each; the end token is outside the vocabulary. "Geometric lengths": a sixteenth of the
+vocabulary are end tokens, so with random weights a response continues with a probability of about 15/16 per token and has 16
+tokens on average, a quarter of its budget. Figures are seconds per sampled token, in wall-clock time and in processor time;
+processor time is useful when other programs run on the machine. Ours also computes log-probs and values.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ OURS, GENERATE, GREEDY, BATCHED = (
 
 
 def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dict[str, Callable[[], int]]:
-    """What samples responses to the same prompts; each returns how many tokens it sampled."""
+    """Return calls that sample responses to the same prompts; each call returns the number of sampled tokens."""
     torch.manual_seed(0)
     language_model = LlamaForCausalLM(LlamaConfig(**model)).eval()
     vocabulary = model["vocab_size"]
@@ -52,7 +51,7 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
         max_prompt_tokens=PROMPT_TOKENS,
         max_response_tokens=tokens,
         batch_size=PROMPTS,
-        prefill_tokens=1024,  # activations that stay in the cache
+        prefill_tokens=1024,  # so that activations stay in the processor's cache
     )
     generator = Generator(ActorCritic(language_model), rollout, eos_token_ids=ends, pad_token_id=0, seed=0)
     calls = iter(range(10**9))
@@ -71,7 +70,7 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
             :, PROMPT_TOKENS:
         ]
         ended = torch.isin(said, torch.tensor(ends))
-        # An end token counts, what follows it does not.
+        # Count the end token, but not the padding after it.
         return int((ended.cumsum(1) - ended.long() == 0).sum())
 
     def batched() -> int:
@@ -82,7 +81,7 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
             prompts.tolist(), generation_config=sampled, continuous_batching_config=pages, warmup=False
         )
         if len(said) != PROMPTS:
-            raise RuntimeError(f"generate_batch answered {len(said)} of {PROMPTS} prompts")
+            raise RuntimeError(f"generate_batch returned responses to {len(said)} of {PROMPTS} prompts")
         return sum(len(one.generated_tokens) for one in said.values())
 
     found = {OURS: ours, GENERATE: generate, BATCHED: batched}
@@ -90,7 +89,7 @@ def cases(model: dict, *, geometric: bool, tokens: int = RESPONSE_TOKENS) -> dic
 
 
 def alternate(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, tuple[list[int], dict[str, list[float]]]]:
-    """Of every case, in turn, the tokens of each round and its seconds by either clock."""
+    """Run the cases in alternation; return, per case, the tokens of each round and its seconds on both clocks."""
     found = {name: ([], {"wall": [], "processor": []}) for name in runs}
     for number in range(rounds + 1):  # the first one warms up
         for name, run in runs.items():
@@ -107,9 +106,10 @@ def alternate(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, tupl
 def measure(
     name: str, model: dict, bound: float, *, geometric: bool, rounds: int, tokens: int = RESPONSE_TOKENS
 ) -> None:
-    """Both clocks, with the tokens a second of `generate` and of its continuous batching as what ours are held to.
+    """Report both clocks, and check our tokens per second against those of `generate` and of continuous batching.
 
-    Those are tokens of all rounds by their seconds: a round of geometric lengths has a sixth more or fewer than another.
+    The checks divide the tokens of all rounds by their seconds, because with geometric lengths the number of tokens varies
+    by a sixth between rounds.
     """
     lengths = f"geometric lengths of at most {tokens}" if geometric else f"{tokens} tokens each"
     found = alternate(cases(model, geometric=geometric, tokens=tokens), rounds)
@@ -127,7 +127,7 @@ def measure(
 
 
 def main(*, quick: bool = False) -> None:
-    """Equal and geometric lengths of the small model, equal ones of the larger."""
+    """Measure equal and geometric lengths with the small model, and equal lengths with the large one."""
     if quick:
         measure("7.3M", SMALL, 1.3, geometric=False, rounds=1, tokens=16)
         return

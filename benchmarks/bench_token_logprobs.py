@@ -1,7 +1,7 @@
-"""`token_logprobs` on logits, forward and forward+backward, against the usual ways to write it.
+"""Time of `token_logprobs` on logits, forward and forward+backward, against common implementations.
 
-Floor: copying the logits once into a tensor that exists, a read and a write of each. A forward alone needs the read only;
-forward and backward need two reads and a write.
+Baseline (`floor`): one copy of the logits into an existing tensor, which reads and writes each element once. A forward pass
+needs only the read; forward and backward need two reads and one write.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ours(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def peers() -> tuple[dict[str, Logprobs], list[Row]]:
-    """What can be imported here, and a row with the reason for what cannot."""
+    """Return the peers that can be imported, and a row with the reason for each that cannot."""
     found: dict[str, Logprobs] = {"log_softmax + gather": log_softmax_gather, "F.cross_entropy": cross_entropy}
     try:
         from trl.trainer.utils import selective_log_softmax
@@ -46,7 +46,7 @@ def peers() -> tuple[dict[str, Logprobs], list[Row]]:
 
 
 def forward_backward(logprobs: Logprobs, logits: Tensor, ids: Tensor) -> Callable[[], None]:
-    """Gradient of the mean log-prob, into a fresh `logits.grad`."""
+    """Return a step that computes the gradient of the mean log-prob into a new `logits.grad`."""
 
     def step() -> None:
         logits.grad = None
@@ -79,7 +79,7 @@ def _group(what: str, cases: dict, missing: list[Row], shape: tuple, dtype: torc
 
 
 def main(*, quick: bool = False) -> None:
-    """Both dtypes, both directions."""
+    """Measure forward and forward+backward in both dtypes."""
     for dtype in (torch.bfloat16, torch.float32):
         measure(dtype, QUICK if quick else FULL, rounds=3 if quick else 5)
 

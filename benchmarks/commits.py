@@ -1,9 +1,9 @@
-"""Two checkouts of this repository, step by step in alternation: is the second one slower?
+"""Compare the speed of two checkouts of this repository, whose steps run in alternation.
 
     python -m benchmarks.commits OLD NEW [--rounds 8] [--threads 2] [NAME ...]
 
-Each checkout runs in a process of its own with PYTHONPATH set to it, so both need their extension built. A round is one step of
-OLD and one of NEW, in an order that alternates; the figure is the median over rounds of NEW's seconds divided by OLD's.
+Each checkout runs in a separate process with PYTHONPATH set to it, so the extension must be built in both. A round is one
+step of OLD and one of NEW, in alternating order. The result is the median over rounds of NEW's seconds divided by OLD's.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from pathlib import Path
 
 
 def ppo_step() -> Callable[[], object]:
-    """One PPO update of `benchmarks/bench_ppo_step.py`, the whole minibatch in one pass."""
+    """Return one PPO update of `benchmarks/bench_ppo_step.py` with `TOKENS[32]` tokens per pass."""
     from benchmarks.bench_ppo_step import BATCH, MODEL, TOKENS, make_trainer
 
     return make_trainer(MODEL, BATCH | {"tokens": TOKENS[32]}).step
 
 
 def rollout() -> Callable[[], object]:
-    """64 prompts of `benchmarks/bench_rollout.py`, equal lengths."""
+    """Return a call that samples responses of equal length to the 64 prompts of `benchmarks/bench_rollout.py`."""
     from benchmarks.bench_rollout import MODEL, OURS, cases
 
     return cases(MODEL, geometric=False)[OURS]
 
 
 def linear_ppo_loss() -> Callable[[], object]:
-    """`linear_ppo_loss` of `benchmarks/bench_linear_ppo_loss.py` in float32, forward and backward."""
+    """Return `linear_ppo_loss` of `benchmarks/bench_linear_ppo_loss.py` in float32, forward and backward."""
     import torch
 
     from benchmarks.bench_linear_ppo_loss import FULL, make_batch, ours
@@ -52,7 +52,7 @@ CASES = {case.__name__: case for case in (ppo_step, rollout, linear_ppo_loss)}
 
 
 def worker(name: str, threads: int) -> None:
-    """Make one step for every line on standard input, and print its seconds."""
+    """Run one step per line of standard input and print its seconds."""
     import torch
 
     torch.set_num_threads(threads)
@@ -66,7 +66,7 @@ def worker(name: str, threads: int) -> None:
 
 
 def compare(old: Path, new: Path, name: str, rounds: int, threads: int) -> None:
-    """Print the seconds of both and their ratio."""
+    """Print the median seconds of both checkouts and the median of their ratio."""
     started = [start(tree, name, threads) for tree in (old, new)]
     seconds: list[list[float]] = [[], []]
     for number in range(rounds):
@@ -100,14 +100,14 @@ def start(tree: Path, name: str, threads: int) -> subprocess.Popen[str]:
         text=True,
     )
     if process.stdout.readline().strip() != "ready":
-        raise SystemExit(f"{tree}: the benchmark {name} does not start there")
+        raise SystemExit(f"the benchmark {name} does not start in {tree}; check that the extension is built there")
     return process
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and run the comparison, or a worker of it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("trees", nargs="*", help="OLD NEW, and then the names of cases")
+    parser.add_argument("trees", nargs="*", help="the checkouts OLD and NEW, then names of cases; all by default")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=CASES)
@@ -116,7 +116,7 @@ def main() -> None:
         worker(given.worker, given.threads)
         return
     if len(given.trees) < 2 or not set(given.trees[2:]) <= CASES.keys():
-        parser.error(f"expected OLD NEW and some of {', '.join(CASES)}")
+        parser.error(f"give two checkouts, OLD and NEW, and optionally some of {', '.join(CASES)}")
     for name in given.trees[2:] or CASES:
         compare(Path(given.trees[0]), Path(given.trees[1]), name, given.rounds, given.threads)
 

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.compile_check`: compile every GPU kernel for every target, without a GPU, and read what it needs.
+"""`python -m benchmarks.compile_check`: compile every GPU kernel for every target without a GPU, and report its resources.
 
-Triton kernels are compiled as their launchers would launch them (see `gpu/specimens.py`), CUDA C++ kernels by nvcc. It fails
-when a kernel spills or has a stack frame, when no specimen launches it, and when another N, T, B, coefficient or seed would
-compile it again. Nothing here says how fast a kernel is, or that its results are right.
+Triton kernels are compiled with the arguments that their launchers pass (see `gpu/specimens.py`), CUDA C++ kernels by nvcc.
+The check fails if a kernel spills or has a stack frame, if no specimen launches it, or if a different N, T, B, coefficient
+or seed would compile it again. It checks neither the speed of a kernel nor its results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_kernels.backend import why_no_triton
 
-if TYPE_CHECKING:  # they import Triton, which is looked for first
+if TYPE_CHECKING:  # these import Triton; _parse checks first that it is installed
     from benchmarks.gpu.compilation import Findings
     from benchmarks.gpu.resources import Usage
 
@@ -26,7 +26,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 with problems, or 2 when it cannot start."""
+    """Run the check and return the exit code: 0, or 1 if there are problems; exit with 2 if it cannot start."""
     options = _parse(arguments)
     compilation = importlib.import_module("benchmarks.gpu.compilation")
     why_no_nvcc = importlib.import_module("benchmarks.gpu.resources").why_no_nvcc
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_check", description=__doc__)
     parser.add_argument("--arch", nargs="+", metavar="ARCH", help=f"some of {', '.join(ARCHITECTURES)}; all by default")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every form's figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the resources of every form to FILE")
     options = parser.parse_args(arguments)
     options.arch = options.arch or list(ARCHITECTURES)
     unknown = [name for name in options.arch if name not in ARCHITECTURES]
@@ -59,12 +59,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if why_no_triton():
         parser.error(why_no_triton())
     if importlib.import_module("triton").knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set, so that kernels would be interpreted, not compiled; unset it")
+        parser.error("TRITON_INTERPRET is set, so kernels would be interpreted instead of compiled; unset it")
     return options
 
 
 def table(usages: Sequence[Usage]) -> list[str]:
-    """One line a kernel and target: the largest figure of each kind over its forms."""
+    """Return one line per kernel and target, with the maximum of each figure over the forms of the kernel."""
     groups: dict[tuple[str, str], list[Usage]] = {}
     for usage in usages:
         groups.setdefault((usage.kernel, usage.target), []).append(usage)

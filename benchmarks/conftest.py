@@ -1,4 +1,4 @@
-"""Lets `pytest benchmarks --benchmark-only` collect the test in every `bench_*.py`."""
+"""Test collection: `pytest benchmarks --benchmark-only` runs the tests in every `bench_*.py`."""
 
 from pathlib import Path
 

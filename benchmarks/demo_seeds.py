@@ -1,7 +1,8 @@
-"""`python -m benchmarks.demo_seeds RUN ... --out FOLDER`: finished demo runs of several seeds, side by side.
+"""`python -m benchmarks.demo_seeds RUN ... --out FOLDER`: compare finished demo runs with different seeds.
 
-Each RUN is an `rlhf demo --seed N --output RUN`. Writes `demo_seeds.json`, `.md` and `.png`: win rates of every seed, none left
-out, and whether the bounds hold: every PPO above 0.55 over its SFT model, their median above 0.75.
+Each RUN is the output of `rlhf demo --seed N --output RUN`. Writes `demo_seeds.json`, `.md` and `.png` with the win rates of
+all RUNs, and whether the bounds hold: the win rate of every PPO policy over its SFT model is above 0.55, and the median of
+these win rates is above 0.75.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PPO, _BEST, _SELF = "PPO", "SFT, best of 16 by the reward model", "SFT against 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_seeds", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished demo runs")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the results go")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results")
     arguments = parser.parse_args()
     reports = [json.loads((run / "report.json").read_text(encoding="utf-8")) for run in arguments.runs]
     reports.sort(key=lambda report: report["seed"])

@@ -1,7 +1,7 @@
-"""Measurement: cases in alternation, each in a process of its own when its memory counts.
+"""Measurement of cases in alternation; a case whose memory is measured runs in a separate process.
 
-What is left out on purpose: no statistics beyond best and median, no pinning, no warm-up detection. A ratio is
-trusted because both of its sides ran in turn, a fraction of a second apart, not because a machine was quiet.
+Omitted on purpose: statistics other than best and median, pinning, warm-up detection. A ratio is reliable because its two
+cases ran in alternation, a fraction of a second apart, and not because the machine was idle.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ MB = 1e6
 
 @dataclass
 class Row:
-    """One line of a result: a case, its times and, where measured, its memory."""
+    """One row of a result: a case, its times and, if measured, its memory."""
 
     name: str
-    """What ran."""
+    """Name of the case."""
     seconds: list[float] = field(default_factory=list)
-    """One entry a round."""
+    """One entry per round."""
     extra_mb: float | None = None
-    """Peak resident memory above what the case calls its baseline, in 1e6 bytes."""
+    """Peak resident memory above the baseline that the case set, in 1e6 bytes."""
     device_mb: float | None = None
-    """Peak of what torch's allocator had handed out on a GPU, in 1e6 bytes."""
+    """Peak memory allocated by torch on a GPU, in 1e6 bytes."""
     error: str | None = None
-    """Why there is no figure."""
+    """Reason why there is no figure."""
     note: str = ""
-    """Settings that a reader must know to trust the figure."""
+    """Settings that a reader must know to interpret the figure."""
 
     @property
     def best(self) -> float:
@@ -56,14 +56,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A ratio and the bound that it is held to."""
+    """A measured value, usually a ratio, and its bound."""
 
     name: str
     value: float | None
-    """None: one of its cases gave no figure, so the bound is not met."""
+    """None if one of its cases has no figure; the bound is then not met."""
     bound: float
     at_least: bool = False
-    """True: the value must reach the bound; False: it must stay under it."""
+    """True: the bound is a minimum; False: it is a maximum."""
 
     @property
     def met(self) -> bool:
@@ -72,11 +72,11 @@ class Check:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-# ---- in one process: short cases whose memory does not matter ----
+# ---- in one process: short cases whose memory is not measured ----
 
 
 def alternate(cases: dict[str, Callable[[], object]], *, rounds: int, round_seconds: float = 0.05) -> list[Row]:
-    """Time the cases in turn, `rounds` times; a short case is repeated within a round until `round_seconds` are full."""
+    """Time the cases in alternation for `rounds` rounds; a short case is repeated to fill `round_seconds` in a round."""
     repeats = {}
     for name, run in cases.items():
         run()
@@ -93,14 +93,14 @@ def alternate(cases: dict[str, Callable[[], object]], *, rounds: int, round_seco
     return list(rows.values())
 
 
-# ---- a process for each case, all alive at once, stepped in turn over their pipes ----
+# ---- one process per case: all processes run at the same time and receive requests for steps in turn over pipes ----
 
 
 class Session:
     """The worker's end of the pipe. A case calls `begin` before each step and `end` after it."""
 
     def __init__(self) -> None:
-        # The protocol keeps the real stdout; whatever a peer prints goes to stderr.
+        # The protocol uses the original stdout; anything that a peer prints is redirected to stderr.
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._baseline = self._started = 0.0
@@ -109,7 +109,7 @@ class Session:
         print(json.dumps(message), file=self._out, flush=True)
 
     def baseline(self, *, expected_bytes: int = 0) -> None:
-        """Memory counts from here: now resident plus `expected_bytes` (gradients that every case must hold)."""
+        """Set the baseline of memory: what is resident now plus `expected_bytes` (gradients that every case must hold)."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
@@ -119,14 +119,17 @@ class Session:
         self.send(ready=True)
 
     def begin(self) -> bool:
-        """Wait for the parent; False when it wants no more steps."""
+        """Wait for the parent's request for a step; return False if it sends no more."""
         if sys.stdin.readline().strip() != "step":
             return False
         self._started = time.perf_counter()
         return True
 
     def end(self, *, peak_bytes: float = 0.0) -> None:
-        """`peak_bytes` is the largest resident set that a step saw before it moved VmHWM down itself."""
+        """Send the seconds and the memory of a step.
+
+        A step that resets VmHWM passes in `peak_bytes` the largest resident set that it read before a reset.
+        """
         seconds = time.perf_counter() - self._started
         facts = {"seconds": seconds, "extra_mb": (max(_status_bytes("VmHWM"), peak_bytes) - self._baseline) / MB}
         torch = sys.modules.get("torch")
@@ -141,7 +144,7 @@ def _status_bytes(key: str) -> int:
 
 
 class Worker:
-    """The parent's end: one subprocess running `module:function(session, **kwargs)`."""
+    """The parent's end of the pipe: one subprocess that runs `module:function(session, **kwargs)`."""
 
     def __init__(self, name: str, target: str, kwargs: dict, *, start_limit: float, step_limit: float, note: str = ""):
         self.row = Row(name, note=note)
@@ -163,7 +166,9 @@ class Worker:
             return self._give_up(f"{what} took more than {limit:.0f} s")
         line = self._process.stdout.readline()
         if not line:
-            return self._give_up(f"died in its {what}, exit code {self._process.wait()}: {self._last_words()}")
+            return self._give_up(
+                f"the process died in its {what}, exit code {self._process.wait()}: {self._last_words()}"
+            )
         message = json.loads(line)
         if "error" in message:
             return self._give_up(message["error"])
@@ -171,7 +176,7 @@ class Worker:
 
     def _last_words(self) -> str:
         self._log.seek(0)
-        return next((line.strip() for line in reversed(self._log.readlines()) if line.strip()), "it printed nothing")
+        return next((line.strip() for line in reversed(self._log.readlines()) if line.strip()), "no output")
 
     def _give_up(self, reason: str) -> dict:
         self.row.error = reason
@@ -203,7 +208,7 @@ class Worker:
 
 
 def alternate_workers(workers: Sequence[Worker], *, rounds: int, warmup: int = 1, slow: float = 15.0) -> list[Row]:
-    """Step every worker in turn; memory is the peak over all its steps, the warm-up's included.
+    """Run the workers' steps in alternation; memory is a worker's peak over all of its steps, warm-up included.
 
     A worker whose step takes more than `slow` seconds is measured in the first round only.
     """
@@ -219,7 +224,7 @@ def _worker_main(target: str, kwargs: str) -> None:
     module, function = target.split(":")
     try:
         getattr(importlib.import_module(module), function)(session, **json.loads(kwargs))
-    except (ImportError, NotImplementedError) as error:  # a peer that is not here, or not for this machine
+    except (ImportError, NotImplementedError) as error:  # the peer is not installed, or does not support this machine
         session.send(error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
@@ -227,7 +232,7 @@ def _worker_main(target: str, kwargs: str) -> None:
 
 
 def machine() -> dict:
-    """Versions, processor and threads: what a reader needs to place a figure."""
+    """Return versions, processor, threads and load, which a reader needs to interpret a figure."""
     import torch
 
     versions = {}
@@ -256,10 +261,10 @@ def _cpu_model() -> str:
 
 
 def ratio(row: Row, base: Row) -> float | None:
-    """Median over the rounds of `row`'s seconds by `base`'s in the same round, so that a slow minute hits both."""
+    """Return the median over rounds of `row`'s seconds divided by `base`'s in the same round, so a slowdown affects both."""
     if row.error or base.error:
         return None
-    # A slow case has its first round only.
+    # A slow case has only its first round.
     return statistics.median(a / b for a, b in zip(row.seconds, base.seconds, strict=False))
 
 

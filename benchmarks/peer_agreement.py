@@ -1,8 +1,8 @@
-"""`python -m benchmarks.peer_agreement [PEER ...]`: every adapter beside its original, as the table of the README.
+"""`python -m benchmarks.peer_agreement [PEER ...]`: compare every adapter with its original and print a Markdown table.
 
-For each function the largest difference of any tensor, gradients included, over all its options and batches (max |ours -
-theirs| / max |theirs|), and, of a larger batch, the time of a call with its backward and the most bytes it allocates, ours over
-theirs. Bytes are what torch's allocator hands out, as its profiler counts them.
+Per function, the table has the largest difference of any tensor, gradients included, over all options and batches (max |ours
+- theirs| / max |theirs|). On a larger batch, it has the time of a call with its backward pass and the peak of allocated
+bytes, both as ours divided by theirs. Bytes are those of torch's allocator, counted by torch's profiler.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from benchmarks.agreement.originals import Missing
 
 @dataclass(frozen=True)
 class Line:
-    """One function of one peer."""
+    """One row of the table: one function of one peer."""
 
     peer: str
     release: str
     function: str
     difference: float
     seconds: float
-    """Ours over theirs."""
+    """Ours divided by theirs."""
     bytes: float
-    """Ours over theirs."""
+    """Ours divided by theirs."""
 
 
 def measure(group: Sequence[Case]) -> Line:
-    """All cases of one function."""
+    """Measure all cases of one function."""
     worst = max(d.relative for case in group for kind in case.batches for d in compare(case, kind))
     case = group[0]
     inputs = batch("full", **case.sizes)
@@ -53,7 +53,7 @@ def _call(case: Case, side, inputs: Batch) -> None:
 
 
 def _seconds(case: Case, inputs: Batch, rounds: int = 7) -> float:
-    """The median over rounds of our time by theirs in the same round."""
+    """Return the median over rounds of our time divided by theirs in the same round."""
     ratios = []
     for index in range(rounds + 1):
         took = []
@@ -79,7 +79,7 @@ def _peak_bytes(case: Case, side, inputs: Batch) -> int:
 
 
 def groups(peer: str) -> Iterator[list[Case]]:
-    """The cases of each function of a peer, by release."""
+    """Yield the cases of a peer, grouped by release and function."""
     found: dict[tuple[str, str], list[Case]] = {}
     for case in cases.PEERS[peer]():
         found.setdefault((case.release, case.function), []).append(case)
@@ -102,7 +102,7 @@ def main() -> int:
                 ratios = f"{x.seconds:.2f}x | {x.bytes:.2f}x"
                 print(f"| {x.peer} | {x.release} | `{x.function}` | {x.difference:.1e} | {ratios} |", flush=True)
         except Missing as reason:
-            print(f"| {peer} | | not here: {reason} | | | |")
+            print(f"| {peer} | | not available: {reason} | | | |")
     print(f"\nlargest difference {worst:.1e}, limit {LIMIT:g}")
     return int(worst > LIMIT)
 

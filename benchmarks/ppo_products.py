@@ -1,9 +1,9 @@
-"""The matrix products of a PPO update alone, in float32: what all else in bench_ppo_step's update comes on top of.
+"""Only the matrix products of a PPO update in float32: a lower bound of the update in `bench_ppo_step`.
 
-No attention, norm, activation, softmax or optimiser: the trunk's and the head's products of sampling (prompts, then a token a
-step), of scoring by reference and reward model, and of every epoch's passes, with the rows that our trainer cuts them into.
-Every row counts in the backward passes, as it does while no ratio is clipped. A layer's matrices are of the layer, so that they
-come from as far as in a model.
+Attention, norms, activations, softmax and optimizer are omitted. Included are the products of trunk and head in sampling
+(the prompts, then one token per step), in scoring by reference and reward model, and in the passes of every epoch, with the
+rows per pass of our trainer. Every row has a gradient in the backward passes, as it does while no ratio is clipped. Every
+layer has separate matrices, so they are read from the same level of the memory hierarchy as in a model.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from rlhf_kernels.ops.head import Plan
 
 
 class Products:
-    """The matrices of a Llama with as many key heads as heads, and its products for some rows."""
+    """The matrices of a Llama with as many key heads as attention heads, and its products for a number of rows."""
 
     def __init__(self, model: dict) -> None:
         if model["num_key_value_heads"] != model["num_attention_heads"]:
-            raise ValueError(f"num_key_value_heads: got {model['num_key_value_heads']}, expected num_attention_heads")
+            raise ValueError(
+                f"num_key_value_heads: got {model['num_key_value_heads']}, expected the number of attention heads, "
+                f"{model['num_attention_heads']}"
+            )
         hidden, inner = model["hidden_size"], model["intermediate_size"]
         shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
         self.layers = [torch.randn(shape) for _ in range(model["num_hidden_layers"]) for shape in shapes]
         self.head = torch.randn(model["vocab_size"], hidden)
-        # As many rows as the fused head makes at a time.
+        # The number of rows that the fused head computes at a time.
         self.head_rows = Plan.of(1, len(self.head), torch.float32, "cpu", None, None).step
-        self.inputs = cache(torch.randn)  # one a shape
+        self.inputs = cache(torch.randn)  # one tensor per shape
 
     def trunk(self, rows: int, *, learn: bool = False) -> None:
-        """Every layer once, with `learn` the products into its input and its weight too."""
+        """Compute every layer once; with `learn`, also the products for the gradients of its input and its weight."""
         for weight in self.layers:
             self._layer(weight, rows, learn)
 
@@ -49,7 +52,7 @@ class Products:
 
 
 def update(products: Products, batch: dict) -> None:
-    """One update, prompt to optimiser."""
+    """Compute the products of one update."""
     prompts, response = batch["prompts"], batch["response_tokens"]
     length = batch["prompt_tokens"] + response
     products.trunk(prompts * batch["prompt_tokens"])
@@ -71,7 +74,7 @@ def update(products: Products, batch: dict) -> None:
 
 @torch.no_grad()
 def worker(session: Session, *, model: dict, batch: dict) -> None:
-    """An update's products a step of the session."""
+    """Compute the products of one update per step of the session."""
     session.baseline()
     products = Products(model)
     session.ready()

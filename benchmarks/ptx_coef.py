@@ -1,10 +1,12 @@
-"""`python -m benchmarks.ptx_coef --coefs 0.1 1 --out FOLDER`: what PPO-ptx's coefficient keeps and costs, at the demo's size.
+"""`python -m benchmarks.ptx_coef --coefs 0.1 1 --out FOLDER`: benefit and cost of PPO-ptx's coefficient, at the demo's size.
 
-One SFT model, one PPO from it, and a PPO-ptx of each coefficient with the same prompts and random numbers; for each the win
-rate over that SFT model by the demo's judge, and the perplexity of held-out pretraining text: how Ouyang et al. 2022 chose
-theirs. A run that was broken off goes on where it was; one that is called with more coefficients adds them.
-Bounds: the chosen coefficient, the one of the highest win rate among those that lose at most half of the perplexity that PPO
-loses against SFT, is within 0.05 of PPO's win rate.
+Trains one SFT model, one PPO policy from it, and one PPO-ptx policy per coefficient with the same prompts and random numbers.
+Measures for each the win rate over that SFT model by the demo's judge, and the perplexity of held-out pretraining text, as
+Ouyang et al. 2022 did to choose their coefficient. An interrupted run resumes where it stopped, and a run with more
+coefficients adds them.
+
+The chosen coefficient has the highest win rate among those that lose at most half of the perplexity that PPO loses against
+SFT. Bound: its win rate is at most 0.05 below PPO's.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ SHARE, WITHIN = 0.5, 0.05
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ptx_coef", description=__doc__)
     parser.add_argument("--coefs", nargs="+", type=float, required=True, metavar="COEF", help="values of ppo.ptx_coef")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="models and results")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for models and results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="as of `rlhf figure`"
+        "--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="settings, as in `rlhf figure`"
     )
     arguments = parser.parse_args()
     config, steps, held_out = prepare(arguments.out, arguments.seed, tuple(arguments.overrides))
@@ -37,7 +39,7 @@ def main() -> None:
     coefs = {f"ptx_{coef:g}": coef for coef in sorted(arguments.coefs)}
     train(sized, coefs, steps, print)
     folders = {"SFT": "sft", "PPO": "ppo"} | {f"PPO-ptx, {coef:g}": f"{name}/ppo" for name, coef in coefs.items()}
-    # All policies draw from the same random numbers; the SFT model that they are compared with has others.
+    # All policies sample with the same random numbers; the SFT model that they are compared with samples with different ones.
     judged = {
         name: Result(**do_once(steps, f"{width}: {name}", partial(judge, sized, name, folder, 1, held_out), print))
         for name, folder in folders.items()
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def choose(rates: dict[str, WinRate], losses: dict[str, float]) -> tuple[str | None, str]:
-    """The coefficient that the bounds allow and that wins most, and the verdict in words."""
+    """Return the policy with the highest win rate that meets the bounds, or None, and the verdict as text."""
     if losses["PPO"] <= 0:
         return None, f"PPO lost no perplexity ({losses['PPO']:+.2f}): nothing for PPO-ptx to keep"
     keeping = [name for name in rates if name.startswith("PPO-ptx") and losses[name] <= SHARE * losses["PPO"]]

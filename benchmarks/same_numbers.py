@@ -1,10 +1,10 @@
-"""Record what tiny runs compute, so that two commits can be compared number by number.
+"""Record the results of tiny runs, so that two commits can be compared number by number.
 
     python -m benchmarks.same_numbers record FOLDER    # runs everything through `rlhf`, keeps weights and metrics
     python -m benchmarks.same_numbers compare A B      # one line per case; exit code 1 beyond the allowed difference
 
-`record` makes its models, tokenizer and data by itself and calls the command line only, so the same file measures any commit:
-put it in that commit's `benchmarks` folder, or run it with PYTHONPATH set to its checkout.
+`record` creates its model, tokenizer and data and calls only the command line, so this file works with any commit: copy it to
+that commit's `benchmarks` folder, or run it with PYTHONPATH set to that commit's checkout.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rlhf_engine.cli import main
 
 ALLOWED = 1e-6
-"""Largest difference of a weight or a metric, relative to the largest number of its tensor or to 1."""
+"""Largest allowed difference of a weight or a metric, relative to max(1, largest absolute value of its tensor)."""
 
 UNTIMED = ("seconds", "per_second", "_mb")
-"""Parts of the names of metrics that depend on the machine."""
+"""Parts of the names of metrics that depend on the machine and are not compared."""
 
 WORDS = ["yes", "no", "maybe", "so", "I", "do", "not", "know", "the", "sky", "is", "blue", "and", "grass", "green"]
 PPO = (
@@ -80,7 +80,7 @@ def record(folder: Path) -> None:
 
 
 def run(command: str, folder: Path, sets: list[str], *flags: str) -> None:
-    """One `rlhf` command, in this process and on one thread."""
+    """Run one `rlhf` command in this process on one thread."""
     options = [part for one in sets for part in ("--set", one)]
     torch.set_num_threads(1)
     try:
@@ -91,7 +91,7 @@ def run(command: str, folder: Path, sets: list[str], *flags: str) -> None:
 
 
 def make_inputs(folder: Path) -> None:
-    """A model, its tokenizer, three data files and text."""
+    """Write a model, its tokenizer, three data files, a text file and the config."""
     text = [" ".join(WORDS[n % len(WORDS) :] + WORDS[: n % 5]) for n in range(40)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,7 +130,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Print the largest difference of every case; returns the exit code."""
+    """Print the largest difference of every case and return the exit code."""
     worst = 0.0
     for name in [*CASES, "resumed"]:
         difference, where = largest_difference(first / name, second / name)
@@ -142,7 +142,10 @@ def compare(first: Path, second: Path) -> int:
 
 
 def largest_difference(first: Path, second: Path) -> tuple[float, str]:
-    """Largest relative difference of the two runs' tensors and metrics, and where it is; infinity where one has another set."""
+    """Return the largest relative difference of two runs and the name of the tensor or metric that has it.
+
+    The difference is infinite if names or shapes differ, or if a difference is NaN.
+    """
     worst, where = 0.0, ""
     theirs, ours = contents(first), contents(second)
     if theirs.keys() != ours.keys():
@@ -159,7 +162,7 @@ def largest_difference(first: Path, second: Path) -> tuple[float, str]:
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every safetensors file, and every metric of every step but times and memory."""
+    """Return every tensor of every safetensors file, and every metric of every step except times and memory."""
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
         for name, tensor in load_file(path).items():

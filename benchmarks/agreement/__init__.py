@@ -1,1 +1,1 @@
-"""Function by function, our adapters beside the originals: `python -m benchmarks.peer_agreement`."""
+"""Comparison of every function of our adapters with its original: `python -m benchmarks.peer_agreement`."""

@@ -1,4 +1,4 @@
-"""One function of one peer, called in the same words with ours and with theirs, on random batches.
+"""A case: one function of one peer, called in the same way with our adapter and with the original, on random batches.
 
 B sequences, T positions, V vocabulary.
 """
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 LIMIT = 1e-6
-"""Largest difference over largest value, for each tensor."""
+"""Upper bound of the largest difference divided by the largest value, per tensor."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the calls draw from; masks are 0 and 1 in int64, as most peers have them."""
+    """Inputs of the calls; masks are 0 and 1 in int64, as in most peers."""
 
     logprobs: Tensor  # (B, T)
     old_logprobs: Tensor
@@ -36,11 +36,11 @@ class Batch:
     ids: Tensor  # (B, T)
 
     def wide(self) -> Batch:
-        """In float64."""
+        """Return the batch in float64."""
         return replace(self, **{k: v.double() for k, v in vars(self).items() if v.is_floating_point()})
 
     def require(self, names: tuple[str, ...]) -> Batch:
-        """Fresh leaves, those named with a gradient."""
+        """Return copies of all tensors as leaves; those in `names` require a gradient."""
         leaves = {k: v.detach().clone() for k, v in vars(self).items()}
         for name in names:
             leaves[name].requires_grad_()
@@ -49,7 +49,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Case:
-    """`call(ours, batch)` is compared with `call(theirs, batch)`: results, and gradients of `wrt`."""
+    """A comparison of `call(ours, batch)` with `call(theirs, batch)`: results, and gradients of `wrt`."""
 
     peer: str
     release: str
@@ -61,7 +61,7 @@ class Case:
     batches: tuple[str, ...] = ("holes", "lengths", "full", "one", "extreme")
     note: str = ""
     sizes: Mapping[str, int] = field(default_factory=lambda: {"b": 64, "t": 512, "v": 4})
-    """Of the batch on which time and memory are measured."""
+    """Sizes of the batch on which time and memory are measured."""
 
     @property
     def name(self) -> str:
@@ -69,10 +69,10 @@ class Case:
 
 
 def batch(kind: str, b: int = 7, t: int = 12, v: int = 19, seed: int = 0) -> Batch:
-    """Lengths 0, 1 and T among others; advantages, scores and log-ratios of both signs.
+    """Return a random batch: lengths include 0, 1 and T; advantages, scores and log-ratios have both signs.
 
-    holes: masked tokens inside responses; full: every length T; one: a single token counts in the batch; extreme: log-ratios
-    far past ±20, where peers clamp.
+    `kind` is "lengths" or one of: "holes", with masked tokens inside responses; "full", where every length is T; "one", where
+    only one token of the batch counts; "extreme", with log-ratios far beyond ±20, where peers clamp.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -89,12 +89,12 @@ def batch(kind: str, b: int = 7, t: int = 12, v: int = 19, seed: int = 0) -> Bat
     mask = (torch.arange(t) < lengths[:, None]).long()
     if kind == "holes":
         kept = torch.rand(b, t, generator=g) < 0.6
-        kept[:, 0] = True  # a response begins with an action
+        kept[:, 0] = True  # the first token of a response counts
         mask = mask * kept.long()
     old = -torch.rand(b, t, generator=g) * 3 - 0.05
     spread = 15.0 if kind == "extreme" else 0.3
     values = normal(b, t)
-    # Both signs, but not around 0: a loss whose terms cancel would measure their rounding and nothing else.
+    # Both signs, but not centered at 0: with a loss whose terms cancel, only their rounding would be compared.
     advantages = normal(b, t) + 0.5
     return Batch(
         logprobs=old + normal(b, t, scale=spread),
@@ -115,7 +115,7 @@ def batch(kind: str, b: int = 7, t: int = 12, v: int = 19, seed: int = 0) -> Bat
 
 
 def flatten(name: str, result: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a result with names; numbers become float64 tensors, None is left out."""
+    """Yield the tensors of a result with names; a number becomes a float64 tensor, None is skipped."""
     if isinstance(result, Tensor):
         yield name, result
     elif isinstance(result, (int, float)):
@@ -127,11 +127,13 @@ def flatten(name: str, result: Any) -> Iterator[tuple[str, Tensor]]:
         for i, part in enumerate(result):
             yield from flatten(f"{name}[{i}]", part)
     elif result is not None:
-        raise TypeError(f"{name}: {type(result).__name__}")
+        raise TypeError(
+            f"{name}: got {type(result).__name__}, expected tensors, numbers, or a mapping, tuple or list of them"
+        )
 
 
 def results(case: Case, side: Any, inputs: Batch) -> dict[str, Tensor]:
-    """Everything that one side makes, and the gradients of the first result (what is not a number summed by fixed weights)."""
+    """Return all results of one side, and the gradients of the first differentiable one, summed with fixed random weights."""
     inputs = inputs.require(case.wrt)
     made = dict(flatten("result", case.call(side, inputs)))
     if case.wrt:
@@ -144,29 +146,29 @@ def results(case: Case, side: Any, inputs: Batch) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one tensor."""
+    """Difference between our tensor and theirs."""
 
     tensor: str
     relative: float
-    """Largest difference over their largest value."""
+    """Largest difference divided by their largest value."""
     their_noise: float
-    """The same of theirs in float32 against theirs in float64."""
+    """The same ratio for their float32 result against their float64 result."""
     wide: bool
-    """Whether theirs was taken in float64, being the noisier of the two."""
+    """Whether ours is compared with their float64 result, because their float32 result is less accurate than ours."""
 
 
 def compare(case: Case, kind: str) -> list[Difference]:
-    """Every tensor of one batch; integers must be equal, NaN must meet NaN."""
+    """Compare every tensor of one batch; integers must be equal, and NaN must be at the same places."""
     inputs = batch(kind)
     ours, theirs, exact = (
         results(case, side, x) for side, x in ((case.ours, inputs), (case.theirs, inputs), (case.theirs, inputs.wide()))
     )
-    assert ours.keys() == theirs.keys(), f"{case.name}: {sorted(ours)} beside {sorted(theirs)}"
+    assert ours.keys() == theirs.keys(), f"{case.name}: got {sorted(ours)}, expected {sorted(theirs)}"
     return [_difference(case.name, name, ours[name], theirs[name], exact[name]) for name in ours]
 
 
 def _difference(case: str, name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> Difference:
-    assert ours.shape == theirs.shape, f"{case}, {name}: shape {tuple(ours.shape)} beside {tuple(theirs.shape)}"
+    assert ours.shape == theirs.shape, f"{case}, {name}: got shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
     if not theirs.is_floating_point():
         assert torch.equal(ours, theirs), f"{case}, {name}: integers differ"
         return Difference(name, 0.0, 0.0, False)
@@ -176,7 +178,7 @@ def _difference(case: str, name: str, ours: Tensor, theirs: Tensor, exact: Tenso
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """max |ours - theirs| / max |theirs| over what is finite; inf where one is not a number and the other is."""
+    """Return max |ours - theirs| / max |theirs| over finite elements; inf if their infinities or NaNs are at other places."""
     ours, theirs = ours.double(), theirs.double()
     if not torch.equal(ours.isfinite(), theirs.isfinite()) or not torch.equal(ours.isnan(), theirs.isnan()):
         return float("inf")

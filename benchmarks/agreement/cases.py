@@ -15,7 +15,7 @@ from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, verl
 CLIP = 0.2
 LOGITS = {"b": 8, "t": 64, "v": 8192}
 REGULAR = ("holes", "lengths", "full", "extreme")
-"""Without the batch in which a single token counts: its unbiased variance is a division by zero, NaN on both sides."""
+"""All batches but the one in which only one token counts: its unbiased variance divides by zero and is NaN on both sides."""
 
 
 class ActorConfig(SimpleNamespace):
@@ -85,7 +85,7 @@ def verl_cases() -> Iterator[Case]:
         lambda f, b: f(0.3 * b.logits, 0.3 * b.logits.flatten(0, 1), b.ids, 0.7),
         ("logits",),
         ("lengths",),
-        "beside verl's own eager functions",
+        "against verl's eager functions",
         {"b": 32, "t": 128, "v": 64},
     )
 
@@ -226,7 +226,7 @@ def _openrlhf_policy() -> Iterator[Case]:
         sides = openrlhf.PolicyLoss07(**settings, faithful=True), oldest.PolicyLoss(**settings)
         call = lambda f, b: f(b.logprobs, b.old_logprobs, b.advantages, b.mask)  # noqa: E731
         names = ("OpenRLHF", "0.7.5", "PolicyLoss", *sides)
-        # By sequences an empty row makes it NaN as a whole, with the gradient of some rows and not of others.
+        # Averaged per sequence, an empty row makes the whole loss NaN, with the gradients of some rows but not of others.
         yield Case(*names, call, ("logprobs",), ("full",) if not level else ("holes", "lengths", "full"), _level(level))
         yield Case(*names, call, note=_level(level))
 
@@ -291,7 +291,7 @@ def deepspeed_chat_cases() -> Iterator[Case]:
         return Case("DeepSpeed-Chat", "45b4b71", function, settings, theirs, call, wrt, note=note, **more)
 
     def rewards(f, b):
-        prompts = b.ids[:, :4]  # three positions of prompt, its last is the state of the first answer token
+        prompts = b.ids[:, :4]  # three prompt positions; the fourth predicts the first response token
         mask = torch.cat([torch.ones_like(b.mask[:, :3]), b.mask[:, : b.mask.shape[1] - 3]], 1)
         return f.compute_rewards(prompts, b.logprobs, b.ref_logprobs, b.scores, mask)
 

@@ -1,8 +1,8 @@
-"""The peers' own code, found where it is installed.
+"""The original code of the peers, loaded from where it is installed.
 
-A module whose import demands a GPU library, or packages of another time, is not imported: its file is loaded by path, or the
-functions wanted are compiled from its text as it lies there. Nothing of a peer is copied. Sources that cannot live beside the
-installed packages lie under `SOURCES`, where `make test-peers` puts them.
+A module whose import requires a GPU library or outdated packages is not imported: its file is loaded by path, or the required
+functions are compiled from its text. No code of a peer is copied. Sources that are incompatible with the installed packages
+are in `SOURCES`, where `make test-peers` puts them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SOURCES = Path(__file__).parents[2] / ".venv-peers" / "sources"
 
 
 class Missing(ImportError):
-    """A peer that is not here."""
+    """A peer is not installed."""
 
 
 def installed(module: str) -> ModuleType:
-    """A module of an installed package."""
+    """Import a module of an installed package; raise `Missing` if it cannot be imported."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -38,7 +38,7 @@ def installed(module: str) -> ModuleType:
 
 
 def _package(name: str) -> Path:
-    """The folder of an installed package, which is not imported."""
+    """Return the folder of an installed package without importing the package."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise Missing(f"{name} is not installed")
@@ -47,12 +47,12 @@ def _package(name: str) -> Path:
 
 def _file(path: Path) -> Path:
     if not path.exists():
-        raise Missing(f"no {path}")
+        raise Missing(f"{path} does not exist; run `make test-peers`")
     return path
 
 
 def _definitions(path: Path, names: Iterable[str], namespace: dict) -> dict:
-    """Functions of a file, methods among them, compiled from its text without its imports, decorators and annotations."""
+    """Return functions and methods of a file, compiled from its text without its imports, decorators and annotations."""
     wanted = set(names)
     found = [
         n for n in ast.walk(ast.parse(_file(path).read_text())) if isinstance(n, ast.FunctionDef) and n.name in wanted
@@ -75,7 +75,7 @@ def trl_ppo() -> ModuleType:
 
 @cache
 def openrlhf(release: str = "") -> tuple[ModuleType, ModuleType]:
-    """`openrlhf.models.loss` and `.utils` by their files: the package's import demands flash_attn, that of utils deepspeed."""
+    """Load `openrlhf.models.loss` and `.utils` from their files: the package requires flash_attn, and utils deepspeed."""
     root = SOURCES / f"openrlhf-{release}" / "openrlhf" if release else _package("openrlhf")
     package = types.ModuleType(f"openrlhf_{release.replace('.', '_')}_models")
     package.__path__ = [str(_file(root / "models"))]
@@ -93,7 +93,7 @@ def openrlhf(release: str = "") -> tuple[ModuleType, ModuleType]:
 
 @cache
 def openrlhf_advantages() -> types.FunctionType:
-    """`get_advantages_and_returns` of the experience maker, whose module demands Ray, vLLM and flash_attn."""
+    """Return `get_advantages_and_returns` of the experience maker, whose module requires Ray, vLLM and flash_attn."""
     path = _package("openrlhf") / "trainer" / "ppo_utils" / "experience_maker.py"
     method = _definitions(path, ["get_advantages_and_returns"], {"torch": torch})["get_advantages_and_returns"]
     return lambda *args: method(None, *args)
@@ -101,9 +101,10 @@ def openrlhf_advantages() -> types.FunctionType:
 
 @cache
 def openrlhf_actor() -> type:
-    """`Actor` with its `forward` alone: the module demands flash_attn, deepspeed and peft."""
+    """Return `Actor` with only its `forward`; its module requires flash_attn, deepspeed and peft."""
     _, utils = openrlhf()
-    # Its entropy is under torch.compile there, which would compile in every process that measures: eager, the same formula.
+    # OpenRLHF decorates the entropy with torch.compile, which would compile in every process that measures. The undecorated
+    # function is the same formula in eager mode.
     entropy = getattr(utils.compute_entropy, "_torchdynamo_orig_callable", utils.compute_entropy)
     helpers = {"torch": torch, "log_probs_from_logits": utils.log_probs_from_logits, "compute_entropy": entropy}
     return type(
@@ -113,7 +114,7 @@ def openrlhf_actor() -> type:
 
 @cache
 def deepspeed_chat() -> type:
-    """`DeepSpeedPPOTrainer`, whose module demands deepspeed: its four functions."""
+    """Return `DeepSpeedPPOTrainer` with only the functions that are compared; its module requires deepspeed."""
     names = ("compute_rewards", "actor_loss_fn", "critic_loss_fn", "get_advantages_and_returns", "gather_log_probs")
     path = SOURCES / "DeepSpeed-Chat" / "dschat" / "rlhf" / "ppo_trainer.py"
     return type("DeepSpeedPPOTrainer", (), _definitions(path, names, {"torch": torch, "F": F}))
@@ -121,7 +122,7 @@ def deepspeed_chat() -> type:
 
 @cache
 def trl_classic() -> type:
-    """The PPOTrainer of TRL 0.11, whose module demands transformers of its time: its functions, and those of core.py."""
+    """Return the PPOTrainer of TRL 0.11 with only the functions that are compared; its module requires an old transformers."""
     root = SOURCES / "trl-0.11.4" / "trl"
     helpers = ("masked_mean", "masked_var", "masked_whiten", "clip_by_value", "entropy_from_logits", "flatten_dict")
     namespace = {"torch": torch, "F": F, "Mapping": Mapping, "warnings": warnings}

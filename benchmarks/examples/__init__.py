@@ -1,1 +1,1 @@
-"""Short programs that use the library; each runs from the repository's root, `python -m benchmarks.examples.NAME`."""
+"""Short programs that use the library; run one from the repository's root with `python -m benchmarks.examples.NAME`."""

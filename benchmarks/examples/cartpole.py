@@ -1,7 +1,8 @@
-"""PPO on CartPole-v1 in one file: `sample_tokens` acts, `gae` looks back, `logits_ppo_loss` learns. Reaches a return of 475.
+"""PPO on CartPole-v1 in one file, with `sample_tokens`, `gae` and `logits_ppo_loss`. Reaches a return of 475.
 
-An action is a token of a vocabulary of two, an episode a sequence. Episodes end inside a rollout, so sequences are packed: all
-steps of all environments in one row, cut where an episode or the rollout ends, with the value of what would have come.
+An action is a token from a vocabulary of two, and an episode is a sequence. Episodes end inside a rollout, so sequences are
+packed: one row has all steps of all environments, split where an episode or the rollout ends. A sequence that did not
+terminate is bootstrapped with the value of its next state.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ def network(outputs: int) -> nn.Module:
 
 
 class Worlds:
-    """Environments side by side; one that ends starts anew."""
+    """A list of environments; one whose episode ends is reset."""
 
     def __init__(self, count: int, seed: int):
         self.all = [gymnasium.make("CartPole-v1") for _ in range(count)]
         self.states = torch.tensor([list(w.reset(seed=seed + i)[0]) for i, w in enumerate(self.all)])
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rewards, whether an episode ended, whether it did so by falling, and the states that the actions led to."""
+        """Return rewards, whether each episode ended, whether it ended because the pole fell, and the next states."""
         rewards, ended, fell, reached = [], [], [], []
         for i, (world, action) in enumerate(zip(self.all, actions.tolist(), strict=True)):
             state, reward, terminated, truncated, _ = world.step(action)
@@ -43,7 +44,7 @@ class Worlds:
 
 
 def collect(worlds: Worlds, policy: nn.Module, value: nn.Module, first: int, seed: int) -> dict[str, Tensor]:
-    """`STEPS` steps of every environment, packed, (N,): the steps of one environment after those of another."""
+    """Return `STEPS` steps of every environment, packed to (N,) one environment after the other."""
     columns: dict[str, list[Tensor]] = {k: [] for k in ("states", "ids", "old_logprobs", "old_values", "rewards")}
     cut, later = [], []
     environment = torch.arange(len(worlds.all))
@@ -108,7 +109,7 @@ def train(seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def mean_return(policy: nn.Module, episodes: int = 20, seed: int = 10_000) -> float:
-    """Of the likeliest actions, over episodes that training has not seen; 500 at most."""
+    """Return the mean return of the most likely actions over episodes that are not used in training; at most 500."""
     total = 0.0
     world = gymnasium.make("CartPole-v1")
     for episode in range(episodes):

@@ -1,4 +1,4 @@
-"""OpenRLHF's PPO arithmetic in a minimal loop, with its modules taken from here instead of `openrlhf.models`."""
+"""OpenRLHF's PPO arithmetic in a minimal loop, with our modules instead of those of `openrlhf.models`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def log_probs(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> torch.Te
 
 
 def train(updates: int = 40) -> list[float]:
-    """The mean score of each update's responses."""
+    """Train a policy and return the mean score of each update's responses."""
     torch.manual_seed(0)
     policy, policy_loss, value_loss = Policy(), PolicyLoss(), ValueLoss(clip_eps=0.2)
     reference = copy.deepcopy(policy).requires_grad_(False)

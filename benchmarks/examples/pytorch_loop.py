@@ -1,4 +1,4 @@
-"""A plain PyTorch loop: responses, advantages and the whole PPO loss from hidden states, each one call."""
+"""A plain PyTorch loop with one call each for responses, advantages and the whole PPO loss from hidden states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_kernels import linear_ppo_loss, linear_token_logprobs, rollout_advanta
 
 
 def train(updates: int = 40) -> list[float]:
-    """The mean score of each update's responses."""
+    """Train a policy and return the mean score of each update's responses."""
     torch.manual_seed(0)
     policy = Policy()
     reference = copy.deepcopy(policy).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the loops share: a small recurrent language model with a value head, and a reward for one of its tokens."""
+"""Shared code of the loops: a small recurrent language model with a value head, and a reward for one of its tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ END, LIKED = 0, 7
 
 
 class Policy(nn.Module):
-    """States are what the head and the value head read: row t is the state in which token t is taken."""
+    """A recurrent policy. The head and the value head read its states: row t is the state from which token t is sampled."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Responses(NamedTuple):
 
 @torch.no_grad()
 def respond(policy: Policy, update: int) -> Responses:
-    """Sampled responses and their scores: how many of the tokens are the liked one."""
+    """Sample responses and score them by the number of their tokens that are `LIKED`."""
     ids = torch.full((BATCH, RESPONSE), END)
     sequence = torch.arange(BATCH) + update * BATCH
     for t in range(RESPONSE):

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with the fused head: one more name in the class. Needs trl 1.12 or 1.16 (`make test-peers` has it)."""
+"""TRL's GRPOTrainer with the fused head, added by a mixin. Requires trl 1.12 or 1.16 (`make test-peers` installs it)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCABULARY, LIKED = 32, 7
 
 
 class Trainer(GRPOMixin, GRPOTrainer):
-    """That is all."""
+    """GRPOTrainer with the fused head."""
 
 
 def liked(completion_ids, **_):
@@ -23,7 +23,7 @@ def liked(completion_ids, **_):
 
 
 def train(steps: int = 30) -> list[float]:
-    """The mean reward of each step's completions."""
+    """Train a policy and return the mean reward of each step's completions."""
     set_seed(0)
     words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<pad>": VOCABULARY - 2, "<eos>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))

@@ -1,4 +1,4 @@
-"""verl's PPO arithmetic in a minimal loop, with its functions taken from here instead of `verl.trainer.ppo.core_algos`."""
+"""verl's PPO arithmetic in a minimal loop, with our functions instead of those of `verl.trainer.ppo.core_algos`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rlhf_kernels.integrations.verl import (  # from verl.trainer.ppo.core_algos
 
 
 def log_probs(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
-    """From hidden states, as verl's fused kernels take them."""
+    """Return log-probs computed from hidden states, like verl's fused kernels."""
     return linear_cross_entropy(policy.states(ids), policy.head.weight, ids)[0].view(-1, RESPONSE)
 
 
 def train(updates: int = 40) -> list[float]:
-    """The mean score of each update's responses."""
+    """Train a policy and return the mean score of each update's responses."""
     torch.manual_seed(0)
     policy = Policy()
     reference = copy.deepcopy(policy).requires_grad_(False)

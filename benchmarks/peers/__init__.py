@@ -1,1 +1,1 @@
-"""What we are measured against: other people's packages, called as their documents say, and plain PyTorch."""
+"""Peers of the benchmarks: other packages, called as their documentation describes, and plain PyTorch."""

@@ -1,11 +1,11 @@
-"""GAE as every RLHF trainer on the CPU writes it: a Python loop over positions, tensors over the batch."""
+"""GAE as RLHF trainers implement it on the CPU: a Python loop over positions, with tensors over the batch."""
 
 import torch
 from torch import Tensor
 
 
 def gae_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """(B, T) rewards and values -> advantages, returns; no mask. Schulman et al. 2016, eq. 16, backwards in time."""
+    """Return advantages and returns, each (B, T), without a mask: Schulman et al. 2016, eq. 16, backwards in time."""
     carried = 0.0
     backwards = []
     for t in reversed(range(rewards.shape[1])):

@@ -1,7 +1,7 @@
-"""Training steps of other trainers, as they are and with nothing but our head and loss in them, for `bench_integrations`.
+"""Training steps of other trainers, unmodified and with only their head and loss replaced by ours, for `bench_integrations`.
 
-TRL's is its whole GRPOTrainer, generation included. OpenRLHF's and verl's are the learner's step on a batch that lies ready:
-forward, log-probs and entropy, policy loss, backward, AdamW; their own functions around the same model.
+TRL: the whole GRPOTrainer, generation included. OpenRLHF and verl: the learner's step on a prepared batch (forward, log-probs
+and entropy, policy loss, backward, AdamW), with the functions of these packages around the same model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _model(model: dict) -> LlamaForCausalLM:
 
 
 def _batch(model: dict, batch: dict) -> dict[str, torch.Tensor]:
-    """Sequences without padding, the response behind the prompt."""
+    """Return sequences without padding, each a prompt followed by a response."""
     n, t = batch["sequences"], batch["prompt_tokens"] + batch["response_tokens"]
     ids = torch.randint(0, model["vocab_size"], (n, t))
     actions = torch.zeros(n, t - 1)
@@ -41,7 +41,7 @@ def _steps(session: Session, parameters, step) -> None:
 
 
 def openrlhf(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
-    """The actor's step, entropy logged."""
+    """Run the step of OpenRLHF's actor, with the entropy as a metric."""
     from rlhf_kernels.integrations.openrlhf import PolicyLoss
     from rlhf_kernels.integrations.openrlhf_actor import ActorMixin
 
@@ -64,7 +64,11 @@ def openrlhf(session: Session, *, model: dict, batch: dict, fused: bool) -> None
 
 
 def verl(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
-    """The actor's step, entropy logged: the engine's own way through logits beside its `use_fused_kernels` one with ours."""
+    """Run the step of verl's actor, with the entropy as a metric.
+
+    Unmodified, it computes log-probs from logits. With `fused`, it computes them as with verl's `use_fused_kernels`, but with
+    our kernels.
+    """
     core, functions = originals.verl(), originals.installed("verl.utils.torch_functional")
     from rlhf_kernels.integrations.verl import compute_policy_loss
     from rlhf_kernels.integrations.verl_model import FusedCausalLM
@@ -72,7 +76,7 @@ def verl(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
     session.baseline()
     policy = _model(model)
     b = _batch(model, batch)
-    response = slice(batch["prompt_tokens"] - 1, -1)  # the part that verl's losses are given
+    response = slice(batch["prompt_tokens"] - 1, -1)  # the positions that verl's losses receive
     wrapped = FusedCausalLM(policy) if fused else None
 
     def log_probs_and_entropy() -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +100,7 @@ def verl(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
 
 
 def trl_grpo(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
-    """GRPOTrainer of the installed release: generation, scoring, one optimiser step."""
+    """Run GRPOTrainer of the installed release: generation, scoring and one optimizer step per step of the session."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -105,7 +109,7 @@ def trl_grpo(session: Session, *, model: dict, batch: dict, fused: bool) -> None
     from rlhf_kernels.integrations.trl import GRPOMixin
 
     class Pace(TrainerCallback):
-        """Hands every step to the session."""
+        """Callback that reports every step to the session and waits for the next request."""
 
         def on_train_begin(self, *args, **kwargs):
             session.ready()

@@ -1,7 +1,7 @@
-"""The PPO policy loss from hidden states as other packages let one write it.
+"""The PPO policy loss from hidden states, implemented with other packages.
 
-A peer is a function that imports what it needs and returns `loss(hidden, weight, batch) -> scalar`. Each gives the
-log-probs in its own way and shares the objective, except Liger, whose objective is inside its kernel.
+A peer is a function that imports its package and returns `loss(hidden, weight, batch) -> scalar`. The peers differ in how they
+compute log-probs and share the objective, except for Liger, whose kernel contains the objective.
 
 B sequences, T positions, H hidden, V vocabulary.
 """
@@ -19,7 +19,7 @@ CLIPRANGE = 0.2
 
 
 class Batch(NamedTuple):
-    """What the loss needs besides hidden states and weight."""
+    """Inputs of the loss other than hidden states and weight."""
 
     ids: Tensor  # (B, T)
     old_logprobs: Tensor  # (B, T)
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor, Batch], Tensor]
 
 
 def clipped_surrogate(logprobs: Tensor, batch: Batch) -> Tensor:
-    """-mean over True tokens of min(r A, clip(r, 1 ± cliprange) A), r = exp(logprobs - old_logprobs)."""
+    """Return -mean over True tokens of min(r A, clip(r, 1 ± cliprange) A), where r = exp(logprobs - old_logprobs)."""
     ratio = torch.exp(logprobs.float() - batch.old_logprobs)
     clipped = ratio.clamp(1 - CLIPRANGE, 1 + CLIPRANGE)
     objective = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
@@ -39,7 +39,7 @@ def clipped_surrogate(logprobs: Tensor, batch: Batch) -> Tensor:
 
 
 def cce_torch_compile() -> Loss:
-    """Apple's cut-cross-entropy; its own kernel needs a GPU, `torch_compile` is its implementation for CPUs."""
+    """Return a loss with Apple's cut-cross-entropy in its implementation for CPUs, `torch_compile`; its kernel needs a GPU."""
     from cut_cross_entropy import linear_cross_entropy
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
@@ -50,9 +50,9 @@ def cce_torch_compile() -> Loss:
 
 
 def torch_linear_cross_entropy() -> Loss:
-    """`torch.nn.functional.linear_cross_entropy` on its default path."""
+    """Return a loss with `torch.nn.functional.linear_cross_entropy` on its default path."""
     if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)")
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy; install torch 2.13")
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
         nll = F.linear_cross_entropy(hidden.flatten(0, 1), weight, batch.ids.flatten(), reduction="none")
@@ -62,12 +62,12 @@ def torch_linear_cross_entropy() -> Loss:
 
 
 def compiled_eager() -> Loss:
-    """`torch.compile` of `eager`."""
+    """Return `torch.compile` of `eager`."""
     return torch.compile(eager(), dynamic=False)
 
 
 def trl_selective_log_softmax() -> Loss:
-    """TRL's memory-saving log-probs, a loop over sequences."""
+    """Return a loss with TRL's memory-saving log-probs, a loop over sequences."""
     from trl.trainer.utils import selective_log_softmax
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
@@ -77,7 +77,7 @@ def trl_selective_log_softmax() -> Loss:
 
 
 def eager() -> Loss:
-    """log_softmax in float32, then gather: what everybody writes first."""
+    """Return a loss with log_softmax in float32 and then gather, the usual first implementation."""
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
         logprobs = (hidden @ weight.T).float().log_softmax(-1)
@@ -87,7 +87,7 @@ def eager() -> Loss:
 
 
 def liger_grpo() -> Loss:
-    """Liger's chunked loss; it knows one advantage a sequence only, so it is given the sequence's first."""
+    """Return Liger's chunked loss. It supports only one advantage per sequence, so it receives the first of each sequence."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     grpo = LigerFusedLinearGRPOLoss(
@@ -110,4 +110,4 @@ PEERS: dict[str, Callable[[], Loss]] = {
     "Liger chunked GRPO": liger_grpo,
 }
 COMPILING = ("CCE torch_compile", "torch.compile of eager", "Liger chunked GRPO")
-"""Peers whose first call runs a compiler in the process; their memory counts from after that call."""
+"""Peers whose first call runs a compiler in the process; their memory is measured after that call."""

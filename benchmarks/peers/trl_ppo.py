@@ -1,9 +1,9 @@
 """The original PPOTrainer of TRL on a model and batch of `bench_ppo_step` or of `gpu/engine_bench`.
 
-Its defaults are kept (fused AdamW, clip .2, value clip .2, vf_coef .1, kl_coef .05, lam .95, temperature .7, one
-minibatch) but for what the comparison fixes: the batch, the weights' type (float32 on CPU), no checkpointing of activations
-(it is slower), no evaluation samples, no logging service, nothing saved. The pad token lies outside the model's
-vocabulary and there is no stop token, so every response has its full length.
+Its defaults are kept (fused AdamW, clip .2, value clip .2, vf_coef .1, kl_coef .05, lam .95, temperature .7, one minibatch)
+except for the settings that the comparison fixes: the batch, the dtype of the weights (float32 on CPU), no activation
+checkpointing (it is slower), no evaluation samples, no logging service, no saved files. The pad token is outside the model's
+vocabulary and there is no stop token, so every response has the maximum length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _tokenizer(vocab_size: int):
 
 
 def _models(config, device: torch.device, dtype: torch.dtype):
-    """Policy, reference, value model and reward model."""
+    """Return policy, reference, value model and reward model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     with device:
@@ -36,7 +36,7 @@ def _models(config, device: torch.device, dtype: torch.dtype):
 
 
 def _warm_up(policy, rows: torch.Tensor) -> None:
-    """A GPU's libraries load and choose with their first calls, which are nobody's update."""
+    """Generate and run a backward pass once, so that GPU libraries load and select kernels before the first update."""
     policy.generate(rows, max_new_tokens=4, do_sample=True, pad_token_id=0)
     policy(rows).logits.float().logsumexp(-1).sum().backward()
     policy.zero_grad()
@@ -45,7 +45,7 @@ def _warm_up(policy, rows: torch.Tensor) -> None:
 
 
 def _arguments(folder: str, batch: dict, device: torch.device):
-    """The settings that ours has too, and nothing written or shown."""
+    """Return the settings that our trainer also has, with all output turned off."""
     from trl.experimental.ppo import PPOConfig
 
     return PPOConfig(
@@ -71,9 +71,10 @@ def _arguments(folder: str, batch: dict, device: torch.device):
 
 
 def run(session: Session, *, model: dict, batch: dict) -> None:
-    """Worker: PPO updates, one a step of the session. `model` is a config.json's fields, by default of a Llama.
+    """Run PPO updates, one per step of the session.
 
-    `batch` is bench_ppo_step.BATCH, and may name `device`, `dtype` and `rollout_rows`, the sequences sampled together.
+    `model` has the fields of a config.json, by default of a Llama. `batch` has the keys of `bench_ppo_step.BATCH`,
+    `micro_batch`, and optionally `device`, `dtype` and `rollout_rows`, the number of sequences sampled together.
     """
     from datasets import Dataset
     from transformers import AutoConfig, TrainerCallback
@@ -89,7 +90,7 @@ def run(session: Session, *, model: dict, batch: dict) -> None:
         _warm_up(policy, torch.tensor(prompts[:1], device=device))
 
     class Pace(TrainerCallback):
-        """Hands every update to the session: it ends one step and waits for the next."""
+        """Callback that reports every update to the session and waits for the next request."""
 
         def on_train_begin(self, *args, **kwargs):
             session.ready()
