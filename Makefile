@@ -1,5 +1,6 @@
-# `make demo` and `make test` create a virtual environment in .venv, install what they need, and run. PYTHON=... sets the interpreter,
-# RLHF_CUDA=1 or 0 whether the extension has CUDA kernels (default: with a CUDA build of torch or an NVIDIA device).
+# `make demo` and `make test` create a virtual environment in .venv, install what they need, and run. PYTHON=... sets the
+# interpreter. RLHF_CUDA=1 builds the extension with CUDA kernels and RLHF_CUDA=0 without them; by default it has them if torch
+# is a CUDA build or an NVIDIA device is found.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,15 +62,17 @@ docs: build
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/python -m mkdocs build --strict --quiet
 
-# Compare the adapters with the original trainers, in a separate environment: trl 1.12.0 with verl and OpenRLHF, then trl's current
-# release. DEEPSPEED_CHAT=... is a folder with DeepSpeed-Chat, which is in no package index; without it its cases are skipped.
+# Compare the adapters with the original trainers, in a separate environment: trl 1.12.0 with verl and OpenRLHF, then the current
+# release of trl. DEEPSPEED_CHAT=... is a folder with DeepSpeed-Chat, which is in no package index; without it, its cases are
+# skipped.
 test-peers: $(PEERS)/.built
 	$(if $(DEEPSPEED_CHAT),ln -sfn $(abspath $(DEEPSPEED_CHAT)) $(PEERS)/sources/DeepSpeed-Chat)
 	$(PEERS)/bin/python -m pytest tests/integrations/peers
 	PYTHONPATH=$(PEERS)/sources/trl-current $(PEERS)/bin/python -m pytest tests/integrations/peers/test_trl_grpo.py
 	$(PEERS)/bin/python -m benchmarks.peer_agreement
 
-# The requirements of verl and OpenRLHF are older releases and GPU libraries that the compared functions do not use: --no-deps.
+# verl and OpenRLHF are installed with --no-deps: they require older releases, and GPU libraries that the compared functions do
+# not use.
 $(PEERS)/.built: $(SOURCES) benchmarks/constraints-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --constraint benchmarks/constraints-peers.txt \

@@ -1,4 +1,4 @@
-"""What the build makes of csrc/cuda: with nvcc, without it, and what the result needs to load."""
+"""Tests of the build of csrc/cuda, with and without nvcc, and of the libraries that the extension needs to load."""
 
 import importlib.util
 import os
@@ -15,14 +15,14 @@ from rlhf_kernels import _native, backend
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_extension_says_what_it_was_built_for():
+def test_extension_reports_its_architectures():
     built = _native.extension().cuda_architectures()
     assert built in ([], [80, 90, 100])
     assert bool(built) == hasattr(_native.extension(), "cuda_gae")
 
 
-def test_it_loads_without_a_driver():
-    """No library of a driver or a toolkit is asked for: one file serves machines with and without a GPU."""
+def test_extension_loads_without_a_driver():
+    """It links no library of the driver or the toolkit, so one file works on machines with and without a GPU."""
     if not shutil.which("readelf"):
         pytest.skip("needs readelf")
     dynamic = subprocess.run(
@@ -32,7 +32,7 @@ def test_it_loads_without_a_driver():
     assert needed and not any("cuda" in line or "nvidia" in line for line in needed), needed
 
 
-def test_every_chip_is_in_the_file():
+def test_extension_has_code_for_every_chip():
     if not _native.extension().cuda_architectures():
         pytest.skip("built without nvcc")
     code = Path(_native.extension().__file__).read_bytes()
@@ -42,7 +42,7 @@ def test_every_chip_is_in_the_file():
 
 @pytest.fixture
 def build():
-    """setup.py as a module; its last line would run."""
+    """Return setup.py as a module, without its last statement, which would start a build."""
     text = (ROOT / "setup.py").read_text().rpartition("\nsetup(")[0]
     spec = importlib.util.spec_from_loader("build", loader=None)
     module = importlib.util.module_from_spec(spec)
@@ -53,7 +53,7 @@ def build():
     os.chdir(before)
 
 
-def test_where_nvcc_is_looked_for(build, tmp_path, monkeypatch):
+def test_nvcc_is_searched_in_cuda_home_and_on_the_path(build, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -69,7 +69,7 @@ def test_where_nvcc_is_looked_for(build, tmp_path, monkeypatch):
     assert build.find_nvcc() == str(nvcc)
 
 
-def test_chips_of_the_build(build):
+def test_nvcc_targets(build):
     assert build.cuda_targets(build.CUDA_ARCHITECTURES) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
@@ -78,18 +78,18 @@ def test_chips_of_the_build(build):
     ]
 
 
-def test_a_chip_that_nvcc_does_not_know_is_left_out_and_named(build, tmp_path, capsys):
+def test_a_chip_that_nvcc_does_not_support_is_skipped_and_reported(build, tmp_path, capsys):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\nprintf 'sm_75\\nsm_80\\nsm_90\\n'\n")
     nvcc.chmod(0o755)
     assert build.known_architectures(str(nvcc)) == {80: "80", 90: "90a"}
-    assert capsys.readouterr().err.splitlines() == [f"{nvcc} does not know sm_100: building without it"]
+    assert capsys.readouterr().err.splitlines() == [f"{nvcc} does not support sm_100: building without it"]
     assert build.cuda_targets({80: "80", 90: "90a"})[-1] == "-gencode=arch=compute_90,code=compute_90"
 
 
 @pytest.fixture
 def command(build, monkeypatch):
-    """The build command with compilers that only say what they were given."""
+    """Return a function that runs the build command with fake compilers and returns the extension that it would link."""
     made = []
     monkeypatch.setattr(build.build_ext, "build_extension", lambda self, ext: made.append(ext))
     monkeypatch.setattr(build.BuildKernels, "_compile", lambda self, source, isa, flags: [f"{isa}/{source}"])
@@ -100,7 +100,7 @@ def command(build, monkeypatch):
     return lambda: run.build_extension(build.extension) or made[-1]
 
 
-def test_a_build_without_nvcc_says_so_and_goes_on(build, command, monkeypatch, capsys):
+def test_a_build_without_nvcc_warns_and_continues(build, command, monkeypatch, capsys):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     made = command()
     assert capsys.readouterr().err.splitlines() == [
@@ -120,11 +120,11 @@ def test_a_build_with_nvcc_has_every_kernel(build, command, monkeypatch, capsys)
     assert "csrc/cuda/bindings.cpp" in made.sources and made.library_dirs == ["/toolkit/lib64"]
 
 
-def test_a_build_without_nvcc_is_explained(monkeypatch):
+def test_an_extension_without_cuda_kernels_is_explained(monkeypatch):
     class Bare:
         cuda_architectures = staticmethod(list)
 
     monkeypatch.setattr(_native, "_C", Bare)
     backend.why_no_cuda.cache_clear()
-    assert "built without nvcc; install the CUDA toolkit" in backend.why_no_cuda("gae", torch.device("cuda"))
+    assert "built without CUDA kernels; install the CUDA toolkit" in backend.why_no_cuda("gae", torch.device("cuda"))
     backend.why_no_cuda.cache_clear()
