@@ -1,4 +1,4 @@
-"""Bytes at run time: the arena that phases share, gradients in it, measured peaks."""
+"""Run-time memory: the arena that the phases of an update share, gradients in the arena, and measured peaks."""
 
 from rlhf_engine.memory.arena import Arena, PeakMeter, gradient_bytes, gradients_in
 from rlhf_engine.memory.pool import AnyArena, PoolArena, open_arena

@@ -1,8 +1,9 @@
-"""One block of bytes that the phases of an update take in turns, on the CPU.
+"""A memory block that the phases of an update use in turn, on the CPU.
 
-Keys and values while the policy samples; gradients, the head's logits and optimiser state in transit while it learns. What an
-update keeps is never in here. A run pays the largest of its phases and not their sum: a phase that needs less gives the rest of
-the block back to the system before it begins.
+Sampling stores keys and values in it. Training stores gradients, the head's logits and optimizer state in transit.
+Nothing that outlives a phase is stored in the block. The memory of a run is therefore that of its largest phase, not
+the sum of its phases. A phase that needs less than the whole block returns the rest to the operating system before it
+begins.
 """
 
 from __future__ import annotations
@@ -29,33 +30,40 @@ if TYPE_CHECKING:
     from rlhf_engine.memory.pool import AnyArena
 
 ALIGNMENT = 64
-"""Bytes to which torch aligns a tensor on the CPU."""
+"""Alignment of torch's CPU tensors, in bytes."""
 
 
 def room_for(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes that a tensor takes in an arena, alignment included."""
+    """Return the bytes that a tensor takes in an arena, alignment included."""
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def refuse_outside(phase: str | None) -> str:
-    """Return the open phase; RuntimeError for a request while there is none."""
+    """Return the open phase.
+
+    Raises:
+        RuntimeError: no phase is open.
+    """
     if phase is None:
-        raise RuntimeError("arena: got a request outside of a phase, expected one inside")
+        raise RuntimeError("arena: memory was requested outside of a phase; open one with `with arena.phase(name):`")
     return phase
 
 
 def refuse_beyond(sizes: Mapping[str, int], phase: str, start: int, size: int, what: str) -> None:
-    """ValueError for `size` bytes from `start` on that end beyond those of the phase."""
+    """Raise ValueError if `size` bytes from offset `start` exceed the bytes of the phase."""
     planned = sizes[phase]
     if start + size > planned:
         raise ValueError(
-            f"arena: got a request for {size} bytes, {what}, with {planned - start} of the {planned} planned for phase "
-            f"{phase!r} left, expected no more"
+            f"arena: cannot allocate {size} bytes for {what}: {planned - start} of the {planned} bytes planned for phase "
+            f"{phase!r} are free; give the arena larger sizes"
         )
 
 
 def _trim() -> None:
-    """Give back what glibc's malloc keeps of the phase before: up to 64 MB that was free at the end of its heap, and holes."""
+    """Release memory that glibc's malloc retains from the previous phase.
+
+    It retains up to 64 MB of free memory at the end of its heap, and the holes between live blocks.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -63,7 +71,7 @@ def _trim() -> None:
 
 @dataclass(frozen=True)
 class _Loan:
-    """Bytes handed out. They are free again when no tensor lies in them: a tensor keeps the memoryview alive, and views it."""
+    """A range of the block that a tensor uses. It is free once `view` is dead, because the tensor keeps `view` alive."""
 
     end: int
     view: weakref.ref[memoryview]
@@ -71,12 +79,20 @@ class _Loan:
 
 
 class Arena:
-    """`with arena.phase("train"): tensor = arena.take(shape, dtype)`, at most `sizes["train"]` bytes at a time.
+    """Allocator of a CPU memory block that phases use in turn.
 
-    A tensor may not outlive its phase: RuntimeError, naming those that are still held, where the phase ends. Where an exception
-    ended it, its traceback may hold some; their bytes are then left to them and the next phase maps others, so that nothing is
-    ever written under a tensor that somebody can read. `head_bytes` are those of the fused head's logits (see `transients`).
-    `poison` fills what is handed out with NaN, for tests.
+        with arena.phase("train"):
+            tensor = arena.take(shape, dtype)
+
+    At most `sizes["train"]` bytes are in use at a time. A tensor must not outlive its phase: the end of a phase raises
+    RuntimeError if tensors of it are still referenced. If an exception ended the phase, its traceback may reference
+    tensors. Their memory is then left untouched and the next phase maps a new block, so that no readable tensor is
+    overwritten.
+
+    Args:
+        sizes: phase name -> most bytes of the phase.
+        head_bytes: bytes of the fused head's logits, which `transients` provides.
+        poison: fill allocated tensors with NaN, for tests.
     """
 
     def __init__(self, sizes: Mapping[str, int], *, head_bytes: int = 0, poison: bool = False) -> None:
@@ -87,14 +103,20 @@ class Arena:
 
     @property
     def bytes(self) -> int:
-        """Of the block: those of the largest phase."""
+        """Size of the block: the bytes of the largest phase."""
         return max(self.sizes.values())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Hand the block to `name`, one of `sizes`; one phase at a time."""
+        """Give the block to phase `name`, one of `sizes`. Only one phase can be open at a time.
+
+        Raises:
+            RuntimeError: a phase is open already, or tensors of this phase are still referenced at its end.
+        """
         if self.open is not None:
-            raise RuntimeError(f"arena: got phase {name!r} while {self.open!r} is open, expected one at a time")
+            raise RuntimeError(
+                f"arena: cannot begin phase {name!r} while phase {self.open!r} is open; end that phase first"
+            )
         whole = False
         try:
             self._begin(name)
@@ -106,9 +128,14 @@ class Arena:
             self._refuse_held(name)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor in the block, its content anything.
+        """Return a contiguous, uninitialised tensor in the block.
 
-        Bytes come back in the order of a stack: those of a tensor that is gone are free once all taken after it are gone too.
+        Memory is allocated as on a stack: the bytes of a deleted tensor are free once all tensors allocated after it
+        are deleted too.
+
+        Raises:
+            RuntimeError: no phase is open.
+            ValueError: the phase has fewer bytes left.
         """
         phase = refuse_outside(self.open)
         while self._loans and self._loans[-1].view() is None:
@@ -127,18 +154,18 @@ class Arena:
         return tensor.view(dtype).view(shape)
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`take` with the signature that a cache asks for its memory with."""
+        """Return `take(shape, dtype)`; the signature is that of a cache's allocator."""
         assert device.type == "cpu"
         return self.take(shape, dtype)
 
     @contextmanager
     def transients(self) -> Iterator[None]:
-        """What forward and backward passes need besides tensors that are taken by name: here the logits of the fused head."""
+        """Provide the memory that forward and backward passes use internally: here the logits of the fused head."""
         with lend_workspace(self.take((self.head_bytes,), torch.uint8)):
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Return what an update logs of it: nothing."""
+        """Return the metrics that an update logs: none."""
         return {}
 
     def reset(self) -> None:
@@ -164,11 +191,12 @@ class Arena:
 
     def _refuse_held(self, name: str) -> None:
         if self._held():
-            gc.collect()  # a cycle is nobody's
+            gc.collect()  # deletes tensors that only a reference cycle keeps alive
         held = self._held()
         if held:
             raise RuntimeError(
-                f"arena: {len(held)} tensors of phase {name!r} are held at its end, such as {held[0]}, expected none"
+                f"arena: {len(held)} tensors of phase {name!r} are still referenced at its end, such as {held[0]}; copy "
+                "tensors that must outlive the phase"
             )
 
 
@@ -176,25 +204,26 @@ class Arena:
 
 
 SUM_DTYPE = torch.float32
-"""Type in which gradients are summed, of half-precision weights too."""
+"""Dtype in which gradients are summed, also those of half-precision weights."""
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """What a parameter's gradients are summed in."""
+    """Return the dtype in which a parameter's gradients are summed."""
     return parameter.grad_dtype or parameter.dtype
 
 
 def gradient_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes that the gradients of `parameters` take in an arena."""
+    """Return the bytes that the gradients of `parameters` take in an arena."""
     return sum(room_for(tuple(p.shape), gradient_dtype(p)) for p in parameters)
 
 
 @contextmanager
 def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """While the context is open, gradients of `parameters` lie in the arena; after it there are none.
+    """Store the gradients of `parameters` in the arena inside the context; drop them at its end.
 
-    A gradient is moved to its place when the first backward pass has made it, and later ones are added to it there. So a
-    parameter that no backward pass reaches has none, as without an arena, and `zero_grad(set_to_none=True)` begins anew.
+    A gradient is moved into the arena after the first backward pass has computed it, and later gradients are added to
+    it there. As without an arena, a parameter that no backward pass reaches has no gradient, and
+    `zero_grad(set_to_none=True)` starts a new sum.
     """
     places: dict[nn.Parameter, Tensor] = {}
     hooks = []
@@ -208,7 +237,7 @@ def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterato
     try:
         for parameter in parameters:
             room = arena.take((parameter.numel(),), gradient_dtype(parameter))
-            # Strides as the parameter has them, as autograd gives them to a gradient of its own.
+            # The strides of the parameter, which a gradient allocated by autograd has too.
             places[parameter] = room.as_strided(parameter.shape, parameter.stride())
             hooks.append(parameter.register_post_accumulate_grad_hook(move))
         room = None
@@ -225,10 +254,13 @@ def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterato
 
 
 class PeakMeter:
-    """`with meter.phase("train"):` measures; `log()` gives `peak_train_mb` and forgets it. Phases of one name count together.
+    """Peak memory of each phase.
 
-    On CUDA it is what the allocator had handed out; on the CPU the resident set, with all that the process holds besides (see
-    `phase_peak_mb`). No entry where a system has neither.
+    `with meter.phase("train"):` measures a phase. `log()` returns its peak as `peak_train_mb` and resets it. If several
+    phases have the same name, their largest peak counts.
+
+    On CUDA the peak is that of the memory allocated by torch. On the CPU it is that of the resident set of the whole
+    process (see `phase_peak_mb`). There is no entry where the system reports neither.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -237,7 +269,7 @@ class PeakMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what happens inside; not nested."""
+        """Measure the peak inside the context. Phases cannot be nested."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -251,13 +283,16 @@ class PeakMeter:
                 self._peaks[name] = max(peak, self._peaks.get(name, 0.0))
 
     def log(self) -> dict[str, float]:
-        """The peaks since the last call, in 10^6 bytes."""
+        """Return the peaks since the last call, in 10^6 bytes, and reset them."""
         found, self._peaks = self._peaks, {}
         return {f"peak_{name}_mb": peak for name, peak in found.items()}
 
 
 class _PeakRss:
-    """The system's mark of the largest resident set, which a phase moves down to measure itself, and where it stood before."""
+    """The system's high-water mark of the resident set, which a phase resets to measure itself.
+
+    `before` is the largest value before the last reset, in 10^6 bytes. `moves` is whether the system allowed the reset.
+    """
 
     def __init__(self) -> None:
         self.before, self.moves = 0.0, False
@@ -279,7 +314,7 @@ class _PeakRss:
 
 
 def _of_status(key: str) -> float | None:
-    """A size of this process as Linux tells it, in 10^6 bytes."""
+    """Return a size of this process from /proc/self/status, in 10^6 bytes; None on systems without that file."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -291,24 +326,28 @@ _PEAK = _PeakRss()
 
 
 def peak_rss_mb() -> float:
-    """Largest resident set of this process so far, in 10^6 bytes."""
+    """Return the largest resident set of this process so far, in 10^6 bytes."""
     return _PEAK.so_far()
 
 
 def resident_mb() -> float:
-    """What is resident now, in 10^6 bytes; the largest so far on systems that do not say."""
+    """Return the current resident set in 10^6 bytes; the largest so far on systems that do not report it."""
     now = _of_status("VmRSS:")
     return peak_rss_mb() if now is None else now
 
 
 def start_phase_peak() -> None:
-    """Let `phase_peak_mb` count from here. Whoever reads VmHWM or ru_maxrss of this process from outside sees them fall."""
+    """Start the measurement of `phase_peak_mb`.
+
+    This resets VmHWM and ru_maxrss of the process, so an external monitor sees these values fall.
+    """
     _PEAK.restart()
 
 
 def phase_peak_mb() -> float | None:
-    """Largest resident set since `start_phase_peak`, in 10^6 bytes; None on systems that do not say.
+    """Return the largest resident set since `start_phase_peak`, in 10^6 bytes; None on systems that do not report it.
 
-    Linux moves the mark. Where a sandbox forbids that, this is what is resident now.
+    Linux allows a process to reset its high-water mark. Where a sandbox forbids the reset, this is the current resident
+    set.
     """
     return _PEAK.since_restart()

@@ -1,16 +1,17 @@
-"""The same arena on a CUDA device: one memory pool of the caching allocator.
+"""The arena on a CUDA device: one memory pool of the caching allocator.
 
-While the policy samples, its keys and values are slices of one allocation in the pool, dropped at the phase change. While it
-scores and learns, all that forward and backward passes allocate comes from the pool (`transients`), so from the bytes that the
-keys and values had, and so do gradients and optimiser state in transit, which are taken by name. Whatever is to survive a phase
-is made outside of `transients` or copied there: moments, sums of metrics, what a user's reward function keeps.
+During sampling, keys and values are slices of one allocation in the pool, which is freed when the phase ends. During
+scoring and training, everything that forward and backward passes allocate comes from the pool (`transients`) and reuses
+the memory of the keys and values. Gradients and optimizer state in transit, which are allocated with `take`, reuse it
+too. Tensors that must outlive a phase are allocated outside of `transients` or copied: moments, sums of metrics, what a
+user's reward function keeps.
 
-Routing is per thread, and backward passes have threads of their own: `transients` turns those off
+Routing to the pool is per thread, and backward passes run in separate threads by default. `transients` turns that off
 (`set_multithreading_enabled(False)`: "the backward pass runs on the calling thread instead").
 
-A library that keeps a workspace from its first call on, as cuBLAS does, has made it by then, outside of the pool, since
-sampling comes first. A phase that leaves bytes behind all the same is no error: the allocator never hands out bytes twice. It
-is counted in `held_bytes`, since the pool then has to grow.
+A library such as cuBLAS keeps a workspace from its first call on. Sampling comes first, so the workspace is allocated
+by then, outside of the pool. If a phase leaves allocations in the pool, that is not an error, because the allocator
+never hands out memory that is in use. The bytes are counted in `held_bytes`, since the pool then has to grow.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from rlhf_engine.memory.arena import Arena, refuse_beyond, refuse_outside, room_
 
 
 class PoolArena:
-    """`Arena` on a CUDA device. `sizes` bounds the phase "generate" alone: the others take what their operations need."""
+    """`Arena` on a CUDA device. `sizes` limits only the phase "generate"; the others allocate what their operations need."""
 
     def __init__(self, sizes: Mapping[str, int], device: torch.device) -> None:
         self.sizes, self.device = dict(sizes), device
         self.open: str | None = None
         self.held_bytes = 0
-        """Most that a phase has left in the pool."""
-        cuda.empty_cache()  # what checks and loading left behind is not paid beside the pool
+        """Most bytes that a phase has left in the pool."""
+        cuda.empty_cache()  # memory cached by checks and loading would be reserved in addition to the pool
         self._pool = cuda.MemPool()
         self._routed = False
         self._block: Tensor | None = None
@@ -40,9 +41,15 @@ class PoolArena:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Hand the pool to `name`, one of `sizes`; one phase at a time."""
+        """Give the pool to phase `name`, one of `sizes`. Only one phase can be open at a time.
+
+        Raises:
+            RuntimeError: a phase is open already, or keys and values are still allocated at the end of "generate".
+        """
         if self.open is not None:
-            raise RuntimeError(f"arena: got phase {name!r} while {self.open!r} is open, expected one at a time")
+            raise RuntimeError(
+                f"arena: cannot begin phase {name!r} while phase {self.open!r} is open; end that phase first"
+            )
         whole = False
         try:
             if name == "generate":
@@ -58,11 +65,16 @@ class PoolArena:
         self.held_bytes = max(self.held_bytes, held)
         if whole and name == "generate" and held >= max(self.sizes[name], 1):
             raise RuntimeError(
-                f"arena: {held} bytes of phase 'generate' are held at its end, expected no keys and values"
+                f"arena: {held} bytes of phase 'generate' are still allocated at its end; delete the keys and values first"
             )
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor in the pool, its content anything."""
+        """Return a contiguous, uninitialised tensor in the pool.
+
+        Raises:
+            RuntimeError: no phase is open.
+            ValueError: the phase "generate" has fewer bytes left.
+        """
         phase = refuse_outside(self.open)
         if self._block is None:
             with nullcontext() if self._routed else self._route():
@@ -74,17 +86,17 @@ class PoolArena:
         return self._block[start : start + count].view(dtype).view(shape)
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`take` with the signature that a cache asks for its memory with."""
+        """Return `take(shape, dtype)`; the signature is that of a cache's allocator."""
         return self.take(shape, dtype)
 
     @contextmanager
     def transients(self) -> Iterator[None]:
-        """Everything that this thread and the backward passes it starts allocate comes from the pool."""
+        """Route all allocations of this thread, and of backward passes that it starts, to the pool."""
         with torch.autograd.set_multithreading_enabled(False), self._route():
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Return what an update logs of it: the most that a phase has left in the pool, in 10^6 bytes."""
+        """Return the metrics that an update logs: the most that a phase has left in the pool, in 10^6 bytes."""
         return {"pool_held_mb": self.held_bytes / 1e6}
 
     def reset(self) -> None:
@@ -93,7 +105,7 @@ class PoolArena:
 
     @contextmanager
     def _route(self) -> Iterator[None]:
-        # The allocator refuses a pool that the thread allocates from already.
+        # The allocator rejects a pool that this thread already allocates from.
         assert not self._routed
         self._routed = True
         try:
@@ -107,12 +119,18 @@ AnyArena = Arena | PoolArena
 
 
 def open_arena(device: torch.device, sizes: Mapping[str, int], head_bytes: int) -> AnyArena:
-    """An arena on `device` whose phases, by name, take at most `sizes` bytes; ValueError for a device that has none.
+    """Return an arena on `device`.
 
-    `head_bytes` of them are the fused head's logits, which the allocator of a GPU provides by itself.
+    Args:
+        device: a CPU or CUDA device.
+        sizes: phase name -> most bytes of the phase.
+        head_bytes: the part of them that the fused head's logits take; on a GPU the caching allocator provides it.
+
+    Raises:
+        ValueError: a device of a different type.
     """
     if device.type == "cpu":
         return Arena(sizes, head_bytes=head_bytes)
     if device.type == "cuda":
         return PoolArena(sizes, device)
-    raise ValueError(f"device: got {str(device)!r}, expected cpu or cuda: there is no arena on another one")
+    raise ValueError(f"device: got {str(device)!r}, expected cpu or cuda, the devices that have an arena")

@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters, what a trainer needs of any optimizer, and the learning rate of every step."""
+"""AdamW, the optimizer protocol that trainers use, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from rlhf_engine.config import OptimConfig
 
 HALF = (torch.bfloat16, torch.float16)
-"""Types of weights whose updates need a float32 master."""
+"""Dtypes of weights whose updates need a float32 master."""
 
 
 Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""`take(shape, dtype)` returns memory on the device that may hold anything, such as an arena's."""
+"""`take(shape, dtype)` returns an uninitialised tensor on the device, for example from an arena."""
 
 
 @runtime_checkable
@@ -28,35 +28,41 @@ class Optimizer(Protocol):
 
     @property
     def transit_bytes(self) -> int:
-        """Bytes on the device of the state in transit; 0 where the state is resident."""
+        """Device bytes of the state in transit; 0 if the state is resident."""
         ...
 
     def allocate_from(self, take: Take) -> None:
-        """Use `take` for the memory of state in transit."""
+        """Allocate state in transit with `take`."""
 
     def prefetch(self) -> None:
         """Start to copy the state of the next step to the device, while gradients are computed."""
 
     def tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return a parameter's state by name, complete in memory; empty before its first step."""
+        """Return a parameter's state by name, after all pending copies; it may be empty before the first step."""
         ...
 
     def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
-        """Make the state that `names` are the tensors of, and return it, to be filled from a checkpoint."""
+        """Create and return the state whose tensors in a checkpoint have these `names`, to be filled from it."""
         ...
 
     def clear(self) -> None:
-        """Drop the state of all parameters, before one of a checkpoint is set."""
+        """Drop the state of all parameters, before state from a checkpoint is loaded."""
 
-    def step(self) -> Any: ...
+    def step(self) -> Any:
+        """Step every parameter that has a gradient."""
+        ...
 
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        ...
 
-    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any: ...
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
+        """Call `hook` before every step."""
+        ...
 
 
 class ResidentState:
-    """Mixin for a `torch.optim.Optimizer` whose state stays on the device: nothing is in transit."""
+    """Mixin for a `torch.optim.Optimizer` whose state stays on the device, so that none is in transit."""
 
     transit_bytes = 0
     param_groups: list[dict[str, Any]]
@@ -73,7 +79,7 @@ class ResidentState:
         return {name: value for name, value in self.state.get(parameter, {}).items() if isinstance(value, Tensor)}
 
     def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
-        """Make the state that `names` are the tensors of: a step count, and tensors of the parameter's shape."""
+        """Create and return the state with these `names`: a step count, and tensors of the parameter's shape."""
         step = {"step": torch.zeros((), device=parameter.device)} if "step" in names else {}
         self.state[parameter] = step | {name: torch.empty_like(parameter) for name in names if name != "step"}
         return self.tensors_of(parameter)
@@ -86,7 +92,7 @@ class ResidentState:
 class Resident(ResidentState):
     """Any `torch.optim.Optimizer` as an `Optimizer` with resident state.
 
-    The learning-rate schedule multiplies the rate that each of its groups has now.
+    The learning-rate schedule scales the rate that each parameter group has at construction.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -111,15 +117,15 @@ class AdamW(ResidentState, torch.optim.AdamW):
     """`torch.optim.AdamW` with its state on the device."""
 
     def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
-        """Make both moments of a parameter, whatever `names` lacks."""
+        """Create and return the step count and both moments of a parameter, even if `names` lacks some of them."""
         return super().new_tensors_of(parameter, ("step", "exp_avg", "exp_avg_sq"))
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0 is the first) of `total_steps`.
+    """Return the learning rate of optimizer step `step` (0 is the first) of `total_steps`.
 
-    It climbs linearly over `warmup_steps`, then stays (constant) or falls to `final_lr_share * lr` at the last step
-    along a line or half a cosine. A function of the step alone, so that a resumed run needs no state for it.
+    It rises linearly over `warmup_steps`. Then it stays constant, or falls to `final_lr_share * lr` at the last step,
+    linearly or along half a cosine. It depends only on the step, so a resumed run needs no scheduler state.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
@@ -133,22 +139,26 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def optimizer_step(
     optimizer: Optimizer, config: OptimConfig, step: int, total_steps: int
 ) -> tuple[torch.Tensor, float]:
-    """Clip, step and clear the gradients; returns the gradient norm before clipping and the learning rate used.
+    """Clip the gradients, step the optimizer and drop the gradients.
 
-    Raises FloatingPointError, with the weights as they were, if the norm is not finite.
+    Returns:
+        The gradient norm before clipping, and the learning rate of the step.
+
+    Raises:
+        FloatingPointError: the norm is not finite. The weights are unchanged.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not bool(norm.isfinite()):
         raise FloatingPointError(
-            f"training diverged: got a gradient norm of {float(norm)} at optimiser step {step + 1}, expected a finite one; "
-            "a lower learning rate may help"
+            f"training diverged: got a gradient norm of {float(norm)} at optimizer step {step + 1}, expected a finite one; "
+            "try a lower learning rate"
         )
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
     rate = learning_rate(config, step, total_steps)
     for group in optimizer.param_groups:
-        # An optimizer of the user's keeps the rates of its groups.
+        # The groups of a user's optimizer keep the ratios of their rates.
         group["lr"] = group["initial_lr"] * (rate / config.lr) if "initial_lr" in group else rate
         if config.eps_form == "raw":
             group["eps"] = raw_eps(optimizer, group, config)
@@ -158,11 +168,12 @@ def optimizer_step(
 
 
 def raw_eps(optimizer: Optimizer, group: dict[str, Any], config: OptimConfig) -> float:
-    """The epsilon that, added after the bias correction, does what `config.eps` does before it, in the step to come.
+    """Return the epsilon that has the same effect after the bias correction as `config.eps` before it, for the next step.
 
-        m_hat / (sqrt(v_hat) + e'),  e' = eps / sqrt(1 - beta_2^t),  is  m sqrt(1 - beta_2^t) / (1 - beta_1^t) / (sqrt(v) + eps)
+        m_hat / (sqrt(v_hat) + e')  =  m sqrt(1 - beta_2^t) / (1 - beta_1^t) / (sqrt(v) + eps),  e' = eps / sqrt(1 - beta_2^t)
 
-    t is that of the group's first parameter with a gradient. Source: Kingma & Ba 2015, end of section 2.
+    where t is the step count of the group's first parameter that has a gradient.
+    Source: Kingma & Ba 2015, end of section 2.
     """
     first = next((parameter for parameter in group["params"] if parameter.grad is not None), None)
     done = 0.0 if first is None else float(optimizer.state.get(first, {}).get("step", 0.0))

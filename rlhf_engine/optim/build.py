@@ -1,4 +1,4 @@
-"""An optimizer as the config asks for it."""
+"""Construction of the optimizer that a config describes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from rlhf_engine.optim.eight_bit import EightBitAdamW
 from rlhf_engine.optim.offload import StagedAdamW
 
 OptimizerState = Literal["resident", "host", "8bit"]
-"""Where moments live, `MemoryConfig.optimizer_state`."""
+"""Where and how the moments are stored; see `MemoryConfig.optimizer_state`."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> Optimizer:
-    """Return fused AdamW over the parameters that require a gradient; only matrices are decayed.
+    """Return AdamW over the parameters that require a gradient, with weight decay only on those of two or more dimensions.
 
-    Half-precision parameters get float32 gradients, and float32 masters that are stepped in their place. ValueError for 8 bits
-    if torchao is missing or with `eps_form` "raw", whose epsilon differs at each step: torchao would compile each of them.
+    Half-precision parameters get float32 gradients, and float32 masters that are stepped instead of them.
     Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
+
+    Raises:
+        ValueError: 8-bit state is requested and torchao is missing, or `eps_form` is "raw". The epsilon of "raw"
+            differs at each step, and torchao would compile the step for each value.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     half = [parameter for parameter in trained if parameter.dtype in HALF]

@@ -1,4 +1,4 @@
-"""AdamW whose moments are kept in 8 bits, by torchao (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization")."""
+"""AdamW with 8-bit moments, by torchao (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization")."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from torch import Tensor, nn
 from rlhf_engine.optim.adamw import HALF, ResidentState
 
 _QUANTISED = ("codes", "scale")
-"""Tensors of a moment in 8 bits; its table of values is a constant."""
+"""Tensors of an 8-bit moment that a checkpoint stores; its table of values is a constant."""
 
 SMALLEST, BLOCK = 4096, 256
-"""Elements of the smallest tensor that torchao quantises, and of a block, which has one float32 scale."""
+"""Elements of the smallest tensor that torchao quantises, and elements of a block, which has one float32 scale."""
 
 
 def moment_bytes(elements: int) -> int:
-    """Return the bytes of one moment of a parameter with so many elements: codes and scales, or float32."""
+    """Return the bytes of one moment of a parameter with `elements` elements: 8-bit codes and scales, or float32."""
     if elements < SMALLEST or elements % BLOCK:
         return elements * torch.float32.itemsize
     return elements + elements // BLOCK * torch.float32.itemsize
 
 
 class EightBitAdamW(ResidentState, torch.optim.Optimizer):
-    """`torchao.optim.AdamW8bit` over the parameters, and over float32 masters of those in half precision.
+    """`torchao.optim.AdamW8bit` over the parameters, with float32 masters for those in half precision.
 
-    It quantises tensors of 4096 elements or more in blocks of 256; the rest stays in float32. A step is compiled for each shape
-    of a parameter, which needs a C++ compiler on the CPU. Raises ValueError where torchao is not installed.
+    torchao quantises the moments of tensors of at least 4096 elements in whole blocks of 256. Other moments stay in
+    float32. The step is compiled for each parameter shape, which needs a C++ compiler on the CPU.
+
+    Raises:
+        ValueError: torchao is not installed.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], **options: Any) -> None:
@@ -36,8 +39,8 @@ class EightBitAdamW(ResidentState, torch.optim.Optimizer):
             from torchao.optim import AdamW8bit
         except ImportError as error:
             raise ValueError(
-                f"memory.optimizer_state: got '8bit', which needs torchao, expected it installed (pip install "
-                f"'rlhf-kernels[8bit]'): {error}"
+                f"memory.optimizer_state: '8bit' needs torchao, which cannot be imported; run pip install "
+                f"'rlhf-kernels[8bit]' ({error})"
             ) from None
         groups = list(groups)
         super().__init__(groups, options)
@@ -51,7 +54,7 @@ class EightBitAdamW(ResidentState, torch.optim.Optimizer):
         self.inner = AdamW8bit(held, block_size=BLOCK, **options)
 
     def held(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What torchao steps for a parameter."""
+        """Return the parameter that torchao steps: the float32 master if there is one, otherwise the parameter itself."""
         return self.masters.get(parameter, parameter)
 
     @torch.no_grad()
@@ -68,7 +71,7 @@ class EightBitAdamW(ResidentState, torch.optim.Optimizer):
                 master.grad = None
 
     def tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return a parameter's master, and its moments, each as `<name>.codes` and `<name>.scale` where it is quantised."""
+        """Return a parameter's master and its moments; a quantised moment as `<name>.codes` and `<name>.scale`."""
         tensors = {} if parameter not in self.masters else {"master": self.masters[parameter].detach()}
         for name, value in self.moments(parameter).items():
             quantised = hasattr(value, _QUANTISED[0])
@@ -76,7 +79,7 @@ class EightBitAdamW(ResidentState, torch.optim.Optimizer):
         return tensors
 
     def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
-        """Make the moments of a parameter that was stepped; one that never was has a master only."""
+        """Return the master and new moments of a parameter; only the master if it was saved before its first step."""
         if set(names) != {"master"}:
             self.new_moments(parameter)
         return self.tensors_of(parameter)
@@ -86,11 +89,11 @@ class EightBitAdamW(ResidentState, torch.optim.Optimizer):
         self.inner.state.clear()
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """`step`, `exp_avg` and `exp_avg_sq` of a parameter, empty before its first step."""
+        """Return `step`, `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
         return self.inner.state.get(self.held(parameter), {})
 
     def new_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Moments of a parameter that has not been stepped, which become its own."""
+        """Create, set and return the moments of a parameter that has not been stepped."""
         held = self.held(parameter)
         state = {"step": torch.tensor(0.0)}
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is often the better policy (InstructGPT's has decay 0.992)."""
+"""Exponential moving average of the weights, often a better policy than the weights themselves (InstructGPT: decay 0.992)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from rlhf_engine.model import ActorCritic, frozen_copy
 
 AVERAGE_DTYPE = torch.float32
-"""Type of the average, in which 1 - decay of a weight is not lost."""
+"""Dtype of the average. In half precision the increments, 1 - decay of a difference, would be rounded away."""
 
 
 class WeightAverage:
-    """`average <- decay * average + (1 - decay) * weights` after every optimiser step, from the first weights on.
+    """`average <- decay * average + (1 - decay) * weights` after every optimizer step, starting from the initial weights.
 
-    Costs the weights once more, in float32 whatever they are in, where 1 - decay of a weight is not lost.
+    It needs the memory of a second copy of the weights, in float32 for weights of any dtype.
     """
 
     def __init__(self, policy: ActorCritic, decay: float) -> None:
@@ -25,6 +25,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the policy's weights as they are now."""
+        """Update the average with the policy's current weights."""
         for average, weight in self.pairs:
             average.lerp_(weight.float(), 1.0 - self.decay)

@@ -1,12 +1,13 @@
-"""AdamW whose moments live in host memory, and whose half-precision weights have float32 masters.
+"""AdamW with moments in host memory, and with float32 masters for half-precision weights.
 
-An update of a bfloat16 weight is often smaller than the spacing of bfloat16 around it, so the sum of updates is kept in a
-float32 master, and the weight is its rounding. Masters are optimiser state like the moments.
+An update of a bfloat16 weight is often smaller than the spacing of bfloat16 numbers around it. The sum of updates is
+therefore kept in a float32 master, and the weight is the rounded master. Masters are optimizer state like the moments.
 
-State in host memory goes to the device bucket by bucket and back. Two buckets have room there: while one is stepped, a stream
-of its own copies the next in and the one before out. The first two are copied while the minibatch runs forward and backward
-(`prefetch`), which hides them as well as sampling would and takes no room from its keys and values. On the CPU, where host and
-device are one memory, the copies are made all the same and nothing is saved: it is how they are tested.
+State in host memory is copied to the device bucket by bucket, and back after the step. The device has memory for two
+buckets: while one is stepped, a separate stream copies the next one in and the previous one out. The first two are
+copied during the forward and backward passes of the minibatch (`prefetch`). This hides the copies as well as sampling
+would, and takes no memory from its keys and values. On the CPU, where host and device share one memory, the copies run
+too. They save nothing there, but they can be tested.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from rlhf_engine.memory.arena import room_for
 from rlhf_engine.optim.adamw import HALF, Take
 
 BUCKET_BYTES = 64 * 2**20
-"""Of state that is copied at a time: long enough for the copy to run at full speed, short beside what it is a part of."""
+"""Bytes of state that are copied at a time: large enough for full copy speed, small compared with the whole state."""
 _UNIT = 4096
-"""A tensor is cut at multiples of this many elements, so that vector code meets the same ends as in the whole tensor."""
+"""Tensors are cut at multiples of this many elements, so that vector code has the same remainders as on the whole tensor."""
 
 
 def most_in_transit(state_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> int:
-    """Return an upper bound of the room that `state_bytes` of state take on the device: two buckets, or all of it."""
+    """Return an upper bound of the device bytes that `state_bytes` of state need in transit: two buckets, or all of it."""
     return min(2 * bucket_bytes, state_bytes)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one parameter."""
+    """The elements `start` to `stop` of one flattened parameter, which belongs to group number `group`."""
 
     parameter: nn.Parameter
     group: int
@@ -44,16 +45,18 @@ class Piece:
     stop: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of something that is shaped like the parameter."""
+        """Return this part of a tensor that has the parameter's shape."""
         return tensor.detach().view(-1)[self.start : self.stop]
 
 
 def buckets(groups: Sequence[dict[str, Any]], most: int, each: Callable[[nn.Parameter], int]) -> list[list[Piece]]:
-    """The parameters of all groups in order, cut so that a bucket holds at most `most` bytes; an element of a parameter has
-    `each` of them."""
+    """Return the parameters of all groups, in order, cut into buckets of at most `most` bytes.
+
+    `each` returns the bytes per element of a parameter's state.
+    """
     made: list[list[Piece]] = [[]]
     left = most
-    assert most >= _UNIT * 12  # of a bucket that is empty something always fits
+    assert most >= _UNIT * 12  # an empty bucket always has space for one unit
     for group, content in enumerate(groups):
         for parameter in content["params"]:
             start, size = 0, each(parameter)
@@ -76,10 +79,10 @@ def has_streams(device: torch.device) -> bool:
 
 
 class StagedAdamW(torch.optim.AdamW):
-    """Fused AdamW, element by element what `torch.optim.AdamW` does, whose state is where `host` says.
+    """Fused AdamW with its state in host memory (`host`) or on the device. Each element is stepped as by `torch.optim.AdamW`.
 
-    Masters start as the weights that are there at construction; whoever writes weights later writes the masters as well. Each
-    half-precision weight needs a float32 `grad_dtype`.
+    Masters are copied from the weights at construction. Code that writes weights later must write the masters as well.
+    Each half-precision weight needs a float32 `grad_dtype`.
     """
 
     def __init__(
@@ -103,27 +106,27 @@ class StagedAdamW(torch.optim.AdamW):
 
     @property
     def transit_bytes(self) -> int:
-        """Room that the state in transit takes on the device."""
+        """Device bytes of the state in transit; 0 if the state is on the device."""
         return sum(room_for((size,), torch.float32) for size in self._bucket_sizes()) if self.host else 0
 
     def allocate_from(self, take: Take) -> None:
-        """Use `take` for the memory of state in transit."""
+        """Allocate state in transit with `take`."""
         self._take = take
 
     def tensors_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return a parameter's state by name, once no copy of it is under way."""
+        """Return a parameter's state by name, after all pending copies."""
         self.synchronize()
         return self.state[parameter]
 
     def new_tensors_of(self, parameter: nn.Parameter, names: Collection[str]) -> dict[str, Tensor]:
-        """Return a parameter's state, which is there from the start."""
+        """Return a parameter's state, which exists from construction on."""
         return self.tensors_of(parameter)
 
     def clear(self) -> None:
-        """Do nothing: the state keeps its place in memory."""
+        """Do nothing: the state is allocated once and overwritten in place."""
 
     def prefetch(self) -> None:
-        """Start to copy the first buckets to the device, where something can run meanwhile."""
+        """Start to copy the first buckets to the device, if copies can run in the background."""
         if self._stream is not None:
             self._transit = self._new_transit()
 
@@ -143,12 +146,12 @@ class StagedAdamW(torch.optim.AdamW):
                 state["step"] += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, and state in transit that a step never came for."""
+        """Drop the gradients, and prefetched state that no step has used."""
         self._transit = None
         super().zero_grad(set_to_none)
 
     def synchronize(self) -> None:
-        """Wait until the state in host memory is whole."""
+        """Wait until the state in host memory is complete."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -186,7 +189,7 @@ class StagedAdamW(torch.optim.AdamW):
                 [part["exp_avg"] for _, part in chosen],
                 [part["exp_avg_sq"] for _, part in chosen],
                 [],
-                # A copy each: a parameter in several pieces makes one step.
+                # Clones: a parameter in several pieces counts one step.
                 [self.state[piece.parameter]["step"].clone() for piece, _ in chosen],
                 fused=True,
                 amsgrad=False,
@@ -202,7 +205,7 @@ class StagedAdamW(torch.optim.AdamW):
                     piece.of(piece.parameter).copy_(part["master"])
 
     def _bucket_sizes(self) -> list[int]:
-        """Elements of the two vectors that buckets alternate between."""
+        """Return the elements of the two vectors that buckets alternate between."""
         sizes = [
             sum((p.stop - p.start) * self._bytes_of_element(p.parameter) // 4 for p in bucket)
             for bucket in self.buckets
@@ -218,7 +221,7 @@ class StagedAdamW(torch.optim.AdamW):
 
 
 class _Transit:
-    """The state of one step on its way: buckets take two vectors on the device in turn."""
+    """The state in transit of one step: buckets alternate between two vectors on the device."""
 
     def __init__(
         self,
@@ -230,18 +233,18 @@ class _Transit:
         self.staged: dict[int, list[dict[str, Tensor]]] = {}
         self.events: dict[int, Any] = {}
         if stream is not None:
-            stream.wait_stream(cuda.current_stream())  # which may still read what the vectors' bytes held before
+            stream.wait_stream(cuda.current_stream())  # it may still read the old contents of their memory
         for number in range(min(2, len(parts))):
             self._arrive(number)
 
     def arrived(self, number: int) -> list[dict[str, Tensor]]:
-        """The bucket's state on the device, for the current stream."""
+        """Let the current stream wait for the bucket's copy, and return the state on the device."""
         if self.stream is not None:
             cuda.current_stream().wait_event(self.events.pop(number))
         return self.staged[number]
 
     def leave(self, number: int) -> None:
-        """Copy a bucket back, and the one after the next into its room."""
+        """Copy a bucket back, and the bucket after the next into its vector."""
         if self.stream is not None:
             self.stream.wait_stream(cuda.current_stream())  # the bucket's step
         with self._aside():
@@ -251,7 +254,7 @@ class _Transit:
         if number + 2 < len(self.parts):
             self._arrive(number + 2)
         elif self.stream is not None:
-            cuda.current_stream().wait_stream(self.stream)  # before the vectors' bytes are somebody else's
+            cuda.current_stream().wait_stream(self.stream)  # before the vectors' memory is reused
 
     def _arrive(self, number: int) -> None:
         vector, staged = self.vectors[number % 2], []

@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors, for checkpoints, and back."""
+"""Conversion of an optimizer's state to named tensors and back, for checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_engine.optim.adamw import Optimizer
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the state under names `<parameter number>.<name>`."""
+    """Return the state under the names `<parameter number>.<name>`."""
     return {
         f"{number}.{name}": tensor.contiguous()
         for number, parameter in enumerate(_parameters(optimizer))
@@ -19,7 +19,11 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor], source: Path) -> None:
-    """Set what `optimizer_tensors` returned; ValueError naming `source` and the tensor that does not fit or is missing."""
+    """Load what `optimizer_tensors` returned.
+
+    Raises:
+        ValueError: a tensor does not fit or is missing. The message names `source` and the tensor.
+    """
     parameters = _parameters(optimizer)
     given: dict[int, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in tensors.items():
@@ -32,11 +36,16 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor], sou
         state = optimizer.new_tensors_of(parameters[place], found) if place < len(parameters) else {}
         for name, (key, tensor) in found.items():
             if name not in state or state[name].shape != tensor.shape:
-                raise ValueError(f"{source}: got {key} of shape {tuple(tensor.shape)}, which fits no trained parameter")
+                raise ValueError(
+                    f"{source}: the tensor {key} of shape {tuple(tensor.shape)} fits no trained parameter; expected the "
+                    "checkpoint of a run with the same model and optimizer"
+                )
             state[name].copy_(tensor)
         missing += [f"{place}.{name}" for name in state if name not in found]
     if missing:
-        raise ValueError(f"{source}: the tensor {missing[0]} is missing; the other tensors of its parameter are there")
+        raise ValueError(
+            f"{source}: the tensor {missing[0]} is missing, although the file has other tensors of its parameter"
+        )
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

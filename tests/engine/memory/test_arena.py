@@ -1,4 +1,4 @@
-"""One block of bytes that sampling and learning take in turns."""
+"""The memory block that sampling and training use in turn."""
 
 import gc
 import mmap
@@ -19,7 +19,7 @@ from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 FLOATS = torch.float32
 
 
-def test_phases_have_the_same_bytes_and_a_tensor_gives_its_own_back():
+def test_phases_share_memory_and_a_deleted_tensor_frees_its_bytes():
     arena = Arena({"generate": 4096, "train": 640})
     with arena.phase("generate"):
         keys, values = (arena.take((4, 8), FLOATS).zero_() for _ in range(2))
@@ -27,7 +27,7 @@ def test_phases_have_the_same_bytes_and_a_tensor_gives_its_own_back():
         start = keys.data_ptr()
         del values
         assert arena.take((16,), torch.bfloat16).data_ptr() == start + 128
-        del keys  # lies below nothing that lives, as the one above is gone too
+        del keys  # all tensors allocated after it are deleted too
         assert arena.take((1000,), FLOATS).data_ptr() == start
     with arena.phase("train"):
         gradient = arena.take((3,), torch.float64)
@@ -37,22 +37,22 @@ def test_phases_have_the_same_bytes_and_a_tensor_gives_its_own_back():
     assert start % 64 == 0 and arena.bytes == 4096
 
 
-def test_more_than_was_planned_is_refused():
+def test_requests_beyond_the_plan_are_refused():
     arena = Arena({"generate": 128, "train": 1024})
     with arena.phase("generate"):
         held = arena.take((16,), FLOATS)
-        with pytest.raises(ValueError, match=r"68 bytes.*\(17,\), with 64 of the 128 planned for phase 'generate'"):
+        with pytest.raises(ValueError, match=r"68 bytes.*\(17,\): 64 of the 128 bytes planned for phase 'generate'"):
             arena.take((17,), FLOATS)
         del held
     with pytest.raises(RuntimeError, match="outside of a phase"):
         arena.take((1,), FLOATS)
-    both = pytest.raises(RuntimeError, match="'train' while 'generate' is open")
+    both = pytest.raises(RuntimeError, match="'train' while phase 'generate' is open")
     with arena.phase("generate"), both, arena.phase("train"):
         pass
 
 
 @pytest.mark.parametrize("hold", [lambda x: x, lambda x: x.view(2, 2)[1], lambda x: x.untyped_storage()])
-def test_a_tensor_that_outlives_its_phase_is_named_and_its_bytes_are_left_alone(hold):
+def test_a_tensor_that_outlives_its_phase_is_named_and_not_overwritten(hold):
     arena = Arena({"generate": 256, "train": 256}, poison=True)
     named = pytest.raises(RuntimeError, match=r"1 tensors of phase 'generate' .* torch.float32 \(4,\)")
     with named, arena.phase("generate"):
@@ -65,7 +65,7 @@ def test_a_tensor_that_outlives_its_phase_is_named_and_its_bytes_are_left_alone(
     assert not kept.any()
 
 
-def test_a_cycle_is_nobody_s():
+def test_a_reference_cycle_does_not_keep_a_tensor_alive():
     arena = Arena({"generate": 256})
     gc.disable()
     try:
@@ -73,12 +73,12 @@ def test_a_cycle_is_nobody_s():
             cycle = [arena.take((4,), FLOATS)]
             cycle.append(cycle)
             del cycle
-        assert arena.open is None  # the phase ended without a complaint
+        assert arena.open is None  # the phase ended without an error
     finally:
         gc.enable()
 
 
-def test_an_exception_ends_a_phase_and_its_traceback_keeps_what_it_shows():
+def test_an_exception_ends_a_phase_and_tensors_in_its_traceback_stay_intact():
     arena = Arena({"generate": 256, "train": 256}, poison=True)
 
     def fails():
@@ -93,24 +93,24 @@ def test_an_exception_ends_a_phase_and_its_traceback_keeps_what_it_shows():
         assert first.isnan().all() and first.data_ptr() != caught.value.args[0].data_ptr()
         del first
     assert not caught.value.args[0].any()
-    arena.open = "generate"  # what an interrupt between two lines can leave
+    arena.open = "generate"  # as after an interrupt between two lines
     arena.reset()
     with arena.phase("train"):
         pass
 
 
-def test_a_smaller_phase_gives_the_rest_back_to_the_system():
+def test_a_smaller_phase_returns_the_rest_to_the_system():
     size = 64 * mmap.PAGESIZE
     arena = Arena({"generate": size, "train": size // 2})
     with arena.phase("generate"):
         arena.take((size,), torch.uint8).fill_(7)
     with arena.phase("train"):
         assert (arena.take((size // 2,), torch.uint8) == 7).all()
-    with arena.phase("generate"):  # pages that were given back are zeros when they come again
+    with arena.phase("generate"):  # returned pages are zero when they are mapped again
         assert arena.take((size,), torch.uint8).view(2, -1).max(1).values.tolist() == [7, 0]
 
 
-def test_gradients_are_born_in_the_arena_and_sum_there():
+def test_gradients_are_stored_and_summed_in_the_arena():
     layer = nn.Linear(5, 3)
     unused = nn.Parameter(torch.ones(2))
     parameters = [*layer.parameters(), unused]
@@ -133,7 +133,7 @@ def test_gradients_are_born_in_the_arena_and_sum_there():
     assert torch.equal(layer.weight.grad, summed[0]) and torch.equal(layer.bias.grad, summed[1])
 
 
-def test_a_transposed_weight_has_a_gradient_of_its_own_strides():
+def test_the_gradient_of_a_transposed_weight_has_the_strides_of_the_weight():
     weight = nn.Parameter(torch.randn(3, 5).t())
     arena = Arena({"train": gradient_bytes([weight])})
     with arena.phase("train"), gradients_in(arena, [weight]):
@@ -142,7 +142,7 @@ def test_a_transposed_weight_has_a_gradient_of_its_own_strides():
 
 
 def watch(monkeypatch, trainer):
-    """Addresses of keys, values, the head's logits and gradients, as an update takes them."""
+    """Record the addresses and sizes of keys, values, the head's logits and gradients during an update."""
     seen = {"kv": [], "gradients": [], "logits": []}
     memory, take, workspace = trainer.arena.memory, trainer.arena.take, WORKSPACE.take
 
@@ -168,7 +168,7 @@ def watch(monkeypatch, trainer):
     return seen
 
 
-def test_keys_and_gradients_of_an_update_share_bytes(monkeypatch):
+def test_keys_and_gradients_of_an_update_share_memory(monkeypatch):
     trainer = make_trainer()
     seen = watch(monkeypatch, trainer)
     trainer.train()
@@ -195,8 +195,8 @@ def test_keys_and_gradients_of_an_update_share_bytes(monkeypatch):
     ],
     ids=str,
 )
-def test_an_update_in_the_arena_has_the_bits_of_one_without(monkeypatch, settings):
-    """What lies in the bytes beforehand does not matter either: they are NaN."""
+def test_an_update_is_bitwise_the_same_with_and_without_the_arena(monkeypatch, settings):
+    """The previous contents of the memory do not matter either: it is filled with NaN."""
     trainer, plain = make_trainer("qwen2", **settings), make_trainer("qwen2", **settings)
     trainer.arena.poison = True
     trainer.train()
@@ -211,7 +211,7 @@ def test_an_update_in_the_arena_has_the_bits_of_one_without(monkeypatch, setting
 
 @pytest.mark.parametrize("where", ["change", "prefill", "decode", "reward", "backward", "step"])
 @pytest.mark.parametrize("held", [True, False])
-def test_an_interrupted_phase_leaves_a_trainer_that_starts_clean(monkeypatch, where, held):
+def test_a_trainer_continues_correctly_after_an_interrupted_phase(monkeypatch, where, held):
     settings = {"value_warmup": 1} if where == "backward" else {}
     trainer, straight = make_trainer(**settings), make_trainer(**settings)
     trainer.arena.poison = True
@@ -247,13 +247,13 @@ def test_a_device_without_an_arena_is_refused_by_name():
 
 
 class StandIn:
-    """torch.cuda as far as the arena asks it: a pool whose routing is on or off, and what it still holds."""
+    """The part of torch.cuda that the arena uses: a pool with routing on or off, and the bytes allocated in it."""
 
     def __init__(self):
-        self.said, self.held, self.active = [], 0, None
+        self.calls, self.held, self.active = [], 0, None
 
     def empty_cache(self):
-        self.said.append("empty_cache")
+        self.calls.append("empty_cache")
 
     def MemPool(self):
         return self
@@ -268,57 +268,60 @@ class StandIn:
     def __enter__(self):
         assert self.active is None, "the allocator refuses a pool that the thread allocates from already"
         self.active = True
-        self.said.append("in")
+        self.calls.append("in")
 
     def __exit__(self, *_):
         self.active = None
-        self.said.append("out")
+        self.calls.append("out")
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda as the arena sees it."""
+    """Replace the torch.cuda of the arena's module."""
     stand_in = StandIn()
     monkeypatch.setattr(pool, "cuda", stand_in)
     return stand_in
 
 
-def test_the_pool_of_a_gpu_holds_one_block_of_keys_and_then_what_passes_allocate(cuda):
+def test_the_gpu_pool_holds_keys_and_values_and_then_the_allocations_of_passes(cuda):
     arena = PoolArena({"generate": 256, "score": 0, "train": 0}, torch.device("cpu"))
     with arena.phase("generate"):
-        assert cuda.said == ["empty_cache", "in", "out"]  # the block alone: graphs and samples are not in the pool
+        assert cuda.calls == ["empty_cache", "in", "out"]  # only the block: graphs and samples are not in the pool
         keys, values = (arena.memory((4, 4), FLOATS, torch.device("cpu")) for _ in range(2))
         assert values.data_ptr() == keys.data_ptr() + 64
-        with pytest.raises(ValueError, match=r"192 bytes.*with 128 of the 256 planned"):
+        with pytest.raises(ValueError, match=r"192 bytes.*: 128 of the 256 bytes planned"):
             arena.take((40,), FLOATS)
         del keys, values
-    cuda.said.clear()
+    cuda.calls.clear()
     with arena.phase("train"):
         arena.take((3,), FLOATS)
-        assert cuda.said == ["in", "out"]
+        assert cuda.calls == ["in", "out"]
         with arena.transients():
             arena.take((3,), FLOATS)
             threads = torch._C._is_multithreading_enabled()
-        assert cuda.said == ["in", "out"] * 2 and threads is False and torch._C._is_multithreading_enabled()
+        assert cuda.calls == ["in", "out"] * 2 and threads is False and torch._C._is_multithreading_enabled()
     with pytest.raises(RuntimeError, match="outside of a phase"):
         arena.take((1,), FLOATS)
 
 
-def test_what_a_phase_leaves_in_the_pool_is_reported_and_keys_are_refused(cuda):
+def test_bytes_left_in_the_pool_are_counted_and_left_keys_are_refused(cuda):
     arena = PoolArena({"generate": 256, "train": 0}, torch.device("cpu"))
     cuda.held = 100
     with arena.phase("train"):
         pass
     assert arena.held_bytes == 100
     cuda.held = 356
-    with pytest.raises(RuntimeError, match="356 bytes of phase 'generate' are held"), arena.phase("generate"):
+    with (
+        pytest.raises(RuntimeError, match="356 bytes of phase 'generate' are still allocated"),
+        arena.phase("generate"),
+    ):
         pass
     with pytest.raises(KeyboardInterrupt), arena.phase("generate"):
         raise KeyboardInterrupt
     assert arena.open is None
 
 
-def test_an_update_logs_what_a_phase_left_in_the_pool(cuda):
+def test_an_update_logs_the_bytes_that_a_phase_left_in_the_pool(cuda):
     trainer = make_trainer()
     assert "pool_held_mb" not in trainer.step()
     arena, cuda.held = PoolArena(trainer.arena.sizes, torch.device("cpu")), 96

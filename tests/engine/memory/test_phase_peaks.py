@@ -1,4 +1,4 @@
-"""What an update's phases measure of themselves, in a process whose keys, values and gradients are large enough to see."""
+"""Measured peaks of an update's phases, in a process whose keys, values and gradients are large enough to be visible."""
 
 import json
 import os
@@ -23,7 +23,7 @@ torch.manual_seed(0)
 sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8)
 policy = ActorCritic(LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=256, **sizes)))
 rollout = RolloutConfig(max_prompt_tokens=72, max_response_tokens=8, batch_size=64)
-# Every other token ends a response: long slots, short answers.
+# Every second token ends a response: long slots, short responses.
 generator = Generator(policy, rollout, eos_token_ids=list(range(0, 1024, 2)), pad_token_id=0, seed=0)
 prompts = [torch.randint(0, 1024, (4,)) for _ in range(64)]
 settings = PPOConfig(updates=9, rollout_batch=64, minibatch=64, microbatch=4, optim=OptimConfig(lr=1e-5))
@@ -43,11 +43,11 @@ print(json.dumps(log | {"persistent": persistent, "sizes": trainer.arena.sizes, 
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="Linux alone lets a process move the mark of its largest resident set"
+    sys.platform != "linux", reason="only Linux lets a process reset the high-water mark of its resident set"
 )
-def test_the_sum_of_the_phases_is_never_paid():
+def test_the_peak_is_the_largest_phase_and_not_the_sum():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    # glibc keeps up to 64 MB of a heap; so it gives every larger block back at once, and what is measured is what is held.
+    # glibc keeps up to 64 MB of free heap. With this threshold it returns larger blocks at once, so only live memory counts.
     environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
     done = subprocess.run(
         [sys.executable, "-c", UPDATE], capture_output=True, text=True, env=environment, timeout=900, check=False
@@ -57,7 +57,7 @@ def test_the_sum_of_the_phases_is_never_paid():
     keys, gradients = found["sizes"]["generate"] / MB, found["sizes"]["train"] / MB
     assert keys > 80 and gradients > 50
     above = {name: found[f"peak_{name}_mb"] - found["persistent"] for name in ("generate", "score", "train")}
-    # An eighth of the sum for what is not planned here: activations of a few short answers, a layer's keys once more.
+    # An eighth of the sum for what is not planned here: activations of a few short responses, a second copy of a layer's keys.
     slack = 0.125 * (keys + gradients)
     assert 0.95 * keys <= above["generate"] <= keys + slack, (above, keys)
     assert 0.9 * gradients <= above["train"] <= gradients + slack, (above, gradients)
@@ -87,8 +87,8 @@ assert peak_rss_mb() >= after >= before
 """
 
 
-def test_phases_of_one_name_count_together_and_the_process_keeps_its_mark():
-    """In a process of its own: what other tests freed may be handed out again, and then nothing grows."""
+def test_the_largest_phase_of_a_name_counts_and_the_process_peak_is_kept():
+    """Run in a separate process: memory that other tests freed could be reused, and then the resident set would not grow."""
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", TOGETHER], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

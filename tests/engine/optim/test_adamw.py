@@ -1,4 +1,4 @@
-"""AdamW as its two papers write it."""
+"""AdamW against the update rules of its two papers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from rlhf_engine.optim.build import build_optimizer
 
 
 @pytest.mark.parametrize("form", ["corrected", "raw"])
-def test_s10_epsilon_is_added_where_its_form_says(form):
+def test_s10_epsilon_is_added_before_or_after_the_bias_correction(form):
     """Three steps by hand, in float64, with an epsilon as large as the gradients."""
     config = OptimConfig(lr=0.1, eps=0.5, eps_form=form, max_grad_norm=None)
     layer = nn.Linear(3, 2).double()

@@ -1,4 +1,4 @@
-"""The moving average of the weights: its recurrence, its folder, its resumption."""
+"""The moving average of the weights: its recurrence, its saved folder, and resumption."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def averages_of(trainer):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied"])
-def test_s10_average_is_the_recurrence_over_optimiser_steps(family):
+def test_s10_average_is_the_recurrence_over_optimizer_steps(family):
     trainer = make_trainer(family, ema_decay=0.9, updates=1)
     expected, step = weights_of(trainer), trainer.update_rule.optimizer.step
     steps = []
@@ -36,7 +36,7 @@ def test_s10_average_is_the_recurrence_over_optimiser_steps(family):
     assert any(not torch.equal(average, now[name]) for name, average in found.items())
 
 
-def test_s10_average_is_a_model_of_its_own_and_is_resumed(tmp_path):
+def test_s10_average_is_saved_as_a_separate_model_and_is_resumed(tmp_path):
     straight, first, second = (make_trainer(ema_decay=0.9) for _ in range(3))
     straight.step(), straight.step()
     first.step()
@@ -57,7 +57,7 @@ def test_s10_average_is_a_model_of_its_own_and_is_resumed(tmp_path):
         resume(tmp_path / "checkpoint", make_trainer(ema_decay=0.9), RunConfig())
 
 
-def test_s10_no_average_unless_asked(tmp_path):
+def test_s10_no_average_without_ema_decay(tmp_path):
     trainer = make_trainer()
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
     assert trainer.update_rule.average is None and not (tmp_path / "checkpoint" / "ema").exists()

@@ -1,4 +1,4 @@
-"""Optimiser state in host memory, in 8 bits, and as masters of half-precision weights."""
+"""Optimizer state in host memory, in 8 bits, and as masters of half-precision weights."""
 
 import sys
 from contextlib import nullcontext
@@ -33,8 +33,8 @@ def give_gradients(model, step, leave_out=()):
         parameter.grad = None if number in leave_out else gradient
 
 
-def test_state_in_host_memory_gives_the_bits_of_resident_state():
-    """Weights larger than a bucket are cut, small ones share one; a parameter without a gradient stays as it is."""
+def test_state_in_host_memory_is_bitwise_equal_to_resident_state():
+    """Weights larger than a bucket are cut, small ones share one. A parameter without a gradient is unchanged."""
     resident, staged = model_of(300, 257, 3), model_of(300, 257, 3)
     ours = StagedAdamW(
         build_optimizer(staged, CONFIG).param_groups,
@@ -59,7 +59,7 @@ def test_state_in_host_memory_gives_the_bits_of_resident_state():
         )
 
 
-def test_buckets_cut_at_whole_units_and_leave_nothing_out():
+def test_buckets_are_cut_at_whole_units_and_cover_all_elements():
     sizes = (10_000, 3, 4_096, 20_000, 5_000)
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
     made = buckets([{"params": parameters[:3]}, {"params": parameters[3:]}], 8 * 8192, lambda parameter: 8)
@@ -73,8 +73,8 @@ def test_buckets_cut_at_whole_units_and_leave_nothing_out():
     assert list(covered.values()) == list(sizes)
 
 
-def test_state_in_transit_lies_where_the_head_s_logits_were():
-    """And an update has the same bits as one whose state is resident."""
+def test_state_in_transit_reuses_the_memory_of_the_head_s_logits():
+    """An update is also bitwise equal to one with resident state."""
     host, resident = make_trainer(memory=MemoryConfig(optimizer_state="host")), make_trainer()
     places, take, arena = [], host.arena.take, host.arena
     optimizer = host.update_rule.optimizer
@@ -90,10 +90,10 @@ def test_state_in_transit_lies_where_the_head_s_logits_were():
 
 
 class StandIn:
-    """torch.cuda's streams as a log of who waits for whom."""
+    """The streams of torch.cuda, as a log of which stream waits for which."""
 
     def __init__(self):
-        self.said, self.on = [], "main"
+        self.log, self.on = [], "main"
 
     def Stream(self):
         return _Stream(self, "side")
@@ -110,22 +110,22 @@ class _Stream:
         self.cuda, self.name = cuda, name
 
     def wait_stream(self, other):
-        self.cuda.said.append(f"{self.name} waits for {other.name}")
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
 
     def record_event(self):
-        self.cuda.said.append(f"{self.name} has copied in")
-        return len(self.cuda.said)
+        self.cuda.log.append(f"{self.name} has copied in")
+        return len(self.cuda.log)
 
     def wait_event(self, event):
-        self.cuda.said.append(f"{self.name} waits for event {event}")
+        self.cuda.log.append(f"{self.name} waits for event {event}")
 
     def synchronize(self):
-        self.cuda.said.append("the host waits")
+        self.cuda.log.append("the host waits")
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda as the optimizer sees it, on a device with streams; host memory is not pinned."""
+    """Replace the torch.cuda of the optimizer's module by a device with streams; host memory is not pinned."""
     stand_in = StandIn()
     monkeypatch.setattr(offload, "cuda", stand_in)
     monkeypatch.setattr(offload, "has_streams", lambda device: True)
@@ -140,12 +140,12 @@ def test_a_stream_copies_the_next_bucket_while_one_is_stepped(cuda):
     optimizer = StagedAdamW(groups, host=True, bucket_bytes=2**16, **options)
     assert len(optimizer.buckets) == 3
     optimizer.prefetch()
-    assert cuda.said == ["side waits for main", "side has copied in", "side has copied in"]
+    assert cuda.log == ["side waits for main", "side has copied in", "side has copied in"]
     give_gradients(model, 0)
     optimizer.step()
-    assert cuda.said[3:] == [
+    assert cuda.log[3:] == [
         "main waits for event 2",
-        "side waits for main",  # before the first bucket goes back and the third comes in its place
+        "side waits for main",  # before the first bucket is copied back and the third into its vector
         "side has copied in",
         "main waits for event 3",
         "side waits for main",
@@ -155,14 +155,14 @@ def test_a_stream_copies_the_next_bucket_while_one_is_stepped(cuda):
         "main waits for side",
     ]
     optimizer_tensors(optimizer)
-    assert cuda.said[-1] == "the host waits"
+    assert cuda.log[-1] == "the host waits"
     expected = model_of(64, 128, 64)
     give_gradients(expected, 0)
     torch.optim.AdamW(expected.parameters(), weight_decay=0.0, fused=True, **options).step()
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
 
 
-def test_state_that_no_step_came_for_is_dropped(cuda):
+def test_prefetched_state_without_a_step_is_dropped(cuda):
     model = model_of(64, 64)
     groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
     optimizer = StagedAdamW(groups, host=True, lr=0.01)
@@ -172,11 +172,11 @@ def test_state_that_no_step_came_for_is_dropped(cuda):
         optimizer.prefetch()
         assert optimizer._transit is not None
         optimizer.zero_grad()
-    assert optimizer._transit is None and arena.open is None  # a phase does not close on what is still held
+    assert optimizer._transit is None and arena.open is None  # a phase with referenced tensors would raise
 
 
 @pytest.mark.parametrize("state", ["resident", "host"])
-def test_masters_take_in_updates_that_bfloat16_cannot_hold(state):
+def test_masters_keep_updates_that_bfloat16_rounds_away(state):
     """AdamW in float64 from the same start: 40 steps of 1e-3 on weights of 1, whose neighbours are 4e-3 and 8e-3 away."""
     model = model_of(8, 4, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_masters_take_in_updates_that_bfloat16_cannot_hold(state):
 
 
 def test_half_precision_weights_sum_their_gradients_in_float32():
-    """256 + 1 is 256 in bfloat16, so a sum in it would stay there."""
+    """256 + 1 is 256 in bfloat16, so a bfloat16 sum would stay at 256."""
     model = model_of(1, 1, dtype=torch.bfloat16)
     build_optimizer(model, CONFIG)
     for value in (256.0, *[1.0] * 8):
@@ -213,7 +213,7 @@ def test_half_precision_weights_sum_their_gradients_in_float32():
 
 @pytest.mark.parametrize("state", ["resident", "host", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_state_goes_on_with_the_same_bits(state, dtype):
+def test_training_from_saved_state_is_bitwise_the_same(state, dtype):
     if state == "8bit":
         pytest.importorskip("torchao", reason="an optional extra: pip install 'rlhf-kernels[8bit]'")
     straight, broken = model_of(64, 64, 3, dtype=dtype), model_of(64, 64, 3, dtype=dtype)
@@ -254,11 +254,9 @@ def test_moments_in_8_bits_are_near_those_in_32():
     assert tensors["0.exp_avg.codes"].dtype == torch.uint8 and tensors["0.exp_avg.codes"].shape == (64, 64)
 
 
-def test_8_bits_without_torchao_are_refused_by_name(monkeypatch):
+def test_8_bit_state_without_torchao_or_with_raw_epsilon_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(
-        ValueError, match=r"memory.optimizer_state: got '8bit', which needs torchao.*rlhf-kernels\[8bit\]"
-    ):
+    with pytest.raises(ValueError, match=r"memory.optimizer_state: '8bit' needs torchao.*rlhf-kernels\[8bit\]"):
         build_optimizer(model_of(2, 2), CONFIG, "8bit")
     for section in ("sft", "reward", "ppo", "demo.pretrain"):
         sets = ["memory.optimizer_state=8bit", f"{section}.optim.eps_form=raw"]
