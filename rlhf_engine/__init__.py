@@ -1,4 +1,4 @@
-"""Training a language model from demonstrations to PPO on one shared backbone.
+"""Training of a language model from demonstrations to PPO on one shared backbone.
 
     policy = load_policy(folder)
     codec = Codec(load_tokenizer(folder))
@@ -6,8 +6,8 @@
     trainer = build_trainer(policy, None, text_reward(function, codec), prompts, RunConfig(...), codec=codec)
     log = trainer.step()
 
-`run_sft`, `run_rm`, `run_ppo`, `run_eval` and `run_iterate` are the commands of `rlhf` as functions of a config. Every name is
-imported on first use.
+`run_sft`, `run_rm`, `run_ppo`, `run_eval` and `run_iterate` run the commands of `rlhf` with a config. Every name is imported on
+first use.
 """
 
 from typing import TYPE_CHECKING

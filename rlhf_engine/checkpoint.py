@@ -1,11 +1,11 @@
-"""Checkpoints of every trainer: safetensors and JSON, written to a new folder, synced and renamed.
+"""Checkpoints of all trainers: safetensors and JSON, written to a new folder, synced and renamed.
 
-A folder is complete or absent. It holds the model and its tokenizer as transformers saves them (`from_pretrained` reads it),
-`optimizer.safetensors`, `trainer.json` and the run's `config.yaml`. PPO adds `value_head.safetensors` or the folder
-`value_model`, and `ema` for an average of the weights. Random numbers need no state: they are functions of the seed and the
+A checkpoint folder is complete or absent. It holds the model and its tokenizer as `from_pretrained` of transformers reads
+them, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`. PPO adds `value_head.safetensors` or the folder
+`value_model`, and `ema` for averaged weights. Random numbers need no state, because they are functions of the seed and the
 counters in `trainer.json`.
 
-A trainer that follows `Checkpointable` is saved and resumed by `save_checkpoint` and `resume`; this module knows none of them.
+`save_checkpoint` and `resume` accept any trainer that implements `Checkpointable`; this module does not import the trainers.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ TRAINER, CONFIG = "trainer.json", "config.yaml"
 
 
 class Checkpointable(Protocol):
-    """A trainer that can be saved between two steps and continued with the same numbers."""
+    """A trainer that can be saved between two steps and resumed with identical results."""
 
     stage: str
-    """Name of its settings in `_MAY_CHANGE`: ppo, sft or rm."""
+    """Key of its settings in `_MAY_CHANGE`: ppo, sft or rm."""
     unit: str
-    """Name of what `done` counts: update or step."""
+    """Unit of `done`: update or step."""
     seed: int
-    """Seed of everything random in the run."""
+    """Seed of all random numbers of the run."""
     whole: bool
-    """Whether its state is that of `done` steps; False from the first changed weight of a step to the step's end."""
+    """Whether the state is that of `done` steps; False from the first changed weight of a step to the step's end."""
 
     @property
     def done(self) -> int:
-        """Finished optimizer steps, or updates of PPO."""
+        """Number of finished optimizer steps, or of finished PPO updates."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return counters, positions, coefficients and running statistics, as JSON."""
+        """Return counters, positions, coefficients and running statistics as JSON values."""
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what changes and is in no file of `write_model`: the optimizer's state, by name."""
+        """Return the changing tensors that `write_model` does not write: the optimizer's state, by name."""
         ...
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -59,14 +59,14 @@ class Checkpointable(Protocol):
         ...
 
     def constants(self) -> Mapping[str, Iterable[tuple[str, torch.Tensor]]]:
-        """Return named tensors that a resumed run must have as they were, by their role; they are saved as fingerprints."""
+        """Return named tensors by role that must be equal in a resumed run; a checkpoint holds their fingerprints."""
         ...
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the model into an existing folder, as `from_pretrained` reads it."""
+        """Write the model into an existing folder in the format of `from_pretrained`."""
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Continue from the model in `folder` and from what `state` and `tensors` returned; ValueError naming the file."""
+        """Restore the model in `folder` and the results of `state` and `tensors`; raise ValueError that names a bad file."""
 
 
 _SAMPLING = tuple(
@@ -87,7 +87,7 @@ _MAY_CHANGE: Mapping[str, frozenset[str]] = {
                 "rollout.check_sequences",
                 "rollout.batch_size",
                 "rollout.prefill_tokens",
-            ),  # a sequence depends on its number
+            ),  # none of them changes a sequence
             *("data.max_response_tokens", "data.validation_share", "ppo.updates", "sft"),
             *_REWARD_TRAINING,
         )
@@ -95,13 +95,13 @@ _MAY_CHANGE: Mapping[str, frozenset[str]] = {
     "sft": frozenset((*_FREE, *_SAMPLING, "ppo", "reward")),
     "rm": frozenset((*_FREE, *_SAMPLING, "ppo", "sft", "reward.function")),
 }
-"""Keys and sections that a resumed run of a stage may change: places, the length of PPO, and what the stage does not read.
+"""Keys and sections that a resumed run of a stage may change: paths, the number of PPO updates, and unused settings.
 
-The contents of the files and models in those places may not change: a checkpoint has their fingerprints.
+The contents of the files and models at those paths must not change: a checkpoint has their fingerprints.
 """
 
 _SAME = {"memory.optimizer_state": ("resident", "host")}
-"""Values of a key that a resumed run may exchange: the same numbers in another place."""
+"""Values of a key that a resumed run may exchange, because they give the same numbers."""
 
 
 def save_checkpoint(
@@ -111,14 +111,19 @@ def save_checkpoint(
     config: RunConfig,
     data: Mapping[str, str] = _NONE,
 ) -> None:
-    """Write everything that `resume` needs to continue with the same numbers; a failed call leaves `folder` as it was.
+    """Write a checkpoint with which `resume` continues with the same numbers; a failed call leaves `folder` unchanged.
 
-    `data` are fingerprints of what the run reads, by the key of its place, such as data.prompts. Raises FloatingPointError for
-    a weight that is not finite, so that a run that diverged does not replace a good checkpoint; OSError for a failed write.
+    `data` holds fingerprints of the run's input files, by the key of their path, such as data.prompts.
+
+    Raises:
+        FloatingPointError: for a weight that is not finite, so that a diverged run does not replace a good checkpoint.
+        OSError: for a failed write.
     """
     for name, weight in trainer.weights():
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise FloatingPointError(f"{folder}: not written, because the weight {name} is not finite")
+            raise FloatingPointError(
+                f"{folder}: the checkpoint was not written, because the weight {name} is not finite"
+            )
     tensors = trainer.tensors()
     state = trainer.state() | {
         "stage": trainer.stage,
@@ -140,9 +145,10 @@ def save_checkpoint(
 def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str] = _NONE) -> None:
     """Load a checkpoint into `trainer`, which was built from `config`.
 
-    Raises ValueError for a file that is missing or broken, another stage or seed, a changed setting (see `_MAY_CHANGE`), a
-    model of other shapes, other data, or another of the trainer's constants: the KL of PPO is measured to the policy that the
-    run began with, never to the one that it resumes from.
+    Raises:
+        ValueError: for a file that is missing or broken, a different stage or seed, a changed setting (see `_MAY_CHANGE`), a
+            model of different shapes, different data, or a different constant of the trainer. The reference of PPO is such a
+            constant: the KL is measured to the policy that the run began with, not to the resumed one.
     """
     folder = Path(folder)
     recover(folder)
@@ -151,31 +157,31 @@ def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data:
     kinds = {name: type(value) for name, value in trainer.state().items()}
     kinds |= {"seed": int, "optimizer_tensors": int, "data": dict} | dict.fromkeys(constants, str)
     state = _read_state(folder / TRAINER, kinds)
-    # Checkpoints of PPO were written before there was a stage in them.
+    # Old PPO checkpoints have no stage.
     stage = state.get("stage", "ppo")
     if stage != trainer.stage:
-        raise ValueError(f"{folder}: got a checkpoint of the stage {stage}, expected one of {trainer.stage}")
+        raise ValueError(f"{folder}: got a checkpoint of the stage {stage}, expected the stage {trainer.stage}")
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     check_settings(folder, config, trainer.stage)
     for role, weights in constants.items():
         if state[role] != fingerprint(weights):
             raise ValueError(
-                f"{folder}: its {role} policy is another model than the one given; expected the model it began with"
+                f"{folder}: the {role} policy of this run differs from that of the checkpoint; use the model that it began with"
             )
     for key, value in data.items():
         if state["data"].get(key) != value:
-            raise ValueError(f"{key}: got another content than the run of {folder} began with, expected the same")
+            raise ValueError(f"{key}: the content has changed since the run of {folder} began; restore it to resume")
     tensors = read_tensors(folder / OPTIMIZER)
     if len(tensors) != state["optimizer_tensors"]:
         raise ValueError(
-            f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected the {state['optimizer_tensors']} of {TRAINER}"
+            f"{folder / OPTIMIZER}: got {len(tensors)} tensors, expected {state['optimizer_tensors']} as in {TRAINER}"
         )
     trainer.load(folder, state, tensors)
 
 
 def check_settings(folder: str | Path, config: RunConfig, stage: str = "ppo") -> None:
-    """Raise ValueError naming the first setting that a resumed run of `stage` may not change and `config` does."""
+    """Raise ValueError with the first setting that `config` changes and a resumed run of `stage` may not change."""
     source, may_change = Path(folder) / CONFIG, _MAY_CHANGE[stage]
     before = dict(flat_settings(load_saved_config(source).to_dict(), may_change))
     for key, value in flat_settings(config.to_dict(), may_change):
@@ -185,7 +191,7 @@ def check_settings(folder: str | Path, config: RunConfig, stage: str = "ppo") ->
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 of named tensors, by name and in bytes."""
+    """Return the SHA-256 of the names, shapes, dtypes and bytes of tensors, sorted by name."""
     digest = hashlib.sha256()
     for name, parameter in sorted(weights):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -194,7 +200,7 @@ def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def fingerprint_rows(rows: Iterable[torch.Tensor]) -> str:
-    """Return the SHA-256 of rows of token ids, in their order."""
+    """Return the SHA-256 of rows of token ids in the given order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(f"{len(row)} ".encode())
@@ -203,7 +209,7 @@ def fingerprint_rows(rows: Iterable[torch.Tensor]) -> str:
 
 
 def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
-    """Return the object in a JSON file; ValueError naming the first of `kinds` that is missing or has another type."""
+    """Return the object in a JSON file; raise ValueError with the first of `kinds` that is missing or has the wrong type."""
     state = read_json(path)
     for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):

@@ -1,4 +1,4 @@
-"""Files that a run reads and writes: files and folders that are whole or absent, and errors that name the file."""
+"""Reading and writing of a run's files: atomic writes of files and folders, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
 OPTIMIZER = "optimizer.safetensors"
-"""File of an optimizer's state in a checkpoint."""
+"""File name of the optimizer's state in a checkpoint."""
 
 _CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OSError, StrictDataclassError)
-"""What transformers raises for a config.json that describes no model."""
+"""Exceptions of transformers for a config.json that describes no model."""
 
 
 def require(folder: Path, *names: str) -> None:
-    """ValueError naming the first file that `folder` lacks."""
+    """Raise ValueError with the first file that is missing in `folder`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     for name in names:
@@ -32,7 +32,7 @@ def require(folder: Path, *names: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError naming the file if it holds none."""
+    """Return the object in a JSON file; raise ValueError with the file's name if it is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values in the lines of a file that this package wrote; a line ends at a line feed, not at all that Unicode has."""
+    """Return the JSON values in the lines of a file. Only a line feed ends a line, not the other line breaks of Unicode."""
     with path.open("rb") as file:
         return [json.loads(line) for line in file if line.strip()]
 
@@ -54,20 +54,20 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_model_config(folder: str | Path) -> PreTrainedConfig:
-    """What transformers makes of a folder's config.json; ValueError naming the file and what it says of it."""
+    """Return transformers' config of a folder; raise ValueError with the path of config.json and transformers' error."""
     path = Path(folder) / "config.json"
     require(Path(folder), path.name)
     read_json(path)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _CONFIG_ERRORS as error:
-        # Checks of fields say which one in a first line and why in a second.
+        # The error of a field check names the field in its first line and gives the reason in the second.
         reason = " ".join(str(error).strip().splitlines()[:2]).replace("    ", " ")
         raise ValueError(f"{path}: {type(error).__name__}: {reason}") from None
 
 
 def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; ValueError naming the file if it is broken."""
+    """Return the tensors of a safetensors file; raise ValueError with the file's name if it is broken."""
     try:
         return load_file(path, device=device)
     except SafetensorError as error:
@@ -75,7 +75,7 @@ def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 
 def with_new_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(new)` on a path beside `path`, sync the file and put it in `path`'s place: whole or not at all."""
+    """Write a file atomically: call `write(new)` on a path in the same folder, sync the file, and rename it to `path`."""
     path = Path(path)
     new, _ = _beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +89,12 @@ def with_new_file(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def with_new_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(new)` on an empty folder beside `folder`, sync everything in it and put it in `folder`'s place.
+    """Replace a folder atomically: call `write(new)` on an empty folder next to it, sync the contents, and rename the folder.
 
-    A crash leaves the old folder or the new one under its name, or both beside it, where `recover` finds them.
+    After a crash `folder` is the old or the new one, or it is absent and `recover` renames one of the two to it.
+
+    Raises:
+        OSError: for a failed write.
     """
     folder = Path(folder)
     new, old = _beside(folder)
@@ -121,10 +124,10 @@ def with_new_folder(folder: str | Path, write: Callable[[Path], object]) -> None
 
 
 def recover(folder: Path) -> None:
-    """Finish what a crash after the first rename of `with_new_folder` left undone; otherwise do nothing.
+    """Complete a `with_new_folder` that crashed after its first rename; otherwise do nothing.
 
-    The old folder is moved away only when the new one is complete, so where both exist and `folder` does not, the new one takes
-    its place. A new one without an old one may be half-written and is never used. An old one next to `folder` is deleted.
+    The old folder is renamed only after the new one is complete, so if both exist and `folder` does not, the new one is renamed
+    to `folder`. A new folder without an old one may be incomplete and is never used. An old folder next to `folder` is deleted.
     """
     new, old = _beside(folder)
     if not old.is_dir():
@@ -137,7 +140,7 @@ def recover(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder and what an interrupted `with_new_folder` left next to it; do nothing where there is none."""
+    """Delete a folder and the remains of an interrupted `with_new_folder` of it, if they exist."""
     for path in (folder, *_beside(folder)):
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Numbers of a run: summed on the device, written to a JSONL file and TensorBoard."""
+"""Metrics of a run, written to a JSONL file and to TensorBoard, and progress bars."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ LINE_SECONDS = 20.0
 
 
 class MetricsWriter:
-    """Writes each step's numbers as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
+    """Writer of each step's metrics as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
 
-    Each stage has its own board, `tensorboard/<stage>`: where a board begins again it hides all later steps, whatever their
-    names. A resumed run appends, after dropping the lines of steps that it is going to repeat: when it has its first number, so
-    that a run that fails before takes nothing away. A line that could not be written, on a full disk, is kept and written
-    before the next one; the file never holds a part of it. Use it as a context manager.
+    Each stage has a separate TensorBoard folder, `tensorboard/<stage>`, because a TensorBoard log that restarts at a step hides
+    the later steps of all scalars in its folder. A resumed run drops the lines of the steps that it will repeat, and appends.
+    It drops them when it writes its first line, so that a run that fails earlier removes nothing. A line that could not be
+    written, for example on a full disk, is kept and written before the next one; the file never holds a part of it. Use the
+    writer as a context manager.
 
-    Raises ValueError, as `read_metrics` does, for a file that is there and broken.
+    Raises:
+        ValueError: as `read_metrics` does, for an existing file that is broken.
     """
 
     def __init__(self, folder: str | Path, stage: str, *, resume_after: int | None = None) -> None:
@@ -39,8 +41,8 @@ class MetricsWriter:
         read_metrics(self.folder)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the numbers of `step`."""
-        # JSON has no NaN: a number that is not one becomes null.
+        """Log the metrics of `step`."""
+        # JSON has no NaN and no infinity; they become null.
         clean = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
         line = json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n"
         self.waiting.append(line.encode())
@@ -50,13 +52,13 @@ class MetricsWriter:
             self.board.add_scalar(f"{self.stage}/{name}", value, step)
 
     def sync(self) -> None:
-        """Write the lines that could not be written before, and wait until the disk has all of them."""
+        """Write the lines that could not be written before, and sync the file to disk."""
         self._flush()
         if self.file is not None:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Close both."""
+        """Close the file and the TensorBoard log."""
         if self.file is not None:
             self.file.close()
         if self.board is not None:
@@ -93,7 +95,7 @@ class MetricsWriter:
         self.close()
 
     def _drop_after(self, step: int | None) -> None:
-        """Keep what other stages wrote and this one up to `step` (None keeps all), and no half line at the end."""
+        """Drop this stage's lines after `step` (None: drop none), and an incomplete last line."""
         kept = [
             row
             for row in read_metrics(self.folder)
@@ -104,9 +106,10 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of `folder`'s `metrics.jsonl`, without a last one that a kill left half-written; none where there is no file.
+    """Return the lines of `metrics.jsonl` in `folder`, without an incomplete last line; empty if there is no file.
 
-    Raises ValueError naming file and line for any other that is not an object with a stage and a step.
+    Raises:
+        ValueError: with file and line, for any other line that is not an object with a stage and a step.
     """
     path = Path(folder) / METRICS
     rows, lines = [], path.read_bytes().splitlines() if path.is_file() else []
@@ -124,7 +127,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 class ProgressLines(tqdm):
-    """A progress bar for logs: one line every `LINE_SECONDS`, and none for what takes less."""
+    """Progress as log lines, one every `LINE_SECONDS`. A task that takes less time writes none."""
 
     def __init__(self, **options: Any) -> None:
         form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left{postfix}"
@@ -132,18 +135,18 @@ class ProgressLines(tqdm):
         super().__init__(bar_format=form, leave=False, **seconds, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write the line; tqdm clears a bar with an empty `msg`, for which there is nothing to do."""
+        """Write the progress line; ignore the empty `msg` with which tqdm clears a bar."""
         if msg is None:
             self.fp.write(f"{self}\n")
             self.fp.flush()
         return False
 
     def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True, **values: Any) -> None:
-        """Set the values that the next line shows; do not write one now."""
+        """Set the values that the next line shows, without writing a line now."""
         super().set_postfix(ordered_dict, refresh=False, **values)
 
 
 def progress(total: int, what: str, *, unit: str = "it", done: int = 0) -> tqdm:
-    """Return a progress bar on stderr, with the time that is left: a bar on a terminal, lines in a log."""
+    """Return a progress display on stderr with the remaining time: a bar on a terminal, log lines otherwise."""
     options: dict[str, Any] = {"total": total, "initial": done, "desc": what, "unit": unit}
     return tqdm(dynamic_ncols=True, **options) if sys.stderr.isatty() else ProgressLines(**options)

@@ -1,4 +1,4 @@
-"""Figures of a run, as PNG files. Every function draws one figure from plain numbers."""
+"""Figures of a run as PNG files. Every function draws one figure from plain numbers."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ _STACK = (
 
 PANELS: dict[str, dict[str, dict[str, str]]] = {
     "sft": {
-        "loss, nats a token": {"training": "loss", "validation": "validation_loss"},
+        "loss, nats per token": {"training": "loss", "validation": "validation_loss"},
         "gradient norm": {"gradient norm": "grad_norm"},
         "learning rate": {"learning rate": "lr"},
     },
     "rm": {
-        "loss, nats a pair": {"training": "loss", "held out": "validation_loss"},
+        "loss, nats per pair": {"training": "loss", "held out": "validation_loss"},
         "held-out accuracy": {"accuracy": "accuracy"},
-        "held-out margin of the better answer": {"margin": "margin"},
+        "held-out margin of the better response": {"margin": "margin"},
         "held-out calibration error": {"calibration error": "calibration_error"},
         "gradient norm": {"gradient norm": "grad_norm"},
     },
     "ppo": {
-        "reward model's score": {"score": "score_mean"},
-        "KL to the reference, nats a sequence": {"kl": "kl"},
-        "entropy, nats a token": {"entropy": "entropy"},
-        "tokens a response": {"length": "response_length"},
+        "score, before scaling and penalties": {"score": "score_mean"},
+        "KL to the reference, nats per sequence": {"kl": "kl"},
+        "entropy, nats per token": {"entropy": "entropy"},
+        "tokens per response": {"length": "response_length"},
         "value: explained variance": {"explained variance": "explained_variance"},
         "clipped share of tokens": {"clipped": "clipfrac"},
-        "pretraining loss, nats a token": {"ptx": "ptx_loss"},
+        "pretraining loss, nats per token": {"ptx": "ptx_loss"},
         "policy loss": {"policy loss": "policy_loss"},
         "value loss": {"value loss": "value_loss"},
         "gradient norm": {"gradient norm": "grad_norm"},
     },
 }
-"""What a stage shows: panel -> curve -> name in its metrics."""
+"""Panels of each stage: stage -> panel title -> curve label -> name of the metric."""
 
 
 def plot_stage(
     rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]], path: str | Path, *, x_label: str
 ) -> None:
-    """Curves over the steps of `rows`; a number that a row lacks, or that is null, is no point of its curve."""
+    """Plot curves over the steps of `rows`; a metric that is missing or null in a row has no point there."""
     found = {
         title: {
             label: points
@@ -63,7 +63,7 @@ def plot_stage(
 
 
 def plot_win_rates(rates: Mapping[str, WinRate], baseline: str, path: str | Path) -> None:
-    """Bars of win rates against one baseline, with 95% intervals and the line of no difference at 0.5."""
+    """Plot bars of win rates against one baseline, with 95% intervals and a line at 0.5, which means no difference."""
     figure = Figure(figsize=(7.0, 0.8 + 0.7 * len(rates)), layout="constrained")
     axes = figure.subplots()
     for row, (name, rate) in enumerate(reversed(list(rates.items()))):
@@ -85,12 +85,12 @@ def plot_win_rate_lines(
     baseline: str,
     log_x: bool = False,
 ) -> None:
-    """Win rates of several contestants over a number, such as the model's size, with 95% intervals."""
+    """Plot win rates of several contestants over a number, such as the model's size, with 95% intervals."""
     figure = Figure(figsize=(6.5, 4.4), layout="constrained")
     axes = figure.subplots()
     for number, (colour, (name, points)) in enumerate(zip(_COLOURS, series.items(), strict=False)):
         xs, rates = zip(*points, strict=True)
-        # Side by side, so that one interval does not hide another.
+        # The series are shifted along x, so that their intervals do not overlap.
         aside = number - (len(series) - 1) / 2
         xs = [x * 1.03**aside if log_x else x + 0.03 * aside for x in xs]
         middle = [rate.rate for rate in rates]
@@ -110,7 +110,7 @@ def plot_win_rate_lines(
 
 
 def plot_trade_off(points: Mapping[str, tuple[float, WinRate]], path: str | Path, *, x_label: str) -> None:
-    """One named point for each policy: a cost along the axis, its win rate with the 95% interval above it."""
+    """Plot one named point per policy: a cost on the x-axis, and the win rate with its 95% interval on the y-axis."""
     figure = Figure(figsize=(6.5, 4.0), layout="constrained")
     axes = figure.subplots()
     for number, (name, (x, rate)) in enumerate(points.items()):
@@ -132,7 +132,7 @@ def plot_curves(
     x_label: str,
     mark: float | None = None,
 ) -> None:
-    """One panel for each title, in each the named curves as (x, y) points; `mark` is a vertical line in all of them."""
+    """Plot one panel per title with named curves of (x, y) points; `mark` draws a vertical line in all panels."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
@@ -140,7 +140,7 @@ def plot_curves(
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):
         for colour, (name, points) in zip(_COLOURS, curves.items(), strict=False):
             xs, ys = zip(*points, strict=True)
-            # Few points are measurements worth seeing one by one; many are a line.
+            # Mark the single points of a short curve only.
             axes.plot(xs, ys, color=colour, label=name, marker="o" if len(points) <= 12 else None, markersize=4)
         if mark is not None:
             axes.axvline(mark, color="grey", linestyle="--", linewidth=1)
@@ -156,9 +156,9 @@ def plot_curves(
 def plot_memory(
     panels: Mapping[str, tuple[Mapping[str, int], Mapping[str, Mapping[str, int]], int | None]], path: str | Path
 ) -> None:
-    """Stacked bars in GiB, a panel for each title: what persists, what each phase holds beside it, and a budget's line.
+    """Plot memory as stacked bars in GiB, one panel per title: persistent items, the items of each phase, and a budget line.
 
-    A panel is (item -> bytes of what persists, phase -> item -> bytes, budget or None).
+    A panel is (persistent item -> bytes, phase -> item -> bytes, budget in bytes or None).
     """
     names = dict.fromkeys(
         name for kept, phases, _ in panels.values() for part in (kept, *phases.values()) for name in part
@@ -182,7 +182,9 @@ def plot_memory(
                 )
                 bottom += count / 2**30
             number = axes.text(place, bottom, f"{bottom:.1f}", ha="center", va="bottom", fontsize=8)
-            number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # over the budget's line
+            number.set_bbox(
+                {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            )  # hides the budget line below the number
             highest = max(highest, bottom)
         if budget is not None:
             axes.axhline(budget / 2**30, color="black", linestyle="--", linewidth=1)
@@ -196,7 +198,7 @@ def plot_memory(
 
 
 def plot_calibration(bins: Sequence[tuple[float, float, int]], accuracy: float, path: str | Path) -> None:
-    """Reliability of a reward model: how often an answer was preferred against how surely the model said so."""
+    """Plot the reliability of a reward model: the share of responses preferred over the predicted probability."""
     figure = Figure(figsize=(4.2, 4.0), layout="constrained")
     axes = figure.subplots()
     predicted, seen, counts = zip(*bins, strict=True)
@@ -215,12 +217,12 @@ def plot_calibration(bins: Sequence[tuple[float, float, int]], accuracy: float, 
 
 
 def plot_histograms(samples: Mapping[str, Sequence[float]], path: str | Path, *, x_label: str) -> None:
-    """Distributions of one number under several policies, side by side over shared bins."""
+    """Plot histograms of one number for several policies over shared bins."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
     weights = [[1.0 / len(values)] * len(values) for values in samples.values()]
     axes.hist(list(samples.values()), bins=20, weights=weights, label=list(samples), color=_COLOURS[: len(samples)])
-    axes.set(xlabel=x_label, ylabel="share of answers")
+    axes.set(xlabel=x_label, ylabel="share of responses")
     axes.legend(frameon=False)
     _save(figure, path)
 

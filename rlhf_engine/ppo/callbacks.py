@@ -41,7 +41,7 @@ class Writer(Protocol):
 
 
 class MetricsLog(Callback):
-    """Writes the metrics of every update with `writer`, and shows a progress bar if stderr is a terminal.
+    """Writes the metrics of every update with `writer`, and shows the progress on stderr.
 
     `extra()` returns additional metrics for each update.
     """

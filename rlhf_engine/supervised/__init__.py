@@ -1,1 +1,1 @@
-"""Training on demonstrations and on rankings."""
+"""Supervised training: fine-tuning on demonstrations, and a reward model on rankings."""

@@ -1,4 +1,4 @@
-"""Training a reward model on rankings: every completion goes through the model once, whatever the number of its pairs.
+"""Training of a reward model on rankings. Every completion passes through the model once, however many pairs it is in.
 
 Legend: B completions, P pairs.
 """
@@ -35,20 +35,20 @@ from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 SCORED_TOGETHER = 64
-"""Sequences that `score_examples` reads in one pass."""
+"""Maximum number of sequences in one forward pass of `score_examples`."""
 
 
 @dataclass(frozen=True)
 class RankedPrompt:
-    """The completions of one prompt as tokens, and its pairs."""
+    """The tokenized completions of one prompt, and the pairs of its ranking."""
 
     completions: tuple[Example, ...]
-    """K of them."""
+    """The K completions."""
     pairs: tuple[tuple[int, int], ...]
     """(better, worse) indices of all pairs that are not tied."""
 
     def __len__(self) -> int:
-        """Tokens of the longest completion with its prompt."""
+        """Return the number of tokens of the longest completion with its prompt."""
         return max(map(len, self.completions))
 
 
@@ -66,35 +66,35 @@ def _decode(row: NDArray[np.int32]) -> RankedPrompt:
 
 
 RANKED_PROMPTS: RecordCodec[RankedPrompt] = RecordCodec(_encode, _decode)
-"""Prompts with their completions and pairs."""
+"""Codec of prompts with their completions and pairs."""
 
 
 @dataclass(frozen=True)
 class RankingEvaluation:
-    """A reward model on held-out rankings."""
+    """Metrics of a reward model on held-out rankings."""
 
     step: int
-    """Optimiser steps done."""
+    """Number of optimizer steps done."""
     loss: float
-    """Mean of the K-way loss over prompts, in nats a pair."""
+    """Mean of the K-way loss over prompts, in nats per pair."""
     accuracy: float
-    """Share of untied pairs that are ordered as the labeler did; equal scores count half."""
+    """Share of untied pairs that the model orders like the labeler; equal scores count half."""
     margin: float
     """Mean of `r_better - r_worse` over untied pairs."""
     calibration_error: float
     """Mean gap between `sigmoid(r_1 - r_2)` and the share of pairs where 1 was preferred, over ten equal bins."""
     bins: tuple[tuple[float, float, int], ...]
-    """(mean predicted probability, share preferred, pairs) of each bin that has pairs."""
+    """(mean predicted probability, share preferred, number of pairs) of each bin that has pairs."""
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Self:
-        """Return the evaluation that JSON holds as an object, its tuples as lists."""
+        """Return the evaluation from its JSON object, in which tuples are lists."""
         fields: dict[str, Any] = found | {"bins": tuple((low, high, count) for low, high, count in found["bins"])}
         return cls(**fields)
 
 
 def encode_comparison(comparison: Comparison, codec: Codec) -> RankedPrompt | None:
-    """Tokens of a comparison; None when all its completions are tied, which teaches nothing."""
+    """Tokenize a comparison; return None if all its completions are tied, because it then has no pairs to train on."""
     pairs = comparison.pairs()
     if not pairs:
         return None
@@ -104,11 +104,11 @@ def encode_comparison(comparison: Comparison, codec: Codec) -> RankedPrompt | No
 
 
 def ranking_loss(scores: Tensor, batch: RankedBatch) -> Tensor:
-    """K-way ranking loss (Ouyang et al. 2022, equation 1), the mean over prompts of their mean over pairs.
+    """Return the K-way ranking loss (Ouyang et al. 2022, equation 1): the mean over prompts of the mean over pairs.
 
         loss = -1 / prompts * sum_prompts 1 / pairs(prompt) * sum_pairs log sigmoid(r_better - r_worse)
 
-    `scores` is [B] float32. All pairs of a prompt are one batch element; a tied pair is not a pair.
+    `scores` is [B] float32. All pairs of a prompt are one batch element; tied pairs do not count.
     """
     device = scores.device
     gaps = scores[batch.better.to(device)] - scores[batch.worse.to(device)]
@@ -126,10 +126,10 @@ def fit_reward_model(
     optimizer_state: OptimizerState = "resident",
     log: Log | None = None,
 ) -> tuple[RankingEvaluation, ...]:
-    """Train for `config.epochs` and return every evaluation on the held-out rankings; the last one is the model's.
+    """Train for `config.epochs` and return all evaluations on the held-out rankings; the last one is of the final model.
 
     Raises:
-        ValueError: an empty training or validation set.
+        ValueError: for an empty training or validation set.
     """
     trainer = RewardTrainer(
         model, train, validation, config, pad_id=pad_id, seed=seed, optimizer_state=optimizer_state, log=log
@@ -139,7 +139,7 @@ def fit_reward_model(
 
 
 class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
-    """Training of a reward model; `history` has every evaluation. It can be saved and resumed after every step."""
+    """Trainer of a reward model; `history` holds all evaluations. It can be saved and resumed after any step."""
 
     stage = "rm"
     model: RewardModel
@@ -159,7 +159,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
     ) -> None:
         for name, prompts in (("train", train), ("validation", validation)):
             if not prompts:
-                raise ValueError(f"{name}: got no rankings with an untied pair, expected at least one")
+                raise ValueError(f"{name}: no ranking has an untied pair, expected at least one")
         super().__init__(
             model,
             train,
@@ -175,7 +175,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
 
     @property
     def last_evaluation(self) -> int:
-        """Steps that were finished at the last evaluation; 0 before the first."""
+        """Number of finished steps at the last evaluation; 0 before the first."""
         return self.history[-1].step if self.history else 0
 
     def backward(self, indices: list[int]) -> float:
@@ -190,14 +190,14 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         return loss
 
     def stepped(self, loss: float) -> None:
-        """Keep nothing: the state of a reward model's training is its weights, its optimizer and its evaluations."""
+        """Do nothing: the state of this trainer has no values per step."""
 
     def evaluate(self) -> RankingEvaluation:
-        """Evaluate the held-out rankings."""
+        """Evaluate the model on the held-out rankings."""
         return evaluate_rankings(self.model, self.validation, self.pad_id, self.done)
 
     def keep(self, found: RankingEvaluation, bar: tqdm) -> dict[str, float]:
-        """Keep an evaluation."""
+        """Record an evaluation."""
         self.history.append(found)
         bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.3f}")
         return {
@@ -214,7 +214,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         return super().state() | {"history": [asdict(found) for found in self.history]}
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the model as it is, which `RewardModel.load` reads."""
+        """Write the current model in the format of `RewardModel.load`."""
         self.model.save(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -226,7 +226,11 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         return RewardModel.load(folder, attention=attention, dtype=trunk.dtype, device=self.model.device)
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint; ValueError naming the file that does not fit."""
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: with the name of a file that does not fit.
+        """
         super().load(folder, state, tensors)
         self.history = [RankingEvaluation.from_json(found) for found in state["history"]]
 
@@ -235,7 +239,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
 def evaluate_rankings(
     model: RewardModel, prompts: Sequence[RankedPrompt], pad_id: int, step: int = 0
 ) -> RankingEvaluation:
-    """Loss, accuracy, margin and calibration on rankings."""
+    """Compute the loss, accuracy, margin and calibration of a reward model on rankings."""
     loss, gaps = 0.0, []
     for start in range(0, len(prompts), 16):
         part = prompts[start : start + 16]
@@ -252,7 +256,7 @@ def evaluate_rankings(
 
 @torch.no_grad()
 def centre_on_demonstrations(model: RewardModel, demonstrations: Sequence[Example], pad_id: int) -> float:
-    """Sets the bias so that the mean score of the demonstrations is 0; returns the mean that it took away."""
+    """Set the bias so that the mean score of the demonstrations is 0; return the mean that was subtracted."""
     mean = float(score_examples(model, demonstrations, pad_id).double().mean())
     model.centre(mean)
     return mean
@@ -262,7 +266,7 @@ def centre_on_demonstrations(model: RewardModel, demonstrations: Sequence[Exampl
 def score_examples(
     model: RewardModel, examples: Sequence[Example], pad_id: int, chunk: int = SCORED_TOGETHER
 ) -> Tensor:
-    """Scores of prompts with responses, [len(examples)] float32 on the CPU, in the order given."""
+    """Return the scores of prompts with responses, [len(examples)] float32 on the CPU, in the order of `examples`."""
     scores = torch.empty(len(examples))
     for indices in length_batches(lengths_of(examples), chunk):
         batch = pad_sequences([examples[i] for i in indices], pad_id)
@@ -277,7 +281,7 @@ def _scores(model: RewardModel, batch: RankedBatch) -> Tensor:
 
 
 def _reliability(gap: Tensor) -> tuple[tuple[float, float, int], ...]:
-    """Ten bins of the probability given to one of the pair, both orders of every pair counted."""
+    """Return the bins of the predicted probability that the first of a pair is preferred; both orders of a pair count."""
     probability = torch.cat([gap, -gap]).sigmoid()
     preferred = torch.cat([torch.ones_like(gap), torch.zeros_like(gap)])
     which = (probability * 10).long().clamp(max=9)

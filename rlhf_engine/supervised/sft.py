@@ -1,7 +1,7 @@
-"""Supervised fine-tuning, kept at its validation minimum.
+"""Supervised fine-tuning, which returns the weights of the lowest validation loss.
 
-The loss is the negative log-likelihood of the demonstration's tokens, EOS included, and of nothing else; a text without
-a prompt counts from its second token on, which makes the same loop pretrain.
+The loss is the negative log-likelihood of the response tokens of a demonstration, EOS included. A text without a prompt counts
+from its second token on, so the same loop also pretrains.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,39 +29,39 @@ from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation loss at one moment of the training."""
+    """Losses at one step of the training."""
 
     step: int
-    """Optimiser steps done."""
+    """Number of optimizer steps done."""
     train_loss: float
-    """Mean nats per token over the steps since the evaluation before."""
+    """Mean nats per token over the steps since the previous evaluation."""
     validation_loss: float
     """Mean nats per token of the validation set."""
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a language model's training went."""
+    """Result of a language model's training."""
 
     history: tuple[Evaluation, ...]
-    """Every evaluation, in order."""
+    """All evaluations, in order."""
     best: Evaluation
-    """The one whose weights the model now has."""
+    """Evaluation with the lowest validation loss, whose weights the model now has."""
     tokens: int
-    """Tokens that carried a loss."""
+    """Number of tokens in the losses of all steps."""
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Self:
-        """Return the report that JSON holds as an object."""
+        """Return the report from its JSON object."""
         history = tuple(Evaluation(**one) for one in found["history"])
         return cls(history, Evaluation(**found["best"]), found["tokens"])
 
 
 def batch_logprobs(actor: LanguageModel, batch: LanguageBatch) -> Tensor:  # -> (N,) float32
-    """Log-probs of the response tokens of a batch, one row after the other.
+    """Return the log-probs of the response tokens of a batch, concatenated row by row.
 
-    `log pi(a_t | s_t)` for every token under `response_mask` that has a token before it. Rows are padded on the right,
-    so a causal trunk needs no attention mask: no token that counts can see a pad.
+    They are `log pi(a_t | s_t)` for every token in `response_mask` that has a token before it. Rows are padded on the right, so
+    a causal trunk needs no attention mask: response tokens never attend to padding.
     """
     taken = batch.response_mask[:, 1:].to(actor.device)
     ids = batch.ids.to(actor.device)
@@ -81,10 +81,10 @@ def fit_language_model(
     log: Log | None = None,
     label: str = "sft",
 ) -> FitReport:
-    """Train until the validation loss has not fallen for `patience` evaluations, then put the best weights back.
+    """Train until the validation loss has no new minimum for `patience` evaluations, then restore the best weights.
 
     Raises:
-        ValueError: an empty training or validation set.
+        ValueError: for an empty training or validation set.
     """
     trainer = SFTTrainer(
         actor,
@@ -102,7 +102,7 @@ def fit_language_model(
 
 
 class SFTTrainer(SupervisedTrainer[Evaluation]):
-    """Fine-tuning of a language model: `train()`, then `finish()`. It can be saved and resumed after every step."""
+    """Trainer for fine-tuning a language model: call `train()`, then `finish()`. It can be saved and resumed after any step."""
 
     stage = "sft"
     model: PreTrainedModel
@@ -139,21 +139,21 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         self._tokens_of_step = 0
 
     def finish(self) -> FitReport:
-        """Put the weights of the lowest validation loss back and return the history."""
+        """Restore the weights of the lowest validation loss and return the report."""
         return FitReport(tuple(self.minimum.history), self.minimum.restore(), self.tokens)
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or `patience` evaluations have brought no new minimum."""
+        """Whether all epochs are done, or the last `patience` evaluations had no new minimum."""
         return super().finished or self.minimum.passed
 
     @property
     def last_evaluation(self) -> int:
-        """Steps that were finished at the last evaluation; 0 before the first."""
+        """Number of finished steps at the last evaluation; 0 before the first."""
         return self.minimum.history[-1].step if self.minimum.history else 0
 
     def backward(self, indices: list[int]) -> float:
-        """Add the gradients of `-sum(logprobs) / tokens of the whole batch`; return that loss."""
+        """Add the gradients of `-sum(logprobs) / response tokens of the whole batch`; return that loss."""
         parts = _parts(indices, self.lengths, self.config)
         batch = [pad_sequences([self.examples[i] for i in part], self.pad_id) for part in parts]
         self._tokens_of_step = sum(int(part.response_mask[:, 1:].sum()) for part in batch)
@@ -165,17 +165,17 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         return loss
 
     def stepped(self, loss: float) -> None:
-        """Keep the loss for the mean of the next evaluation, and count the tokens."""
+        """Record the loss for the mean of the next evaluation, and count the tokens."""
         self.losses.append(loss)
         self.tokens += self._tokens_of_step
 
     def evaluate(self) -> Evaluation:
-        """Measure the validation loss."""
+        """Compute the validation loss."""
         validation_loss = evaluate_nll(self.actor, self.validation, self.config.batch_size, self.pad_id)
         return Evaluation(self.done, sum(self.losses) / len(self.losses), validation_loss)
 
     def keep(self, found: Evaluation, bar: tqdm) -> dict[str, float]:
-        """Keep an evaluation, and the weights if it is a new minimum."""
+        """Record an evaluation, and copy the weights if it is a new minimum."""
         self.minimum.add(found)
         self.losses.clear()
         bar.set_postfix(train=f"{found.train_loss:.3f}", validation=f"{found.validation_loss:.3f}")
@@ -199,7 +199,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         return super().tensors() | best
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the model as it is, which `AutoModelForCausalLM` reads."""
+        """Write the current model in the format of `AutoModelForCausalLM`."""
         self.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -213,7 +213,11 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         )
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint; ValueError naming the file that does not fit."""
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: with the name of a file that does not fit.
+        """
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_BEST)}
         super().load(folder, state, rest)
         history = [Evaluation(*found) for found in state["history"]]
@@ -223,7 +227,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
 
 
 _BEST = "best."
-"""Prefix of the weights of the minimum in a checkpoint, by their names in the model."""
+"""Prefix in a checkpoint of the names of the weights at the minimum."""
 
 
 class _Minimum:
@@ -237,7 +241,7 @@ class _Minimum:
         self.weights: dict[str, Tensor] = {}
 
     def add(self, found: Evaluation) -> None:
-        """Keep an evaluation, and the weights if it is the lowest."""
+        """Append an evaluation, and copy the weights if its validation loss is the lowest."""
         if self.best < 0 or found.validation_loss < self.history[self.best].validation_loss:
             self.best = len(self.history)
             self.weights = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
@@ -245,32 +249,32 @@ class _Minimum:
 
     @property
     def passed(self) -> bool:
-        """Whether `patience` evaluations have gone by without a new minimum."""
+        """Whether the last `patience` evaluations had no new minimum."""
         return bool(self.history) and len(self.history) - 1 - self.best >= self.patience
 
     @torch.no_grad()
     def restore(self) -> Evaluation:
-        """Put the best weights back and return their evaluation."""
+        """Restore the best weights and return their evaluation."""
         for name, parameter in self.trained.items():
             parameter.copy_(self.weights[name])
         return self.history[self.best]
 
     def load(self, history: list[Evaluation], best: int, weights: dict[str, Tensor], source: Path) -> None:
-        """Continue from what a checkpoint holds; ValueError naming the first weight that does not fit."""
+        """Restore the state from a checkpoint; raise ValueError with the name of the first weight that does not fit."""
         expected = {name: parameter.shape for name, parameter in self.trained.items()} if best >= 0 else {}
         found = {name: weight.shape for name, weight in weights.items()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(f"{source}: got {found.get(name)} for {_BEST}{name}, expected {expected.get(name)}")
         if not -1 <= best < len(history) or (best < 0) != (not history):
-            raise ValueError(f"{source.parent}: got best {best} of {len(history)} evaluations in its state")
+            raise ValueError(f"{source.parent}: got {best} as the index of the best of {len(history)} evaluations")
         self.history, self.best = history, best
         self.weights = {name: weight.to(self.trained[name]) for name, weight in weights.items()}
 
 
 @torch.no_grad()
 def evaluate_nll(actor: LanguageModel, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
-    """Mean negative log-likelihood of the response tokens, in nats per token."""
+    """Return the mean negative log-likelihood of the response tokens, in nats per token."""
     total, count = 0.0, 0
     for indices in length_batches(lengths_of(examples), batch_size):
         logprobs = batch_logprobs(actor, pad_sequences([examples[i] for i in indices], pad_id))
@@ -282,11 +286,11 @@ def evaluate_nll(actor: LanguageModel, examples: Sequence[Example], batch_size: 
 def _check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None:
     for name, examples in (("train", train), ("validation", validation)):
         if not examples:
-            raise ValueError(f"{name}: got no examples, expected at least one")
+            raise ValueError(f"{name}: the set of examples is empty, expected at least one")
 
 
 def _parts(indices: list[int], lengths: NDArray[np.int64], config: SFTConfig) -> list[list[int]]:
-    """A batch, which comes from short to long, in micro-batches; those of a token budget from long to short."""
+    """Split a batch, sorted from short to long, into micro-batches. With a token budget the longest sequences come first."""
     if config.microbatch_tokens is None:
         size = config.microbatch or len(indices)
         return [indices[at : at + size] for at in range(0, len(indices), size)]

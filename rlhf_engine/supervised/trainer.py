@@ -1,7 +1,7 @@
-"""What fine-tuning and the reward model share: optimizer steps in an order that the seed fixes, evaluations, and their state.
+"""Base class of the trainers of fine-tuning and the reward model: optimizer steps, evaluations, and their state.
 
 A run is a function of its seed, its data and its settings. The order of the batches is a function of the seed and the epoch, so
-the number of finished steps is the only position that a checkpoint needs.
+a checkpoint needs no position but the number of finished steps.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def _nothing() -> None:
 
 
 class SupervisedTrainer(ABC, Generic[Evaluated]):
-    """Optimizer steps over shuffled batches of like length, with an evaluation every so many steps and after the last one.
+    """Optimizer steps over shuffled batches of similar lengths, with an evaluation every `evaluate_every` steps and at the end.
 
-    Follows `rlhf_engine.checkpoint.Checkpointable`. A subclass defines the loss, the evaluation and what it keeps of them.
+    It implements `rlhf_engine.checkpoint.Checkpointable`. A subclass defines the loss, the evaluation and their state.
     """
 
     stage: str
@@ -67,28 +67,28 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         self.done = 0
         self.whole = True
 
-    # ---- what a subclass defines ----
+    # ---- methods of a subclass ----
 
     @abstractmethod
     def backward(self, indices: list[int]) -> float:
-        """Add the gradients of a batch, which is given by the numbers of its records; return its loss."""
+        """Add the gradients of the batch of records number `indices`; return its loss."""
 
     @abstractmethod
     def stepped(self, loss: float) -> None:
-        """Keep what a finished step adds to the state."""
+        """Update the state after a finished step."""
 
     @abstractmethod
     def evaluate(self) -> Evaluated:
-        """Evaluate the model after `done` steps and change nothing."""
+        """Evaluate the model after `done` steps, without changing any state."""
 
     @abstractmethod
     def keep(self, found: Evaluated, bar: tqdm) -> dict[str, float]:
-        """Add an evaluation to the state, show it in the bar and return what the log gets."""
+        """Add an evaluation to the state, show it in the progress bar, and return the metrics to log."""
 
     @property
     @abstractmethod
     def last_evaluation(self) -> int:
-        """Steps that were finished at the last evaluation; 0 before the first."""
+        """Number of finished steps at the last evaluation; 0 before the first."""
 
     @property
     def finished(self) -> bool:
@@ -97,7 +97,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
 
     @abstractmethod
     def read_model(self, folder: Path) -> nn.Module:
-        """Return the model in a folder that `write_model` wrote, with the dtype and the device of this one."""
+        """Return the model in a folder that `write_model` wrote, with the dtype and the device of the trained model."""
 
     # ---- the run ----
 
@@ -106,10 +106,10 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         on_step: Callable[[], object] = _nothing,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Run to the end.
+        """Train until no step is left.
 
-        `on_step` follows each finished step and its evaluation, if one is due. An evaluation runs in `interruptible()`: it can
-        be interrupted without a loss, since a resumed run begins with it.
+        `on_step` is called after each finished step and its evaluation, if one is due. An evaluation runs inside
+        `interruptible()`. An interrupted evaluation loses no state, because a resumed run begins with it.
         """
         batches = islice(self._batches(), self.done, None)
         with progress(self.total, self.label, unit="step", done=self.done) as bar:
@@ -164,15 +164,19 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         return self.model.named_parameters()
 
     def constants(self) -> Mapping[str, Any]:
-        """Return nothing: the model that training began with leaves no trace but the weights."""
+        """Return no constants: training does not use the initial model after the first step."""
         return {}
 
     @abstractmethod
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the model as it is after `done` steps."""
+        """Write the model after `done` steps."""
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint; ValueError naming the file that does not fit."""
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: with the name of a file that does not fit.
+        """
         copy_parameters(folder, self.read_model(folder), self.model)
         load_optimizer_tensors(self.optimizer, tensors, folder / OPTIMIZER)
         self.done = state["done"]

@@ -171,11 +171,11 @@ def test_what_a_resumed_stage_refuses(tmp_path):
     train(trainer, 2)
     folder, data = tmp_path / "run", {"data.comparisons": "a"}
     save_checkpoint(folder, trainer, None, RunConfig(), data)
-    with pytest.raises(ValueError, match="got a checkpoint of the stage rm, expected one of sft"):
+    with pytest.raises(ValueError, match="got a checkpoint of the stage rm, expected the stage sft"):
         resume(folder, SwappedStage(rm(), "sft"), RunConfig(), data)
     with pytest.raises(ValueError, match="got a run with seed 3, expected 4"):
         resume(folder, rm(seed=4), RunConfig(), data)
-    with pytest.raises(ValueError, match=r"data\.comparisons: got another content"):
+    with pytest.raises(ValueError, match=r"data\.comparisons: the content has changed"):
         resume(folder, rm(), RunConfig(), {"data.comparisons": "b"})
     changed = RunConfig(reward=RewardConfig(batch_size=4))
     with pytest.raises(ValueError, match=r"reward\.batch_size: got 4, expected 8 to go on"):

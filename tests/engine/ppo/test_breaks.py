@@ -102,7 +102,7 @@ def test_s10_a_resumed_run_reads_what_it_began_with(run, capsys):
 
     def refused(key, *changed):
         code, _, shown = rlhf(capsys, *command, "--resume", sets=[*more, *changed])
-        return code == 2 and f"{key}: got another content than the run of {run / 'out' / 'ppo'} began with" in shown
+        return code == 2 and f"{key}: the content has changed since the run of {run / 'out' / 'ppo'} began" in shown
 
     lines = [{"prompt": f"q{i}", "user_id": "u"} for i in range(6)]
     write_lines(run / "others.jsonl", [*lines[:5], {"prompt": "x", "user_id": "u"}])

@@ -380,7 +380,7 @@ def test_another_seed_or_reference_is_refused(tmp_path):
     save_checkpoint(tmp_path / "checkpoint", make_trainer(), None, RunConfig())
     with pytest.raises(ValueError, match="seed 1, expected 2"):
         resume(tmp_path / "checkpoint", make_trainer(seed=2), RunConfig())
-    with pytest.raises(ValueError, match="reference policy is another model"):
+    with pytest.raises(ValueError, match="the reference policy of this run differs"):
         resume(tmp_path / "checkpoint", make_trainer(model_seed=1), RunConfig())
     with pytest.raises(ValueError, match="no such folder"):
         resume(tmp_path / "nowhere", make_trainer(), RunConfig())
