@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu_suite --out DIR`: build, test, sanitize and measure on a machine with a GPU, in minutes.
 
-Each step has a budget and a process of its own, and each entry is in `DIR/results.json` and `DIR/report.md` as soon as it
-is known, so that a cut-off run is worth what it had done. `--dry-run` goes the same way on a CPU, at tiny shapes through
-Triton's interpreter, and measures nothing. Device settings (clocks, power, modes) are read and never changed.
+Each step has a time budget and a separate process. Each entry is written to `DIR/results.json` and `DIR/report.md` as soon as
+it is known, so an interrupted run keeps its results. `--dry-run` runs the same steps on a CPU, with tiny shapes in Triton's
+interpreter, and measures nothing. Device settings (clocks, power, modes) are read and never changed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from benchmarks.gpu.tools import tool_path
 
 ROOT = Path(__file__).parents[1]
 GRACE = 5.0
-"""Seconds that a step gets beyond its budget before it is ended."""
+"""Seconds beyond its budget after which a step is killed."""
 DRY_RUN_PATIENCE = 4
-"""An interpreter on a busy machine is no reason to cut a step off."""
+"""Factor of the budgets in a dry run, because the interpreter is slow and the machine may be busy."""
 
 
 @dataclass(frozen=True)
 class Step:
     name: str
     seconds: float
-    """The most it gets."""
+    """Time budget."""
     least: float
-    """With less left it is not begun."""
+    """Minimum of remaining seconds: with fewer, the step is skipped."""
     run: Callable[[Suite, float], Iterator[Entry | dict]]
-    """Entries, as it makes them."""
+    """Generator of the step's entries."""
 
 
 class CutOff(Exception):
@@ -46,7 +46,7 @@ class CutOff(Exception):
 
 
 class Suite:
-    """One run: the clock, the results and the steps."""
+    """One run of the suite, with its deadline and its results."""
 
     def __init__(self, out: Path, *, dry_run: bool, minutes: float):
         self.out, self.dry_run = out, dry_run
@@ -58,7 +58,7 @@ class Suite:
         return self.deadline - time.monotonic()
 
     def run(self, steps: Sequence[Step]) -> None:
-        """One after the other; what there is no time for is named as skipped."""
+        """Run the steps in order; a step for which there is no time left is recorded as skipped."""
         for step in steps:
             if self.left < step.least:
                 print(f"{step.name}: skipped, {self.left:.0f} s left", flush=True)
@@ -83,7 +83,7 @@ class Suite:
         plot(self.results)
 
     def worker(self, group: str, seconds: float) -> list[str]:
-        """The command of a group."""
+        """Return the command that runs a group of `gpu/worker.py`."""
         command = [sys.executable, "-m", "benchmarks.gpu.worker", group, "--seconds", f"{0.8 * seconds:.0f}"]
         command += ["--dry-run"] * self.dry_run
         for flag, name in (("--copy-rate", COPY), ("--matmul-rate", MATMUL)):
@@ -109,12 +109,12 @@ def build(suite: Suite, seconds: float) -> Iterator[Entry]:
 
 
 def tests(suite: Suite, seconds: float) -> Iterator[Entry]:
-    """The kernel tests of the GPU backends; a dry run collects them only, `make test` is what runs them there."""
+    """Run the kernel tests of the GPU backends; a dry run only collects them, because `make test` runs them on a CPU."""
     if find_spec("pytest") is None:
         yield Entry("tests", error="pytest is not installed")
         return
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/kernels").glob("test_gpu_*.py"))
-    files += ["tests/kernels/test_paged_attention.py"] * bool(files)  # of an op that has kernels for GPUs alone
+    files += ["tests/kernels/test_paged_attention.py"] * bool(files)  # an op with kernels only for GPUs
     if not files:
         yield Entry("tests", error="there is no tests/kernels/test_gpu_*.py")
         return
@@ -122,7 +122,7 @@ def tests(suite: Suite, seconds: float) -> Iterator[Entry]:
 
 
 def marked_tests(suite: Suite, seconds: float) -> Iterator[Entry]:
-    """Everything else that is marked `gpu`."""
+    """Run all other tests that are marked `gpu`."""
     if find_spec("pytest") is None:
         yield Entry("tests", error="pytest is not installed")
         return
@@ -130,7 +130,7 @@ def marked_tests(suite: Suite, seconds: float) -> Iterator[Entry]:
 
 
 def _pytest(suite: Suite, seconds: float, name: str, selection: list[str]) -> Iterator[Entry]:
-    """Counts come from the log, line by line, so that a run that was cut off counts too."""
+    """Run pytest and count results from the lines of its log, so that an interrupted run also has counts."""
     log = suite.out / f"{name.replace(' ', '_')}.log"
     options = ["-o", "addopts=", "--tb=short", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *selection]
@@ -152,22 +152,22 @@ def _pytest(suite: Suite, seconds: float, name: str, selection: list[str]) -> It
     failed = [line for line in lines if "::" in line and ("FAILED " in line or " FAILED" in line or "ERROR " in line)]
     failed = list(dict.fromkeys(next(word for word in line.split() if "::" in word) for line in failed))
     note = ", ".join(f"{count} {word.lower()}" for word, count in counts.items()) + f", {len(failed)} failed"
-    # 5: nothing was selected.
+    # Exit code 5: no test was selected.
     yield Entry(name, note, passed=code in (0, 5) and ended and not failed, note=f"see {log.name}")
     for test in failed[:40]:
         yield Entry(test, passed=False)
     if not ended:
-        raise CutOff(f"the tests took more than {seconds:.0f} s; the last line of {log.name} is where they were")
+        raise CutOff(f"the tests took more than {seconds:.0f} s; the last line of {log.name} shows where they stopped")
 
 
 def _processes() -> list[str]:
-    """Most of a test's time is its kernels' compilation, on the host."""
+    """Return pytest's options for parallel processes: most of a test's time is the compilation of its kernels on the host."""
     count = min(12, 3 * (os.cpu_count() or 1) // 4)
     return [] if count < 2 or find_spec("xdist") is None else ["--numprocesses", str(count), "--dist", "load"]
 
 
 def group(name: str) -> Callable[[Suite, float], Iterator[dict]]:
-    """A step that is a group of `gpu/worker.py`."""
+    """Return the function of a step that runs a group of `gpu/worker.py`."""
 
     def run(suite: Suite, seconds: float) -> Iterator[dict]:
         with (suite.out / f"{name}.log").open("w") as log:
@@ -182,15 +182,15 @@ def group(name: str) -> Callable[[Suite, float], Iterator[dict]]:
 
 
 def _messages(process: subprocess.Popen, deadline: float) -> Iterator[dict]:
-    """What the process sends until it says that it is done; it may take a while to go after that."""
+    """Yield the messages of a process until it sends `done`, without waiting for its exit."""
     rest = b""
     while True:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-            raise CutOff("it ran past its budget and was ended")
+            raise CutOff("the process ran past its budget and was killed")
         chunk = os.read(process.stdout.fileno(), 65536)
         if not chunk:
-            raise CutOff(f"its process died with exit code {process.wait()}")
+            raise CutOff(f"the process died with exit code {process.wait()}")
         *lines, rest = (rest + chunk).split(b"\n")
         for message in map(json.loads, lines):
             if message.get("done"):
@@ -199,19 +199,19 @@ def _messages(process: subprocess.Popen, deadline: float) -> Iterator[dict]:
 
 
 def sanitizer(tool: str) -> Callable[[Suite, float], Iterator[Entry]]:
-    """Every op on small shapes under one tool of compute-sanitizer."""
+    """Return the function of a step that runs every op on small shapes under one tool of compute-sanitizer."""
 
     def run(suite: Suite, seconds: float) -> Iterator[Entry]:
         if suite.dry_run:
-            yield Entry(tool, skipped="a dry run has no device; its cases are those of the step correctness")
+            yield Entry(tool, skipped="a dry run has no device; the step correctness runs the same cases")
             return
         program = tool_path("compute-sanitizer")
         if program is None:
-            yield Entry(tool, skipped="compute-sanitizer is neither on PATH nor beside nvcc")
+            yield Entry(tool, skipped="compute-sanitizer is neither on PATH nor in the folder of nvcc")
             return
         log = suite.out / f"{tool}.log"
         watch = [program, "--tool", tool, "--error-exitcode", "9"]
-        # PyTorch's cache would hide a read past the end of a tensor inside a larger block.
+        # With PyTorch's cache, a read past the end of a tensor could stay inside a larger block and go undetected.
         surroundings = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         with log.open("w") as file:
             code = subprocess.run(
@@ -228,7 +228,7 @@ def sanitizer(tool: str) -> Callable[[Suite, float], Iterator[Entry]]:
 
 
 def report(suite: Suite, seconds: float) -> Iterator[Entry]:
-    """The clocks once more, and the plots; the rest is written as it comes."""
+    """Record the clocks again and write the plots; everything else is already written."""
     from benchmarks.gpu import environment
 
     if not suite.dry_run:
@@ -246,19 +246,19 @@ STEPS = (
     Step("heads", 70, 25, group("heads")),
     Step("tokens", 50, 20, group("tokens")),
     Step("peers", 70, 25, group("peers")),
-    # After the benches: they are slow, and a run that is short of time can do without them sooner.
+    # After the benchmarks, because the sanitizers are slow and the first steps that a short run can omit.
     Step("memcheck", 60, 30, sanitizer("memcheck")),
     Step("racecheck", 60, 30, sanitizer("racecheck")),
     Step("other tests", 120, 20, marked_tests),
     Step("report", 10, 0, report),
 )
 ENGINE = Step("engine", 540, 60, group("engine"))
-"""PPO updates of language models, beside TRL's: minutes of their own, asked for by name."""
+"""PPO updates of language models, ours and TRL's. They take minutes, so they run only if `--only` names them."""
 NAMES = [*(step.name for step in STEPS), ENGINE.name]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 where a test or a check failed (figures are then no figures of kernels that work), or 2."""
+    """Run the suite; return 0, or 1 if a test or a check failed (figures are then not valid). Exit with 2 on wrong usage."""
     options = _parse(arguments)
     suite = Suite(options.out, dry_run=options.dry_run, minutes=options.minutes)
     suite.run([step for step in (*STEPS[:-1], ENGINE, STEPS[-1]) if step.name in options.only])
@@ -269,9 +269,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go; made if missing")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, through the interpreter; measures nothing")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything; 9 by default")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the results; created if missing"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run on a CPU, in Triton's interpreter; measures nothing"
+    )
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of the whole run; 9 by default")
     parser.add_argument(
         "--only", nargs="+", metavar="STEP", help=f"some of {', '.join(NAMES)}; all but engine by default"
     )
@@ -279,10 +283,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.only = set(options.only or NAMES) - (set() if options.only else {ENGINE.name})
     if options.only - set(NAMES):
         parser.error(
-            f"--only: got {', '.join(sorted(options.only - set(NAMES)))}, expected some of the steps that --help names"
+            f"--only: got {', '.join(sorted(options.only - set(NAMES)))}, expected some of the steps that --help lists"
         )
     if options.only & {"heads", "tokens", "engine"}:
-        options.only.add("ceilings")  # which their bounds are fractions of
+        options.only.add("ceilings")  # the bounds of these steps are fractions of the ceilings
     if not 0 < options.minutes < 24 * 60:
         parser.error(f"--minutes: got {options.minutes:g}, expected more than 0 and less than a day")
     if options.out.exists() and not options.out.is_dir():
@@ -292,11 +296,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if find_spec("torch") is None:
         parser.error("torch is not installed")
     if options.dry_run:
-        # Before anything imports Triton, here or in a step's process; a GPU, where there is one, stays unused.
+        # Must be set before Triton is imported, here or in the process of a step. A GPU stays unused.
         os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set, so that nothing would run on the GPU; unset it")
-    import torch  # after the choice above
+        parser.error("TRITON_INTERPRET is set, so nothing would run on the GPU; unset it")
+    import torch  # after CUDA_VISIBLE_DEVICES is set
 
     from rlhf_kernels.backend import why_no_triton
 
@@ -304,7 +308,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(why_no_triton())
 
     if not options.dry_run and not torch.cuda.is_available():
-        parser.error("there is no GPU that torch can use; --dry-run goes through the steps on a CPU")
+        parser.error("torch finds no GPU; pass --dry-run to run the steps on a CPU")
     options.out.mkdir(exist_ok=True)
     options.out = options.out.resolve()
     return options

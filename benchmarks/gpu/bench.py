@@ -1,4 +1,4 @@
-"""What every part of the suite that runs kernels is given: a device, a timer and the ceilings measured before."""
+"""Context of the suite's parts that run kernels: the device, a timer and the measured ceilings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Part = Callable[["Bench"], Iterator[Entry]]
 
 @dataclass(frozen=True)
 class Bench:
-    """`dry_run` is the CPU through Triton's interpreter: parts run at tiny shapes and measure nothing."""
+    """Context of a part. In a dry run, parts run on the CPU in Triton's interpreter, at tiny shapes, and measure nothing."""
 
     device: torch.device
     dry_run: bool
     timer: Timer
     copy_rate: float | None = None
-    """Bytes a second, read and written; None: not measured."""
+    """Bytes per second, read and written; None if not measured."""
     matmul_rate: float | None = None
-    """bf16 FLOPs a second; None: not measured."""
+    """bf16 FLOPs per second; None if not measured."""
 
     def size(self, full: Value, tiny: Value) -> Value:
         return tiny if self.dry_run else full
@@ -37,11 +37,11 @@ class Bench:
             yield "cuda"
 
     def why_no_cuda(self, op: str) -> str:
-        """Why the CUDA C++ kernel of `op` cannot run here; empty when it can."""
+        """Return why the CUDA C++ kernel of `op` cannot run here; empty if it can."""
         return "a dry run has no device" if self.dry_run else why_no_cuda(op, self.device)
 
     def moved(self, count: float, seconds: float | None) -> str:
-        """`seconds` beside the time that moving `count` bytes takes at the copy's rate."""
+        """Return as a note the bytes per second of moving `count` bytes in `seconds`, and their share of the copy's rate."""
         if seconds is None:
             return ""
         rate = count / seconds
@@ -49,7 +49,7 @@ class Bench:
         return f"; {rate / 1e9:.0f} GB/s of {count / 1e6:.1f} MB{share}"
 
     def multiplied(self, count: float, seconds: float | None) -> str:
-        """`seconds` beside the time that `count` FLOPs take at the matrix products' rate."""
+        """Return as a note the FLOPs per second of `count` FLOPs in `seconds`, and their share of the matrix products' rate."""
         if seconds is None:
             return ""
         rate = count / seconds
@@ -57,11 +57,11 @@ class Bench:
         return f"; {rate / 1e12:.0f} TFLOP/s{share}"
 
     def copy_seconds(self, count: float) -> float | None:
-        """What moving `count` bytes takes at the copy's rate."""
+        """Return the seconds of moving `count` bytes at the copy's rate; None if the rate was not measured."""
         return None if self.copy_rate is None else count / self.copy_rate
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """The most that was allocated while `call` ran, above what was before."""
+        """Return the peak of allocated bytes during `call` above what was allocated before; None in a dry run."""
         if self.dry_run:
             call()
             return None

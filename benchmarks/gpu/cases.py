@@ -1,4 +1,4 @@
-"""Every public op on small tensors, outputs and gradients: what is repeated, captured in a graph and watched by a sanitizer.
+"""Calls of every public op on small tensors, with outputs and gradients, for checks of determinism, CUDA graphs and memory.
 
 Legend: B sequences, T positions, V vocabulary, H hidden.
 """
@@ -17,7 +17,7 @@ Case = Callable[[], tuple[Tensor, ...]]
 
 
 def cases(device: torch.device, backends: Callable[[str], Iterator[str]]) -> dict[str, Case]:
-    """A call of each op by each backend that has it, returning every tensor that it makes."""
+    """Return one call per op and backend that has it; a call returns all outputs and gradients."""
     b, t, v, h = 3, 21, 203, 16
     g = torch.Generator().manual_seed(0)
 
@@ -79,7 +79,7 @@ def _tensors(made: object) -> Iterator[Tensor]:
 
 
 def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    """NaN equals NaN of the same bits."""
+    """Return whether all tensors have the same bits; NaN equals NaN with the same bits."""
     return all(torch.equal(_bytes(x), _bytes(y)) for x, y in zip(a, b, strict=True))
 
 

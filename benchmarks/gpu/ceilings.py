@@ -1,4 +1,4 @@
-"""The two rates that everything else is a fraction of, measured in the same run."""
+"""Ceilings, measured in the same run: the two rates of which other figures are fractions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.gpu.entries import COPY, MATMUL, Entry
 
 
 def copy_bandwidth(bench: Bench) -> Iterator[Entry]:
-    """One block into another, read and written bytes counted."""
+    """Measure a copy of one block to a different one; read and written bytes both count."""
     n = bench.size(4 * 2**30, 2**16)
     source = torch.ones(n, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
@@ -20,7 +20,7 @@ def copy_bandwidth(bench: Bench) -> Iterator[Entry]:
 
 
 def matrix_rate(bench: Bench) -> Iterator[Entry]:
-    """Random factors: with zeros the device draws less power and clocks higher."""
+    """Measure a bf16 product of random factors: with zeros the device draws less power and clocks higher."""
     n = bench.size(8192, 64)
     a, b = (torch.randn(n, n, device=bench.device).to(torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)

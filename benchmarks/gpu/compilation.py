@@ -1,4 +1,4 @@
-"""Collects what the Triton launchers launch, compiles it and csrc/cuda, and lists what is wrong: `compile_check`'s work."""
+"""Implementation of `compile_check`: record what the Triton launchers launch, compile it and csrc/cuda, list problems."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from benchmarks.gpu.specimens import SIZES, Call, specimens
 
 PROCESSES = 2
 REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a launcher that does not fit its specimen raises; it becomes a problem of the report."""
+"""Errors of a launcher that does not accept its specimen; each becomes a problem of the report."""
 
 
 @dataclass
 class Findings:
-    """What is to be compiled, what came of it, and what is wrong with it."""
+    """The forms to compile, the resources that they use, and the problems found."""
 
     forms: dict[str, dict[str, tuple[Form, str]]] = field(default_factory=dict)
-    """Per kind of device and key: a kernel's form, and the specimen that launches it."""
+    """Kind of device -> key -> (form of a kernel, specimen that launches it)."""
     usages: list[Usage] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Findings:
 def check(
     package: ModuleType, architectures: Sequence[str], calls: Mapping[str, tuple[str, Call]] | None = None
 ) -> Findings:
-    """Everything, in order; `calls` are the specimens of rlhf_kernels when None."""
+    """Record, compile and list problems; if `calls` is None, use the specimens of rlhf_kernels."""
     findings = Findings()
     record(package, specimens() if calls is None else calls, findings)
     compile_triton(architectures, findings)
@@ -50,11 +50,11 @@ def _problem(usage: Usage) -> str:
     return f"{usage.kernel} on {usage.target} ({usage.specimen}): {what}"
 
 
-# ---- what the launchers launch ----
+# ---- recording of launches ----
 
 
 def record(package: ModuleType, calls: Mapping[str, tuple[str, Call]], findings: Findings) -> None:
-    """Make every call at every size; take in the forms to compile and what is wrong with them."""
+    """Make every call at every size; add the forms to compile and the problems to `findings`."""
     launched: set[str] = set()
     missing: set[str] = set()
     refusals: set[str] = set()
@@ -80,7 +80,7 @@ def record(package: ModuleType, calls: Mapping[str, tuple[str, Call]], findings:
 
 
 def _launches(package: ModuleType, name: str, call: Call, findings: Findings) -> list[Recording]:
-    """The specimen's launches at each size; one that a launcher refuses is a problem."""
+    """Return the launches of a specimen at each size; a call that the launcher refuses is added as a problem."""
     recordings = []
     for size in SIZES:
         try:
@@ -94,7 +94,7 @@ def _launches(package: ModuleType, name: str, call: Call, findings: Findings) ->
 
 
 Choice = tuple[str, frozenset]
-"""A kernel and its flags. Which kernel serves long rows, and with which flags, is for its launcher to choose: they are few."""
+"""A kernel and its flags. A launcher may choose both by size, e.g. for long rows, because there are few of them."""
 
 
 def _by_choice(forms: Iterable[Form]) -> dict[Choice, list[Form]]:
@@ -106,7 +106,7 @@ def _by_choice(forms: Iterable[Form]) -> dict[Choice, list[Form]]:
 
 
 def recompilations(name: str, recordings: Sequence[Recording]) -> list[str]:
-    """Kernels that another size, coefficient or seed compiles again with the same flags, and the argument that does it."""
+    """Return the kernels that a different size, coefficient or seed recompiles with equal flags, and the argument at fault."""
     problems = []
     reference: dict[Choice, list[Form]] = {}
     for made in recordings:
@@ -120,7 +120,7 @@ def recompilations(name: str, recordings: Sequence[Recording]) -> list[str]:
 
 
 def _changes(before: Form, after: Form) -> list[str]:
-    """What differs between two forms of a kernel."""
+    """Return the differences between two forms of a kernel."""
     old, new = before.facts(), after.facts()
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
 
@@ -129,7 +129,7 @@ def _changes(before: Form, after: Form) -> list[str]:
 
 
 def compile_triton(architectures: Sequence[str], findings: Findings) -> None:
-    """Every form for every architecture, two at a time."""
+    """Compile every form for every architecture, `PROCESSES` at a time."""
     jobs = []
     for target in architectures:
         kind, plugin = ("hip", "amd") if target.startswith("gfx") else ("cuda", "nvidia")
@@ -141,11 +141,11 @@ def compile_triton(architectures: Sequence[str], findings: Findings) -> None:
 
 
 _jobs: list[tuple[Form, str, str]] = []
-"""What the forked processes take their work from: a kernel cannot be pickled."""
+"""Jobs of the forked processes, which inherit this list because a kernel cannot be pickled."""
 
 
 def _run_jobs(jobs: list[tuple[Form, str, str]]) -> list[Usage]:
-    """A compiler that takes its process down with it is asked again alone, so that the others' results stay."""
+    """Run the jobs; if a compiler crashes its process, run the lost jobs again, each in a separate process."""
     _jobs[:] = jobs
     results: list[Usage] = []
     with _pool(PROCESSES) as pool:
@@ -172,7 +172,7 @@ def _compile_job(index: int) -> Usage:
 
 
 def compile_cuda(architectures: Sequence[str], findings: Findings) -> None:
-    """Every file of csrc/cuda for every NVIDIA architecture, where there is an nvcc."""
+    """Compile every file of csrc/cuda for every NVIDIA architecture, if nvcc is installed."""
     reason = why_no_nvcc()
     if reason:
         findings.notes.append(f"CUDA C++ sources were not checked: {reason}")

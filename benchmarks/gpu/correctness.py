@@ -1,4 +1,4 @@
-"""What a CPU cannot show: the same bits twice on the device, in a captured graph, and errors at the real vocabulary.
+"""Checks that need a device: the same bits in repeated calls and in captured graphs, and errors at a real vocabulary size.
 
 Legend: N tokens, V vocabulary, H hidden.
 """
@@ -22,11 +22,11 @@ FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TritonError, TypeError,
     ValueError,
 )  # fmt: skip
-"""What one op's failure may raise without ending the part; the others are still asked."""
+"""Errors of one op that do not end the part, so that the other ops still run."""
 
 
 def determinism(bench: Bench) -> Iterator[Entry]:
-    """Each op three times: the first call may choose, compile or allocate."""
+    """Compare the bits of three calls per op; the first call may select a kernel, compile or allocate."""
     for name, call in cases(bench.device, bench.backends).items():
         try:
             first, *others = (call() for _ in range(3))
@@ -37,7 +37,7 @@ def determinism(bench: Bench) -> Iterator[Entry]:
 
 
 def graph_capture(bench: Bench) -> Iterator[Entry]:
-    """Each op inside torch.cuda.graph; a replay gives the bits of the eager call."""
+    """Capture each op with torch.cuda.graph and compare the bits of a replay with those of the eager call."""
     if bench.dry_run:
         yield Entry("CUDA graphs", skipped="a dry run has no device")
         return
@@ -56,7 +56,7 @@ def graph_capture(bench: Bench) -> Iterator[Entry]:
 
 
 def large_rows(bench: Bench) -> Iterator[Entry]:
-    """The error bound of the tests, at the real vocabulary, outputs and gradients."""
+    """Check outputs and gradients at a real vocabulary size against the error bound of the tests."""
     n, v = bench.size((64, 128256), (5, 2050))
     g = torch.Generator(bench.device).manual_seed(4)
     ids = torch.randint(v, (n,), generator=g, device=bench.device)
@@ -94,7 +94,7 @@ def _within_bound(name: str, call, logits: Tensor, backend: str) -> Entry:
 
 
 def float32_accuracy(bench: Bench) -> Iterator[Entry]:
-    """Log-probs of float32 logits beside eager float32, both against float64; then of bf16 hidden states."""
+    """Compare errors against float64: ours and eager float32's from float32 logits, then ours and eager's from bf16 states."""
     n, v = bench.size((256, 128256), (5, 2050))
     g = torch.Generator(bench.device).manual_seed(5)
     logits = 3 * torch.randn(n, v, generator=g, device=bench.device)
@@ -119,7 +119,7 @@ def float32_accuracy(bench: Bench) -> Iterator[Entry]:
 
 
 def batch_invariance(bench: Bench) -> Iterator[Entry]:
-    """A row's log-prob in batches of other sizes, at other places."""
+    """Check that a row's log-prob has the same bits in batches of different sizes and at different positions."""
     n, h, v = bench.size((1000, 1024, 128256), (150, 16, 300))
     g = torch.Generator(bench.device).manual_seed(6)
     hidden = torch.randn(n, h, generator=g, device=bench.device).bfloat16()
@@ -137,7 +137,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def reason(error: BaseException) -> str:
-    """One line."""
+    """Return the type and the first line of an error."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300]
 

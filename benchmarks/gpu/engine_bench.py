@@ -1,7 +1,8 @@
-"""PPO updates of Qwen2-shaped models from random weights: by phase, beside the plan, beside TRL, and decode beside its bound.
+"""PPO updates of Qwen2-shaped models with random weights: phases, planned memory, TRL's trainer, and the bound of decoding.
 
-64 prompts of 1024 tokens, 1024 response tokens each (nothing ends earlier), 4 epochs of one minibatch, bfloat16 weights with
-float32 masters. TRL's trainer keeps bfloat16 weights and moments alone, and four models; ours a value head and three.
+Setup: 64 prompts of 1024 tokens, 1024 response tokens each (no response ends earlier), 4 epochs of one minibatch, bfloat16
+weights with float32 masters. TRL's trainer keeps only bfloat16 weights and moments, and four models; ours keeps three models
+and a value head.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ TINY_MODEL = {
 TRL = "benchmarks.peers.trl_ppo:run"
 SAMPLES = "samples a second"
 PHASES = {"collect": "generate", "score": "score", "update": "train"}
-"""What an update's clock calls a phase -> what its memory is called."""
+"""Name of a phase in the metrics of time -> its name in the metrics of memory."""
 
 
 def settings(bench: Bench, batch: dict, **ppo: object) -> dict:
-    """A run's config, as `rlhf ppo` takes it."""
+    """Return the config of a run, as for `rlhf ppo`."""
     lengths = {"max_prompt_tokens": batch["prompt_tokens"], "max_response_tokens": batch["response_tokens"]}
     length = batch["prompt_tokens"] + batch["response_tokens"]
     return {
@@ -54,7 +55,7 @@ def settings(bench: Bench, batch: dict, **ppo: object) -> dict:
 
 
 def updates(bench: Bench, fields: dict, batch: dict) -> Iterator[Entry]:
-    """The second update of a run, its seconds by phase and its peaks beside the plan's; then its sampling alone."""
+    """Measure the second update of a run: seconds per phase, and memory peaks against the plan. Then measure decoding."""
     run = settings(bench, batch)
     trainer = make_trainer(fields, run)
     planned = RunPlan(make_plan(fields, run)).metrics()
@@ -79,7 +80,7 @@ def updates(bench: Bench, fields: dict, batch: dict) -> Iterator[Entry]:
 
 
 def decode(bench: Bench, trainer: PPOTrainer, batch: dict) -> Iterator[Entry]:
-    """Sampling less its prefill, beside reading the weights and every sequence's keys and values once a token."""
+    """Measure sampling without prefill against reading the weights and all keys and values once per token."""
     generator, policy, rows = trainer.generator, trainer.policy, batch["prompts"]
     prompts, sequence = trainer.prompts(0, rows), torch.arange(rows)
 
@@ -94,7 +95,7 @@ def decode(bench: Bench, trainer: PPOTrainer, batch: dict) -> Iterator[Entry]:
         return time.perf_counter() - start
 
     prefill = sample(1)
-    sample(batch["response_tokens"])  # captures the step for this length's state
+    sample(batch["response_tokens"])  # captures the decode step's graph for this length
     took = sample(batch["response_tokens"]) - prefill
     steps = batch["response_tokens"] - 1
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
@@ -113,19 +114,19 @@ def decode(bench: Bench, trainer: PPOTrainer, batch: dict) -> Iterator[Entry]:
 
 
 def named(name: str, entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Entries with the model in front."""
+    """Yield the entries with the model's name as prefix."""
     for entry in entries:
         yield replace(entry, name=f"{name}: {entry.name}")
 
 
 def own(name: str, bench: Bench) -> Iterator[Entry]:
-    """Ours alone."""
+    """Measure only our trainer."""
     fields, batch = bench.size(PRESETS.get(name, TINY_MODEL), TINY_MODEL), bench.size(BATCH, TINY)
     yield from named(name, updates(bench, fields, batch))
 
 
 def beside_trl(name: str, bench: Bench) -> Iterator[Entry]:
-    """Ours, and TRL's trainer after it, in a process of its own."""
+    """Measure our trainer, then TRL's in a separate process."""
     fields, batch = bench.size(PRESETS.get(name, TINY_MODEL), TINY_MODEL), bench.size(BATCH, TINY)
     ours = None
     for entry in named(name, updates(bench, fields, batch)):
@@ -149,7 +150,7 @@ def beside_trl(name: str, bench: Bench) -> Iterator[Entry]:
 
 
 def phase_changes(bench: Bench) -> Iterator[Entry]:
-    """Twenty updates; what is allocated and reserved after the third is what is after the last."""
+    """Run twenty updates and check that allocated and reserved memory do not grow after the third."""
     fields = bench.size(PRESETS["qwen2.5-0.5b"], TINY_MODEL)
     batch = TINY | bench.size({"prompts": 16, "prompt_tokens": 256, "response_tokens": 24}, {})
     trainer, seen = make_trainer(fields, settings(bench, batch)), []

@@ -1,4 +1,4 @@
-"""One line of the suite's results, as the processes that make them send it."""
+"""One entry of the suite's results, as the worker processes send it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ COPY, MATMUL = "copy bandwidth", "bf16 matrix rate"
 
 @dataclass(frozen=True)
 class Entry:
-    """A fact, a check that passed or failed, or a figure with the bound that it is held to."""
+    """A fact, a check that passed or failed, or a figure with or without a bound."""
 
     name: str
     value: float | str | None = None
-    """None: it ran and there is nothing to quote (a dry run), or it failed."""
+    """None if there is no figure: it ran without measurement (a dry run), or it failed."""
     unit: str = ""
     bound: float | None = None
     at_least: bool = False
-    """True: the value must reach the bound; False: it must stay under it."""
+    """True: the bound is a minimum; False: it is a maximum."""
     passed: bool | None = None
-    """Of a check without a value."""
+    """Result of a check without a value."""
     note: str = ""
     error: str = ""
     """Why there is no value."""
@@ -29,7 +29,7 @@ class Entry:
 
     @property
     def met(self) -> bool | None:
-        """None: there is no bound, or nothing was measured to hold to it."""
+        """Whether the bound is met or the check passed; None without a bound or a figure to compare with it."""
         if self.error:
             return False
         if self.bound is None or not isinstance(self.value, (int, float)):

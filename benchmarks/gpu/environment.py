@@ -1,4 +1,4 @@
-"""Where the suite runs: device, driver, clocks, versions, tools; and the build of the extension in place. Read only."""
+"""Facts about the machine (device, driver, clocks, versions, tools), which are only read, and the build of the extension."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUERY = (
 
 
 def environment(*, dry_run: bool) -> Iterator[Entry]:
-    """Nothing is set or reset: clocks and power are whatever they are, and are written down."""
+    """Record the machine; clocks and power are not set or reset."""
     facts = machine()
     for name, version in facts.pop("versions").items():
         yield Entry(name, version)
@@ -47,7 +47,7 @@ def environment(*, dry_run: bool) -> Iterator[Entry]:
 
 
 def clocks(when: str) -> Iterator[Entry]:
-    """What nvidia-smi says of the device, by a query."""
+    """Record the state of the device that nvidia-smi reports."""
     if not which("nvidia-smi"):
         yield Entry(f"nvidia-smi {when}", skipped="not on PATH")
         return
@@ -69,7 +69,7 @@ def _version(package: str) -> str:
 
 
 def build(out: Path, *, dry_run: bool, seconds: float) -> Iterator[Entry]:
-    """`setup.py build_ext --inplace`; without pybind11 on its own, with the headers that torch ships."""
+    """Run `setup.py build_ext --inplace`; if pybind11 is not installed, use its headers that torch ships."""
     if nvcc() is None:
         yield Entry("nvcc", error="not found: the extension is built without CUDA C++ kernels")
     headers, where = pybind11_headers(out)
@@ -79,7 +79,7 @@ def build(out: Path, *, dry_run: bool, seconds: float) -> Iterator[Entry]:
         yield Entry("extension", error=f"{missing} is not installed: no C++ and no CUDA C++ backend")
         return
     if dry_run:
-        yield Entry("extension", skipped="a dry run builds nothing and takes what is there")
+        yield Entry("extension", skipped="a dry run builds nothing and uses an existing extension")
         return
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     paths = [str(headers)] * bool(headers) + [os.environ.get("PYTHONPATH", "")]
@@ -99,13 +99,13 @@ def build(out: Path, *, dry_run: bool, seconds: float) -> Iterator[Entry]:
 
 
 def pybind11_headers(out: Path) -> tuple[Path | None, str]:
-    """A folder to put before the others where pybind11 itself is missing, and where its headers come from; '' nowhere."""
+    """Return a folder to prepend to PYTHONPATH if pybind11 is not installed, and the source of its headers; '' if none."""
     if find_spec("pybind11") is not None:
         return None, "installed"
     shipped = Path(torch.__file__).parent / "include"
     if not (shipped / "pybind11" / "pybind11.h").exists():
         return None, ""
-    # setup.py asks pybind11 for one thing, the folder of its headers.
+    # setup.py uses only the folder of headers that pybind11 returns.
     package = out / "headers" / "pybind11"
     package.mkdir(parents=True, exist_ok=True)
     links = package / "include"
@@ -113,7 +113,7 @@ def pybind11_headers(out: Path) -> tuple[Path | None, str]:
     if not (links / "pybind11").exists():
         (links / "pybind11").symlink_to(shipped / "pybind11")
     source = f'''
-        """Stands in for pybind11: its headers as torch ships them."""
+        """Substitute for pybind11 with the headers that torch ships."""
 
 
         def get_include():
@@ -124,10 +124,10 @@ def pybind11_headers(out: Path) -> tuple[Path | None, str]:
 
 
 def extension_facts() -> Iterator[Entry]:
-    """What the new extension holds, asked in a process of its own: this one may have looked before it was built."""
+    """Record the extension's architectures from a new process: this one may have looked for it before it was built."""
     question = "n.extension().cuda_architectures() if n.AVAILABLE else n.why_missing()"
     command = [sys.executable, "-c", f"from rlhf_kernels import _native as n; print({question})"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    failed = {"error": lines[-1] if lines else "it said nothing"} if done.returncode else {}
+    failed = {"error": lines[-1] if lines else "no output"} if done.returncode else {}
     yield Entry("CUDA C++ kernels built for", None if failed else lines[-1], **failed)

@@ -1,4 +1,4 @@
-"""`linear_ppo_loss` and `logits_ppo_loss`, forward and backward, against matrix products and bytes.
+"""Time of `linear_ppo_loss` and `logits_ppo_loss`, forward and backward, against matrix products and memory traffic.
 
 Legend: N tokens, V vocabulary, H hidden.
 """
@@ -17,11 +17,11 @@ from rlhf_kernels.ops.head import Plan, product
 
 FULL, TINY = (8192, 4096, 128256), (24, 16, 160)
 CLAIMED = {"Liger's RL loss": 24.9, "verl's RL loss": 50.9}
-"""Milliseconds at 4096 tokens that others claim for theirs; what runs here of them is in the step `peers`."""
+"""Milliseconds at 4096 tokens that peers claim for their losses; the step `peers` measures those that are installed."""
 
 
 def make_head(bench: Bench, n: int, h: int, v: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, H) and weight (V, H), both leaves."""
+    """Return hidden states (N, H) and weight (V, H), both leaves."""
     g = torch.Generator(bench.device).manual_seed(0)
     hidden = torch.randn(n, h, generator=g, device=bench.device)
     weight = torch.randn(v, h, generator=g, device=bench.device) / h**0.5
@@ -29,9 +29,9 @@ def make_head(bench: Bench, n: int, h: int, v: int, dtype: torch.dtype = torch.b
 
 
 def make_batch(bench: Bench, n: int, v: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids, old log-probs, advantages, mask, each (N,).
+    """Return ids, old log-probs, advantages and mask, each (N,).
 
-    Old log-probs of 0 lie above every new one, so with positive advantages no row is clipped: each has a gradient.
+    Old log-probs of 0 are above every new one, so with positive advantages no row is clipped and each has a gradient.
     """
     g = torch.Generator(bench.device).manual_seed(1)
     ids = torch.randint(v, (n,), generator=g, device=bench.device)
@@ -40,7 +40,7 @@ def make_batch(bench: Bench, n: int, v: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def stepper(loss: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], None]:
-    """Forward and backward, with the gradients dropped before."""
+    """Return a step that drops the gradients of the leaves and runs forward and backward."""
 
     def step() -> None:
         for leaf in leaves:
@@ -51,7 +51,7 @@ def stepper(loss: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], None]:
 
 
 def products(bench: Bench, hidden: Tensor, weight: Tensor, chunk: int, logits_dtype: torch.dtype) -> Callable[[], None]:
-    """The three products of every chunk, dW summed in float32, and nothing else."""
+    """Return a step of only the three products of every chunk, with dW summed in float32."""
     rows, w = hidden.detach(), weight.detach()
     logits = torch.empty(chunk, len(w), dtype=logits_dtype, device=bench.device)
     dlogits = torch.randn(chunk, len(w), device=bench.device, dtype=torch.bfloat16)
@@ -70,7 +70,7 @@ def products(bench: Bench, hidden: Tensor, weight: Tensor, chunk: int, logits_dt
 
 
 def linear_time(bench: Bench) -> Iterator[Entry]:
-    """Against its own products; half of the rows without an advantage; the two dtypes of the logits."""
+    """Compare the loss with its three products, with the case of half of the rows inactive, and both dtypes of the logits."""
     n, h, v = bench.size(FULL, TINY)
     hidden, weight = make_head(bench, n, h, v)
     ids, old, advantages, mask = make_batch(bench, n, v)
@@ -102,12 +102,12 @@ def linear_time(bench: Bench) -> Iterator[Entry]:
 
 
 def linear_memory(bench: Bench) -> Iterator[Entry]:
-    """Workspace over inputs, gradients and the float32 sum of dW."""
+    """Measure the workspace: peak memory above inputs, gradients and the float32 sum of dW."""
     n, h, v = bench.size(FULL, TINY)
     hidden, weight = make_head(bench, n, h, v)
     batch = make_batch(bench, n, v)
     step = stepper(lambda: linear_ppo_loss(hidden, weight, *batch, backend="triton").loss, hidden, weight)
-    step()  # what the first call compiles and keeps
+    step()  # keeps what the first call compiles and caches out of the peak
     hidden.grad = weight.grad = None
     peak = bench.peak_bytes(step)
     known = 2 * (hidden.numel() + weight.numel()) + 4 * weight.numel()
@@ -116,7 +116,7 @@ def linear_memory(bench: Bench) -> Iterator[Entry]:
 
 
 def linear_4096(bench: Bench) -> Iterator[Entry]:
-    """With value loss, entropy metric and clip, at the size of the others' claims."""
+    """Time the loss with value loss, entropy metric and clipping, at the size of the peers' claims."""
     n, h, v = bench.size((4096, 4096, 128256), TINY)
     hidden, weight = make_head(bench, n, h, v)
     batch = make_batch(bench, n, v)
@@ -136,7 +136,7 @@ def linear_4096(bench: Bench) -> Iterator[Entry]:
 
 
 def logits_level(bench: Bench) -> Iterator[Entry]:
-    """Bytes of one read and one write of the logits (4NV), and of the two passes (6NV)."""
+    """Compare the loss with moving one read and one write of the logits (4NV bytes), and both passes (6NV bytes)."""
     n, v = bench.size((8192, 128256), (12, 300))
     batch = make_batch(bench, n, v)
     g = torch.Generator(bench.device).manual_seed(2)
@@ -149,7 +149,7 @@ def logits_level(bench: Bench) -> Iterator[Entry]:
                 logits = storage.detach().requires_grad_()
                 logits_ppo_loss(logits, *batch, inplace=inplace, backend=backend).loss.backward()
 
-            storage.normal_(generator=g)  # in place, the gradients of one step are the logits of the next
+            storage.normal_(generator=g)  # inplace overwrites the logits with their gradients
             seconds = bench.timer.once(step)
             name = f"logits_ppo_loss forward+backward, {backend}{', in place' * inplace}"
             if not inplace:

@@ -1,4 +1,4 @@
-"""Our ops beside what others offer, whichever of them import here.
+"""Time and memory of our ops and of those of the peers that can be imported.
 
 Legend: B sequences, T positions, N tokens, V vocabulary, H hidden.
 """
@@ -21,7 +21,7 @@ from rlhf_kernels import linear_ppo_loss, logits_ppo_loss
 
 
 def cut_cross_entropy() -> Loss:
-    """Apple's cut-cross-entropy with its own kernel, which a GPU has."""
+    """Return a loss with Apple's cut-cross-entropy and its GPU kernel."""
     from cut_cross_entropy import linear_cross_entropy
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
@@ -31,7 +31,7 @@ def cut_cross_entropy() -> Loss:
 
 
 def verl() -> Loss:
-    """verl's fused kernel, log-probs and entropy from hidden states."""
+    """Return a loss with verl's fused kernel, which computes log-probs and entropy from hidden states."""
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
@@ -49,19 +49,19 @@ def ours() -> Loss:
 
 
 DEVICE_ONLY = (*COMPILING, "cut-cross-entropy", "verl")
-"""Left out of a dry run, which starts no compiler and no kernel of others."""
+"""Peers that a dry run skips, because it runs no compiler and no third-party kernel."""
 
 
 def head_peer(name: str, make: Callable[[], Loss], bench: Bench) -> Iterator[Entry]:
-    """The loss from hidden states: time, and peak memory above inputs; a package that is not here is named as missing."""
+    """Measure a loss from hidden states: time, and peak memory above inputs. A missing package is recorded as skipped."""
     n, h, v = bench.size((4096, 4096, 128256), (256, 16, 160))
     title = f"{name}, N={n}"
     if bench.dry_run and name in DEVICE_ONLY:
-        yield Entry(title, skipped="a dry run starts no compiler and no kernel of others", note="peer")
+        yield Entry(title, skipped="a dry run runs no compiler and no third-party kernel", note="peer")
         return
     hidden, weight = make_head(bench, n, h, v)
     batch = Batch(*(x.view(-1, 128) for x in make_batch(bench, n, v)))
-    # The same leaf for every peer, seen as sequences.
+    # The same hidden states for every peer, in the shape of sequences.
     shaped = hidden.detach().view(-1, 128, h).requires_grad_()
     try:
         loss = make()
@@ -81,7 +81,7 @@ def head_peer(name: str, make: Callable[[], Loss], bench: Bench) -> Iterator[Ent
 
 
 def logits_peers(bench: Bench) -> Iterator[Entry]:
-    """The loss from logits, forward and backward: ours, eager, and eager compiled."""
+    """Measure the loss from logits, forward and backward: ours, eager, and compiled eager."""
     n, v = bench.size((4096, 128256), (12, 300))
     ids, old, advantages, mask = make_batch(bench, n, v)
     batch = Batch(ids, old, advantages, mask)
@@ -102,7 +102,7 @@ def logits_peers(bench: Bench) -> Iterator[Entry]:
 
 
 def gae_peer(bench: Bench) -> Iterator[Entry]:
-    """The Python loop that trainers have, with its launches."""
+    """Measure the Python loop that trainers use for GAE, launches included."""
     b, t = bench.size((128, 4096), (3, 40))
     rewards, values = (torch.randn(b, t, device=bench.device) for _ in range(2))
     seconds = bench.timer.once(lambda: gae_loop(rewards, values, 1.0, 0.95), rounds=3, warmup=1)
@@ -113,7 +113,7 @@ _OTHERS = {name: make for name, make in PEERS.items() if name != "CCE torch_comp
 _ORDERED = {"ours": ours, "cut-cross-entropy": cut_cross_entropy, "verl": verl} | {
     name: make for compiles in (False, True) for name, make in _OTHERS.items() if (name in COMPILING) == compiles
 }
-"""Those that run a compiler come last: they take the longest to start."""
+"""Peers that run a compiler are last, because they take the longest to start."""
 
 PARTS = {name: partial(head_peer, name, make) for name, make in _ORDERED.items()}
 PARTS |= {"gae as a Python loop": gae_peer, "from logits": logits_peers}

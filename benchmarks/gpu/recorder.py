@@ -1,7 +1,7 @@
-"""What the Triton launchers would launch, recorded instead of launched: no GPU is needed, and no result is made.
+"""Recording of the Triton launchers' launches instead of running them: needs no GPU and computes no result.
 
-The launchers run as they are, on CPU tensors; only the step that hands a kernel to a driver is replaced, and only inside
-`recording`. So a signature, a constexpr or a number of warps cannot differ from what a GPU would get.
+The launchers run unmodified, on CPU tensors. Only the call that passes a kernel to the driver is replaced, and only inside
+`recording`, so signatures, constexprs and numbers of warps are those that a GPU would receive.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 BINDING = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
-"""Arguments are specialised per kind of device, not per architecture; one of each kind stands for the others."""
+"""One target per kind of device: arguments are specialised per kind of device, not per architecture."""
 
 
 NVIDIA_OPTIONS = ("maxnreg",)
@@ -29,7 +29,7 @@ NVIDIA_OPTIONS = ("maxnreg",)
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a kernel that a compiler has to make: what Triton's cache would have one entry for."""
+    """One form of a kernel to compile, which would be one entry of Triton's cache."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -43,12 +43,12 @@ class Form:
 
     @property
     def key(self) -> str:
-        """Equal for launches that share a compiled kernel."""
+        """A string that is equal for launches that share a compiled kernel."""
         parts = (self.signature, self.constexprs, self.attributes, self.options)
         return f"{self.name} " + " ".join(repr(sorted(part.items())) for part in parts)
 
     def facts(self) -> dict[str, str]:
-        """Each argument's type and specialisation, and each option: what two forms of a kernel can differ in."""
+        """Return each argument's type and specialisation, and each option: all that can differ between forms of a kernel."""
         names = self.kernel.arg_names
         facts = {name: str(kind) for name, kind in self.signature.items()}
         for path, value in self.constexprs.items():
@@ -71,17 +71,17 @@ class Recording:
 
     forms: dict[str, list[Form]] = field(default_factory=lambda: {kind: [] for kind in BINDING})
     refusals: list[str] = field(default_factory=list)
-    """Launches whose options a kind of device does not know."""
+    """Launches with options that a kind of device does not support."""
 
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """While it is open, `kernel[grid](...)` takes notes of its arguments and launches nothing."""
+    """Record the arguments of `kernel[grid](...)` inside this context instead of launching the kernel."""
     made = Recording()
 
     def run(kernel: JITFunction, *args, grid, warmup, **kwargs):
         for kind, target in BINDING.items():
-            # On an AMD device the launchers themselves leave these out (rlhf_kernels/_triton/scan.py).
+            # On an AMD device the launchers omit these options (rlhf_kernels/_triton/scan.py).
             known = {name: value for name, value in kwargs.items() if kind == "cuda" or name not in NVIDIA_OPTIONS}
             try:
                 made.forms[kind].append(bind(kernel, make_backend(target), args, known))
@@ -99,7 +99,7 @@ def recording() -> Iterator[Recording]:
 
 
 def bind(kernel: JITFunction, backend, args: tuple, kwargs: dict) -> Form:
-    """The arguments as Triton's own binder specialises them for the backend."""
+    """Return the form of a launch, with its arguments specialised for the backend by Triton's binder."""
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*args, **kwargs)
     _, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, specialization, options)
@@ -107,12 +107,12 @@ def bind(kernel: JITFunction, backend, args: tuple, kwargs: dict) -> Form:
 
 
 def label(kernel: JITFunction) -> str:
-    """`module.function`, short."""
+    """Return `module.function`, with only the last part of the module's name."""
     return f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}"
 
 
 def kernels_of(package: ModuleType) -> set[str]:
-    """Labels of a package's kernels: its jitted functions that no other jitted function of it uses."""
+    """Return the labels of a package's kernels: its jitted functions that no other jitted function of the package uses."""
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     found = {
         id(value): value
@@ -125,7 +125,7 @@ def kernels_of(package: ModuleType) -> set[str]:
 
 
 def used_by(kernel: JITFunction) -> Iterator[JITFunction]:
-    """The jitted functions that this one names, as `function` or as `module.function`."""
+    """Yield the jitted functions that the source of this one names, as `function` or as `module.function`."""
     scope = kernel.fn.__globals__
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))):
         found = scope.get(node.id) if isinstance(node, ast.Name) else None

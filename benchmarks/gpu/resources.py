@@ -1,4 +1,4 @@
-"""What compiled kernels need of a multiprocessor: registers, shared memory, spills, stack; nothing is run."""
+"""Resources of compiled kernels: registers, shared memory, spills and stack. No kernel is run."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 NVCC_ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100"}
-"""What csrc/cuda is built for on each target of the table."""
+"""Target -> the architecture that csrc/cuda is built for."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One kernel, compiled for one target."""
+    """Resources of one kernel, compiled for one target."""
 
     kernel: str
     specimen: str
     target: str
     registers: int = 0
     shared: int = 0
-    """Bytes; CUDA C++ kernels may ask for more when they are launched."""
+    """Bytes; CUDA C++ kernels may request more at launch."""
     spills: int = 0
-    """Bytes spilled, stores and loads, or on gfx942 the vector registers spilled."""
+    """Bytes of spill stores and loads; on gfx942, the number of spilled vector registers."""
     stack: int = 0
-    """Bytes a thread."""
+    """Bytes per thread."""
     note: str = ""
     error: str = ""
-    """What the compiler said when it made nothing."""
+    """Message of the compiler if it failed."""
 
     @property
     def clean(self) -> bool:
@@ -70,7 +70,7 @@ def triton_usage(form: Form, specimen: str, target: str) -> Usage:
 
 
 def _cubin_numbers(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack and other local memory."""
+    """Return registers, and bytes of stack and other local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -80,12 +80,12 @@ def _cubin_numbers(cubin: bytes) -> tuple[int, int]:
 
 
 def _spilled(made) -> int:
-    """Bytes that the assembler says it spilled."""
+    """Return the bytes of spills that the assembler reports."""
     architecture = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(made.asm["ptx"])
-        for assembler in ("ptxas-blackwell", "ptxas"):  # which of the two is the newer one has changed
+        for assembler in ("ptxas-blackwell", "ptxas"):  # the newer one of the two depends on Triton's release
             flags = ["-v", f"--gpu-name={architecture}", str(source), "-o", f"{folder}/kernel.cubin"]
             if not Path(_bundled(assembler)).exists():
                 continue
@@ -96,12 +96,12 @@ def _spilled(made) -> int:
 
 
 def _bundled(tool: str) -> str:
-    """A tool that Triton's wheel brings along."""
+    """Return the path of a tool that Triton's wheel contains."""
     return str(Path(find_spec("triton").origin).parent / "backends/nvidia/bin" / tool)
 
 
 def _amd_numbers(assembly: str) -> dict[str, int | str]:
-    """From the metadata at the end of the assembly; scratch memory is AMD's word for the stack."""
+    """Return the resources in the metadata at the end of the assembly; AMD calls the stack scratch memory."""
     found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
     scalars = found["sgpr_spill_count"]
     return {
@@ -114,9 +114,9 @@ def _amd_numbers(assembly: str) -> dict[str, int | str]:
 
 
 def why_no_nvcc() -> str:
-    """Why the CUDA C++ sources cannot be compiled here; empty when they can."""
+    """Return why the CUDA C++ sources cannot be compiled here; empty if they can."""
     if not cuda_sources():
-        return "there are none in csrc/cuda"
+        return "csrc/cuda has no CUDA C++ sources"
     return "" if nvcc() else "nvcc is neither on PATH nor in CUDA_HOME; install the CUDA toolkit"
 
 
@@ -125,7 +125,7 @@ def cuda_sources() -> list[Path]:
 
 
 def cuda_usage(source: Path, target: str) -> list[Usage]:
-    """Compile one file of csrc/cuda for one target, flags as in setup.py; what the assembler says of each kernel."""
+    """Compile one file of csrc/cuda for one target with the flags of setup.py; return the resources of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             nvcc(), "-std=c++17", "-O3", f"-arch={NVCC_ARCHITECTURES[target]}", "--cubin", "-Xptxas", "-v",
@@ -139,7 +139,7 @@ def cuda_usage(source: Path, target: str) -> list[Usage]:
 
 
 def ptxas_numbers(text: str) -> dict[str, dict[str, int]]:
-    """What `ptxas -v` reports, by kernel. Functions that were not inlined have a stack of their own, and no entry."""
+    """Return what `ptxas -v` reports, by kernel; the stack of a function that is not inlined is added to its kernel's."""
     found: dict[str, dict[str, int]] = {}
     for part in re.split(r"Compiling entry function ", text)[1:]:
         mangled = re.match(r"'(\S+)'", part)[1]
@@ -157,7 +157,7 @@ def ptxas_numbers(text: str) -> dict[str, dict[str, int]]:
 
 
 def _readable(mangled: str) -> str:
-    """The C++ name without its parameters."""
+    """Return the C++ name without its parameters."""
     program = tool_path("cu++filt") or which("c++filt")
     if program is None:
         return mangled
@@ -166,9 +166,9 @@ def _readable(mangled: str) -> str:
 
 
 def _output(command: list[str]) -> str:
-    """Both streams of a command that must succeed."""
+    """Run a command that must succeed and return both of its output streams."""
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")

@@ -1,4 +1,4 @@
-"""`results.json`, written anew after every entry, and what is made of it: `report.md` and plots."""
+"""Results of a run: `results.json`, which is rewritten after every entry, and the `report.md` and plots derived from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DRY_RUN = "DRY RUN on a CPU, through Triton's interpreter, at tiny shapes: no GP
 
 
 class Results:
-    """What is known so far; every change is on disk before the next step begins."""
+    """Results so far; every change is on disk before the next step begins."""
 
     def __init__(self, folder: Path, *, dry_run: bool):
         self.folder = folder
@@ -38,7 +38,7 @@ class Results:
         self.save()
 
     def end(self, state: str, reason: str, seconds: float) -> None:
-        # What a step took says nothing about the kernels; a dry run leaves it out all the same.
+        # A dry run omits even the seconds of a step, although they are not a measurement of kernels.
         took = {} if self.dry_run else {"seconds": round(seconds, 1)}
         self.steps[-1].update(state=state, reason=reason, **took)
         self.save()
@@ -56,7 +56,7 @@ class Results:
         write_whole(self.folder / "report.md", "\n".join(report(self.header, self.steps)) + "\n")
 
     def value(self, step: str, name: str) -> float | str | None:
-        """Of an entry that an earlier step made; None when it made none."""
+        """Return the value of an earlier step's entry; None if there is no such entry."""
         for entry in (entry for found in self.steps if found["name"] == step for entry in found["entries"]):
             if entry["name"] == name:
                 return entry["value"]
@@ -64,7 +64,7 @@ class Results:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A reader, or whoever comes after a kill, sees the old file or the new one."""
+    """Replace a file atomically, so that a reader sees the old or the new text, also if this process is killed."""
     aside = path.with_suffix(path.suffix + ".part")
     aside.write_text(text)
     os.replace(aside, path)
@@ -77,7 +77,7 @@ def report(header: dict, steps: list[dict]) -> list[str]:
     lines = ["# GPU suite", ""]
     if header["dry_run"]:
         lines += [f"**{DRY_RUN}**", ""]
-    state = f"finished {header['finished']}" if header["finished"] else "not finished: it runs still, or was cut off"
+    state = f"finished {header['finished']}" if header["finished"] else "not finished: still running, or interrupted"
     lines += [f"Started {header['started']}, {state}.", "", "## Steps", "", "| step | state | |", "|---|---|---|"]
     lines += [f"| {step['name']} | {step['state']} | {step.get('reason', '')} |" for step in steps]
     bounded = [entry for step in steps for entry in step["entries"] if "bound" in entry]
@@ -94,7 +94,7 @@ def report(header: dict, steps: list[dict]) -> list[str]:
 
 
 def value_of(entry: dict) -> str:
-    """The figure with its unit, or why there is none."""
+    """Return the figure with its unit, or the reason why there is none."""
     if entry.get("skipped"):
         return f"skipped: {entry['skipped']}"
     if entry.get("error"):
@@ -119,7 +119,7 @@ def _remark(entry: dict) -> str:
 
 
 def plot(results: Results) -> list[str]:
-    """Names of the PNG files written; none where matplotlib is missing."""
+    """Write the plots and return the names of the PNG files; none if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return []
     entries = [entry for step in results.steps for entry in step["entries"]]

@@ -1,6 +1,6 @@
-"""Calls of every launcher of `backend.Kernels`, in the forms that users reach: what `compile_check` compiles.
+"""Calls of every launcher of `backend.Kernels`, in the forms that users can reach, for `compile_check`.
 
-Each call is made at several sizes, with other coefficients and seeds each time; they must all need the same kernels.
+Each call runs at several sizes with different coefficients and seeds, all of which must need the same kernels.
 Legend: N tokens = B sequences of T positions, V vocabulary.
 """
 
@@ -21,12 +21,12 @@ from rlhf_kernels.launch_args import LogitRows, PpoRows, PpoScalars, RowStats, S
 
 @dataclass(frozen=True)
 class Size:
-    """What changes from call to call of one training run."""
+    """Values that change between calls of one training run."""
 
     b: int
     t: int
     coefficient: float
-    """Of everything that is a number and not a choice."""
+    """Value of the numeric options; some options are multiples of it."""
     seed: int
     top_k: int
     more_vocabulary: int
@@ -44,7 +44,7 @@ SIZES = (
     Size(5, 15, 0.7, -(1 << 62), 7, 0),
     Size(5, 15, 0.7, 1 << 40, 7, 16),
 )
-"""Multiples of 16, neither, and 1, which Triton takes for three different kernels unless it is told not to."""
+"""Multiples of 16, other numbers, and 1: Triton compiles three different kernels for these unless specialisation is off."""
 
 LARGE, ODD = 128256, 50257
 """Vocabularies: Llama 3's, whose rows are aligned, and GPT-2's, whose rows are not."""
@@ -57,9 +57,9 @@ class Rows:
     dtype: torch.dtype
     vocabulary: int
     every_flag: bool
-    """Mask, per-row temperature, softcap, rows with strides; none of them otherwise."""
+    """True: mask, per-row temperature, softcap and strided rows; False: none of them."""
     narrow: bool = False
-    """The gradient is bf16 in front of float32 logits, as in the fused head."""
+    """True: the gradient is bf16 in the first half of each row of float32 logits, as in the fused head."""
 
     def make(self, size: Size) -> LogitRows:
         n, v = size.n, self.vocabulary + size.more_vocabulary
@@ -92,7 +92,7 @@ Call = Callable[[Kernels, Size], object]
 
 
 def specimens() -> dict[str, tuple[str, Call]]:
-    """Name of each specimen: the launcher that it needs, and the call."""
+    """Return the specimens: name -> (name of the launcher, call)."""
     return row_specimens() | scan_specimens() | token_specimens() | attention_specimens()
 
 
@@ -163,7 +163,7 @@ HEADS = {
     "Gemma 2, float32": (torch.float32, 8, 4, 256, True),
     "Llama 3, float32": (torch.float32, 32, 8, 128, False),
 }
-"""Type, heads, groups, size of a head, and whether there are a window and a softcap."""
+"""Model -> (dtype, heads, groups, head size, whether there are a window and a softcap)."""
 
 
 def attention_specimens() -> dict[str, tuple[str, Call]]:
@@ -203,7 +203,7 @@ def sample(
 
 
 def layout_of(packed: bool, size: Size) -> tuple[tuple[int, ...], Tensor | None]:
-    """Shape of the tokens, and where their sequences end."""
+    """Return the shape of the tokens, and `cu_seqlens` if they are packed."""
     if not packed:
         return (size.b, size.t), None
     return (size.n,), torch.arange(0, size.n + 1, size.t, dtype=torch.int32)
@@ -229,7 +229,7 @@ def rollout(packed: bool, estimator: int, every_flag: bool, kernels: Kernels, si
 
 
 def ppo_rows(objective: str, estimator: str, every_flag: bool, size: Size) -> PpoRows:
-    """Per-token constants; coefficients that are off stay off at every size."""
+    """Return the per-token constants; a coefficient that is off is off at every size."""
     c, tokens = size.coefficient, torch.zeros(size.n)
     options = {
         "objective": objective,
@@ -242,7 +242,7 @@ def ppo_rows(objective: str, estimator: str, every_flag: bool, size: Size) -> Pp
         return PpoRows(PpoScalars.of(PPOArguments(**options)), tokens, tokens, None, None, None)
     options |= {"cliprange_high": 2 * c, "dual_clip": 3 * c, "log_ratio_clamp": 20 * c, "cliprange_value": c}
     options |= {"kl_coef": c, "entropy_coef": c}
-    # The last of the choices that are no specimen's parameter, so that every formula is compiled.
+    # Options that no specimen sets have the last of their choices, so that every formula is compiled.
     others = (row for row in SCALARS if row.kernel and row.choices and row.name not in options)
     options |= {row.name: row.choices[-1] for row in others if objective in row.objectives}
     return PpoRows(PpoScalars.of(PPOArguments(**options)), tokens, tokens, tokens, tokens, tokens)

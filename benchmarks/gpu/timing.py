@@ -1,6 +1,6 @@
-"""Device time by CUDA events. In a dry run a call is made once and no time comes out of it.
+"""Device time by CUDA events. In a dry run, a call runs once and has no time.
 
-What is left out on purpose: no change of clocks and no pinning; a ratio is trusted because both sides ran in turn.
+Omitted on purpose: changes of clocks, and pinning. A ratio is reliable because its two cases ran in alternation.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import torch
 
 Call = Callable[[], object]
 L2_BYTES = 256 * 2**20
-"""More than any L2 holds."""
+"""More than the size of any L2 cache."""
 
 
 class Timer:
-    """Medians in seconds; None in a dry run."""
+    """Timer of calls; its methods return medians in seconds, or None in a dry run."""
 
     def __init__(self, *, dry_run: bool):
         self.dry_run = dry_run
 
     def alternate(self, cases: dict[str, Call], *, rounds: int = 9, warmup: int = 2) -> dict[str, float | None]:
-        """Each case in turn, `rounds` times: device time. A product runs in front of each, behind which its launches queue up
-        as behind the rest of a training step; what the host takes for them is `on_host`'s to say.
+        """Return the device time of each case, measured in alternation for `rounds` rounds.
+
+        Before each call, a matrix product is launched, so that the launches of the call are queued while it runs, as they
+        are in a training step. `on_host` measures the host's time for launches.
         """
         if self.dry_run:
             for call in cases.values():
@@ -45,7 +47,7 @@ class Timer:
         return {name: statistics.median(found) for name, found in seconds.items()}
 
     def in_front(self) -> Call:
-        """About 5 ms of work on an H200."""
+        """Return a matrix product that takes about 5 ms on an H200."""
         factor = torch.randn(12288, 12288, device="cuda").bfloat16()
         out = torch.empty_like(factor)
         return lambda: torch.mm(factor, factor, out=out)
@@ -54,7 +56,7 @@ class Timer:
         return self.alternate({"": call}, **options)[""]
 
     def on_host(self, call: Call, *, rounds: int = 9, warmup: int = 2) -> float | None:
-        """What the host takes to launch a call, the device idle before."""
+        """Return the host's time to launch a call on an idle device."""
         if self.dry_run:
             call()
             return None
@@ -68,9 +70,10 @@ class Timer:
         return statistics.median(seconds[warmup:])
 
     def replayed(self, calls: Sequence[Call], *, replays: int = 20) -> float | None:
-        """Of one call, without launch overhead: all of them in a CUDA graph, replayed.
+        """Return the time of one call without launch overhead: all calls are captured in a CUDA graph, which is replayed.
 
-        Give as many calls on tensors of their own as it takes to fill the L2, so that each finds its own evicted.
+        Pass as many calls on different tensors as are needed to fill the L2 cache, so that the tensors of a call are evicted
+        before it runs again.
         """
         if self.dry_run:
             for call in calls:
@@ -81,10 +84,10 @@ class Timer:
 
 
 def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, object]:
-    """The call as a graph, and what it returned: tensors that a replay fills again."""
+    """Capture a call as a CUDA graph; return the graph and the call's outputs, which a replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles and allocates, which a capture must not
+    with torch.cuda.stream(side):  # compiles and allocates before the capture, which must do neither
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -95,5 +98,5 @@ def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, object]:
 
 
 def copies_to_fill_l2(bytes_a_call: int, *, dry_run: bool) -> int:
-    """How many calls move as much as the L2 holds."""
+    """Return how many calls move `L2_BYTES` in total."""
     return 2 if dry_run else max(1, -(-L2_BYTES // max(bytes_a_call, 1)))

@@ -1,4 +1,4 @@
-"""The ops that move bytes: GAE, rollout advantages, log-probs of logits, the sampler, attention over pages.
+"""Time of the memory-bound ops: GAE, rollout advantages, log-probs of logits, the sampler and paged attention.
 
 Legend: B sequences, T positions, N tokens, V vocabulary.
 """
@@ -16,11 +16,11 @@ from benchmarks.gpu.timing import copies_to_fill_l2
 from rlhf_kernels import gae, paged_attention, rollout_advantages, sample_tokens, token_logprobs
 
 GAE_BOUNDS = {(128, 4096): 8, (64, 131072): 70}
-"""Microseconds of device time."""
+"""(B, T) -> bound of the device time in microseconds."""
 
 
 def make_rollout(bench: Bench, b: int, t: int) -> dict[str, torch.Tensor]:
-    """Responses that end at different places."""
+    """Return responses with different lengths."""
     device = bench.device
     lengths = torch.randint(t // 2, t + 1, (b, 1), device=device)
     logprobs = -torch.rand(b, t, device=device)
@@ -34,7 +34,7 @@ def make_rollout(bench: Bench, b: int, t: int) -> dict[str, torch.Tensor]:
 
 
 def gae_time(bench: Bench) -> Iterator[Entry]:
-    """Device time, every call on tensors that the L2 does not hold: 17 bytes an element."""
+    """Measure device time with tensors that are not in the L2 cache; a call moves 17 bytes per element."""
     for (b, t), bound in bench.size(GAE_BOUNDS, {(3, 40): 8, (2, 70): 70}).items():
         moved = 17 * b * t
         sets = [make_rollout(bench, b, t) for _ in range(copies_to_fill_l2(moved, dry_run=bench.dry_run))]
@@ -51,7 +51,7 @@ def gae_time(bench: Bench) -> Iterator[Entry]:
 
 
 def rollout_time(bench: Bench) -> Iterator[Entry]:
-    """Beside moving 29 bytes an element, 37 with whitening, at the copy's rate; and beside one block copy of as many."""
+    """Compare with moving 29 bytes per element, 37 with whitening, at the copy's rate, and with one block copy of as many."""
     b, t = bench.size((512, 8192), (3, 40))
     for whiten, count in ((False, 29), (True, 37)):
         moved = count * b * t
@@ -78,7 +78,7 @@ def rollout_time(bench: Bench) -> Iterator[Entry]:
 
 
 def logprobs_time(bench: Bench) -> Iterator[Entry]:
-    """Forward reads the logits once; with backward they are read twice and written once."""
+    """Measure forward, which reads the logits once, and forward+backward, which reads them twice and writes them once."""
     n, v = bench.size((8192, 128256), (12, 300))
     ids = torch.randint(v, (n,), device=bench.device)
     for dtype in (torch.bfloat16, torch.float32):
@@ -131,11 +131,11 @@ DECODE = {
     "Qwen2.5 1.5B": (64, 1536, 12, 2, 128),
     "one long": (1, 131072, 32, 8, 128),
 }
-"""Sequences, their mean length, heads, groups, size of a head."""
+"""Case -> (sequences, mean length, heads, groups, head size)."""
 
 
 def attention_time(bench: Bench) -> Iterator[Entry]:
-    """A decode step of one layer: keys and values of every sequence are read once; pages lie in a random order."""
+    """Measure a decode step of one layer, which reads keys and values of every sequence once, from pages in random order."""
     for name, (b, t, heads, groups, size) in bench.size(DECODE, {"tiny": (2, 24, 4, 2, 16)}).items():
         lengths = torch.randint(t // 2, t * 3 // 2, (b,), dtype=torch.int32, device=bench.device)
         places = -(-int(lengths.max()) // 64)

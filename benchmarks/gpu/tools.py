@@ -1,4 +1,4 @@
-"""Where the CUDA toolkit's programs are."""
+"""Paths of the CUDA toolkit's programs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from shutil import which
 
 
 def nvcc() -> str | None:
-    """The compiler that setup.py takes: that of CUDA_HOME, or the one on PATH; None without either."""
+    """Return the compiler that setup.py uses: that of CUDA_HOME if set, else the one on PATH; None if there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return which("nvcc", path=str(Path(home, "bin"))) if home else which("nvcc")
 
 
 def tool_path(name: str) -> str | None:
-    """On PATH, or beside nvcc, whose folder need not be on PATH as a whole; None: nowhere."""
+    """Return the path of a program on PATH or in the folder of nvcc, which need not be on PATH; None if it is in neither."""
     compiler = nvcc()
     if name == "nvcc":
         return compiler

@@ -1,7 +1,7 @@
-"""One group of the suite in a process of its own: `python -m benchmarks.gpu.worker GROUP`, run by `gpu_suite`.
+"""One group of the suite in a separate process: `python -m benchmarks.gpu.worker GROUP`, run by `gpu_suite`.
 
-A kernel that faults leaves its process without a device, so a group may lose its own entries but no other's. Entries go
-out as lines of JSON, each as soon as it is known.
+After a kernel fault, a process can no longer use the device, so a fault may lose entries of its group but of no other. Each
+entry is sent as a line of JSON as soon as it is known.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ GROUPS = {
     "peers": "peer_bench",
     "engine": "engine_bench",
 }
-"""Name of each group, and the module whose PARTS it runs."""
+"""Name of a group -> the module whose `PARTS` it runs."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", choices=[*GROUPS, "sanitize"])
-    parser.add_argument("--seconds", type=float, required=True, help="parts that would begin later are skipped")
+    parser.add_argument(
+        "--seconds", type=float, required=True, help="time limit; parts that would begin later are skipped"
+    )
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--copy-rate", type=float, help="bytes a second, measured before")
-    parser.add_argument("--matmul-rate", type=float, help="FLOPs a second, measured before")
+    parser.add_argument("--copy-rate", type=float, help="measured copy rate, in bytes per second")
+    parser.add_argument("--matmul-rate", type=float, help="measured rate of matrix products, in FLOPs per second")
     options = parser.parse_args()
     dry_run = options.dry_run
     if dry_run:
@@ -62,21 +64,21 @@ def main() -> None:
 
 
 def entries(name: str, part: Part, bench: Bench):
-    """Those that the part makes; what it raises becomes the last of them."""
+    """Yield the entries of a part; an error that it raises becomes the last entry."""
     try:
         yield from part(bench)
     except FAILURES as error:
         yield Entry(name, error=reason(error))
     if bench.device.type == "cuda":
-        gc.collect()  # a trainer lies in cycles
+        gc.collect()  # a trainer is part of reference cycles
         torch.cuda.empty_cache()
 
 
 def sanitize(bench: Bench) -> None:
-    """Every case once, for compute-sanitizer to watch; results are of no interest.
+    """Run every case once under compute-sanitizer, without checking results.
 
-    The ops on hidden states add nothing but the vendor's products to the kernels of those on logits, and products are slow
-    to watch.
+    The ops on hidden states are skipped: they add only the vendor's matrix products to the kernels of the ops on logits, and
+    products are slow under the sanitizer.
     """
     for name, call in cases(bench.device, bench.backends).items():
         if not name.startswith("linear_"):
