@@ -1,4 +1,4 @@
-"""One backbone and its heads, in the roles that PPO needs."""
+"""Language models with a value function, and the roles that they have in PPO."""
 
 from rlhf_engine.model.actor_critic import ActorCritic, FrozenCopy, LanguageModel, frozen_copy
 from rlhf_engine.model.heads import ValueHead

@@ -1,8 +1,9 @@
 """Policy and value function on one trunk, from any Hugging Face causal language model.
 
-The trunk runs once; the fused ops of `rlhf_kernels` read its hidden states with the weight of the language-model head,
-which is called itself for the logits of a decode step alone. So no [B, T, V] tensor exists, and positions that take no action
-cost no logits. On a processor without instructions for half precision its linear layers become `UpcastLinear`s.
+The trunk runs once per pass. The fused ops of `rlhf_kernels` read its hidden states and the weight of the
+language-model head. The head itself is called only for the logits of a decode step. Therefore no [B, T, V] tensor
+exists, and positions without an action cost no logits. On a processor without half-precision instructions the linear
+layers become `UpcastLinear`s.
 Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 """
 
@@ -38,25 +39,30 @@ Model = TypeVar("Model", bound="LanguageModel")
 _WANTS = frozenset(get_args(Want))
 
 _PROBE_LOGIT = 60.0
-"""Largest logit of the check at construction: far enough for a softcap to bend, whatever the initialisation."""
+"""Largest logit of the check at construction. It is so large that a softcap shows for any initialisation."""
 
 
 class LanguageModel(nn.Module):
     """A causal language model: its trunk, and the fused ops of `rlhf_kernels` on its output layer.
 
-    A call is the only reader of weights, so that whatever gathers or switches them does it once for a whole pass. On
-    construction the log-probs of a few tokens are compared with the model's own; ValueError if they differ. The trunk stays in
-    evaluation mode: dropout would make the ratio of a policy with itself differ from 1.
+    Weights are read only inside a call, so that code that gathers or switches them runs once per pass. Construction
+    compares the log-probs of a few tokens with those of the wrapped model. The trunk stays in evaluation mode: dropout
+    would make the ratio of a policy to itself differ from 1.
 
     Args:
         model: any Hugging Face causal LM, or one that peft wrapped or injected adapters into.
-        backend: of the kernels.
-        compute_dtype: of the matrix products; None is the weights' own. Log-probs, values and gradients keep their dtype.
-        gradient_checkpointing: run the trunk's layers again in the backward pass.
+        backend: backend of the kernels.
+        compute_dtype: dtype of the matrix products; None is that of the weights. Log-probs, values and gradients keep
+            their dtype.
+        gradient_checkpointing: recompute the trunk's layers in the backward pass.
+
+    Raises:
+        ValueError: `model` has no output embeddings, its log-probs differ, it has no trunk, its adapter adds tokens, or
+            its layers cannot be recomputed.
     """
 
     head: FusedHead
-    """The output layer, a `torch.nn.Linear` of the model or peft's layer around one."""
+    """Fused ops on the output layer, which is a `torch.nn.Linear` of the model or peft's layer around one."""
 
     def __init__(
         self,
@@ -72,7 +78,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"model: got {type(model).__name__}, which has no output embeddings; expected a causal LM")
         self.model = model
         self.trunk_name = _trunk_name(model)
-        # Not a submodule: the layer is one of the model's already.
+        # Not registered as a submodule: the layer already belongs to the model.
         self.__dict__["head"] = FusedHead.of(model, backend=backend)
         self.value: ValueFunction | None = None
         self.backend = backend
@@ -106,7 +112,7 @@ class LanguageModel(nn.Module):
         return self.lm_weight.device
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the heads; trunks keep evaluation mode (no dropout), which does not stop gradients."""
+        """Set the mode of the heads. Trunks stay in evaluation mode (no dropout), which does not stop gradients."""
         super().train(mode)
         self.model.eval()
         return self
@@ -128,12 +134,13 @@ class LanguageModel(nn.Module):
             batch: the tokens; `ids` are needed for log-probs and loss.
             want: names of `Outputs`.
             temperature: divides the logits of log-probs, entropy and loss.
-            loss: for "loss", the arguments of `linear_ppo_loss` from `old_logprobs` on; with `returns` it trains the values.
+            loss: for "loss", the arguments of `linear_ppo_loss` from `old_logprobs` on; with `returns` it trains the
+                values.
             project: for "logits", computes `hidden @ weight.T + bias` in place of the output layer.
 
         Raises:
-            ValueError: a name that `Outputs` does not have, "values" without a value function, or an argument that is missing
-                for what is wanted.
+            ValueError: `want` has a name that `Outputs` does not have, or "values" without a value function; or
+                `batch.ids` or `loss` does not match `want`.
         """
         if isinstance(want, str):
             raise ValueError(f"want: got the string {want!r}, expected a collection of names, such as ({want!r},)")
@@ -142,12 +149,14 @@ class LanguageModel(nn.Module):
             raise ValueError(f"want: got {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(_WANTS))}")
         value = self.value if "values" in want else None
         if "values" in want and value is None:
-            raise ValueError("want: got 'values' of a model without a value function")
+            raise ValueError(
+                "want: 'values' needs a value function, which this model does not have; use an ActorCritic"
+            )
         if want & {"logprobs", "entropy", "loss"} and batch.ids is None:
-            raise ValueError(f"batch.ids: got None, expected the actions for {', '.join(sorted(want))}")
+            raise ValueError(f"batch.ids is not set; give the actions for {', '.join(sorted(want))}")
         if ("loss" in want) != (loss is not None):
-            got = "no arguments of the loss" if loss is None else f"arguments of the loss for {sorted(want)}"
-            raise ValueError(f"loss: got {got}, expected them if 'loss' is wanted, and not otherwise")
+            got = "loss is not set" if loss is None else f"loss is set for the outputs {sorted(want)}"
+            raise ValueError(f"{got}; pass the arguments of the loss if and only if want has 'loss'")
         if value is not None and want == {"values"} and not value.shares_trunk:
             return Outputs(values=value.batch_values(batch, None))
         hidden = self._states(batch)
@@ -164,7 +173,7 @@ class LanguageModel(nn.Module):
         )
 
     def products(self) -> AbstractContextManager[None]:
-        """Compute matrix products within in `compute_dtype`; around several passes, weights are rounded once."""
+        """Compute matrix products in `compute_dtype` inside the context; weights are rounded once for all passes in it."""
         return products(self.compute_dtype, self.device)
 
     def check_packing(self) -> None:
@@ -211,7 +220,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Compare with the model's own log-probs, the product of its head blown up so that any transform shows."""
+        """Raise ValueError if the log-probs differ from the model's; logits are scaled up so that any transform shows."""
         vocabulary = self.lm_weight.shape[0]
         ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
         hidden = self._states(TokenBatch(input_ids=ids))[None]
@@ -228,32 +237,39 @@ class LanguageModel(nn.Module):
             handle.remove()
         ours = self.head.transform(product * gain)
         difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
-        # The model rounds its product, the blow-up and the transform to the weights' type.
+        # The model rounds its product, the scaled product and the transformed logits to the weights' dtype.
         allowed = _PROBE_LOGIT * (8 * torch.finfo(self.lm_weight.dtype).eps + 1e-6)
         if not difference <= allowed:
             raise ValueError(
-                f"model: {type(self.model).__name__}'s own log-probs differ from those made of its hidden states by "
-                f"{difference:.3g} (at most {allowed:.3g} expected); {_explain(ours, theirs)}"
+                f"model: the log-probs of {type(self.model).__name__} differ from those computed from its hidden states by "
+                f"{difference:.3g} (allowed: {allowed:.3g}), so it is not supported; {_explain(ours, theirs)}"
             )
 
 
 def _explain(ours: Tensor, theirs: Tensor) -> str:
-    """Return the transform that would turn our logits into the model's own, in words for an error message."""
+    """Return a description of the transform from our logits to the model's, for an error message."""
     ratio, largest = (theirs * ours).sum() / ours.square().sum(), float(theirs.abs().max())
     if torch.allclose(theirs, ratio * ours, rtol=1e-2, atol=1e-2 * largest):
-        return f"the model's logits are {float(ratio):.4g} times ours: a logit scale that its config does not show"
+        return f"the model multiplies its logits by {float(ratio):.4g}, a logit scale that its config does not declare"
     if largest < 0.9 * float(ours.abs().max()) and math.isfinite(largest):
-        return f"the model's logits stay within {largest:.4g}: a softcap that its config does not show"
-    return "it is neither a scale nor a softcap: a head of more than one matrix, or a trunk without its final norm"
+        return f"the model limits its logits to {largest:.4g}, a softcap that its config does not declare"
+    return (
+        "the difference is neither a scale nor a softcap; the head may have more than one matrix, or the trunk may lack its "
+        "final norm"
+    )
 
 
 class ActorCritic(LanguageModel):
-    """A policy and its value function: a head on the policy's hidden states, or a model of its own.
+    """A policy and its value function: a head on the policy's hidden states, or a separate model.
 
     Args:
         model: the policy's causal LM.
-        value: the value function; None is a `ValueHead` of zeros.
-        settings: those of `LanguageModel`. A value model has settings of its own.
+        value: the value function; None creates a `ValueHead` of zeros.
+        settings: keyword arguments of `LanguageModel`. They do not apply to a value model.
+
+    Raises:
+        ValueError: `value` is no value function or a head of a different hidden size, or `LanguageModel` rejects
+            `model`.
     """
 
     def __init__(self, model: nn.Module, value: ValueFunction | None = None, **settings: Any) -> None:
@@ -279,7 +295,7 @@ class ActorCritic(LanguageModel):
 
 
 def _without_wrapper(model: nn.Module) -> PreTrainedModel:
-    """Return the transformers model that peft wrapped, its adapters included; any other model as it is."""
+    """Return the transformers model inside a peft wrapper, including its adapters; return other models unchanged."""
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return cast("PreTrainedModel", model)
     wrapper: Any = model  # peft may not be installed, so its type is not named
@@ -293,18 +309,18 @@ def _without_wrapper(model: nn.Module) -> PreTrainedModel:
 
 
 def _trunk_name(model: PreTrainedModel) -> str:
-    """Attribute path of the module that makes the last hidden states."""
+    """Return the attribute path of the module that computes the last hidden states."""
     trunk = trunk_of(model)
     for name, module in model.named_modules():
         if module is trunk and name:
             return name
     raise ValueError(
-        f"model: found no trunk in {type(model).__name__}; expected a base_model or get_decoder() of its own"
+        f"model: {type(model).__name__} has no trunk; its base_model or get_decoder() must be one of its submodules"
     )
 
 
 def frozen_copy(policy: ActorCritic) -> ActorCritic:
-    """Return a deep copy of a policy as it is now, without gradients and without a value function that has its own trunk."""
+    """Return a deep copy of a policy that requires no gradients; a value function with its own trunk is left out."""
     value = policy.value
     return _frozen(policy, without=None if value is None or value.shares_trunk else value)
 
@@ -315,14 +331,14 @@ def _frozen(policy: Model, *, without: ValueFunction | None) -> Model:
 
 
 class FrozenCopy:
-    """A reference that is a second set of the policy's weights, as they are at construction."""
+    """A reference with a copy of the policy's weights at construction."""
 
     def __init__(self, policy: LanguageModel) -> None:
         self.model = _frozen(policy, without=policy.value)
 
     @property
     def packs(self) -> bool:
-        """Whether micro-batches of a token budget are packed without padding."""
+        """Whether micro-batches with a token budget are packed without padding."""
         return self.model.packs
 
     @torch.no_grad()

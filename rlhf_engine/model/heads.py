@@ -1,4 +1,4 @@
-"""The value function as a head on hidden states. N tokens, H hidden."""
+"""The value function as a head on hidden states. Shapes: N tokens, H hidden."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ VALUE_HEAD = "value_head.safetensors"
 class ValueHead(nn.Module):
     """A linear layer from a hidden state to one scalar, with weights and arithmetic in float32.
 
-    `V(s) = w . h + b`. It starts at zero, so that the first value of every state is 0, unless a reward model's head is
-    given (InstructGPT, appendix C.4).
+    `V(s) = w . h + b`. It starts at zero, so that every state first has value 0, or as a copy of a reward model's head
+    (InstructGPT, appendix C.4).
     """
 
     def __init__(self, hidden_size: int, device: torch.device | None = None) -> None:
@@ -33,7 +33,11 @@ class ValueHead(nn.Module):
         weight: Tensor,  # (H,) or (1, H)
         bias: Tensor | float = 0.0,
     ) -> Self:
-        """A head that starts as a copy of another scalar head, such as the reward model's; its bias is a scalar."""
+        """Return a head with the weights of a scalar head, such as the reward model's; `bias` is a scalar.
+
+        Raises:
+            ValueError: `weight` has more than one row.
+        """
         if weight.numel() != weight.shape[-1]:
             raise ValueError(
                 f"weight: got shape {tuple(weight.shape)}, expected the weight of one scalar, [H] or [1, H]"
@@ -49,12 +53,12 @@ class ValueHead(nn.Module):
     packs = True
 
     def batch_values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:  # (N,)
-        """Return the value of each state, read from the policy's hidden states (N, H)."""
+        """Return the value of each state, computed from the policy's hidden states (N, H)."""
         assert hidden is not None
         return self(hidden)
 
     def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Return the head's weights, with which the fused loss computes values from its own read of the hidden states."""
+        """Return the head's weights, from which the fused loss computes values while it reads the hidden states."""
         return {"value_weight": self.weight, "value_bias": self.bias}
 
     def save_value(self, folder: Path) -> None:
@@ -64,8 +68,9 @@ class ValueHead(nn.Module):
         )
 
     def check_packing(self) -> None:
-        """Do nothing: it looks at one state at a time."""
+        """Do nothing: the head reads one state at a time."""
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...)
-        # A product and a sum instead of a matrix product: a row's value has the same bits whatever the rows around it.
+        """Return the value of each hidden state."""
+        # A product and a sum, not a matrix product: the bits of a row's value must not depend on the other rows.
         return (hidden.float() * self.weight).sum(-1) + self.bias

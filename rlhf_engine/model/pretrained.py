@@ -1,4 +1,4 @@
-"""Weights from a folder, all of them or an error: nothing that a file lacks is drawn at random in silence."""
+"""Loading of models from a folder. A missing weight is an error and is never initialised at random."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """What `kind` (`AutoModelForCausalLM`, `AutoModel`) makes of a folder's safetensors, in evaluation mode.
+    """Return the model of class `kind` (`AutoModelForCausalLM`, `AutoModel`) from a folder's safetensors, in evaluation mode.
 
-    Raises ValueError naming the folder and the file, the weight or the shape that is missing or wrong. A tied weight is
-    stored once and missing nowhere; a weight that the model has no use for is left unread.
+    A tied weight is stored once and does not count as missing. Weights that the model does not use are not read.
+
+    Raises:
+        ValueError: a file or a weight is missing or broken, or a shape is wrong. The message names the folder and the
+            file or weight.
     """
     folder = Path(folder)
     require(folder, "config.json", *weight_files(folder))
@@ -35,7 +38,7 @@ def load_pretrained(
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
-            # Only so are mismatches reported to the caller, who refuses them, and not in a table on the terminal.
+            # Return mismatched shapes in `found`, which are raised below, instead of printing a table.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -44,7 +47,7 @@ def load_pretrained(
     if found["mismatched_keys"]:
         name, stored, expected = sorted(found["mismatched_keys"])[0]
         raise ValueError(
-            f"{folder}: got shape {tuple(stored)} for the weight {name}, expected {tuple(expected)} by its config.json"
+            f"{folder}: got shape {tuple(stored)} for the weight {name}, expected {tuple(expected)} from its config.json"
         )
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
@@ -53,12 +56,16 @@ def load_pretrained(
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Longest sequence that the model was made for; None if its config knows no such number."""
+    """Return the longest sequence that the model supports; None if its config does not define it."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; ValueError naming the folder if it has none, or a broken one."""
+    """Return the tokenizer of a folder.
+
+    Raises:
+        ValueError: the folder has no tokenizer, or a broken one. The message names the folder.
+    """
     require(Path(folder), "tokenizer_config.json")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -68,7 +75,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_head(path: Path, hidden_size: int | None) -> ValueHead:
-    """The scalar head in a safetensors file; ValueError unless it holds a `weight` of `hidden_size` and a `bias`."""
+    """Return the scalar head in a safetensors file.
+
+    Raises:
+        ValueError: the file does not contain exactly a `weight` of `hidden_size` elements and a scalar `bias`.
+    """
     state = read_tensors(path)
     expected = {"weight": (hidden_size,), "bias": ()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -78,11 +89,15 @@ def load_head(path: Path, hidden_size: int | None) -> ValueHead:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that must hold a model's weights: one, or an index and the shards that it lists."""
+    """Return the names of the files that must hold a model's weights: one file, or an index and its shards.
+
+    Raises:
+        ValueError: the index does not list shards.
+    """
     index = "model.safetensors.index.json"
     if not (folder / index).is_file():
         return ["model.safetensors"]
     shards = read_json(folder / index).get("weight_map")
     if not isinstance(shards, dict):
-        raise ValueError(f"{folder / index}: got no weight_map, expected one from weights to files")
+        raise ValueError(f"{folder / index}: the file has no weight_map, which lists the file of each weight")
     return [index, *sorted(set(shards.values()))]

@@ -28,7 +28,7 @@ _HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 
 
 class RewardModel(nn.Module):
-    """`r(x, y) = w . h(x, y) + b`, where h is the hidden state of the last token of prompt and response."""
+    """`r(x, y) = w . h(x, y) + b`, where h is the hidden state of the last token of prompt x followed by response y."""
 
     def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_causal_lm(cls, model: PreTrainedModel, seed: int) -> Self:
-        """A copy of the trunk of `model` with a new head, drawn from N(0, 1 / (H + 1))."""
+        """Return a reward model with a copy of the trunk of `model` and a new head drawn from N(0, 1 / (H + 1))."""
         trunk = copy.deepcopy(trunk_of(model))
         hidden_size = output_layer(model).weight.shape[1]
         generator = torch.Generator().manual_seed(seed)
@@ -47,7 +47,12 @@ class RewardModel(nn.Module):
         return cls(trunk, ValueHead.from_weights(weight.to(next(trunk.parameters()).device)))
 
     def computing(self, *, compute_dtype: torch.dtype | None = None, gradient_checkpointing: bool = False) -> Self:
-        """Sets the type of the trunk's matrix products, None its weights', and whether a backward pass runs layers again."""
+        """Set how the trunk computes, and return the model.
+
+        Args:
+            compute_dtype: dtype of the matrix products; None is that of the weights.
+            gradient_checkpointing: recompute the trunk's layers in the backward pass.
+        """
         self.compute_dtype = None if compute_dtype == self.trunk.dtype else compute_dtype
         upcast_products(self.trunk, self.compute_dtype or self.trunk.dtype)
         if gradient_checkpointing:
@@ -55,14 +60,14 @@ class RewardModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the head; the trunk keeps evaluation mode (no dropout), which does not stop gradients."""
+        """Set the mode of the head. The trunk stays in evaluation mode (no dropout), which does not stop gradients."""
         super().train(mode)
         self.trunk.eval()
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.head.weight.device
 
     def forward(
@@ -70,22 +75,22 @@ class RewardModel(nn.Module):
         ids: Tensor,  # (B, S), padded on the right
         lengths: Tensor,  # (B,), tokens of each row
     ) -> Tensor:  # (B,) float32
-        """One score a row, read at its last token; a causal trunk there has seen the whole row and no pad."""
+        """Return one score per row, read at its last token. In a causal trunk it depends on the whole row and on no pad."""
         hidden = self._hidden(ids)
         return self.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
 
-    # ---- as a value function with a trunk of its own ----
+    # ---- as a value function with its own trunk ----
 
     shares_trunk = False
     saved_as = f"{VALUE_MODEL}/config.json"
 
     @property
     def packs(self) -> bool:
-        """Whether micro-batches of a token budget are packed without padding."""
+        """Whether micro-batches with a token budget are packed without padding."""
         return packs(self.trunk, self.compute_dtype)
 
     def batch_values(self, batch: TokenBatch, hidden: Tensor | None = None) -> Tensor:  # (N,) float32
-        """Return the head's value at the states of a batch: a value function that starts as the reward (InstructGPT's)."""
+        """Return the head's output at the states of a batch: as in InstructGPT, the value starts as the reward."""
         states = self._hidden(batch.input_ids, batch.cu_inputs).flatten(0, 1)
         assert batch.rows is not None
         return self.head(states.index_select(0, batch.rows))
@@ -109,7 +114,7 @@ class RewardModel(nn.Module):
         lengths: Tensor,  # (B,)
         chunk: int = 32,
     ) -> Tensor:  # (B,) float32
-        """`forward` over rows of like length at a time, `chunk` of them, so that little of it is padding."""
+        """Return the score of every row, computed for `chunk` rows of similar length at a time to reduce padding."""
         order = lengths.argsort()
         scores = [self(ids[part, : int(lengths[part].max())], lengths[part]) for part in order.split(chunk)]
         return torch.cat(scores)[order.argsort()]
@@ -119,11 +124,11 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def centre(self, mean: float) -> None:
-        """Shifts all scores so that those whose mean is now `mean` have mean 0."""
+        """Subtract `mean` from all scores, so that scores with that mean get mean 0."""
         self.head.bias.sub_(mean)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the trunk as transformers does and the head beside it (safetensors and JSON)."""
+        """Write the trunk in transformers' format, and the head next to it (safetensors and JSON)."""
         folder = Path(folder)
         self.trunk.save_pretrained(folder)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / _HEAD_FILE)
@@ -139,9 +144,10 @@ class RewardModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> Self:
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
 
-        Raises ValueError naming the file that is missing or broken, or the weight that is missing.
+        Raises:
+            ValueError: a file or a weight is missing or broken. The message names it.
         """
         folder = Path(folder)
         require(folder, "config.json", _INFO_FILE, _HEAD_FILE)

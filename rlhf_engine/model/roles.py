@@ -1,7 +1,7 @@
 """The four roles of a PPO update: policy, value function, reference, reward.
 
-The trainer, scoring and sampling know these protocols only. A new kind of value function or reference is a new class here or in
-another module; nothing that uses a role asks which class it has.
+The trainer, scoring and sampling depend only on these protocols. A new kind of value function or reference is a new
+class. Code that uses a role never checks its class.
 Shapes: B sequences, N actions of a batch, H hidden.
 """
 
@@ -24,10 +24,10 @@ Want = Literal["hidden", "logits", "logprobs", "entropy", "values", "loss"]
 
 @dataclass(frozen=True)
 class Outputs:
-    """The parts of a forward pass that were asked for; None for the rest. N states, those of `batch.rows`."""
+    """The requested results of a forward pass; the others are None. The N states are those of `batch.rows`."""
 
     hidden: Tensor | None = None  # (N, H)
-    logits: Tensor | None = None  # (N, V), before any temperature
+    logits: Tensor | None = None  # (N, V), not divided by the temperature
     logprobs: Tensor | None = None  # (N,), float32
     entropy: Tensor | None = None  # (N,), float32
     values: Tensor | None = None  # (N,), float32
@@ -36,36 +36,36 @@ class Outputs:
 
 @runtime_checkable
 class ValueFunction(Protocol):
-    """V of the state in which each action of a batch is taken."""
+    """Value estimates of the states in which a batch's actions are chosen."""
 
     shares_trunk: bool
-    """Whether it reads the policy's hidden states; otherwise it has a trunk of its own and runs it per batch."""
+    """Whether it reads the policy's hidden states; otherwise it runs its own trunk for each batch."""
 
     saved_as: str
-    """A file that `save_value` writes, seen from the policy's folder."""
+    """A file that `save_value` writes, relative to the policy's folder."""
 
     def batch_values(self, batch: TokenBatch, hidden: Tensor | None) -> Tensor:  # (N,), float32
-        """Return the values of a batch's states; `hidden` (N, H) are the policy's there, None if `shares_trunk` is False."""
+        """Return the values of a batch's states. `hidden` (N, H) is the policy's; None if `shares_trunk` is False."""
         ...
 
     def loss_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Return the arguments of `linear_ppo_loss` that give it the values: a head's weights, or values with a gradient."""
+        """Return the value arguments of `linear_ppo_loss`: the weights of a head, or values with a gradient."""
         ...
 
     @property
     def packs(self) -> bool:
-        """Whether micro-batches of a token budget are packed without padding."""
+        """Whether micro-batches with a token budget are packed without padding."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over its weights."""
+        """Iterate over the weights."""
         ...
 
     def check_packing(self) -> None:
-        """Raise ValueError if packed sequences affect each other in it."""
+        """Raise ValueError if packed sequences affect each other."""
 
     def save_value(self, folder: Path) -> None:
-        """Write it into the folder of a policy, where `load_policy` finds it."""
+        """Write the value function into the folder of a policy, where `load_policy` finds it."""
 
 
 class Policy(Protocol):
@@ -76,7 +76,9 @@ class Policy(Protocol):
     """Backend of the kernels."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        ...
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -84,10 +86,10 @@ class Policy(Protocol):
         ...
 
     packs: bool
-    """Whether micro-batches of a token budget are packed without padding."""
+    """Whether micro-batches with a token budget are packed without padding."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over its weights, those of its value function included."""
+        """Iterate over the weights, including those of the value function."""
         ...
 
     def __call__(
@@ -103,11 +105,11 @@ class Policy(Protocol):
 
 
 class Reference(Protocol):
-    """The policy that the KL penalty is measured to."""
+    """The policy relative to which the KL penalty is measured."""
 
     @property
     def packs(self) -> bool:
-        """Whether micro-batches of a token budget are packed without padding."""
+        """Whether micro-batches with a token budget are packed without padding."""
         ...
 
     def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32

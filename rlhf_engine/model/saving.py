@@ -1,4 +1,4 @@
-"""A policy as a folder: the causal LM as transformers saves it, and its value function."""
+"""A policy as a folder: the causal LM in transformers' format, and its value function."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def load_policy(
     device: str = "cpu",
     backend: str = "auto",
 ) -> ActorCritic:
-    """Read any Hugging Face causal LM as a policy; its value head starts at zero where the folder has no value function.
+    """Read any Hugging Face causal LM as a policy. The value head starts at zero if the folder has no value function.
 
-    Raises ValueError naming the folder and what it lacks.
+    Raises:
+        ValueError: a file or a weight is missing or broken. The message names the folder.
     """
     folder = Path(folder)
     where = {"attention": attention, "dtype": dtype, "device": device}
@@ -40,14 +41,15 @@ def load_policy(
 
 
 def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write what `load_policy` and `AutoModelForCausalLM.from_pretrained` read into an existing folder.
+    """Write a policy into an existing folder that `load_policy` and `AutoModelForCausalLM.from_pretrained` can read.
 
-    Raises ValueError for a model with peft's adapters, which those functions do not read.
+    Raises:
+        ValueError: the model has peft adapters, which those functions do not read.
     """
     adapted = [name for name, module in policy.model.named_modules() if hasattr(module, "base_layer")]
     if adapted:
         raise ValueError(
-            f"policy: got a model with adapters (at {adapted[0]}), which a checkpoint does not hold; save them with the "
+            f"policy: the model has adapters (at {adapted[0]}), which a checkpoint cannot store; save them with the "
             "PeftModel's save_pretrained, or call its merge_and_unload first"
         )
     policy.model.save_pretrained(folder)
@@ -58,7 +60,7 @@ def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenize
 
 
 def copy_weights(folder: Path, policy: ActorCritic) -> None:
-    """Copy a saved policy into the tensors of `policy`, which its optimizer already holds."""
+    """Copy the weights of a saved policy into the tensors of `policy`, which its optimizer already references."""
     settings = {"dtype": policy.lm_weight.dtype, "device": str(policy.device), "backend": policy.backend}
     attention = policy.model.config.get_text_config()._attn_implementation
     saved = load_policy(folder, attention=attention, **settings)
@@ -67,7 +69,11 @@ def copy_weights(folder: Path, policy: ActorCritic) -> None:
 
 @torch.no_grad()
 def copy_parameters(folder: Path, saved: nn.Module, model: nn.Module) -> None:
-    """Copy the parameters of `saved`, which was read from `folder`, into `model`; ValueError naming the first that differs."""
+    """Copy the parameters of `saved`, which was read from `folder`, into `model`.
+
+    Raises:
+        ValueError: a parameter is missing or has a different shape. The message names the first.
+    """
     theirs = dict(saved.named_parameters())
     for name, parameter in model.named_parameters():
         if name not in theirs:

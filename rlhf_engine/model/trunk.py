@@ -1,6 +1,6 @@
-"""One forward pass of a trunk: in which type its products are, which activations stay, how packed sequences attend.
+"""One forward pass of a trunk: the dtype of its products, attention of packed sequences, and gradient checkpointing.
 
-B sequences, N tokens of all of them, D size of a head.
+Shapes: B sequences, S positions, N tokens of all sequences, H hidden, D head size.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def last_hidden(
     input_ids: Tensor,  # (B, S), or (1, N) packed
     *,
     compute_dtype: torch.dtype | None,
-    cu_inputs: Tensor | None = None,  # (B + 1,), int32, where each packed sequence begins in N
+    cu_inputs: Tensor | None = None,  # (B + 1,), int32, start of each packed sequence in N
     **options: Any,
-) -> Tensor:  # (B, S, H), of compute_dtype where that is given
-    """Hidden states after the final norm; `options` are the trunk's own."""
+) -> Tensor:  # (B, S, H), in compute_dtype if that is given
+    """Return the hidden states after the final norm; `options` are passed to the trunk."""
     with ExitStack() as stack:
         stack.enter_context(products(compute_dtype, input_ids.device))
         config = trunk.config.get_text_config()
@@ -40,7 +40,7 @@ def last_hidden(
         stack.enter_context(attention(config, kind, compute_dtype or trunk.dtype, input_ids.device))
         if cu_inputs is not None:
             options["position_ids"] = positions(cu_inputs, input_ids.shape[1])[None]
-            # Prepared masks are of four dimensions: transformers hands them to the attention as they are.
+            # transformers passes four-dimensional masks to the attention unchanged.
             options["attention_mask"] = cu_inputs[None, None, None]
             options["max_length_q"] = int(cu_inputs.diff().max())
         if torch.is_grad_enabled():
@@ -51,10 +51,11 @@ def last_hidden(
 
 @contextmanager
 def products(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Matrix products of float32 factors are made of their `dtype` copies; a weight is copied once in a `with`.
+    """Compute matrix products of float32 factors from copies in `dtype`; each weight is copied once per context.
 
-    None leaves the factors as they are. The copies do not follow a weight that changes within the `with`, and those made
-    while autograd is off carry no gradient: a pass that learns shares no `with` with one that does not.
+    None leaves the factors unchanged. The copies do not follow a weight that changes inside the context. Copies created
+    while autograd is off carry no gradient, so a pass that needs gradients must not share a context with one that does
+    not.
     """
     if dtype is None:
         yield
@@ -67,9 +68,9 @@ def products(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
 def attention(
     config: PreTrainedConfig, name: str | None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Iterator[None]:
-    """The models of `config` attend by the implementation `name`.
+    """Use the attention implementation `name` for the models of `config` inside the context.
 
-    With `dtype` and `device`, torch's attention has float32 products where the device has none of that type.
+    With `dtype` and `device`, torch's attention computes float32 products if the device has none of that dtype.
     """
     kept = config._attn_implementation
     half, product = dtype.itemsize == 2, name in ("sdpa", PACKED)
@@ -82,7 +83,7 @@ def attention(
         config._attn_implementation = kept
 
 
-# ---- weights at the two ends of a model ----
+# ---- input layer, output layer, trunk ----
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
@@ -91,12 +92,12 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def input_layer(model: PreTrainedModel) -> nn.Embedding:
-    """Return the table of input embeddings; transformers types it as any module."""
+    """Return the input embeddings, which transformers annotates as a plain module."""
     return cast("nn.Embedding", model.get_input_embeddings())
 
 
 def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model without its output layer; transformers types it as any module."""
+    """Return the model without its output layer, which transformers annotates as a plain module."""
     return cast("PreTrainedModel", model.base_model if model.base_model is not model else model.get_decoder())
 
 
@@ -104,7 +105,7 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def packs(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> bool:
-    """Whether a budget of tokens is packed and not padded: where torch's attention has a kernel for that."""
+    """Return whether micro-batches with a token budget are packed, not padded: where torch has an attention kernel for it."""
     half = (compute_dtype or trunk.dtype) in (torch.bfloat16, torch.float16)
     plain = trunk.config.get_text_config()._attn_implementation == "sdpa"
     return plain and half and trunk.device.type == "cuda" and "window_size" in _VARLEN
@@ -112,7 +113,11 @@ def packs(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> bool:
 
 @torch.no_grad()
 def check_packing(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
-    """Compare two packed sequences with each alone; ValueError where they see each other, as through a recurrent state."""
+    """Compare two packed sequences with separate passes over each.
+
+    Raises:
+        ValueError: they affect each other, for example through a recurrent state.
+    """
     ids = torch.arange(1, 12, device=trunk.device).remainder(input_layer(trunk).weight.shape[0])[None]
     cu_inputs = torch.tensor([0, 6, 11], dtype=torch.int32, device=ids.device)
     both = last_hidden(trunk, ids, compute_dtype=compute_dtype, cu_inputs=cu_inputs, use_cache=False)
@@ -122,13 +127,13 @@ def check_packing(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> 
     allowed = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     if not difference <= allowed:
         raise ValueError(
-            f"ppo.microbatch_tokens: got a budget for {type(trunk).__name__}, whose sequences differ by {difference:.3g} (at "
-            f"most {allowed:.3g} expected) when one lies packed behind another; expected None and ppo.microbatch"
+            f"ppo.microbatch_tokens: {type(trunk).__name__} cannot use a token budget: packing changes its hidden states by "
+            f"{difference:.3g} (allowed: {allowed:.3g}); set ppo.microbatch instead"
         )
 
 
 def positions(cu_inputs: Tensor, count: int) -> Tensor:  # (B + 1,), N -> (N,)
-    """0, 1, ... of every packed sequence."""
+    """Return the position of each token in its packed sequence."""
     starts = cu_inputs[:-1].repeat_interleave(cu_inputs.diff(), output_size=count)
     return torch.arange(count, device=cu_inputs.device) - starts
 
@@ -138,17 +143,17 @@ def packed_attention(
     query: Tensor,  # (1, heads, N, D)
     key: Tensor,  # (1, groups, N, D)
     value: Tensor,  # (1, groups, N, D)
-    attention_mask: Tensor,  # (1, 1, 1, B + 1), int32: where each sequence begins
+    attention_mask: Tensor,  # (1, 1, 1, B + 1), int32: start of each sequence
     scaling: float | None = None,  # default: D ** -0.5
     sliding_window: int | None = None,
     max_length_q: int | None = None,
     softcap: float | None = None,
-    **unused: object,  # what other implementations are told too: dropout, is_causal
+    **unused: object,  # arguments of other implementations: dropout, is_causal
 ) -> tuple[Tensor, None]:  # (1, N, heads, D)
-    """Causal attention of packed sequences, each within itself, in transformers' attention interface."""
+    """Return causal attention within each packed sequence, through transformers' attention interface."""
     if softcap is not None:
         raise ValueError(
-            f"softcap: got {softcap}, expected None: torch's attention has no softcap; model.attention=eager has"
+            f"softcap: got {softcap}, expected None, because torch's attention has no softcap; set model.attention=eager"
         )
     cu_inputs = attention_mask.view(-1)
     if query.device.type == "cuda":
@@ -170,9 +175,12 @@ def varlen_attention(
     longest: int,
     scaling: float | None,
     window: int | None,
-    kernel: Callable[..., Any] = varlen_attn,  # of (N, heads, D); without `return_aux` it returns one tensor
+    kernel: Callable[..., Any] = varlen_attn,  # on (N, heads, D); returns one tensor without `return_aux`
 ) -> Tensor:  # (1, N, heads, D)
-    """`torch.nn.attention.varlen`, which takes half precision only; autocast leaves its factors as they come."""
+    """Return the attention of `torch.nn.attention.varlen`.
+
+    It supports only half precision, and autocast does not convert its inputs, so they are converted here.
+    """
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
@@ -189,7 +197,7 @@ def varlen_attention(
 
 
 def _one_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Causal attention within one sequence, [1, heads, S, D]."""
+    """Return causal attention within one sequence, [1, heads, S, D]."""
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
@@ -207,15 +215,16 @@ def _one_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | N
 
 
 def checkpoint_layers(trunk: PreTrainedModel) -> None:
-    """From now on a backward pass runs each layer again, and the forward pass keeps the layers' inputs alone.
+    """Recompute each layer in backward passes from now on, so that forward passes keep only the layers' inputs.
 
-    ValueError for a trunk none of whose layers are transformers' `GradientCheckpointingLayer`.
+    Raises:
+        ValueError: no layer of the trunk is a `GradientCheckpointingLayer` of transformers.
     """
     layers = list(layers_of(trunk))
     if not layers:
         raise ValueError(
             f"memory.gradient_checkpointing: got True, expected False for {type(trunk).__name__}, whose layers transformers "
-            "cannot run again"
+            "cannot recompute"
         )
     for layer in layers:
         layer.gradient_checkpointing = True
@@ -224,13 +233,16 @@ def checkpoint_layers(trunk: PreTrainedModel) -> None:
 
 
 def layers_of(trunk: nn.Module) -> Iterator[GradientCheckpointingLayer]:
-    """The layers that transformers marks as such."""
+    """Iterate over the layers that transformers can recompute."""
     return (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
 @contextmanager
 def _recomputing(trunk: nn.Module) -> Iterator[None]:
-    """Layers take the checkpointed way in training mode alone, in which nothing else of an engine's trunk ever is."""
+    """Put checkpointed layers into training mode, without which transformers does not recompute them.
+
+    All other modules of an engine's trunk stay in evaluation mode.
+    """
     layers = [layer for layer in layers_of(trunk) if layer.gradient_checkpointing]
     for layer in layers:
         layer.training = True
@@ -242,7 +254,7 @@ def _recomputing(trunk: nn.Module) -> Iterator[None]:
 
 
 def _recomputed(config: PreTrainedConfig, run: partial, *inputs: Tensor) -> Any:
-    """`run(*inputs)`, a layer's forward, in evaluation mode and with today's attention, now and in the backward pass."""
+    """Run a layer's forward `run(*inputs)` in evaluation mode and with the current attention, now and in the backward pass."""
     layer, kind, dtype = run.args[0], config._attn_implementation, product_dtype(inputs[0])
 
     def forward(*inputs: Tensor) -> Any:
@@ -253,5 +265,5 @@ def _recomputed(config: PreTrainedConfig, run: partial, *inputs: Tensor) -> Any:
         finally:
             layer.training = training
 
-    # Evaluation mode draws no random numbers, so there is no state of theirs to keep.
+    # Evaluation mode draws no random numbers, so the generator's state need not be kept.
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,9 +1,10 @@
-"""Linear layers and attention in half precision on a processor that has no instructions for it.
+"""Linear layers and attention in half precision on a processor without half-precision instructions.
 
-torch leaves such products to loops that take several times as long as float32's. Here their factors are rounded as they would
-be, multiplied as float32, and the result is rounded once: the same numbers but for the order of their sums, in about the time
-of float32's where there are hundreds of rows. With few, as in a decode step, widening the weight takes as long as the product.
-Biases are added before the rounding.
+On such a processor torch computes these products in loops that take several times as long as in float32. Here the
+factors are rounded to half precision as usual, multiplied in float32, and the result is rounded once. The numbers are
+the same except for the order of the sums. With hundreds of rows it takes about as long as a float32 product. With few
+rows, as in a decode step, the conversion of the weight to float32 takes as long as the product. Biases are added before
+the rounding.
 """
 
 from __future__ import annotations
@@ -23,31 +24,31 @@ from rlhf_kernels import has_products
 
 _HALF = (torch.bfloat16, torch.float16)
 _PART = 2**22
-"""Numbers of a weight that are float32 at a time."""
+"""Elements of a weight that are converted to float32 at a time."""
 _rounded_weights: ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = ContextVar(
     "rounded_weights", default=None
 )
 
 
 def upcasts(dtype: torch.dtype, device: str) -> bool:
-    """Whether products of `dtype` on a device of type `device` are made here."""
+    """Return whether this module computes the products of `dtype` on devices of type `device`."""
     return dtype in _HALF and not has_products(dtype, device)
 
 
 def upcast_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make `model`'s linear layers `UpcastLinear`s, for good, where products of `dtype` are to be and its device has none."""
+    """Turn the linear layers of `model` into `UpcastLinear`s, permanently, if its device has no products of `dtype`."""
     if not upcasts(dtype, next(model.parameters()).device.type):
         return
     for module in model.modules():
-        if type(module) is nn.Linear:  # an adapter's layer is its own affair
+        if type(module) is nn.Linear:  # not a subclass, such as an adapter's layer
             module.__class__ = UpcastLinear
 
 
 @contextmanager
 def weights_rounded_once() -> Iterator[None]:
-    """Passes without a gradient that share this `with` round a weight that asks for one a single time, as autocast does.
+    """Round each weight that requires a gradient once for all passes without gradient in the context, as autocast does.
 
-    The rounded copies do not follow a weight that changes within the `with`.
+    The rounded copies do not follow a weight that changes inside the context.
     """
     if _rounded_weights.get() is not None:
         yield
@@ -69,14 +70,15 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Of a product with the factor `x`: autocast's where it is on, else the factor's own."""
+    """Return the dtype of a product with the factor `x`: autocast's if that is on, otherwise the factor's."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class UpcastLinear(nn.Linear):
-    """`nn.Linear` whose half-precision product, autocast's or its own, has float32 factors. It is differentiated once."""
+    """`nn.Linear` that computes half-precision products, autocast's or its own, in float32. It has no second derivative."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        """Return `x @ weight.T + bias`."""
         dtype = product_dtype(self.weight)
         if dtype not in _HALF:
             return super().forward(x)
@@ -84,7 +86,7 @@ class UpcastLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """`x @ half.T + bias` of the factors rounded to the type of `half`, which are what it keeps."""
+    """`x @ half.T + bias` of factors rounded to the dtype of `half`. The rounded factors are saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, half: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class _Product(torch.autograd.Function):
 
 
 def _parts(weight: Tensor) -> list[slice]:
-    """Rows of a weight, some at a time."""
+    """Return slices of a weight's rows, of at most `_PART` elements or one row each."""
     size = max(1, _PART // weight.shape[1])
     return [slice(start, start + size) for start in range(0, len(weight), size)]
 
@@ -129,13 +131,13 @@ def _gradient_dtype(x: Tensor) -> torch.dtype:
     return (x.grad_dtype if x.is_leaf else None) or x.dtype
 
 
-# ---- attention: B sequences, S queries of them, D size of a head ----
+# ---- attention; shapes: B sequences, S queries, D head size ----
 
 
 class UpcastAttention(TorchFunctionMode):
-    """`with UpcastAttention():` torch's attention in half precision, autocast's or its own, has float32 products.
+    """`with UpcastAttention():` computes torch's half-precision attention, autocast's or its own, with float32 products.
 
-    Whoever calls it, and with whatever mask: what is taken in the place of is `scaled_dot_product_attention` itself.
+    It replaces `scaled_dot_product_attention` itself, so it applies to all callers and all masks.
     """
 
     def __torch_function__(
@@ -154,7 +156,7 @@ def _attention(
     dropout_p: float = 0.0,
     **options: Any,
 ) -> Tensor:  # (B, heads, S, D)
-    """`scaled_dot_product_attention` of the rounded factors, in float32; with dropout, as it is."""
+    """Return `scaled_dot_product_attention` of the rounded factors, computed in float32; with dropout, call the original."""
     attend, dtype = nn.functional.scaled_dot_product_attention, product_dtype(query)
     if dtype not in _HALF or dropout_p:
         return attend(query, key, value, attn_mask, dropout_p, **options)
@@ -164,7 +166,7 @@ def _attention(
 
 
 class _Attention(torch.autograd.Function):
-    """`attend(query, key, value)` of the three rounded. It keeps those and attends again in the backward pass."""
+    """`attend(query, key, value)` of the rounded tensors. It saves only these and recomputes attention in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, attend: Callable[..., Tensor], dtype: torch.dtype, *factors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ActorCritic agrees with the Hugging Face model that it wraps, and refuses one that it would get wrong."""
+"""ActorCritic agrees with the Hugging Face model that it wraps, and rejects models that it would compute wrongly."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY, tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_are_the_models_own(family):
+def test_logprobs_equal_those_of_the_wrapped_model(family):
     model = tiny(family)
     actor = ActorCritic(model)
     ids = torch.arange(40).reshape(2, 20) % VOCABULARY
@@ -63,9 +63,9 @@ def cap_head(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change, words", [(scale_head, "3 times ours: a logit scale"), (cap_head, "a softcap")])
-def test_a_transform_that_the_config_hides_is_refused_by_name(change, words, dtype):
-    # The initialisation is so small that the logits alone would not show a softcap.
+@pytest.mark.parametrize("change, words", [(scale_head, "by 3, a logit scale"), (cap_head, "a softcap")])
+def test_a_logit_transform_that_the_config_does_not_declare_is_refused(change, words, dtype):
+    # With so small an initialisation, unscaled logits would not show a softcap.
     with pytest.raises(ValueError, match=words):
         ActorCritic(change(tiny("llama", initializer_range=0.01).to(dtype)))
 
@@ -90,7 +90,7 @@ def test_value_head_starts_at_zero_or_as_a_copy():
     torch.testing.assert_close(ActorCritic(tiny(), head).value(hidden), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_value_head_of_another_size_is_refused():
+def test_value_head_of_a_different_size_is_refused():
     with pytest.raises(ValueError, match=r"value: got a head with a weight of shape \(7,\), expected \(32,\)"):
         ActorCritic(tiny(), ValueHead(7))
     with pytest.raises(ValueError, match=r"weight: got shape \(2, 32\)"):
@@ -103,7 +103,7 @@ def test_value_head_computes_in_float32_on_half_precision_states():
     assert head(torch.full((1, 4097 - 1), 1.0, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_frozen_copy_stays_when_the_policy_moves():
+def test_frozen_copy_is_unchanged_when_the_policy_changes():
     policy = ActorCritic(tiny())
     reference = FrozenCopy(policy).model
     ids = torch.arange(8)[None]
@@ -121,7 +121,7 @@ def test_token_batch_shifts_once():
     batch = token_batch(prompts, torch.tensor([2, 1]), responses, torch.tensor([3, 1]), torch.tensor([1, 0]))
     assert batch.input_ids.tolist() == [[4, 3, 3, 3], [5, 6, 7, 8]]
     assert batch.ids.tolist() == [3, 7, 8, 9]
-    # The states of the actions: the 4; then the 6, the 7 and the 8.
+    # The last tokens of the actions' states: 4; then 6, 7 and 8.
     assert batch.input_ids.flatten()[batch.rows].tolist() == [4, 6, 7, 8]
     assert batch.source.tolist() == [4, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 1, 4]
@@ -151,18 +151,18 @@ def test_ppo_loss_is_the_sum_of_its_parts():
     [
         ("logprobs", {}, r"want: got the string 'logprobs', expected a collection of names, such as \('logprobs',\)"),
         (("logits", "logprob"), {}, "want: got logprob, expected some of"),
-        (("loss",), {}, "loss: got no arguments of the loss"),
-        (("values",), {"loss": {}}, r"loss: got arguments of the loss for \['values'\]"),
-        (("entropy",), {}, "batch.ids: got None, expected the actions for entropy"),
+        (("loss",), {}, "loss is not set; pass the arguments"),
+        (("values",), {"loss": {}}, r"loss is set for the outputs \['values'\]; pass the arguments"),
+        (("entropy",), {}, "batch.ids is not set; give the actions for entropy"),
     ],
 )
-def test_a_call_that_does_not_fit(want, options, message):
+def test_arguments_that_do_not_match_want_are_refused(want, options, message):
     ids = torch.arange(3, 9)[None]
     batch = TokenBatch(input_ids=ids, ids=None if want == ("entropy",) else ids[0])
     with pytest.raises(ValueError, match=message):
         ActorCritic(tiny("llama"))(batch, want, **options)
 
 
-def test_a_value_that_is_no_value_function():
+def test_a_value_that_is_no_value_function_is_refused():
     with pytest.raises(ValueError, match="value: got Linear, expected a ValueFunction, such as a ValueHead"):
         ActorCritic(tiny("llama"), torch.nn.Linear(32, 1))

@@ -1,4 +1,4 @@
-"""A policy that peft wrapped or injected adapters into: its log-probs, what trains, what is sampled, what is not saved."""
+"""A policy that peft wrapped or injected adapters into: log-probs, training, sampling, and what is rejected."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ LORA = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropo
 
 
 def make_adapted(wrap, scale=0.1):
-    """A model with adapters that change its log-probs."""
+    """Return a model with adapters that change its log-probs."""
     model = tiny(initializer_range=0.1)
     wrapped = get_peft_model(model, LORA) if wrap else inject_adapter_in_model(LORA, model)
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def test_logprobs_are_those_of_the_adapted_model(wrap):
     model, base = make_adapted(wrap).eval(), tiny(initializer_range=0.1)
     ids = torch.arange(3, 33).reshape(2, 15)
     expected = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    found = logprobs_of(ActorCritic(model), ids)  # dropout of an adapter is off
+    found = logprobs_of(ActorCritic(model), ids)  # without dropout in the adapters
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found - logprobs_of(ActorCritic(base), ids)).abs().max() > 1e-3
 
@@ -64,7 +64,7 @@ def test_an_update_trains_the_adapters_and_samples_from_them(wrap, state):
     generator = Generator(policy, ROLLOUT, eos_token_ids=VOCABULARY, pad_token_id=0, seed=1)
     trainer = build_trainer(policy, None, target_share, prompts, config, generator=generator)
     first, second = trainer.step(), trainer.step()
-    assert abs(first["kl"]) < 1e-4 and second["kl"] > 1e-3  # the reference is the model before its adapters moved
+    assert abs(first["kl"]) < 1e-4 and second["kl"] > 1e-3  # the reference is the model before its adapters changed
     moved = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved and all("lora_" in name or name.startswith("value.") for name in moved)
     assert any("lora_A" in name for name in moved) and any("lora_B" in name for name in moved)
@@ -73,7 +73,7 @@ def test_an_update_trains_the_adapters_and_samples_from_them(wrap, state):
     torch.testing.assert_close(rollout.logprobs, fresh, rtol=0, atol=1e-5)
 
 
-def test_a_frozen_copy_takes_the_adapters_along():
+def test_a_frozen_copy_includes_the_adapters():
     policy = ActorCritic(make_adapted(True))
     ids = torch.arange(3, 15)[None]
     reference, before = FrozenCopy(policy), logprobs_of(policy, ids)
@@ -95,7 +95,7 @@ def test_a_frozen_copy_takes_the_adapters_along():
 )
 def test_a_checkpoint_of_adapters_is_refused(tmp_path, config):
     policy = ActorCritic(get_peft_model(tiny("llama"), config))
-    with pytest.raises(ValueError, match=r"policy: got a model with adapters .*, which a checkpoint does not hold"):
+    with pytest.raises(ValueError, match=r"policy: the model has adapters .*, which a checkpoint cannot store"):
         save_policy(tmp_path, policy, None)
 
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_adapters_is_refused(tmp_path, config):
     ids=["prompt", "prefix", "encoder"],
 )
 def test_an_adapter_that_adds_tokens_is_refused(config):
-    """The model without its wrapper would run, untrained."""
+    """Without this check the model inside the wrapper would run, without the trained tokens."""
     with pytest.raises(
         ValueError, match=rf"model: got the peft adapter 'default', a {type(config).__name__}, which adds"
     ):

@@ -1,4 +1,4 @@
-"""Layers that a backward pass runs again: the same gradient with fewer activations kept."""
+"""Gradient checkpointing: the same gradient with fewer saved activations."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.engine.helpers.tiny_models import tiny
 
 
 def make_policy(family, value_model=None, **settings) -> ActorCritic:
-    """With dropout in the configuration where the family has some: a layer run in training mode would use it."""
+    """Return a policy whose config has dropout. A layer that ran in training mode would apply it."""
     changes = {"resid_pdrop": 0.5, "attn_pdrop": 0.5} if family.startswith("gpt2") else {"attention_dropout": 0.5}
     return ActorCritic(tiny(family, initializer_range=0.2, **changes), value_model, **settings)
 
@@ -29,7 +29,7 @@ def inputs_of(rollout) -> torch.Tensor:
 
 
 def saved_bytes(policy: ActorCritic, rollout) -> int:
-    """Bytes of what the trunk keeps for its backward pass, each storage once and the weights not at all."""
+    """Return the bytes that the trunk saves for its backward pass; each storage counts once, weights do not count."""
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept: dict[int, int] = {}
 
@@ -46,7 +46,7 @@ def saved_bytes(policy: ActorCritic, rollout) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied", "gemma2", "mistral"])
-def test_the_gradient_has_the_same_bits(family):
+def test_the_gradient_is_bitwise_the_same(family):
     rollout = make_rollout()
     expected = gradients(make_policy(family), rollout, microbatch=4)
     found = gradients(make_policy(family, gradient_checkpointing=True), rollout, microbatch=4)
@@ -54,8 +54,8 @@ def test_the_gradient_has_the_same_bits(family):
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_so_it_has_packed_and_in_bfloat16_products():
-    """The backward pass finds the attention and the type of the forward pass, which are over by then."""
+def test_the_gradient_is_bitwise_the_same_when_packed_and_with_bfloat16_products():
+    """The backward pass restores the attention and dtype of the forward pass, whose contexts are closed by then."""
     rollout = make_rollout()
     for compute in (None, torch.bfloat16):
         both = []
@@ -66,8 +66,8 @@ def test_so_it_has_packed_and_in_bfloat16_products():
         assert all(torch.equal(both[1][name], gradient) for name, gradient in both[0].items())
 
 
-def test_a_layer_with_dropout_of_its_own_keeps_evaluation_mode():
-    """OPT's layers ask for their own mode, and transformers checkpoints layers in training mode alone."""
+def test_a_layer_that_applies_dropout_itself_stays_in_evaluation_mode():
+    """OPT's layers read their own training flag, and transformers checkpoints layers only in training mode."""
     sizes = {
         "hidden_size": 32,
         "word_embed_proj_dim": 32,
@@ -94,16 +94,16 @@ def test_a_gradient_of_a_gradient_is_the_same():
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_fewer_activations_are_kept():
+def test_fewer_activations_are_saved():
     rollout = make_rollout()
     plain, again = (saved_bytes(make_policy("llama", gradient_checkpointing=on), rollout) for on in (False, True))
     inputs = inputs_of(rollout).numel() * 32 * 4  # bytes of one tensor (B, S, H)
-    # The inputs of two layers and of the final norm, what that norm keeps, cosines and sines, ids.
+    # The inputs of two layers and of the final norm, what that norm saves, cosines and sines, ids.
     assert 2 * inputs < again < 6 * inputs
     assert again < 0.2 * plain
 
 
-def test_layers_run_again_once_and_only_where_a_gradient_is_wanted():
+def test_layers_are_recomputed_once_and_only_if_gradients_are_enabled():
     calls = []
     policy = make_policy("llama", gradient_checkpointing=True)
     policy.trunk.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -117,7 +117,7 @@ def test_layers_run_again_once_and_only_where_a_gradient_is_wanted():
     assert not any(module.training for module in policy.model.modules())
 
 
-def test_a_copy_and_a_change_of_mode_keep_it():
+def test_checkpointing_survives_a_copy_and_a_change_of_mode():
     policy = make_policy("llama", gradient_checkpointing=True)
     policy.train().eval()
     rollout = make_rollout()
@@ -133,7 +133,7 @@ def test_the_value_model_is_checkpointed_as_well():
     assert all(torch.equal(results[1][name], gradient) for name, gradient in results[0].items())
 
 
-def test_a_reward_model_learns_the_same():
+def test_training_a_reward_model_is_bitwise_the_same():
     completions = (Example((4, 5), (6, 7, 2)), Example((4, 5), (9, 2)), Example((4, 5), (8, 8, 8, 2)))
     prompts, results = [RankedPrompt(completions, ((0, 1), (2, 1)))], []
     for again in (False, True):
@@ -144,7 +144,7 @@ def test_a_reward_model_learns_the_same():
     assert all(torch.equal(results[1][name], weight) for name, weight in results[0].items())
 
 
-def test_a_trunk_without_such_layers_is_refused():
+def test_a_trunk_without_checkpointable_layers_is_refused():
     class Bare(nn.Module):
         pass
 
@@ -153,7 +153,7 @@ def test_a_trunk_without_such_layers_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["head", "backbone"])
-def test_ppo_makes_its_models_so(kind):
+def test_ppo_applies_the_settings_to_its_models(kind):
     settings = ["ppo.value_init=zero", f"ppo.value_model={kind}", "compute_dtype=bfloat16"]
     policy = make_ppo_policy(load_config(None, [*settings, "memory.gradient_checkpointing=true"]), tiny(), None)
     models = [policy] if kind == "head" else [policy, policy.value]

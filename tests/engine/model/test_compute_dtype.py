@@ -23,7 +23,7 @@ def make_policy(family="llama", **settings) -> ActorCritic:
 
 
 def angle(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Cosine between two gradients."""
+    """Return the cosine between two gradients."""
     a, b = (torch.cat([x.double().flatten() for x in one.values()]) for one in (found, expected))
     return float(a @ b / (a.norm() * b.norm()))
 
@@ -35,10 +35,10 @@ def test_gradients_are_float32_and_near_those_of_float32(family):
     found = gradients(make_policy(family, compute_dtype=BF16), rollout, microbatch=4)
     assert found.keys() == expected.keys()
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert 0.999 < angle(found, expected) < 1.0 - 1e-12  # bfloat16 has 8 bits: it is not float32 by another name
+    assert 0.999 < angle(found, expected) < 1.0 - 1e-12  # and bfloat16 was used: the two are not equal
 
 
-def test_products_are_of_bfloat16_and_the_rest_is_not():
+def test_products_are_bfloat16_and_the_residual_stream_is_float32():
     policy, seen = make_policy(compute_dtype=BF16), {}
     layer = policy.trunk.layers[0]
     layer.mlp.down_proj.register_forward_hook(lambda module, args, output: seen.update(product=output.dtype))
@@ -50,8 +50,8 @@ def test_products_are_of_bfloat16_and_the_rest_is_not():
     assert outputs.logits.dtype == BF16
 
 
-def test_a_forward_pass_without_gradient_leaves_none_out_of_the_next():
-    """Copies of weights that autograd did not see must not serve a pass that learns."""
+def test_a_pass_without_gradient_does_not_affect_the_gradient_of_the_next():
+    """Copies of weights that were created without autograd must not be reused in a pass that needs gradients."""
     rollout = make_rollout()
     fresh = gradients(make_policy(compute_dtype=BF16), rollout, microbatch=4)
     policy = make_policy(compute_dtype=BF16)
@@ -70,8 +70,8 @@ def test_a_changed_weight_is_copied_anew():
         assert not torch.equal(hidden_of(policy, ids), before)
 
 
-def test_sampled_logprobs_are_near_those_of_the_learner():
-    """What differs is the rounding of products of other shapes, some of bfloat16's 8 bits a layer."""
+def test_sampled_logprobs_are_near_recomputed_ones():
+    """Products of different shapes are rounded differently, by some of bfloat16's 8 bits per layer."""
     policy = make_policy(compute_dtype=BF16)
     generator = Generator(
         policy,
@@ -91,7 +91,7 @@ def test_sampled_logprobs_are_near_those_of_the_learner():
 
 
 class Copies(TorchDispatchMode):
-    """Counts the copies in another type of each of some weights."""
+    """Counts how often each of some weights is copied to a different dtype."""
 
     def __init__(self, weights):
         super().__init__()
@@ -111,18 +111,18 @@ def test_sampling_copies_a_weight_once():
     with Copies(watched) as copies, trainer.arena.phase("generate"):
         prompts = trainer.prompts(0, 4)
         rollout = trainer.generator.generate(prompts, torch.arange(4), allocate=trainer.arena.memory)
-    assert rollout.response_ids.shape[1] > 2  # steps, each of which multiplies by all of them
+    assert rollout.response_ids.shape[1] > 2  # several steps, each of which uses all of these weights
     assert list(copies.counts.values()) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("value_model", [False, True])
-def test_a_trainer_learns_with_them(value_model):
+def test_a_trainer_learns_with_bfloat16_products(value_model):
     values = RewardModel.from_causal_lm(tiny(), 4).computing(compute_dtype=BF16) if value_model else None
     trainer = make_trainer(value_model=values, ppo_epochs=1, minibatch=16)
     for model in (trainer.policy, trainer.reference):
         model.compute_dtype = BF16
     before, log = weights_of(trainer), trainer.step()
-    assert 1.001 < log["ratio_max"] < 1.1  # one step: the policies are the same, their rounding is bfloat16's
+    assert 1.001 < log["ratio_max"] < 1.1  # in the first step the policies are the same up to bfloat16 rounding
     assert all(weight.dtype == torch.float32 for weight in weights_of(trainer).values())
     assert not torch.equal(weights_of(trainer)["model.lm_head.weight"], before["model.lm_head.weight"])
 
@@ -136,7 +136,7 @@ def test_rewards_are_float32():
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_trpo_refuses_them():
+def test_trpo_refuses_bfloat16_products():
     trpo = ["ppo.objective=trpo", "model.attention=eager"]
     load_config(None, trpo)
     with pytest.raises(

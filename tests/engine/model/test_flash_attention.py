@@ -1,6 +1,6 @@
-"""`model.attention: flash_attention_2` through the signature of flash-attn 2.8, whose place a stand-in in plain torch takes.
+"""`model.attention: flash_attention_2` with a stand-in in plain torch that has the signature of flash-attn 2.8.
 
-flash-attn itself needs a GPU and has not run here: this checks what is handed to it, not what it does.
+flash-attn itself needs a GPU and has not run here. These tests check the arguments that it gets, not its results.
 """
 
 import sys
@@ -21,7 +21,7 @@ def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    """(B, S, heads, D) in and out; a window of (left, right) columns beside each query's own, -1: all."""
+    """Compute attention, (B, S, heads, D) in and out. The window is (left, right) columns around a query; -1: all."""
     assert dropout_p == 0.0 and softcap == 0.0 and alibi_slopes is None and not return_attn_probs
     CALLS.append((causal, tuple(window_size)))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -58,7 +58,7 @@ def test_the_trunk_and_the_sampler_through_flash_attention(stand_in, family, win
     actor, prompts = make_actor(family), make_prompts(12)
     ids = torch.arange(40)[None].expand(2, -1).contiguous()
     plain = hidden_of(actor, ids), make_generator(actor).generate(prompts, torch.arange(12))
-    # set_attn_implementation asks for the package and a GPU.
+    # Set directly, because set_attn_implementation requires the package and a GPU.
     actor.model.config._attn_implementation = "flash_attention_2"
     torch.testing.assert_close(hidden_of(actor, ids), plain[0], rtol=0, atol=1e-4)
     assert len(CALLS) == 2 and all(causal for causal, _ in CALLS) and {w[0] for _, w in CALLS} == {window[0]}
@@ -68,7 +68,7 @@ def test_the_trunk_and_the_sampler_through_flash_attention(stand_in, family, win
     torch.testing.assert_close(rollout.logprobs, plain[1].logprobs, rtol=0, atol=1e-5)
 
 
-def test_it_is_refused_where_it_cannot_run():
+def test_flash_attention_is_refused_on_a_cpu():
     wanted = "model.attention: got 'flash_attention_2' with device 'cpu', expected 'sdpa' or 'eager'"
     with pytest.raises(ValueError, match=wanted):
         load_config(None, ["model.attention=flash_attention_2"])

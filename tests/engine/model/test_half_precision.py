@@ -1,4 +1,4 @@
-"""Weights in bfloat16: gradients and masters in float32, learning, and the same bits after a resume."""
+"""Weights in bfloat16: gradients and masters in float32, learning, and bitwise equality after a resume."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ EXAMPLES = [Example((3 + n % 5, 9), (5, 6 + n % 3, 2)) for n in range(24)]
 
 @pytest.mark.parametrize("state", ["resident", "host"])
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied"])
-def test_a_resumed_run_in_bfloat16_has_the_same_bits(tmp_path, monkeypatch, family, state):
+def test_a_resumed_run_in_bfloat16_is_bitwise_the_same(tmp_path, monkeypatch, family, state):
     settings = {"dtype": HALF, "memory": MemoryConfig(optimizer_state=state), "ema_decay": 0.9}
     config = RunConfig(dtype="bfloat16", memory=settings["memory"])
     seen = set()
@@ -40,7 +40,7 @@ def test_a_resumed_run_in_bfloat16_has_the_same_bits(tmp_path, monkeypatch, fami
     save_checkpoint(tmp_path / "run", first, None, config)
     resume(tmp_path / "run", second, config)
     second.step()
-    assert seen == {(HALF, torch.float32), (torch.float32, torch.float32)}  # the value head is float32 anyway
+    assert seen == {(HALF, torch.float32), (torch.float32, torch.float32)}  # the value head is always float32
     theirs, began = weights_of(straight), weights_of(make_trainer(family, **settings))
     assert all(torch.equal(weight, theirs[name]) for name, weight in weights_of(second).items())
     assert any(not torch.equal(weight, began[name]) for name, weight in theirs.items())
@@ -59,7 +59,7 @@ def test_a_resumed_run_in_bfloat16_has_the_same_bits(tmp_path, monkeypatch, fami
 
 
 def test_settings_reach_the_stages(tmp_path, monkeypatch):
-    """bfloat16 with state in host memory, from a config to folders: SFT, then PPO, broken off and taken up again."""
+    """bfloat16 with state in host memory, from config to output folders: SFT, then PPO, interrupted and resumed."""
     monkeypatch.chdir(tmp_path)
     run = new_run(tmp_path, new_model(tmp_path / "base"))
     (run / "rewards.py").write_text("def reward(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
@@ -84,7 +84,7 @@ def test_settings_reach_the_stages(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("state", ["resident", "host"])
 def test_supervised_stages_learn_in_bfloat16(state):
-    """Each loss falls by half, with steps that bfloat16 weights alone would mostly round away."""
+    """Each loss falls by half, with steps that weights without float32 masters would mostly round away."""
     actor = ActorCritic(tiny("llama").to(HALF))
     optim = OptimConfig(lr=3e-3)
     report = fit_language_model(

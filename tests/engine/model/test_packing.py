@@ -1,4 +1,4 @@
-"""Micro-batches of a token budget: how they are cut, and that neither cutting nor packing changes the gradient."""
+"""Micro-batches with a token budget: how they are cut, and that neither cutting nor packing changes the gradient."""
 
 import inspect
 from dataclasses import fields
@@ -24,7 +24,7 @@ BUDGETS = (1, 13, 17, 30, 1000)
 
 
 def make_policy(family="llama", *, value_model=False, **settings) -> ActorCritic:
-    """A policy that computes in float64, so that only mistakes show."""
+    """Return a policy that computes in float64, so that rounding does not hide mistakes."""
     model = tiny(family, initializer_range=0.2)
     if value_model:
         policy = ActorCritic(model, RewardModel.from_causal_lm(model, 4), backend="reference", **settings)
@@ -35,7 +35,7 @@ def make_policy(family="llama", *, value_model=False, **settings) -> ActorCritic
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Up to the rounding of the loss, which is float32 whatever the model is."""
+    """Compare up to the rounding of the loss, which is float32 for models of any dtype."""
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         worst = float((found[name] - gradient).abs().max())
@@ -44,18 +44,18 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def test_cuts_by_hand():
     lengths = [9, 7, 4, 4, 2, 1]
-    assert token_cuts(lengths, 14) == [1, 2, 3]  # 9 | 7 7 | 4 4 4: what is padded counts
+    assert token_cuts(lengths, 14) == [1, 2, 3]  # 9 | 7 7 | 4 4 4: padding counts
     assert token_cuts(lengths, 14, packed=True) == [1, 2, 3]  # 9 | 7 4 | 4 2 1
     assert token_cuts(lengths, 16) == [1, 2, 3]
     assert token_cuts(lengths, 16, packed=True) == [2, 4]  # 9 7 | 4 4 2 1
-    assert token_cuts(lengths, 8) == [1, 1, 2, 2]  # 9 alone, over the budget; 7; 4 4; 2 2
+    assert token_cuts(lengths, 8) == [1, 1, 2, 2]  # 9, which exceeds the budget; 7; 4 4; 2 2
     assert token_cuts(lengths, 1) == [1] * 6
     assert token_cuts([3], 100) == [1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_no_batch_is_over_its_budget_and_no_sequence_is_split(budget, packed):
+def test_no_batch_exceeds_its_budget_and_no_sequence_is_split(budget, packed):
     rollout = make_rollout()
     batches = list(rollout.batches(torch.arange(7), 16, budget, packed=packed))
     for batch in batches:
@@ -96,7 +96,7 @@ def test_any_cut_gives_the_gradient_of_the_whole_minibatch(packed, aggregation, 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied", "mistral", "qwen2_tied", "cohere", "granite"])
 def test_packed_gives_the_padded_gradient(family):
-    """Positions that restart, grouped keys, windows of 7 that end within a sequence, tied heads."""
+    """Cover positions that restart, grouped keys, windows of 7 that end within a sequence, and tied heads."""
     rollout, policy = make_rollout(), make_policy(family)
     whole = gradients(policy, rollout, microbatch=7)
     policy.packs = True
@@ -116,7 +116,7 @@ def test_packed_value_model_and_scores():
     torch.testing.assert_close(alone["values"], padded["values"], rtol=1e-6, atol=1e-6)
 
 
-def test_a_trainer_with_a_budget_learns_as_one_without():
+def test_training_with_a_token_budget_equals_training_without():
     one, other = make_trainer(microbatch=8), make_trainer(microbatch=16, microbatch_tokens=40)
     first, second = one.step(), other.step()
     assert first["policy_loss"] == pytest.approx(second["policy_loss"], abs=1e-5)
@@ -124,8 +124,8 @@ def test_a_trainer_with_a_budget_learns_as_one_without():
         torch.testing.assert_close(weights_of(other)[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_the_kernel_gets_what_it_asks_for():
-    """A stand-in for the CUDA kernel: the arguments bind to its signature, and its maths gives what packing gives here."""
+def test_the_varlen_kernel_gets_the_right_arguments():
+    """In a stand-in for the CUDA kernel, arguments bind to its signature and the result equals `packed_attention`."""
     torch.manual_seed(0)
     query, (key, value) = torch.randn(1, 4, 9, 8), torch.randn(2, 1, 2, 9, 8)
     cu_inputs, seen = torch.tensor([0, 5, 9], dtype=torch.int32), {}
@@ -146,8 +146,8 @@ def test_the_kernel_gets_what_it_asks_for():
         assert (seen["max_q"], seen["max_k"], seen["window_size"]) == (5, 5, (-1 if window is None else 2, 0))
 
 
-def test_demonstrations_are_cut_by_tokens_as_well():
-    """Inputs of 9, 7, 4, 4, 2 and 1 tokens, from short to long, with a budget of 14: see `test_cuts_by_hand`."""
+def test_demonstrations_are_cut_by_tokens():
+    """Inputs of 1, 2, 4, 4, 7 and 9 tokens with a budget of 14; see `test_cuts_by_hand`."""
     lengths = [2, 3, 5, 5, 8, 10]
     config = SFTConfig(batch_size=6, microbatch_tokens=14)
     assert _parts([0, 1, 2, 3, 4, 5], lengths, config) == [[5], [4, 3], [2, 1, 0]]
@@ -165,7 +165,7 @@ def test_supervised_learning_by_tokens_is_the_same():
 
 
 class Leaky(LlamaModel):
-    """Every state sees all before it, in whatever sequence, as a recurrent layer's does."""
+    """A trunk in which every state depends on all states before it, across sequences, as in a recurrent layer."""
 
     def forward(self, *args, **options):
         output = super().forward(*args, **options)
@@ -173,21 +173,21 @@ class Leaky(LlamaModel):
         return output
 
 
-def test_a_trunk_whose_packed_sequences_see_each_other_is_refused():
+def test_a_trunk_whose_packed_sequences_affect_each_other_is_refused():
     model = tiny()
     check_packing(model.model, None)
-    with pytest.raises(ValueError, match=r"ppo\.microbatch_tokens: got a budget for Leaky"):
+    with pytest.raises(ValueError, match=r"ppo\.microbatch_tokens: Leaky cannot use a token budget"):
         check_packing(Leaky(model.config).eval(), None)
 
 
 @pytest.mark.parametrize("value_model", [False, True])
-def test_a_trainer_asks_before_it_packs(value_model):
+def test_the_check_of_packing_includes_the_value_model(value_model):
     leaky = RewardModel(Leaky(tiny().config), ValueHead(32))
     policy = ActorCritic(tiny(), leaky) if value_model else ActorCritic(tiny())
-    policy.check_packing()  # which does not pack here
+    policy.check_packing()  # passes, because a CPU does not pack
     policy.packs = True
     if value_model:
-        with pytest.raises(ValueError, match="got a budget for Leaky"):
+        with pytest.raises(ValueError, match="Leaky cannot use a token budget"):
             policy.check_packing()
     else:
         policy.check_packing()
@@ -196,7 +196,7 @@ def test_a_trainer_asks_before_it_packs(value_model):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "gpt2_tied", "mistral"])
 def test_packed_on_a_gpu_is_near_the_padded_gradient(family):
-    """Both in bfloat16, by torch's kernel for packed sequences and by the one for padded."""
+    """Both are in bfloat16, with torch's kernels for packed and for padded sequences."""
     rollout = make_rollout()
     rollout = Rollout(**{item.name: getattr(rollout, item.name).cuda() for item in fields(rollout)})
     policy = ActorCritic(tiny(family, initializer_range=0.2).cuda(), compute_dtype=torch.bfloat16)
@@ -219,7 +219,7 @@ def test_a_softcap_in_attention_is_refused():
         packed_attention(None, x, x, x, torch.tensor([[[[0, 4]]]]), softcap=50.0)
 
 
-def test_a_size_that_the_budget_replaces_is_refused():
+def test_microbatch_together_with_microbatch_tokens_is_refused():
     with pytest.raises(ValueError, match="microbatch: got 8, expected 16; only microbatch_tokens None reads it"):
         PPOConfig(microbatch=8, microbatch_tokens=100)
     assert PPOConfig(rollout_batch=4, minibatch=4, microbatch_tokens=100).microbatch == 16

@@ -1,4 +1,4 @@
-"""Loading weights: all of them from the folder, or an error that names the one that is not there."""
+"""Loading weights: all of them come from the folder, or an error names the missing one."""
 
 import json
 
@@ -26,7 +26,7 @@ LOADERS = (load_causal_lm, load_actor_critic, RewardModel.load)
 
 
 def save(folder, family="llama"):
-    """A folder that every loader reads, and its file of weights."""
+    """Write a folder that every loader reads, and return the path of its weights."""
     model = tiny(family)
     RewardModel.from_causal_lm(model, seed=0).save(folder)
     model.save_pretrained(folder)
@@ -40,7 +40,7 @@ def rewrite(path, change):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_weights_arrive(tmp_path, family):
+def test_all_weights_are_loaded(tmp_path, family):
     save(tmp_path, family)
     saved = tiny(family).state_dict()
     loaded = load_causal_lm(tmp_path)
@@ -63,7 +63,7 @@ def test_a_missing_untied_head_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_shape_that_the_config_does_not_say_is_named(tmp_path, loader):
+def test_a_shape_that_differs_from_the_config_is_named(tmp_path, loader):
     save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
@@ -72,7 +72,7 @@ def test_a_shape_that_the_config_does_not_say_is_named(tmp_path, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_truncated_file_of_weights_is_named(tmp_path, loader):
+def test_a_truncated_weights_file_is_named(tmp_path, loader):
     path = save(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=f"{tmp_path}.*not a whole safetensors file"):
@@ -87,7 +87,7 @@ def test_a_truncated_file_of_weights_is_named(tmp_path, loader):
         ({"weight": torch.zeros(31), "bias": torch.zeros(())}, r"got tensors .*31"),
     ],
 )
-def test_a_head_that_is_none_is_named(tmp_path, tensors, message):
+def test_an_invalid_head_is_named(tmp_path, tensors, message):
     save(tmp_path)
     path = tmp_path / "reward_head.safetensors"
     path.write_bytes(b"") if tensors is None else save_file(tensors, path)
@@ -98,7 +98,7 @@ def test_a_head_that_is_none_is_named(tmp_path, tensors, message):
 def test_an_index_without_its_map_is_named(tmp_path):
     save(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json: got no weight_map"):
+    with pytest.raises(ValueError, match=r"index\.json: the file has no weight_map"):
         load_causal_lm(tmp_path)
 
 

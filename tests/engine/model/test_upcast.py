@@ -1,4 +1,4 @@
-"""Linear layers in half precision on a processor without instructions for it: the numbers are autocast's."""
+"""Half-precision linear layers and attention on a processor without such instructions: the numbers equal autocast's."""
 
 import copy
 
@@ -41,7 +41,7 @@ def run(layer, x, slope, dtype):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("half_weights", [False, True])
-def test_output_and_gradients_are_those_of_the_rounded_factors(bias, half_weights):
+def test_output_and_gradients_equal_those_of_the_rounded_factors(bias, half_weights):
     plain, ours = layers_of(bias)
     x, slope = torch.randn(3, 17, 48), torch.randn(3, 17, 40)
     if half_weights:
@@ -67,7 +67,7 @@ def test_a_second_derivative_is_refused():
         slope.sum().backward()
 
 
-def test_a_gradient_is_as_wide_as_the_weight_asks():
+def test_a_gradient_has_the_grad_dtype_of_the_weight():
     _, ours = layers_of(bias=True)
     ours = ours.to(BF16)
     for parameter in ours.parameters():
@@ -78,7 +78,7 @@ def test_a_gradient_is_as_wide_as_the_weight_asks():
     assert float((ours[0].weight.grad.double() - exact).abs().max()) < 1e-5 * float(exact.abs().max())
 
 
-def test_a_large_weight_is_widened_in_parts(monkeypatch):
+def test_a_large_weight_is_converted_in_parts(monkeypatch):
     x, slope = torch.randn(5, 48), torch.randn(5, 40)
     whole = run(layers_of(bias=True)[1], x, slope, BF16)
     monkeypatch.setattr(upcast, "_PART", 48 * 7)
@@ -87,7 +87,7 @@ def test_a_large_weight_is_widened_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_other_types_have_the_same_bits(dtype):
+def test_other_dtypes_are_bitwise_unchanged(dtype):
     plain, ours = (layer.to(dtype) for layer in layers_of(bias=True))
     x, slope = torch.randn(5, 48, dtype=dtype), torch.randn(5, 40, dtype=dtype)
     for mine, other in zip(run(ours, x, slope, None), run(plain, x, slope, None), strict=True):
@@ -95,22 +95,22 @@ def test_other_types_have_the_same_bits(dtype):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_policy_learns_the_same(monkeypatch, checkpointed):
+def test_the_gradients_of_a_policy_are_near_autocasts(monkeypatch, checkpointed):
     rollout = make_rollout()
 
-    def made(has):
+    def gradients_with(has):
         monkeypatch.setattr(upcast, "has_products", lambda dtype, device: has or dtype == torch.float32)
         policy = ActorCritic(tiny(initializer_range=0.2), compute_dtype=BF16, gradient_checkpointing=checkpointed)
         kinds = {type(module) for module in policy.model.modules() if isinstance(module, nn.Linear)}
         assert kinds == {nn.Linear if has else UpcastLinear}
         return gradients(policy, rollout, microbatch=4)
 
-    ours, theirs = made(False), made(True)
+    ours, theirs = gradients_with(False), gradients_with(True)
     for name, gradient in theirs.items():
         assert float((ours[name] - gradient).norm()) <= 0.05 * float(gradient.norm()), name
 
 
-def test_copies_and_saved_models_keep_it_and_reward_models_have_it(tmp_path):
+def test_upcast_layers_survive_copies_and_reward_models_get_them(tmp_path):
     policy = ActorCritic(tiny(), compute_dtype=BF16)
     assert type(frozen_copy(policy).trunk.layers[0].mlp.up_proj) is UpcastLinear
     policy.model.save_pretrained(tmp_path)
@@ -121,7 +121,7 @@ def test_copies_and_saved_models_keep_it_and_reward_models_have_it(tmp_path):
     assert type(scorer.computing(compute_dtype=BF16).trunk.layers[0].mlp.up_proj) is UpcastLinear
 
 
-def test_attention_and_its_gradients_are_those_of_the_rounded_factors():
+def test_attention_and_its_gradients_equal_those_of_the_rounded_factors():
     torch.manual_seed(0)
     sizes = {"query": (2, 4, 9, 8), "key": (2, 2, 9, 8), "value": (2, 2, 9, 8)}
     factors = {name: torch.randn(size).requires_grad_() for name, size in sizes.items()}
@@ -146,8 +146,8 @@ def test_attention_and_its_gradients_are_those_of_the_rounded_factors():
             assert bool(((mine.double() - reference).abs() <= bound).all())
 
 
-def heard(monkeypatch, run):
-    """How often `run` attended so."""
+def upcast_calls(monkeypatch, run):
+    """Return how often `run` called the upcast attention."""
     calls, original = [], upcast._Attention.apply
     monkeypatch.setattr(upcast._Attention, "apply", lambda *given: calls.append(given) or original(*given))
     run()
@@ -155,13 +155,13 @@ def heard(monkeypatch, run):
 
 
 @pytest.mark.parametrize("half_weights", [False, True])
-def test_a_trunk_attends_so_where_a_processor_is_old(monkeypatch, half_weights):
+def test_a_trunk_uses_upcast_attention_only_without_half_precision_instructions(monkeypatch, half_weights):
     for has, expected in ((False, 2), (True, 0)):
         monkeypatch.setattr(upcast, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
         model = tiny().to(BF16) if half_weights else tiny()
         policy = ActorCritic(model, compute_dtype=None if half_weights else BF16)
-        assert heard(monkeypatch, lambda policy=policy: hidden_of(policy, torch.arange(3, 9)[None])) == expected
-    assert heard(monkeypatch, lambda: hidden_of(ActorCritic(tiny()), torch.arange(3, 9)[None])) == 0
+        assert upcast_calls(monkeypatch, lambda policy=policy: hidden_of(policy, torch.arange(3, 9)[None])) == expected
+    assert upcast_calls(monkeypatch, lambda: hidden_of(ActorCritic(tiny()), torch.arange(3, 9)[None])) == 0
 
 
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
@@ -173,13 +173,13 @@ FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
         lambda: tiny("llama", initializer_range=0.2),
         lambda: tiny("mistral", initializer_range=0.2),  # a window of 7
         lambda: tiny("gpt2", initializer_range=0.2),
-        # Its attention asks for its implementation by name.
+        # Its layers choose their attention by the name of the implementation.
         lambda: AutoModelForCausalLM.from_config(FalconConfig(**FALCON, initializer_range=0.2)).eval(),
     ],
     ids=["llama", "mistral", "gpt2", "falcon"],
 )
-def test_a_trunk_sees_what_it_would_see(monkeypatch, make):
-    """Two rows of 11 tokens, one of them padded on the left: as far from float32 as with autocast's own products."""
+def test_a_trunk_is_as_near_to_float32_as_with_autocast(monkeypatch, make):
+    """Compare on two rows of 11 tokens, one of them padded on the left."""
     torch.manual_seed(0)
     model = make()
     ids, mask = torch.randint(3, 61, (2, 11)), torch.ones(2, 11, dtype=torch.long)
@@ -196,7 +196,7 @@ def test_a_trunk_sees_what_it_would_see(monkeypatch, make):
         assert distance(False) <= 1.5 * distance(True) < 0.1
 
 
-def test_weights_are_rounded_once_in_passes_that_do_not_learn():
+def test_weights_are_rounded_once_in_passes_without_gradient():
     policy, ids = ActorCritic(tiny(), compute_dtype=BF16), torch.arange(3, 9)[None]
     weight = policy.trunk.layers[0].mlp.down_proj.weight
     with torch.no_grad():
@@ -204,6 +204,6 @@ def test_weights_are_rounded_once_in_passes_that_do_not_learn():
             before = hidden_of(policy, ids)
             weight.mul_(2)
             assert torch.equal(hidden_of(policy, ids), before)
-            with torch.enable_grad():  # a pass that learns reads the weight as it is
+            with torch.enable_grad():  # a pass with gradients reads the current weight
                 assert not torch.equal(hidden_of(policy, ids), before)
         assert not torch.equal(hidden_of(policy, ids), before)

@@ -1,4 +1,4 @@
-"""The value function as a trunk of its own, where it starts, and its warm-up."""
+"""A value function with its own trunk: gradients, warm-up, and resumption."""
 
 import pytest
 import torch
@@ -21,16 +21,16 @@ def make_value_model(hidden_size=16):
 
 
 def split(weights):
-    """Weights of the policy and of the value function."""
+    """Return the weights of the policy and those of the value function."""
     policy = {name: weight for name, weight in weights.items() if not name.startswith("value.")}
     return policy, {name: weight for name, weight in weights.items() if name not in policy}
 
 
-def test_s8_values_are_the_value_models():
+def test_s8_values_come_from_the_value_model():
     trainer = make_trainer(value_model=make_value_model())
     experience = make_experience(trainer)
     rollout, model = experience.rollout, trainer.policy.value
-    assert float(rollout.values.abs().max()) == 0.0  # nobody asked the policy
+    assert float(rollout.values.abs().max()) == 0.0  # sampling computed no values
     for row in range(16):
         ids = sequence_of(rollout, row)[None]
         p, n = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
@@ -44,7 +44,7 @@ def test_s8_values_are_the_value_models():
 
 @pytest.mark.parametrize("microbatch", [16, 5])
 def test_s8_policy_and_value_gradients_do_not_mix(microbatch):
-    """With a backbone the policy's gradient is that of no value loss at all, and the value loss reaches all of the backbone."""
+    """With a backbone, the policy's gradient is the same without a value loss, and the value loss reaches all of the backbone."""
     trainer = make_trainer(value_model=make_value_model(), vf_coef=0.7)
     experience = make_experience(trainer)
     found, metrics = gradients(trainer, experience, microbatch, vf_coef=0.7)
@@ -72,7 +72,7 @@ def test_s8_policy_and_value_gradients_do_not_mix(microbatch):
 
 
 @pytest.mark.parametrize("backbone", [False, True])
-def test_s8_warm_up_moves_the_value_function_alone(backbone):
+def test_s8_warm_up_changes_only_the_value_function(backbone):
     trainer = make_trainer(
         value_model=make_value_model() if backbone else None,
         value_warmup=1,
@@ -86,14 +86,14 @@ def test_s8_warm_up_moves_the_value_function_alone(backbone):
     policy_after, value_after = split(weights_of(trainer))
     assert all(torch.equal(weight, policy_after[name]) for name, weight in policy.items())
     assert all(not torch.equal(weight, value_after[name]) for name, weight in value.items())
-    assert trainer.kl_coef == trainer.config.kl_coef  # a policy that stands still says nothing about it
+    assert trainer.kl_coef == trainer.config.kl_coef  # not adapted while the policy does not change
     trainer.step()
     policy_last, _ = split(weights_of(trainer))
     assert any(not torch.equal(weight, policy_last[name]) for name, weight in policy.items())
 
 
 @pytest.mark.parametrize("backbone", [False, True])
-def test_s8_a_run_resumed_in_its_warm_up_has_the_same_bits(tmp_path, backbone):
+def test_s8_a_run_resumed_in_its_warm_up_is_bitwise_the_same(tmp_path, backbone):
     def make():
         model = make_value_model() if backbone else None
         return make_trainer(value_model=model, value_warmup=1, updates=3, ema_decay=0.9)
@@ -111,8 +111,8 @@ def test_s8_a_run_resumed_in_its_warm_up_has_the_same_bits(tmp_path, backbone):
     assert loaded.value.shares_trunk != backbone
 
 
-def test_s10_a_run_with_everything_on_is_resumed_with_the_same_bits(tmp_path):
-    """All that changes from update to update at once: whatever a checkpoint forgot would show."""
+def test_s10_a_resumed_run_with_all_features_is_bitwise_the_same(tmp_path):
+    """All state that changes between updates is in use, so that anything missing from a checkpoint shows."""
 
     def reward(rollout):
         return torch.where(rollout.response_lengths == 3, torch.nan, target_share(rollout))
@@ -161,7 +161,7 @@ def test_s10_a_run_with_everything_on_is_resumed_with_the_same_bits(tmp_path):
         assert all(torch.equal(weight, expected[name]) for name, weight in ours.named_parameters())
 
 
-def test_s8_the_reference_takes_no_value_model_along():
+def test_s8_the_reference_does_not_copy_the_value_model():
     policy = ActorCritic(tiny(), make_value_model())
     for copy in (frozen_copy(policy), FrozenCopy(policy).model):
         assert copy.value is None and policy.value is not None
