@@ -1,4 +1,4 @@
-"""The two pictures of the architecture page, drawn from the code: the imports between layers, and what an update passes on."""
+"""The two diagrams of the architecture page, generated from the code: imports between layers, and the calls of an update."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UPDATE: tuple[tuple[str, Callable[..., Any]], ...] = (
 
 
 def layers() -> str:
-    """Return the packages and modules of the engine, each above everything that it imports, and those of the kernels."""
+    """Return the layers of the engine and of the kernels: each package or module is above everything that it imports."""
     rows = []
     for package in ("rlhf_engine", "rlhf_kernels"):
         levels = _levels(package)
@@ -39,7 +39,7 @@ def layers() -> str:
 
 
 def update() -> str:
-    """Return the methods that one update calls, in their order, with the types that they take and return."""
+    """Return the functions that one update calls, in order, with the types of their arguments and results."""
     rows = ["policy, prompts"]
     for name, function in _UPDATE:
         signature = inspect.signature(function)
@@ -49,15 +49,15 @@ def update() -> str:
             if one.name != "self" and one.annotation in ("Rollout", "Scored", "Experience", "Step")
         )
         rows += ["  |", "  v", f"{name}({takes}) -> {signature.return_annotation}"]
-    rows += ["  |", "  +--> policy, KL coefficients: the next update begins with them"]
+    rows += ["  |", "  +--> policy, KL coefficients: input of the next update"]
     body = inspect.getsource(PPOTrainer.step)
     order = [body.index(f"self.{name}(" if hasattr(PPOTrainer, name) else f"{name}(") for name, _ in _UPDATE]
-    assert order == sorted(order), "the picture's order is not that of PPOTrainer.step"
+    assert order == sorted(order), "the order of the diagram differs from that of PPOTrainer.step"
     return _fence(rows)
 
 
 def _levels(package: str) -> dict[str, int]:
-    """Return how many layers lie below each package or module, by the longest chain of imports."""
+    """Return the layer of each package or module: the number of imports in its longest chain of imports."""
     folder = ROOT / package
     units = {path.stem: [path] for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")}
     units |= {path.parent.name: sorted(path.parent.rglob("*.py")) for path in folder.glob("*/__init__.py")}
@@ -72,7 +72,7 @@ def _levels(package: str) -> dict[str, int]:
 
 
 def _imported(path: Path, package: str) -> set[str]:
-    """Return the first name below `package` of everything that a file imports while it runs."""
+    """Return the packages and modules of `package` that a file imports at run time, by their first name below it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     left_out = {inner for node in typing for inner in ast.walk(node)}

@@ -1,4 +1,4 @@
-"""Tables of the configuration, from the dataclasses, and of the command line, from typer's commands."""
+"""Tables of the configuration, read from the dataclasses, and of the command line, read from typer's commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of benchmarks/results: the rows of the README, and the pages of the section Results."""
+"""Tables of the files in benchmarks/results, for the README and for the pages of the section Results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
 class Row(NamedTuple):
-    """A line of the README's table: which check of which results file, and the words for it."""
+    """Row of the README's table: a check of a results file, and its description."""
 
     words: str
     file: str
     check: str
     group: str = ""
-    """Part of the title of the group that has the check; empty takes the first group that has it."""
+    """Part of the title of the group with the check. If it is empty, the first group with the check is used."""
 
 
 _CPU = (
@@ -82,7 +82,7 @@ _CPU_FILES = {
 
 
 def integrations() -> str:
-    """Return a step of each peer's trainer with and without our head and loss."""
+    """Return the measurements of one step of each peer's trainer, with and without our head and loss."""
     return _groups(_load("integrations"))
 
 
@@ -114,7 +114,7 @@ def h200_machine() -> str:
 
 
 def seeds() -> str:
-    """Return the demo's seeds."""
+    """Return the results of the demo for each seed."""
     runs = _load("demo_seeds")["runs"]
     rows = []
     for run in runs:

@@ -1,8 +1,7 @@
 """`python -m docs.generate`: write the generated parts of README.md and of the pages; `--check` reports those that are stale.
 
-A generated part is what is between `<!-- begin NAME -->` and `<!-- end -->`. NAME is one of `PARTS`, or
-`$ COMMAND`: then the part is the output of that `rlhf` command, from the first line that begins with TEXT if the name is
-`$ COMMAND | from TEXT`.
+A generated part is the text between `<!-- begin NAME -->` and `<!-- end -->`. NAME is one of `PARTS`, or `$ COMMAND` for the
+output of that `rlhf` command. With `$ COMMAND | from TEXT`, the output starts at the first line that begins with TEXT.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _PART = re.compile(r"(<!-- begin (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def generated(page: str) -> str:
-    """Return the text of a page with its generated parts as they are now."""
+    """Return the text of a page with its generated parts brought up to date."""
     return _PART.sub(lambda match: f"{match[1]}\n{_part(match[2])}\n{match[4]}", page)
 
 

@@ -1,6 +1,6 @@
-"""Hooks of mkdocs: pictures from benchmarks/results, equations as MathML, and the notes that tests read in a fence.
+"""Hooks of mkdocs: copy pictures from benchmarks/results, convert equations to MathML, and remove notes for tests from fences.
 
-Pages link to `../../benchmarks/results/NAME.png`, which a reader of the repository sees too; the site gets a copy of each.
+Pages link to `../../benchmarks/results/NAME.png`, which also works in a view of the repository; the site gets a copy of each.
 """
 
 from __future__ import annotations
