@@ -1,6 +1,6 @@
-"""Each trainer's conventions by hand: where the score lands, what a hole does, what is clamped, what is refused.
+"""The conventions of each peer by hand: position of the score, holes in masks, clamps, and refused arguments.
 
-The originals themselves are compared with in `peers`, by `make test-peers`.
+`make test-peers` runs the comparisons with the originals, which are in `peers`.
 """
 
 import math
@@ -14,7 +14,7 @@ from rlhf_kernels import reference
 from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, verl
 
 T = 8
-# The worked example: five actions of eight slots, score 1, gamma 1, lambda .95, and the values of the states.
+# An example with five actions in eight positions, score 1, gamma 1, lambda .95, and these values of the states.
 VALUES = torch.tensor([[0.1, -0.2, 0.3, 0.05, -0.326, 0.046, 0.0, 0.0]])
 ACTIONS = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
 ZERO = torch.zeros(1, T)
@@ -35,11 +35,14 @@ def ppo_config(**changes) -> SimpleNamespace:
     return SimpleNamespace(**config | changes)
 
 
-def test_the_score_and_the_value_behind_the_end():
-    """At the end token: r + V' - V, and the slot behind it where it has the score (TRL PPO) or a value (DeepSpeed-Chat)."""
+def test_score_and_value_after_the_end_token():
+    """The advantage at the end token is r + V' - V.
+
+    In TRL PPO and DeepSpeed-Chat the next position has the score, so that it adds to the advantage by lambda.
+    """
     v_end, v_behind = VALUES[0, 4].item(), VALUES[0, 5].item()
     made = trl.PPO(ppo_config()).rollout(ZERO, ZERO, VALUES, torch.ones(1), torch.tensor([4]))
-    behind = 1 - v_behind  # the score lies one slot further on, and so does a value that is trained
+    behind = 1 - v_behind  # the score, and a value that is trained, are at the position after the end token
     assert made.returns[0, 5].item() == pytest.approx(1)
     assert made.rewards[0].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
     assert (made.returns - VALUES)[0, 4].item() == pytest.approx(v_behind - v_end + 0.95 * behind)
@@ -61,8 +64,8 @@ def test_the_score_and_the_value_behind_the_end():
     assert advantages[0, 4].item() == pytest.approx(v_behind - v_end + 0.95 * behind)
 
 
-def test_pad_that_is_eos_moves_the_score_of_deepspeed_chat_to_the_end_token():
-    """The mask is made from ids other than pad, so that the end token is outside it and the slot behind the mask is its own."""
+def test_deepspeed_chat_scores_the_end_token_if_it_is_pad():
+    """The mask is True for ids other than pad. If the end token is pad, it is the first masked position and has the score."""
     without_end = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]])
     rewards = deepspeed_chat.PPO().compute_rewards(torch.zeros(1, 1), ZERO, ZERO, torch.tensor([9.0]), without_end)
     assert rewards[0].tolist() == [0, 0, 0, 0, 5, 0, 0, 0]  # clipped at 5
@@ -70,13 +73,13 @@ def test_pad_that_is_eos_moves_the_score_of_deepspeed_chat_to_the_end_token():
 
 @pytest.mark.parametrize("length", [0, 1, T - 1, T])
 def test_trl_score_slot(length):
-    """Behind the last action, or on it where the response fills the row."""
+    """The score is at the position after the last action, or at the last action if the response fills the row."""
     made = trl.PPO(ppo_config()).rollout(ZERO, ZERO, ZERO, torch.ones(1), torch.tensor([length - 1]))
     assert made.rewards[0].nonzero().flatten().tolist() == [min(length, T - 1)]
     assert made.mask.sum() == length and made.value_mask.sum() == min(length + 1, T)
 
 
-def test_holes_are_stepped_over_by_verl_and_decayed_through_by_the_others():
+def test_verl_skips_holes_and_the_others_discount_over_them():
     rewards, values = torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.zeros(1, 4)
     mask = torch.tensor([[1, 0, 0, 1]])
     _, returns = verl.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.5)
@@ -86,7 +89,7 @@ def test_holes_are_stepped_over_by_verl_and_decayed_through_by_the_others():
 
 
 def test_clamps_of_the_log_ratio():
-    """At 30 verl's and OpenRLHF's ratio is exp(20); 0.7 and DeepSpeed-Chat have none."""
+    """At a log-ratio of 30 the ratio is exp(20) in verl and OpenRLHF 0.11; OpenRLHF 0.7 and DeepSpeed-Chat do not clamp."""
     new, old, a = torch.tensor([[30.0]]), torch.tensor([[0.0]]), torch.tensor([[-1.0]])
     mask = torch.ones(1, 1)
     loss, *_ = verl.compute_policy_loss(old, new, a, mask, 0.2, clip_ratio_c=1e30)
@@ -104,7 +107,7 @@ def test_dual_clip_is_always_on_in_verl():
 
 
 def test_aggregations_by_hand():
-    """Losses 1, 2, 3 in one row and 6 in another of four slots; a row without a token is no sequence."""
+    """Losses are 1, 2, 3 in the first row and 6 in the second, of four positions. An empty row is not a sequence."""
     a = -torch.tensor([[1.0, 2, 3, 9], [6, 9, 9, 9], [9, 9, 9, 9]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
     zero = torch.zeros(3, 4)
@@ -126,7 +129,7 @@ def test_aggregations_by_hand():
 
 
 def test_importance_correction_by_hand():
-    """old / rollout of e^0.5 in one token and 1 in the other; the threshold ends at 1.2."""
+    """The ratio old / rollout is e^0.5 for one token and 1 for the other; the upper threshold is 1.2."""
     old, rollout = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.5, -1.0]])
     a, settings = -torch.ones(1, 2), {"is_correction_level": "token", "is_correction_threshold": (0.5, 1.2)}
     clipped = openrlhf.PolicyLoss(**settings, is_correction_mode="clip")(old, old, a, None, rollout)
@@ -143,7 +146,7 @@ def test_straight_through_kl():
     new = torch.tensor([1.0], requires_grad=True)
     value = verl.kl_penalty(new, torch.tensor([0.0]), "k3+")
     value.backward()
-    assert value.item() == pytest.approx(math.exp(-1)) and new.grad.item() == 1  # of k2: d; of k3 it would be 1 - e^-1
+    assert value.item() == pytest.approx(math.exp(-1)) and new.grad.item() == 1  # k2's gradient d; k3's is 1 - e^-1
     new.grad = None
     value = openrlhf.compute_approx_kl(new, torch.tensor([0.0]), new - 1, "k1", True)
     value.backward()
@@ -162,7 +165,7 @@ def test_k3_far_away_has_no_nan_in_its_gradient():
 
 
 def test_normalisation_of_openrlhf_spans_the_step():
-    """Deviations of 1, 3 and 5 from their mean 3: biased variance 8/3; a constant step is divided by the clamp, not by 0."""
+    """Advantages 1, 3 and 5 have mean 3 and biased variance 8/3. Constant advantages are divided by the clamp, not by 0."""
     parts, masks = [torch.tensor([[1.0, 99]]), torch.tensor([[3.0, 5]])], [torch.tensor([[1, 0]]), torch.ones(1, 2)]
     first, second = openrlhf.normalize_advantages(parts, masks)
     s = math.sqrt(8 / 3)
@@ -170,7 +173,7 @@ def test_normalisation_of_openrlhf_spans_the_step():
     assert openrlhf.normalize_advantages([torch.ones(1, 2)], [torch.ones(1, 2)])[0].tolist() == [[0, 0]]
 
 
-def test_classic_skips_a_batch_whose_ratio_ran_away():
+def test_classic_skips_a_batch_with_a_large_ratio():
     config = ppo_config(ratio_threshold=1.5, kl_penalty="kl")
     new = torch.full((1, 2), 1.0, requires_grad=True)
     zero, one = torch.zeros(1, 2), torch.ones(1, 2)
@@ -184,8 +187,8 @@ def test_classic_skips_a_batch_whose_ratio_ran_away():
         trainer.loss(zero, zero, torch.zeros(1, 2, 3), one, new, one, one, zero)
 
 
-def test_trl_loss_is_the_references(monkeypatch):
-    """One pass over the logits or two, against the float64 definition; padding counts in `faithful` statistics alone."""
+def test_trl_loss_equals_the_reference(monkeypatch):
+    """The loss equals the float64 reference with and without `faithful`; only `faithful` statistics include padding."""
     g = torch.Generator().manual_seed(0)
     b, v = 3, 11
     logits, ids = torch.randn(b, T, v, generator=g), torch.randint(0, v, (b, T), generator=g)
@@ -218,7 +221,7 @@ def test_trl_loss_is_the_references(monkeypatch):
 
 
 class Trainer(ModuleType):
-    """A stand-in for TRL's module: the names that are swapped."""
+    """A stand-in for TRL's module with the names that `fused_helpers` replaces."""
 
     def __init__(self, path: str, names: tuple[str, ...]):
         super().__init__(path)
@@ -227,7 +230,7 @@ class Trainer(ModuleType):
 
 
 @pytest.mark.parametrize("version", ["0.12.2", "0.29.0", "1.12.0"])
-def test_helpers_are_swapped_and_put_back(monkeypatch, version):
+def test_helpers_are_replaced_and_restored(monkeypatch, version):
     path = "trl.trainer.ppo_trainer" if version == "0.12.2" else "trl.experimental.ppo.ppo_trainer"
     names = ("masked_mean", "masked_whiten") + (("selective_log_softmax",) if version != "0.12.2" else ())
     module = Trainer(path, names)
@@ -255,13 +258,13 @@ def test_unknown_releases_are_refused_by_name():
     assert openrlhf.for_version("0.11.1").PolicyLoss is openrlhf.PolicyLoss0110
 
 
-def test_masks_that_mean_something_else_are_refused():
+def test_invalid_masks_are_refused():
     x = torch.zeros(2, 3)
     padding = torch.tensor([[False, True, True], [False, False, True]])
     with pytest.raises(ValueError, match=r"response_mask: got a padding mask .*: pass its negation"):
         verl.compute_policy_loss(x, x, x, padding, 0.2)
     assert verl.compute_policy_loss(x, x, x, padding, 0.2, faithful=True)[0] == 0
-    prompts_first = torch.tensor([[0, 1, 1], [0, 1, 0]])  # back to False in one row: a mask
+    prompts_first = torch.tensor([[0, 1, 1], [0, 1, 0]])  # one row changes back to False, so this is not a padding mask
     assert verl.compute_policy_loss(x, x, x, prompts_first, 0.2)[0] == 0
     additive = torch.tensor([[0.0, -10000, -10000], [0, 0, -10000]])
     with pytest.raises(ValueError, match=r"action_mask: got -10000\.0 among its values, expected bool"):
@@ -270,9 +273,11 @@ def test_masks_that_mean_something_else_are_refused():
         deepspeed_chat.PPO().actor_loss_fn(x, x, x, torch.ones(2, 4))
 
 
-def test_what_a_peer_takes_and_we_do_not_is_refused():
+def test_unsupported_arguments_are_refused():
     x = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="dist_process_group: got object, which verl supports and this adapter does not"):
+    with pytest.raises(
+        ValueError, match="dist_process_group: got object, which verl supports and this adapter does not"
+    ):
         verl.linear_cross_entropy(x, x, torch.zeros(1).long(), dist_process_group=object())
     with pytest.raises(ValueError, match="ring_attn_group: got object, which OpenRLHF supports"):
         openrlhf.GPTLMLoss(object())

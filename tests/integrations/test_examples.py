@@ -1,4 +1,4 @@
-"""The examples do what they say; TRL's is in `peers`."""
+"""The policies of the examples learn. The test of TRL's example is in `peers`."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from benchmarks.examples import cartpole, openrlhf_loop, pytorch_loop, verl_loop
 
 
 @pytest.mark.parametrize("loop", [pytorch_loop, verl_loop, openrlhf_loop], ids=lambda m: m.__name__.split(".")[-1])
-def test_the_liked_token_is_learnt(loop):
-    """One in 32 tokens at first, most of twelve in the end."""
+def test_policy_learns_the_rewarded_token(loop):
+    """The score is the number of rewarded tokens of twelve: below 1 at the start (1 in 32 tokens), above 5 at the end."""
     scores = loop.train()
     assert scores[0] < 1 and scores[-1] > 5, scores
 

@@ -1,4 +1,4 @@
-"""The head in the place of a model's output layer: against the logits, under FSDP2, with an adapter, and what it refuses."""
+"""A fused head as a model's output layer: against the logits, under FSDP2, with an adapter, and unsupported models."""
 
 import copy
 import multiprocessing
@@ -38,7 +38,7 @@ def model(seed: int = 0, **changes) -> LlamaForCausalLM:
 
 
 def tokens(b: int = 3, t: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and an attention mask, padded on both sides."""
+    """Return ids and an attention mask with padding on both sides."""
     ids = torch.randint(0, 40, (b, t), generator=torch.Generator().manual_seed(1))
     attended = torch.ones_like(ids)
     attended[0, :2] = 0
@@ -47,7 +47,7 @@ def tokens(b: int = 3, t: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def from_logits(plain, ids, attended, keep, temperature, mask, **inputs):
-    """The definition, on the model's own logits."""
+    """Return log-probs and entropies by the reference, from the logits of `plain`."""
     logits = plain(input_ids=ids, attention_mask=attended, **inputs).logits[:, -keep - 1 : -1]
     return reference.token_logprobs(logits, ids[:, -keep:], temperature=temperature, mask=mask, entropy=True)
 
@@ -79,7 +79,7 @@ def test_log_probs_entropies_and_gradients_are_those_of_the_logits(tied):
     check(got, from_logits(plain, ids, attended, 4, 0.7, mask), fused, plain)
 
 
-def test_outside_taking_it_is_the_layer_it_replaced():
+def test_outside_taking_the_head_equals_the_layer():
     plain = model()
     fused = copy.deepcopy(plain)
     head = fuse_head(fused)
@@ -103,7 +103,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_transforms_its_logits(family):
-    """Softcap and scale come from the config: log-probs, entropies and gradients are those of the model's logits."""
+    """With softcap and scale from the config, log-probs, entropies and gradients are those of the model's logits."""
     torch.manual_seed(0)
     plain = FAMILIES[family]().eval()
     fused = copy.deepcopy(plain)
@@ -122,7 +122,7 @@ def test_a_model_that_transforms_its_logits(family):
 
 
 class Lora(nn.Module):
-    """What the head reads of peft's layer; the layer itself is in `peers`."""
+    """A layer with the attributes of peft's LoRA layer that the head reads; `peers` tests peft's layer."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -155,7 +155,7 @@ def test_an_adapter_on_the_head_counts_while_it_is_active(state):
 
 
 class Doubled(LlamaForCausalLM):
-    """A transform of the logits that no config has."""
+    """A model whose transform of the logits is not in its config."""
 
     def forward(self, **inputs):
         output = super().forward(**inputs)
@@ -163,7 +163,7 @@ class Doubled(LlamaForCausalLM):
         return output
 
 
-def test_what_is_refused():
+def test_unsupported_models_are_refused():
     doubled = Doubled(LlamaConfig(**SIZES))
     layer = doubled.lm_head
     with pytest.raises(
@@ -174,7 +174,7 @@ def test_what_is_refused():
     with pytest.raises(
         ValueError, match=r"model: the logits are not those of the output layer with softcap=None and logit_scale=3.0"
     ):
-        fuse_head(model(logit_scale=3.0))  # Llama has no scale, whatever its config contains
+        fuse_head(model(logit_scale=3.0))  # Llama ignores a logit scale in its config
     with pytest.raises(ValueError, match="softcap: got 0, expected a number above 0"):
         FusedHead(layer, softcap=0)
     with pytest.raises(ValueError, match=r"layer: got Embedding, expected torch.nn.Linear or peft's LoRA layer"):
@@ -188,7 +188,7 @@ def test_what_is_refused():
     ):
         head(torch.zeros(1, 2, 16))
     sharded = FusedHead.replacing(nn.Linear(16, 40))
-    sharded.weight = nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it outside the forward
+    sharded.weight = nn.Parameter(torch.empty(0))  # a parameter under ZeRO-3 outside the forward
     with sharded.taking(torch.zeros(1, 1).long()), pytest.raises(ValueError, match="head: got a sharded weight"):
         sharded(torch.zeros(1, 2, 16))
 
@@ -212,7 +212,9 @@ def test_openrlhf_actor():
     position = (attended.cumsum(-1) - 1).masked_fill(attended == 0, 1)
     expected = from_logits(plain, ids, attended, 6, 0.7, actions.bool(), position_ids=position)
     check((got, output.entropy), expected, fused, plain)
-    with pytest.raises(ValueError, match="packed_seq_lens: got list, which OpenRLHF supports and this adapter does not"):
+    with pytest.raises(
+        ValueError, match="packed_seq_lens: got list, which OpenRLHF supports and this adapter does not"
+    ):
         actor(ids, actions, attended, packed_seq_lens=[1])
     with pytest.raises(ValueError, match="action_mask is not set; pass it, or return_logprobs=True"):
         actor(ids, attention_mask=attended)
@@ -265,11 +267,14 @@ def _sharded(rank: int, port: int, folder: str) -> None:
 
 
 def test_fsdp_gathers_the_head_for_its_forward(tmp_path):
-    """Two processes, half of the head each: the same log-probs and gradient; outside the forward the shard is refused."""
+    """Two processes with half of the head each give the same log-probs and gradient.
+
+    Outside the forward, the sharded weight raises ValueError.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Its server imports this module once for both; `spawn` would do so in each.
+    # The fork server imports this module once for both processes; `spawn` would import it in each.
     multiprocessing.set_forkserver_preload([__name__])
     torch.multiprocessing.start_processes(
         _sharded, args=(port, str(tmp_path / "out")), nprocs=2, start_method="forkserver"

@@ -1,4 +1,4 @@
-"""One query a row over cached columns: against float64, and a row's bits against those of the row alone."""
+"""`decode_attention`: against float64, and that the bits of a row do not depend on the batch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SHAPES = [
 
 
 def make(rows, heads, groups, width, size, dtype=torch.float32, seed=0):
-    """Columns of each row: a window that ends at its own position."""
+    """Return query, keys, values and mask; the mask of each row is a random window of columns."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, heads, size, generator=generator).to(dtype)
     keys, values = (torch.randn(rows, groups, width, size, generator=generator).to(dtype) for _ in range(2))
@@ -30,7 +30,7 @@ def make(rows, heads, groups, width, size, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_float64(shape, dtype):
-    """The error is at most twice what eager attention of the same dtype makes, and 2 eps of the largest output."""
+    """The error is at most twice the error of eager attention in the same dtype, plus 2 eps of the largest output."""
     query, keys, values, mask = make(*shape, dtype)
     exact = decode_attention(*(x.double() for x in (query, keys, values)), mask, scale=0.3)
     eager = decode_attention(query, keys, values, mask, scale=0.3, backend="reference")
@@ -41,7 +41,7 @@ def test_against_float64(shape, dtype):
 
 
 def test_by_hand():
-    """Weights 1/4 and 3/4 of two columns; the third is hidden."""
+    """Two columns have the weights 1/4 and 3/4; the third is masked."""
     keys = torch.tensor([[0.0], [float(torch.tensor(3.0).log())], [50.0]]).view(1, 1, 3, 1)
     values = torch.tensor([[8.0], [4.0], [1e9]]).view(1, 1, 3, 1)
     out = decode_attention(torch.ones(1, 1, 1), keys, values, torch.tensor([[True, True, False]]), scale=1.0)
@@ -51,13 +51,13 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_a_row_depends_on_its_own_columns_alone(shape):
+def test_row_depends_only_on_its_unmasked_columns(shape):
     query, keys, values, mask = make(*shape)
     whole = decode_attention(query, keys, values, mask)
     for row in range(len(query)):
         end = int(mask[row].nonzero().max()) + 1
         for padded in (end, end + 3):
-            # Another slot, width, stride and alignment.
+            # The same row in a different slot, with a different width, stride and alignment.
             room = torch.full((3, 2, *keys.shape[1:2], padded, keys.shape[3] + 1), float("nan"))
             room[1, :, :, :end, 1:] = torch.stack((keys[row, :, :end], values[row, :, :end]))
             shown = torch.zeros(1, padded, dtype=torch.bool)
@@ -66,7 +66,7 @@ def test_a_row_depends_on_its_own_columns_alone(shape):
             assert torch.equal(alone[0], whole[row])
 
 
-def test_several_threads_give_the_bits_of_one():
+def test_bits_do_not_depend_on_threads():
     arguments = make(64, 8, 2, 90, 64)
     threads = torch.get_num_threads()
     try:
@@ -80,7 +80,7 @@ def test_several_threads_give_the_bits_of_one():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_hidden_columns_may_hold_anything(backend):
+def test_masked_columns_do_not_matter(backend):
     query, keys, values, mask = make(3, 4, 2, 20, 8)
     clean = decode_attention(query, keys, values, mask, backend=backend)
     for x in (keys, values):
@@ -108,7 +108,7 @@ def test_opcheck():
         ({"backend": "cuda"}, "decode_attention has no cuda kernel, only one for CPU tensors"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes, words):
+def test_invalid_arguments_raise(changes, words):
     shapes = {"query": (2, 4, 8), "keys": (2, 2, 5, 8), "values": (2, 2, 5, 8)}
     arguments = {name: torch.zeros(shape) for name, shape in shapes.items()} | {"mask": torch.ones(2, 5).bool()}
     if "keys" in changes:
@@ -117,6 +117,6 @@ def test_what_does_not_fit_is_refused(changes, words):
         decode_attention(**arguments | changes)
 
 
-def test_auto_takes_the_reference_on_a_gpu():
+def test_auto_is_the_reference_on_a_gpu():
     choice = choose("decode_attention", torch.device("cuda"), torch.float32)
     assert choice.backend == "reference" and "only kernel is for CPU" in choice.reason

@@ -1,4 +1,4 @@
-"""`gae`: numbers made by hand, float64, masks with holes, padded against packed, and everything that must not matter."""
+"""`gae`: hand-computed numbers, float64, masks with holes, padded against packed, strides and threads."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ from .helpers.bounds import check_error
         ([1, 1, 1], {}, [0.96875, -0.125, 0.5], [1.46875, 0.875, 2.0]),
         # δ_2 = 2 + .5 * 4 - 1.5
         ([1, 1, 1], {"bootstrap": [4.0]}, [1.09375, 0.375, 2.5], [1.59375, 1.375, 4.0]),
-        # stepped over: δ_0 = 1 + .5 * 1.5 - .5, A_0 = 1.25 + .25 * .5
+        # the hole is skipped: δ_0 = 1 + .5 * 1.5 - .5, A_0 = 1.25 + .25 * .5
         ([1, 0, 1], {"holes": "skip"}, [1.375, 0.0, 0.5], [1.875, 0.0, 2.0]),
         # a step of reward 0 and value 0: carry .5 * 1.5 + .25 * .5 = .875, A_0 = .5 + .25 * .875
         ([1, 0, 1], {"holes": "zero"}, [0.71875, 0.0, 0.5], [1.21875, 0.0, 2.0]),
-        # padding is no hole: V of the state behind the last action is the bootstrap itself, not half of it
+        # padding is not a hole: the value after the last action is the bootstrap, not half of it
         ([1, 1, 0], {"holes": "zero", "bootstrap": [4.0]}, [1.25, 1.0, 0.0], [1.75, 2.0, 0.0]),
         ([0, 1, 0], {"bootstrap": [4.0]}, [0.0, 1.0, 0.0], [0.0, 2.0, 0.0]),
         ([0, 0, 0], {"bootstrap": [4.0]}, [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
@@ -58,7 +58,7 @@ def test_against_float64(isa, mask, holes, b, t):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("holes", ["skip", "zero"])
-def test_packed_gives_the_bits_of_padded(isa, mask, holes):
+def test_packed_is_bit_identical_to_padded(isa, mask, holes):
     b, t = 6, 1100
     rewards, values, m = batch(b, t, mask)
     bootstrap = torch.randn(b)
@@ -162,8 +162,8 @@ def test_cu_seqlens_that_do_not_fit(cu):
         gae(x, x, x.bool())
 
 
-def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
-    """Under a compiler the public check sees no values; the kernel must not read or write outside."""
+def test_kernel_checks_cu_seqlens_in_a_compiled_graph():
+    """In a compiled graph the public check cannot read values; the kernel must not access memory out of bounds."""
     x, mask = torch.zeros(8), torch.ones(8, dtype=torch.bool)
     compiled = torch.compile(lambda ends: gae(x, x, mask, cu_seqlens=ends).advantages, fullgraph=True, backend="eager")
     assert (compiled(torch.tensor([0, 8], dtype=torch.int32)) == 0).all()
@@ -193,4 +193,4 @@ def test_compiles_as_one_graph_for_every_length():
         rewards, values, m = batch(3, t, "all")
         expected = gae(rewards, values, m, bootstrap=rewards[:, 0])
         assert all(map(torch.equal, compiled(rewards, values, m), expected))
-    assert len(graphs) <= 2  # one for the first shape, one for every other
+    assert len(graphs) <= 2  # one for the first length and one for all others

@@ -1,4 +1,4 @@
-"""`group_advantages`: by hand, against float64, groups in any order and of any size."""
+"""`group_advantages`: hand-computed numbers, float64, and groups in any order and of any size."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`kl_penalty`: the estimators and their gradients, by hand and against float64, near 0 and far from it."""
+"""`kl_penalty`: values and gradients of the estimators, by hand and against float64, for small and large differences."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_against_float64(isa, estimator, n, scale):
 
 
 def test_k3_is_relatively_exact_and_never_negative(isa):
-    """exp(-d) - 1 + d in float32 is noise, of either sign, where d is small."""
+    """In float32, exp(-d) - 1 + d as written is rounding noise of either sign for small d."""
     d = torch.logspace(-10, 1, 3000)
     d = torch.cat([d, -d])
     got = kl_penalty(d, torch.zeros_like(d), estimator="k3", backend="cpu")

@@ -1,4 +1,4 @@
-"""`linear_ppo_loss`: outputs and every gradient against float64, what enters the products, bits, memory, mistakes."""
+"""`linear_ppo_loss`: outputs and all gradients against float64, rows in the products, bits, memory, invalid arguments."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_matches_float64(dtype, flags, options):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("seed", range(8))
 def test_every_flag_on_small_draws(options, seed):
-    """Few rows, a temperature of each, tokens far from the reference: one of them alone often rules the gradient."""
+    """Few rows with one temperature each and tokens far from the reference: a single token often dominates the gradient."""
     leaves, constants, extra = make(seed, t=10)
     constants["advantages"][:, ::3] = 0
     check_loss(linear_ppo_loss, leaves, constants, chosen_of("everything", options, extra), torch.float32)
@@ -53,14 +53,14 @@ def test_chunks_change_nothing(dtype, chunk_tokens):
     assert torch.equal(whole.loss, parts.loss)
     assert all(torch.equal(whole.metrics[k], parts.metrics[k]) for k in METRICS)
     for name, gradient in gradients.items():
-        # In half precision each chunk's product is rounded once; in float32 the library adds in another order.
+        # In half precision each chunk's product is rounded once. In float32 the library sums in a different order.
         bound = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps * gradient.abs().max()
         assert bool((part_gradients[name] - gradient).abs().max() <= bound), name
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """Shapes of the operands of every matrix product that the head makes."""
+    """Shapes of the operands of every matrix product of the head."""
     seen = []
     mm = torch.mm
 
@@ -73,12 +73,14 @@ def products(monkeypatch):
 
 
 def test_rows_in_the_products(products):
-    """Masked rows enter none, rows without a coefficient no backward one, and no [N, V] tensor is made."""
+    """Masked rows are in no product, rows without a gradient in no backward product, and no product is [N, V]."""
     leaves, constants, _ = make(5, b=8, t=40, drift=0.0)
     leaves = {k: leaves[k] for k in ("hidden", "weight")}
     constants["old_logprobs"] = linear_token_logprobs(**leaves, ids=constants["ids"]).logprobs
     constants["advantages"] = torch.ones(8, 40)
-    constants["advantages"][:, ::2] = 0  # no gradient: ratio 1, inside the clip range, nothing else asked for
+    constants["advantages"][:, ::2] = (
+        0  # no gradient: the ratio is 1, within the clip range, and there are no other terms
+    )
     products.clear()
     result, _ = run(linear_ppo_loss, leaves, constants, {"chunk_tokens": 32}, torch.float32)
     counted, (vocabulary, hidden) = int(constants["mask"].sum()), leaves["weight"].shape
@@ -92,7 +94,7 @@ def test_rows_in_the_products(products):
 
 
 def test_all_clipped_rows_have_no_gradient(products):
-    """A clipped token keeps no gradient, and nothing enters the backward products."""
+    """Clipped tokens have no gradient, and there are no backward products."""
     leaves, constants, _ = make(6)
     leaves = {k: leaves[k] for k in ("hidden", "weight")}
     logprobs = linear_token_logprobs(**leaves, ids=constants["ids"]).logprobs
@@ -105,7 +107,7 @@ def test_all_clipped_rows_have_no_gradient(products):
     assert len(products) == 1
 
 
-def test_gradients_only_for_inputs_that_ask(products):
+def test_gradients_only_for_inputs_that_require_them(products):
     leaves, constants, _ = make(7)
     hidden, weight = leaves["hidden"].clone().requires_grad_(), leaves["weight"]
     linear_ppo_loss(hidden, weight, **constants).loss.backward()
@@ -124,8 +126,8 @@ def test_frozen_hidden_states(products):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probs_have_the_same_bits_whatever_the_batch(dtype):
-    """A row alone, among others, in any chunk of 16 or more: the same bits."""
+def test_logprobs_are_bit_identical_in_any_batch(dtype):
+    """A row has the same bits by itself, in a batch, and in any chunk of 16 rows or more."""
     leaves, constants, _ = make(8, dtype, b=10, t=40, vocabulary=1003, hidden=96)
     hidden, weight, ids = leaves["hidden"].view(400, 96), leaves["weight"], constants["ids"].view(400)
     whole = linear_token_logprobs(hidden, weight, ids, entropy=True)
@@ -179,7 +181,7 @@ def test_two_losses_in_one_backward():
 
 
 def test_grad_dtype_is_respected():
-    """Half-precision parameters whose gradients are summed in float32 get the sum over chunks unrounded."""
+    """A half-precision parameter with float32 gradients gets the sum over chunks without rounding."""
     leaves, constants, _ = make(13, torch.bfloat16)
     weight = torch.nn.Parameter(leaves["weight"].clone())
     weight.grad_dtype = torch.float32
@@ -192,8 +194,8 @@ def test_grad_dtype_is_respected():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nothing_counts(dtype):
-    """All masked, and an empty batch: loss 0 and gradients 0, not NaN."""
+def test_empty_mask_gives_zeros(dtype):
+    """For an empty mask and for an empty batch, loss and gradients are 0, not NaN."""
     leaves, constants, extra = make(14, dtype)
     constants["mask"][:] = False
     options = {k: extra[k] for k in FLAGS["values"]} | {"entropy_coef": 0.1}
@@ -207,7 +209,7 @@ def test_nothing_counts(dtype):
     assert result.loss.item() == 0 and all((g == 0).all() for g in gradients.values())
 
 
-def test_masked_rows_may_hold_anything():
+def test_masked_rows_do_not_matter():
     leaves, constants, extra = make(15)
     options = {k: extra[k] for k in FLAGS["everything"]} | {"entropy_coef": 0.1, "kl_coef": 0.1}
     clean, clean_gradients = run(linear_ppo_loss, leaves, constants, options, torch.float32)
@@ -223,7 +225,7 @@ def test_masked_rows_may_hold_anything():
 
 
 def test_half_precision_gradients_do_not_underflow():
-    """fp16 with a denominator of 10^7: applied before the cast of dlogits it would flush every gradient to zero."""
+    """A denominator of 10^7 in float16: dividing before the cast of dlogits would flush every gradient to zero."""
     leaves, constants, _ = make(16, torch.float16)
     x = leaves["hidden"].clone().requires_grad_()
     head = (leaves["weight"],)
@@ -237,7 +239,7 @@ def test_half_precision_gradients_do_not_underflow():
 
 @pytest.mark.parametrize("op", ["loss", "logprobs"])
 def test_sums_over_many_rows_do_not_overflow_half_precision(op):
-    """2048 rows of one direction: their float16 sum is beyond 65504 until it is divided by their number."""
+    """The gradients of 2048 rows have the same direction: their float16 sum exceeds 65504 before the division by 2048."""
     torch.manual_seed(0)
     hidden, weight = (50 + 2 * torch.randn(2048, 32)).half(), torch.randn(64, 32).half().requires_grad_()
     ids, ones = torch.zeros(2048, dtype=torch.long), torch.ones(2048)
@@ -262,8 +264,8 @@ def test_masked_hidden_states_may_be_nan():
             torch.testing.assert_close(gradient, clean_gradients[name], rtol=1e-4, atol=1e-6)
 
 
-def test_float64_tensors_beside_float32_hidden_states():
-    """Values and their head may be wider than the hidden states; no bits are read as another dtype."""
+def test_float64_tensors_with_float32_hidden_states():
+    """Values and the value head may have a wider dtype than the hidden states."""
     leaves, constants, extra = make(24)
     options = {k: extra[k].double() for k in FLAGS["values"]}
     head = {k: leaves[k] for k in ("hidden", "weight")}
@@ -304,8 +306,8 @@ def test_non_contiguous_inputs():
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
-def test_autocast_is_what_it_is_for_a_linear_layer():
-    """Float32 parameters under autocast: the products are bfloat16, the parameters' gradients float32."""
+def test_autocast_casts_as_for_a_linear_layer():
+    """Under autocast, the products of float32 parameters are in bfloat16 and the parameters' gradients in float32."""
     leaves, constants, _ = make(22)
     x = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}
     with torch.autocast("cpu", torch.bfloat16):
@@ -423,7 +425,7 @@ def test_compiles_as_one_graph(dtype):
 
 
 @pytest.mark.parametrize("compact", [False, "yes", 2])
-def test_compact_is_not_ignored(compact):
+def test_invalid_compact_raises(compact):
     leaves, constants, _ = make(22)
     with pytest.raises(ValueError, match=f"compact: got {compact!r}, expected None"):
         linear_ppo_loss(leaves["hidden"], leaves["weight"], **constants, compact=compact)
@@ -433,7 +435,7 @@ def test_compact_is_not_ignored(compact):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("add", [False, True])
 def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtype, add):
-    """Float32 sums of the rounded factors, rounded once, whichever side is the long one."""
+    """Products are float32 sums of the rounded factors, rounded once, for any longest dimension."""
     monkeypatch.setattr(head, "has_products", lambda dtype, device: dtype == torch.float32)
     rows, terms, columns = shape
     a, b = torch.randn(rows, terms).to(dtype), torch.randn(columns, terms).to(dtype).t()
@@ -443,14 +445,14 @@ def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtyp
         torch.randn(columns, rows).to(dtype).t(),
     ):
         exact = a.double() @ b.double() + (out.double() if add else 0.0)
-        with torch.autocast("cpu", torch.bfloat16):  # which would round float32 factors again
+        with torch.autocast("cpu", torch.bfloat16):  # autocast would round float32 factors again
             head.product(a, b, out, add=add)
         bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * (a.double().abs() @ b.double().abs() + 1.0)
         assert bool(((out.double() - exact).abs() <= bound).all())
 
 
-def test_a_head_has_the_same_loss_without_half_precision(monkeypatch):
-    """With a bias, and with more rows than a chunk, whose weights' gradients are summed: no product is half precision's."""
+def test_same_loss_without_half_precision_products(monkeypatch):
+    """No product is in half precision, with a bias and with several chunks, whose weight gradients are summed."""
     leaves, constants, extra = make(12, torch.bfloat16)
     options = constants | {k: extra[k] for k in FLAGS["values"]} | {"chunk_tokens": 16}
     bias = torch.randn(leaves["weight"].shape[0]).bfloat16()
@@ -472,8 +474,8 @@ def test_a_head_has_the_same_loss_without_half_precision(monkeypatch):
         assert float((ours - theirs).float().norm()) <= 0.02 * float(theirs.float().norm())
 
 
-def test_who_has_products():
-    """float64 and GPUs have theirs; a build that cannot tell has none."""
+def test_has_products():
+    """Products in float32 and float64 and all products on a GPU are supported."""
     assert (
         has_products(torch.float64, "cpu")
         and has_products(torch.float32, "cpu")

@@ -1,4 +1,4 @@
-"""`linear_token_logprobs`: forward and the recomputing backward against float64."""
+"""`linear_token_logprobs`: forward and backward, which computes the logits again, against float64."""
 
 import pytest
 import torch
@@ -56,8 +56,8 @@ def test_rows_without_an_upstream_gradient_enter_no_backward_product(monkeypatch
 
 
 @pytest.mark.parametrize("upstream", [torch.inf, torch.nan, 1e9])
-def test_an_upstream_gradient_of_masked_rows_is_not_looked_at(upstream):
-    """A function behind the log-probs may have an infinite slope at the 0 of a masked row."""
+def test_upstream_gradient_of_masked_rows_is_ignored(upstream):
+    """A function of the log-probs may have an infinite derivative at the log-prob 0 of a masked row."""
     leaves, constants, _ = make(2, torch.float16)
     mask, grads = constants["mask"], []
     for masked in (0.0, upstream):
@@ -69,7 +69,7 @@ def test_an_upstream_gradient_of_masked_rows_is_not_looked_at(upstream):
 
 
 def test_tiny_upstream_gradients_survive_half_precision():
-    """Gradients of logits near 1e-7 are nothing in float16; they are made relative to the largest coefficient."""
+    """Gradients of logits near 1e-7 underflow in float16, so they are computed relative to the largest coefficient."""
     leaves, constants, _ = make(2, torch.float16)
     weight = leaves["weight"].clone().requires_grad_()
     weight.grad_dtype = torch.float32  # float16 could not hold the result

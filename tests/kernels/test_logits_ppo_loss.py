@@ -1,4 +1,4 @@
-"""`logits_ppo_loss` is `ppo_loss` of `token_logprobs`, in one read of the logits."""
+"""`logits_ppo_loss`: against float64, against the linear op, and gradients for strides, clipped and masked tokens."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_agrees_with_the_linear_op():
 
 
 def test_shifted_logits_need_no_copy():
-    """The slice logits[:, :-1] that trainers pass is read where it lies."""
+    """The slice logits[:, :-1] that trainers pass is read without a copy."""
     leaves, constants, _ = make(2)
     logits = (leaves["hidden"] @ leaves["weight"].t()).requires_grad_()
     cut = {k: v[:, 1:] for k, v in constants.items()}

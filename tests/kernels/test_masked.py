@@ -1,4 +1,4 @@
-"""`masked_mean` and `masked_whiten`: by hand, against float64, their gradients, and masks of no or one entry."""
+"""`masked_mean` and `masked_whiten`: by hand, against float64, gradients, and masks with zero or one True entry."""
 
 import math
 

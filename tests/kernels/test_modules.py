@@ -1,4 +1,4 @@
-"""`FusedHead`: its methods against the ops, with an adapter, and where its layer belongs to another module."""
+"""`FusedHead`: its methods against the ops, with an adapter, and with a layer that a different module registers."""
 
 import copy
 
@@ -14,7 +14,7 @@ TRANSFORM = {"softcap": 3.0, "logit_scale": 0.7}
 
 
 class Lora(nn.Module):
-    """The attributes that the head reads of peft's LoRA layer."""
+    """A layer with the attributes of peft's LoRA layer that the head reads."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -38,7 +38,7 @@ def linear(leaves) -> nn.Linear:
     return layer
 
 
-def test_its_methods_are_the_ops():
+def test_methods_equal_the_ops():
     leaves, constants, extra = make(0)
     layer = linear(leaves)
     head, given = FusedHead(layer, **TRANSFORM), {"bias": layer.bias, **TRANSFORM}
@@ -60,8 +60,8 @@ def test_its_methods_are_the_ops():
 
 
 @pytest.mark.parametrize("active", [["a"], ["b", "a"], []], ids="".join)
-def test_the_adapters_that_are_active_count(active):
-    """Loss and every gradient of policy and value head, against logits of the layer itself."""
+def test_active_adapters_are_applied(active):
+    """Loss and all gradients of policy and value head equal those of the logits that the layer computes."""
     torch.manual_seed(0)
     leaves, constants, extra = make(1)
     layer = Lora(linear(leaves))
@@ -87,7 +87,7 @@ def test_the_adapters_that_are_active_count(active):
 
 
 class Owner(nn.Module):
-    """A model that has the layer in its own place, and the head in an attribute that is no submodule."""
+    """A model that registers the layer and keeps the head in an attribute that is not a submodule."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
-"""`paged_attention`: hand-computed numbers, an uncached softmax over whole sequences, and what must not be read.
+"""`paged_attention`: hand-computed numbers, a softmax over whole sequences without a cache, and data that must be ignored.
 
-The Triton kernel runs beside the definition: on the device where there is one, else through the interpreter.
+The tests run the reference and the Triton kernel, which runs on a GPU if there is one and else in the interpreter.
 """
 
 import inspect
@@ -20,14 +20,14 @@ from .helpers.gpu import DEVICE, to_device
 
 NAN = math.nan
 BACKENDS = ["reference", "triton"]
-# The packages have the function of that name in its module's place.
+# The packages export functions with the names of these modules, so that an import gives the function.
 LAUNCHER, PUBLIC = (sys.modules[f"rlhf_kernels.{layer}.paged_attention"] for layer in ("_triton", "ops"))
 
 
 def scene(lengths, *, heads=4, groups=2, size=16, page_size=4, dtype=torch.float32, seed=0):
-    """Sequences laid into pages in a random order; places, pages and tokens that hold none are garbage.
+    """Return the arguments of the op, and the keys and values (tokens, groups, D) of each sequence.
 
-    Returns the arguments of the op, and each sequence's own keys and values (tokens, groups, D).
+    The pages of a sequence are in random order. Unused table entries, pages and tokens are garbage.
     """
     g = torch.Generator().manual_seed(seed)
     needed = [-(-n // page_size) for n in lengths]
@@ -53,7 +53,7 @@ def run(arguments, backend, **options):
 
 
 def by_loops(q, sequences, *, scale=None, window=None, softcap=None, dtype=torch.float64):
-    """One sequence and head at a time, from its own keys and values."""
+    """Return the attention, computed one sequence and one head at a time from the contiguous keys and values."""
     out = torch.zeros_like(q, dtype=dtype)
     for row, (k, v) in enumerate(sequences):
         k, v = (x[-window:] if window else x for x in (k, v))
@@ -67,7 +67,7 @@ def by_loops(q, sequences, *, scale=None, window=None, softcap=None, dtype=torch
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_by_hand(backend):
-    """Two tokens with scores log 3 and 0: weights 3/4 and 1/4. The second sequence has one token, the third none."""
+    """Two tokens with logits log 3 and 0 have weights 3/4 and 1/4. The second sequence has one token, the third none."""
     q = torch.zeros(3, 1, 16)
     q[:2, 0, 0] = math.log(3)
     k, v = torch.zeros(2, 2, 1, 16), torch.full((2, 2, 1, 16), NAN)
@@ -77,7 +77,7 @@ def test_by_hand(backend):
     arguments = q, k, v, table, torch.tensor([2, 1, 0], dtype=torch.int32)
     out = run(arguments, backend, scale=1.0)
     torch.testing.assert_close(out[:, 0], torch.tensor([7.0, 5.0, 0.0])[:, None].expand(3, 16))
-    # The last token alone, and a cap of log(3) / 2, under which the scores are log(3) / 2 * tanh(2) and 0.
+    # A window of the last token, and a softcap of log(3) / 2, which gives the logits log(3) / 2 * tanh(2) and 0.
     assert run(arguments, backend, scale=1.0, window=1)[0].unique().item() == 4.0
     odds = math.exp(math.log(3) / 2 * math.tanh(2))
     capped = run(arguments, backend, scale=1.0, softcap=math.log(3) / 2)[0, 0, 0].item()
@@ -95,7 +95,7 @@ LENGTHS = [1, 3, 4, 5, 0, 129, 64, 2 * SPLIT_TOKENS + 7]
     ids=str,
 )  # fmt: skip
 def test_against_loops_over_whole_sequences(dtype, options, shape):
-    """The last shape has more heads a group than a program takes."""
+    """The last shape has more heads per group than one program computes."""
     heads, groups, size, page_size = shape
     arguments, sequences = scene(LENGTHS, heads=heads, groups=groups, size=size, page_size=page_size, dtype=dtype)
     exact = by_loops(arguments[0], sequences, **options)
@@ -114,8 +114,8 @@ def test_float64():
 
 @pytest.mark.parametrize("window", [None, 4, 6])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_does_not_count_is_not_read(backend, window):
-    """Places of pages before the window hold garbage too: such pages may have been given away."""
+def test_unused_pages_and_tokens_do_not_matter(backend, window):
+    """Table entries of pages before the window are garbage too, because such pages may be freed and reused."""
     arguments, sequences = scene([11, 8, 1])
     q, k, v, table, lengths = arguments
     for row, n in enumerate(lengths.tolist()) if window else ():
@@ -128,8 +128,8 @@ def test_what_does_not_count_is_not_read(backend, window):
 
 @pytest.mark.parametrize(("place", "bad"), [((0, 0), -1), ((0, 2), 10**9), ((1, 0), 10**9)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_page_that_does_not_exist_makes_its_row_nan(backend, place, bad, monkeypatch):
-    """On a device nobody looks at the table; on CPU the boundary does, and is told not to."""
+def test_page_that_does_not_exist_gives_a_nan_row(backend, place, bad, monkeypatch):
+    """The public function checks the table on CPU only. The test disables that check to run the kernel."""
     arguments, _ = scene([11, 3, 6])
     whole = run(arguments, backend)
     arguments[3][place] = bad
@@ -144,7 +144,7 @@ def test_a_page_that_does_not_exist_makes_its_row_nan(backend, place, bad, monke
 
 @pytest.mark.parametrize("length", [-1, 25])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_length_beyond_the_table_makes_its_row_nan(backend, length, monkeypatch):
+def test_length_beyond_the_table_gives_a_nan_row(backend, length, monkeypatch):
     arguments, _ = scene([11, 3])
     whole = run(arguments, backend)
     arguments[4][0] = length
@@ -158,7 +158,7 @@ def test_a_length_beyond_the_table_makes_its_row_nan(backend, length, monkeypatc
 @pytest.mark.parametrize("options", [{}, {"window": 290}], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_do_not_depend_on_the_batch(backend, options):
-    """Nor on which pages a sequence has, nor, in Triton, on how wide the table is."""
+    """The bits do not depend on the pages of a sequence either, nor, in Triton, on the width of the table."""
     lengths = [5, 2 * SPLIT_TOKENS + 70, 33, 300]
     arguments, _ = scene(lengths, page_size=16)
     q, k, v, table, lengths = arguments
@@ -176,7 +176,7 @@ def test_bits_do_not_depend_on_the_batch(backend, options):
 
 
 def test_pages_and_queries_with_strides():
-    """The layers of one pool, and a query that is a slice of a wider product."""
+    """Keys and values are slices of one pool, and the query is a slice of a wider tensor."""
     (q, k, v, table, lengths), _ = scene([9, 6])
     whole = run((q, k, v, table, lengths), "triton")
     pool = torch.stack([k, v, torch.full_like(k, NAN)], 1)
@@ -186,14 +186,17 @@ def test_pages_and_queries_with_strides():
 
 
 def test_splits():
-    """A tile has 16 KiB, of wide heads in half precision 32; a split at least 512 tokens; a sequence at most 64 splits."""
+    """A tile has 16 KiB, or 32 KiB for wide heads in half precision.
+
+    A split has at least 512 tokens, and a sequence at most 64 splits.
+    """
     sizes = [(128, 2), (256, 2), (64, 2), (80, 2), (128, 4), (256, 4)]
     assert [tile_of(*size) for size in sizes] == [(128, 4), (64, 4), (128, 8), (128, 4), (32, 8), (16, 8)]
     assert [splits_of(n, 64) for n in (1, 512, 513, 2048, 10**6)] == [1, 1, 2, 4, SPLITS]
 
 
-def test_more_tokens_than_the_least_of_all_splits(monkeypatch):
-    """Splits grow once there are SPLITS of them: here of 16 tokens, at a sequence of 16 * 16 + 1 and more."""
+def test_splits_grow_for_long_sequences(monkeypatch):
+    """Splits grow beyond SPLIT_TOKENS if there are SPLITS of them: here for more than 16 * 16 tokens."""
     monkeypatch.setattr(LAUNCHER, "SPLITS", 16)
     monkeypatch.setattr(LAUNCHER, "SPLIT_TOKENS", 16)
     monkeypatch.setattr(LAUNCHER, "TILE_BYTES", 1024)
@@ -202,8 +205,8 @@ def test_more_tokens_than_the_least_of_all_splits(monkeypatch):
     check_error("triton", run(arguments, "triton"), by_loops(arguments[0], sequences, dtype=torch.float32), exact)
 
 
-def test_values_that_are_not_finite():
-    """A NaN or an infinite score is seen in the rows that read it, and there alone."""
+def test_non_finite_values():
+    """A NaN or an infinite logit changes only the rows that read it."""
     arguments, _ = scene([4, 4])
     arguments[0][0, :2, 3] = 1.0
     for bad in (NAN, math.inf):
@@ -256,11 +259,11 @@ def test_no_gradient():
         assert not paged_attention(q, *to_device(arguments[1:]), backend=name).requires_grad
 
 
-# ---- torch's varlen attention, which reads pages with FlashAttention-3 and -4 alone: it never ran here ----
+# ---- torch's varlen attention, which reads pages only with FlashAttention-3 and -4: never run on a device ----
 
 
 def stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **options):
-    """What torch documents for one query a sequence, from the table as it is handed over."""
+    """Check the arguments against torch's documentation, and return the attention with one query per sequence."""
     bound = inspect.signature(varlen_attn).bind(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **options).arguments
     assert bound["cu_seq_q"].tolist() == list(range(len(q) + 1)) and bound["cu_seq_k"] is None
     assert bound["num_splits"] == 1 and bound["max_q"] == 1 and bound["max_k"] >= bound["seqused_k"].max()
@@ -294,7 +297,7 @@ def test_varlen_is_called_as_torch_declares_it(monkeypatch, window):
 
 
 @needs_block_table
-def test_when_varlen_serves(monkeypatch):
+def test_when_varlen_is_chosen(monkeypatch):
     device, half = torch.device("cuda"), torch.bfloat16
     assert why_no_varlen(torch.device("cpu"), half) == "it takes CUDA tensors, not cpu ones"
     assert "reads pages with FA3 or FA4 only" in why_no_varlen(device, half)
@@ -310,7 +313,7 @@ def test_when_varlen_serves(monkeypatch):
     assert "takes no block table" in why_no_varlen(device, half)
 
 
-def test_a_softcap_is_not_for_varlen(monkeypatch):
+def test_varlen_does_not_support_a_softcap(monkeypatch):
     arguments = to_device(scene([5, 2])[0])
     expected, asked = run(arguments, "triton", softcap=3.0), []
     monkeypatch.setattr(PUBLIC, "resolve", lambda *_: "varlen")

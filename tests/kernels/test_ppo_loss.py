@@ -1,4 +1,4 @@
-"""`ppo_loss`: the formulas against numbers made by hand and against float64, the aggregations, the metrics."""
+"""`ppo_loss`: the formulas against hand-computed numbers and float64, the aggregations, the metrics."""
 
 import dataclasses
 import inspect
@@ -20,7 +20,7 @@ from .helpers.objective import OPTIONS, case, run
 
 
 def one(logprob: float, old: float, advantage: float, **options):
-    """Loss and d loss / d logprob of a batch of one token."""
+    """Return the loss, d loss / d logprob and the metrics of a batch of one token."""
     x = torch.tensor([[logprob]], requires_grad=True)
     result = ppo_loss(
         x, torch.tensor([[old]]), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), **options
@@ -32,7 +32,7 @@ def one(logprob: float, old: float, advantage: float, **options):
 @pytest.mark.parametrize(
     ("ratio", "advantage", "options", "loss", "slope"),
     [
-        (1.1, 2.0, {}, -2.2, -2.2),  # inside: -r A
+        (1.1, 2.0, {}, -2.2, -2.2),  # within the range: -r A
         (1.5, 2.0, {}, -2.4, 0.0),  # above the range with A > 0: -(1 + eps) A, no gradient
         (1.5, -2.0, {}, 3.0, 3.0),  # above the range with A < 0: the plain term is the larger loss
         (0.5, -2.0, {}, 1.6, 0.0),  # below the range with A < 0: -(1 - eps) A, no gradient
@@ -74,7 +74,7 @@ def test_kl_term_by_hand(isa, estimator, value, slope):
     ],
 )
 def test_kl_weighted_by_the_ratio_by_hand(isa, clamp, slope):
-    """r = 2, reference at half the policy's probability, k3: KL = 1/2 - 1 + log 2."""
+    """The ratio r is 2 and the reference has half the policy's probability, so k3 is 1/2 - 1 + log 2."""
     two = math.log(2)
     options = {
         "ref_logprobs": torch.tensor([[0.0]]),
@@ -93,8 +93,8 @@ def test_kl_weighted_by_the_ratio_by_hand(isa, clamp, slope):
     ("v", "old", "target", "loss", "slope"),
     [
         (1.0, 1.0, 2.0, 0.5, -1.0),
-        (2.0, 1.0, 3.0, 0.5 * 1.8**2, 0.0),  # clipped to 1.2: its error is the larger one, and has no gradient
-        (2.0, 1.0, 1.0, 0.5, 1.0),  # clipped to 1.2: its error is the smaller one
+        (2.0, 1.0, 3.0, 0.5 * 1.8**2, 0.0),  # clipped to 1.2: the clipped error is larger and has no gradient
+        (2.0, 1.0, 1.0, 0.5, 1.0),  # clipped to 1.2: the clipped error is smaller
     ],
 )
 def test_value_term_by_hand(isa, v, old, target, loss, slope):
@@ -109,7 +109,7 @@ def test_value_term_by_hand(isa, v, old, target, loss, slope):
 
 
 def test_aggregations_by_hand():
-    """Losses -A of two sequences, (1, 2, 3) and (5): what each aggregation makes of them."""
+    """Each aggregation of the losses -A of two sequences, (1, 2, 3) and (5)."""
     zero = torch.zeros(2, 3)
     advantages = -torch.tensor([[1.0, 2, 3], [5, 9, 9]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -154,7 +154,7 @@ def test_packed_equals_padded(options):
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"])
 def test_micro_batches_add_up(aggregation):
-    """With the global denominators, loss, gradients and metrics of two halves are those of the whole."""
+    """With the denominators of the full batch, loss, gradients and metrics of two parts add up to those of the batch."""
     inputs, constants = case(2, b=6)
     mask = constants["mask"]
     counts = {"num_tokens": mask.sum(), "num_value_tokens": mask.sum(), "num_sequences": mask.any(1).sum()}
@@ -190,8 +190,8 @@ def test_padding_counts_in_no_metric():
 
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"])
-def test_nothing_counts(aggregation, ratio_level):
-    """All masked, or no token at all: loss 0 and gradients 0, not NaN."""
+def test_empty_mask_gives_zeros(aggregation, ratio_level):
+    """For an empty mask and for an empty batch, loss and gradients are 0, not NaN."""
     inputs, constants = case(4)
     constants["mask"][:] = False
     for size in (40, 0):
@@ -202,7 +202,7 @@ def test_nothing_counts(aggregation, ratio_level):
         assert all(m.item() == 0 for m in result.metrics.values())
 
 
-def test_value_mask_of_its_own():
+def test_separate_value_mask():
     inputs, constants = case(5)
     value_mask = constants["mask"].roll(1, 1) | constants["mask"]
     got, gradients = run(ppo_loss, inputs, constants | {"value_mask": value_mask}, {})
@@ -304,8 +304,8 @@ def test_cu_seqlens_are_checked():
         ppo_loss(x, x, x, mask, aggregation="seq_mean_token_sum")
 
 
-def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
-    """Under a compiler the public check sees no values; the kernel must not read or write outside."""
+def test_kernel_checks_cu_seqlens_in_a_compiled_graph():
+    """In a compiled graph the public check cannot read values; the kernel must not access memory out of bounds."""
     x, mask = torch.zeros(4), torch.ones(4, dtype=torch.bool)
 
     def loss(x, cu):
@@ -318,7 +318,7 @@ def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
 
 
 def test_defaults_are_the_same_everywhere():
-    """The options that type checkers know, the table, and the definition."""
+    """The options for type checkers, the table of options and the reference agree."""
     shared = {f.name: f.default for f in dataclasses.fields(PPOArguments)}
     assert tuple(PPOOptions.__annotations__) == tuple(shared)
     defined = (
@@ -328,7 +328,7 @@ def test_defaults_are_the_same_everywhere():
         assert defined[name].default == default, name
 
 
-def test_wider_tensors_are_read_as_what_they_are():
+def test_float64_tensors_with_float32_logprobs():
     inputs, constants = case(10)
     expected = run(ppo_loss, inputs, constants, {"vf_coef": 1.0})[0]
     wide = {k: v if k == "logprobs" else v.double() for k, v in inputs.items()}

@@ -1,4 +1,4 @@
-"""`rollout_advantages`: numbers made by hand, the peers' placements of the score, float64 and invariances."""
+"""`rollout_advantages`: hand-computed numbers, positions of the score as in the peers, float64 and invariances."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def test_by_hand(isa, backend):
     ("mask", "options", "rewards"),
     [
         ([1, 1, 1], {}, [-0.25, -0.125, 2.25]),
-        ([1, 1, 0], {}, [-0.25, 1.875, 0.0]),  # the last True, not the last slot
+        ([1, 1, 0], {}, [-0.25, 1.875, 0.0]),  # the last True, not the last position
         ([1, 0, 1], {}, [-0.25, 0.0, 2.25]),
         ([0, 0, 0], {}, [0.0, 0.0, 0.0]),  # a row without an action drops its score
         ([1, 1, 1], {"score_index": [1]}, [-0.25, 1.875, 0.25]),
@@ -48,21 +48,24 @@ def test_by_hand(isa, backend):
         ([1, 1, 1], {"kl_coef": 0.0}, [0.0, 0.0, 2.0]),
     ],
 )
-def test_where_the_score_goes(isa, backend, mask, options, rewards):
+def test_position_of_the_score(isa, backend, mask, options, rewards):
     if "score_index" in options:
         options = options | {"score_index": torch.tensor(options["score_index"])}
     assert by_hand(mask, backend=backend, **options).rewards.tolist() == [rewards]
 
 
 def test_last_action_of_a_short_response(isa):
-    """L = 5 of T = 8, score 1, no KL, V = -.326 at the EOS action: 1.326 as TRL classic, OpenRLHF and verl have it."""
+    """A response of 5 of 8 positions with score 1, no KL and V = -.326 at the EOS action has the advantage 1.326 there.
+
+    TRL classic, OpenRLHF and verl give the same number.
+    """
     mask = torch.arange(8)[None] < 5
     values = torch.full((1, 8), -0.326)
     zeros = torch.zeros(1, 8)
     options = {"kl_coef": 0.1, "gamma": 1.0, "lam": 0.95, "whiten_advantages": False}
     got = rollout_advantages(torch.ones(1), zeros, zeros, values, mask, **options)
     assert got.advantages[0, 4].item() == pytest.approx(1.326, abs=1e-6)
-    # Before it every δ is 0, so the advantage decays by λ alone.
+    # Every δ before it is 0, so the advantage decays only by λ.
     assert got.advantages[0, :5].tolist() == pytest.approx([1.326 * 0.95**k for k in (4, 3, 2, 1, 0)], abs=1e-6)
     assert got.advantages[0, 5:].tolist() == [0.0] * 3
 
@@ -94,8 +97,8 @@ def test_against_float64(isa, mask, b, t, kl_estimator):
             assert getattr(got, name).dtype == torch.float32
 
 
-def test_whitening_keeps_a_small_spread_beside_a_large_mean(isa):
-    """Sums of squares in float32 would lose a spread of 1 beside a mean of 4096 altogether."""
+def test_whitening_of_a_small_spread_around_a_large_mean(isa):
+    """Sums of squares in float32 would lose a spread of 1 around a mean of 4096 completely."""
     b, t = 4, 3000
     rewards = 4096 + torch.randn(b, t, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     zeros, mask = torch.zeros(b, t), torch.ones(b, t, dtype=torch.bool)
@@ -109,8 +112,8 @@ def test_whitening_keeps_a_small_spread_beside_a_large_mean(isa):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("count", [0, 1])
-def test_whitening_of_nothing_and_of_one_token(isa, backend, count):
-    """A variance over n - 1 = 0 or -1 is taken for 0."""
+def test_whitening_of_zero_tokens_and_one_token(isa, backend, count):
+    """A variance with n - 1 = 0 or -1 in the denominator is 0."""
     mask = torch.arange(4)[None] < count
     x = torch.ones(1, 4)
     got = rollout_advantages(torch.ones(1), x, x, x, mask, kl_coef=0.1, whiten_rewards=True, backend=backend)
@@ -121,7 +124,7 @@ def test_whitening_of_nothing_and_of_one_token(isa, backend, count):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("whiten_rewards", [False, True])
-def test_packed_gives_the_bits_of_padded(isa, mask, whiten_rewards):
+def test_packed_is_bit_identical_to_padded(isa, mask, whiten_rewards):
     b, t = 6, 1100
     lengths = torch.tensor([0, 1, t, 17, 0, 1030])
     inside = torch.arange(t) < lengths[:, None]
@@ -200,7 +203,7 @@ def test_mistakes_are_named(name, value):
         rollout_advantages(**(good | {name: value}))
 
 
-def test_the_kernel_checks_cu_seqlens_that_the_boundary_cannot_see():
+def test_kernel_checks_cu_seqlens_in_a_compiled_graph():
     x, mask, score = torch.zeros(8), torch.ones(8, dtype=torch.bool), torch.zeros(1)
     compiled = torch.compile(
         lambda ends: rollout_advantages(score, x, x, x, mask, kl_coef=0.1, cu_seqlens=ends).advantages,

@@ -1,4 +1,4 @@
-"""`sample_tokens`: the published numbers of Philox, exact probabilities, brute-force filters, and what must not matter."""
+"""`sample_tokens`: published numbers of Philox, exact probabilities, brute-force filters, and invariances."""
 
 import math
 
@@ -28,8 +28,8 @@ def test_philox_gives_the_published_numbers(key, counter, expected):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_the_counter_picks_the_token(isa, backend):
-    """Against the inverse of the distribution function, with probabilities that are exact: 1/2, 1/4, 1/8, 1/8."""
+def test_counter_determines_the_token(isa, backend):
+    """The sample is the inverse CDF of the random number, here with the exact probabilities 1/2, 1/4, 1/8, 1/8."""
     logits = torch.tensor([[3.0, 2.0, 1.0, 1.0]]) * math.log(2)
     sequence, position = torch.arange(64), torch.arange(64) * 7 + (1 << 35)
     u = uniform(99, sequence, position)
@@ -53,7 +53,7 @@ def test_large_and_negative_seeds_are_their_low_64_bits():
     "filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "min_p": 0.05}]
 )
 def test_frequencies(isa, filters):
-    """χ² over 20000 draws stays below its 99.99% quantile; tokens outside the kept set never come."""
+    """χ² over 20000 draws is below its 99.99% quantile, and tokens outside the kept set are never sampled."""
     n, v = 20000, 12
     logits = torch.randn(1, v, generator=torch.Generator().manual_seed(3)) * 1.5
     p = brute_force(logits[0].double() / 0.8, **filters)
@@ -79,7 +79,7 @@ def test_frequencies(isa, filters):
 @pytest.mark.parametrize("step", [None, 0.5])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
 def test_filters_against_a_sort(isa, v, step, spread):
-    """The mass of the kept set and the place of the sample in it, with and without equal logits."""
+    """The sample is in the kept set and has its probability in that set, with and without equal logits."""
     logits, numbers = rows(6, v, step=step, spread=spread, seed=v)
     for filters in (
         {"top_k": 1},
@@ -101,8 +101,8 @@ def test_filters_against_a_sort(isa, v, step, spread):
             assert got.logprobs[row].item() == pytest.approx(z.log_softmax(0)[i].item(), abs=2e-5)
 
 
-def test_greedy_takes_the_largest_logit(isa):
-    logits, numbers = rows(20, 3000, spread=1e-9)  # apart by less than their log-probs can show
+def test_top_k_of_one_is_argmax(isa):
+    logits, numbers = rows(20, 3000, spread=1e-9)  # differences are too small to show in the log-probs
     got = sample_tokens(logits, top_k=1, **numbers)
     assert got.ids.tolist() == logits.argmax(-1).tolist()
     assert got.sampling_logprobs.tolist() == [0.0] * 20
@@ -129,7 +129,7 @@ def test_a_row_does_not_depend_on_its_batch(isa, filters):
     full = sample_tokens(logits, temperature=temperature, **filters, **numbers)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     wide = torch.zeros(64, 5100, dtype=torch.bfloat16)
-    wide[:, 77:2577] = logits  # rows with a stride of their own, at an odd address
+    wide[:, 77:2577] = logits  # rows with a stride other than V, at an odd address
     for index, source in ((order, logits), (order[:1], logits), (torch.arange(64), wide[:, 77:2577])):
         part = {k: v if k == "seed" else v[index] for k, v in numbers.items()}
         x = source if len(index) == 64 and source is not logits else source[index]
@@ -154,8 +154,8 @@ def test_threads_do_not_matter(isa):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
-def test_logits_that_are_not_finite(isa, filters):
-    """-inf bans a token; NaN, +inf and a row of -inf give NaN log-probs, never wrong ones."""
+def test_non_finite_logits(isa, filters):
+    """A logit of -inf excludes a token. NaN, +inf and a row of -inf give NaN log-probs, not wrong ones."""
     logits = torch.zeros(5, 2000)
     logits[0, 1:1999] = -math.inf
     logits[1, 1500] = math.nan

@@ -1,4 +1,4 @@
-"""`token_logprobs` against float64, on the inputs that peers have got wrong."""
+"""`token_logprobs` against float64, on inputs for which other implementations gave wrong results."""
 
 import math
 
@@ -20,7 +20,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def compare(logits, ids, upstream=(0.37, -0.11), **options):
-    """Outputs and gradient of the kernel, of eager and of float64, under weights of the two outputs."""
+    """Compare outputs and gradient of the kernel with eager and float64; return those of the kernel.
+
+    The gradient is that of a weighted sum of the two outputs.
+    """
     results = []
     for function, dtype in (
         (token_logprobs, logits.dtype),
@@ -64,18 +67,18 @@ def test_matches_float64(isa, dtype, vocabulary, options):
 
 @pytest.mark.parametrize("kind", TEMPERATURES)
 def test_a_temperature_costs_no_accuracy(isa, kind):
-    """1 / T is rounded, and a log-prob of -15 would move by it as a whole; ratios and k3 multiply what is lost here."""
+    """The rounding of 1 / T must not change a log-prob of -15, because ratios and k3 would amplify the error."""
     logits, ids, options = temperature_scene(kind)
     check_temperature_costs_nothing(token_logprobs(logits, ids, **options).logprobs, logits, ids, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_softcaps_slope_does_not_cancel(isa, dtype):
+def test_slope_of_the_softcap_does_not_cancel(isa, dtype):
     check_softcap_slope(token_logprobs, dtype)
 
 
 def test_hand_computed():
-    """p = (1/2, 1/4, 1/4): log p = -log 2, H = 1.5 log 2; the gradient of log p is onehot - p."""
+    """For p = (1/2, 1/4, 1/4), log p = -log 2 and H = 1.5 log 2; the gradient of log p is onehot - p."""
     logits = torch.tensor([[0.0, -math.log(2), -math.log(2)]], requires_grad=True)
     out = token_logprobs(logits, torch.tensor([0]), entropy=True)
     torch.testing.assert_close(out.logprobs, torch.tensor([-math.log(2)]))
@@ -86,7 +89,7 @@ def test_hand_computed():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_negative_logits_and_odd_vocabulary(isa, dtype):
-    """Columns past V read as logit 0 would dominate logits near -50 (peers gave log-probs of +123)."""
+    """If columns past V were read as 0, they would dominate logits near -50 (other libraries gave log-probs of +123)."""
     logits = (-50 + torch.randn(9, 1001)).to(dtype)
     logprobs, _, _ = compare(logits, torch.randint(0, 1001, (9,)))
     assert (logprobs < 0).all()
@@ -97,19 +100,19 @@ def test_common_offset(isa):
 
 
 def test_logsumexp_near_zero(isa):
-    """Normalised logits: the log-prob is the logit itself."""
+    """For normalised logits the log-prob is the logit itself."""
     logits = torch.randn(9, 333).log_softmax(-1)
     logprobs, _, _ = compare(logits, torch.arange(9))
     torch.testing.assert_close(logprobs, logits[torch.arange(9), torch.arange(9)], atol=1e-6, rtol=1e-6)
 
 
 def test_rising_maximum(isa):
-    """The running maximum moves in every block."""
+    """The running maximum changes in every block."""
     compare(torch.linspace(-80, 80, 5000).repeat(3, 1), torch.tensor([0, 2500, 4999]))
 
 
 def test_masked_columns(isa):
-    """A logit of -inf has probability 0 and takes no part; it must not turn 0 * inf into NaN."""
+    """A logit of -inf has probability 0, and 0 * inf must not become NaN in the entropy."""
     logits = torch.randn(5, 2100)
     logits[:, :1500] = -torch.inf
     out = token_logprobs(logits, torch.full((5,), 2000), entropy=True)
@@ -127,7 +130,7 @@ def test_non_finite_logits_give_a_non_finite_row(isa, bad):
     assert out.entropy.isfinite().tolist() == [True, False, True]
 
 
-def test_mask_zeroes_rows_whatever_they_hold(isa):
+def test_masked_rows_are_zero(isa):
     logits = torch.randn(2, 3, 50)
     logits[0, 1] = torch.nan
     logits.requires_grad_()
@@ -141,7 +144,7 @@ def test_mask_zeroes_rows_whatever_they_hold(isa):
 
 
 def test_strides_are_respected(isa):
-    """The slices that trainers pass: shifted logits, a transpose, every second row."""
+    """Trainers pass slices: shifted logits, a transpose, every second row."""
     base, ids = torch.randn(4, 9, 130), torch.randint(0, 130, (4, 8))
     compare(base[:, :-1], ids)
     compare(base[:, 1:].transpose(0, 1), ids.t())
@@ -149,7 +152,7 @@ def test_strides_are_respected(isa):
     compare(torch.randn(130, 12).t(), torch.randint(0, 130, (12,)))
 
 
-def test_inplace_gradient_takes_the_logits_bytes():
+def test_inplace_gradient_overwrites_the_logits():
     from rlhf_kernels import logits_ppo_loss
 
     logits = torch.randn(2, 5, 40).requires_grad_()
@@ -164,7 +167,7 @@ def test_inplace_gradient_takes_the_logits_bytes():
 
 
 @pytest.mark.parametrize(("own", "shared"), [((1, 40), (5, 40)), ((1, 3, 40), (2, 3, 40))])
-def test_inplace_leaves_rows_that_share_bytes_alone(own, shared):
+def test_inplace_does_not_overwrite_overlapping_rows(own, shared):
     from rlhf_kernels import logits_ppo_loss
 
     row, tokens = torch.randn(own).requires_grad_(), shared[:-1]
@@ -177,14 +180,14 @@ def test_inplace_leaves_rows_that_share_bytes_alone(own, shared):
     assert torch.equal(*gradients)
 
 
-def test_the_definition_shows_non_finite_rows_too():
+def test_reference_gives_non_finite_rows_too():
     logits = torch.randn(2, 9)
     logits[1, 3] = math.nan
     out = reference.token_logprobs(logits, torch.zeros(2, dtype=torch.long), entropy=True)
     assert out.entropy.isfinite().tolist() == [True, False]
 
 
-def test_same_bits_twice_and_for_any_neighbours():
+def test_same_bits_twice_and_in_any_batch():
     logits, ids = torch.randn(40, 3001), torch.randint(0, 3001, (40,))
     whole = token_logprobs(logits, ids, entropy=True)
     again = token_logprobs(logits, ids, entropy=True)

@@ -1,7 +1,7 @@
-"""Every adapter beside its original: each result and each gradient, each option, masks with holes, lengths 0, 1 and T.
+"""Every adapter against its original: all results, gradients and options, masks with holes, lengths 0, 1 and T.
 
-Run by `make test-peers`, in an environment that has the originals. Differences that are meant are options: the cases here run
-with `faithful=True`, and what the default does instead stands beside it below.
+`make test-peers` runs these tests in an environment that has the originals. The comparisons use `faithful=True`. The tests
+below them show how the default differs from the originals on purpose.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, verl
 
 @pytest.mark.parametrize("peer", cases.PEERS)
 def test_results_and_gradients(peer):
-    """max |ours - theirs| / max |theirs| of each tensor, at most 1e-6; theirs in float64 where it is the noisier."""
+    """For each tensor, max |ours - theirs| / max |theirs| is at most 1e-6; theirs is in float64 where it is noisier."""
     if peer == "DeepSpeed-Chat" and not originals.SOURCES.joinpath(peer).exists():
         pytest.skip("DeepSpeed-Chat is in no package index: make test-peers DEEPSPEED_CHAT=its folder")
     compared = 0
@@ -26,7 +26,7 @@ def test_results_and_gradients(peer):
     assert compared >= 20
 
 
-def test_verl_leaves_values_under_the_mask_and_we_leave_zeros():
+def test_masked_entries_are_zero_unlike_in_verl():
     b = batch("holes")
     mask = b.mask.float()
     theirs = originals.verl().compute_gae_advantage_return(b.rewards, b.values, mask, 1.0, 0.95)
@@ -36,7 +36,7 @@ def test_verl_leaves_values_under_the_mask_and_we_leave_zeros():
         assert (x[b.mask == 0] == 0).all() and (y[b.mask == 0] != 0).any()
 
 
-def test_verl_raises_where_one_token_counts_and_we_give_zero():
+def test_one_action_gives_zero_and_verl_raises():
     b = batch("one")
     mask = b.mask.float()
     with pytest.raises(ValueError, match="sum of the mask is one"):
@@ -44,7 +44,7 @@ def test_verl_raises_where_one_token_counts_and_we_give_zero():
     assert not verl.compute_gae_advantage_return(b.rewards, b.values, mask, 1.0, 0.95)[0].any()
 
 
-def test_losses_of_nothing_are_nan_there_and_zero_here():
+def test_losses_of_an_empty_mask_are_zero_and_the_peers_are_nan():
     b = batch("full")
     nothing = torch.zeros_like(b.mask)
     theirs = originals.verl().compute_value_loss(b.values, b.returns, b.old_values, nothing, 0.2)[0]
@@ -63,14 +63,14 @@ def test_openrlhf_scores_a_row_without_an_action_and_we_do_not():
     torch.testing.assert_close(ours[1:], theirs[1:], rtol=0, atol=0)
 
 
-def test_openrlhf_ranking_loss_overflows_there():
+def test_ranking_loss_overflows_only_in_openrlhf():
     loss, _ = originals.openrlhf()
     chosen, rejected = torch.tensor([0.0]), torch.tensor([100.0])
     assert loss.LogExpLoss()(chosen, rejected).isinf() and openrlhf.LogExpLoss()(chosen, rejected) == 100
 
 
 def test_trl_classic_lets_whitened_padding_leak_into_the_response():
-    """The mean that whitening adds back lands behind the response too, where GAE picks it up."""
+    """TRL adds the mean back at positions after the response too, and GAE carries it into the response."""
     b = batch("lengths")
     config = next(c.ours.config for c in cases.trl_cases() if "whitened" in c.note)
     theirs = originals.trl_classic()()
@@ -82,12 +82,12 @@ def test_trl_classic_lets_whitened_padding_leak_into_the_response():
     assert (leaked - clean)[inside].abs().max() > 0.01
     arguments = [torch.nn.functional.pad(x, (0, 5)) for x in (b.values, rewards, b.mask)]
     moved, kept = theirs.compute_advantages(*arguments)[1], trl.Classic(config, None).compute_advantages(*arguments)[1]
-    assert (moved[:, :-5] - leaked)[inside].abs().max() > 0.01  # five more pads change what was learnt
+    assert (moved[:, :-5] - leaked)[inside].abs().max() > 0.01  # five more pad tokens change the advantages
     torch.testing.assert_close(kept[:, :-5][inside], clean[inside], rtol=1e-6, atol=1e-6)
 
 
 def test_settings_of_the_object_are_the_trainers_defaults():
-    """DeepSpeed-Chat's are set in `__init__`; ours are fields."""
+    """DeepSpeed-Chat sets its defaults in `__init__`; ours are dataclass fields."""
     path = originals.SOURCES / "DeepSpeed-Chat" / "dschat" / "rlhf" / "ppo_trainer.py"
     if not path.exists():
         pytest.skip("DeepSpeed-Chat is in no package index: make test-peers DEEPSPEED_CHAT=its folder")

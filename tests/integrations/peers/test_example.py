@@ -1,8 +1,8 @@
-"""The GRPO example learns."""
+"""The policy of the GRPO example learns."""
 
 from benchmarks.examples import trl_grpo
 
 
-def test_grpo_with_the_fused_head_learns_the_liked_token():
+def test_grpo_with_the_fused_head_learns_the_rewarded_token():
     rewards = trl_grpo.train(steps=30)
     assert rewards[0] < 0.15 and max(rewards[-5:]) > 0.5, rewards

@@ -1,4 +1,4 @@
-"""Actor and engine models from hidden states beside the originals' forwards through logits."""
+"""OpenRLHF's Actor and verl's engine model from hidden states, against the originals, which compute logits."""
 
 import copy
 import types
@@ -51,7 +51,7 @@ def test_openrlhf_actor():
 
 
 def test_verl_model():
-    """Its torch backend, which makes log-probs and entropy from logits in chunks."""
+    """The original is verl's torch backend, which computes log-probs and entropy from logits in chunks."""
     common = originals.installed("verl.models.transformers.dense_common")
     plain = tiny.language_model()
     plain.forward = types.MethodType(common.forward_with_torch_backend, plain)

@@ -1,4 +1,4 @@
-"""GRPOTrainer with our mixin and without: losses, gradients and two steps of training, in the installed release."""
+"""The installed GRPOTrainer with and without our mixin: losses, gradients and two steps of training."""
 
 from importlib.metadata import version
 
@@ -40,7 +40,7 @@ def trainer(kind, folder, peft_config=None, **settings):
         "gradient_checkpointing": False,
     } | settings
     prompts = [{"prompt": f"w{i} w{i + 1} w{2 * i}"[: 6 + i]} for i in range(8)]
-    tiny.language_model().save_pretrained(folder / "model")  # where TRL finds the reference model again
+    tiny.language_model().save_pretrained(folder / "model")  # TRL loads the reference model from this folder
     return kind(
         model=LlamaForCausalLM.from_pretrained(folder / "model"),
         reward_funcs=reward,
@@ -52,7 +52,7 @@ def trainer(kind, folder, peft_config=None, **settings):
 
 
 def inputs(b: int = 4, prompt: int = 3, t: int = 6) -> dict:
-    """Left-padded prompts, completions of lengths 1, T and between, advantages of both signs."""
+    """Return left-padded prompts, responses of lengths 1, T and between, and advantages of both signs."""
     g = torch.Generator().manual_seed(1)
     prompt_mask = (torch.arange(prompt) >= torch.tensor([[0], [1], [2], [0]])).long()
     completion_mask = (torch.arange(t) < torch.tensor([[1], [t], [3], [4]])).long()
@@ -88,7 +88,7 @@ def test_loss_and_gradients(tmp_path, name):
     for kind in (GRPOTrainer, Fused):
         made = trainer(kind, tmp_path, **SETTINGS[name])
         made.current_gradient_accumulation_steps = 1
-        if name == "truncated importance weights":  # the sampler's, which TRL makes where vLLM sampled
+        if name == "truncated importance weights":  # TRL has these weights only with vLLM as the sampler
             made.use_vllm = made.vllm_importance_sampling_correction = True
         loss = made._compute_loss(made.model, inputs())
         loss.backward()
@@ -107,7 +107,7 @@ def test_loss_and_gradients(tmp_path, name):
 
 
 def test_two_steps_end_in_the_same_weights(tmp_path):
-    """Generation, rewards, advantages, two optimiser steps."""
+    """Two steps of generation, rewards, advantages and the optimizer end in the same weights."""
     weights = []
     for kind in (GRPOTrainer, Fused):
         made = trainer(kind, tmp_path / kind.__name__)
@@ -121,9 +121,10 @@ def test_two_steps_end_in_the_same_weights(tmp_path):
 
 
 def test_lora_on_the_head(tmp_path):
-    """The adapter of the output layer has its part in loss and gradients, and its name in the state dict.
+    """An adapter of the output layer changes loss and gradients as in TRL, and keeps its name in the state dict.
 
-    TRL 1.16 refuses an adapter there, for its own head would leave it out: one inside the trunk then.
+    TRL 1.16 raises for an adapter of the output layer, because its fused head would ignore it. The test then adapts a layer
+    of the trunk.
     """
     from peft import LoraConfig
 
@@ -151,7 +152,7 @@ def test_lora_on_the_head(tmp_path):
         )
 
 
-def test_what_is_refused(tmp_path):
+def test_unsupported_arguments_are_refused(tmp_path):
     made = trainer(Fused, tmp_path)
     assert isinstance(made.model.lm_head, FusedHead)
     ids = torch.zeros(1, 4, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""TRL 1.12.0's PPOTrainer run on CPU for three updates, and its own tensors put through our adapter.
+"""Three updates of TRL 1.12.0's PPOTrainer on CPU, and our adapter on the trainer's tensors.
 
-Nothing of its arithmetic is written here: the trainer trains, and a tracer reads the variables of its `train` when it calls
-its log-softmax (an update's log-probs), `optimizer.step` (a micro-batch is done) and `log` (an update is done).
+The tests do not repeat TRL's arithmetic. A subclass of the trainer reads the local variables of `train` at each
+`optimizer.step` (the end of a micro-batch) and the metrics at each `log` (the end of an update).
 """
 
 import sys
@@ -35,7 +35,7 @@ STEP = ("micro_batch_inds", "logits", "mb_responses", "vpred", "loss")
 
 
 class Recorder(PPOTrainer):
-    """The original, with ears: what its `train` holds at each optimiser step and at each log line."""
+    """PPOTrainer that records the local variables of `train` at each optimizer step, and each log line."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -70,7 +70,7 @@ class Recorder(PPOTrainer):
 def run(folder, **settings):
     torch.manual_seed(0)
     policy, reference = LlamaForCausalLM(tiny.config()), LlamaForCausalLM(tiny.config())
-    with torch.no_grad():  # an end token that some states make likely: lengths from 1 to T
+    with torch.no_grad():  # the end token is likely in some states, so that lengths are between 1 and T
         for model in (policy, reference):
             model.lm_head.weight[END] = torch.randn(32, generator=torch.Generator().manual_seed(4))
     value, reward = (LlamaForSequenceClassification(tiny.config(num_labels=1)) for _ in range(2))
@@ -107,7 +107,7 @@ def run(folder, **settings):
         callbacks=[TrainerCallback()],
         train_dataset=Dataset.from_dict({"input_ids": prompts}),
     )
-    np.random.seed(0)  # TRL draws the order of its sequences from numpy's global generator
+    np.random.seed(0)  # TRL shuffles its sequences with numpy's global generator
     made.train()
     return made
 
@@ -120,7 +120,7 @@ def close(name, ours, theirs, scale=None):
 
 @pytest.mark.parametrize("settings", [{}, {"whiten_rewards": True, "kl_estimator": "k3"}], ids=["k1", "k3, whitened"])
 def test_three_updates(tmp_path, settings):
-    """Rewards, advantages, returns, losses, log lines to 1e-5 of each tensor's largest value."""
+    """Rewards, advantages, returns, losses and log lines agree to 1e-5 of each tensor's largest value."""
     made = run(tmp_path, **settings)
     assert len(made.seen) == UPDATES and all(len(u["steps"]) == EPOCHS * BATCH // MICRO for u in made.seen)
     adapter = trl.PPO(made.args, faithful=True)
@@ -133,7 +133,7 @@ def test_three_updates(tmp_path, settings):
         stats = []
         for index, step in enumerate(update["steps"]):
             s = SimpleNamespace(**step)
-            # TRL divides by the temperature in place: this is what the model gave.
+            # TRL divides the logits by the temperature in place; this restores the model's logits.
             logits = (s.logits * (made.args.temperature + 1e-7)).requires_grad_()
             loss, found = adapter.loss(logits, s.mb_responses, s.vpred, rollout.take(s.micro_batch_inds))
             close(f"loss of step {index}", loss.detach(), s.loss, scale=1.0)
@@ -143,11 +143,11 @@ def test_three_updates(tmp_path, settings):
             assert value == pytest.approx(u.line[name], rel=1e-5, abs=1e-5), name
         clipped += line["policy/clipfrac_avg"]
     lengths = torch.cat([u["sequence_lengths"] for u in made.seen])
-    assert clipped > 0 and lengths.min() < 3 and lengths.max() == 6  # it was a lively run
+    assert clipped > 0 and lengths.min() < 3 and lengths.max() == 6  # ratios were clipped and lengths vary
 
 
 def test_the_original_with_fused_helpers(tmp_path):
-    """Rollout, first loss and first gradient with TRL's helpers and with ours; afterwards the module has its own again."""
+    """Rollout, first loss and first gradient are the same with our helpers; the originals are restored afterwards."""
     one = {"total_episodes": BATCH, "num_ppo_epochs": 1}
     plain = run(tmp_path / "plain", **one)
     with trl.fused_helpers() as swapped:

@@ -1,4 +1,4 @@
-"""A model and a tokenizer small enough to train in a test, from a config alone."""
+"""A model and a tokenizer that are small enough to train in a test; they need no download."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
