@@ -62,9 +62,9 @@ docs: build
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/python -m mkdocs build --strict --quiet
 
-# Compare the adapters with the original trainers, in a separate environment: trl 1.12.0 with verl and OpenRLHF, then the current
-# release of trl. DEEPSPEED_CHAT=... is a folder with DeepSpeed-Chat, which is in no package index; without it, its cases are
-# skipped.
+# Compare the adapters with the original trainers, in a separate environment: trl 1.12.0 with verl and OpenRLHF, then the
+# current release of trl. DEEPSPEED_CHAT=... is a folder with DeepSpeed-Chat, which is in no package index; without it, its
+# cases are skipped.
 test-peers: $(PEERS)/.built
 	$(if $(DEEPSPEED_CHAT),ln -sfn $(abspath $(DEEPSPEED_CHAT)) $(PEERS)/sources/DeepSpeed-Chat)
 	$(PEERS)/bin/python -m pytest tests/integrations/peers
