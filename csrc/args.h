@@ -6,7 +6,8 @@
 
 namespace rlhf {
 
-// The logit z that the softmax uses, from the model's logit u: z = softcap * tanh(logit_scale * u / softcap) / temperature.
+// The logit z that the softmax uses, from the model's logit u: z = softcap * tanh(logit_scale * u / softcap) / temperature, or
+// z = logit_scale * u / temperature without a softcap.
 struct LogitTransform {
     double temperature = 1;
     const float* temperatures = nullptr;  // (N) or null

@@ -47,8 +47,9 @@ void set_isa(const std::string& name) {
 #define RLHF_CPU(call) (baseline::call)
 #endif
 
-// Ask the kernel for huge pages. The first write to new memory costs one page fault per 4 KB, which for a chunk of logits takes
-// a quarter as long as its matrix product; with huge pages it costs one per 2 MB. Without support, the hint has no effect.
+// Ask the operating system for huge pages. The first write to new memory costs one page fault per 4 KB, which for a chunk of
+// logits takes a quarter as long as its matrix product; with huge pages it costs one per 2 MB. Without support, the hint has no
+// effect.
 void advise_huge_pages(Address begin, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const Address page = 4096, first = (begin + page - 1) & ~(page - 1), last = (begin + bytes) & ~(page - 1);
@@ -56,7 +57,7 @@ void advise_huge_pages(Address begin, std::size_t bytes) {
 #endif
 }
 
-// Return the compute capabilities of the compiled CUDA kernels, as 10 * major + minor; an empty list in a build without nvcc.
+// Return the compute capabilities of the compiled CUDA kernels, as 10 * major + minor; an empty list if there are no kernels.
 py::list cuda_architectures() {
     py::list built;
 #ifdef RLHF_CUDA

@@ -1,4 +1,4 @@
-// The parts of the kernels that are not C++: launches, clusters, conversions.
+// The device-specific parts of the kernels: launches, clusters, conversions.
 //
 // All code that only a CUDA compiler accepts is in this file, so that the tests can replace it (tests/kernels/cuda_emulator)
 // and run the kernels on the host.

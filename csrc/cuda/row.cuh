@@ -124,7 +124,7 @@ template <int N>
 __device__ __forceinline__ void add(RowSum& s, const float (&w)[N], const Factor& f) {
     float top = s.shift;
 #pragma unroll
-    for (int i = 0; i < N; i++) top = fmaxf(top, w[i]);  // fmaxf ignores NaN, which makes the sums NaN below
+    for (int i = 0; i < N; i++) top = fmaxf(top, w[i]);  // fmaxf ignores NaN; the sums below become NaN
     move_shift(s, top, f);
     float sum = 0.f, weighted = 0.f;
 #pragma unroll
