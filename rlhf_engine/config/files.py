@@ -104,7 +104,7 @@ def refuse_overrides(overrides: Sequence[str], decided: Collection[str], who: st
         _apply_override(tree, override)
         for key, _ in flat_settings(tree):
             if key in decided:
-                raise ValueError(f"override {override!r}: {who} sets {key}; remove this override")
+                raise ValueError(f"override {override!r} is not possible: {who} sets {key}")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

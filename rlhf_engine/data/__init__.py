@@ -1,4 +1,4 @@
-"""Records of the three data sets, their files, their tokens and their batches."""
+"""Records of demonstrations, rankings, prompts and pretraining text: their files, tokens and batches."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""Token lists to rectangles: rows of like length together, so that little is padding.
+"""Padded batches of token lists, and batches of rows with similar lengths, which need little padding.
 
-Legend: B sequences, S tokens of a row (prompt and response), P pairs.
+Legend: B sequences, S tokens per row (prompt and response), P pairs.
 """
 
 from collections.abc import Iterator, Sequence, Sized
@@ -26,32 +26,32 @@ class Example:
 
 @dataclass(frozen=True)
 class LanguageBatch:
-    """Rows padded on the right."""
+    """A batch of rows that are padded on the right."""
 
     ids: Tensor
     """[B, S] int64."""
     attention_mask: Tensor
-    """[B, S] bool, True on tokens that exist."""
+    """[B, S] bool, False on padding."""
     response_mask: Tensor
-    """[B, S] bool, True on the response's tokens, EOS included."""
+    """[B, S] bool, True on the tokens of the response, EOS included."""
 
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """All completions of some prompts, each once, and the pairs among them."""
+    """The completions of several prompts, each once, and the pairs of completions that a ranking orders."""
 
     batch: LanguageBatch
-    """The completions, B = the sum of K over the prompts."""
+    """All completions; B is the sum of the numbers of completions of the prompts."""
     better: Tensor
     """[P] int64, row of the preferred completion of each pair."""
     worse: Tensor
-    """[P] int64, row of the other one."""
+    """[P] int64, row of the other completion of each pair."""
     weights: Tensor
-    """[P] float32, 1 / (pairs of its prompt * prompts), so that every prompt weighs the same."""
+    """[P] float32, 1 / (pairs of its prompt * prompts), so that all prompts have the same weight."""
 
 
 def pad_sequences(examples: Sequence[Example], pad_id: int) -> LanguageBatch:
-    """One rectangle out of prompts and responses, each row starting at column 0."""
+    """Return a batch of prompts with their responses, padded on the right with `pad_id`."""
     width = max(len(example) for example in examples)
     ids = torch.full((len(examples), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(examples), width, dtype=torch.bool)
@@ -64,7 +64,7 @@ def pad_sequences(examples: Sequence[Example], pad_id: int) -> LanguageBatch:
 
 
 def rank_batch(groups: Sequence[tuple[Sequence[Example], Sequence[tuple[int, int]]]], pad_id: int) -> RankedBatch:
-    """One `RankedBatch` out of prompts given as (completions, (better, worse) pairs among them)."""
+    """Return the batch of prompts that are given as (completions, pairs (better, worse) of completion indices)."""
     examples: list[Example] = []
     better: list[int] = []
     worse: list[int] = []
@@ -80,21 +80,21 @@ def rank_batch(groups: Sequence[tuple[Sequence[Example], Sequence[tuple[int, int
 
 
 def lengths_of(rows: Sequence[Sized]) -> NDArray[np.int64]:  # (len(rows),)
-    """How long each row is; 8 bytes for it, where a list would have a pointer and an object."""
+    """Return the length of each row, in an array of 8 bytes per row; a list would need a pointer and an object."""
     return np.fromiter(map(len, rows), np.int64, len(rows))
 
 
 def length_batches(
     lengths: Sequence[int] | NDArray[np.int64], batch_size: int, rng: Random | None = None, *, pool: int = 16
 ) -> Iterator[list[int]]:
-    """Index lists of `batch_size` rows of like length; every index comes once.
+    """Yield lists of the indices of `batch_size` rows with similar lengths; every index appears once.
 
-    With `rng` the order is random: pools of `pool * batch_size` random rows are sorted by length and cut, and the
-    batches come shuffled. Without it the rows simply come from the shortest to the longest.
+    With `rng` the order is random: pools of `pool * batch_size` random rows are sorted by length and cut into batches, and the
+    batches are shuffled. Without `rng`, rows are ordered from the shortest to the longest.
     """
     sizes, order = np.asarray(lengths), np.arange(len(lengths))
     if rng is not None:
-        rng.shuffle(order)  # pyright: ignore[reportArgumentType]  # an array is shuffled in place as a list is
+        rng.shuffle(order)  # pyright: ignore[reportArgumentType]  # an array is shuffled in place like a list
     span = pool * batch_size if rng is not None else max(1, len(order))
     for start in range(0, len(order), span):
         chunk = order[start : start + span]

@@ -1,21 +1,22 @@
-"""Prompt hygiene as InstructGPT describes it (Ouyang et al. 2022, section 3.2), one prompt at a time, with a report.
+"""Prompt hygiene of InstructGPT (Ouyang et al. 2022, section 3.2), one prompt at a time, with a report.
 
-1. deduplicate: a prompt that shares a long prefix with a kept one is dropped;
-2. user_limit: a user's first 200 prompts stay, those after them are dropped;
-3. split: each user belongs to train, validation or test by a hash of the user's id, whatever `split` the file gives;
-4. pii: training prompts with personal information are dropped, or lose it;
-5. truncate: with a tokenizer, long prompts lose their beginning.
+1. deduplicate: drop a prompt that shares a long prefix with a kept prompt;
+2. user_limit: keep the first 200 prompts of each user and drop the others;
+3. split: assign each user to train, validation or test by a hash of the user's id, and ignore any `split` in the file;
+4. pii: drop training prompts with personal information, or redact it;
+5. truncate: with a tokenizer, cut the beginning of long prompts.
 
-Deduplication comes first and looks at all prompts, so a prompt in validation or test has no near copy in train.
+Deduplication is the first step and covers all prompts, so that a prompt in validation or test has no near copy in train.
 
-"A long prefix": of each prompt the first `prefix_chars` characters count after NFKC, case folding and with white space
-collapsed, and prompts with the same ones are the same; a shorter prompt has to be the same as a whole. So being the same
-is an equivalence, which of two comes first decides only who stays, and one look-up of a 128-bit hash replaces the
-comparison with every kept prompt: linear in the number of prompts, however many share a template. (No comparison follows
-the look-up: among 10^9 prompts, two with the same hash have odds of 10^-21.) For a conversation all its turns are one text.
+The prefix of a prompt is its first `prefix_chars` characters after NFKC normalization, case folding and collapsing of white
+space. Prompts with equal prefixes are duplicates; a prompt that is shorter is a duplicate only of an equal prompt. This is an
+equivalence relation, so that the order of the prompts determines only which duplicate is kept. One look-up of a 128-bit hash
+replaces the comparison with every kept prompt, so that the time is linear in the number of prompts, even if many share a
+template. Texts with equal hashes are not compared: among 10^9 prompts the probability of a collision is 10^-21. The turns of a
+conversation are joined to one text.
 
-Records are read, judged and written one by one in the order of the file, and what must be remembered lies in an index on
-disk, so memory does not grow with the file and the same input gives the same bytes.
+Records are read, processed and written one by one in the order of the file. Keys and counts are stored in an index on disk, so
+that memory does not grow with the file. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -38,26 +39,26 @@ from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.files import with_new_folder, write_json
 
 PROMPTS, REPORT = "prompts.jsonl", "report.json"
-_EXAMPLES = 20  # bad lines that the report quotes
+_EXAMPLES = 20  # invalid lines that the report quotes
 
 
 @dataclass
 class Step:
-    """One step of the pipeline and what it did so far."""
+    """One step of the pipeline, with counts."""
 
     name: str
-    """What the report calls it."""
+    """Name of the step in the report."""
     apply: Callable[[PromptRecord], PromptRecord | None]
-    """The record as it goes on, or None to drop it."""
+    """Returns the record for the next step, or None to drop it."""
     seen: int = 0
-    """Prompts that came to it."""
+    """Prompts that reached the step."""
     dropped: int = 0
-    """Prompts that went no further."""
+    """Prompts that the step dropped."""
     changed: int = 0
-    """Prompts whose text went on changed."""
+    """Prompts whose text the step changed."""
 
     def __call__(self, record: PromptRecord) -> PromptRecord | None:
-        """Apply it and count."""
+        """Apply the step to a record and count the result."""
         self.seen += 1
         result = self.apply(record)
         if result is None:
@@ -69,27 +70,27 @@ class Step:
 
 @dataclass
 class HygieneReport:
-    """How many prompts came, what each step did to them and where they went."""
+    """Counts of the prompts that were read, of the effects of each step, and of the splits."""
 
     read: int = 0
-    """Prompts that could be read."""
+    """Valid prompts in the source."""
     users: int = 0
     """Users with at least one prompt after deduplication."""
     bad_lines: int = 0
-    """Lines that were skipped because they hold no prompt."""
+    """Invalid lines, which were skipped."""
     bad_examples: list[str] = field(default_factory=list)
-    """What was wrong with the first of them."""
+    """Error messages of the first invalid lines."""
     steps: list[Step] = field(default_factory=list)
-    """The steps in their order."""
+    """The steps in the order in which they run."""
     pii: Counter[str] = field(default_factory=Counter)
-    """Training prompts with each kind of personal information; one may have several."""
+    """Number of training prompts with each kind of personal information; a prompt may have several kinds."""
     splits: Counter[str] = field(default_factory=Counter)
-    """Prompts written to each split."""
+    """Number of prompts written to each split."""
     warnings: list[str] = field(default_factory=list)
-    """What a later stage may miss."""
+    """Problems that may affect a later stage, such as a split without prompts."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, ready for JSON."""
+        """Return the report as plain values, ready for JSON."""
         names = ("name", "seen", "dropped", "changed")
         return {
             **{name: getattr(self, name) for name in ("read", "users", "bad_lines", "bad_examples")},
@@ -100,7 +101,7 @@ class HygieneReport:
         }
 
     def table(self) -> str:
-        """The same for people to read."""
+        """Return the report as a text table."""
         lines = [f"{'step':14}{'seen':>12}{'dropped':>12}{'changed':>12}{'left':>12}"]
         lines.append(f"{'read':14}{self.read + self.bad_lines:12,}{self.bad_lines:12,}{0:12,}{self.read:12,}")
         for step in self.steps:
@@ -115,22 +116,20 @@ class HygieneReport:
 def clean_prompts(
     source: str | Path, folder: str | Path, settings: HygieneConfig, codec: Codec | None = None
 ) -> HygieneReport:
-    """Read the prompts of `source` and write those that pass to `folder/prompts.jsonl`, the counts to report.json.
+    """Clean the prompts of `source`; write the kept ones to `folder/prompts.jsonl` and the counts to `folder/report.json`.
 
-    `read_prompts` reads what it writes. With a `codec` long prompts are truncated to its `max_prompt_tokens`.
+    `read_prompts` reads the result. With a `codec`, long prompts are truncated to its `max_prompt_tokens`.
 
     Raises:
-        ValueError: a bad line, named as `file:line`, unless `settings.bad_lines` is "skip"; no prompt at all; a
-            `folder` with other files in it, which would be lost.
-        OSError: a full disk.
+        ValueError: an invalid line, named as `file:line`, unless `settings.bad_lines` is "skip"; no valid prompt; a `folder`
+            that contains other files, which would be lost.
+        OSError: the disk is full.
     """
     folder, given = Path(folder), Path(source)
     if folder.resolve() in given.resolve().parents:
-        raise ValueError(f"{folder}: holds the prompts to read, expected another folder")
+        raise ValueError(f"{folder}: contains the prompts to read; give a different output folder")
     if folder.exists() and (not folder.is_dir() or {item.name for item in folder.iterdir()} - {PROMPTS, REPORT}):
-        raise ValueError(
-            f"{folder}: exists and holds something else than {PROMPTS} and {REPORT}, expected a new folder"
-        )
+        raise ValueError(f"{folder}: contains files other than {PROMPTS} and {REPORT}; give a new folder")
     report = HygieneReport()
     records = read_prompts(source, on_bad=_skip(report) if settings.bad_lines == "skip" else None)
 
@@ -138,7 +137,7 @@ def clean_prompts(
         try:
             _write(new, records, settings, report, codec, given)
         except sqlite3.Error as error:
-            raise OSError(f"{new}: the index on disk fails: {error}") from None
+            raise OSError(f"{new}: writing the temporary index failed: {error}") from None
 
     with_new_folder(folder, write)
     return report
@@ -158,7 +157,7 @@ def _write(
             out.write(json.dumps(_fields(record), ensure_ascii=False) + "\n")
         report.users = index.users()
     if not report.read:
-        raise ValueError(f"{source}: got no prompts, expected at least one")
+        raise ValueError(f"{source}: contains no valid prompt; give a file with at least one")
     report.warnings = [
         _empty(split, report) for split, share in _shares(settings) if share and not report.splits[split]
     ]
@@ -166,7 +165,7 @@ def _write(
 
 
 def prefix_key(prompt: Prompt, prefix_chars: int) -> bytes:
-    """16 bytes that two prompts share if their first `prefix_chars` normalised characters are the same."""
+    """Return 16 bytes that are equal for prompts whose first `prefix_chars` normalized characters are equal."""
     text = "\n".join(prompt_texts(prompt))
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
@@ -175,7 +174,7 @@ def prefix_key(prompt: Prompt, prefix_chars: int) -> bytes:
 
 
 def split_of(user_id: str, settings: HygieneConfig) -> str:
-    """train, validation or test: the same for all prompts of a user, in every file and every run."""
+    """Return the split of a user: train, validation or test. It depends only on the id and the settings."""
     digest = hashlib.blake2b(user_id.encode(), digest_size=8, salt=settings.split_seed.to_bytes(16, "little")).digest()
     place = int.from_bytes(digest, "big") / 2**64
     if place < settings.test_share:
@@ -190,8 +189,8 @@ def _shares(settings: HygieneConfig) -> list[tuple[str, float]]:
 
 def _empty(split: str, report: HygieneReport) -> str:
     return (
-        f"no prompt is left in {split}, of {report.users:,} users in all; data.hygiene.{{validation_share,test_share}} are "
-        "shares of the users, and another data.hygiene.split_seed draws others"
+        f"no prompt is left in {split}, with {report.users:,} users in total; change data.hygiene.validation_share or "
+        "test_share, which are fractions of the users, or data.hygiene.split_seed"
     )
 
 
@@ -219,7 +218,7 @@ def _pii_filter(settings: HygieneConfig, report: HygieneReport) -> Callable[[Pro
         from rlhf_engine.data.pii import PiiFinder, redact
     except ImportError as error:
         raise ValueError(
-            f"pii: got {settings.pii!r}, which needs `pip install phonenumbers python-stdnum` ({error}); 'keep' does not"
+            f"pii is {settings.pii!r}, which needs `pip install phonenumbers python-stdnum` ({error}); or set it to 'keep'"
         ) from None
     finder = PiiFinder(settings.phone_regions, settings.honorifics)
 
@@ -241,7 +240,7 @@ def _pii_filter(settings: HygieneConfig, report: HygieneReport) -> Callable[[Pro
 
 
 def _run(records: Iterator[PromptRecord], report: HygieneReport, source: Path) -> Iterator[PromptRecord]:
-    """The records that pass all steps."""
+    """Yield the records that pass all steps."""
     for record in records:
         report.read += 1
         result: PromptRecord | None = record
@@ -271,7 +270,7 @@ def _with_prompt(record: PromptRecord, prompt: Prompt) -> PromptRecord:
 
 
 def _fields(record: PromptRecord) -> dict[str, Any]:
-    """What `read_prompts` reads back as `record`."""
+    """Return the fields of the line that `read_prompts` reads back as `record`."""
     return {**prompt_field(record.prompt), "user_id": record.user_id, "split": record.split}
 
 
@@ -279,16 +278,16 @@ _CACHE_KIB = 64 * 1024
 
 
 class KeptIndex:
-    """A set of keys and a count for each user, in a file that exists only while the index is open.
+    """A set of keys and a count per user, in a file that exists only while the index is open.
 
-    Up to about 2,000,000 prompts it fits the cache of 64 MiB; from there on the disk sets the pace.
+    Up to about 2,000,000 prompts fit into its cache of 64 MiB; beyond that, the disk limits the speed.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._database = sqlite3.connect(path, isolation_level=None)
         self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        # Nothing in it outlives the run, so nothing is journalled or synced.
+        # The file is deleted at the end of the run, so that it needs no journal and no syncing.
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute("CREATE TABLE keys (key BLOB PRIMARY KEY) WITHOUT ROWID")
@@ -297,16 +296,16 @@ class KeptIndex:
         self._cursor.execute("BEGIN")
 
     def add_key(self, key: bytes) -> bool:
-        """Keep `key`; False if it was there already."""
+        """Add `key`; return False if it is in the set already."""
         return self._cursor.execute("INSERT OR IGNORE INTO keys VALUES (?)", (key,)).rowcount == 1
 
     def add_prompt(self, user_id: str, limit: int) -> bool:
-        """Count one more prompt of a user; False, and not counted, if there are `limit` already."""
+        """Increase the count of a user by one; return False, and leave the count, if it is `limit` already."""
         statement = "INSERT INTO users VALUES (?, 1) ON CONFLICT DO UPDATE SET kept = kept + 1 WHERE kept < ?"
         return self._cursor.execute(statement, (user_id, limit)).rowcount == 1
 
     def users(self) -> int:
-        """How many users have been counted."""
+        """Return the number of users with a count."""
         return self._cursor.execute("SELECT COUNT(*) FROM users").fetchone()[0]
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Files and folders to records, one at a time; whatever is wrong is said with its file and line."""
+"""Readers of data files and folders: they yield records one at a time and report errors with file and line."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ Record = TypeVar("Record")
 OnBad = Callable[[ValueError], None]
 
 _LONGEST = 2**20
-"""Characters of a text file's document, and bytes of its line, that are held before what came so far goes on alone."""
+"""Maximum characters of a document in a text file, and bytes of a line, in memory; longer ones are yielded in parts."""
 
 
 def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
-    """Records of lines such as `{"prompt": "...", "response": "..."}`, or of a data set's folder with these columns.
+    """Yield the records of lines such as `{"prompt": "...", "response": "..."}`, or of a data set's folder with these columns.
 
-    `"messages": [{"role": "user", "content": "..."}, ...]` may stand for the prompt, and for the response as well if the
-    last of them is the assistant's.
+    `"messages": [{"role": "user", "content": "..."}, ...]` may replace the prompt. It may also replace the response if the last
+    message is the assistant's.
 
     Raises:
-        ValueError: no such file, or a bad line, named as `file:line`.
+        ValueError: no such file, or an invalid line, named as `file:line`.
     """
     return _read(path, ("prompt", "response"), (), lambda given, line: Demonstration(**given, line=line))
 
 
 def read_comparisons(path: str | Path) -> Iterator[Comparison]:
-    """Records of lines such as `{"prompt": "...", "completions": ["...", ...], "ranking": "D > C > A = B"}`.
+    """Yield the records of lines such as `{"prompt": "...", "completions": ["...", ...], "ranking": "D > C > A = B"}`.
 
-    `messages` may stand for the prompt, and a data set's folder with these columns for the file.
+    `messages` may replace the prompt, and a data set's folder with these columns the file.
 
     Raises:
-        ValueError: no such file, or a bad line, named as `file:line`.
+        ValueError: no such file, or an invalid line, named as `file:line`.
     """
     return _read(path, ("prompt", "completions", "ranking"), (), _comparison)
 
 
 def read_prompts(path: str | Path, split: str | None = None, on_bad: OnBad | None = None) -> Iterator[PromptRecord]:
-    """Records of lines such as `{"prompt": "...", "user_id": "...", "split": "test"}`; `split` keeps one split only.
+    """Yield the records of lines such as `{"prompt": "...", "user_id": "...", "split": "test"}`, optionally of one `split`.
 
-    `messages` may stand for the prompt, and a data set's folder with these columns for the file. With `on_bad` a bad
-    line is skipped, and `on_bad` told what would have been raised.
+    `messages` may replace the prompt, and a data set's folder with these columns the file. With `on_bad`, an invalid line is
+    skipped, and `on_bad` is called with the error instead of raising it.
 
     Raises:
-        ValueError: no such split, no such file, or a bad line, named as `file:line`.
+        ValueError: no such split, no such file, or an invalid line, named as `file:line`.
     """
     if split is not None:
         check_split(split)
@@ -66,13 +66,13 @@ def read_prompts(path: str | Path, split: str | None = None, on_bad: OnBad | Non
 
 
 def read_texts(path: str | Path) -> Iterator[PretrainingText]:
-    """Documents of a text file with blank lines between them, of JSONL with a field `text`, or of a data set's folder.
+    """Yield documents of a text file with blank lines between them, of JSONL with a field `text`, or of a data set's folder.
 
-    A text file may have no blank lines at all: a document of more than 2^20 characters is cut at the end of a line, or
-    within one of more than 2^20 bytes, and its parts are documents of their own.
+    A text file without blank lines is not read as a whole: a document of more than 2^20 characters is split at the end of a
+    line, or within a line of more than 2^20 bytes, and each part is yielded as a document.
 
     Raises:
-        ValueError: no such file, or a bad line, named as `file:line`.
+        ValueError: no such file, or an invalid line, named as `file:line`.
     """
     path = Path(path)
     if path.is_dir() or path.suffix in (".jsonl", ".json"):
@@ -99,7 +99,7 @@ def _read(
     make: Callable[[dict[str, Any], int], Record],
     on_bad: OnBad | None = None,
 ) -> Iterator[Record]:
-    # Not a generator itself, so that a missing file is reported by the call and not by the first `next`.
+    # Not a generator, so that a missing file is reported by this call and not by the first `next`.
     return _records(Path(path), read_rows(path), required, optional, make, on_bad)
 
 
@@ -140,14 +140,16 @@ def _fields(given: object, required: tuple[str, ...], optional: tuple[str, ...])
 
 
 def _with_prompt(given: dict[str, Any], answered: bool) -> dict[str, Any]:
-    """The row with its messages as the prompt, and as the response too if it is to be `answered` and has none."""
+    """Return the row with its messages as the prompt, and the last as the response if `answered` and the row has none."""
     if "prompt" in given:
-        raise ValueError("got both prompt and messages, expected one of them")
+        raise ValueError("the fields prompt and messages exclude each other; remove one")
     messages = parse_messages(given["messages"])
     others = {name: value for name, value in given.items() if name != "messages"}
     if answered and "response" not in given:
         if messages[-1].role != "assistant":
-            raise ValueError(f"messages: got {messages[-1].role!r} as the last role, expected 'assistant', who answers")
+            raise ValueError(
+                f"messages: got {messages[-1].role!r} as the last role, expected 'assistant', as there is no response"
+            )
         return {"prompt": messages[:-1], "response": messages[-1].content, **others}
     return {"prompt": messages, **others}
 
@@ -167,15 +169,15 @@ def _documents(path: Path) -> Iterator[PretrainingText]:
 
 
 def _document(pieces: list[str], first: int) -> Iterator[PretrainingText]:
-    """One, or none where there is nothing to read, such as the end of a line whose beginning went before."""
+    """Yield the document, or nothing if it is blank, such as the line break of a line that was yielded in parts."""
     text = "".join(pieces).rstrip("\r\n")
     if text.strip():
         yield PretrainingText(text, line=first)
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """The lines of a text file with their numbers, a very long one in several pieces; whether each is a whole line."""
-    # A mark of byte order before the first line is no part of it.
+    """Yield (line number, text, whether it is a whole line) of a text file; a very long line is yielded in several pieces."""
+    # "utf-8-sig" drops a byte order mark at the start of the file.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with path.open("rb") as file:
         number, starts, raw = 1, True, file.readline(_LONGEST)

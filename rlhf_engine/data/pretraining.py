@@ -1,4 +1,4 @@
-"""Pretraining text to rows of equal length on disk: documents in a row, EOS behind each, cut where a row is full."""
+"""Pretraining text as rows of equal length on disk: documents are joined, with EOS after each, and cut into rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rlhf_engine.data.store import mapped
 from rlhf_engine.data.tokenize import Codec
 
 _BATCH, _CHARACTERS = 1024, 2**22
-"""Documents, and characters of them, that are tokenized together: enough for a tokenizer's threads, and all that exists as
-Python integers at a time."""
+"""Maximum documents and characters that are tokenized together: enough to use the threads of a tokenizer, and few
+enough that their token ids fit into memory as Python integers."""
 
 
 def token_rows(path: str | Path, codec: Codec, length: int, near: str | Path) -> Tensor:  # (M, length), int32
-    """Rows of token ids from the documents of `read_texts`; what does not fill the last row is left out.
+    """Return rows of token ids of the documents of `read_texts`; tokens that do not fill the last row are dropped.
 
-    They are a map of a temporary file on the disk of `near`.
+    The rows are a memory map of a temporary file on the disk of `near`.
 
     Raises:
-        ValueError: as `read_texts`; no text for one row, named with the file.
+        ValueError: as `read_texts`; or the file has too little text for one row.
     """
     tokens = torch.from_numpy(mapped(_token_blocks(read_texts(path), codec), near))
     if len(tokens) < length:
@@ -35,7 +35,7 @@ def token_rows(path: str | Path, codec: Codec, length: int, near: str | Path) ->
 
 
 def _token_blocks(texts: Iterator[PretrainingText], codec: Codec) -> Iterator[NDArray[np.int32]]:
-    """The ids of a batch of documents at a time, EOS behind each document."""
+    """Yield the token ids of one batch of documents at a time, with EOS after each document."""
     for batch in _batches(texts):
         yield np.array([token for ids in codec.encode_texts(batch) for token in (*ids, codec.eos_id)], np.int32)
 

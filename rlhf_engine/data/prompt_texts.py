@@ -1,4 +1,4 @@
-"""What people typed, found again by the token ids that were made of it; on disk, as memory must not grow with the prompts."""
+"""Look-up of the text of a prompt by its token ids, on disk, so that memory does not grow with the number of prompts."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from collections.abc import Sequence
 from rlhf_engine.data.records import PromptRecord, plain
 
 PlainPrompt = str | list[dict[str, str]]
-"""A prompt as `plain` gives it: its text, or a conversation's messages with role and content."""
+"""A prompt as `plain` returns it: its text, or the messages of a conversation with role and content."""
 
 
 class PromptTexts:
-    """Prompts by their ids, in a temporary database that is gone with this object or the process."""
+    """Texts of prompts by token ids, in a temporary database that is deleted with this object or at the end of the process."""
 
     def __init__(self) -> None:
-        # An empty name is SQLite's for a file of its own that nobody else sees.
+        # With an empty name SQLite creates a private temporary file.
         self._database = sqlite3.connect("", isolation_level=None)
         self._database.execute("CREATE TABLE prompts (ids BLOB PRIMARY KEY, line INTEGER, prompt TEXT) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
     def add(self, ids: Sequence[int], record: PromptRecord) -> None:
-        """Remember what `record` asks in `ids`.
+        """Store the text of `record` for the token ids `ids` of its prompt.
 
-        Raises ValueError, naming the other's line, where a different prompt has the same ids, as prompts may have that were
-        cut: the policy cannot tell them apart, and who is told of the one would judge an answer to the other.
+        Raises:
+            ValueError: a prompt with a different text has the same ids, which can happen if prompts are truncated. The policy
+                cannot distinguish them, and a reward function could receive the wrong text.
         """
         key, prompt = _key(ids), json.dumps(plain(record.prompt))
         row = (key, record.line, prompt)
@@ -35,12 +36,12 @@ class PromptTexts:
         line, other = self._database.execute("SELECT line, prompt FROM prompts WHERE ids = ?", (key,)).fetchone()
         if other != prompt:
             raise ValueError(
-                f"prompt: got the tokens of line {line}, whose text is another, expected prompts that differ in their tokens "
-                "where a reward.function reads their texts"
+                f"prompt: has the same tokens as the prompt of line {line}, but a different text; reward.function needs "
+                "different tokens for different texts, so remove one of the two or raise rollout.max_prompt_tokens"
             )
 
     def __call__(self, ids: Sequence[int]) -> PlainPrompt:
-        """The prompt that `add` was given with these ids."""
+        """Return the prompt that was added with these ids."""
         found = self._database.execute("SELECT prompt FROM prompts WHERE ids = ?", (_key(ids),)).fetchone()
         return json.loads(found[0])
 

@@ -1,4 +1,4 @@
-"""The kinds of records that RLHF learns from, checked where they are made."""
+"""Records of demonstrations, rankings, prompts and pretraining text, which are checked on construction."""
 
 import math
 import string
@@ -21,7 +21,7 @@ def _check_text(name: str, value: object) -> None:
 def _is_finite(number: float) -> bool:
     try:
         return math.isfinite(number)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer that is too large for a float
         return False
 
 
@@ -38,17 +38,17 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    """Who speaks: user, assistant, system, or whom else the tokenizer's chat template knows."""
+    """Speaker: user, assistant, system, or a different role that the tokenizer's chat template supports."""
     content: str
-    """What is said."""
+    """Text of the message."""
 
 
 Prompt = str | tuple[Message, ...]
-"""What is answered: a text, or a conversation whose next turn is the assistant's."""
+"""A text, or a conversation whose next turn is the assistant's."""
 
 
 def text_of(prompt: Prompt) -> str:
-    """Return a prompt that is known to be a text and no conversation."""
+    """Return `prompt`, which must be a text and not a conversation."""
     assert isinstance(prompt, str)
     return prompt
 
@@ -57,17 +57,17 @@ def _check_prompt(prompt: object) -> None:
     if not isinstance(prompt, tuple):
         _check_text("prompt", prompt)
     elif not prompt or prompt[-1].role == "assistant":
-        raise ValueError("messages: got none to answer, expected the last to be another's than the assistant's")
+        raise ValueError("messages: there is no message to respond to; the last one must not be the assistant's")
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt and the answer that a labeler wrote for it."""
+    """A prompt and the response that a labeler wrote for it."""
 
     prompt: Prompt
     """What the user typed."""
     response: str
-    """What the labeler answered."""
+    """Response of the labeler."""
     line: int = field(default=0, compare=False, kw_only=True)
     """Line of the file that it came from; 0 if none."""
 
@@ -78,14 +78,14 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt, K completions of it and one labeler's ranking of them, ties allowed."""
+    """A prompt, K completions and one labeler's ranking of them, possibly with ties."""
 
     prompt: Prompt
     """What the user typed."""
     completions: tuple[str, ...]
-    """K >= 2 answers."""
+    """K >= 2 responses."""
     ranks: tuple[float, ...]
-    """One finite number for each completion: lower is better, equal is a tie."""
+    """One finite number per completion: lower is better, equal numbers are a tie."""
     line: int = field(default=0, compare=False, kw_only=True)
     """Line of the file that it came from; 0 if none."""
 
@@ -97,7 +97,7 @@ class Comparison:
             _check_text(f"completions[{index}]", completion)
         if len(self.ranks) != len(self.completions):
             raise ValueError(
-                f"ranking: got {len(self.ranks)} ranks, expected {len(self.completions)}, one a completion"
+                f"ranking: got {len(self.ranks)} ranks, expected {len(self.completions)}, one per completion"
             )
         for index, rank in enumerate(self.ranks):
             if isinstance(rank, bool) or not isinstance(rank, int | float) or not _is_finite(rank):
@@ -108,29 +108,29 @@ class Comparison:
             if self.ranks[other] != self.ranks[index]:
                 raise ValueError(
                     f"ranking[{index}]: got {self.ranks[index]!r} for the text of completion {other}, whose rank is "
-                    f"{self.ranks[other]!r}, expected equal ranks of equal completions"
+                    f"{self.ranks[other]!r}, expected equal ranks for equal completions"
                 )
 
     def pairs(self) -> list[tuple[int, int]]:
-        """All (better, worse) index pairs; a tied pair is in no order and is left out."""
+        """Return all index pairs (better, worse) of completions that are not tied."""
         count = len(self.ranks)
         return [(i, j) for i in range(count) for j in range(count) if self.ranks[i] < self.ranks[j]]
 
 
 def check_split(split: object) -> None:
-    """ValueError unless `split` is one."""
+    """Raise ValueError if `split` is not the name of a split."""
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split: got {split!r}, expected 'train', 'validation' or 'test'")
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt to answer, with whom it came from and which split that person belongs to."""
+    """A prompt, with the id and the split of its user."""
 
     prompt: Prompt
     """What the user typed."""
     user_id: str
-    """Who typed it."""
+    """Id of the user who typed it."""
     split: str = "train"
     """train, validation or test; all prompts of a user are in the same one."""
     line: int = field(default=0, compare=False, kw_only=True)
@@ -144,25 +144,29 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class PretrainingText:
-    """A document of the text that the model was, or could have been, pretrained on."""
+    """A document of pretraining text."""
 
     text: str
     """The document."""
     line: int = field(default=0, compare=False, kw_only=True)
-    """Line of the file that it began at; 0 if none."""
+    """First line of the document in its file; 0 if none."""
 
     def __post_init__(self) -> None:
         _check_text("text", self.text)
 
 
 def parse_messages(given: object) -> tuple[Message, ...]:
-    """Messages of a list such as `[{"role": "user", "content": "Hi"}]`; ValueError naming the wrong one."""
+    """Parse a list such as `[{"role": "user", "content": "Hi"}]`.
+
+    Raises:
+        ValueError: an invalid message, named by its index.
+    """
     if not isinstance(given, list) or not given:
         raise ValueError(f"messages: got {given!r}, expected a list of objects with role and content")
     messages = []
     for index, item in enumerate(given):
         name = f"messages[{index}]"
-        # A data set on disk gives every message the fields that any of them has, null where one has none.
+        # In a data set on disk, every message has the fields of all messages; absent fields are null.
         item = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
         if not isinstance(item, dict) or set(item) != {"role", "content"}:
             raise ValueError(f"{name}: got {item!r}, expected an object with role and content")
@@ -173,39 +177,39 @@ def parse_messages(given: object) -> tuple[Message, ...]:
 
 
 def prompt_texts(prompt: Prompt) -> list[str]:
-    """What people may have typed in `prompt`: the text, or the content of every message."""
+    """Return the texts in `prompt` that people may have typed: the prompt, or the content of every message."""
     return [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
 
 
 def with_texts(prompt: Prompt, texts: Sequence[str]) -> Prompt:
-    """`prompt` with `texts` in the places of those that `prompt_texts` gives."""
+    """Return `prompt` with the texts that `prompt_texts` returns replaced by `texts`."""
     if isinstance(prompt, str):
         return texts[0]
     return tuple(Message(message.role, text) for message, text in zip(prompt, texts, strict=True))
 
 
 def plain(prompt: Prompt) -> str | list[dict[str, str]]:
-    """What JSON, or a user's function, gets for a prompt: its text, or its messages with role and content."""
+    """Return a prompt for JSON or a user's function: its text, or its messages as dictionaries with role and content."""
     return prompt if isinstance(prompt, str) else [asdict(message) for message in prompt]
 
 
 def prompt_field(prompt: Prompt) -> dict[str, Any]:
-    """The field of a line that holds a prompt, as the readers of data sets expect it."""
+    """Return the field of a JSONL line that holds a prompt: `prompt` for a text, `messages` for a conversation."""
     return {"prompt" if isinstance(prompt, str) else "messages": plain(prompt)}
 
 
 def prompt_of(line: dict[str, Any]) -> Prompt:
-    """The prompt of a line that `prompt_field` wrote."""
+    """Return the prompt of a line with a field that `prompt_field` returned."""
     return line["prompt"] if "prompt" in line else parse_messages(line["messages"])
 
 
 def parse_ranking(ranking: object, count: int) -> tuple[float, ...]:
-    """Ranks of `count` completions (0 is best) from "D > C > A = B", letters in the order of the completions.
+    """Return ranks of `count` completions (0 is best) from "D > C > A = B"; letters are in the order of the completions.
 
-    A list of numbers, one a completion and lower is better, is taken as it is.
+    A list of numbers, one per completion with lower as better, is returned as a tuple.
 
     Raises:
-        ValueError: a letter that is unknown, missing or there twice, or a value of another type.
+        ValueError: a letter is unknown, missing or repeated, or the value has a wrong type.
     """
     if isinstance(ranking, Sequence) and not isinstance(ranking, str):
         return tuple(ranking)
@@ -222,5 +226,5 @@ def parse_ranking(ranking: object, count: int) -> tuple[float, ...]:
             ranks[letter] = rank
     missing = [letter for letter in letters if letter not in ranks]
     if missing:
-        raise ValueError(f"ranking: {', '.join(missing)} not in {ranking!r}, so it cannot be compared with the others")
+        raise ValueError(f"ranking: {', '.join(missing)} not in {ranking!r}; rank every completion")
     return tuple(ranks[letter] for letter in letters)

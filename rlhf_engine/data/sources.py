@@ -1,7 +1,7 @@
-"""Rows of a data set, one at a time: JSONL files, and folders that `save_to_disk` of Hugging Face `datasets` wrote.
+"""Rows of a data set, one at a time, from a JSONL file or a folder written by `save_to_disk` of Hugging Face `datasets`.
 
-A row comes with its number, from 1: the line of a file (blank lines count and are skipped) or the row of a folder.
-Nothing of the rows before is kept, so memory does not grow with the data.
+Rows are numbered from 1: by the line of a file (blank lines are counted, but not yielded) or the row of a folder. Earlier rows
+are not kept, so that memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 Row = tuple[int, Any]
-"""A number and what stands there; a ValueError that says what is wrong with it where it cannot be read."""
+"""A number and the content of the row, or a ValueError that describes why the row cannot be read."""
 
 _GZIP = b"\x1f\x8b"
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Rows of a JSONL file or of a data set's folder.
+    """Return an iterator over the rows of a JSONL file or of a data set's folder.
 
     Raises:
-        ValueError: nothing there, a folder that holds no data set or several, or `datasets` is not installed.
+        ValueError: the path does not exist, a folder contains no data set or several, or `datasets` is not installed.
     """
-    # Not a generator itself, so that a missing file is reported by the call and not by the first `next`.
+    # Not a generator, so that a missing file is reported by this call and not by the first `next`.
     path = Path(path)
     if path.is_dir():
         return _dataset_rows(path)
@@ -42,10 +42,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_object)
-    except ValueError as error:  # bytes that are not UTF-8 and integers of too many digits among them
+    except ValueError as error:  # also for bytes that are not UTF-8 and integers with too many digits
         if line.startswith(_GZIP):
-            return ValueError("got a file that gzip compressed, expected text, an object of JSON a line")
-        return ValueError(f"not valid JSON: {error}; expected an object a line")
+            return ValueError("the file is compressed with gzip; decompress it to text with one JSON object per line")
+        return ValueError(f"not valid JSON: {error}; expected one object per line")
     except RecursionError:
         return ValueError("not valid JSON: nested too deeply")
 
@@ -55,7 +55,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"got the field {twice!r} twice")
+        raise ValueError(f"the field {twice!r} appears twice; remove one")
     return made
 
 
@@ -63,22 +63,24 @@ def _dataset_rows(folder: Path) -> Iterator[Row]:
     if (folder / "dataset_dict.json").is_file():
         parts = sorted(part.name for part in folder.iterdir() if part.is_dir())
         raise ValueError(
-            f"{folder}: got several data sets, expected one of {', '.join(str(folder / p) for p in parts)}"
+            f"{folder}: contains several data sets; give one of {', '.join(str(folder / p) for p in parts)}"
         )
     if not (folder / "state.json").is_file():
-        raise ValueError(f"{folder}: got a folder without state.json, expected a JSONL file or a data set's folder")
+        raise ValueError(
+            f"{folder}: a folder without state.json is not a data set; give a JSONL file or a folder written by save_to_disk"
+        )
     try:
         from datasets import load_from_disk
     except ImportError:
         raise ValueError(
-            f"{folder}: reading a data set's folder needs `pip install datasets`; JSONL does not"
+            f"{folder}: reading a data set's folder needs `pip install datasets`; or give a JSONL file"
         ) from None
     try:
-        # The arrow files are mapped, not loaded: pages that were read are the operating system's to take back.
+        # The arrow files are memory-mapped, so that the operating system can free pages that were read.
         dataset: Any = load_from_disk(str(folder), keep_in_memory=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: not a whole data set: {error}") from None
-    # A column that a row does not fill is null there, where a line of JSON would leave the field out.
+        raise ValueError(f"{folder}: not a complete data set: {error}") from None
+    # A field that is absent from a row is null in a data set's folder.
     return (
         (number, {name: value for name, value in row.items() if value is not None})
         for number, row in enumerate(dataset, start=1)

@@ -17,20 +17,22 @@ Made = TypeVar("Made")
 def split(
     items: Sequence[Made], prompt: Callable[[Made], Sequence[int]], config: RunConfig, source: str, kind: str
 ) -> tuple[Sequence[Made], Sequence[Made]]:
-    """Training and validation parts with no prompt in common; `prompt` gives an item's, as token ids.
+    """Return training and validation parts with no prompt in common; `prompt` returns the token ids of an item's prompt.
 
-    Prompts are taken in the order of a hash of the seed and their ids, so that one file's validation prompts are mostly
-    another file's, until `data.validation_share` of the items is held out. Both parts have a prompt. Raises ValueError
-    for fewer than two, which says that they are `kind` and come from `source`.
+    Prompts are held out in the order of a hash of the seed and their ids, until `data.validation_share` of the items is held
+    out. Files with common prompts thus have mostly the same validation prompts. Both parts contain at least one prompt.
+
+    Raises:
+        ValueError: there are fewer than two prompts. The message names the items as `kind` and their file as `source`.
     """
     hashes = np.fromiter((_hash(config.seed, prompt(item)) for item in items), np.uint64, len(items))
-    # Stable: the items of a prompt stay as they came.
+    # A stable sort keeps the order of the items of a prompt.
     order = np.argsort(hashes, kind="stable")
     _, sizes = np.unique(hashes, return_counts=True)
     if len(sizes) < 2:
         raise ValueError(
-            f"{source}: got {len(items)} {kind} of {len(sizes)} prompts, expected at least 2 prompts, to train on one and "
-            "validate on another"
+            f"{source}: got {len(items)} {kind} of {len(sizes)} prompts, expected at least 2 prompts, one for "
+            "training and one for validation"
         )
     wanted, held, trained = config.data.validation_share * len(items), int(sizes[0]), False
     held_out = np.zeros(len(sizes), dtype=bool)
@@ -44,5 +46,5 @@ def split(
 
 
 def _hash(seed: int, ids: Sequence[int]) -> int:
-    """Where a prompt stands in the order of a seed; two prompts with one hash, which no data set has, stay together."""
+    """Return the sort key of a prompt for a seed. Prompts with equal hashes, which are improbable, are in the same part."""
     return int.from_bytes(blake2b(repr((seed, tuple(ids))).encode()).digest()[:8], "big")

@@ -1,7 +1,7 @@
-"""Encoded records on disk: numbers in a temporary file that is mapped into memory, any record of them made when asked for.
+"""Encoded records on disk: numbers in a memory-mapped temporary file, from which records are decoded on access.
 
-What stays in memory is 8 bytes a record, where it ends; pages of the file that were read are the operating system's to take
-back. The file has no name, so that nothing is left of it after a crash either.
+Memory holds 8 bytes per record, the position of its end; the operating system can free pages of the file that were read. The
+file has no name, so that a crash leaves no file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class RecordCodec(Generic[Made]):
-    """How a record becomes numbers and a record again."""
+    """Conversion of records to numbers and back."""
 
     encode: Callable[[Made], Sequence[int]]
-    """Numbers that fit 32 bits."""
+    """Returns the numbers of a record; each fits into 32 bits."""
     decode: Callable[[NDArray[np.int32]], Made]
-    """The record of these numbers."""
+    """Returns the record of these numbers."""
 
 
 def _example(row: NDArray[np.int32]) -> Example:
@@ -39,24 +39,24 @@ def _example(row: NDArray[np.int32]) -> Example:
 EXAMPLES: RecordCodec[Example] = RecordCodec(
     lambda example: (len(example.prompt), *example.prompt, *example.response), _example
 )
-"""Prompts with their responses."""
+"""Codec of prompts with their responses."""
 
 
 class Records(Sequence[Made]):
-    """A sequence that makes its records when they are asked for."""
+    """A sequence that creates its records on access."""
 
     def __getitem__(self, index: Any) -> Any:
-        """One record of an integer, a list of a slice."""
+        """Return the record of an integer index, or the list of records of a slice."""
         place = range(len(self))[index]
         return self.record(place) if isinstance(place, int) else [self.record(number) for number in place]
 
     def record(self, number: int) -> Made:
-        """Record `number`, from 0."""
+        """Return record `number`, counted from 0."""
         raise NotImplementedError
 
 
 class Stored(Records[Made]):
-    """Records in a file; record i is made of `numbers[ends[i - 1]:ends[i]]`."""
+    """Records in a file; record i is decoded from `numbers[ends[i - 1]:ends[i]]`."""
 
     def __init__(
         self,
@@ -70,13 +70,13 @@ class Stored(Records[Made]):
         return len(self.ends)
 
     def record(self, number: int) -> Made:
-        """Record `number`, read from the file."""
+        """Return record `number`, read from the file."""
         start = self.ends[number - 1] if number else 0
         return self.decode(self.numbers[start : self.ends[number]])
 
 
 class Selection(Records[Made]):
-    """Some records of `items`, in the order of their `numbers`."""
+    """The records of `items` with these `numbers`, in this order."""
 
     def __init__(self, items: Sequence[Made], numbers: NDArray[np.int64]) -> None:
         self.items, self.numbers = items, numbers
@@ -85,12 +85,12 @@ class Selection(Records[Made]):
         return len(self.numbers)
 
     def record(self, number: int) -> Made:
-        """The record of `items` that comes as number `number`."""
+        """Return record `number` of the selection."""
         return self.items[int(self.numbers[number])]
 
 
 def stored(records: Iterable[Made], codec: RecordCodec[Made], near: str | Path) -> Stored[Made]:
-    """All of `records`, taken one at a time and kept in a file (see `mapped`)."""
+    """Encode `records` one at a time into a file and return them as a sequence (see `mapped`)."""
     ends, total = array("q"), 0
 
     def rows() -> Iterator[NDArray[np.int32]]:
@@ -106,9 +106,9 @@ def stored(records: Iterable[Made], codec: RecordCodec[Made], near: str | Path) 
 
 
 def mapped(blocks: Iterable[NDArray[np.int32]], near: str | Path) -> NDArray[np.int32]:
-    """The blocks' numbers in a row, as a map of a file on the disk that `near`, which need not be there yet, will be on.
+    """Return the concatenated blocks as a memory map of a temporary file on the disk of `near`, which need not exist.
 
-    Not in the system's folder for temporary files, which on many machines is memory.
+    The system's folder for temporary files is not used, because on many machines it is in memory.
     """
     folder = Path(near).absolute()
     folder = next(place for place in (folder, *folder.parents) if place.is_dir())

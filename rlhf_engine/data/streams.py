@@ -1,4 +1,4 @@
-"""Endless streams over a data set, of which any part can be asked for: a position is all that a resumed run needs."""
+"""Endless shuffled streams over a data set with random access, so that a resumed run needs only a position."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def shuffled(items: int, seed: int, tag: str, number: int) -> Tensor:  # (items,)
-    """Order `number` of the stream `tag`: a function of these alone, so nothing is saved and no other draw can shift it.
+    """Return permutation `number` of the stream `tag`, which depends only on the arguments and not on other random draws.
 
-    Streams of one run have different tags; with the seed alone, data sets of one size would be read in the same order.
+    Streams of one run have different tags, because without them data sets of the same size would be read in the same order.
     """
     digest = hashlib.blake2b(f"{tag} {seed} {number}".encode(), digest_size=8).digest()
     stream = torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
@@ -21,7 +21,10 @@ def shuffled(items: int, seed: int, tag: str, number: int) -> Tensor:  # (items,
 
 
 def shuffled_stream(items: int, seed: int, tag: str) -> Callable[[int, int], list[int]]:
-    """`take(first, count)`: indices number `first` to `first + count`; a new random order for every pass over the items."""
+    """Return `take(first, count)`, which returns `count` indices of the stream from position `first`.
+
+    Every pass over the items has a different random order.
+    """
 
     @lru_cache(maxsize=2)
     def order(passes: int) -> Tensor:

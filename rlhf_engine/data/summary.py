@@ -1,4 +1,4 @@
-"""What a file holds, after every record of it has been checked: for `rlhf data check`, before hours of training."""
+"""Check of all records of a data file, and counts of its content, for `rlhf data check`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rlhf_engine.data.loading import read_comparisons, read_demonstrations, read
 
 
 def summarise(kind: str, path: str | Path) -> dict[str, int]:
-    """Counts of a file of `kind`: demonstrations, comparisons, prompts or pretraining.
+    """Check every record of a file of `kind` (demonstrations, comparisons, prompts or pretraining); return counts by name.
 
     Raises:
-        ValueError: an unknown kind; a bad line or a user in two splits, named as `file:line`; no records.
+        ValueError: an unknown kind; an invalid line or a user in two splits, named as `file:line`; no records.
     """
     if kind not in _SUMMARIES:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(_SUMMARIES)}")
     counts = _SUMMARIES[kind](Path(path))
     if not counts["records"]:
-        raise ValueError(f"{path}: got no {kind}, expected at least one record")
+        raise ValueError(f"{path}: contains no {kind}; give a file with at least one record")
     return counts
 
 
@@ -34,14 +34,14 @@ def _comparisons(path: Path) -> dict[str, int]:
     for record in read_comparisons(path):
         pairs = len(record.pairs())
         counts.update(records=1, completions=len(record.completions), pairs=pairs)
-        counts["all tied, so without use"] += not pairs
+        counts["without pairs (all tied)"] += not pairs
         counts[f"with {len(record.completions)} completions"] += 1
     return dict(counts)
 
 
 def _prompts(path: Path) -> dict[str, int]:
     counts: Counter[str] = Counter(records=0)
-    # A temporary file of SQLite's own: memory does not grow with the users.
+    # With an empty name SQLite uses a temporary file, so that memory does not grow with the users.
     with closing(sqlite3.connect("", isolation_level=None)) as users:
         users.execute("CREATE TABLE users (user_id TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID")
         users.execute("BEGIN")
@@ -52,7 +52,7 @@ def _prompts(path: Path) -> dict[str, int]:
             if (before := query.fetchone()[0]) != record.split:
                 raise ValueError(
                     f"{path}:{record.line}: split: got {record.split!r} for user_id {record.user_id!r}, whose prompts above "
-                    f"are in {before!r}; expected one split a user"
+                    f"are in {before!r}; expected one split per user"
                 )
         return {**counts, "users": users.execute("SELECT COUNT(*) FROM users").fetchone()[0]}
 

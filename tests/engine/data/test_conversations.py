@@ -1,4 +1,4 @@
-"""Conversations in the place of prompts, through answering, judging and rounds."""
+"""Conversations instead of text prompts in `rlhf generate`, `rlhf eval` and `rlhf iterate`."""
 
 import json
 
@@ -47,7 +47,7 @@ def run(tmp_path, base, monkeypatch):
     return tmp_path
 
 
-def test_s19_generate_answers_conversations(run, capsys):
+def test_s19_generate_responds_to_conversations(run, capsys):
     files = ("--prompts", run / "prompts.jsonl", "--output", run / "a.jsonl")
     assert rlhf(capsys, "generate", "--config", run / "run.yaml", *files, sets=[ROOM])[0] == 0
     asked = read_lines(run / "prompts.jsonl")
@@ -68,14 +68,14 @@ def test_s20_conversations_are_judged(run, base, capsys):
     assert json.loads((folder / "report.json").read_text())["win_rate"]["rate"] == 0.5
 
 
-def test_s20_a_prefix_does_not_go_in_front_of_a_conversation(run, base, capsys):
+def test_s20_a_prefix_before_a_conversation_is_an_error(run, base, capsys):
     (run / "shots.txt").write_text("q\nyes\n\n")
     sets = [ROOM, f"eval.candidate={base}", f"eval.baseline={base}", "eval.candidate_prefix=shots.txt"]
     code, _, shown = rlhf(capsys, "eval", "--config", run / "run.yaml", sets=[*sets, "eval.judge=judge_last.py:judge"])
     assert code == 2 and "prompts.jsonl:7: messages: got a conversation, expected a text" in shown
 
 
-def test_s21_rounds_of_conversations(run):
+def test_s21_iterate_accepts_conversations(run):
     overrides = [ROOM, "iterate.rounds=1", "iterate.prompts=4"]
     judges = [f"{section}.judge=judge_last.py:judge" for section in ("iterate", "eval")]
     run_iterate(load_config(run / "run.yaml", [*overrides, *judges]), lambda text: None)
@@ -83,7 +83,7 @@ def test_s21_rounds_of_conversations(run):
     assert len(found) > 6 and all(isinstance(prompt.prompt[-1], Message) for prompt in found[6:])
 
 
-def test_s19_prompts_that_were_cut_are_counted(run, base, capsys):
+def test_s19_truncated_prompts_are_counted(run, base, capsys):
     sets = ["rollout.max_prompt_tokens=12", "data.long_prompts=truncate"]
     sets += [f"eval.candidate={base}", f"eval.baseline={base}", "eval.judge=judge_last.py:judge"]
     assert rlhf(capsys, "eval", "--config", run / "run.yaml", sets=sets)[0] == 0

@@ -1,4 +1,4 @@
-"""Prompt hygiene: each step by hand, the report, memory, and the command."""
+"""Prompt hygiene: each step against hand-computed results, the report, memory, and the command."""
 
 import builtins
 import json
@@ -22,7 +22,7 @@ def jsonl(path, rows):
 
 
 def users_of(split, count):
-    """The first `count` of user0, user1, ... that the hash puts in `split`."""
+    """Return the first `count` of user0, user1, ... that the hash assigns to `split`."""
     names = (name for name in map("user{}".format, range(10_000)) if split_of(name, HygieneConfig()) == split)
     return list(islice(names, count))
 
@@ -31,7 +31,7 @@ ANN, BOB = users_of("train", 2)
 
 
 def clean(tmp_path, rows, codec=None, **settings):
-    """The report and the records that are left, in their order."""
+    """Return the report and the kept records, in order."""
     source = jsonl(tmp_path / "prompts.jsonl", rows)
     report = clean_prompts(source, tmp_path / "clean", HygieneConfig(**settings), codec)
     return report, list(read_prompts(tmp_path / "clean" / "prompts.jsonl"))
@@ -44,13 +44,13 @@ def counts(report):
 def test_s19_prompts_with_a_long_common_prefix_count_as_one(tmp_path):
     texts = [
         "abcdefgh one",
-        "abcdefgh two",  # the first 8 are the same
-        "abcdefg",  # shorter, so the whole would have to be
+        "abcdefgh two",  # the same first 8 characters
+        "abcdefg",  # shorter, so a duplicate only of an equal prompt
         "ABC DEFGH",
-        "abc \n defgh and more",  # the same but for case and white space
+        "abc \n defgh and more",  # differs in case and white space only
         "abcdefg",
         "ｆｉｖｅ six",
-        "five six",  # the same in NFKC
+        "five six",  # equal after NFKC
         "Straße",
         "STRASSE",
     ]
@@ -59,7 +59,7 @@ def test_s19_prompts_with_a_long_common_prefix_count_as_one(tmp_path):
     assert counts(report)["deduplicate"] == (10, 5, 0)
 
 
-def test_s19_the_key_is_the_prefix_and_nothing_else():
+def test_s19_the_key_depends_only_on_the_prefix():
     talk = (Message("user", "abc"), Message("assistant", "defgh"), Message("user", "x"))
     assert prefix_key("abcd" * 32 + "x", 128) == prefix_key("abcd" * 32 + "y", 128)
     assert prefix_key("abcd" * 32 + "x", 129) != prefix_key("abcd" * 32 + "y", 129)
@@ -68,7 +68,7 @@ def test_s19_the_key_is_the_prefix_and_nothing_else():
     assert len(prefix_key("abc", 128)) == 16
 
 
-def test_s19_duplicates_of_another_user_are_dropped_across_splits(tmp_path):
+def test_s19_duplicates_of_other_users_are_dropped_across_splits(tmp_path):
     (tested,) = users_of("test", 1)
     _, left = clean(tmp_path, [{"prompt": "same", "user_id": tested}, {"prompt": "Same", "user_id": ANN}])
     assert [(record.user_id, record.split) for record in left] == [(tested, "test")]
@@ -76,7 +76,7 @@ def test_s19_duplicates_of_another_user_are_dropped_across_splits(tmp_path):
 
 def test_s19_at_most_two_hundred_prompts_of_a_user(tmp_path):
     rows = [{"prompt": f"{name} {number}", "user_id": name} for number in range(250) for name in (ANN, BOB)]
-    rows += [{"prompt": "Same", "user_id": ANN}] * 3  # duplicates are gone before the count
+    rows += [{"prompt": "Same", "user_id": ANN}] * 3  # duplicates are dropped before the count
     report, left = clean(tmp_path, rows[:399] + rows[500:])
     assert Counter(record.user_id for record in left) == {ANN: 200, BOB: 199}
     assert counts(report)["user_limit"] == (400, 1, 0)
@@ -104,15 +104,15 @@ def test_s19_splits_are_by_user_and_the_same_in_every_run(tmp_path):
 
 
 def test_s19_users_keep_their_split_from_release_to_release():
-    # Fixed numbers: another hash would move people between training and test.
+    # Fixed results: a different hash would move users between training and test.
     splits = {number: split_of(f"user{number}", HygieneConfig()) for number in range(12)}
     assert splits == {**dict.fromkeys(range(12), "train"), 0: "test", 6: "validation"}
-    # A larger share takes from train only.
+    # A larger validation share takes users from train only.
     for user in users_of("test", 20):
         assert split_of(user, HygieneConfig(validation_share=0.3)) == "test"
 
 
-def test_s19_no_share_means_no_prompt_in_that_split():
+def test_s19_a_split_with_a_share_of_zero_has_no_prompts():
     settings = HygieneConfig(validation_share=0.0, test_share=0.0)
     assert {split_of(f"user{number}", settings) for number in range(200)} == {"train"}
     with pytest.raises(ValueError, match=r"test_share: got 0.5 with validation_share 0.5"):
@@ -165,14 +165,14 @@ def test_s19_honorifics_reach_the_filter(tmp_path):
             HygieneConfig(honorifics=("Mr", word))
 
 
-def test_s19_a_split_without_prompts_is_told(tmp_path):
+def test_s19_a_split_without_prompts_is_a_warning(tmp_path):
     rows = [{"prompt": "p", "user_id": ANN}, {"prompt": "q", "user_id": users_of("test", 1)[0]}]
     report, _ = clean(tmp_path, rows)
     (warning,) = report.warnings
-    assert warning.startswith("no prompt is left in validation, of 2 users in all; data.hygiene.")
+    assert warning.startswith("no prompt is left in validation, with 2 users in total; change data.hygiene.")
     assert f"warning: {warning}" in report.table()
     assert json.loads((tmp_path / "clean" / "report.json").read_text())["warnings"] == [warning]
-    assert clean(tmp_path, rows, validation_share=0.0)[0].warnings == []  # nobody asked for one
+    assert clean(tmp_path, rows, validation_share=0.0)[0].warnings == []  # a split with a share of zero
 
 
 def test_s19_long_prompts_are_truncated_with_a_count(tmp_path):
@@ -208,28 +208,28 @@ def test_s19_bad_lines_are_refused_or_skipped_and_counted(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"prompts.jsonl:2: no field 'user_id'"):
         clean(tmp_path, rows)
-    assert [item.name for item in tmp_path.iterdir()] == ["prompts.jsonl"]  # nothing half-done is left
+    assert [item.name for item in tmp_path.iterdir()] == ["prompts.jsonl"]  # no partial output remains
     report, left = clean(tmp_path, rows, bad_lines="skip")
     assert [record.prompt for record in left] == ["p", "r"]
     assert (report.read, report.bad_lines) == (2, 2)
     assert [example.split(":")[1] for example in report.bad_examples] == ["2", "3"]
     assert "prompts.jsonl:3" in report.table()
-    with pytest.raises(ValueError, match="got no prompts"):
+    with pytest.raises(ValueError, match="contains no valid prompt"):
         clean(tmp_path, rows[1:3], bad_lines="skip")
 
 
-def test_s19_no_files_of_others_are_replaced(tmp_path):
+def test_s19_other_files_are_not_replaced(tmp_path):
     source = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p", "user_id": ANN}])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="out: exists and holds something else"):
+    with pytest.raises(ValueError, match=r"out: contains files other than prompts.jsonl and report.json"):
         clean_prompts(source, tmp_path / "out", HygieneConfig())
     assert (tmp_path / "out" / "thesis.txt").exists()
-    with pytest.raises(ValueError, match="holds the prompts to read"):
+    with pytest.raises(ValueError, match="contains the prompts to read"):
         clean_prompts(source, tmp_path, HygieneConfig())
 
 
-def test_s19_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+def test_s19_a_full_disk_is_an_error_and_leaves_no_files(tmp_path, monkeypatch):
     def full(self, key):
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -250,7 +250,7 @@ def test_s19_memory_does_not_grow_with_the_file(tmp_path):
         clean_prompts(source, tmp_path / "clean", HygieneConfig(pii="keep"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 40_000, peaks  # 10 bytes for each prompt more; a list of them would be 400
+    assert peaks[1] < peaks[0] + 40_000, peaks  # 10 bytes per additional prompt; a list would need 400
 
 
 def test_s19_a_data_set_on_disk_is_cleaned_like_a_file(tmp_path):
@@ -263,7 +263,7 @@ def test_s19_a_data_set_on_disk_is_cleaned_like_a_file(tmp_path):
     assert list(read_prompts(tmp_path / "again" / "prompts.jsonl")) == left
 
 
-def test_s19_without_the_libraries_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_s19_the_error_without_the_libraries_names_what_to_install(tmp_path, monkeypatch):
     original = builtins.__import__
 
     def without(name, *arguments, **options):

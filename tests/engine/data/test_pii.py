@@ -1,4 +1,4 @@
-"""Personal information: what is found, what only looks like it, and what is left of a text."""
+"""Detection of personal information: findings, false candidates, and redaction."""
 
 import time
 
@@ -49,7 +49,7 @@ def found(text, finder=FINDER):
         ("name", "Sr. García"),
     ],
 )
-def test_s19_pii_is_found_wherever_it_stands(kind, text):
+def test_s19_pii_is_found_in_every_context(kind, text):
     for before, after in [("", ""), ("see ", " today"), ("(", ")"), ('"', '".'), ("one, ", ", two"), ("to: ", "\n")]:
         assert found(before + text + after) == [(kind, text)], (before, after)
 
@@ -58,7 +58,7 @@ def test_s19_pii_is_found_wherever_it_stands(kind, text):
     "text",
     [
         "4111 1111 1111 1112",  # Luhn
-        "1111111111111117",  # Luhn holds, no issuer begins with 1
+        "1111111111111117",  # the Luhn digit is right, but no issuer begins with 1
         "0.4111111111111111",
         "DE88 3704 0044 0532 0130 00",  # mod 97
         "XX89 3704 0044 0532 0130 00",
@@ -69,14 +69,14 @@ def test_s19_pii_is_found_wherever_it_stands(kind, text):
         "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16",
         "10 15 20 25 30 35 40 45 50",
         "ISBN 978-0-306-40615-7",
-        "555-0132",  # in no country
+        "555-0132",  # no number of the default regions
         "(123) 456-7890",  # no such area code
         "@home, a@b, me @ example.com",
         "Miss you, mr x, drSmith, Dr. of, the Mr, Type M Screws, Donna Summer",
         "5 P.M. Eastern, 10 A.M. Pacific, a Sr Developer at Ing Bank, Don Juan",
     ],
 )
-def test_s19_what_only_looks_like_pii_is_left_alone(text):
+def test_s19_similar_text_is_not_pii(text):
     assert found(text) == []
 
 
@@ -97,14 +97,14 @@ def test_s19_the_country_of_a_phone_number_is_a_setting():
         PiiFinder(("US", "XY"))
 
 
-def test_s19_what_follows_a_number_is_not_part_of_it():
+def test_s19_text_after_a_number_is_not_part_of_it():
     assert found("4111 1111 1111 1111 123") == [("card", "4111 1111 1111 1111")]
     assert found("22 4111 1111 1111 1111 12/25") == [("card", "4111 1111 1111 1111")]
     assert found("DE89 3704 0044 0532 0130 00 from 2019") == [("iban", "DE89 3704 0044 0532 0130 00")]
     assert found("ab12 DE89 3704 0044 0532 0130 00") == [("iban", "DE89 3704 0044 0532 0130 00")]
 
 
-def test_s19_of_two_kinds_that_overlap_the_surer_stands():
+def test_s19_of_overlapping_findings_the_more_reliable_is_kept():
     assert found("me@example.Mr Smith") == [("email", "me@example.Mr")]
     assert found("4155550132@example.com") == [("email", "4155550132@example.com")]
     assert found("Mr Al4155550132@example.com, Dr. Smith") == [
@@ -113,7 +113,7 @@ def test_s19_of_two_kinds_that_overlap_the_surer_stands():
     ]
 
 
-def test_s19_redaction_leaves_a_mark_and_the_rest():
+def test_s19_redaction_replaces_findings_with_marks():
     text = "Dr. Smith (joe@example.com, 415-555-0132) paid with 4111 1111 1111 1111."
     assert redact(text, FINDER.find(text)) == "[NAME] ([EMAIL], [PHONE]) paid with [CARD]."
     assert redact("nothing here", FINDER.find("nothing here")) == "nothing here"
@@ -122,10 +122,10 @@ def test_s19_redaction_leaves_a_mark_and_the_rest():
 @pytest.mark.parametrize(
     "piece", ["1", "1 ", "1.", "a@", "a:", "Mr ", "Mr A. ", "ab12 ", "4111 ", "+1 (415) 555 ", "GB29NWBK", "a.b-c%"]
 )
-def test_s19_no_text_takes_quadratic_time(piece):
+def test_s19_repeated_text_does_not_take_quadratic_time(piece):
     started = time.process_time()
     FINDER.find(piece * (20_000 // len(piece)))
-    assert time.process_time() - started < 5  # milliseconds to half a second; quadratic would be minutes
+    assert time.process_time() - started < 5  # at most half a second; quadratic time would be minutes
 
 
 def test_s19_many_findings_do_not_take_quadratic_time():

@@ -1,4 +1,4 @@
-"""Records and files: what is read, what is refused and in which words, and how rows are laid out."""
+"""Records and files: valid and invalid lines, error messages, and the layout of batches."""
 
 import gzip
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_ranking_with_ties():
     [
         ("A > C", "'C'.*expected one of A, B"),
         ("A > A", "A twice"),
-        ("A", "B not in 'A', so it cannot be compared"),
+        ("A", "B not in 'A'; rank every completion"),
         ("A > ", "''"),
         ("AB > A > B", "'AB'.*expected one of A, B"),
         (None, "None, expected a string"),
@@ -52,7 +52,7 @@ def test_bad_rankings_are_refused(ranking, message):
         parse_ranking(ranking, 2)
 
 
-def test_tied_completions_make_no_pair():
+def test_tied_completions_form_no_pair():
     comparison = Comparison("p", ("a", "b", "c", "d"), parse_ranking("D > C > A = B", 4))
     assert sorted(comparison.pairs()) == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
 
@@ -63,7 +63,7 @@ def test_ranks_that_cannot_be_compared_are_refused(ranks):
         Comparison("p", ("a", "b"), ranks)
 
 
-def test_s19_numbers_that_are_too_large_are_named_with_their_line(tmp_path):
+def test_s19_the_error_for_a_number_that_is_too_large_names_the_line(tmp_path):
     line = '{"prompt": "p", "completions": ["a", "b"], "ranking": [0, %s]}'
     with pytest.raises(
         ValueError, match=r"jsonl:2: ranking\[1\]: got an integer of 1333 bits, expected a finite number"
@@ -80,7 +80,7 @@ def test_s2_equal_completions_have_equal_ranks(tmp_path):
         list(read_comparisons(write(tmp_path, line % "A > C = B")))
 
 
-def test_one_completion_is_no_comparison():
+def test_a_comparison_needs_two_completions():
     with pytest.raises(ValueError, match="got 1, expected at least 2"):
         Comparison("p", ("a",), (0,))
 
@@ -95,7 +95,7 @@ def test_files_are_read(tmp_path):
     assert [record.split for record in read_prompts(path)] == ["test", "train"]
 
 
-def test_records_know_their_line(tmp_path):
+def test_records_have_their_line_number(tmp_path):
     path = write(tmp_path, "", '{"prompt": "p", "response": "r"}', "", '{"prompt": "q", "response": "\\ud83d\\ude00"}')
     assert [(record.line, record.response) for record in read_demonstrations(path)] == [(2, "r"), (4, "\U0001f600")]
     path = write(tmp_path, "", '{"prompt": "p", "completions": ["a", "b"], "ranking": "B > A"}')
@@ -117,31 +117,31 @@ def test_records_know_their_line(tmp_path):
             r"records\.jsonl:2: response: got '\\ud800', half of a surrogate pair",
         ),
         ('{"prompt": "p", "response": "r", "reply": "r"}', r"records\.jsonl:2: unknown field 'reply'"),
-        ('{"prompt": "p", "response": "r", "prompt": "q"}', r"records\.jsonl:2: .*got the field 'prompt' twice"),
+        ('{"prompt": "p", "response": "r", "prompt": "q"}', r"records\.jsonl:2: .*the field 'prompt' appears twice"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
+def test_the_error_for_an_invalid_line_names_it(tmp_path, line, message):
     path = write(tmp_path, '{"prompt": "p", "response": "r"}', line)
     with pytest.raises(ValueError, match=message):
         list(read_demonstrations(path))
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path):
+def test_the_error_for_invalid_utf8_names_the_line(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b'{"prompt": "\xff", "response": "r"}\n')
     with pytest.raises(ValueError, match=r"records\.jsonl:1: not valid JSON"):
         list(read_demonstrations(path))
 
 
-def test_a_compressed_file_is_named_as_one(tmp_path):
+def test_a_compressed_file_is_an_error(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(gzip.compress(b'{"prompt": "p", "response": "r"}\n'))
-    with pytest.raises(ValueError, match=r"records\.jsonl:1: got a file that gzip compressed"):
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: the file is compressed with gzip"):
         list(read_demonstrations(path))
 
 
 @pytest.mark.parametrize("completions", ["[]", '["a"]'])
-def test_s3_too_few_completions_are_told_whatever_the_ranking(tmp_path, completions):
+def test_s3_too_few_completions_are_reported_before_the_ranking(tmp_path, completions):
     path = write(tmp_path, f'{{"prompt": "p", "completions": {completions}, "ranking": "A > B"}}')
     with pytest.raises(ValueError, match=r"records\.jsonl:1: completions: got [01], expected at least 2 to compare"):
         list(read_comparisons(path))
@@ -152,7 +152,7 @@ def test_a_missing_file_is_reported_by_the_call(tmp_path):
         read_prompts(tmp_path / "none.jsonl")
 
 
-def test_a_comparison_whose_completions_are_no_list_is_refused(tmp_path):
+def test_completions_that_are_not_a_list_are_refused(tmp_path):
     path = write(tmp_path, '{"prompt": "p", "completions": "ab", "ranking": "A > B"}')
     with pytest.raises(ValueError, match=r":1: completions: got str, expected a list"):
         list(read_comparisons(path))
@@ -164,7 +164,7 @@ def codec():
     return Codec(tokenizer, max_prompt_tokens=8, max_response_tokens=8)
 
 
-def test_prompt_and_response_have_room_together(codec):
+def test_prompt_and_response_together_are_limited(codec):
     short = replace(codec, max_tokens=5)
     prompt = short.encode_prompt("a")
     room = 5 - len(prompt)
@@ -180,7 +180,7 @@ def test_text_survives_the_tokenizer(codec):
     assert codec.decode_response([*ids, 5, 6, codec.eos_id]) == "red fox"
 
 
-def test_the_frame_belongs_to_the_prompt(codec):
+def test_the_template_is_encoded_with_the_prompt(codec):
     assert codec.encode_prompt("fox") == codec.tokenizer("fox\n")["input_ids"]
 
 
@@ -191,7 +191,7 @@ def test_too_long_texts_are_refused(codec):
         codec.encode_response("qwertyui")
 
 
-def test_a_template_without_a_place_for_the_prompt_is_refused(codec):
+def test_a_template_without_a_placeholder_is_refused(codec):
     with pytest.raises(ValueError, match="prompt_template"):
         Codec(codec.tokenizer, "User: ")
 
@@ -208,7 +208,7 @@ def test_rows_are_padded_on_the_right():
     assert batch.response_mask.tolist() == [[False, False, True, False], [False, True, True, True]]
 
 
-def test_ranked_batch_holds_every_completion_once_and_weighs_prompts_alike():
+def test_ranked_batch_has_every_completion_once_and_equal_weights_per_prompt():
     one, two = Example((5,), (6,)), Example((5,), (7, 8))
     batch = rank_batch([([one, two], [(1, 0)]), ([one, two, one], [(0, 1), (0, 2)])], pad_id=1)
     assert batch.batch.ids.shape == (5, 3)
@@ -217,7 +217,7 @@ def test_ranked_batch_holds_every_completion_once_and_weighs_prompts_alike():
     assert torch.equal(batch.weights, torch.tensor([0.5, 0.25, 0.25]))
 
 
-def test_length_batches_hold_everything_once_and_waste_little():
+def test_length_batches_have_every_index_once_and_little_padding():
     lengths = [(7 * i) % 31 + 1 for i in range(200)]
     batches = list(length_batches(lengths, 8, Random(3)))
     assert sorted(index for batch in batches for index in batch) == list(range(200))

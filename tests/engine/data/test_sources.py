@@ -1,4 +1,4 @@
-"""Rankings, demonstrations, prompts and plain text from JSONL and from data sets on disk; conversations; long prompts."""
+"""Reading of rankings, demonstrations, prompts and text from JSONL and data sets on disk; conversations; truncation."""
 
 import builtins
 import json
@@ -62,7 +62,7 @@ def test_s3_rankings_of_four_to_nine_with_ties_are_read(tmp_path, write):
 
 
 @WRITERS
-def test_s3_ranks_may_be_numbers_and_a_prompt_a_conversation(tmp_path, write):
+def test_s3_numeric_ranks_and_conversations_are_read(tmp_path, write):
     rows = [{"messages": dicts(TALK), "completions": ["a", "b", "c"], "ranking": [2.0, 1.0, 2.0]}]
     (record,) = read_comparisons(write(tmp_path / "data", rows))
     assert record == Comparison(TALK, ("a", "b", "c"), (2, 1, 2))
@@ -74,12 +74,12 @@ def test_s3_ranks_may_be_numbers_and_a_prompt_a_conversation(tmp_path, write):
     "change, message",
     [
         ({"completions": ["a"], "ranking": "A"}, "completions: got 1, expected at least 2"),
-        ({"ranking": "A > B"}, "ranking: C not in 'A > B', so it cannot be compared"),
+        ({"ranking": "A > B"}, "ranking: C not in 'A > B'; rank every completion"),
         ({"ranking": "A > B > D"}, "ranking: got 'D'"),
         ({"completions": ["a", "", "c"]}, r"completions\[1\]: got an empty string"),
     ],
 )
-def test_s3_a_bad_ranking_is_named_with_its_line(tmp_path, write, change, message):
+def test_s3_the_error_for_an_invalid_ranking_names_the_line(tmp_path, write, change, message):
     good = {"prompt": "p", "completions": ["a", "b", "c"], "ranking": "A > B = C"}
     path = write(tmp_path / "data", [good, {**good, **change}])
     with pytest.raises(ValueError, match=rf"data:2: {message}"):
@@ -87,7 +87,7 @@ def test_s3_a_bad_ranking_is_named_with_its_line(tmp_path, write, change, messag
 
 
 @pytest.mark.parametrize("ranks", [[1, "2"], [1, None], [1, float("nan")], [1, True], [1]])
-def test_s3_ranks_that_are_no_numbers_are_named_with_their_line(tmp_path, ranks):
+def test_s3_the_error_for_ranks_that_are_not_numbers_names_the_line(tmp_path, ranks):
     path = jsonl(tmp_path / "data", [{"prompt": "p", "completions": ["a", "b"], "ranking": ranks}])
     with pytest.raises(ValueError, match=r"data:1: ranking"):
         list(read_comparisons(path))
@@ -114,7 +114,7 @@ def test_s19_conversations_are_read(tmp_path, write):
     assert list(read_prompts(prompts)) == [PromptRecord(TALK, "u")]
 
 
-def test_s19_what_a_data_set_fills_up_with_nulls_is_left_out(tmp_path):
+def test_s19_null_fields_of_a_data_set_are_dropped(tmp_path):
     turns = [{"role": "user", "content": "Hi", "name": None}]
     path = on_disk(tmp_path / "data", [{"messages": turns, "user_id": "u", "split": None}])
     assert list(read_prompts(path)) == [PromptRecord((Message("user", "Hi"),), "u")]
@@ -127,7 +127,7 @@ def test_s19_what_a_data_set_fills_up_with_nulls_is_left_out(tmp_path):
         ({"prompt": "p", "user_id": None}, r"user_id: got None \(NoneType\), expected a string"),
         ({"prompt": "p", "user_id": " "}, "user_id: got an empty string"),
         ({"prompt": "p", "user_id": 7}, r"user_id: got 7 \(int\)"),
-        ({"prompt": "p", "messages": [], "user_id": "u"}, "got both prompt and messages"),
+        ({"prompt": "p", "messages": [], "user_id": "u"}, "the fields prompt and messages exclude each other"),
         ({"messages": [], "user_id": "u"}, r"messages: got \[\]"),
         ({"messages": ["hi"], "user_id": "u"}, r"messages\[0\]: got 'hi'"),
         ({"messages": [{"role": "user"}], "user_id": "u"}, r"messages\[0\]: got {'role': 'user'}"),
@@ -135,23 +135,26 @@ def test_s19_what_a_data_set_fills_up_with_nulls_is_left_out(tmp_path):
             {"messages": [{"role": "user", "content": ""}], "user_id": "u"},
             r"messages\[0\].content: got an empty string",
         ),
-        ({"messages": [{"role": "assistant", "content": "a"}], "user_id": "u"}, "messages: got none to answer"),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}], "user_id": "u"},
+            "messages: there is no message to respond to",
+        ),
     ],
 )
-def test_s19_a_bad_prompt_is_named_with_its_line(tmp_path, row, message):
+def test_s19_the_error_for_an_invalid_prompt_names_the_line(tmp_path, row, message):
     path = jsonl(tmp_path / "data", [{"prompt": "p", "user_id": "u"}, row])
     with pytest.raises(ValueError, match=rf"data:2: {message}"):
         list(read_prompts(path))
 
 
-def test_s19_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+def test_s19_the_error_for_deep_nesting_names_the_line(tmp_path):
     path = tmp_path / "data"
     path.write_text("[" * 200_000 + "]" * 200_000)
     with pytest.raises(ValueError, match="data:1: not valid JSON: nested too deeply"):
         list(read_prompts(path))
 
 
-def test_s19_an_empty_answer_is_named_with_its_line(tmp_path):
+def test_s19_the_error_for_an_empty_response_names_the_line(tmp_path):
     path = jsonl(tmp_path / "data", [{"prompt": "p", "response": "\n"}])
     with pytest.raises(ValueError, match="data:1: response: got an empty string"):
         list(read_demonstrations(path))
@@ -160,21 +163,21 @@ def test_s19_an_empty_answer_is_named_with_its_line(tmp_path):
         list(read_demonstrations(path))
 
 
-def test_s19_folders_that_hold_no_single_data_set_are_refused(tmp_path):
+def test_s19_a_folder_must_contain_exactly_one_data_set(tmp_path):
     datasets = pytest.importorskip("datasets")
     part = datasets.Dataset.from_list([{"prompt": "p", "user_id": "u"}])
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "both")
-    with pytest.raises(ValueError, match=r"both: got several data sets, expected one of .*both/test, .*both/train"):
+    with pytest.raises(ValueError, match=r"both: contains several data sets; give one of .*both/test, .*both/train"):
         read_prompts(tmp_path / "both")
     assert len(list(read_prompts(tmp_path / "both" / "train"))) == 1
     with pytest.raises(ValueError, match=r"a folder without state\.json"):
         read_prompts(tmp_path)
     next((tmp_path / "both" / "test").glob("*.arrow")).write_bytes(b"no arrow")
-    with pytest.raises(ValueError, match="both/test: not a whole data set"):
+    with pytest.raises(ValueError, match="both/test: not a complete data set"):
         list(read_prompts(tmp_path / "both" / "test"))
 
 
-def test_s19_without_datasets_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_s19_the_error_without_datasets_names_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     original = builtins.__import__
 
@@ -199,23 +202,23 @@ def text_of(codec, ids):
     return codec.tokenizer.decode(ids)
 
 
-def test_s19_messages_go_through_the_tokenizers_chat_template(codec):
+def test_s19_messages_use_the_chat_template(codec):
     ids = codec.encode_prompt(TALK)
     assert text_of(codec, ids) == "<system>be kind\n<user>one\n<assistant>two\n<user>three\n<assistant>"
     example = codec.example(Demonstration(TALK, "four"))
     assert example.prompt == tuple(ids) and text_of(codec, example.response[:-1]) == "four"
 
 
-def test_s19_messages_need_a_template_that_takes_them(codec):
+def test_s19_messages_need_a_chat_template_that_accepts_them(codec):
     tokenizer = train_tokenizer(["a"], 280)
-    with pytest.raises(ValueError, match="messages: got a tokenizer without a chat template"):
+    with pytest.raises(ValueError, match="messages: the tokenizer has no chat template"):
         replace(codec, tokenizer=tokenizer).encode_prompt(TALK)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="chat template refuses them: roles must alternate"):
+    with pytest.raises(ValueError, match="chat template rejects them: roles must alternate"):
         replace(codec, tokenizer=tokenizer).encode_prompt(TALK)
 
 
-def test_s19_long_prompts_lose_their_beginning_and_are_counted(codec):
+def test_s19_long_prompts_are_truncated_on_the_left_and_counted(codec):
     cutting = Codec(codec.tokenizer, codec.prompt_template, 12, long_prompts="truncate")
     text = text_of(cutting, cutting.encode_prompt("abcdefghijklmnopqrstuvwxyz"))
     start, rest, end = text[:3], text[3:-3], text[-3:]
@@ -226,11 +229,11 @@ def test_s19_long_prompts_lose_their_beginning_and_are_counted(codec):
         part = cutting.fit_prompt(long)
         assert long.endswith(part) and len(refusing.encode_prompt(part)) <= 12
         with pytest.raises(ValueError, match="expected at most max_prompt_tokens=12"):
-            refusing.encode_prompt(long[-len(part) - 1 :])  # one character more
+            refusing.encode_prompt(long[-len(part) - 1 :])  # longer by one character
     assert cutting.truncated.count == 1
     cutting.encode_prompt("xyz")
     assert cutting.truncated.count == 1
-    with pytest.raises(ValueError, match="a frame that leaves it no room in max_prompt_tokens=3"):
+    with pytest.raises(ValueError, match="the template leaves no tokens for it in max_prompt_tokens=3"):
         replace(cutting, max_prompt_tokens=3).encode_prompt("abc")
 
 
@@ -265,8 +268,8 @@ def test_s19_pretraining_documents_of_a_text_file_end_at_blank_lines(tmp_path):
         list(read_texts(path))
 
 
-def test_s19_a_text_file_without_blank_lines_is_not_held_whole(tmp_path):
-    """Long documents go on in parts at the end of a line, endless lines within it; characters are never cut."""
+def test_s19_a_text_file_without_blank_lines_is_read_in_parts(tmp_path):
+    """Long documents are split at the end of a line, very long lines within it, but never within a character."""
     path, part = tmp_path / "pretrain.txt", 2**20
     line = "é" * 99 + "\n"
     path.write_text(line * 50_000, encoding="utf-8")
@@ -279,7 +282,7 @@ def test_s19_a_text_file_without_blank_lines_is_not_held_whole(tmp_path):
     found = list(read_texts(path))
     assert "".join(record.text for record in found) == "x" + "é" * 2 * part + "\nlast"
     assert max(len(record.text) for record in found) < 2 * part and {record.line for record in found} == {1}
-    # What is left of a long line is no blank line, whatever it is.
+    # The rest of a long line is not a blank line, even if it has only a line break or spaces.
     path.write_text("é" * (part // 2) + "\nnext\n", encoding="utf-8")
     assert [record.text for record in read_texts(path)] == ["é" * (part // 2) + "\nnext"]
     path.write_text("a\n" + " " * part + "b\n", encoding="utf-8")
@@ -289,7 +292,7 @@ def test_s19_a_text_file_without_blank_lines_is_not_held_whole(tmp_path):
         list(read_texts(path))
 
 
-def test_s19_memory_for_a_text_file_does_not_grow_with_it(tmp_path):
+def test_s19_memory_does_not_grow_with_the_text_file(tmp_path):
     path, peaks = tmp_path / "pretrain.txt", []
     for size in (6, 18):
         path.write_text(("x" * 99 + "\n") * size * 10_000, encoding="utf-8")
@@ -313,7 +316,7 @@ def test_s19_pretraining_rows_are_full_and_documents_end_with_eos(tmp_path, code
 
 
 def test_s19_pretraining_documents_are_tokenized_in_batches(tmp_path, codec):
-    """A tokenizer works on a batch in parallel, and rows are a tensor, not a Python object for every token."""
+    """A tokenizer processes a batch in parallel. Rows are a tensor, without a Python object per token."""
 
     class Counting:
         eos_token_id = codec.eos_id
@@ -352,10 +355,10 @@ def test_s3_rankings_are_counted_after_a_check(tmp_path, capsys):
     rows = [("A > B > C", 3), ("A = B", 2), ("B > A", 2)]
     given = [{"prompt": "p", "completions": list("xyz")[:k], "ranking": ranking} for ranking, k in rows]
     code, shown = check(capsys, "comparisons", jsonl(tmp_path / "data", given))
-    ties = ["all tied, so without use: 1"]
+    ties = ["without pairs (all tied): 1"]
     sizes = ["with 2 completions: 2", "with 3 completions: 1"]
     assert code == 0
-    assert sorted(shown.splitlines()) == [*ties, "completions: 7", "pairs: 4", "records: 3", *sizes]
+    assert sorted(shown.splitlines()) == ["completions: 7", "pairs: 4", "records: 3", *sizes, *ties]
 
 
 def test_s19_files_are_counted_after_a_check(tmp_path, capsys):
@@ -370,4 +373,7 @@ def test_s19_files_are_counted_after_a_check(tmp_path, capsys):
     assert check(capsys, "pretraining", tmp_path / "text") == (0, "records: 2\ncharacters: 8\n")
     assert check(capsys, "letters", path)[0] == 2
     path.write_text("\n")
-    assert check(capsys, "prompts", path) == (2, f"rlhf: {path}: got no prompts, expected at least one record\n")
+    assert check(capsys, "prompts", path) == (
+        2,
+        f"rlhf: {path}: contains no prompts; give a file with at least one record\n",
+    )

@@ -1,4 +1,4 @@
-"""Control tokens come from the tokenizer and the frame, never from what somebody wrote."""
+"""Special tokens come only from the tokenizer and the template; in a user's text they are plain text or an error."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def test_s19_special_tokens_in_a_text_are_text(codec, tmp_path, saved):
     assert codec.tokenizer.decode(prompt) == TEXT + "<|user|>\n"
     assert codec.decode_response(response) == TEXT
     assert controls(codec, codec.example(Demonstration(TEXT, TEXT)).response) == ["<|endoftext|>"]
-    # A text without them has the ids that the tokenizer gives it by itself.
+    # A text without special tokens has the same ids as from the tokenizer directly.
     assert codec.encode_prompt("yes no") == codec.tokenizer("yes no\n")["input_ids"]
 
 
@@ -50,11 +50,11 @@ def test_s9_s20_special_tokens_in_pretraining_text_are_text(codec, tmp_path):
     assert [controls(codec, document.response) for document in found] == [["<|endoftext|>"]] * 2
 
 
-def test_s19_special_tokens_of_the_frame_are_control_tokens(codec):
+def test_s19_special_tokens_of_the_template_are_special(codec):
     framed = replace(codec, prompt_template="<|user|>{prompt}<|endoftext|>")
     assert controls(codec, framed.encode_prompt("yes")) == ["<|user|>", "<|endoftext|>"]
     with pytest.raises(
-        ValueError, match=r"prompt: got the special token <\|pad\|> in it, expected none in a frame that"
+        ValueError, match=r"prompt: contains the special token <\|pad\|>; remove it, because prompt_template"
     ):
         framed.encode_prompt("no<|pad|>")
 
@@ -64,7 +64,7 @@ def test_s19_special_tokens_of_the_frame_are_control_tokens(codec):
 )
 def test_s19_messages_with_a_special_token_are_refused(codec, message):
     talk = (Message("system", "be kind"), message)
-    with pytest.raises(ValueError, match=r"messages\[1\]: got the special token <\|(system|endoftext|pad)\|> in it"):
+    with pytest.raises(ValueError, match=r"messages\[1\]: contains the special token <\|(system|endoftext|pad)\|>"):
         codec.encode_prompt(talk)
     assert controls(codec, codec.encode_prompt((Message("system", "be kind"), Message("user", "no")))) == [
         "<|system|>",
@@ -73,13 +73,11 @@ def test_s19_messages_with_a_special_token_are_refused(codec, message):
 
 
 @pytest.mark.parametrize("template, fits", [("<|pad|> $A", True), ("$A <|endoftext|>", False), ("$A <|pad|>", False)])
-def test_s19_a_tokenizer_that_ends_a_prompt_is_refused(codec, template, fits):
+def test_s19_a_tokenizer_that_appends_tokens_to_a_prompt_is_refused(codec, template, fits):
     specials = [("<|endoftext|>", 0), ("<|pad|>", 1)]
     codec.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
     if fits:
         assert replace(codec).encode_prompt("yes")[0] == 1
         return
-    with pytest.raises(
-        ValueError, match=r"tokenizer: got one that puts '<\|.*\|>' behind a prompt, expected none there"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer: it appends '<\|.*\|>' to a prompt"):
         replace(codec)

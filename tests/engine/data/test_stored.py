@@ -1,4 +1,4 @@
-"""Records on disk are the records of a list, and memory does not grow with the file that they come from."""
+"""Records stored on disk equal the records of a list, and memory does not grow with the source file."""
 
 import gc
 import json
@@ -46,7 +46,7 @@ def text(rng, longest=12):
     return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
 
 
-def test_s1_stored_examples_are_those_of_a_list(codec, tmp_path):
+def test_s1_stored_examples_equal_those_of_a_list(codec, tmp_path):
     rng = Random(0)
     examples = [codec.example(Demonstration(text(rng), text(rng))) for _ in range(50)] + [Example((), (3, 4))]
     found = stored(iter(examples), EXAMPLES, tmp_path / "not" / "there" / "yet")
@@ -58,7 +58,7 @@ def test_s1_stored_examples_are_those_of_a_list(codec, tmp_path):
     assert list(stored([], EXAMPLES, tmp_path)) == []
 
 
-def test_s3_stored_rankings_are_those_of_a_list(codec, tmp_path):
+def test_s3_stored_rankings_equal_those_of_a_list(codec, tmp_path):
     rng = Random(1)
     ranked = [
         encode_comparison(Comparison(text(rng), tuple(f"{text(rng)} {i}" for i in range(k)), (0, *range(k - 1))), codec)
@@ -70,7 +70,7 @@ def test_s3_stored_rankings_are_those_of_a_list(codec, tmp_path):
 
 
 def test_s6_stored_prompts_have_the_fingerprint_of_a_list(codec, tmp_path):
-    """A checkpoint knows the prompts that it began with by it."""
+    """A checkpoint identifies its prompts by this fingerprint."""
     lines = [{"prompt": f"{word} {i}", "user_id": "u"} for i, word in enumerate(WORDS)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = load_config(None, [f"data.prompts={tmp_path / 'prompts.jsonl'}", f"output_dir={tmp_path / 'out'}"])
@@ -83,7 +83,7 @@ def test_s6_stored_prompts_have_the_fingerprint_of_a_list(codec, tmp_path):
 
 
 def slow_split(items, config):
-    """As it is defined: prompts in the order of their hash, held out while that brings the share nearer."""
+    """Reference: hold out prompts in the order of their hash while that brings the share closer to its target."""
     groups = {}
     for item in items:
         groups.setdefault(item.prompt, []).append(item)
@@ -97,7 +97,7 @@ def slow_split(items, config):
 
 
 @pytest.mark.parametrize("share", ["0.01", "0.1", "0.6", "0.99"])
-def test_s4_the_split_is_the_same_on_disk_and_in_the_same_order(tmp_path, share):
+def test_s4_the_split_equals_the_reference_in_the_same_order(tmp_path, share):
     for seed in range(8):
         rng = Random(seed)
         config = load_config(None, [f"seed={seed}", f"data.validation_share={share}"])
@@ -107,7 +107,7 @@ def test_s4_the_split_is_the_same_on_disk_and_in_the_same_order(tmp_path, share)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_batches_are_those_of_python_lists(seed):
+def test_batches_equal_those_of_python_lists(seed):
     lengths = [Random(5).randint(1, 9) for _ in range(1)] + [Random(i).randint(1, 9) for i in range(1000)]
     order = list(range(len(lengths)))
     rng = None if seed is None else Random(seed)
@@ -122,18 +122,18 @@ def test_batches_are_those_of_python_lists(seed):
     assert list(length_batches(lengths, 8, None if seed is None else Random(seed))) == batches
 
 
-def test_s6_prompts_are_told_by_their_ids():
-    told = PromptTexts()
-    told.add([1, 2], PromptRecord("é 你", "u", line=1))
-    told.add([1, 2], PromptRecord("é 你", "v", line=2))
-    told.add([1, 2, 0], PromptRecord("other", "v", line=3))
-    assert [told([1, 2]), told([1, 2, 0])] == ["é 你", "other"]
-    with pytest.raises(ValueError, match="prompt: got the tokens of line 1, whose text is another"):
-        told.add([1, 2], PromptRecord("else", "u", line=4))
+def test_s6_prompt_texts_are_found_by_ids():
+    texts = PromptTexts()
+    texts.add([1, 2], PromptRecord("é 你", "u", line=1))
+    texts.add([1, 2], PromptRecord("é 你", "v", line=2))
+    texts.add([1, 2, 0], PromptRecord("other", "v", line=3))
+    assert [texts([1, 2]), texts([1, 2, 0])] == ["é 你", "other"]
+    with pytest.raises(ValueError, match="prompt: has the same tokens as the prompt of line 1"):
+        texts.add([1, 2], PromptRecord("else", "u", line=4))
 
 
 def write(folder, records):
-    """Files of so many records, a quarter of a kilobyte each."""
+    """Write files of `records` records of about a quarter of a kilobyte each."""
     rng, folder = Random(0), folder / str(records)
     folder.mkdir()
     lines = {
@@ -177,13 +177,13 @@ def comparisons(config, codec):
 
 
 def prompts(config, codec):
-    told = PromptTexts()
-    for ids in encode_prompts(config, codec, told):
-        assert told(ids.tolist())
+    texts = PromptTexts()
+    for ids in encode_prompts(config, codec, texts):
+        assert texts(ids.tolist())
 
 
 def pretraining(config, codec):
-    """Of documents that do not fit one batch of the tokenizer."""
+    """Read documents that need several batches of the tokenizer."""
     stream = pretrain_stream(config, codec)
     for _ in range(len(stream.sequences)):
         stream.take(1)
@@ -210,10 +210,10 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("work", [demonstrations, comparisons, prompts, pretraining, documents, rounds, users])
 def test_s19_memory_does_not_grow_with_the_file(work, codec, files):
-    """A few numbers of eight bytes are kept of a record; as Python objects it takes 400 bytes (a prompt) and more."""
+    """A record needs a few numbers of eight bytes in memory; as Python objects it would need at least 400 bytes."""
     small, large = (configure(folder) for folder in files)
-    # Python keeps freed tuples for later, some hundreds of kilobytes of them, until a full collection drops them: they are
-    # there before anything is measured, and stay.
+    # Python keeps hundreds of kilobytes of freed tuples until a full collection. The first run allocates them before the
+    # measurement, and without collections they remain.
     gc.collect()
     gc.disable()
     try:

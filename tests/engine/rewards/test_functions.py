@@ -52,6 +52,6 @@ def test_s6_prompts_that_encode_alike_need_the_same_text(run, capsys):
     ]
     cut = ("rollout.max_prompt_tokens=8", "data.long_prompts=truncate")
     code, _, shown = ppo(run, capsys, prompts, *cut)
-    assert code == 2 and f"{run / 'prompts.jsonl'}:3: prompt: got the tokens of line 1, whose text is another" in shown
+    assert code == 2 and f"{run / 'prompts.jsonl'}:3: prompt: has the same tokens as the prompt of line 1" in shown
     assert not (run / "told.jsonl").exists()
     assert ppo(run, capsys, [prompts[0], prompts[1], prompts[0]], *cut)[0] == 0
