@@ -177,7 +177,7 @@ def _group(group: dict[str, Any]) -> str:
          digits(row["extra_mb"]) if row.get("extra_mb") is not None else "", row["note"] or row["error"] or "")
         for row in group["rows"]
     ]  # fmt: skip
-    text = f"### {group['title']}\n\n" + table(("case", "best", "median", "over the floor", "extra MB", "note"), rows)
+    text = f"### {group['title']}\n\n" + table(("case", "best", "median", "ratio to floor", "extra MB", "note"), rows)
     if group["checks"]:
         checks = [(check["name"], *_cells(check)) for check in group["checks"]]
         text += "\n" + table(("check", "measured", "bound", "met"), checks)

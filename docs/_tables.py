@@ -21,7 +21,7 @@ def digits(value: float, count: int = 3) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a time with three digits and its unit: s, ms or us."""
     if value is None:
         return ""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):

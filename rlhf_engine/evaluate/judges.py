@@ -163,7 +163,7 @@ def load_judge(
 
 
 def rank(judge: Judge, prompts: Prompts, completions: Sequence[Texts]) -> list[tuple[float, ...]]:
-    """Return the ranks of the completions of each prompt: how many wins fewer each has than the best one, whose rank is 0.
+    """Return the ranks of each prompt's completions. A rank is the number of wins fewer than the best one has (0: the best).
 
     All pairs of completions are compared (Copeland's method). For a judge with scores the ranks have the order of the scores.
     """

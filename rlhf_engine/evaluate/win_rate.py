@@ -21,7 +21,7 @@ class WinRate:
     high: float
     """Upper end of the 95% interval."""
     ties: float
-    """Share of ties."""
+    """Share of comparisons that are ties."""
     prompts: int
     """Number of prompts. The bootstrap resamples prompts, because answers to the same prompt are not independent."""
 

@@ -172,7 +172,7 @@ def _rank(config: RunConfig, folder: Path) -> dict[str, int]:
 
 
 def _check_rankings(folder: Path) -> dict[str, int]:
-    """Check rankings from a file and return their number: they must be of answers in completions.jsonl, but not of all."""
+    """Check the rankings of a file and return their number: every line must be in completions.jsonl; lines may be missing."""
     path = folder / "rankings.jsonl"
     written = {(prompt_of(line), tuple(line["completions"])) for line in read_json_lines(folder / "completions.jsonl")}
     count = 0

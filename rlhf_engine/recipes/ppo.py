@@ -188,7 +188,7 @@ def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = N
 
 
 def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
-    """Return the text of `data.pretrain` in sequences of the length of the longest rollout; None without PPO-ptx."""
+    """Return the text of `data.pretrain` in sequences as long as the longest prompt and response; None without PPO-ptx."""
     if config.ppo.ptx_coef == 0.0:
         return None
     path = given(config.data.pretrain, "data.pretrain")
