@@ -1,4 +1,4 @@
-"""What tests do without a GPU: Triton's kernels run through its interpreter, which is chosen before anything imports Triton."""
+"""Setup for tests without a GPU: Triton's kernels run in its interpreter, which must be chosen before Triton is imported."""
 
 import os
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
         from benchmarks.gpu.interpreter import patch_language_once_per_launch
 
         patch_language_once_per_launch()
-# What cuBLAS wants of a process that asks torch for deterministic algorithms, as the kernel tests do.
+# cuBLAS requires this setting in a process that uses deterministic algorithms of torch, as the kernel tests do.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -21,7 +21,7 @@ SLOWEST = (
     "test_gpu_gae", "test_gpu_rollout_advantages", "test_gpu_sample_tokens", "test_iterate", "test_figure", "test_gae",
     "test_cuda_emulated_logits", "test_linear_ppo_loss", "test_stages", "test_phase_peaks", "test_gpu_ppo_loss",
 )  # fmt: skip
-"""Modules of many seconds. They run first, so that at the end no worker has one left while the others are idle."""
+"""Modules that take many seconds. They run first, so that at the end no worker is busy with one while the others are idle."""
 
 
 def pytest_collection_modifyitems(items):

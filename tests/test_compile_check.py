@@ -1,4 +1,4 @@
-"""The compile check sees what it is there to see: spills, kernels that nobody compiled, arguments that compile again."""
+"""The compile check finds spills, kernels that were not compiled, and arguments that cause recompilation."""
 
 import json
 import os
@@ -99,7 +99,7 @@ print(json.dumps([[u.record() for u in found.usages], found.problems, found.note
 
 
 def run_compiled(*arguments: str, path: Path, **extra: str) -> subprocess.CompletedProcess:
-    """Python in a process that compiles Triton kernels instead of interpreting them, with the tiny package to import."""
+    """Run Python in a process that compiles Triton kernels instead of interpreting them and can import the tiny package."""
     package = path / "tiny"
     package.mkdir(exist_ok=True)
     (package / "__init__.py").write_text("from .kernels import *\n")
@@ -112,7 +112,7 @@ def run_compiled(*arguments: str, path: Path, **extra: str) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """What the check says of the tiny package, where there is no nvcc: figures by kernel and target, problems, notes."""
+    """Check the tiny package without nvcc; return the resources by kernel and target, the problems, and the notes."""
     done = run_compiled("-c", PROGRAM, path=tmp_path_factory.mktemp("tiny"), PATH="", CUDA_HOME="", CUDA_PATH="")
     assert done.returncode == 0, done.stderr
     usages, problems, notes = json.loads(done.stdout.splitlines()[-1])
@@ -142,7 +142,7 @@ def test_a_spill_is_a_problem(tiny):
 
 
 def test_amd_figures_come_from_the_assembly():
-    """Scalar registers that lie in vector registers are told; only what goes to memory is a spill."""
+    """Scalar registers that are kept in vector registers are noted; only registers that go to memory are spills."""
     lines = {"group_segment_fixed_size": 64, "private_segment_fixed_size": 16, "sgpr_count": 100, "sgpr_spill_count": 5}
     lines |= {"vgpr_count": 128, "vgpr_spill_count": 3}
     numbers = resources._amd_numbers("".join(f"    .{name}:     {value}\n" for name, value in lines.items()))
@@ -150,23 +150,23 @@ def test_amd_figures_come_from_the_assembly():
     assert numbers["note"].startswith("5 scalar registers")
 
 
-def test_an_argument_that_compiles_again_is_named(tiny):
+def test_an_argument_that_causes_recompilation_is_named(tiny):
     _, problems, _ = tiny
     assert about(problems, "specialised_kernel would be compiled again", "n: i32", "constexpr 1")
     assert about(problems, "constant_kernel would be compiled again", "COUNT: constexpr 24 -> constexpr 32")
 
 
-def test_an_option_of_one_kind_of_device_is_a_problem_of_the_other(tiny):
+def test_an_option_of_one_kind_of_device_is_a_problem_on_the_other(tiny):
     usages, problems, _ = tiny
     assert about(problems, "good_kernel cannot be launched on a cuda device", "waves_per_eu")
     assert len(usages["kernels.good_kernel", "sm_90"]) == 2 and len(usages["kernels.good_kernel", "gfx942"]) == 3
 
 
-def test_an_option_that_launchers_leave_out_on_amd_is_left_out(tiny):
+def test_an_option_that_launchers_omit_on_amd_is_omitted(tiny):
     assert not about(tiny[1], "maxnreg")
 
 
-def test_flags_are_a_launchers_choice_and_both_are_compiled(tiny):
+def test_both_values_of_a_launchers_flag_are_compiled(tiny):
     usages, problems, _ = tiny
     assert not about(problems, "flagged_kernel")
     assert len(usages["kernels.flagged_kernel", "sm_90"]) == 2
@@ -178,19 +178,19 @@ def test_a_kernel_without_a_specimen_is_named_and_a_helper_is_not(tiny):
     assert not about(problems, "helper")
 
 
-def test_without_nvcc_it_says_that_cuda_was_not_checked(tiny):
+def test_without_nvcc_a_note_reports_that_cuda_was_not_checked(tiny):
     *_, notes = tiny
     assert about(notes, "CUDA C++ sources were not checked: "), notes
 
 
-def test_launchers_that_refuse_or_lack_are_named(tiny):
+def test_refusing_and_missing_launchers_are_named(tiny):
     _, problems, _ = tiny
     assert about(problems, "refusing: refused at", "AssertionError: one token is too few")
     assert about(problems, "tiny has no launcher absent")
 
 
 def test_every_kernel_is_reached_and_none_is_compiled_twice(tmp_path):
-    """The launchers of rlhf_kernels, recorded and not compiled: `python -m benchmarks.compile_check` does the rest."""
+    """Records the launchers of rlhf_kernels without compiling them; `python -m benchmarks.compile_check` compiles them."""
     program = (
         "import importlib, json\n"
         "from benchmarks.gpu.compilation import Findings, record\n"
@@ -206,7 +206,7 @@ def test_every_kernel_is_reached_and_none_is_compiled_twice(tmp_path):
     assert forms > 40
 
 
-def test_problems_make_exit_code_one_and_a_report(tmp_path):
+def test_problems_give_exit_code_one_and_a_report(tmp_path):
     """The tiny package has none of the launchers."""
     report = tmp_path / "report.json"
     program = "import benchmarks.compile_check as c, sys; c.PACKAGE = 'tiny'; sys.exit(c.main(sys.argv[1:]))"
@@ -231,14 +231,14 @@ def test_usage_errors_are_exit_code_two(arguments, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_it_refuses_to_check_what_is_interpreted(tmp_path):
+def test_it_refuses_to_check_interpreted_kernels(tmp_path):
     surroundings = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "benchmarks.compile_check"]
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
 
 
-def test_without_nvcc_it_says_so(monkeypatch):
+def test_a_missing_nvcc_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)

@@ -1,4 +1,4 @@
-"""The GPU suite without a GPU: its dry run, and that what it knows is on disk however it ends."""
+"""The GPU suite without a GPU: its dry run, and that its results are on disk however a run ends."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """The command from end to end, and where it wrote."""
+    """Run the command from end to end; return its output folder and its results."""
     out = tmp_path_factory.mktemp("suite") / "out"
     surroundings = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(out), "--dry-run"]
@@ -45,7 +45,7 @@ def test_a_dry_run_goes_through_every_step(dry_run):
 
 
 def test_a_dry_run_finds_no_error(dry_run):
-    """What is missing here (nvcc, pybind11) is no error of the ops."""
+    """Missing tools (nvcc, pybind11) are reported by the first two steps and are not errors of the ops."""
     _, results = dry_run
     for step in results["steps"]:
         if step["name"] not in ("environment", "build"):
@@ -53,7 +53,7 @@ def test_a_dry_run_finds_no_error(dry_run):
             assert not failed, f"{step['name']}: {failed}"
 
 
-def test_a_dry_run_shows_no_figure(dry_run):
+def test_a_dry_run_has_no_figures(dry_run):
     out, results = dry_run
     assert results["dry_run"] and "nothing was measured" in results["note"]
     assert "**DRY RUN" in (out / "report.md").read_text()
@@ -92,7 +92,7 @@ def test_a_dry_run_writes_plots(dry_run):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_known_is_on_disk_before_the_end(tmp_path):
+def test_results_are_on_disk_before_the_run_ends(tmp_path):
     results = Results(tmp_path, dry_run=False)
     results.begin("heads", 10)
     results.add(Entry("linear_ppo_loss / three products", 1.05, bound=1.08).record())
@@ -103,7 +103,7 @@ def test_what_is_known_is_on_disk_before_the_end(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_step_without_time_is_named_as_skipped(tmp_path):
+def test_a_step_without_time_is_recorded_as_skipped(tmp_path):
     suite = Suite(tmp_path, dry_run=False, minutes=5 / 60)
     suite.run([Step("long", 60, 30, None), Step("short", 60, 0, lambda suite, seconds: iter([Entry("it", "ran")]))])
     long, short = suite.results.steps
@@ -136,7 +136,7 @@ def test_a_group_that_hangs_or_dies_keeps_its_entries(tmp_path, monkeypatch, end
     assert following["state"] == "done"
 
 
-def test_a_group_that_is_done_is_not_waited_for(tmp_path, monkeypatch):
+def test_the_suite_does_not_wait_for_the_exit_of_a_group_that_is_done(tmp_path, monkeypatch):
     program = "import time; print('{\"done\": true}', flush=True); time.sleep(60)"
     monkeypatch.setattr(Suite, "worker", lambda *_: [sys.executable, "-c", program])
     suite = Suite(tmp_path, dry_run=False, minutes=1)
@@ -157,7 +157,7 @@ def test_a_failing_step_does_not_stop_the_others(tmp_path):
 
 @pytest.mark.parametrize("processes", [[], ["--numprocesses", "2"]])
 def test_failed_tests_are_named(tmp_path, monkeypatch, processes):
-    """Through a test file that passes once, fails once and skips once."""
+    """Runs a test file with one passing, one failing and one skipped test."""
     monkeypatch.setattr(gpu_suite, "_processes", lambda: processes)
     file = tmp_path / "test_three.py"
     file.write_text(
@@ -174,7 +174,7 @@ def test_failed_tests_are_named(tmp_path, monkeypatch, processes):
 
 
 class FakeEvent:
-    """A device whose calls take 5, 1, 2, 9, 3, ... milliseconds, the first of them a warm-up."""
+    """An event on a device whose calls take 5, 1, 2, 9, 3 milliseconds; the first call is a warm-up."""
 
     durations = (5.0, 1.0, 2.0, 9.0, 3.0)
     made = 0
@@ -191,7 +191,7 @@ class FakeEvent:
         pass
 
     def elapsed_time(self, end):
-        assert end.index == self.index + 1, "from the start to the end of the same call"
+        assert end.index == self.index + 1, "the two events are not the start and the end of one call"
         return self.durations[self.index // 2]
 
 
@@ -205,7 +205,7 @@ def test_a_time_is_the_median_without_the_warm_up(monkeypatch):
 
 
 class CountingTimer(Timer):
-    """Instead of a clock: the first call of each comparison takes a millisecond, the next one more, and so on."""
+    """A timer without a clock: the first call of each comparison takes 1 ms, the second 2 ms, and so on."""
 
     def __init__(self):
         super().__init__(dry_run=False)
@@ -223,7 +223,7 @@ class CountingTimer(Timer):
 
 
 class TinyBench(Bench):
-    """Takes itself for a device, at the sizes of a dry run."""
+    """A bench that measures as on a device, at the sizes of a dry run."""
 
     def size(self, full, tiny):
         return tiny
@@ -238,16 +238,16 @@ class TinyBench(Bench):
 
 @pytest.fixture(scope="module")
 def figures():
-    """What the benches would say of times that are known."""
+    """Return the entries that the benchmarks compute from known times."""
     if torch.cuda.is_available():
-        pytest.skip("on a machine with a GPU Triton does not interpret")
+        pytest.skip("Triton's interpreter is used only on machines without a GPU")
     bench = TinyBench(torch.device("cpu"), False, CountingTimer(), copy_rate=1e6, matmul_rate=1e9)
     parts = (
         ceilings.copy_bandwidth, ceilings.matrix_rate, head_bench.linear_time, head_bench.linear_memory,
         head_bench.logits_level, token_bench.gae_time, token_bench.rollout_time, peer_bench.gae_peer,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        # Tensors of these sizes would fill a device's L2 a hundred thousand times.
+        # Filling a device's L2 cache with tensors of these sizes would take a hundred thousand of them.
         patch.setattr(token_bench, "copies_to_fill_l2", lambda *_, **__: 2)
         return {entry.name: entry for part in parts for entry in part(bench)}
 
@@ -266,15 +266,15 @@ def figures():
         ("gae 3x40, triton", 1000.0),
         ("rollout_advantages 3x40, triton / moving 29 bytes an element", 1e-3 / (29 * 120 / 1e6)),
         ("rollout_advantages 3x40, whitened, triton / moving 37 bytes an element", 1e-3 / (37 * 120 / 1e6)),
-        ("rollout_advantages 3x40, triton / block copy", 2.0),  # a block is half of what was timed
+        ("rollout_advantages 3x40, triton / block copy", 2.0),  # the timed call copies two blocks
         ("gae as a Python loop, 3x40", 1.0),
     ],
 )
-def test_figures_are_made_of_the_measured_seconds(figures, name, value):
+def test_figures_are_computed_from_the_measured_seconds(figures, name, value):
     assert figures[name].value == pytest.approx(value)
 
 
-def test_rates_are_said_as_fractions_of_the_ceilings(figures):
+def test_rates_are_reported_as_fractions_of_the_ceilings(figures):
     flops = 6 * 24 * 16 * 160 / 3e-3
     assert f"{flops / 1e9:.3f} of the ceiling" in figures["linear_ppo_loss forward+backward: ours"].note
     assert f"{17 * 120 / 1e-3 / 1e6:.3f} of the copy's rate" in figures["gae 3x40, triton"].note
@@ -311,9 +311,10 @@ def test_bounds(entry, met, shown):
 
 
 @pytest.mark.skipif(
-    not (Path(torch.__file__).parent / "include/pybind11/pybind11.h").exists(), reason="torch ships none"
+    not (Path(torch.__file__).parent / "include/pybind11/pybind11.h").exists(),
+    reason="torch ships no headers of pybind11",
 )
-def test_without_pybind11_the_headers_of_torch_serve(tmp_path, monkeypatch):
+def test_without_pybind11_the_headers_of_torch_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "find_spec", lambda name: None)
     folder, where = environment.pybind11_headers(tmp_path)
     assert "torch ships" in where
@@ -347,7 +348,7 @@ def test_usage_errors_are_exit_code_two(arguments, message, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_the_message_names_the_dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as error:
         gpu_suite.main(["--out", str(tmp_path / "out")])

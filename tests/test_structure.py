@@ -1,4 +1,4 @@
-"""The layering and the sizes that the design promises."""
+"""Layers of the packages, sizes of files and functions, and other rules of the design."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for package in ("rlhf_kernels", "rlhf_engine") for p in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
-# A package may import from those on its right, and from itself.
+# Layer -> the other layers that it may import from.
 KERNEL_LAYERS = {
     "_options": (),
     "launch_args": ("_options",),
@@ -32,10 +32,10 @@ KERNEL_LAYERS = {
     "info": ("ops", "backend", "_native"),
 }
 
-# Packages that an adapter may import inside a function alone: it must import without them.
+# Packages that an adapter may import only inside functions, because the adapter must be importable without them.
 PEERS = ("trl", "openrlhf", "verl", "deepspeed", "peft")
 
-# Lower to higher: a module or package of the engine imports from those before it, and from itself.
+# From low to high: a module or package of the engine may import only from itself and from those before it.
 ENGINE_LAYERS = (
     "_lazy",
     "config",
@@ -60,7 +60,7 @@ ENGINE_LAYERS = (
 
 
 def imports(path: Path, *, for_types: bool = True) -> list[tuple[str, list[str]]]:
-    """Absolute module and names of every import of a file, within functions too, and those `for_types` alone if asked."""
+    """Return absolute module and names of every import of a file, also in functions; under TYPE_CHECKING if `for_types`."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     tree, found = ast.parse(path.read_text()), []
     typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
@@ -123,7 +123,9 @@ def test_engine_layering(path):
     if layer == "__init__":
         loaded = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         modules = {node.module for node in loaded if isinstance(node, ast.ImportFrom)}
-        assert modules <= {"typing", "rlhf_engine._lazy"}, f"{name(path)} imports more with every other module"
+        assert modules <= {"typing", "rlhf_engine._lazy"}, (
+            f"{name(path)} may import only typing and rlhf_engine._lazy, because every import of the engine loads it"
+        )
         return
     allowed = ENGINE_LAYERS[: ENGINE_LAYERS.index(layer) + 1]
     for module, names in imports(path):
@@ -160,7 +162,7 @@ COMPOSED = (
     "linear_token_logprobs",
     "linear_ppo_loss",
     "logits_ppo_loss",
-)  # their definitions are compositions of the others
+)  # compositions of other ops, without a definition in rlhf_kernels/reference
 
 
 def test_every_op_has_its_files():
@@ -185,19 +187,19 @@ def test_no_catch_all_and_no_pickle():
 
 
 def test_no_test_imports_another():
-    """What tests share is in a `helpers` folder."""
+    """Code that tests share is in a `helpers` folder."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         shared = [module for module, _ in imports(path) if module.split(".")[-1].startswith("test_")]
         assert not shared, f"{name(path)} imports {shared}"
 
 
 MOST_FILES, MOST_MODULES = 30, 70
-"""Files that a default update runs through on a CPU; modules of ours that importing the trainer loads."""
+"""Limits: files that a default update on a CPU runs through; modules of ours that importing the trainer loads."""
 
 
 def test_an_update_is_read_in_few_files():
     trainer, files = make_trainer(), set()
-    trainer.step()  # what is made once is made
+    trainer.step()  # creates everything that is created only once
     folders = tuple(f"{ROOT / package}/" for package in ("rlhf_engine", "rlhf_kernels"))
     sys.setprofile(lambda frame, *_: files.add(frame.f_code.co_filename))
     try:
@@ -216,7 +218,7 @@ def test_the_trainer_imports_few_modules():
 
 
 def test_no_import_cycles_below_the_packages():
-    """Imports within functions count too: a module in a cycle cannot be read or tested alone."""
+    """Imports inside functions count too: a module in a cycle cannot be read or tested without the others."""
     graph = {}
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in SOURCES}
     for module, path in modules.items():

@@ -1,4 +1,4 @@
-"""A reader who types what README and the pages show gets what they promise."""
+"""The blocks of README and of the pages run, and print the output that the pages show."""
 
 import json
 
@@ -13,7 +13,7 @@ SMALL = [
 ]
 
 BRINGS_FILES = ("README.md", "docs/guides/")
-"""Pages whose reader has a model and files; on the others the page itself makes all that it needs."""
+"""Pages that assume a model and data files; the blocks of other pages create all that they need."""
 
 NOT_RUN = {
     "CONTRIBUTING.md": ["make test            # virtual environment", "python -m docs.generate"],
@@ -27,7 +27,7 @@ NOT_RUN = {
     "docs/guides/trl.md": ["from rlhf_kernels.integrations.trl import GRPOMixin, fused_helpers"],
     "docs/guides/verl.md": ["from rlhf_kernels.integrations.verl import register", "from rlhf_kernels.integrations.verl_model"],
 }  # fmt: skip
-"""Blocks that no test runs, by the first words of each: none is added without being listed here."""
+"""First words of every block that no test runs; a new block of this kind must be added here."""
 
 BLOCKS = {page: blocks_of(page) for page in pages()}
 RUN = [
@@ -42,13 +42,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, model, monkeypatch):
-    """A folder that the reader works in."""
+    """Change to a temporary folder, in which the blocks run."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def read(page, folder, model):
-    """Read a page from top to bottom, in `folder`."""
+    """Run the blocks of a page in order, in `folder`."""
     reader = Reader()
     if page.startswith(BRINGS_FILES):
         new_run(folder, model)
@@ -66,7 +66,7 @@ def test_every_block_of_the_page_runs(page, folder, model):
 
 
 def test_readme_runs_and_trains_a_model_of_every_stage(folder, model):
-    """Its "Train your own" is a chain from a base model to PPO-ptx."""
+    """The section "Train your own" is a chain from a base model to PPO-ptx."""
     training = [
         commands(block) for block in BLOCKS["README.md"] if block.language == "bash" and "rlhf sft" in block.text
     ]

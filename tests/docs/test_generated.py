@@ -1,4 +1,4 @@
-"""What is generated is current, README is one page, and links of README lead somewhere."""
+"""Generated parts are current, README is one page, and relative links lead to files."""
 
 import re
 

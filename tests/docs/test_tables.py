@@ -1,4 +1,4 @@
-"""The tables of InstructGPT's rows and of implementation details: commands run, tests exist, defaults are the code's."""
+"""The tables of InstructGPT's rows and of implementation details: commands run, tests exist, defaults match the code."""
 
 import re
 import shlex
@@ -31,7 +31,7 @@ def test_every_row_has_a_command_and_tests():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A user's folder: a base model, files, two reward models, a text, a judge."""
+    """Create a user's folder: a base model, data files, two reward models, a text, a judge."""
     folder = tmp_path_factory.mktemp("rows")
     new_run(folder, new_model(folder / "base"))
     new_model(folder / "small", 1, hidden_size=16, head_dim=4, num_hidden_layers=1)
@@ -65,12 +65,12 @@ OPTIONS = {
         *("eval.judge=judge.py:longer", "rollout.max_response_tokens=6"),
     ),
 }
-"""What a command needs of a user besides a config."""
+"""Options that a command needs in addition to a config."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_rows_runs_as_it_stands(command, place, tmp_path, capsys, monkeypatch):
-    """`rlhf figure` has tests of its own, as it trains for minutes; here only its name and its options are looked at."""
+def test_every_command_of_the_rows_runs(command, place, tmp_path, capsys, monkeypatch):
+    """`rlhf figure` trains for minutes and has separate tests; this test checks only its name and its options."""
     monkeypatch.chdir(place)
     name, *rest = shlex.split(command.replace("SMALLER", "runs/smaller/rm"))[1:]
     if name == "figure":
@@ -88,7 +88,7 @@ def test_every_command_of_the_rows_runs_as_it_stands(command, place, tmp_path, c
 DETAILS = (DESIGN / "implementation_details.md").read_text()
 
 
-def test_implementation_details_have_the_defaults_that_the_table_says():
+def test_defaults_match_the_table_of_implementation_details():
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", DETAILS, re.M)[1:]
     assert len(rows) == 21 and all(why.strip() for *_, why in rows)
     options = re.findall(r"`([a-z_.]+)` (\[[^\]]*\]|[\w.-]+)", "; ".join(cell for _, cell, _ in rows))

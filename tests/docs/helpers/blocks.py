@@ -1,7 +1,7 @@
-"""The fenced blocks of a page, and what runs them.
+"""The fenced blocks of a page, and a class that runs them.
 
-A fence begins with its language. Then may follow `title="NAME"`, which is `output` for `text` blocks and the name of a file
-for the others, and `not_run="REASON"`.
+A fence begins with its language. `title="NAME"` and `not_run="REASON"` may follow; the title is `output` for `text` blocks and
+the name of a file for others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Block:
 
     page: str
     line: int
-    """Line of the page on which its text begins."""
+    """Line of the page on which the text of the block begins."""
     language: str
     notes: dict[str, str]
     text: str
@@ -44,7 +44,7 @@ def pages() -> list[str]:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """Return the fenced blocks of a page in their order; ValueError for a fence that none of them begins or ends with."""
+    """Return the fenced blocks of a page in order; raise ValueError for a fence that does not begin or end a block."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found, seen = [], 0
     for match in _FENCE.finditer(text):
@@ -52,7 +52,7 @@ def blocks_of(page: str) -> list[Block]:
         found.append(Block(page, line, match[1], dict(_NOTE.findall(match[2])), match[3]))
         seen += 2
     if seen != len(re.findall(r"^```", text, re.M)):
-        raise ValueError(f"{page}: got a fence with something else than a language and notes in its first line")
+        raise ValueError(f"{page}: the first line of a fence may have only a language and notes; correct the fence")
     return found
 
 
@@ -64,7 +64,7 @@ def commands(block: Block) -> list[list[str]]:
 
 @dataclass
 class Reader:
-    """Does what a reader of a page does, in the current folder."""
+    """Runs the blocks of a page in the current folder, as a reader of the page would."""
 
     overrides: list[str] = field(default_factory=list)
     """Settings that make the training commands of the page smaller."""
@@ -73,7 +73,7 @@ class Reader:
     """Output of the last block that ran."""
 
     def read(self, block: Block) -> None:
-        """Run a block, save it as its file, or compare it with what the block before it printed."""
+        """Run a block, save it to its file, or compare it with the output of the previous block."""
         if block.language == "text":
             if block.notes.get("title") == "output":
                 assert block.text.strip() in self.printed, f"{block}: got\n{self.printed}\nexpected\n{block.text}"

@@ -1,4 +1,4 @@
-"""The sections `demo` and `figure`: who reads them, and what becomes of those in the files of other commands."""
+"""The sections `demo` and `figure`: which commands read them, and how other commands treat them in a config file."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from rlhf_engine.demo.config import DemoConfig, DemoRunConfig
 from tests.engine.helpers.cli_run import rlhf
 
 
-def test_a_run_config_with_the_demo_reads_back_as_its_own_kind(tmp_path):
+def test_a_run_config_with_the_demo_is_loaded_with_its_class(tmp_path):
     original = DemoRunConfig(seed=3, demo=DemoConfig(layers=5))
     save_config(original, tmp_path / "run.yaml")
     found = load_config(tmp_path / "run.yaml", ["figure.shots=2"], kind=DemoRunConfig)
@@ -34,7 +34,7 @@ def test_other_commands_refuse_the_sections_of_the_demo(tmp_path, capsys, sectio
 
 
 def test_a_checkpoint_that_was_saved_with_the_demo_still_resumes(tmp_path):
-    """Versions in which RunConfig had the two sections saved them with every run."""
+    """Earlier versions, in which RunConfig had the two sections, saved them with every run."""
     saved = DemoRunConfig(seed=3, ppo=PPOConfig(kl_coef=0.5)).to_dict()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     assert load_saved_config(tmp_path / "config.yaml") == RunConfig(seed=3, ppo=PPOConfig(kl_coef=0.5))

@@ -1,4 +1,4 @@
-"""The demo's data set and judge: the shipped files come from the script, and the judge marks what its rubric says."""
+"""The demo's data set and judge: the script writes the shipped files, and the judge's marks follow its rubric."""
 
 import json
 from collections import Counter
@@ -27,7 +27,7 @@ def test_the_data_set_is_small():
     assert sum(len((DATA / name).read_bytes()) for name in NAMES) < 5_000_000
 
 
-def test_held_out_users_and_their_prompts_appear_in_nothing_that_is_trained_on():
+def test_held_out_users_and_their_prompts_are_not_in_the_training_data():
     records = list(read_prompts(DATA / "prompts.jsonl"))
     users = {split: {r.user_id for r in records if r.split == split} for split in ("train", "validation", "test")}
     assert (
@@ -62,7 +62,7 @@ def test_labelers_agree_with_the_judge_often_but_not_always():
     assert 0.8 < agreed / pairs < 0.93
 
 
-def test_demonstrations_leave_room_above_their_average():
+def test_a_minority_of_demonstrations_has_full_marks():
     marks = [judge(r.prompt, r.response).score for r in read_demonstrations(DATA / "demonstrations.jsonl")]
     assert 0.15 < sum(mark == 10 for mark in marks) / len(marks) < 0.4
 
@@ -114,7 +114,7 @@ def test_marks_by_hand(prompt, answer, criterion, mark):
 
 
 @pytest.mark.parametrize("adjective, right", [("bigger", "horse"), ("smaller", "mouse")])
-def test_comparisons_may_be_said_from_both_ends(adjective, right):
+def test_comparisons_may_be_answered_in_both_directions(adjective, right):
     prompt = next(
         t.prompt
         for t in all_tasks()
@@ -128,7 +128,7 @@ def test_comparisons_may_be_said_from_both_ends(adjective, right):
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "?", "\n"])
-def test_an_empty_answer_gets_nothing_for_content_or_manners(answer):
+def test_an_empty_answer_gets_no_marks(answer):
     verdict = judge("Give me two birds.", answer)
     assert verdict.score == 0
 

@@ -15,12 +15,12 @@ from tests.engine.helpers.demo_data import with_few_examples
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A quick figure that breaks off after the first size and goes on; its folder and what each call said."""
-    root, said = tmp_path_factory.mktemp("figure"), ([], [])
+def figure_run(tmp_path_factory):
+    """Run a quick figure that is interrupted after the first size and resumed; return its folder, its table and both logs."""
+    root, logs = tmp_path_factory.mktemp("figure"), ([], [])
     real = figure.make_base
 
-    def break_off(config):
+    def interrupt(config):
         if config.demo.hidden_size == 32:
             raise KeyboardInterrupt
         return real(config)
@@ -28,14 +28,14 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure, "with_shipped_data", with_few_examples)
         with patch.context() as broken:
-            broken.setattr(figure, "make_base", break_off)
+            broken.setattr(figure, "make_base", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                run_figure(root, 3, quick=True, say=said[0].append)
-        yield root, run_figure(root, 3, quick=True, say=said[1].append), said
+                run_figure(root, 3, quick=True, say=logs[0].append)
+        yield root, run_figure(root, 3, quick=True, say=logs[1].append), logs
 
 
-def test_s20_the_figure_has_every_contestant_at_every_size(made):
-    root, table, _ = made
+def test_s20_the_figure_has_every_contestant_at_every_size(figure_run):
+    root, table, _ = figure_run
     numbers = json.loads((root / "figure.json").read_text())
     assert list(numbers["contestants"]) == list(CONTESTANTS) and numbers["seed"] == 3
     for name, sizes in numbers["contestants"].items():
@@ -50,16 +50,16 @@ def test_s20_the_figure_has_every_contestant_at_every_size(made):
     assert of["base"] == of["base, prompted"] and len(set(of.values())) == 4
 
 
-def test_s20_the_figure_goes_on_size_by_size(made):
-    root, table, (first, second) = made
+def test_s20_the_figure_resumes_size_by_size(figure_run):
+    root, table, (first, second) = figure_run
     assert any(line.startswith("16: PPO-ptx: ") for line in first) and first[-1] == "32: train pretrain ..."
     assert second[0] == "32: train pretrain ..." and not [line for line in second if line.startswith("16")]
     again = []
     assert run_figure(root, 3, quick=True, say=again.append) == table and again == []
 
 
-def test_s9_the_figures_ppo_ptx_reads_text_that_perplexity_does_not(made):
-    root, _, _ = made
+def test_s9_the_figures_ppo_ptx_does_not_train_on_the_text_of_perplexity(figure_run):
+    root, _, _ = figure_run
     held_out, rest = ((root / name).read_text().split("\n\n") for name in ("held_out.txt", "pretrain.txt"))
     whole = (figure.DATA / "pretrain.txt").read_text().strip().split("\n\n")
     assert [*held_out[:-1], held_out[-1].strip(), *rest[:-1], rest[-1].strip()] == whole
@@ -68,7 +68,7 @@ def test_s9_the_figures_ppo_ptx_reads_text_that_perplexity_does_not(made):
     assert load_config(root / "width_32" / "ppo" / "config.yaml").ppo.ptx_coef == 0.0
 
 
-def test_s20_few_shot_examples_are_demonstrations_in_the_frame_of_a_prompt(tmp_path):
+def test_s20_few_shot_examples_are_demonstrations_in_the_format_of_a_prompt(tmp_path):
     config = with_shipped_data(load_config(CONFIG, kind=DemoRunConfig), tmp_path, 0)
     shots = few_shot_prefix(config)
     parts = shots.removesuffix("\n\n").split("\n\n")
@@ -86,14 +86,16 @@ def test_s20_few_shot_examples_are_demonstrations_in_the_frame_of_a_prompt(tmp_p
         *("model.path=x", "reward.path=x", "reward.function=x:y", "model={path: x}"),
     ],
 )
-def test_what_the_demo_and_the_figure_decide_is_refused(tmp_path, capsys, monkeypatch, command, override):
+def test_overrides_of_settings_that_demo_and_figure_decide_are_refused(
+    tmp_path, capsys, monkeypatch, command, override
+):
     monkeypatch.setattr(run, "make_base", None)
     code, _, shown = rlhf(capsys, command, "--output", tmp_path / "f", sets=[override])
     assert code == 2 and f"override {override!r}: the {command}, by its options --seed and --output" in shown
     assert not (tmp_path / "f").exists()
 
 
-def test_s20_what_the_figure_decides_is_refused(tmp_path, capsys):
+def test_s20_overrides_of_settings_that_the_figure_decides_are_refused(tmp_path, capsys):
     code, _, shown = rlhf(capsys, "figure", "--output", tmp_path / "f", sets=["demo.hidden_size=8"])
     assert code == 2 and "override 'demo.hidden_size=8' is not possible: the figure, by its options" in shown
     code, _, shown = rlhf(capsys, "figure", "--output", tmp_path / "f", sets=["ppo.ptx_coef=2"])

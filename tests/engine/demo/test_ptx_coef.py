@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ptx_coef`: which coefficient it takes, and whether its bounds are said to hold."""
+"""`python -m benchmarks.ptx_coef`: which coefficient it chooses, and whether it reports that its bounds hold."""
 
 import pytest
 
@@ -19,13 +19,13 @@ def rates(**of):
         ({"a": 0.79}, {"a": 5.1}, None, "MISSED"),
     ],
 )
-def test_s9_the_coefficient_that_wins_most_within_the_bound(ptx, losses, chosen, words):
+def test_s9_the_coefficient_with_the_highest_win_rate_within_the_bounds_is_chosen(ptx, losses, chosen, words):
     of = {f"PPO-ptx, {name}": rate for name, rate in ptx.items()}
     lost = {"SFT": 0.0, "PPO": 10.0} | {f"PPO-ptx, {name}": loss for name, loss in losses.items()}
     found, verdict = choose(rates(PPO=0.8, **of), lost)
     assert found == chosen and words in verdict
 
 
-def test_s9_a_ppo_that_lost_nothing_leaves_nothing_to_choose():
+def test_s9_no_coefficient_is_chosen_if_ppo_lost_no_perplexity():
     found, verdict = choose(rates(PPO=0.8, **{"PPO-ptx, 1": 0.8}), {"SFT": 0.0, "PPO": -0.1, "PPO-ptx, 1": 0.0})
     assert found is None and "nothing for PPO-ptx to keep" in verdict

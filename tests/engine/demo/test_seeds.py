@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo_seeds`: every seed is reported, and a bound that is missed is said."""
+"""`python -m benchmarks.demo_seeds`: every seed and every missed bound are reported."""
 
 import json
 import runpy
