@@ -64,10 +64,7 @@ class Kernels(Protocol):
         ...
 
     def compact_rows(self, x: Tensor, active: Tensor) -> Tensor:
-        """Move the marked rows of `x` (N, V) to its front, in place; return the original index of each of them.
-
-        On a GPU the host waits for the device once, for the number of marked rows.
-        """
+        """Move the marked rows of `x` (N, V) to its front, and return their old indices. On a GPU the host waits once."""
         ...
 
     def ppo_loss(
@@ -198,9 +195,7 @@ def why_no_cuda(op: str, device: torch.device) -> str:
         return "its kernels are for NVIDIA devices"
     built = _native.extension().cuda_architectures()
     if not built:
-        return (
-            "the extension was built without CUDA kernels; install the CUDA toolkit and build it again with RLHF_CUDA=1"
-        )
+        return "the extension was built without CUDA kernels; install the CUDA toolkit and build again with RLHF_CUDA=1"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] * 10 + capability[1] < min(built):
         names = ", ".join(f"sm_{x}" for x in built)
