@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 @pytest.fixture(scope="module", autouse=True)
 def plots_without_ticks():
-    """Draw no ticks: the layout of their labels takes most of the time of a tiny run. `test_plots.py` draws them."""
+    """Draw plots without ticks, whose labels take most of the time of a tiny run. `test_plots.py` draws them."""
     savefig = Figure.savefig
 
     def save(figure, path, **options):

@@ -1,4 +1,4 @@
-"""Checkpoints of every trainer: what they hold, the layout of earlier releases, and what a resumed run refuses."""
+"""Checkpoints of all trainers: their contents, the layout of earlier releases, and checkpoints that `resume` refuses."""
 
 import json
 
@@ -36,7 +36,7 @@ def rm(dtype=torch.float32, log=None, state="resident", seed=3):
 
 
 class Enough(Exception):
-    """The number of steps that a test wants."""
+    """Raised to end training after the number of steps of a test."""
 
 
 def train(trainer, until):
@@ -58,8 +58,8 @@ def everything(trainer):
 @pytest.mark.parametrize(
     "dtype, state", [(torch.float32, "resident"), (torch.bfloat16, "resident"), (torch.float32, "host")], ids=str
 )
-def test_a_resumed_trainer_ends_as_an_unbroken_one(tmp_path, make, until, dtype, state):
-    """The weights, the optimizer's state, the minimum so far and every logged number, between epochs and within one."""
+def test_a_resumed_trainer_ends_like_an_uninterrupted_one(tmp_path, make, until, dtype, state):
+    """Compare weights, optimizer state, minimum and all logged metrics, with a checkpoint between epochs and within one."""
     logs = [[], []]
     whole = make(dtype, lambda *row: logs[0].append(row), state)
     whole.train()
@@ -80,8 +80,8 @@ def test_a_resumed_trainer_ends_as_an_unbroken_one(tmp_path, make, until, dtype,
 
 
 @pytest.mark.parametrize("make", [sft, rm])
-def test_an_evaluation_that_failed_is_the_first_thing_of_a_resumed_run(tmp_path, make):
-    """The step before it is finished and logged, so that nothing is logged twice."""
+def test_a_resumed_run_begins_with_the_failed_evaluation(tmp_path, make):
+    """The step before the evaluation is finished and logged, so nothing is logged twice."""
     logs = [[], []]
     make(log=lambda *row: logs[0].append(row)).train()
     first = make(log=lambda *row: logs[1].append(row))
@@ -104,7 +104,7 @@ def test_an_evaluation_that_failed_is_the_first_thing_of_a_resumed_run(tmp_path,
 
 
 def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path):
-    """Written by hand as commit 4216677 wrote it: no stage in trainer.json, and none of the keys that came later."""
+    """The checkpoint has the layout of commit 4216677: no stage in trainer.json, and no keys that were added later."""
     first = make_trainer(ema_decay=0.9, score_scale="running")
     first.step()
     folder = tmp_path / "ppo"
@@ -156,7 +156,7 @@ def damage(folder, change):
         (lambda tensors: tensors.pop("0.exp_avg"), r"optimizer\.safetensors: the tensor 0\.exp_avg is missing"),
     ],
 )
-def test_a_tensor_that_is_missing_or_too_many_is_named(tmp_path, change, message):
+def test_a_missing_or_unexpected_tensor_is_named(tmp_path, change, message):
     trainer = sft()
     train(trainer, 2)
     save_checkpoint(tmp_path / "run", trainer, None, RunConfig())
@@ -165,8 +165,8 @@ def test_a_tensor_that_is_missing_or_too_many_is_named(tmp_path, change, message
         resume(tmp_path / "run", sft(), RunConfig())
 
 
-def test_what_a_resumed_stage_refuses(tmp_path):
-    """The checkpoint of another stage, another seed, other data and settings, each named."""
+def test_checkpoints_of_a_different_run_are_refused(tmp_path):
+    """A checkpoint of a different stage or seed, or with different data or settings, raises an error that names it."""
     trainer = rm()
     train(trainer, 2)
     folder, data = tmp_path / "run", {"data.comparisons": "a"}
@@ -185,7 +185,7 @@ def test_what_a_resumed_stage_refuses(tmp_path):
 
 
 class SwappedStage:
-    """A trainer under the name of another stage."""
+    """A trainer with the name of a different stage."""
 
     def __init__(self, trainer, stage):
         self.trainer, self.stage = trainer, stage

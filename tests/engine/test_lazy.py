@@ -1,4 +1,4 @@
-"""Exports on first use: what importing one name loads, and that the two lists of names in a package agree."""
+"""Lazy exports: the modules that importing one name loads, and the agreement of a package's two lists of names."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ from rlhf_engine._lazy import exports
 PACKAGES = ("rlhf_engine.config", "rlhf_engine.data")
 
 
-def test_one_section_loads_the_files_that_it_needs():
+def test_importing_one_section_loads_only_its_files():
     listed = "print(*sorted(name for name in sys.modules if name.startswith('rlhf_engine.config.')))"
     code = f"import sys; from rlhf_engine.config import PPOConfig; {listed}"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -22,7 +22,7 @@ def test_one_section_loads_the_files_that_it_needs():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_export_is_there_and_is_not_a_submodule(package):
+def test_every_export_exists_and_is_no_submodule(package):
     module = importlib.import_module(package)
     assert set(module.__all__) <= set(dir(module))
     assert not {found.name for found in iter_modules(module.__path__)} & set(module.__all__)
@@ -31,7 +31,7 @@ def test_every_export_is_there_and_is_not_a_submodule(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_type_checkers_see_every_export_where_it_is(package):
+def test_type_checkers_see_every_export_in_its_module(package):
     module = importlib.import_module(package)
     block = next(node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.If))
     seen = {alias.asname: node.module for node in block.body for alias in node.names if alias.name == alias.asname}
@@ -47,6 +47,6 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = importlib.import_module("rlhf_engine.data").nothing
 
 
-def test_a_name_that_a_submodule_would_hide_is_refused():
+def test_an_export_with_the_name_of_a_submodule_is_refused():
     with pytest.raises(AssertionError, match=r"\{'stored'\} are submodules too"):
         exports("rlhf_engine.data", {"stored": "stored"})

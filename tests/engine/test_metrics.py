@@ -17,7 +17,7 @@ from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.update import MetricSum
 
 
-def test_sums_add_and_largest_counts():
+def test_sums_add_and_maxima_are_kept():
     sums = MetricSum()
     sums.add({"loss": torch.tensor(1.0), "ratio_max": torch.tensor(3.0)})
     sums.add({"loss": torch.tensor(2.0), "ratio_max": torch.tensor(2.0)})
@@ -64,7 +64,7 @@ def test_a_resumed_run_does_not_repeat_lines(tmp_path):
     ]
 
 
-def test_a_run_that_fails_before_its_first_number_takes_none_away(tmp_path):
+def test_a_run_that_fails_before_its_first_line_removes_none(tmp_path):
     with MetricsWriter(tmp_path, "sft", resume_after=0) as writer:
         writer.write(1, {"loss": 1.0})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -90,11 +90,11 @@ def steps_on_the_board(folder, tag):
     ]
 
 
-def test_a_stage_hides_no_curve_of_another(tmp_path):
+def test_a_stage_hides_no_curve_of_a_different_stage(tmp_path):
     with MetricsWriter(tmp_path, "sft", resume_after=0) as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": 1.0 / step})
-    time.sleep(1.1)  # event files are read in the order of their names, which have the second in them
+    time.sleep(1.1)  # event files are read in the order of their names, which contain the time in seconds
     with MetricsWriter(tmp_path, "rm", resume_after=0) as writer:
         writer.write(1, {"loss": 1.0})
     assert steps_on_the_board(tmp_path, "sft/loss") == [1, 2, 3, 4, 5]
@@ -106,7 +106,7 @@ def test_a_stage_hides_no_curve_of_another(tmp_path):
 
 
 @pytest.mark.parametrize("resume_after", [None, 1, 2])
-def test_a_half_written_last_line_is_dropped(tmp_path, resume_after):
+def test_an_incomplete_last_line_is_dropped(tmp_path, resume_after):
     with MetricsWriter(tmp_path, "ppo") as writer:
         writer.write(1, {"kl": 0.1})
         writer.write(2, {"kl": 0.2})
@@ -130,7 +130,7 @@ def test_any_other_broken_line_is_named_and_kept(tmp_path, line):
 
 def test_peak_memory_grows_with_an_allocation():
     before = peak_rss_mb()
-    # What other tests freed is filled first. A system that does not report what is resident gives the peak again.
+    # The block first fills the memory that other tests freed. Without a report of resident memory, assume the whole peak.
     freed = before - resident_mb() or before
     block = torch.ones(int((freed + 200) * 1e6) // 4)
     assert peak_rss_mb() > before + 100, len(block)
@@ -184,7 +184,7 @@ def test_gradients_are_clipped_to_the_norm_and_cleared():
 
 
 @pytest.mark.parametrize("limit", [1.0, None])
-def test_a_gradient_that_is_not_finite_leaves_the_weights(limit):
+def test_a_gradient_that_is_not_finite_changes_no_weight(limit):
     layer = make_layer()
     before = layer.weight.detach().clone()
     config = OptimConfig(max_grad_norm=limit)
@@ -213,7 +213,7 @@ class Disk:
 
 
 @pytest.mark.parametrize("free", [0, 1, 30])
-def test_a_line_that_a_full_disk_refuses_is_written_later_and_never_in_parts(tmp_path, free):
+def test_a_line_refused_by_a_full_disk_is_written_later_as_a_whole(tmp_path, free):
     with MetricsWriter(tmp_path, "ppo") as writer:
         writer.write(1, {"kl": 0.1})
         writer.file = Disk(writer.file, free)

@@ -1,4 +1,4 @@
-"""The engine on a device: what stand-ins show on the CPU, with real streams, graphs and pools."""
+"""The engine on a GPU: tests with real streams, graphs and pools of what CPU tests check with stand-ins."""
 
 import gc
 
@@ -24,7 +24,7 @@ def sampled(actor, count=20, slots=16, **settings):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_graphs_sample_what_the_cpu_samples(family):
-    """Token by token; the log-probs are those of a fresh forward pass."""
+    """All tokens are equal, and the log-probs equal those of a new forward pass."""
     generator, found = sampled(make_actor(family).to(CUDA))
     assert generator.decoder.captures and generator.decoder._graphed is not None
     _, expected = sampled(make_actor(family))
@@ -33,9 +33,12 @@ def test_graphs_sample_what_the_cpu_samples(family):
 
 
 def test_graphs_with_a_softcap_in_attention():
-    """Its scores reach 50 and round to 50 eps, in other places than on a CPU, so that a draw near a border falls elsewhere
-    (one did on an H200): held to a fresh forward pass, and to the CPU's first tokens. Hidden states were seen to differ by
-    5.4e-5, which 32 of them and weights of 0.3 make some 1e-4 of a logit."""
+    """The samples agree with a new forward pass on the GPU, and their first tokens with the CPU.
+
+    Attention scores reach 50 and have rounding errors of 50 eps, which differ from those of a CPU. A draw near a boundary can
+    therefore select a different token, as one did on an H200. Hidden states differed by up to 5.4e-5, which 32 of them and
+    weights of 0.3 turn into about 1e-4 of a logit.
+    """
     generator, found = sampled(make_actor("gemma2").to(CUDA))
     _, expected = sampled(make_actor("gemma2"))
     assert torch.equal(found.response_ids[:, 0].cpu(), expected.response_ids[:, 0])
@@ -56,7 +59,7 @@ def test_options_of_sampling(settings):
 
 
 def test_few_slots():
-    """A sequence says the same whatever slot it has and whenever it gets one."""
+    """The tokens of a sequence do not depend on its slot or on the time when it gets one."""
     actor = make_actor("llama").to(CUDA)
     _, whole = sampled(actor, count=40, slots=40)
     _, few = sampled(actor, count=40, slots=16)
@@ -66,7 +69,7 @@ def test_few_slots():
 @pytest.mark.parametrize("state", ["resident", "host"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_updates(state, dtype):
-    """In float32 they are the CPU's; in bfloat16 they learn, and state in host memory is state on the device."""
+    """In float32 the updates agree with the CPU; in bfloat16, host state agrees with state on the device."""
     memory = MemoryConfig(optimizer_state=state)
     trainer = make_trainer(device=CUDA, memory=memory, dtype=dtype)
     logs = [trainer.step() for _ in range(2)]
@@ -80,19 +83,19 @@ def test_updates(state, dtype):
         assert log["score_mean"] == pytest.approx(wanted["score_mean"], abs=1e-5)
         assert log["policy_loss"] == pytest.approx(wanted["policy_loss"], abs=1e-4)
     for (name, found), wanted in zip(weights_of(trainer).items(), weights_of(other).values(), strict=True):
-        # Four steps of 1e-3: Adam's first ones have that size whatever the gradient, also where it is little but rounding.
+        # Four steps of 1e-3: Adam's first steps have that size for any gradient, even one that is mostly rounding error.
         torch.testing.assert_close(found.float().cpu(), wanted.float().cpu(), rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_checkpointed_layers_make_the_same_gradient():
+def test_gradient_checkpointing_gives_the_same_gradient():
     logs = [
         make_trainer(device=CUDA, memory=MemoryConfig(gradient_checkpointing=flag)).step() for flag in (False, True)
     ]
     assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
 
 
-def test_pages_and_gradients_share_bytes_and_nothing_grows():
-    """Gradients lie where the keys and values lay; the peak is a phase's and not the sum; ten rounds reserve no more."""
+def test_pages_and_gradients_share_memory_that_does_not_grow():
+    """Gradients reuse the memory of keys and values, the peak is that of one phase, and reserved memory does not grow."""
     size, rounds = 2**26, []
     arena = PoolArena({"generate": size, "score": 0, "train": 0}, torch.device(CUDA, 0))
     before = torch.cuda.memory_allocated()
@@ -116,8 +119,8 @@ def test_pages_and_gradients_share_bytes_and_nothing_grows():
     assert rounds[-1] == rounds[1]
 
 
-def test_a_broken_update_leaves_a_trainer_that_goes_on():
-    """What a reward function raises in one update costs that update alone."""
+def test_a_trainer_continues_after_a_failed_update():
+    """An exception of the reward function undoes only its update."""
     calls = []
 
     def reward(rollout):

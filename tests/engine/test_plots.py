@@ -1,4 +1,4 @@
-"""Every plot is drawn with its ticks; the tests of the stages draw theirs without."""
+"""Every plot with its ticks, which the tests of the stages do not draw."""
 
 import pytest
 
@@ -11,7 +11,7 @@ RATE = WinRate(rate=0.6, low=0.5, high=0.7, ties=0.1, prompts=12)
 
 @pytest.fixture(scope="module", autouse=True)
 def plots_without_ticks():
-    """Leave the ticks in, unlike the fixture of the same name in conftest.py."""
+    """Draw the ticks, unlike the fixture of the same name in conftest.py."""
 
 
 @pytest.mark.parametrize(

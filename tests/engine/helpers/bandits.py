@@ -8,6 +8,6 @@ BEST = 17
 
 
 def arm(rollout):
-    """A bandit whose arms pay 0 to .5, and one that pays 1."""
+    """Return the rewards of a bandit: the arm `BEST` pays 1, the other arms pay 0 to 0.5."""
     token = rollout.response_ids[:, 0]
     return torch.where(token == BEST, 1.0, 0.5 * token / VOCABULARY)

@@ -1,4 +1,4 @@
-"""A tiny run on a user's own files, for tests of the command line."""
+"""A tiny run with a user's files, for tests of the command line."""
 
 import json
 
@@ -15,7 +15,7 @@ ANSWERS = ["yes", "no", "maybe so", "I do not know"]
 
 
 def new_model(folder, seed=0, family="llama_tied", *, texts=ANSWERS, rows=300, **changes):
-    """A random model of `rows` tokens and a tokenizer trained on `texts`, as a user would bring them."""
+    """Write a random model with `rows` tokens and a tokenizer trained on `texts`, as a user would provide them."""
     kind, arguments = CONFIGS[family]
     torch.manual_seed(seed)
     special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
@@ -35,7 +35,7 @@ def read_lines(path):
 
 
 def new_run(folder, model, *, prompts=10, epochs=1, updates=1):
-    """Config file of a tiny run, and the files that it names."""
+    """Write the config file of a tiny run and the files that it names; return their folder."""
     lines = {
         "demonstrations": [{"prompt": f"q{i}", "response": ANSWERS[i % 4]} for i in range(8)],
         "comparisons": [{"prompt": f"q{i}", "completions": ANSWERS, "ranking": "A > B = C > D"} for i in range(6)],
@@ -59,7 +59,7 @@ def new_run(folder, model, *, prompts=10, epochs=1, updates=1):
 
 
 def rlhf(capsys, command, *arguments, sets=()):
-    """Exit code, stdout and stderr of a command; `sets` are overrides."""
+    """Run a command; return its exit code, stdout and stderr. `sets` are overrides of the config."""
     options = [part for override in sets for part in ("--set", override)]
     with pytest.raises(SystemExit) as exit_:
         main([command, *map(str, arguments), *options])

@@ -1,3 +1,3 @@
-"""A conversation as a record."""
+"""A chat template for conversations."""
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -1,4 +1,4 @@
-"""The demo's data, cut short: enough to go through every stage, not enough to learn from."""
+"""A small part of the demo's data: enough to run every stage, not enough to learn from."""
 
 from dataclasses import replace
 from pathlib import Path

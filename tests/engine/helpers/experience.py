@@ -1,4 +1,4 @@
-"""What an update learns from, on tiny models."""
+"""Experiences of tiny models, and gradients over them."""
 
 import torch
 

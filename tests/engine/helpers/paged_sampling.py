@@ -1,4 +1,4 @@
-"""Generators over pages, compared with slots."""
+"""Generators with pages, and their comparison with slots."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ SETTINGS = {"max_prompt_tokens": 20, "max_response_tokens": 12, "batch_size": 16
 
 
 def dirty(shape, dtype, device):
-    """Memory as an arena gives it, with old content."""
+    """Return memory filled with NaN, like that of an arena, which is not cleared."""
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 

@@ -1,7 +1,7 @@
-"""A stand-in for the parts of torch.cuda that capture graphs: operations are recorded, and replayed on the same bytes.
+"""A stand-in for the parts of torch.cuda that capture graphs: operations are recorded, and replayed on the same memory.
 
-Like a graph, a replay reads and writes where the captured run did and runs no Python of the function; an operation that would
-wait for the device is refused while capturing.
+Like a CUDA graph, a replay reads and writes the memory of the captured run and does not run the Python function. An operation
+that would wait for the device raises RuntimeError during a capture.
 """
 
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ class Stream:
 
 
 class RecordedCuda:
-    """Counts what was captured; `available` False is a machine without a device."""
+    """Records the captured graphs; with `available` False it represents a machine without a GPU."""
 
     @classmethod
     def installed(cls, monkeypatch, **options):

@@ -9,11 +9,14 @@ from rlhf_engine.ppo.update import minibatch_backward
 from rlhf_engine.rollout import EOS, Rollout
 from tests.engine.helpers.tiny_models import VOCABULARY
 
-PROMPTS, RESPONSES = (5, 1, 7, 3, 8, 2, 4), (9, 1, 12, 5, 3, 11, 2)  # one of them longer than every budget but the last
+PROMPTS, RESPONSES = (
+    (5, 1, 7, 3, 8, 2, 4),
+    (9, 1, 12, 5, 3, 11, 2),
+)  # one sequence exceeds all token budgets but the last
 
 
 def make_rollout(dtype: torch.dtype = torch.float32) -> Rollout:
-    """Seven sequences of odd lengths with random tokens."""
+    """Return a rollout of seven sequences of irregular lengths with random tokens."""
     generator = torch.Generator().manual_seed(3)
     prompts, responses = torch.tensor(PROMPTS), torch.tensor(RESPONSES)
     mask = torch.arange(max(RESPONSES)) < responses[:, None]
@@ -32,7 +35,7 @@ def make_rollout(dtype: torch.dtype = torch.float32) -> Rollout:
 
 
 def sequence_of(rollout: Rollout, row: int) -> torch.Tensor:
-    """Prompt and response of one sequence, (its length,), without padding."""
+    """Return prompt and response of one sequence, (its length,), without padding."""
     prompt, response = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
     return torch.cat([rollout.prompt_ids[row, :prompt], rollout.response_ids[row, :response]])
 

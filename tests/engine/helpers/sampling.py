@@ -1,4 +1,4 @@
-"""Generators over tiny models, and what two rollouts have in common."""
+"""Generators of tiny models, and the comparison of sequences of two rollouts."""
 
 import torch
 

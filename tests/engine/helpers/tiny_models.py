@@ -1,4 +1,4 @@
-"""Small random models of each family, with logits spread wide enough that a mistake shows."""
+"""Small random models of each family, with logits of a large spread so that errors are visible."""
 
 import torch
 from transformers import (
@@ -41,7 +41,7 @@ FAMILIES = tuple(CONFIGS)
 
 
 def tiny(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random model of `family` with `VOCABULARY` tokens, in evaluation mode."""
+    """Return a random model of `family` with `VOCABULARY` tokens, in evaluation mode."""
     kind, arguments = CONFIGS[family]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A trainer over a tiny random model, whose every step takes a fraction of a second."""
+"""A trainer of a tiny random model, with steps of a fraction of a second."""
 
 import torch
 
@@ -14,7 +14,7 @@ SETTINGS = {"updates": 2, "rollout_batch": 16, "minibatch": 8, "microbatch": 4, 
 
 
 def target_share(rollout):
-    """Share of the response that is token 5: easy to learn."""
+    """Return the share of token 5 in the response, a reward that is easy to learn."""
     return ((rollout.response_ids == 5) & rollout.mask).sum(1) / rollout.response_lengths
 
 
@@ -56,7 +56,7 @@ def make_trainer(
 
 
 class OnUpdate(Callback):
-    """Calls a function with the number and the log of every update."""
+    """Calls a function with the number of finished updates and the log of every update."""
 
     def __init__(self, function):
         self.function = function

@@ -1,4 +1,4 @@
-"""A PPO run that breaks off, and one that is taken up again with something else in the places of its files."""
+"""A PPO run that is interrupted, and a resumed run whose input files have changed."""
 
 import json
 import shutil
@@ -43,8 +43,8 @@ def config_of(run, *more):
 
 
 @pytest.mark.parametrize("error", ["KeyError('no idea')", "KeyboardInterrupt"])
-def test_s10_what_was_learnt_before_an_update_failed_is_saved(run, error):
-    """The third update's reward raises: the first two are there, and the run goes on as if nothing had been."""
+def test_s10_updates_before_a_failed_one_are_saved(run, error):
+    """The third update's reward raises: the first two updates are saved, and the resumed run equals an uninterrupted one."""
     (run / "rewards.py").write_text(REWARD.format(error=error))
     with pytest.raises((ValueError, KeyboardInterrupt)):
         run_ppo(config_of(run))
@@ -56,7 +56,7 @@ def test_s10_what_was_learnt_before_an_update_failed_is_saved(run, error):
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
-def test_s10_nothing_is_saved_where_nothing_was_learnt(run):
+def test_s10_nothing_is_saved_before_the_first_update(run):
     (run / "rewards.py").write_text(REWARD.format(error="KeyError('no idea')"))
     (run / "calls.txt").write_text("xx")
     with pytest.raises(ValueError, match="no idea"):
@@ -65,8 +65,8 @@ def test_s10_nothing_is_saved_where_nothing_was_learnt(run):
 
 
 @pytest.mark.parametrize("minibatch, call, whole", [(16, 3, True), (8, 5, True), (8, 4, False)])
-def test_s10_a_trainer_knows_whether_an_update_that_failed_has_changed_a_weight(monkeypatch, minibatch, call, whole):
-    """A gradient that is not finite: in the first minibatch of the third update, or in the second of the second."""
+def test_s10_whole_is_false_only_if_the_failed_update_changed_a_weight(monkeypatch, minibatch, call, whole):
+    """A gradient is not finite: in the first minibatch of the third update, or in the second minibatch of the second update."""
     trainer = make_trainer(minibatch=minibatch, ppo_epochs=1, updates=9, score_scale="running")
     calls, ends, real = [], [], ppo.minibatch_backward
 
@@ -91,8 +91,8 @@ def test_s10_a_trainer_knows_whether_an_update_that_failed_has_changed_a_weight(
         assert trainer.whole and trainer.updates_done == 3
 
 
-def test_s10_a_resumed_run_reads_what_it_began_with(run, capsys):
-    """Files may move; what is in them, and the reward, may not be another."""
+def test_s10_a_resumed_run_needs_the_same_inputs(run, capsys):
+    """Paths may change; the contents of the files and the reward model may not."""
     run_rm(load_config(run / "run.yaml"))
     (run / "text.txt").write_text("I do not know\n\n" * 30)
     sets = [f"reward.path={run / 'out' / 'rm'}", "ppo.ptx_coef=1", "data.pretrain=text.txt"]

@@ -1,4 +1,4 @@
-"""A trainer from parts: what it makes, what it takes, and every argument that does not fit."""
+"""`build_trainer`: the parts that it creates, the parts that it accepts, and arguments that it refuses."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def without_the_head(policy):
     return torch.optim.SGD(policy.model.parameters(), lr=0.1)
 
 
-def of_another_policy(policy):
+def of_a_second_policy(policy):
     return torch.optim.SGD([*policy.parameters(), *make_policy(1).parameters()], lr=0.1)
 
 
@@ -54,7 +54,7 @@ def of_another_policy(policy):
         ({"plan": EveryPrompt()}, "pass `generator` or `plan`, not both"),
         ({"optimizer": without_the_head}, "optimizer: value.weight and 1 more parameters are missing"),
         (
-            {"optimizer": of_another_policy},
+            {"optimizer": of_a_second_policy},
             "optimizer: 23 of its parameters are frozen or not parameters of the policy",
         ),
         ({"prompts": []}, "prompts: got an empty sequence"),
@@ -75,13 +75,13 @@ def of_another_policy(policy):
         ),
     ],
 )
-def test_an_argument_that_does_not_fit(options, message):
+def test_an_argument_that_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
 
 
-def test_an_optimizer_of_the_users_keeps_its_rates():
-    """The schedule multiplies the rate of each group: two groups stay as far apart as they were."""
+def test_a_custom_optimizer_keeps_its_learning_rates():
+    """The schedule multiplies the learning rate of each group, so the ratio between two groups stays constant."""
     rates = []
 
     def two_groups(policy):
@@ -97,14 +97,14 @@ def test_an_optimizer_of_the_users_keeps_its_rates():
     trainer.train()
     assert (
         rates[0] == [0.4, 0.1] and len(rates) == 8
-    )  # the first step of a linear schedule without warm-up has the whole rate
+    )  # the first step of a linear schedule without warm-up has the full learning rate
     assert all(policy == pytest.approx(4.0 * value) for policy, value in rates)
     assert rates[-1][0] < 0.1
 
 
 @pytest.mark.parametrize("kind", [{"momentum": 0.9}, {"momentum": 0.0}, None])
 def test_any_optimizer_resumes(tmp_path, kind):
-    """SGD's momentum is a tensor of another name than AdamW's moments; Adagrad has one and a step count; plain SGD has none."""
+    """SGD's momentum has a different name than AdamW's moments, Adagrad has one tensor and a step count, plain SGD none."""
 
     def make(policy):
         if kind is None:
@@ -122,7 +122,7 @@ def test_any_optimizer_resumes(tmp_path, kind):
 
 
 def test_prompts_can_be_a_function():
-    """Asked for by number, so that a resumed run gets the ones that follow."""
+    """Prompts are requested by number, so that a resumed run gets the following ones."""
     asked = []
 
     def prompts(first, count):
@@ -134,8 +134,8 @@ def test_prompts_can_be_a_function():
     assert asked == [(0, 16), (16, 16)]
 
 
-def test_a_rollout_alone():
-    """Both halves of an update can be called by hand."""
+def test_collect_and_score_can_be_called_separately():
+    """`collect` and `score` work without `step`."""
     trainer = build(config=RunConfig(rollout=RolloutConfig(max_prompt_tokens=8, max_response_tokens=4), ppo=CONFIG.ppo))
     scored, _ = trainer.score(trainer.collect())
     assert len(scored.rollout) == 16 and scored.scores.shape == (16,)

@@ -1,4 +1,4 @@
-"""When callbacks are called, and what one that fails takes along."""
+"""When callbacks are called, and the effects of one that raises."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.engine.helpers.tiny_trainer import make_trainer
 
 
 class Recorder(Callback):
-    """Keeps the names of what was called, with the number of finished updates."""
+    """Records the names of the calls with the number of finished updates."""
 
     def __init__(self):
         self.seen = []
@@ -34,7 +34,7 @@ class Broken(Callback):
 
 
 class OnlyUpdates:
-    """Not a `Callback`, and with one of its methods only."""
+    """Not a `Callback`, but with one of its methods."""
 
     def __init__(self):
         self.scores = []
@@ -43,7 +43,7 @@ class OnlyUpdates:
         self.scores.append(log["score_mean"])
 
 
-def test_the_calls_of_a_training_and_of_a_single_step():
+def test_the_calls_of_train_and_of_a_single_step():
     recorder, partial = Recorder(), OnlyUpdates()
     trainer = make_trainer()
     trainer.callbacks += [recorder, partial, Checkpoints(lambda trainer: "folder", every=2)]
@@ -54,7 +54,7 @@ def test_the_calls_of_a_training_and_of_a_single_step():
     assert recorder.seen == [("rollout", 1), ("update", 2), ("folder", 2), ("end", None)]
 
 
-def test_every_callback_hears_of_the_end():
+def test_on_end_of_every_callback_is_called():
     first, last, trainer = Recorder(), Recorder(), make_trainer(updates=1)
     trainer.callbacks += [first, Broken(), last]
     with pytest.raises(OSError, match="plot"):
@@ -69,8 +69,8 @@ def test_early_stopping():
     assert trainer.updates_done == 2 and recorder.seen[-1] == ("end", None)
 
 
-def test_no_step_follows_one_that_broke_off_half_way():
-    """The weights are between two updates: neither a second step nor a saved one could be resumed from."""
+def test_no_step_after_a_partial_update():
+    """The weights are those of a partial update, from which a run cannot continue."""
     trainer = make_trainer()
     optimizer, calls = trainer.update_rule.optimizer, []
 
@@ -87,7 +87,7 @@ def test_no_step_follows_one_that_broke_off_half_way():
         trainer.step()
 
 
-def test_a_reward_that_is_no_tensor():
+def test_a_reward_that_returns_no_tensor_is_refused():
     with pytest.raises(ValueError, match="reward: got list, expected a tensor of 16 scores; use `text_reward`"):
         make_trainer(reward=lambda rollout: [0.0] * len(rollout)).step()
     assert make_trainer(reward=lambda rollout: torch.zeros(len(rollout))).step()["score_mean"] == 0.0

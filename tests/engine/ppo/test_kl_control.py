@@ -1,4 +1,4 @@
-"""The coefficients follow the measured KL as Ziegler et al. and the PPO paper say, and a resumed run has them as they were."""
+"""KL coefficients are adapted as in Ziegler et al. and the PPO paper, and a resumed run restores them."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ FAST = OptimConfig(lr=1e-2)
         (-3.0, 0.1 * (1 - 0.2 * 512 / 10_000)),
     ],
 )
-def test_s7_adaptive_coefficient_is_zieglers(kl, expected):
+def test_s7_adaptive_coefficient_follows_ziegler(kl, expected):
     assert adapted_kl_coef(0.1, kl, target=6.0, horizon=10_000, sequences=512) == pytest.approx(expected, rel=1e-12)
 
 
@@ -42,7 +42,7 @@ def test_s7_the_trainer_adapts_by_the_kl_of_its_unit(unit, name):
         assert log["kl_coef"] == expected
         expected = adapted_kl_coef(expected, log[name], target=0.3, horizon=64, sequences=16)
         assert trainer.kl_coef == expected
-    assert log["kl"] > log["kl_per_token"] > 0  # both are logged, whichever steers
+    assert log["kl"] > log["kl_per_token"] > 0  # both are logged for either unit
 
 
 def test_s14_beta_follows_the_kl_of_the_whole_update():
@@ -66,7 +66,7 @@ def test_s14_the_loss_reads_the_adapted_beta():
 
 
 def test_s14_measured_kl_is_that_of_the_distributions():
-    """With every token of a one-step rollout as likely as the policy says, k3's mean is the KL up to the noise of sampling."""
+    """The measured KL is 0 for the old policy, and after a change of the weights the mean of k3 from the model's logits."""
     trainer = make_trainer()
     experience = make_experience(trainer)
     assert old_policy_kl(trainer.policy, experience, trainer.config, 1.0) == pytest.approx(0.0, abs=1e-6)
@@ -120,7 +120,7 @@ def test_s7_s14_a_resumed_run_has_its_coefficients(tmp_path, settings):
 
 
 def log_ratio_terms(objective, log_ratio, a):
-    """What is minimised for one token of advantage `a`, in the words of the papers, as a function of log(new / old)."""
+    """Return the loss of one token with advantage `a` as a function of log(new / old), by the papers' formulas."""
     r = log_ratio.exp()
     if objective == "clip":
         return -torch.minimum(r * a, r.clamp(0.8, 1.2) * a)
@@ -133,7 +133,7 @@ def log_ratio_terms(objective, log_ratio, a):
     "objective, coef", [("clip", 0.0), ("kl_penalty", 1.0), ("ratio", 0.0), ("policy_gradient", 0.0)]
 )
 def test_s14_every_objective_has_the_gradient_of_its_formula(objective, coef):
-    """Of the policy off the one that sampled, in float64 from the model's own logits, the values left out."""
+    """The current policy differs from the sampling one. The formula is in float64 from the model's logits, without values."""
     trainer = make_trainer()
     experience = make_experience(trainer)
     noise = torch.Generator().manual_seed(3)

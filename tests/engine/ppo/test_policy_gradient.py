@@ -1,6 +1,6 @@
-"""REINFORCE, with baseline, actor-critic: on problems small enough to enumerate, the expected update is the exact gradient.
+"""REINFORCE, REINFORCE with baseline, and actor-critic: on enumerable problems the expected update is the exact gradient.
 
-The trainer is then held to what must come out: the optimum of a bandit, and the reference where the reward says nothing.
+The trainer is then run until convergence: to the optimum of a bandit, and to the reference if all rewards are equal.
 """
 
 import itertools
@@ -22,7 +22,7 @@ ROWS = {"reinforce": "s16", "reinforce_baseline": "s17", "actor_critic": "s18"}
 
 
 class Tabular(nn.Module):
-    """Softmax policy and value of every state, in float64."""
+    """A softmax policy and a value for every state, in float64."""
 
     def __init__(self, states, actions, seed=0):
         super().__init__()
@@ -32,9 +32,9 @@ class Tabular(nn.Module):
 
 
 class Chain:
-    """Three states in a row: action 0 walks on, action 1 stays, action 2 gives up; three steps at most.
+    """Three states in a row: action 0 moves to the next state, action 1 stays, action 2 ends the episode; at most three steps.
 
-    Both the reward of a step and where it leads depend on state and action. A bandit is a chain of one state and one step.
+    The reward and the next state depend on state and action. A bandit is a chain of one state and one step.
     """
 
     def __init__(self, states=3, actions=3, steps=3):
@@ -43,12 +43,12 @@ class Chain:
         self.rewards = torch.randn(states, actions, generator=generator, dtype=torch.float64) + 1.0
 
     def next_state(self, state, action):
-        """None where the episode ends."""
+        """Return the next state, or None if the episode ends."""
         following = (state + 1, state, None)[action] if self.actions == 3 and self.steps > 1 else None
         return None if following is None or following >= self.states else following
 
     def episodes(self):
-        """All (states, actions) that can happen."""
+        """Return all possible (states, actions)."""
         found = set()
         for actions in itertools.product(range(self.actions), repeat=self.steps):
             states, taken = [0], []
@@ -62,7 +62,7 @@ class Chain:
         return sorted(found)
 
     def value(self, policy, state, steps, gamma):
-        """Expected discounted return with `steps` to go, differentiable in theta."""
+        """Return the expected discounted return of the next `steps` steps, differentiable in theta."""
         probabilities = policy.theta[state].softmax(-1)
         total = 0.0
         for action in range(self.actions):
@@ -73,7 +73,7 @@ class Chain:
 
 
 def expected_gradient(chain, policy, config, values=None):
-    """Sum over all episodes of probability times the gradient of our loss; `values[step][state]` where they depend on both."""
+    """Sum probability times loss gradient over all episodes; `values[step][state]` replaces the policy's values."""
     names = dict(policy.named_parameters())
     total = {name: torch.zeros_like(parameter) for name, parameter in names.items()}
     mass = 0.0
@@ -112,7 +112,7 @@ def config_of(preset, **settings):
 
 def analytic(chain, policy, gamma):
     (gradient,) = torch.autograd.grad(chain.value(policy, 0, chain.steps, gamma), [policy.theta])
-    return -gradient  # our losses are minimised
+    return -gradient  # losses are minimized
 
 
 def check_exact(chain, policy, config, values=None):
@@ -136,7 +136,7 @@ def test_s16_reinforce_on_a_chain_is_the_exact_gradient(gamma):
     check_exact(CHAIN, Tabular(3, 3), config_of("reinforce", gamma=gamma))
 
 
-def test_s16_without_gamma_to_the_t_it_is_another_gradient():
+def test_s16_without_gamma_to_the_t_the_gradient_differs():
     policy, config = Tabular(3, 3), config_of("reinforce", gamma=0.7)
     loose = PPOConfig(**{**PRESETS["reinforce"], "gamma": 0.7, "discount_gradient": False})
     gap = expected_gradient(CHAIN, policy, loose)["theta"] - analytic(CHAIN, policy, 0.7)
@@ -146,13 +146,13 @@ def test_s16_without_gamma_to_the_t_it_is_another_gradient():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.7])
 @pytest.mark.parametrize("chain", [BANDIT, CHAIN])
-def test_s17_any_baseline_leaves_the_gradient_as_it_is(chain, gamma):
-    for seed in range(3):  # values that are nothing like the returns
+def test_s17_a_baseline_does_not_change_the_expected_gradient(chain, gamma):
+    for seed in range(3):  # random values, unrelated to the returns
         check_exact(chain, Tabular(chain.states, chain.actions, seed), config_of("reinforce_baseline", gamma=gamma))
 
 
 def true_values(chain, policy, gamma):
-    """`values[step][state]`: what is left of the return, which depends on the steps that are left."""
+    """Return `values[step][state]`, the expected return of the remaining steps."""
     with torch.no_grad():
         return [
             [chain.value(policy, state, chain.steps - step, gamma) for state in range(chain.states)]
@@ -175,8 +175,8 @@ def test_s18_actor_critic_is_biased_by_wrong_values():
 
 
 @pytest.mark.parametrize("preset", ["reinforce_baseline", "actor_critic"])
-def test_s17_s18_values_move_towards_their_targets(preset):
-    """d loss / d v(s) = sum over visits of probability times (v(s) - target), target G or R + gamma v(s')."""
+def test_s17_s18_values_have_the_gradient_of_their_targets(preset):
+    """The gradient d loss / d v(s) sums probability times (v(s) - target) over visits, with target G or R + gamma v(s')."""
     policy, gamma = Tabular(3, 3), 0.7
     found = expected_gradient(CHAIN, policy, config_of(preset, gamma=gamma, vf_coef=1.0))["values"]
     expected, values = torch.zeros(3, dtype=torch.float64), policy.values.detach()
@@ -193,7 +193,7 @@ def test_s17_s18_values_move_towards_their_targets(preset):
 
 
 @pytest.mark.parametrize("preset", list(ROWS))
-def test_s16_s17_s18_a_preset_is_its_options(tmp_path, preset):
+def test_s16_s17_s18_a_preset_sets_its_options(tmp_path, preset):
     config = load_config(None, [f"ppo.preset={preset}", "ppo.gamma=0.9"]).ppo
     assert all(getattr(config, name) == value for name, value in PRESETS[preset].items())
     assert PPOConfig.from_dict(config.to_dict()) == config
@@ -204,8 +204,8 @@ def test_s16_s17_s18_a_preset_is_its_options(tmp_path, preset):
 
 
 @pytest.mark.parametrize("preset", list(ROWS))
-def test_s16_s17_s18_a_preset_goes_over_a_file_of_defaults(tmp_path, preset):
-    """`rlhf config show` writes every option, and none of them is a choice against the preset."""
+def test_s16_s17_s18_a_preset_replaces_the_defaults_of_a_file(tmp_path, preset):
+    """`rlhf config show` writes every option with its default, which must not conflict with the preset."""
     path = tmp_path / "shown.yaml"
     path.write_text(describe(RunConfig(), RunConfig()))
     assert load_config(path, [f"ppo.preset={preset}"]) == load_config(None, [f"ppo.preset={preset}"])
@@ -235,7 +235,7 @@ def test_s10_s16_s17_s18_without_a_kl_the_optimum_of_a_bandit_is_reached(preset)
 
 @pytest.mark.parametrize("preset", [None, "reinforce_baseline"])
 def test_s7_s10_with_equal_rewards_the_policy_returns_to_the_reference(preset):
-    """All that is left of the reward is -beta KL, and its optimum is the reference, from wherever the policy starts."""
+    """The reward is then only -beta KL plus a constant, so its optimum is the reference for any initial policy."""
     settings = {"updates": 25, "rollout_batch": 256, "minibatch": 128, "microbatch": 128, "kl_coef": 1.0}
     trainer = make_trainer(
         rollout=RolloutConfig(max_prompt_tokens=8, max_response_tokens=2, batch_size=256),

@@ -1,4 +1,4 @@
-"""PPO-ptx: the pretraining gradient is that of the formula, lies in the same step, and its stream goes on where it was."""
+"""PPO-ptx: the pretraining gradient equals the formula, is part of the same step, and a resumed run continues its stream."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_s9_gradient_is_gamma_times_the_language_model_loss(family, microbatch):
         torch.testing.assert_close(ours[name].double(), expected, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
 
 
-def test_s9_both_gradients_are_in_the_same_optimiser_step():
-    """What the optimiser gets is the sum of the two, once for each of its steps."""
+def test_s9_both_gradients_are_in_the_same_optimizer_step():
+    """Every optimizer step gets the sum of both gradients."""
     settings = {"minibatch": 16, "ppo_epochs": 1, "optim": OptimConfig(lr=1e-3, max_grad_norm=None)}
     trainer = make_trainer(pretrain=make_stream(), ptx_coef=5.0, ptx_ratio=0.5, **settings)
     expected = make_trainer(**settings)
@@ -53,7 +53,7 @@ def test_s9_both_gradients_are_in_the_same_optimiser_step():
 
 
 def test_s9_keeps_the_language_model():
-    """After the same updates the pretraining loss is lower with the term than without."""
+    """After the same number of updates, the pretraining loss is lower with the term than without it."""
     losses = []
     for coef, stream in ((0.0, None), (2.0, make_stream(8))):
         trainer = make_trainer(pretrain=stream, ptx_coef=coef, updates=4, optim=OptimConfig(lr=5e-3))
@@ -63,7 +63,7 @@ def test_s9_keeps_the_language_model():
     assert losses[1] < losses[0] - 0.1
 
 
-def test_s9_every_pass_has_an_order_of_its_own():
+def test_s9_every_pass_has_a_different_order():
     stream = make_stream()
     passes = [torch.cat([stream.take(5), stream.take(19)]) for _ in range(2)]
     rows = [sorted(map(tuple, taken.tolist())) for taken in passes]
@@ -71,8 +71,8 @@ def test_s9_every_pass_has_an_order_of_its_own():
     assert not torch.equal(*passes) and stream.position == 48
 
 
-def test_s9_every_stream_of_a_run_has_an_order_of_its_own():
-    """With one seed: as many prompts as sequences of text as answers in a rollout, the same number of each so far."""
+def test_s9_every_stream_of_a_run_has_a_different_order():
+    """One seed, with equal numbers of prompts, text sequences and responses: the three orders still differ."""
     prompts = prompt_stream([torch.tensor([number]) for number in range(24)], RunConfig(seed=1), 24)(0, 24)
     text = PretrainStream(torch.arange(24)[:, None], 1).take(24)
     answers = make_trainer().update_rule.order(24, 0, 0)
@@ -81,7 +81,7 @@ def test_s9_every_stream_of_a_run_has_an_order_of_its_own():
     assert len(set(map(tuple, orders))) == 3
 
 
-def test_s9_a_resumed_run_goes_on_in_the_text(tmp_path):
+def test_s9_a_resumed_run_continues_the_text_stream(tmp_path):
     settings = {"ptx_coef": 1.0, "updates": 2, "ppo_epochs": 2, "stop_kl": 1e-6}
 
     def make():
@@ -95,13 +95,13 @@ def test_s9_a_resumed_run_goes_on_in_the_text(tmp_path):
     resume(tmp_path / "checkpoint", second, RunConfig())
     assert (
         second.update_rule.pretrain.position == first.update_rule.pretrain.position == 16
-    )  # the second epoch was left out
+    )  # `stop_kl` skipped the second epoch
     assert second.step()["ptx_loss"] == log["ptx_loss"]
     for name, parameter in weights_of(straight).items():
         assert torch.equal(parameter, weights_of(second)[name]), name
 
 
-def test_s9_coefficient_and_stream_come_together():
+def test_s9_coefficient_and_stream_require_each_other():
     with pytest.raises(ValueError, match=r"pretrain: got no stream with ptx_coef 1\.0"):
         make_trainer(ptx_coef=1.0)
     with pytest.raises(ValueError, match=r"pretrain: got a stream with ptx_coef 0\.0"):

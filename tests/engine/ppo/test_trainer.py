@@ -1,4 +1,4 @@
-"""PPO: the update is the one that the formulas say, whatever its micro-batches, and a resumed run goes on as if nothing was."""
+"""PPO: updates follow the formulas for any micro-batches, and a resumed run equals an uninterrupted one."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ from tests.engine.helpers.tiny_trainer import SETTINGS, OnUpdate, make_trainer, 
 def test_s10_micro_batches_add_up_to_the_minibatch(family, settings):
     trainer = make_trainer(family)
     experience = make_experience(trainer)
-    # Move the policy off the one that sampled, so that ratios and clips matter.
+    # Change the policy after sampling, so that ratios differ from 1 and some are clipped.
     with torch.no_grad():
         for number, parameter in enumerate(trainer.policy.parameters()):
             noise = torch.Generator().manual_seed(number)
@@ -47,8 +47,8 @@ def test_s10_micro_batches_add_up_to_the_minibatch(family, settings):
             torch.testing.assert_close(part_metrics[name], metrics[name], rtol=1e-4, atol=1e-5)
 
 
-def test_s11_s12_gradient_is_that_of_the_formula():
-    """Clipped surrogate plus half the squared value error, from the model's own logits, in float64."""
+def test_s11_s12_gradient_equals_that_of_the_formula():
+    """The loss is the clipped surrogate plus half the squared value error, in float64 from the model's logits."""
     trainer = make_trainer()
     experience = make_experience(trainer)
     noise = torch.Generator().manual_seed(3)
@@ -81,7 +81,7 @@ def test_s11_s12_gradient_is_that_of_the_formula():
 
 
 def test_s11_a_clamped_log_ratio_stops_the_gradient():
-    """Every ratio is moved to e, beyond the clamp, so that what is left of the gradient is the value loss's."""
+    """Every ratio is shifted to e, beyond the clamp, so that only the gradient of the value loss remains."""
     trainer = make_trainer()
     experience = make_experience(trainer)
     shifted = replace(experience, old_logprobs=experience.old_logprobs - 1.0 * experience.rollout.mask)
@@ -119,7 +119,7 @@ def test_rescored_logprobs_have_ratio_one_exactly():
 
 
 def test_s13_entropy_bonus_is_the_mean_entropy_of_the_states():
-    """What the coefficient adds to the gradient is `-c2 grad mean_t H(pi(. | s_t))`, from the model's own logits."""
+    """The coefficient adds `-c2 grad mean_t H(pi(. | s_t))` to the gradient, here computed from the model's logits."""
     trainer = make_trainer()
     experience = make_experience(trainer)
     with_bonus, metrics = gradients(trainer, experience, 4, entropy_coef=5.0)
@@ -140,7 +140,7 @@ def test_s13_entropy_bonus_is_the_mean_entropy_of_the_states():
 
 
 def test_s12_value_loss_is_half_the_mean_squared_error():
-    """What its coefficient adds to the gradient is `c1 grad mean_t 1/2 (V(s_t) - R_t)^2`, for policy and value alike."""
+    """Its coefficient adds `c1 grad mean_t 1/2 (V(s_t) - R_t)^2` to the gradient of the policy and of the value function."""
     trainer = make_trainer()
     experience = make_experience(trainer)
     with_values, metrics = gradients(trainer, experience, 4, vf_coef=3.0, cliprange_value=None)
@@ -189,7 +189,7 @@ def test_s10_training_raises_the_reward():
     assert sum(scores[-5:]) / 5 > 3 * sum(scores[:5]) / 5
 
 
-def test_every_epoch_has_an_order_of_its_own():
+def test_every_epoch_has_a_different_order():
     trainer, orders = make_trainer(), []
     for number in (0, 1):
         orders += [trainer.update_rule.order(16, number, epoch).tolist() for epoch in (0, 1)]
@@ -227,7 +227,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, family):
 
 
 @pytest.mark.parametrize("before, after", [("resident", "host"), ("host", "resident")])
-def test_optimiser_state_may_move_where_a_run_goes_on(tmp_path, before, after):
+def test_a_resumed_run_may_move_the_optimizer_state(tmp_path, before, after):
     straight, configs = make_trainer(), {}
     straight.step()
     straight.step()
@@ -279,7 +279,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("left", ["old and new", "old"])
-def test_resume_finds_what_a_kill_between_the_renames_left(tmp_path, left):
+def test_resume_recovers_from_a_crash_between_the_renames(tmp_path, left):
     trainer = make_trainer()
     folder, old, new = (tmp_path / f"checkpoint{end}" for end in ("", ".old", ".new"))
     trainer.step()
@@ -304,7 +304,7 @@ def test_a_half_written_first_checkpoint_is_not_resumed_from(tmp_path):
     "content, message",
     [("{}", "got None for updates_done, expected int"), ("[]", "got list, expected an object")],
 )
-def test_a_state_that_lacks_something_is_named(tmp_path, content, message):
+def test_an_incomplete_state_is_named(tmp_path, content, message):
     trainer = make_trainer()
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
     (tmp_path / "checkpoint" / "trainer.json").write_text(content)
@@ -323,7 +323,7 @@ def test_a_truncated_file_is_named(tmp_path, name):
         resume(tmp_path / "checkpoint", trainer, RunConfig())
 
 
-def test_a_resumed_run_has_the_settings_that_it_began_with(tmp_path):
+def test_a_resumed_run_needs_the_same_settings(tmp_path):
     began = RunConfig(ppo=PPOConfig(**SETTINGS))
     save_checkpoint(tmp_path / "checkpoint", make_trainer(), None, began)
     trainer = make_trainer()
@@ -350,7 +350,7 @@ def test_a_resumed_run_has_the_settings_that_it_began_with(tmp_path):
         (lambda tensors: tensors.update({"0.exp_avg": torch.zeros(())}), r"got 0\.exp_avg of shape \(\)"),
     ],
 )
-def test_optimizer_state_that_is_not_whole_is_refused(tmp_path, change, message):
+def test_incomplete_optimizer_state_is_refused(tmp_path, change, message):
     trainer = make_trainer()
     trainer.step()
     save_checkpoint(tmp_path / "checkpoint", trainer, None, RunConfig())
@@ -376,7 +376,7 @@ def test_a_missing_shard_or_a_broken_file_is_named(tmp_path):
         load_policy(tmp_path / "sharded")
 
 
-def test_another_seed_or_reference_is_refused(tmp_path):
+def test_a_different_seed_or_reference_is_refused(tmp_path):
     save_checkpoint(tmp_path / "checkpoint", make_trainer(), None, RunConfig())
     with pytest.raises(ValueError, match="seed 1, expected 2"):
         resume(tmp_path / "checkpoint", make_trainer(seed=2), RunConfig())

@@ -1,4 +1,4 @@
-"""TRPO: products with the Fisher matrix, conjugate gradient, and steps that keep the constraint and raise the surrogate."""
+"""TRPO: products with the Fisher matrix, conjugate gradient, and steps that keep the constraint and increase the surrogate."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def make_problem(microbatch=4, temperature=1.0):
 def direction_of(problem, seed=0):
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(parameter.shape, generator=generator) for parameter in problem.parameters()]
-    # An embedding's padding row never gets a gradient, though a policy may say that token.
+    # The padding row of an embedding never gets a gradient, although a policy may sample that token.
     embedding = problem.policy.model.get_input_embeddings()
     where = next(i for i, parameter in enumerate(problem.parameters()) if parameter is embedding.weight)
     parts[where][embedding.padding_idx] = 0.0
@@ -46,7 +46,7 @@ def direction_of(problem, seed=0):
 
 
 def by_hand(problem):
-    """Mean of `exp(log pi - log pi_old) A` over the actions, from the model's own logits."""
+    """Return the mean of `exp(log pi - log pi_old) A` over the actions, from the model's logits."""
     rollout, total = problem.rollout, 0.0
     for row in range(16):
         ids = sequence_of(rollout, row)[None]
@@ -59,7 +59,7 @@ def by_hand(problem):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_s15_surrogate_and_gradient_are_those_of_the_formula(temperature):
-    """At the old policy, where the value is the mean advantage, and away from it."""
+    """Check at the old policy, where the value is the mean advantage, and at different weights."""
     problem = make_problem(temperature=temperature)
     mask, old = problem.rollout.mask, frozen_copy(problem.policy)
     assert surrogate_gradient(problem)[1] == pytest.approx(float(problem.advantages[mask].mean()), abs=1e-5)
@@ -75,8 +75,8 @@ def test_s15_surrogate_and_gradient_are_those_of_the_formula(temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_s15_fisher_product_is_the_kls_curvature(temperature):
-    """v^T F v = lim 2 KL(old || old + e v) / e^2, by the KL over the whole vocabulary; damping adds its share."""
+def test_s15_fisher_product_is_the_curvature_of_the_kl(temperature):
+    """v^T F v = lim 2 KL(old || old + e v) / e^2 with the KL over the full vocabulary; damping adds its multiple of v."""
     problem = make_problem(temperature=temperature)
     vector = direction_of(problem)
     product = fisher_product(problem, vector, 0.0)
@@ -102,7 +102,7 @@ def test_s15_products_do_not_depend_on_micro_batches():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(ours.abs().max()))
 
 
-def test_s15_conjugate_gradient_solves():
+def test_s15_conjugate_gradient_solves_a_linear_system():
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     matrix, target = root @ root.T + torch.eye(12), torch.randn(12, generator=generator, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_s15_a_loose_tolerance_ends_the_solution_early(monkeypatch):
         monkeypatch.setattr(trpo, "fisher_product", lambda *a, calls=calls: calls.append(1) or fisher_product(*a))
         trpo_step(problem, TRPOConfig(cg_tolerance=tolerance, cg_iterations=8, damping=1e-3))
         counts.append(len(calls))
-    assert counts[0] == 9 and counts[1] < 9, counts  # one more for the curvature along the step
+    assert counts[0] == 9 and counts[1] < 9, counts  # 8 iterations, and one product for the curvature along the step
 
 
 @pytest.mark.parametrize("max_kl", [1e-4, 1e-2])
@@ -134,8 +134,7 @@ def test_s15_a_step_keeps_the_constraint_and_gains(max_kl):
     assert 0.2 * max_kl < kl <= max_kl and after > before and found["trpo_step"] > 0
 
 
-def test_s15_a_step_gains_more_than_the_gradient_does_at_the_same_kl():
-    """What the curvature is for."""
+def test_s15_a_step_gains_more_than_a_gradient_step_of_the_same_kl():
     problem = make_problem()
     old, start = frozen_copy(problem.policy), flat(problem.parameters()).detach().clone()
     gradient, before = surrogate_gradient(problem)
@@ -150,14 +149,14 @@ def test_s15_a_step_gains_more_than_the_gradient_does_at_the_same_kl():
 
 
 class Impossible(TrustRegionProblem):
-    """No step is small enough."""
+    """A problem whose constraint no step satisfies."""
 
     def kl(self, old, new):
         return super().kl(old, new) + (0.0 if torch.is_grad_enabled() else torch.inf)
 
 
-def test_s15_no_step_where_none_is_allowed():
-    """A constraint that nothing meets leaves the weights; so do advantages of zero, and NaN, which is told."""
+def test_s15_no_step_if_none_is_accepted():
+    """An infeasible constraint and zero advantages leave the weights unchanged; NaN advantages raise and leave them too."""
     problem, nothing = make_problem(), {"trpo_kl": 0.0, "trpo_gain": 0.0, "trpo_step": 0.0}
     start = flat(problem.parameters()).detach().clone()
     impossible = Impossible(**vars(problem))
@@ -171,13 +170,13 @@ def test_s15_no_step_where_none_is_allowed():
 
 
 class Broken(TrustRegionProblem):
-    """A KL whose curvature is no number, under a surrogate that is one."""
+    """A problem with a finite surrogate whose KL is NaN."""
 
     def kl(self, old, new):
         return super().kl(old, new) * torch.nan
 
 
-def test_s15_a_curvature_that_is_no_number_is_told():
+def test_s15_a_curvature_that_is_not_finite_raises():
     problem = make_problem()
     start = flat(problem.parameters()).detach().clone()
     with pytest.raises(FloatingPointError, match=r"training diverged: got the curvature nan .*ppo\.trpo\.damping"):
@@ -205,7 +204,7 @@ def test_s15_training_reaches_the_optimum_of_a_bandit():
     assert all(log["trpo_kl"] <= 0.2 for log in logs)
 
 
-def test_s15_the_optimiser_moves_values_alone_and_a_resumed_run_has_the_same_bits(tmp_path):
+def test_s15_the_optimizer_trains_only_values_and_resuming_is_bitwise_exact(tmp_path):
     def make(**settings):
         return make_trainer(objective="trpo", rollout=SHORT, attention="eager", ema_decay=0.9, **settings)
 

@@ -1,4 +1,4 @@
-"""Scores: who gets one, on which scale, and what happens to one that is no number."""
+"""Scores: responses without EOS, normalization, and scores that are not finite."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def scores_of(rollout, reward=target_share, scale=None, **settings):
     return score_answers(rollout, reward, config, scale or ScoreScale(config.score_scale))[:2]
 
 
-def test_s6_a_fixed_score_in_place_of_the_reward_of_what_does_not_end(rollout):
+def test_s6_responses_without_eos_get_the_fixed_score(rollout):
     seen = []
     kept, scores = scores_of(rollout, lambda r: seen.append(r) or target_share(r) + 1, missing_eos_score=-1.0)
     ended = rollout.ended
@@ -32,13 +32,13 @@ def test_s6_a_fixed_score_in_place_of_the_reward_of_what_does_not_end(rollout):
     assert torch.equal(seen[0].prompt_ids, rollout.prompt_ids[ended])
 
 
-def test_s6_no_call_where_nothing_ended(rollout):
+def test_s6_the_reward_is_not_called_if_no_response_ended(rollout):
     none = rollout.take((~rollout.ended).nonzero()[:, 0])
     _, scores = scores_of(none, lambda r: 1 / 0, missing_eos_score=-1.0)
     assert scores.tolist() == [-1.0] * len(none)
 
 
-def test_s6_a_penalty_comes_after_the_scale(rollout):
+def test_s6_the_penalty_is_subtracted_after_scaling(rollout):
     _, plain = scores_of(rollout, score_scale="batch")
     _, punished = scores_of(rollout, score_scale="batch", missing_eos_penalty=3.0)
     torch.testing.assert_close(punished, plain - 3.0 * ~rollout.ended)
@@ -46,7 +46,7 @@ def test_s6_a_penalty_comes_after_the_scale(rollout):
     assert float(plain.std(correction=0)) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_s6_the_scale_is_of_scored_answers_alone(rollout):
+def test_s6_only_scored_responses_define_the_scale(rollout):
     _, scores = scores_of(rollout, score_scale="batch", missing_eos_score=-50.0)
     assert float(scores[rollout.ended].mean()) == pytest.approx(0.0, abs=1e-6)
 
@@ -65,8 +65,8 @@ def test_s6_moments_of_each_kind():
             torch.testing.assert_close(scale(batch), expected, rtol=1e-4, atol=1e-4, msg=kind)
 
 
-def test_s6_the_first_moments_are_of_the_first_rollout_that_has_any():
-    """A rollout whose scores are all the same has no deviation to divide by: the next one's is taken."""
+def test_s6_first_skips_rollouts_without_a_deviation():
+    """A rollout with equal scores has no deviation to divide by, so the moments of the next rollout are used."""
     scale, batches = (
         ScoreScale("first"),
         (torch.full((4,), 7.3), torch.tensor([1.0, 3.0]), torch.tensor([9.0, 5.0, 5.0])),
@@ -75,19 +75,19 @@ def test_s6_the_first_moments_are_of_the_first_rollout_that_has_any():
     assert [scale(batch).tolist() for batch in batches[1:]] == [[-1.0, 1.0], [7.0, 3.0, 3.0]]
 
 
-def test_s6_scores_that_are_all_the_same_become_zero():
+def test_s6_equal_scores_become_zero():
     for value in (0.0, 7.3, 1e6):
         assert float(ScoreScale("batch")(torch.full((7,), value)).abs().max()) <= 1e-6 * max(1, value)
 
 
-def test_s6_rounding_is_no_difference():
+def test_s6_rounding_differences_count_as_equal():
     scores = torch.full((7,), 7.3)
     scores[0] = torch.nextafter(scores[0], torch.tensor(8.0))
     assert float(ScoreScale("batch")(scores).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("value, words", [(torch.nan, "nan"), (torch.inf, "inf")])
-def test_s6_a_score_that_is_no_number_stops_the_run_by_name(tmp_path, value, words):
+def test_s6_a_score_that_is_not_finite_stops_the_run(tmp_path, value, words):
     def reward(rollout):
         calls.append(1)
         return torch.where(torch.arange(16) == (3 if len(calls) > 1 else 99), value, 0.5)
@@ -107,12 +107,12 @@ def test_s6_a_score_that_is_no_number_stops_the_run_by_name(tmp_path, value, wor
     assert again.state() == trainer.state()
 
 
-def test_s6_scores_of_another_number_are_refused():
+def test_s6_a_wrong_number_of_scores_is_refused():
     with pytest.raises(ValueError, match=r"reward: got scores of shape \(3,\), expected 16 finite scores"):
         make_trainer(reward=lambda r: torch.zeros(3)).step()
 
 
-def test_s6_a_reward_that_fails_on_all_together_names_the_first_and_the_last():
+def test_s6_an_error_of_the_whole_batch_names_the_first_and_last_sample():
     def reward(rollout):
         if calls:
             raise ValueError("out of memory")
@@ -122,13 +122,13 @@ def test_s6_a_reward_that_fails_on_all_together_names_the_first_and_the_last():
     calls = []
     trainer = make_trainer(reward=reward)
     trainer.step()
-    with pytest.raises(ValueError, match=r"^samples 16 to 31 of the run: out of memory$") as told:
+    with pytest.raises(ValueError, match=r"^samples 16 to 31 of the run: out of memory$") as failed:
         trainer.step()
-    assert str(told.value.__cause__) == "out of memory"
+    assert str(failed.value.__cause__) == "out of memory"
 
 
-def test_s6_skipping_leaves_the_sample_out_and_counts_it():
-    """The update with a skipped sample is that of the others; with none, nothing is left out."""
+def test_s6_a_skipped_sample_is_removed_and_counted():
+    """An update with a skipped sample uses the other samples; without a bad score no sample is skipped."""
 
     def reward(rollout):
         return torch.where(torch.arange(len(rollout)) == 3, torch.nan, target_share(rollout))
@@ -148,7 +148,7 @@ def test_s6_skipping_leaves_the_sample_out_and_counts_it():
 
 
 def test_s6_s9_skipping_may_leave_a_short_minibatch():
-    """Nine of sixteen stay: a minibatch of eight and one of a single answer, which has its pretraining sequence too."""
+    """Nine of sixteen remain: a minibatch of eight and one of a single response, which also gets a pretraining sequence."""
 
     def reward(rollout):
         return torch.where(torch.arange(16) < 7, torch.nan, target_share(rollout))
@@ -165,8 +165,8 @@ def test_s6_s9_skipping_may_leave_a_short_minibatch():
 
 
 @pytest.mark.parametrize("kind", ["none", "batch", "first"])
-def test_s6_the_log_has_the_scores_as_the_reward_function_gave_them(kind):
-    """A normalised score says nothing about progress: its mean is 0 in every update of the kind `batch`."""
+def test_s6_the_log_has_the_raw_scores(kind):
+    """Normalized scores do not show progress: with the kind `batch` their mean is 0 in every update."""
     seen = []
 
     def reward(rollout):

@@ -1,4 +1,4 @@
-"""A user's own functions: found by name, and told of in one line where they fail."""
+"""A user's functions: import by name, and errors of one line."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def base(tmp_path_factory):
 
 
 def reward(run, capsys, name, text):
-    """`rlhf ppo` on the prompts q0 to q5 with a function of a file of this text."""
+    """Run `rlhf ppo` on the prompts q0 to q5 with function `name` of a file with this text."""
     (run / "rewards.py").write_text(text)
     sets = [f"reward.function={run / 'rewards.py'}:{name}", "ppo.value_init=zero"]
     return rlhf(capsys, "ppo", "--config", run / "run.yaml", sets=sets)
@@ -77,7 +77,7 @@ def reward(run, capsys, name, text):
         ("nothing", "rewards.py is not defined, expected a function"),
     ],
 )
-def test_s6_a_reward_function_that_fails_is_one_line(tmp_path, base, capsys, name, message):
+def test_s6_a_failing_reward_function_prints_one_line(tmp_path, base, capsys, name, message):
     code, _, shown = reward(new_run(tmp_path, base), capsys, name, REWARD)
     assert code == 2 and shown.startswith("rlhf: ") and shown.count("\n") == 1
     assert message in shown and "reward.function" in shown and str(tmp_path / "rewards.py") in shown
@@ -92,7 +92,7 @@ def test_s6_a_reward_function_that_fails_is_one_line(tmp_path, base, capsys, nam
         ("import sys\nsys.exit(0)\n", "it raised SystemExit: 0"),
     ],
 )
-def test_s6_a_file_that_does_not_load_is_one_line(tmp_path, base, capsys, text, message):
+def test_s6_a_file_that_does_not_load_prints_one_line(tmp_path, base, capsys, text, message):
     code, _, shown = reward(new_run(tmp_path, base), capsys, "f", text)
     assert (
         code == 2 and f"rlhf: reward.function: {tmp_path / 'rewards.py'}: {message}" in shown and shown.count("\n") == 1
@@ -101,8 +101,8 @@ def test_s6_a_file_that_does_not_load_is_one_line(tmp_path, base, capsys, text, 
         import_function(f"{tmp_path / 'rewards.py'}:f", "eval.judge")
 
 
-def test_s6_the_sample_on_which_a_reward_function_raises_is_that_of_the_run():
-    """Numbered through the run, and as the rollout was before what has a score without the function left it."""
+def test_s6_errors_number_samples_by_run():
+    """A sample's number counts from the start of the run, and includes responses that the function does not score."""
     trainer = make_trainer()
     rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
     rows = rollout.ended.nonzero()[:, 0].tolist()
@@ -131,7 +131,7 @@ def test_s6_the_sample_on_which_a_reward_function_raises_is_that_of_the_run():
             score_answers(rollout, score, config, ScoreScale("none"), 100)
 
 
-def test_s6_an_error_of_many_lines_is_one():
+def test_s6_an_error_of_many_lines_becomes_one_line():
     def raises(column):
         raise ValueError("first\n  second")
 
@@ -145,7 +145,7 @@ def test_s6_s20_a_file_with_dataclasses_loads(tmp_path, base, capsys):
     assert judge.compare(["p"], ["a"], ["b"]).tolist() == [1.0]
 
 
-def test_two_files_of_one_name_are_two_modules(tmp_path):
+def test_two_files_with_the_same_name_are_two_modules(tmp_path):
     functions = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,4 @@
-"""Decode steps through compiled layers: the same tokens, one graph for all layers of a kind, and nothing left behind."""
+"""Decode steps with compiled layers: the same tokens, one graph for all layers of a kind, and unchanged layers afterwards."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.engine.helpers.sampling import make_actor, make_prompts
 
 
 def compiling(generator, backend):
-    """The generator with its decode steps, which no graph holds here, through compiled layers."""
+    """Run the generator's decode steps, which are not CUDA graphs here, with compiled layers."""
     decoder = generator.decoder
     compiled, forward = CompiledLayers(generator.policy, decoder.cache, backend), decoder._forward
     decoder.compiles = True
@@ -30,7 +30,7 @@ def compiling(generator, backend):
     ("family", "graphs"), [("llama", 1), ("qwen2", 1), ("gpt2", 1), ("mistral", 1), ("gemma2", 2), ("cohere", 1)]
 )
 def test_one_graph_for_all_layers(family, graphs):
-    """Gemma 2 has layers with a window and layers without."""
+    """Gemma 2 has two graphs, because it has layers with and without a window."""
     torch._dynamo.reset()
     actor, prompts, counter = make_actor(family), make_prompts(16), CompileCounter()
     expected = make_generator(actor).generate(prompts, torch.arange(16))
@@ -38,12 +38,12 @@ def test_one_graph_for_all_layers(family, graphs):
     compiling(generator, counter)
     check_same(generator.generate(prompts, torch.arange(16)), expected)
     assert counter.frame_count == graphs
-    generator.generate(prompts[:9], torch.arange(9))  # as many rows, and a smaller pool of pages
+    generator.generate(prompts[:9], torch.arange(9))  # the same number of rows, with a smaller pool of pages
     assert counter.frame_count == graphs
     assert not any("forward" in layer.__dict__ for layer in layers_of(actor.trunk))
 
 
-def test_layers_are_themselves_again_after_an_error():
+def test_an_error_restores_the_layers():
     actor = make_actor()
     compiled = compiling(make_generator(actor), "eager")
     before = torch._dynamo.config.recompile_limit
@@ -54,7 +54,7 @@ def test_layers_are_themselves_again_after_an_error():
     assert torch._dynamo.config.recompile_limit == before
 
 
-def test_a_limit_that_is_hit_is_no_silence(monkeypatch):
+def test_hitting_the_recompile_limit_raises(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr("rlhf_engine.rollout.decode.gpu.LIMIT", 1)
     actor = make_actor("gemma2")
@@ -64,7 +64,7 @@ def test_a_limit_that_is_hit_is_no_silence(monkeypatch):
         generator.generate(make_prompts(16), torch.arange(16))
 
 
-def test_a_trunk_whose_layers_are_not_marked_is_refused():
+def test_a_trunk_with_unmarked_layers_is_refused():
     actor = make_actor()
     generator = make_generator(actor)
     generator.decoder.cache.layers.append(generator.decoder.cache.layers[0])
@@ -72,7 +72,7 @@ def test_a_trunk_whose_layers_are_not_marked_is_refused():
         CompiledLayers(actor, generator.decoder.cache)
 
 
-def test_layers_with_a_forward_of_somebody_else_are_refused():
+def test_layers_with_a_replaced_forward_are_refused():
     actor = make_actor()
     generator = make_generator(actor)
     layer = next(layers_of(actor.trunk))
@@ -82,6 +82,6 @@ def test_layers_with_a_forward_of_somebody_else_are_refused():
 
 
 @pytest.mark.parametrize("cache", ["slots", "paged"])
-def test_where_no_step_is_a_graph_none_is_compiled(cache):
+def test_compiling_without_cuda_graphs_is_refused(cache):
     with pytest.raises(ValueError, match=r"rollout\.compile: got True for LlamaForCausalLM on cpu"):
         make_decoder(make_actor(), RolloutConfig(cache=cache, compile=True), 32)

@@ -1,4 +1,4 @@
-"""The decoder protocol: both implementations have it, a generator needs nothing else, and only the chosen one is loaded."""
+"""The decoder protocol: both decoders implement it, a generator uses nothing else, and only the selected one is loaded."""
 
 import ast
 import inspect
@@ -35,7 +35,7 @@ def test_an_implementation_has_every_method_with_the_same_arguments(kind):
 
 
 class Narrow:
-    """A decoder with the members of the protocol only."""
+    """A decoder with only the members of the protocol."""
 
     def __init__(self, decoder):
         self._decoder = decoder
@@ -46,7 +46,7 @@ class Narrow:
 
 
 @pytest.mark.parametrize("cache", ["slots", "paged"])
-def test_a_generator_reads_the_protocol_only(cache):
+def test_a_generator_uses_only_the_protocol(cache):
     actor, prompts = make_actor(), make_prompts(20)
     config = RolloutConfig(max_prompt_tokens=20, max_response_tokens=12, batch_size=6, cache=cache)
     marks = {"eos_token_ids": ENDS, "pad_token_id": 0, "seed": 3}
@@ -59,7 +59,7 @@ def test_a_generator_reads_the_protocol_only(cache):
 
 
 def loaded_with(module: str) -> set[str]:
-    """The engine's modules that importing `module` loads, by the imports outside functions."""
+    """Return the engine's modules that importing `module` loads, from the imports outside functions."""
     found, waiting = set(), [module]
     while waiting:
         name = waiting.pop()

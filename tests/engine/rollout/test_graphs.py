@@ -1,4 +1,4 @@
-"""`GraphedStep` on a stand-in for torch.cuda: what is captured, when, and that a replay works on the bytes of the capture."""
+"""`GraphedStep` with a stand-in for torch.cuda: what is captured and when, and replays on the memory of the capture."""
 
 from contextlib import contextmanager
 
@@ -43,7 +43,7 @@ def test_a_size_is_captured_once_and_replayed(cuda):
     assert [graph.replays for graph in cuda.graphs] == [2, 1] and cuda.pools == [None, cuda.graphs[0].pool()]
 
 
-def test_another_key_captures_again(cuda):
+def test_a_new_key_captures_again(cuda):
     step, x, calls = make()
     for key, size in ((1, 4), (1, 2), (2, 4), (2, 4)):
         step(key, size, lambda: kept(x))
@@ -58,7 +58,7 @@ def test_a_function_that_waits_is_not_captured(cuda):
         step("key", 2)
 
 
-def test_no_device(monkeypatch):
+def test_no_cuda_device_is_refused(monkeypatch):
     RecordedCuda.installed(monkeypatch, available=False)
     with pytest.raises(ValueError, match="CUDA graphs need a CUDA device"):
         GraphedStep(lambda size: None)

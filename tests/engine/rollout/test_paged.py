@@ -1,4 +1,4 @@
-"""Sampling on pages: the tokens of slots and of an uncached loop, whatever the pool's size, and pages that are shared."""
+"""Sampling with pages: the tokens of slots and of an uncached loop for any pool size, and pages that are shared."""
 
 import weakref
 
@@ -18,7 +18,7 @@ from tests.engine.helpers.tiny_models import FAMILIES, VOCABULARY
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tokens_of_slots(family):
+def test_paged_sampling_equals_slot_sampling(family):
     actor, prompts = make_actor(family), make_prompts(20)
     slots = make_generator(actor, cache="slots").generate(prompts, torch.arange(20))
     generator = make_generator(actor)
@@ -27,8 +27,8 @@ def test_the_tokens_of_slots(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral", "qwen2"])
-def test_the_tokens_of_an_uncached_loop(family):
-    """One sequence at a time, the whole of it through the trunk for every token."""
+def test_paged_sampling_equals_an_uncached_loop(family):
+    """The loop runs one sequence at a time, and the trunk reads the whole sequence for every token."""
     actor, prompts = make_actor(family), make_prompts(5, seed=2)
     rollout = make_generator(actor, max_response_tokens=8).generate(prompts, torch.arange(5))
     for row, prompt in enumerate(prompts):
@@ -46,8 +46,8 @@ def test_the_tokens_of_an_uncached_loop(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_small_pool_makes_sequences_wait_and_begin_again(family):
-    """8 pages of 4 tokens hold one sequence of 32: the same bits as with room for all."""
+def test_a_small_pool_preempts_and_regenerates_sequences(family):
+    """8 pages of 4 tokens hold one sequence of 32. The results have the same bits as with pages for all sequences."""
     actor, prompts = make_actor(family), make_prompts(20)
     whole = make_generator(actor).generate(prompts, torch.arange(20))
     ended = []
@@ -62,8 +62,8 @@ def test_a_small_pool_makes_sequences_wait_and_begin_again(family):
     assert generator.metrics()["restarted_sequences"] > 0
 
 
-def test_a_preempted_response_is_forgotten():
-    """A repetition penalty counts the ids of the prompt and the new response, not those of the preempted one."""
+def test_a_preempted_response_does_not_count_for_the_repetition_penalty():
+    """The penalty applies to the ids of the prompt and the new response, not to those of the preempted response."""
     actor, prompts, settings = (
         make_actor(),
         make_prompts(10, longest=3),
@@ -82,12 +82,12 @@ def test_a_sequence_does_not_depend_on_its_batch():
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     shuffled = generator.generate([prompts[i] for i in order], order)
     assert all(same_sequence(whole, int(i), shuffled, j) for j, i in enumerate(order))
-    alone = generator.generate([prompts[5]], torch.tensor([5]))
-    assert same_sequence(whole, 5, alone, 0)
+    single = generator.generate([prompts[5]], torch.tensor([5]))
+    assert same_sequence(whole, 5, single, 0)
 
 
 def test_samples_of_one_prompt_share_its_pages():
-    """Two prompts of 10 and 11 tokens, 5 samples each: 3 pages of 4 each; each sample but one then copies the last page."""
+    """Two prompts of 10 and 11 tokens, 5 samples each: 3 pages of 4 tokens each. All samples but one copy the last page."""
     actor, prompts = make_actor(), [torch.arange(3, 13)] * 5 + [torch.arange(4, 15)] * 5
     decoder = PagedDecoder(actor, 10, 32, page_size=4)
     decoder.open(10, dirty)
@@ -109,7 +109,7 @@ def test_samples_of_one_prompt_share_its_pages():
     check_same(make_generator(actor, pages=14).generate(prompts, torch.arange(10)), slots)
 
 
-def test_the_memory_is_allocated_once_and_given_back():
+def test_the_pool_is_allocated_once_and_freed():
     actor, taken = make_actor(), []
 
     def allocate(shape, dtype, device):
@@ -144,9 +144,9 @@ def test_the_memory_is_allocated_once_and_given_back():
         ("qwen2", {"min_p": 0.05}),
     ],
 )
-def test_a_step_as_a_graph(monkeypatch, family, settings):
-    """Captured and replayed by a stand-in: no step waits for the device, and a pool at another address is captured again."""
-    monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)  # as on a device
+def test_steps_are_captured_as_graphs(monkeypatch, family, settings):
+    """A stand-in captures and replays: no step waits for the device, and a pool at a new address is captured again."""
+    monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)  # as on a GPU
     actor, prompts = make_actor(family), make_prompts(20)
     expected = make_generator(actor, **settings).generate(prompts, torch.arange(20))
     pools = []
@@ -166,21 +166,21 @@ def test_a_step_as_a_graph(monkeypatch, family, settings):
         pools.append(buffer.view(-1)[: torch.Size(shape).numel()].view(shape))
         return pools[-1]
 
-    # Fewer prompts, in as many slots: what was captured for more serves them.
+    # Fewer prompts in the same number of slots use the same graphs.
     fewer = make_generator(actor, **settings).generate(prompts[:17], torch.arange(17))
     check_same(generator.generate(prompts[:17], torch.arange(17), allocate=same_place), fewer)
     assert len(cuda.graphs) == graphs
-    # A pool of fewer pages at the same address has its layers elsewhere in it.
+    # In a pool of fewer pages at the same address, the layers have other offsets.
     fewer = make_generator(actor, **settings).generate(prompts[:3], torch.arange(3))
     check_same(generator.generate(prompts[:3], torch.arange(3), allocate=same_place), fewer)
     assert pools[-1].data_ptr() == buffer.data_ptr() and len(cuda.graphs) == graphs + 1
-    # Autocast's copies of the weights, which a graph has read, do not outlive a rollout.
+    # With autocast, graphs read copies of the weights that end with the rollout, so `close` drops the graphs.
     actor.compute_dtype = torch.bfloat16
     generator.decoder.close()
     assert generator.decoder._graphed is None
 
 
-def test_who_decides():
+def test_the_config_and_kv_bytes_select_decoder_and_pages():
     actor = make_actor()
     assert all(isinstance(make_generator(actor, cache=cache).decoder, SlotDecoder) for cache in ("auto", "slots"))
     config = RolloutConfig(**SETTINGS, cache="paged")
@@ -188,12 +188,12 @@ def test_who_decides():
     for kv_bytes, pages in (
         (10 * one + 5, 9),
         (100 * one, 16),
-    ):  # page 0 is spare; 16 sequences of one page need no more
+    ):  # page 0 is scratch; 16 sequences of one page need 16 pages
         generator = Generator(actor, config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
         assert generator.decoder.page_count == pages <= pages_within(actor, kv_bytes) == kv_bytes // one - 1
 
 
-def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
+def test_few_sequences_allocate_only_the_pages_that_they_can_fill():
     shapes = []
 
     def allocate(shape, dtype, device):
@@ -205,11 +205,11 @@ def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
     generator.generate(prompts, torch.arange(2), allocate=allocate)
     places = generator.decoder.table.shape[1]
     assert [shape[2] for shape in shapes] == [1 + 2 * places]
-    # With fewer pages than for all slots, those that fit to their end are admitted whatever is free beside them.
+    # If the pool has pages for all sequences of the rollout, all are admitted, even if no page stays free.
     few = make_generator(make_actor(), cache="paged", pages=4 * places)
     few.decoder.open(4)
     assert few.decoder.admissible([torch.arange(4 * places) + number for number in range(4)], 0) == 4
-    # Where one prompt fills the pool it is admitted: no active sequence would free a page.
+    # A prompt that fills the pool is admitted if there is no active sequence, because waiting would free no page.
     one = make_generator(make_actor(), cache="paged", pages=places)
     one.decoder.open(2)
     assert one.decoder.admissible([torch.arange(4 * places)] * 2, 0) == 1
@@ -222,14 +222,14 @@ def test_fewer_sequences_than_slots_take_no_more_pages_than_they_fill():
         ("slots", "kv_bytes: got 8191, expected at least 8192"),
     ],
 )
-def test_a_pool_that_holds_no_sequence(cache, words):
+def test_kv_bytes_too_small_for_one_sequence_are_refused(cache, words):
     config = RolloutConfig(**SETTINGS, cache=cache)
     kv_bytes = 2 * 2 * 64 * 2 * 8 * 4 if cache == "paged" else 2 * 2 * 32 * 2 * 8 * 4 - 1
     with pytest.raises(ValueError, match=words):
         Generator(make_actor(), config, eos_token_ids=ENDS, pad_token_id=0, seed=3, kv_bytes=kv_bytes)
 
 
-def test_heads_that_differ_from_the_config():
+def test_heads_that_differ_from_the_config_are_refused():
     actor = make_actor()
     actor.model.config.num_key_value_heads = 4
     with pytest.raises(ValueError, match=r"policy: got keys or values of \(heads, size\) \(2, 8\), expected \(4, 8\)"):

@@ -1,4 +1,4 @@
-"""The bookkeeping of pages: by hand, and against a model that knows which tokens each page holds."""
+"""The page table: examples by hand, and random operations against a model of the tokens in each page."""
 
 import random
 
@@ -21,7 +21,7 @@ def test_pages_without_references_are_free():
 
 
 def test_samples_of_one_prompt_share_its_pages():
-    """A prompt of 6 tokens, pages of 4: two samples hold 2 pages together; the first to write to the second page copies it."""
+    """A prompt of 6 tokens with pages of 4: two samples share 2 pages, and the first to write to the second page copies it."""
     sequences = Sequences(Pages(5), 4, slots=3)
     sequences.admit(0, 6)
     sequences.admit(1, 6, like=0)
@@ -41,8 +41,8 @@ def test_samples_of_one_prompt_share_its_pages():
     assert sequences.held == [[], [], [full, begun, page]] and sequences.lengths == [0, 0, 9]
 
 
-def test_the_youngest_are_preempted():
-    """Six pages of 2, three sequences of 2, 2 and 4 tokens: two pages are free and all three want one."""
+def test_the_youngest_sequences_are_preempted():
+    """Six pages of 2 tokens, three sequences of 2, 2 and 4 tokens: two pages are free, and all three sequences need one."""
     sequences = Sequences(Pages(6), 2, slots=4)
     for slot, length in ((2, 2), (0, 2), (1, 4)):
         sequences.admit(slot, length)
@@ -55,7 +55,7 @@ def test_the_youngest_are_preempted():
 
 
 class Life:
-    """Sequences with their tokens kept beside: what each reads through its pages is what it wrote."""
+    """Sequences with a copy of their tokens, to check that each sequence reads from its pages the tokens that it wrote."""
 
     def __init__(self, seed):
         self.rng, self.sequences = random.Random(seed), Sequences(Pages(12), 3, slots=6)
@@ -97,7 +97,7 @@ class Life:
         assert len({page for pages in held for page in pages}) + self.sequences.pages.free == 12
 
 
-def test_a_random_life_loses_and_mixes_no_token():
+def test_random_operations_keep_every_token():
     for seed in range(30):
         life = Life(seed)
         for _ in range(60):

@@ -1,4 +1,4 @@
-"""Sampling: independent of the batch, consistent with a forward pass, and nothing is stepped after it ended."""
+"""Sampling is independent of the batch and consistent with a forward pass, and finished sequences are not stepped."""
 
 import pytest
 import torch
@@ -23,15 +23,15 @@ def test_a_sequence_does_not_depend_on_its_batch(family):
     shuffled = generator.generate([prompts[i] for i in order], order)
     assert all(same_sequence(whole, int(i), shuffled, j) for j, i in enumerate(order))
     for i in range(0, 24, 5):
-        alone = generator.generate([prompts[i]], torch.tensor([i]))
-        assert same_sequence(whole, i, alone, 0)
+        single = generator.generate([prompts[i]], torch.tensor([i]))
+        assert same_sequence(whole, i, single, 0)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"intermediate_size": 704},  # several threads share an activation
-        {"intermediate_size": 999},  # and end it in scalar code
+        {"intermediate_size": 704},  # several threads compute parts of an activation
+        {"intermediate_size": 999},  # the parts end in scalar code
         {"intermediate_size": 999, "hidden_act": "gelu"},
         {"intermediate_size": 999, "hidden_act": "gelu_pytorch_tanh"},
     ],
@@ -45,7 +45,7 @@ def test_wide_layers_do_not_depend_on_the_batch(changes):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_generating_leaves_the_model_as_it_was(family):
+def test_generating_does_not_change_the_model(family):
     actor = make_actor(family)
     before = [dict(vars(module)) for module in actor.model.modules()], actor.model.config.to_dict()
     make_generator(actor).generate(make_prompts(5), torch.arange(5))
@@ -69,7 +69,7 @@ def test_logprobs_and_values_are_those_of_a_forward_pass(family):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_scoring_again_gives_the_sampled_logprobs_and_values(temperature):
+def test_recomputed_logprobs_and_values_equal_the_sampled_ones(temperature):
     actor = make_actor()
     rollout = make_generator(actor, temperature=temperature).generate(make_prompts(24), torch.arange(24))
     again = recompute(actor, rollout, ("logprobs", "values"), microbatch=5, temperature=temperature)
@@ -94,7 +94,7 @@ def test_layout_of_a_rollout():
         )
 
 
-def test_a_sequence_ends_at_eos_or_at_its_budget():
+def test_a_sequence_ends_at_eos_or_at_its_token_limit():
     rollout = make_generator(make_actor(), max_response_tokens=9).generate(make_prompts(64), torch.arange(64))
     assert 0 < int(rollout.ended.sum()) < 64
     for i in range(64):
@@ -114,7 +114,7 @@ def test_finished_sequences_are_not_stepped(monkeypatch):
     generator = make_generator(make_actor())
     fed.clear()
     rollout = generator.generate(make_prompts(40), torch.arange(40))
-    # The first token comes from the prompt's pass; every further one costs exactly one row of one step.
+    # The first token comes from the prefill. Every further token costs exactly one row of one step.
     assert sum(fed) == int(rollout.mask.sum()) - 40
     assert max(fed) <= 16
 
@@ -150,7 +150,7 @@ def test_the_counter_is_the_response_position():
         assert drawn.tolist() == rollout.response_ids[i].tolist()
 
 
-def test_seed_and_number_decide_the_sample():
+def test_seed_and_sequence_number_determine_the_sample():
     actor, prompt = make_actor(), [torch.tensor([5, 6, 7])]
     first = make_generator(actor).generate(prompt * 2, torch.tensor([0, 2**40]))
     assert not same_sequence(first, 0, first, 1)
@@ -165,8 +165,8 @@ def test_a_cache_longer_than_one_block():
     rollout = make_generator(actor, **settings).generate(prompts, torch.arange(2))
     logprobs = recompute(actor, rollout, ("logprobs",), microbatch=1)["logprobs"]
     torch.testing.assert_close(logprobs, rollout.logprobs, rtol=0, atol=2e-5)
-    alone = make_generator(actor, **settings).generate(prompts[1:], torch.tensor([1]))
-    assert same_sequence(rollout, 1, alone, 0)
+    single = make_generator(actor, **settings).generate(prompts[1:], torch.tensor([1]))
+    assert same_sequence(rollout, 1, single, 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -218,8 +218,8 @@ def test_prompt_width():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_a_prompt_whose_padding_passes_the_last_position(family):
-    """20 positions: a prompt of 17 is padded to 32; the responses are those of the same weights with room."""
+def test_a_prompt_padded_beyond_the_last_position(family):
+    """With 20 positions, a prompt of 17 tokens is padded to 32. The responses equal those of a model with 64 positions."""
     prompts = [prompt[:17] for prompt in make_prompts(20, longest=40)]
     assert max(map(len, prompts)) == 17
     names = {"gpt2": "n_positions"}

@@ -1,4 +1,4 @@
-"""What a PPO step makes of how it was sampled: the deviation of the log-probs, and responses that a stop string ended."""
+"""Effects of sampling on a PPO step: the deviation of the log-probs, and responses that end at a stop string."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tests.engine.helpers.tiny_trainer import ROLLOUT, make_trainer, target_shar
 
 @pytest.mark.parametrize("old_logprobs", ["sampled", "rescored"])
 def test_the_deviation_of_the_sampled_logprobs_is_logged(old_logprobs, monkeypatch):
-    """Of as many sequences as asked for, or of all where they are scored again anyway."""
+    """The deviation is over `check_sequences` sequences, or over all of them with rescored log-probs."""
     log = make_trainer(old_logprobs=old_logprobs).step()
     assert 0 <= log["logprob_deviation"] <= 1e-5
     none = make_trainer(old_logprobs=old_logprobs, rollout=replace(ROLLOUT, check_sequences=0)).step()
@@ -33,8 +33,7 @@ def test_the_deviation_of_the_sampled_logprobs_is_logged(old_logprobs, monkeypat
     assert trainer.step()["logprob_deviation"] == pytest.approx(0.5, abs=1e-4)
 
 
-def test_a_stop_string_is_an_end():
-    """It pays no missing_eos_penalty."""
+def test_a_response_with_a_stop_string_has_no_missing_eos_penalty():
     trainer = make_trainer(missing_eos_penalty=3.0)
     rollout = trainer.generator.generate(trainer.prompts(0, 16), torch.arange(16))
     late = (rollout.stop_reason == LENGTH).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Continuous batching against the plainest loop there is: one sequence, no cache, a whole forward pass for each token."""
+"""Continuous batching against the simplest loop: one sequence, no cache, and a whole forward pass for each token."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ GROUPED, SLIDING, ABSOLUTE = ("llama", "qwen2"), ("mistral", "gemma2"), ("gpt2",
 
 
 def penalise(logits, seen, penalty):
-    """CTRL, section 4.1, one token at a time."""
+    """Apply the penalty of CTRL, section 4.1, one token at a time."""
     for token in set(seen):
         logits[0, token] = logits[0, token] / penalty if logits[0, token] > 0 else logits[0, token] * penalty
     return logits
@@ -30,7 +30,7 @@ def penalise(logits, seen, penalty):
 
 @torch.no_grad()
 def slow_loop(actor, prompt, number, *, seed=3, budget=12, penalty=1.0, temperature=1.0, top_k=None):
-    """(ids, log-probs of the full distribution, log-probs of what was sampled from)."""
+    """Return (ids, log-probs of the full distribution, log-probs of the distribution that was sampled from)."""
     ids, loop = prompt.tolist(), ([], [], [])
     for step in range(budget):
         full = actor.model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1].float()
@@ -61,8 +61,8 @@ def assert_is_the_loop(rollout, row, loop):
 
 
 @pytest.mark.parametrize("family", [*GROUPED, *SLIDING, *ABSOLUTE])
-def test_every_token_is_that_of_the_loop(family):
-    """Whatever the slots and the order: 11 prompts in the slots of 1, 3 or all of them, forwards and shuffled."""
+def test_every_token_equals_that_of_the_loop(family):
+    """The tokens do not depend on slots and order: 11 prompts in 1, 3 or 11 slots, in order and shuffled."""
     actor, prompts = make_actor(family), make_prompts(11)
     loop = [slow_loop(actor, prompt, number) for number, prompt in enumerate(prompts)]
     for slots in (1, 3, 64):
@@ -74,7 +74,7 @@ def test_every_token_is_that_of_the_loop(family):
                 assert_is_the_loop(rollout, row, loop[number])
 
 
-def test_eager_attention_gives_the_loop_too():
+def test_eager_attention_equals_the_loop():
     actor, prompts = make_actor("mistral"), make_prompts(5)
     actor.model.set_attn_implementation("eager")
     rollout = make_generator(actor, batch_size=2).generate(prompts, torch.arange(5))
@@ -84,7 +84,7 @@ def test_eager_attention_gives_the_loop_too():
 
 @pytest.mark.parametrize("settings", [{"penalty": 1.3}, {"penalty": 0.6, "temperature": 0.7, "top_k": 9}], ids=str)
 def test_repetition_penalty(settings):
-    """It changes what is sampled from; the other log-probs stay those of the full distribution."""
+    """The penalty changes the sampled distribution; `logprobs` stay those of the full distribution without penalty."""
     actor, prompts = make_actor(), make_prompts(6)
     options = {name.replace("penalty", "repetition_penalty"): value for name, value in settings.items()}
     rollout = make_generator(actor, batch_size=4, **options).generate(prompts, torch.arange(6))
@@ -94,8 +94,8 @@ def test_repetition_penalty(settings):
     assert rollout.response_ids.shape != plain.response_ids.shape or (rollout.response_ids != plain.response_ids).any()
 
 
-def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
-    """Three prompts, five samples each: the trunk reads three rows, and every sample has the bits of one read alone."""
+def test_a_prompt_is_prefilled_once_for_all_its_samples(monkeypatch):
+    """Three prompts, five samples each: the prefill has three rows, and every sample has the bits of a batch of one."""
     read = []
     plain = slot_decoding.prefill_batch
     monkeypatch.setattr(
@@ -112,7 +112,7 @@ def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
         assert same_sequence(rollout, row, generator.generate([rows[row]], torch.tensor([row])), 0)
 
 
-def test_prompts_are_read_within_the_token_budget(monkeypatch):
+def test_prefill_keeps_the_token_budget(monkeypatch):
     sizes = []
     plain = slot_decoding.prefill_batch
     monkeypatch.setattr(
@@ -132,7 +132,7 @@ def test_prompts_are_read_within_the_token_budget(monkeypatch):
     assert [count for count, _ in sizes[-4:]] == [1] * 4
 
 
-def test_memory_comes_from_the_allocator_and_may_hold_anything():
+def test_the_cache_uses_uninitialized_memory_from_the_allocator():
     asked = []
 
     def allocate(shape, dtype, device):
@@ -158,7 +158,7 @@ def test_memory_comes_from_the_allocator_and_may_hold_anything():
         Generator(actor, config, **rest, kv_bytes=8192)
 
 
-def test_what_the_positions_do_not_hold_is_refused():
+def test_sequences_longer_than_the_positions_are_refused():
     generator = make_generator(make_actor(max_position_embeddings=24))
     generator.generate([[5] * 12], torch.arange(1))
     with pytest.raises(ValueError, match=r"prompts\[1\]: got 13 ids and rollout.max_response_tokens 12, expected at"):
@@ -188,7 +188,7 @@ def spell(tokenizer, text):
 
 @pytest.mark.parametrize("stop", ["\n\nUser", "ü", "nd then", "zzz", " "])
 def test_a_stop_string_is_found_with_the_token_that_completes_it(tokenizer, stop):
-    """Written token by token, letter by letter (each byte a token) and beside tokens that show nothing."""
+    """The text is spelled in whole tokens, in tokens of one byte, and with special tokens that decode to no text."""
     stops = StopStrings(tokenizer, (stop,))
     bytes_ = [token for letter in f"ab{stop}" for token in spell(tokenizer, letter)]
     silent = [tokenizer.eos_token_id] * 40
@@ -196,12 +196,12 @@ def test_a_stop_string_is_found_with_the_token_that_completes_it(tokenizer, stop
         text = [tokenizer.decode(ids[: n + 1], skip_special_tokens=True) for n in range(len(ids))]
         expected = [n for n in range(len(ids)) if stop in text[n]]
         assert expected and [n for n in range(len(ids)) if stops.found(ids[: n + 1])][:1] == expected[:1]
-        # Long before: what came earlier changes nothing.
+        # A long text before it does not change the result.
         assert stops.found(spell(tokenizer, "then some") * 30 + ids[: expected[0] + 1])
         assert not stops.found(spell(tokenizer, "thesome") * 9)
 
 
-def test_half_a_letter_is_no_stop_string(tokenizer):
+def test_an_incomplete_character_is_no_stop_string(tokenizer):
     stops, letter = StopStrings(tokenizer, ("\ufffd",)), spell(tokenizer, "ö")
     assert len(letter) == 2 and not stops.found(letter[:1]) and not stops.found(letter)
 
@@ -240,8 +240,8 @@ def test_stop_strings_need_a_tokenizer():
         make_generator(make_actor(), stop=("x",))
 
 
-def test_a_response_ends_at_its_stop_string_and_says_so(tokenizer):
-    """Tokens up to the end are those of a run without stop strings."""
+def test_a_response_ends_at_its_stop_string_with_that_reason(tokenizer):
+    """The tokens up to the stop string equal those of a run without stop strings."""
     actor = make_actor(max_position_embeddings=64)
     text = tokenizer.decode(list(range(VOCABULARY)))
     stop = (text[40], text[50])
@@ -265,7 +265,7 @@ def test_a_response_ends_at_its_stop_string_and_says_so(tokenizer):
     assert {EOS, STOP_STRING, LENGTH} == set(rollout.stop_reason.tolist())
 
 
-# ---- against a fresh forward pass ----
+# ---- against a new forward pass ----
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
@@ -282,8 +282,8 @@ def test_sampled_logprobs_are_within_1e_5_of_a_fresh_forward_pass(family):
     assert logprob_deviation(actor, rollout, sequences=5, **size) > 1e-3
 
 
-def test_a_generator_follows_the_weights():
-    """The head's weight is laid out anew for each call."""
+def test_a_generator_uses_the_current_weights():
+    """The head's weight is reordered again in each call."""
     actor, prompts = make_actor(), make_prompts(8)
     generator = make_generator(actor)
     before = generator.generate(prompts, torch.arange(8))
@@ -295,7 +295,7 @@ def test_a_generator_follows_the_weights():
 
 
 def test_a_row_of_the_reordered_head_does_not_depend_on_the_others():
-    """A vocabulary that is shared out among threads and ends in no whole block; against float64 as well."""
+    """The vocabulary is split among threads and is no multiple of a block. The result is also compared with float64."""
     torch.manual_seed(0)
     policy = ActorCritic(LlamaForCausalLM(LlamaConfig(vocab_size=5003, **SMALL)))
     product, hidden = head_product(policy), torch.randn(64, 96)

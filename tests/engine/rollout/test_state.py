@@ -1,4 +1,4 @@
-"""Rollout state: slots without a sequence, which a graph's step covers too, change nothing."""
+"""Rollout state: slots without a sequence, which are part of a captured step, change nothing."""
 
 import torch
 
@@ -24,7 +24,7 @@ def act(state, active, ids):
     return state.count_ended(active, 0)
 
 
-def test_rows_without_a_sequence_neither_end_nor_move():
+def test_rows_without_a_sequence_never_end_or_advance():
     state, active = make()
     assert act(state, active, [5, 7, 7, 7]) == 0
     assert active.position.tolist() == [2, 0, 0, 0] and active.step.tolist() == [1, 0, 0, 0]
@@ -33,7 +33,7 @@ def test_rows_without_a_sequence_neither_end_nor_move():
     assert state.stop_reason[:2].tolist() == [LENGTH, EOS]
 
 
-def test_what_is_done_while_idle_does_not_count():
+def test_steps_inside_idle_change_nothing():
     state, active = make()
     with active.idle():
         assert act(state, active, [7, 7, 7, 7]) == 0 and active.row.tolist() == [2] * 4
@@ -44,7 +44,7 @@ def test_what_is_done_while_idle_does_not_count():
 def test_a_rollout_is_a_copy():
     state, active = make()
     act(state, active, [5, 0, 0, 0])
-    act(state, active, [6, 0, 0, 0])  # as wide as the state, whose rows are then contiguous
+    act(state, active, [6, 0, 0, 0])  # the response has the width of the state, so a slice of its rows is contiguous
     rollout = state.rollout()
     before = rollout.logprobs.clone()
     state.begin([torch.tensor([5]), torch.tensor([6, 5])], torch.tensor([12, 13]))

@@ -1,4 +1,4 @@
-"""An answer that ends at a token of the config's choice, such as a period: OpenAI's token truncation of 2019."""
+"""Responses that end at a stop token of the config, such as a period: OpenAI's token truncation of 2019."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def rows(rollout):
 
 
 @pytest.mark.parametrize("after", [0, 6])
-def test_s6_an_answer_ends_at_the_first_stop_token_that_counts(after):
-    """No other token changes: what comes before is what would have come without."""
+def test_s6_a_response_ends_at_the_first_stop_token_that_counts(after):
+    """The tokens before the stop token equal those of a run without a stop token."""
     whole, cut = answers(None), answers(STOP, stop_token=".", stop_after=after)
     shorter = early = 0
     for before, found, ended in zip(rows(whole), rows(cut), cut.ended.tolist(), strict=True):
@@ -39,7 +39,7 @@ def test_s6_an_answer_ends_at_the_first_stop_token_that_counts(after):
     assert shorter > 3 and (early > 1) == (after > 0)
 
 
-def test_s6_the_reward_model_reads_an_end_behind_the_stop_token(tmp_path):
+def test_s6_the_reward_model_gets_eos_after_the_stop_token(tmp_path):
     config = load_config(new_run(tmp_path, new_model(tmp_path / "model")) / "run.yaml", ["rollout.stop_token=o"])
     model, codec = load_model(config)
     stop = codec.encode_texts(["o"])[0]
@@ -62,7 +62,7 @@ def test_s6_the_reward_model_reads_an_end_behind_the_stop_token(tmp_path):
         ),
     ],
 )
-def test_a_stop_token_that_cannot_be_is_refused(tmp_path, capsys, sets, message):
+def test_an_invalid_stop_token_is_refused(tmp_path, capsys, sets, message):
     run = new_run(tmp_path, new_model(tmp_path / "model"))
     options = ("--prompts", run / "prompts.jsonl", "--output", run / "answers.jsonl")
     code, _, shown = rlhf(capsys, "generate", "--config", run / "run.yaml", *options, sets=sets)

@@ -1,4 +1,4 @@
-"""The reward model: where its score is read, the K-way loss by hand, and what it reports on held-out rankings."""
+"""The reward model: the position of its score, the K-way loss by hand, and its evaluation on held-out rankings."""
 
 import math
 
@@ -27,7 +27,7 @@ def ranked(pairs, answers=ANSWERS):
     return RankedPrompt(answers, tuple(pairs))
 
 
-def test_the_score_is_the_last_tokens_whatever_the_padding():
+def test_the_score_is_read_at_the_last_token_with_any_padding():
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     scores = score_examples(model, ANSWERS, pad_id=0)
     for answer, score in zip(ANSWERS, scores, strict=True):
@@ -45,7 +45,7 @@ def test_scoring_in_chunks_keeps_the_order():
 
 
 def test_ranking_loss_by_hand():
-    """D > C > A = B with scores (1, 0, 2, 4): five pairs, the tied one is not counted; a second prompt with one pair."""
+    """D > C > A = B with scores (1, 0, 2, 4) has five pairs without the tied one; the second prompt has one pair."""
     pairs = Comparison("p", ("a", "b", "c", "d"), (2, 2, 1, 0)).pairs()
     batch = rank_batch([(ANSWERS, pairs), (ANSWERS[:2], [(1, 0)])], pad_id=0)
     scores = torch.tensor([1.0, 0.0, 2.0, 4.0, 3.0, 1.0], requires_grad=True)
@@ -62,8 +62,8 @@ def test_ranking_loss_by_hand():
     assert scores.grad.sum().item() == pytest.approx(0, abs=1e-6)
 
 
-def test_every_completion_goes_through_the_model_once():
-    """K completions cost K rows, not K (K - 1)."""
+def test_every_completion_passes_through_the_model_once():
+    """K completions need K rows, not K (K - 1)."""
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     rows = []
     model.trunk.register_forward_hook(
@@ -84,7 +84,7 @@ def test_micro_batches_add_up_to_the_batch():
         fit_reward_model(model, prompts, prompts, config, pad_id=0, seed=0, log=lambda step, row: logs.append(row))
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=2e-5)
-    # Adam forgives a wrong scale of the gradient; its norm and the loss do not.
+    # Adam hides a wrong scale of the gradient; its norm and the loss show it.
     assert logs[0]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
     assert logs[0]["grad_norm"] == pytest.approx(logs[2]["grad_norm"], rel=1e-3)
 
@@ -100,7 +100,7 @@ def test_training_learns_the_ranking():
 
 
 class _Fixed:
-    """Scores that a test decides, by the first token of the answer."""
+    """A reward model whose score is fixed by the first token of the response."""
 
     device = torch.device("cpu")
 
@@ -113,17 +113,17 @@ class _Fixed:
 
 def test_accuracy_and_calibration_by_hand():
     scores = _Fixed({7: 0.0, 8: 2.0, 11: 2.0, 12: -1.0})
-    # gaps: +2 (right), -1 (wrong), 0 (a tie of scores counts half)
+    # gaps: +2 (right), -1 (wrong), 0 (equal scores count half)
     found = evaluate_rankings(scores, [ranked([(1, 0), (3, 0), (1, 2)])], pad_id=0)
     assert found.accuracy == pytest.approx(1.5 / 3)
     sigmoid = [1 / (1 + math.exp(-gap)) for gap in (2, -1, 0)]
     assert found.loss == pytest.approx(-sum(map(math.log, sigmoid)) / 3, rel=1e-6)
-    # Both orders of a pair are counted: bins at .88 (preferred), .12 (not), .27 (preferred), .73 (not), .5 (half).
+    # Both orders of a pair count: bins at .88 (preferred), .12 (not), .27 (preferred), .73 (not), .5 (half).
     expected = (2 * (1 - sigmoid[0]) + 2 * (1 - sigmoid[1]) + 2 * 0) / 6
     assert found.calibration_error == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_bias_puts_the_mean_of_the_demonstrations_at_zero():
+def test_the_bias_centres_the_demonstrations_at_zero():
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     before = score_examples(model, ANSWERS, pad_id=0)
     shift = centre_on_demonstrations(model, ANSWERS, pad_id=0)
@@ -144,13 +144,13 @@ def test_a_saved_model_loads_back(tmp_path, family):
         RewardModel.load(tmp_path / "rm")
 
 
-def test_a_comparison_of_equals_is_left_out():
+def test_a_comparison_with_only_ties_is_skipped():
     codec = Codec(train_tokenizer(["ab"], 280))
     assert encode_comparison(Comparison("p", ("a", "b"), (0, 0)), codec) is None
     assert encode_comparison(Comparison("p", ("a", "b"), (0, 1)), codec).pairs == ((0, 1),)
 
 
-def test_no_rankings_are_refused():
+def test_an_empty_set_of_rankings_is_refused():
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     with pytest.raises(ValueError, match="train: no ranking has an untied pair"):
         fit_reward_model(model, [], [ranked([(0, 1)])], RewardConfig(), pad_id=0, seed=0)

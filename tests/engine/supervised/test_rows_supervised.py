@@ -1,4 +1,4 @@
-"""Rows S1 to S5 of the InstructGPT table: SFT and the reward model, by what the paper says of them."""
+"""Rows S1 to S5 of the InstructGPT table: SFT and the reward model, compared with the paper."""
 
 import json
 import math
@@ -25,7 +25,7 @@ PAIRS = tuple((i, j) for i in range(K) for j in range(K) if RANKS[i] < RANKS[j])
 
 
 @torch.no_grad()
-def test_s1_the_loss_is_that_of_the_demonstrations_tokens_and_of_no_others():
+def test_s1_only_response_tokens_count_in_the_loss():
     lm = tiny()
     examples = (Example((5, 6, 7, 8, 9), (10, 11, 2)), Example((5,), (12, 2)))
     nll = []
@@ -36,7 +36,7 @@ def test_s1_the_loss_is_that_of_the_demonstrations_tokens_and_of_no_others():
 
 
 def forward_rows(model):
-    """A list that grows by the rows of every forward pass of the trunk."""
+    """Return a list to which every forward pass of the trunk appends its number of rows."""
     rows = []
     model.trunk.register_forward_hook(
         lambda module, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -44,14 +44,14 @@ def forward_rows(model):
     return rows
 
 
-def test_s2_nine_completions_cost_nine_passes_and_not_one_a_pair():
+def test_s2_nine_completions_cost_nine_rows_not_one_per_pair():
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     rows = forward_rows(model)
     evaluate_rankings(model, [RankedPrompt(COMPLETIONS, PAIRS)], pad_id=0)
     assert len(PAIRS) == 34 and sum(rows) == 9
 
 
-def test_s2_the_unembedding_is_gone_and_a_scalar_head_is_in_its_place():
+def test_s2_a_scalar_head_replaces_the_unembedding():
     lm = tiny()
     model = RewardModel.from_causal_lm(lm, seed=1)
     ours, theirs = (sum(parameter.numel() for parameter in part.parameters()) for part in (model, lm))
@@ -61,7 +61,7 @@ def test_s2_the_unembedding_is_gone_and_a_scalar_head_is_in_its_place():
 
 
 def test_s3_a_k_way_batch_is_the_sum_over_its_pairs():
-    """Each pair as a batch of its own, two forward passes each, against the one batch; the loss and its gradient."""
+    """Compare loss and gradient of one batch with those of a separate batch per pair, with two forward passes each."""
     model = RewardModel.from_causal_lm(tiny(), seed=1).double()
     losses, gradients = [], []
     for groups in ([(COMPLETIONS, PAIRS)], [((COMPLETIONS[i], COMPLETIONS[j]), ((0, 1),)) for i, j in PAIRS]):
@@ -80,13 +80,13 @@ def test_s3_a_k_way_batch_is_the_sum_over_its_pairs():
     assert gradients[1].abs().max() > 1e-3
 
 
-def test_s3_tied_pairs_are_no_pairs():
+def test_s3_tied_pairs_do_not_count():
     assert (2, 3) not in PAIRS and (3, 2) not in PAIRS and (6, 7) not in PAIRS
     assert len(PAIRS) == len(list(combinations(range(K), 2))) - 2
 
 
 def test_s4_the_loss_is_the_bradley_terry_likelihood():
-    """`P(1 > 2) = sigmoid(r1 - r2)`: the mean log-probability of what the labeler said."""
+    """The loss is the negative mean log-probability of the labeler's preferences with `P(1 > 2) = sigmoid(r1 - r2)`."""
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     scores = score_examples(model, COMPLETIONS, 0).tolist()
     chances = [1 / (1 + math.exp(scores[j] - scores[i])) for i, j in PAIRS]

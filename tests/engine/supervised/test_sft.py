@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss covers the response alone, and the weights kept are those of the validation minimum."""
+"""Supervised fine-tuning: the loss covers only the response, and the final weights are those of the validation minimum."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ CONFIG = SFTConfig(epochs=3, batch_size=2, optim=OptimConfig(lr=1e-3))
 
 
 def expected_logprobs(model):
-    """One row at a time, through the model's own head."""
+    """Return the log-probs computed one row at a time with the model's head."""
     found = []
     for example in EXAMPLES:
         ids = torch.tensor([example.prompt + example.response])
@@ -28,7 +28,7 @@ def expected_logprobs(model):
     return torch.stack(found)
 
 
-def test_logprobs_cover_the_response_with_its_end_and_nothing_else():
+def test_logprobs_cover_exactly_the_response_and_its_eos():
     model = tiny()
     logprobs = batch_logprobs(ActorCritic(model), pad_sequences(EXAMPLES, pad_id=0))
     torch.testing.assert_close(logprobs.double(), expected_logprobs(model), rtol=1e-5, atol=1e-5)
@@ -41,12 +41,12 @@ def test_perplexity_is_the_exponential_of_the_mean_over_tokens():
     assert perplexity(ActorCritic(model), EXAMPLES, pad_id=0) == pytest.approx(math.exp(mean), rel=1e-4)
 
 
-def test_the_prompt_gets_no_gradient_through_its_own_tokens():
-    """Token 5 is in a prompt only: as a target it would get a gradient in an untied head's row."""
+def test_prompt_tokens_are_no_targets():
+    """Token 5 is only in a prompt. As a target it would get an additional gradient in its row of an untied head."""
     model = tiny("llama")
     actor = ActorCritic(model)
     (-batch_logprobs(actor, pad_sequences([EXAMPLES[0]], pad_id=0)).sum()).backward()
-    # Every row of the head gets softmax mass; only a target's row gets the -1 of the cross-entropy on top.
+    # Every row of the head gets the softmax term; only the rows of targets also get the -1 of the cross-entropy.
     hidden = model.model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).last_hidden_state[0, 2:].detach()
     probabilities = (hidden @ model.lm_head.weight.T).softmax(-1)[:, 5]
     expected = (probabilities[:, None] * hidden).sum(0)
@@ -64,7 +64,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 def test_the_model_ends_at_its_validation_minimum():
-    """Training on token 9 after 5 soon hurts a validation set that wants 10: the first weights are the best ones."""
+    """Training on token 9 after 5 soon increases the loss of a validation set with token 10, so the first weights are best."""
     model = tiny()
     train, validation = [Example((5,), (9, 2))] * 4, [Example((5,), (10, 2))]
     config = SFTConfig(epochs=20, batch_size=4, patience=3, optim=OptimConfig(lr=2e-2))
@@ -75,7 +75,7 @@ def test_the_model_ends_at_its_validation_minimum():
     assert evaluate_nll(ActorCritic(model), validation, 4, pad_id=0) == pytest.approx(min(losses), rel=1e-6)
 
 
-def test_training_is_logged_and_repeats_itself():
+def test_training_is_logged_and_reproducible():
     logs = []
     for _ in range(2):
         rows = []
