@@ -7,7 +7,7 @@ import torch
 from rlhf_engine.model import ActorCritic, frozen_copy
 
 AVERAGE_DTYPE = torch.float32
-"""Dtype of the average. In half precision the increments, 1 - decay of a difference, would be rounded away."""
+"""Dtype of the average. Half precision would round away its updates, which are 1 - decay times a difference."""
 
 
 class WeightAverage:

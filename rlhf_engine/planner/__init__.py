@@ -1,4 +1,4 @@
-"""The memory of a PPO run, computed before it starts."""
+"""The memory plan of a PPO run, computed before the run starts."""
 
 from rlhf_engine.planner.model_shape import ModelShape, UnknownMemoryError
 from rlhf_engine.planner.plan import MemoryPlan, Phase

@@ -1,4 +1,4 @@
-"""Bytes of every item of a run: what it keeps, and what each moment of a phase holds in addition.
+"""Bytes of every item of a run: items that persist, and items that each moment of a phase needs in addition.
 
 A phase is as large as its largest moment. Sizes and rules of other modules are imported from them, never repeated here.
 """
@@ -26,19 +26,22 @@ from rlhf_kernels import head_workspace_bytes
 Items = dict[str, int]
 
 CONTEXT = {"cuda": 600 * 2**20, "cpu": 28 * 2**20}
-"""Bytes of a process besides its tensors. CUDA: the context, an estimate that was not measured by us. CPU: pages of libraries
-that first calls touch, measured with a model of 0.2 million weights."""
+"""Bytes of a process in addition to its tensors.
+
+CUDA: the context, an estimate that we have not measured. CPU: pages of libraries that are touched by first calls,
+measured with a model of 0.2 million weights.
+"""
 _SCALE, _SCALED = 2, 64
-"""Bytes of a scale of quantised frozen weights, which are not built yet, and the weights that share it."""
+"""Bytes of a scale of quantised frozen weights, and the number of weights that share it. Not built yet."""
 
 
 def persistent(w: Workload) -> Items:
-    """What lives as long as the run."""
+    """Return the bytes of all items that persist for the whole run."""
     policy, size = w.policy, w.weight_bytes
     head = 0 if w.value == "backbone" else (policy.hidden + 1) * FLOAT
     items = {"policy": _frozen(w, policy, policy.parameters) + head}
     if w.adapter:
-        items["policy"] += adapter_numbers(w) * FLOAT  # the reference is the policy without them
+        items["policy"] += adapter_numbers(w) * FLOAT  # the reference is the policy without adapters
     else:
         items["reference"] = policy.parameters * size
     if w.value == "backbone":
@@ -53,24 +56,24 @@ def persistent(w: Workload) -> Items:
 
 
 def _masters(w: Workload) -> Items:
-    """Return the float32 weights, of which half-precision ones are the rounding."""
+    """Return the bytes of the float32 masters of half-precision weights."""
     return {"master_weights": trained(w) * FLOAT} if w.weight_dtype in HALF and not w.adapter else {}
 
 
 def in_transit(w: Workload) -> Items:
-    """Return the state on its way from host memory and back."""
+    """Return the bytes of optimizer state in transit between host memory and the device."""
     if w.optimizer_state != "host":
         return {}
     return {"state_in_transit": most_in_transit(optimizer_state(w) + sum(_masters(w).values()))}
 
 
 def gradients(w: Workload) -> Items:
-    """Return the gradients of one optimiser step."""
+    """Return the bytes of the gradients of one optimizer step."""
     return {"gradients": trained(w) * SUM_DTYPE.itemsize}
 
 
 def _frozen(w: Workload, shape: ModelShape, numbers: int) -> int:
-    """Return the bytes of a model's weights, those within its layers in `base_bits` with their scales."""
+    """Return the bytes of a model's weights; with `base_bits`, weights within layers are quantised and have scales."""
     if not w.base_bits:
         return numbers * w.weight_bytes
     inside = shape.layer_matrices
@@ -78,7 +81,7 @@ def _frozen(w: Workload, shape: ModelShape, numbers: int) -> int:
 
 
 def adapter_numbers(w: Workload) -> int:
-    """Numbers of the adapters: two thin matrices for each matrix within the layers."""
+    """Return the number of adapter weights: two low-rank matrices for each matrix within the layers."""
     shapes = [shape for shape in w.policy.trunk().values() if len(shape) == 3]
     return sum(layers * w.adapter * (rows + columns) for layers, rows, columns in shapes)
 
@@ -88,7 +91,7 @@ def _scalar_model(w: Workload, shape: ModelShape) -> int:
 
 
 def trained(w: Workload) -> int:
-    """Numbers that the optimiser moves."""
+    """Return the number of trained weights."""
     own = w.policy.hidden + 1
     if w.value == "backbone":
         shape = w.reward or w.policy
@@ -111,13 +114,13 @@ def optimizer_state(w: Workload) -> int:
 
 
 def rollout(w: Workload, *, scored: bool) -> int:
-    """Return the bytes of a rollout batch while it is sampled, and with `scored` those that an update learns from."""
+    """Return the bytes of a rollout batch during sampling, or, with `scored`, together with the experience of an update."""
     tokens, actions = w.rollout_batch * w.length, w.rollout_batch * w.response
     return rollout_bytes(tokens, actions, sampling=not scored) + (experience_bytes(actions) if scored else 0)
 
 
 def kv_cache(w: Workload, slots: int) -> int:
-    """Return the bytes of the keys and values of `slots` sequences, all as long as they may be."""
+    """Return the bytes of the keys and values of `slots` sequences of maximum length."""
     columns = slot_columns(w.length)
     if w.paged:
         return _pool_bytes(w, slots * pages_of(columns, PAGE_SIZE))
@@ -126,9 +129,10 @@ def kv_cache(w: Workload, slots: int) -> int:
 
 
 def least_kv_cache(w: Workload, slots: int) -> int:
-    """The fewest of them that `slots` sequences begin with: pages of their prompts and one to grow into.
+    """Return the fewest bytes of keys and values with which `slots` sequences can begin.
 
-    One sequence's longest response fits in any case. Where a slot holds a whole sequence, there is nothing to save.
+    Each begins with the pages of its prompt and one more. The pool is at least large enough for one sequence of maximum
+    length. Without pages a slot holds a whole sequence, so the result is that of `kv_cache`.
     """
     if not w.paged:
         return kv_cache(w, slots)
@@ -138,7 +142,7 @@ def least_kv_cache(w: Workload, slots: int) -> int:
 
 
 def page_bytes(w: Workload) -> int:
-    """Return the bytes of one page of all layers."""
+    """Return the bytes of one page in all layers."""
     return kv_bytes(w.policy.kv_shape, PAGE_SIZE, w.product_dtype)
 
 
@@ -149,7 +153,7 @@ def _pool_bytes(w: Workload, pages: int) -> int:
 def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
     """Return the moments of sampling with `slots` sequences at a time and `cache` bytes of keys and values.
 
-    The first prompts are read, and the last token is decoded.
+    The moments are the prefill of the first prompts and the decode step of the last token.
     """
     policy, rows, columns = w.policy, max(slots, MIN_ROWS), slot_columns(w.length)
     held = {"kv_cache": cache, "rollout": rollout(w, scored=False)}
@@ -157,36 +161,35 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
         held["rounded_weights"] = rounded_weights(w, policy)
     logits = rows * policy.vocab * 2 * FLOAT
     width = prompt_width(w.prompt)
-    # Shorter prompts come closer to the budget of a pass than the longest do, where their widths do not divide it.
+    # Shorter prompts can fill the token budget of a pass more closely than the longest ones, whose width may not divide it.
     tokens = min(slots * width, max(width, w.prefill_tokens))
     reading = pass_of(w, policy, -(-tokens // width), width)
     decoding = rows * columns
     if w.paged or w.eager or w.device != "cpu":
         decoding += 2 * rows * policy.heads * columns * w.compute_bytes
     if w.paged and w.device == "cpu":
-        # A layer's pages are read into one tensor, and what does not count is zeroed in another.
+        # A layer's pages are gathered into one tensor, and positions outside of the sequences are zeroed in a second one.
         decoding += 2 * rows * pages_of(columns, PAGE_SIZE) * PAGE_SIZE * policy.key_width * FLOAT
     prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
     if not w.autocast and reorders(w.device, w.weight_dtype):
-        # The head's weight in oneDNN's layout, from the first step to the last.
+        # A copy of the head's weight in oneDNN's layout, from the first decode step to the last.
         held["reordered_head"] = policy.vocab * policy.hidden * w.weight_bytes
     return {"prefill": held | prefill, "decode": held | {"decode_workspace": decoding + logits}}
 
 
 def score(w: Workload) -> dict[str, Items]:
-    """Moments of scoring: the reference, the value model and the reward model, one after the other."""
+    """Return the moments of scoring: reference, value model and reward model, one after the other."""
     held = {"rollout": rollout(w, scored=True)}
     tokens, count = w.pass_tokens(w.rollout_batch), w.pass_actions(w.rollout_batch)
     reading = _inputs(w, w.policy, tokens)
     actions = count * w.policy.hidden * w.compute_bytes
     copied = w.policy.vocab * w.policy.hidden * w.compute_bytes if w.autocast else 0
     block = {"head_workspace": head_block(w, count, gradient=False)}
-    kept = block if w.device == "cpu" else {}  # the block of logits stays between calls
+    kept = block if w.device == "cpu" else {}  # the block of logits is kept between calls
     last = reading.tokens * w.policy.hidden * w.weight_bytes
 
-    def rounded(
-        shape: ModelShape,
-    ) -> Items:  # of models whose weights ask for gradients, which autocast keeps while it runs
+    # Autocast caches rounded copies of weights that require gradients.
+    def rounded(shape: ModelShape) -> Items:
         return {"rounded_weights": rounded_weights(w, shape)} if w.autocast else {}
 
     moments = {
@@ -205,11 +208,11 @@ def score(w: Workload) -> dict[str, Items]:
 
 
 def train(w: Workload) -> dict[str, Items]:
-    """Moments of an optimiser step: the end of a forward pass, the two ends of its backward pass, the step itself."""
+    """Return the moments of an optimizer step: end of the forward pass, start and end of the backward pass, the step itself."""
     tokens, actions = w.pass_tokens(w.minibatch), w.pass_actions(w.minibatch)
     moments = _micro_batch(w, tokens, actions, values=w.value == "backbone")
     if w.pretraining:
-        # Every token of plain text is an action, and PPO's gradients are there before it.
+        # Every token of pretraining text is an action, and the gradients of the PPO loss exist already.
         tokens = min(w.pretraining, w.train_rows) * (w.length - 1)
         pretraining = _micro_batch(w, tokens, tokens, values=False)
         moments |= {f"pretraining, {name}": items for name, items in pretraining.items()}
@@ -223,18 +226,18 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
     weight = 0 if w.adapter else policy.vocab * policy.hidden
     block = {"head_workspace": head_block(w, actions, gradient=True)}
     kept = block if w.device == "cpu" else {}
-    summed = gradients(w)  # room of the arena, from the first forward pass on
+    summed = gradients(w)  # reserved in the arena from the first forward pass on
     held = {"rollout": rollout(w, scored=True)}
-    if w.device != "cpu":  # whose stream brings the first buckets while gradients are made
+    if w.device != "cpu":  # a stream copies the first buckets in while gradients are computed
         held |= in_transit(w)
     if w.autocast:
         held["rounded_weights"] = sum(rounded_weights(w, one.shape) for one in passes)
     saved = {"activations": sum(one.saved(checkpointed=checkpointed) for one in passes)}
     made = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.compute_bytes}
-    # A tied weight's gradient waits for the embedding's, to be added to it.
+    # The head's gradient of a tied weight is kept until the embedding's gradient is added to it.
     waiting = {"head_gradients": weight * FLOAT} if policy.tied else {}
     room = max(one.backward_room(checkpointed=checkpointed) for one in passes)
-    # The embedding's gradient comes in the weights' type and is there beside its float32 sum.
+    # The embedding's gradient is computed in the weights' dtype and exists at the same time as its float32 sum.
     embedding = weight * (FLOAT + (w.weight_bytes if w.weight_bytes < FLOAT else 0))
     begins, ends = {"backward_workspace": room}, {"backward_workspace": embedding}
     return {
@@ -245,21 +248,22 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
 
 
 def _inputs(w: Workload, shape: ModelShape, tokens: int) -> Pass:
-    """A pass over so many inputs of sequences, each as long as it may be or shorter."""
+    """Return a pass over `tokens` inputs, of sequences of at most the maximum length."""
     columns = w.length - 1
     return Pass(shape, -(-tokens // columns), columns, w.eager, w.weight_bytes, w.compute_bytes, tokens)
 
 
 def pass_of(w: Workload, shape: ModelShape, rows: int, columns: int) -> Pass:
+    """Return a pass over `rows` sequences of `columns` tokens."""
     return Pass(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes)
 
 
 def rounded_weights(w: Workload, shape: ModelShape) -> int:
-    """Return the bytes that autocast keeps of a model that learns: its matrices in half precision, the head's among them."""
+    """Return the bytes of the rounded matrices that autocast keeps of a trained model, including the head's."""
     return w.compute_bytes * (shape.layer_matrices + shape.vocab * shape.hidden)
 
 
 def head_block(w: Workload, actions: int, *, gradient: bool) -> int:
-    """Return the bytes of the chunk of logits that the fused head works in."""
+    """Return the bytes of the chunk of logits that the fused head computes at a time."""
     backend = "cpu" if w.device == "cpu" else "triton"
     return head_workspace_bytes(w.policy.vocab, w.product_dtype, tokens=actions, gradient=gradient, backend=backend)

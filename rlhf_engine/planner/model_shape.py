@@ -1,4 +1,4 @@
-"""The sizes of a model that decide its memory: every weight matrix by its shape, without making one.
+"""The sizes of a model that decide its memory: the shape of every weight, without allocating one.
 
 Legend: V vocabulary, H hidden, I intermediate, A query width (heads x head size), K key width (groups x head size).
 """
@@ -24,7 +24,7 @@ _FIELDS = {
     "heads": ("num_attention_heads", "n_head"),
     "positions": ("max_position_embeddings", "n_positions"),
 }
-"""What every architecture must say, and under which names."""
+"""Sizes that the config of every architecture must define, and their names in it."""
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"gated": False},
@@ -34,11 +34,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True, "output_bias": False},
     "qwen3": {"head_norm": True},
 }
-"""Architectures whose layers are known, and what their config does not say of them."""
+"""Architectures whose layers are known, and their properties that are not in the config."""
 
 
 class UnknownMemoryError(ValueError):
-    """A model or an objective whose memory the plan does not know."""
+    """A model or an objective whose memory cannot be planned."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +52,41 @@ class ModelShape:
     layers: int
     heads: int
     groups: int
-    """Heads of keys and values."""
+    """Number of key and value heads."""
     head_dim: int
     positions: int
-    """Longest sequence it was made for."""
+    """Longest sequence that the model supports."""
     tied: bool
-    """Whether the language-model head is the embedding."""
+    """Whether the language-model head shares the weight of the embedding."""
     gated: bool = True
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     head_norm: bool = False
-    """Whether queries and keys have a norm of their own."""
+    """Whether queries and keys are normalised in each head."""
     window: int | None = None
-    """Columns that sliding-window attention reads; None reads all."""
+    """Columns that sliding-window attention reads; None: all."""
 
     @property
     def query_width(self) -> int:
+        """Width of the queries of all heads."""
         return self.heads * self.head_dim
 
     @property
     def key_width(self) -> int:
+        """Width of the keys of all heads, and of the values."""
         return self.groups * self.head_dim
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """(layers, heads, size of a head) of keys, and so of values."""
+        """(layers, heads, head size) of the keys, and of the values."""
         return self.layers, self.groups, self.head_dim
 
     def trunk(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight below the language-model head, one layer's with the number of layers in front."""
+        """Return the shape of every weight except the language-model head.
+
+        The shape of a layer's weight begins with the number of layers.
+        """
         H, I, A, K, L = self.hidden, self.intermediate, self.query_width, self.key_width, self.layers
         if not self.gated:
             matrices = {"attention": (A + 2 * K, H), "output": (H, A), "up": (I, H), "down": (H, I)}
@@ -105,34 +110,41 @@ class ModelShape:
         return outside | layers | {name: (L, size) for name, size in vectors.items()}
 
     def head(self) -> dict[str, tuple[int, ...]]:
-        """Shape of the language-model head, where it is a matrix of its own."""
+        """Return the shape of the language-model head; empty if it is tied."""
         return {} if self.tied else {"head": (self.vocab, self.hidden)}
 
     @property
     def trunk_parameters(self) -> int:
+        """Number of weights without the language-model head."""
         return _numbers(self.trunk().values())
 
     @property
     def parameters(self) -> int:
-        """Weights of the causal LM, a tied one counted once."""
+        """Number of weights of the causal LM; a tied weight counts once."""
         return self.trunk_parameters + _numbers(self.head().values())
 
     @property
     def largest_layer_matrix(self) -> int:
-        """Numbers of the largest matrix within a layer."""
+        """Elements of the largest matrix within a layer."""
         inside = ("attention", "query", "output", "gate", "up", "down")
         return max(math.prod(shape[1:]) for name, shape in self.trunk().items() if name in inside)
 
     @property
     def layer_matrices(self) -> int:
-        """Numbers of all matrices within layers: what autocast copies."""
+        """Elements of all matrices within layers, which autocast copies."""
         return _numbers(shape for shape in self.trunk().values() if len(shape) == 3)
 
     @classmethod
     def of(cls, model: str, key: str = "model") -> Self:
-        """The shape of a preset by its name, or of a folder with a `config.json`; `key` names it in errors.
+        """Return the shape of a model.
 
-        Raises ValueError for a name that is neither, and for an architecture that the plan does not know.
+        Args:
+            model: the name of a preset, or a folder with a `config.json`.
+            key: the name of the setting for error messages.
+
+        Raises:
+            ValueError: `model` is neither, or the config is invalid.
+            UnknownMemoryError: the plan does not know the architecture.
         """
         if model in PRESETS:
             return cls.from_fields(PRESETS[model], model)
@@ -143,7 +155,7 @@ class ModelShape:
             )
         require(folder, "config.json")
         source, content = str(folder / "config.json"), read_json(folder / "config.json")
-        # Before transformers divides by one of them.
+        # Checked before transformers divides by one of them.
         counts = (name for names in _FIELDS.values() for name in names if isinstance(content.get(name), int))
         _check_sizes({name: content[name] for name in counts}, source)
         try:
@@ -156,16 +168,21 @@ class ModelShape:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], source: str = "config") -> Self:
-        """The shape that `fields` of a config.json describe, those left out with transformers' defaults."""
+        """Return the shape that `fields` of a config.json describe; other fields have transformers' defaults."""
         rest = {name: value for name, value in fields.items() if name != "model_type"}
         return cls.from_config(AutoConfig.for_model(fields["model_type"], **rest), source)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, source: str = "config") -> Self:
-        """The shape of what transformers makes of `config`; `source` names it in errors.
+        """Return the shape of the model that transformers builds from `config`.
 
-        Raises ValueError for an architecture that the plan does not know, naming the fields that it needs, and for sizes that
-        are none.
+        Args:
+            config: the config of a causal LM.
+            source: the name of the config for error messages.
+
+        Raises:
+            ValueError: a size is invalid.
+            UnknownMemoryError: the plan does not know the architecture. The message names the fields that it needs.
         """
         text = config.get_text_config()
         kind = text.model_type

@@ -1,9 +1,9 @@
-"""The memory of a PPO run, by arithmetic alone: bytes of every item in every phase, without a device.
+"""The memory plan of a PPO run: bytes of every item in every phase, computed without a device.
 
     peak = persistent + the largest phase
 
-A phase frees before the next one allocates, so the sum of the phases is never paid. Every number is an upper one: all
-sequences as long as they may be.
+A phase frees its memory before the next one allocates, so the phases do not add up. Every number is an upper bound: all
+sequences count with their maximum length.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PHASES = ("generate", "score", "train")
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase holds beside what persists: `phase["kv_cache"]` is an item's bytes at the phase's largest moment."""
+    """Bytes of one phase in addition to the persistent items: `phase["kv_cache"]` is an item at the largest moment."""
 
     moments: Mapping[str, Mapping[str, int]]
     """Moment -> item -> bytes."""
 
     @property
     def moment(self) -> str:
-        """The moment that holds most."""
+        """Name of the moment with the most bytes."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
@@ -50,19 +50,19 @@ class Phase:
 class MemoryPlan:
     """Bytes of a workload: `phases["train"]["gradients"]`, `persistent["policy"]`.
 
-    `slots` and `kv_bytes` are what the budget leaves. Pages are claimed as sequences grow, so that a pool of fewer than the
-    longest sequences would fill keeps the number of slots, as long as each can begin.
+    The budget determines `slots` and `kv_bytes`. Pages are allocated as sequences grow. A pool with fewer pages than
+    sequences of maximum length would need therefore keeps all slots, as long as every sequence can begin.
     """
 
     workload: Workload
     slots: int
-    """Sequences that are decoded together: `workload.slots`, or as many as the budget has room for; 0: not even one."""
+    """Sequences that are decoded together: `workload.slots`, or as many as fit the budget; 0 if not even one fits."""
     persistent: Mapping[str, int]
     phases: Mapping[str, Phase]
 
     @classmethod
     def of(cls, workload: Workload) -> Self:
-        """The plan with as many slots, and then as much of their keys and values, as the budget leaves room for."""
+        """Return the plan with as many slots, and then as many bytes of keys and values, as fit the budget."""
         kept = phase_items.persistent(workload)
         room = None if workload.budget is None else workload.budget - sum(kept.values())
         slots = _most(lambda count: _generate(workload, count).total, room, workload.slots)
@@ -75,7 +75,7 @@ class MemoryPlan:
 
     @classmethod
     def of_run(cls, config: RunConfig, policy: ModelShape, reward: ModelShape | None) -> Self:
-        """The plan of `rlhf ppo` with this config."""
+        """Return the plan of `rlhf ppo` with this config."""
         return cls.of(Workload.of(config, policy, reward))
 
     @property
@@ -85,30 +85,31 @@ class MemoryPlan:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values that sampling may hold."""
+        """Bytes of keys and values that sampling may use."""
         return self.phases["generate"]["kv_cache"]
 
     @property
     def largest(self) -> str:
-        """The largest phase."""
+        """Name of the largest phase."""
         return max(self.phases, key=lambda name: self.phases[name].total)
 
     @property
     def peak(self) -> int:
-        """Bytes that persist and those of the largest phase."""
+        """Bytes that persist plus those of the largest phase."""
         return self.kept + self.phases[self.largest].total
 
     @property
     def missing(self) -> int:
-        """Bytes by which the budget is too small; 0 where it is not, or there is none."""
+        """Bytes by which the budget is too small; 0 if it is large enough or there is none."""
         return 0 if self.workload.budget is None else max(0, self.peak - self.workload.budget)
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the budget."""
         return self.missing == 0
 
     def largest_microbatch(self) -> int:
-        """Most of the longest sequences of a minibatch that the budget lets through in one pass; 0: not even one."""
+        """Return the most sequences of maximum length, up to a minibatch, that fit the budget in one pass; 0 if none fits."""
         room = None if self.workload.budget is None else self.workload.budget - self.kept
 
         def need(rows: int) -> int:
@@ -119,7 +120,7 @@ class MemoryPlan:
         return _most(need, room, self.workload.minibatch)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for plan.json."""
+        """Return the plan as plain numbers, for plan.json."""
         return {
             "peak_bytes": self.peak,
             "budget_bytes": self.workload.budget,
@@ -133,7 +134,7 @@ class MemoryPlan:
 
 
 def _generate(workload: Workload, slots: int, room: int | None = 0) -> Phase:
-    """With as much of the keys and values as `room` has place for; None: with all."""
+    """Return the phase with as many bytes of keys and values as fit into `room`; None: all of them."""
     most, least = phase_items.kv_cache(workload, slots), phase_items.least_kv_cache(workload, slots)
     smallest = Phase(phase_items.generate(workload, slots, least))
     if room is None or most == least:
@@ -144,7 +145,7 @@ def _generate(workload: Workload, slots: int, room: int | None = 0) -> Phase:
 
 
 def _most(need: Any, room: int | None, limit: int) -> int:
-    """The largest count up to `limit` whose `need`, which grows with it, is within `room`; 0 if none is."""
+    """Return the largest count up to `limit` whose `need`, which grows with the count, is within `room`; 0 if none is."""
     if room is None:
         return limit
     low, high = 0, limit

@@ -1,4 +1,4 @@
-"""Published shapes of common sizes, as the fields of their `config.json` that decide memory. No weights."""
+"""Published shapes of common models: the fields of their `config.json` that decide memory, without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan in words: items by phases, what fits, and what would."""
+"""A memory plan as text: bytes of each item and phase, whether it fits, and which settings would fit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _COLUMN = 12
 
 
 def size(count: float) -> str:
-    """`1.25 GiB`; small ones in MiB, and those that would round to nothing in bytes."""
+    """Return a number of bytes as text: `1.25 GiB`, small numbers in MiB, and those that would round to 0 MiB in bytes."""
     if abs(count) >= GIB / 10:
         return f"{count / GIB:.2f} GiB"
     return f"{count / 2**20:.1f} MiB" if abs(count) >= 2**20 / 10 else f"{count:.0f} bytes"
 
 
 def items_table(plan: MemoryPlan) -> str:
-    """GiB of every item in every phase, at the phase's largest moment."""
+    """Return a table of every item in every phase, in GiB at the phase's largest moment."""
     lines = [_line("GiB", PHASES)]
     lines += [_line(name, [f"{count / GIB:.2f}"] * len(PHASES)) for name, count in plan.persistent.items()]
     lines.append(_line("= persistent", [f"{plan.kept / GIB:.2f}"] * len(PHASES)))
@@ -39,7 +39,7 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 
 def workload_words(w: Workload) -> str:
-    """What was planned, in one line."""
+    """Return a description of the planned workload in one line."""
     batch = f"{w.microbatch} sequences" if w.microbatch_tokens is None else f"{w.microbatch_tokens} tokens"
     numbers = w.dtype if not w.autocast else f"{w.dtype}, products in {w.compute_dtype}"
     return (
@@ -50,7 +50,7 @@ def workload_words(w: Workload) -> str:
 
 
 def verdict(plan: MemoryPlan) -> str:
-    """Whether it fits, by how much not, and how far its batches may go."""
+    """Return whether the plan fits, by how many bytes, its KV pool, and the largest micro-batch that would fit."""
     w, phase = plan.workload, plan.phases[plan.largest]
     peak = f"peak {size(plan.peak)} ({plan.largest}, {phase.moment})"
     if w.budget is None:
@@ -70,9 +70,9 @@ def verdict(plan: MemoryPlan) -> str:
 
 
 def strategies_words(workload: Workload, *, planned: bool = False) -> str:
-    """The strategies that fit the workload's budget, fastest first by estimate; the smallest peak where none does.
+    """Return the strategies that fit the workload's budget, fastest first by estimate; the smallest peak if none fits.
 
-    With `planned`, those that need what is not built yet follow under their own heading.
+    With `planned`, strategies that need parts that are not built yet follow under a separate heading.
     """
     lines = _listed("what fits, fastest first by estimate:", fitting(workload))
     if not lines:
@@ -94,15 +94,18 @@ def _listed(heading: str, found: Sequence[Strategy]) -> list[str]:
 
 
 def refuse(plan: MemoryPlan) -> None:
-    """ValueError where the plan does not fit its budget, by how much, and with what it would."""
+    """Raise ValueError if the plan does not fit its budget.
+
+    The message gives the missing bytes, and the fastest settings that would fit.
+    """
     if plan.fits and plan.slots:
         return
     w = plan.workload
-    assert w.budget is not None  # without one every plan fits
+    assert w.budget is not None  # without a budget every plan fits
     short = f"{size(plan.missing)} too small"
     if plan.slots == 0:
         short += f" and leaves no room for the keys and values of one sequence of {w.length} tokens,"
-    # A run has one chance to read this: the fastest way out, on one line.
+    # Only the fastest strategy, so that the message is one line.
     found = fitting(w)
     if found:
         way = f"{found[0].words} would fit ({size(found[0].plan.peak)})"

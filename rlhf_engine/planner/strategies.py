@@ -1,8 +1,8 @@
-"""What would make a run fit: settings tried in every combination, those that fit listed fastest first.
+"""Settings with which a run would fit: every combination is tried, and those that fit are listed fastest first.
 
-The order is an estimate from counted work, nothing was timed: matrix products in half precision save time, 8-bit state costs
-a little, state in host memory crosses the bus twice an optimiser step, checkpointing does a forward pass again, and every
-halving of the micro-batch, of the slots or of their keys and values costs a little.
+The order is an estimate from counted work, not from timings. Half-precision matrix products save time. 8-bit state
+costs a little. State in host memory crosses the bus twice per optimizer step. Gradient checkpointing repeats a forward
+pass. Every halving of the micro-batch, of the slots or of their keys and values costs a little.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from rlhf_engine.planner.plan import MemoryPlan
 from rlhf_engine.planner.workload import Workload
 
 _HALF_SAVES = {"cuda": -0.40, "cpu": 0.30}
-"""Share of an update's time that half-precision products add; processors without instructions for them are slower."""
+"""Share of an update's time that half-precision products add; positive for processors without instructions for them."""
 _COSTS: dict[tuple[str, Any], float] = {
     ("compute_dtype", "bfloat16"): 0.0,
-    ("dtype", "bfloat16"): 0.01,  # master weights are rounded once a step
+    ("dtype", "bfloat16"): 0.01,  # master weights are rounded once per step
     ("optimizer_state", "8bit"): 0.02,
     ("optimizer_state", "host"): 0.10,
     ("gradient_checkpointing", True): 0.25,
     ("adapter", 16): -0.10,
     ("base_bits", 4): 0.20,
 }
-"""Share of it that another change adds, by estimate."""
+"""Share of an update's time that each other change adds, by estimate."""
 _HALVING = 0.03
+"""Share of an update's time that a halving of the micro-batch, the slots or their keys and values adds, by estimate."""
 
 _SETTINGS = {
     "dtype": "dtype",
@@ -42,22 +43,22 @@ _SETTINGS = {
     "slots": "rollout.batch_size",
 }
 _SIZED = ("microbatch", "microbatch_tokens", "slots")
-"""Changes that are as large as they need to be, and no switch."""
+"""Changes of a number, which are as large as needed; all others are switches."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A plan with some settings changed, and what the change would cost."""
+    """A plan with some settings changed, and the estimated cost of the change."""
 
     plan: MemoryPlan
     changes: dict[str, Any]
     """Fields of the workload with their new values."""
     cost: float
-    """Share of an update's time that it adds, by estimate; negative: it saves time."""
+    """Share of an update's time that the change adds, by estimate; negative if it saves time."""
 
     @property
     def words(self) -> str:
-        """The change as settings of a config; adapters and 4-bit weights, which have none yet, in words."""
+        """The change as settings of a config, or in words for adapters and 4-bit weights, which have no settings yet."""
         named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in self.changes.items() if name in _SETTINGS]
         if "adapter" in self.changes:
             frozen = f"{self.changes['base_bits']}-bit" if "base_bits" in self.changes else "frozen"
@@ -66,7 +67,7 @@ class Strategy:
 
     @property
     def built(self) -> bool:
-        """Whether the engine takes these settings today."""
+        """Whether the engine supports these settings today."""
         if "adapter" in self.changes:
             return False
         workload = self.plan.workload
@@ -83,9 +84,10 @@ class Strategy:
 
 
 def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
-    """Strategies within the workload's budget, fastest first, without those that change more than another needs to.
+    """Return the strategies that fit the workload's budget, fastest first.
 
-    With `planned`, those are tried too that the engine does not have yet.
+    A strategy is left out if a faster one needs only a subset of its switches. With `planned`, strategies that the
+    engine does not support yet are included.
     """
     fits = [one for one in _tried(workload, planned=planned) if one.plan.fits and one.plan.slots]
     fits.sort(key=lambda one: (one.cost, len(one.changes)))
@@ -98,7 +100,7 @@ def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
 
 
 def smallest(workload: Workload, *, planned: bool = False) -> Strategy:
-    """The strategy with the smallest peak of all, whether it fits or not."""
+    """Return the strategy with the smallest peak, whether it fits or not."""
     return min(_tried(workload, planned=planned), key=lambda one: one.plan.peak)
 
 
@@ -107,9 +109,9 @@ def _switches(strategy: Strategy) -> set[tuple[str, Any]]:
 
 
 def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
-    """Every combination with what there is, each with the largest micro-batch and the most slots that fit.
+    """Yield every combination of changes, each with the largest micro-batch and the most slots that fit.
 
-    One of each if none does.
+    If not even a micro-batch of one sequence or one slot fits, it is planned with one.
     """
     choices: dict[str, list[Any]] = {
         "dtype": ["float32", "bfloat16"],

@@ -1,4 +1,4 @@
-"""The numbers of a run that decide its memory, taken out of its config."""
+"""The numbers of a run's config that decide its memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rlhf_engine.rollout.decode import is_paged
 
 @dataclass(frozen=True)
 class Workload:
-    """A PPO run: models, lengths, batches, and where its bytes live. Every sequence is taken to be as long as it may be."""
+    """A PPO run: models, lengths, batches, and where state is stored. Every sequence counts with its maximum length."""
 
     policy: ModelShape
     reward: ModelShape | None
-    """None where a Python function scores."""
+    """Shape of the reward model; None if a Python function computes the scores."""
     prompt: int
     response: int
     rollout_batch: int
@@ -28,43 +28,45 @@ class Workload:
     slots: int
     """Most sequences that are decoded together."""
     prefill_tokens: int = RolloutConfig.prefill_tokens
-    """Most prompt tokens, padding included, that one forward pass reads."""
+    """Most prompt tokens in one forward pass, padding included."""
     microbatch_tokens: int | None = None
-    """Tokens of a micro-batch, in place of `microbatch` sequences."""
+    """Tokens of a micro-batch, instead of `microbatch` sequences."""
     device: str = "cpu"
     eager: bool = False
     dtype: str = "float32"
     compute_dtype: str = "float32"
     value: str = "head"
-    """Where values come from: "head", "backbone", or "none"."""
+    """Source of the values: "head", "backbone" or "none"."""
     cache: str = "auto"
-    """As of `rollout.cache`."""
+    """Value of the setting `rollout.cache`."""
     average: bool = False
     """Whether a moving average of the weights is kept."""
     pretraining: int = 0
-    """Pretraining sequences of an optimiser step."""
+    """Pretraining sequences per optimizer step."""
     optimizer_state: str = "resident"
     gradient_checkpointing: bool = False
     budget: int | None = None
     adapter: int = 0
-    """Rank of LoRA adapters on every matrix of frozen weights, whose reference is the same without them. Not built yet."""
+    """Rank of LoRA adapters on every frozen matrix; the reference is the model without adapters. Not built yet."""
     base_bits: int = 0
-    """Bits of a frozen weight within the layers; 0: as `dtype` says. Not built yet."""
+    """Bits per frozen weight within the layers; 0: those of `dtype`. Not built yet."""
     config: RunConfig = field(default_factory=RunConfig, repr=False)
-    """What it was taken from: settings that do not count here may still forbid another one."""
+    """Config of the run. Settings that do not affect memory may still exclude a strategy."""
 
     @classmethod
     def of(cls, config: RunConfig, policy: ModelShape, reward: ModelShape | None) -> Self:
-        """The workload of `rlhf ppo`.
+        """Return the workload of `rlhf ppo`.
 
-        Raises ValueError for a longest sequence beyond a model's context, and for TRPO, whose memory the plan does not know.
+        Raises:
+            ValueError: the longest sequence exceeds the context of a model.
+            UnknownMemoryError: the objective is TRPO, whose memory the plan does not know.
         """
         ppo, rollout, memory = config.ppo, config.rollout, config.memory
         if ppo.objective == "trpo":
             raise UnknownMemoryError(
-                "ppo.objective: got 'trpo', whose memory the plan does not know, expected another objective"
+                "ppo.objective: got 'trpo', whose memory the plan does not know; set a different objective"
             )
-        # A response that runs out of budget is scored with an EOS behind it.
+        # A response that reaches its maximum length is scored with an EOS token appended.
         room = policy.positions if reward is None else min(policy.positions, reward.positions - 1)
         if rollout.max_prompt_tokens + rollout.max_response_tokens > room:
             raise ValueError(
@@ -98,24 +100,27 @@ class Workload:
 
     @property
     def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return getattr(torch, self.dtype)
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Type of the factors of a matrix product."""
+        """Dtype of the factors of a matrix product."""
         return min(self.weight_dtype, getattr(torch, self.compute_dtype), key=lambda dtype: dtype.itemsize)
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of one weight."""
         return self.weight_dtype.itemsize
 
     @property
     def compute_bytes(self) -> int:
+        """Bytes of one element of a matrix product's factors."""
         return self.product_dtype.itemsize
 
     @property
     def autocast(self) -> bool:
-        """Whether products take rounded copies of the weights."""
+        """Whether products use rounded copies of the weights."""
         return self.compute_bytes < self.weight_bytes
 
     @property
@@ -130,19 +135,22 @@ class Workload:
 
     @property
     def train_rows(self) -> int:
-        """Sequences of a micro-batch of the longest ones."""
+        """Sequences of a micro-batch in which all have the maximum length."""
         if self.microbatch_tokens is None:
             return self.microbatch
         return max(1, min(self.minibatch, self.microbatch_tokens // (self.length - 1)))
 
     def pass_tokens(self, batch: int) -> int:
-        """Most inputs that one pass over a part of `batch` sequences reads: a budget is filled by short ones too."""
+        """Return the most inputs in one pass over a part of `batch` sequences. Short sequences can fill a token budget too."""
         if self.microbatch_tokens is None:
             return self.microbatch * (self.length - 1)
         return max(self.length - 1, min(self.microbatch_tokens, batch * (self.length - 1)))
 
     def pass_actions(self, batch: int) -> int:
-        """Most actions among them: after short prompts nearly every token is one."""
+        """Return the most actions in one pass over a part of `batch` sequences.
+
+        With a token budget nearly every token can be an action, because prompts can be short.
+        """
         if self.microbatch_tokens is None:
             return self.microbatch * self.response
         return max(self.response, min(self.microbatch_tokens, batch * self.response))

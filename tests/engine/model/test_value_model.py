@@ -44,7 +44,7 @@ def test_s8_values_come_from_the_value_model():
 
 @pytest.mark.parametrize("microbatch", [16, 5])
 def test_s8_policy_and_value_gradients_do_not_mix(microbatch):
-    """With a backbone, the policy's gradient is the same without a value loss, and the value loss reaches all of the backbone."""
+    """With a backbone, the policy's gradient does not depend on the value loss, which reaches all of the backbone."""
     trainer = make_trainer(value_model=make_value_model(), vf_coef=0.7)
     experience = make_experience(trainer)
     found, metrics = gradients(trainer, experience, microbatch, vf_coef=0.7)

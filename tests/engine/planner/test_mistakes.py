@@ -1,4 +1,4 @@
-"""What the memory plan refuses, and how it says so."""
+"""Errors of the memory plan, and their messages."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_trpo_is_not_planned():
         Workload.of(config, SMALL, None)
 
 
-def test_a_budget_that_is_too_small_is_refused_by_how_much():
+def test_a_budget_that_is_too_small_is_refused_with_the_missing_bytes():
     shape = ModelShape.of("qwen2.5-0.5b")
     workload = Workload(shape, shape, 64, 64, 16, 16, 16, 16, device="cuda")
     peak = MemoryPlan.of(workload).peak
@@ -81,8 +81,8 @@ def test_a_budget_that_is_too_small_is_refused_by_how_much():
         refuse(MemoryPlan.of(replace(workload, budget=peak - 9)))
 
 
-def test_what_is_tried_goes_with_the_rest_of_the_config():
-    """8-bit state has no form of epsilon but one, and a setting that is there already is a strategy too."""
+def test_tried_strategies_are_compatible_with_the_rest_of_the_config():
+    """8-bit state supports only one form of epsilon, and the current value of a setting is tried too."""
     shape = ModelShape.of("qwen2.5-0.5b")
 
     def states(**memory):
@@ -95,5 +95,5 @@ def test_what_is_tried_goes_with_the_rest_of_the_config():
         return found
 
     assert states() == {"corrected": {"resident", "8bit", "host"}, "raw": {"resident", "host"}}
-    on_cpu = replace(RUN, optimizer_state="host", budget=2**30)  # where nothing else would try it
+    on_cpu = replace(RUN, optimizer_state="host", budget=2**30)  # on a CPU it is tried only as the current value
     assert "host" in {one.plan.workload.optimizer_state for one in _tried(on_cpu, planned=False)}

@@ -1,4 +1,4 @@
-"""The memory plan against sums made by hand and tensors that exist."""
+"""The memory plan against hand-computed sums and actual tensors."""
 
 from dataclasses import fields, replace
 
@@ -39,7 +39,7 @@ PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,
     "qwen2.5-72b": 72_706_203_648,
 }
-"""Weights by the models' cards."""
+"""Numbers of weights according to the model cards."""
 FAMILIES = ("llama", "llama_tied", "qwen2", "qwen3", "gpt2", "gpt2_tied", "mistral", "granite")
 
 
@@ -65,16 +65,16 @@ def test_a_small_run_by_hand():
         "context": 28 * 2**20,
     }
     generate, score, train = (plan.phases[name] for name in ("generate", "score", "train"))
-    # 2 layers x 4 slots x 2 numbers x 16 columns, keys and values; the head's 40 weights in a layout of their own; a prompt is
-    # read as 16 columns, 64 tokens in all: 12 bytes of the stream and 3 x 6 numbers of the feed-forward product each.
+    # 2 layers x 4 slots x 2 numbers x 16 columns, keys and values; a reordered copy of the head's 40 weights; a prompt is read
+    # as 16 columns, 64 tokens in all, each with 12 numbers of the residual stream and 3 x 6 of the feed-forward product.
     held = {"kv_cache": 2048, "rollout": 328, "reordered_head": 160}
     assert generate.moments["prefill"] == held | {"prefill_workspace": 64 * (4 * 12 + 72)}
-    # The mask, logits twice.
+    # The mask, and the logits twice.
     assert generate.moments["decode"] == held | {"decode_workspace": 16 * 16 + 16 * 10 * 2 * 4}
     # 40 tokens at a time, in whole rows of 16 columns.
     few = MemoryPlan.of(replace(RUN, prefill_tokens=40)).phases["generate"].moments["prefill"]
     assert few == held | {"prefill_workspace": 48 * (4 * 12 + 72)}
-    # The reward model reads 4 sequences of 6 tokens; 16 rows of logits stay from the reference's head.
+    # The reward model reads 4 sequences of 6 tokens; 16 rows of logits are kept from the reference's head.
     assert score.items == {"rollout": 424, "head_workspace": 640, "score_workspace": 24 * (4 * 12 + 72)}
     # 4 tokens: 2 layers of 256 bytes each (norms 104, attention 48 + 8, feed-forward 96), last norm 36, id 8; the angles.
     saved = 4 * (2 * 256 + 36 + 8) + 64
@@ -119,26 +119,26 @@ def test_state_in_host_memory_passes_through_two_buckets():
     large = MemoryPlan.of(replace(RUN, policy=shape, optimizer_state="host", device="cuda", dtype="bfloat16"))
     assert large.phases["train"]["state_in_transit"] == 2 * 64 * 2**20
     assert not {"optimizer_state", "master_weights"} & large.persistent.keys()
-    on_cpu = MemoryPlan.of(replace(RUN, optimizer_state="host"))  # where host and device are one memory
+    on_cpu = MemoryPlan.of(replace(RUN, optimizer_state="host"))  # host and device memory are the same
     assert on_cpu.persistent["optimizer_state"] == 8 * 345
     assert [name for name, items in on_cpu.phases["train"].moments.items() if "state_in_transit" in items] == [
         "optimiser step"
     ]
 
 
-def test_gradients_have_their_room_from_the_first_forward_pass_on():
+def test_gradients_are_reserved_from_the_first_forward_pass_on():
     for microbatch in (1, 2):
         moments = MemoryPlan.of(replace(RUN, microbatch=microbatch)).phases["train"].moments
         assert all(items["gradients"] == 1380 for items in moments.values())
-    tied = replace(SMALL, tied=True)  # the head's gradient waits for the embedding's, and both are moved there together
+    tied = replace(SMALL, tied=True)  # the head's gradient is kept until the embedding's is added to it
     moments = MemoryPlan.of(replace(RUN, policy=tied, microbatch=2)).phases["train"].moments
     assert moments["backward begins"]["head_gradients"] == moments["backward ends"]["backward_workspace"] == 160
-    # In bfloat16 the embedding's comes in half of the bytes, beside its float32 sum.
+    # In bfloat16 the embedding's gradient has half of the bytes, and exists at the same time as its float32 sum.
     half = MemoryPlan.of(replace(RUN, policy=tied, microbatch=2, dtype="bfloat16")).phases["train"].moments
     assert half["backward ends"]["backward_workspace"] == 160 + 80
 
 
-def test_8bit_state_is_a_byte_a_number_and_a_scale_a_block():
+def test_8bit_state_is_one_byte_per_number_and_one_scale_per_block():
     wide = replace(SMALL, vocab=512, hidden=64, intermediate=128, head_dim=32)
     # Matrices of 4096 numbers and more: two of 512 x 64, and in each layer 64 x 64 twice and 64 x 128 three times.
     large = 2 * 512 * 64 + 2 * (2 * 64 * 64 + 3 * 64 * 128)
@@ -147,7 +147,7 @@ def test_8bit_state_is_a_byte_a_number_and_a_scale_a_block():
     assert found == 2 * (large + 4 * large // 256) + 8 * small
 
 
-# ---- against what exists ----
+# ---- against actual tensors ----
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -164,7 +164,7 @@ def test_presets_have_the_weights_of_their_models(name):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_what_autograd_saves(monkeypatch, family, attention, dtype):
-    monkeypatch.setattr(upcast, "has_products", lambda dtype, device: True)  # without, no rounded weights are kept
+    monkeypatch.setattr(upcast, "has_products", lambda dtype, device: True)  # otherwise no rounded weights are kept
     model = make(family)
     model.set_attn_implementation(attention)
     policy = ActorCritic(model, compute_dtype=torch.bfloat16 if dtype == "autocast" else None)
@@ -174,7 +174,7 @@ def test_activations_are_what_autograd_saves(monkeypatch, family, attention, dty
 
     def keep(x):
         if x.untyped_storage().data_ptr() not in weights:
-            found[x.untyped_storage().data_ptr()] = x  # kept, so that no other tensor gets its address
+            found[x.untyped_storage().data_ptr()] = x  # referenced, so that no other tensor gets its address
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -185,7 +185,7 @@ def test_activations_are_what_autograd_saves(monkeypatch, family, attention, dty
     assert bytes_ - rounded == Pass(shape, 3, 20, attention == "eager", *sizes).saved(checkpointed=False)
 
 
-def test_checkpointed_layers_keep_their_inputs_alone():
+def test_checkpointed_layers_save_only_their_inputs():
     model = make("llama", num_hidden_layers=5)
     policy, found = ActorCritic(model, gradient_checkpointing=True), {}
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
@@ -198,12 +198,12 @@ def test_checkpointed_layers_keep_their_inputs_alone():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden_of(policy, torch.randint(3, 61, (3, 20)))
     kept = sum(x.untyped_storage().nbytes() for x in found.values())
-    angles = 2 * 20 * 8 * 4  # what a layer takes beside its input is kept for it, and not by autograd
+    angles = 2 * 20 * 8 * 4  # a layer's other arguments are kept by reference, not by autograd
     assert Pass(ModelShape.from_config(model.config), 3, 20, False, 4, 4).saved(checkpointed=True) == kept + angles
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_state_and_cache_are_as_large_as_planned(family):
+def test_weights_state_and_cache_have_the_planned_size(family):
     model = make(family)
     shape = ModelShape.from_config(model.config)
     policy = ActorCritic(model)
@@ -235,7 +235,7 @@ def test_weights_state_and_cache_are_as_large_as_planned(family):
 
 
 @pytest.mark.parametrize("cache", ["slots", "paged"])
-def test_eager_attention_rounds_the_number_of_slots_and_not_of_pages(cache):
+def test_eager_attention_rounds_up_the_number_of_slots_but_not_of_pages(cache):
     model = make("mistral")
     model.set_attn_implementation("eager")
     policy, shape = ActorCritic(model), ModelShape.from_config(model.config)
@@ -245,7 +245,7 @@ def test_eager_attention_rounds_the_number_of_slots_and_not_of_pages(cache):
     assert MemoryPlan.of(run).phases["generate"]["kv_cache"] == decoder.cache_bytes == expected
 
 
-def test_a_rollout_and_what_is_learned_from_it_are_as_large_as_planned():
+def test_a_rollout_and_its_experience_have_the_planned_size():
     rollout = make_rollout()
     held = [getattr(rollout, item.name) for item in fields(rollout)]
     tokens, actions = rollout.prompt_ids.numel() + rollout.response_ids.numel(), rollout.mask.numel()
@@ -259,7 +259,7 @@ def test_a_rollout_and_what_is_learned_from_it_are_as_large_as_planned():
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 64), (64, 65), (40, 128)])
-def test_an_8bit_moment_is_as_large_as_torchao_makes_it(shape):
+def test_an_8bit_moment_has_the_size_of_torchaos(shape):
     parameter = torch.nn.Parameter(torch.zeros(shape))
     moment = EightBitAdamW([{"params": [parameter]}]).new_moments(parameter)["exp_avg"]
     codes = getattr(moment, "codes", None)
@@ -268,17 +268,17 @@ def test_an_8bit_moment_is_as_large_as_torchao_makes_it(shape):
 
 
 @pytest.mark.parametrize("sizes", [(4096,), (4096, 8192, 40960), (50_000, 300)])
-def test_state_in_transit_takes_no_more_than_planned(sizes):
+def test_state_in_transit_is_at_most_as_large_as_planned(sizes):
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     optimizer = StagedAdamW([{"params": parameters}], host=True, bucket_bytes=2**16)
     bound = most_in_transit(8 * sum(sizes), 2**16)
     assert 0.5 * bound < optimizer.transit_bytes <= bound + 2 * 64  # both buckets are aligned
 
 
-# ---- what follows from it ----
+# ---- slots, micro-batches and strategies ----
 
 
-def test_more_of_anything_takes_more():
+def test_larger_settings_need_more_memory_and_memory_options_save_some():
     shape = ModelShape.of("qwen2.5-0.5b")
     base = Workload(shape, shape, 256, 128, 64, 32, 4, 16, device="cuda")
     before = MemoryPlan.of(base)
@@ -298,7 +298,7 @@ def test_more_of_anything_takes_more():
     assert eager["activations"] > before.phases["train"]["activations"]
 
 
-def test_slots_take_what_the_budget_leaves():
+def test_slots_fill_the_budget():
     shape = ModelShape.of("qwen2.5-0.5b")
     workload = Workload(shape, shape, 512, 512, 256, 64, 1, 256, device="cuda", cache="slots", optimizer_state="host")
     whole = MemoryPlan.of(workload)
@@ -313,7 +313,7 @@ def test_slots_take_what_the_budget_leaves():
     assert MemoryPlan.of(replace(workload, budget=whole.kept)).slots == 0
 
 
-def test_pages_take_what_the_budget_leaves_and_every_slot_stays():
+def test_pages_fill_the_budget_and_all_slots_are_kept():
     shape = ModelShape.of("qwen2.5-0.5b")
     workload = Workload(shape, shape, 512, 512, 256, 64, 1, 256, device="cuda", optimizer_state="host")
     page = 64 * 24 * 128 * 2 * 4  # tokens, layers, key width, keys and values, bytes
@@ -324,7 +324,7 @@ def test_pages_take_what_the_budget_leaves_and_every_slot_stays():
         plan = MemoryPlan.of(replace(workload, budget=generate - missing))
         assert plan.slots == 256 and plan.kv_bytes == (pages + 1) * page, missing
         assert plan.kept + plan.phases["generate"].total <= plan.workload.budget
-    # Every slot begins with the 8 pages of its prompt and one to grow into; with less room there are fewer slots.
+    # Every slot begins with the 8 pages of its prompt and one more; with a smaller budget there are fewer slots.
     least = generate - (256 * 16 - 256 * 9) * page
     assert (
         MemoryPlan.of(replace(workload, budget=least)).slots,
@@ -333,7 +333,7 @@ def test_pages_take_what_the_budget_leaves_and_every_slot_stays():
         256,
         255,
     )
-    # One slot needs its longest response: nothing but the oldest sequence may be left in the pool.
+    # One slot needs all pages of its longest response, because the oldest sequence must be able to finish without the others.
     alone = MemoryPlan.of(replace(workload, slots=1))
     alone = MemoryPlan.of(replace(workload, budget=alone.kept + alone.phases["generate"].total))
     assert alone.slots == 1 and alone.kv_bytes == (16 + 1) * page
@@ -369,11 +369,11 @@ def test_strategies_fit_and_the_fastest_is_first():
     assert smallest(workload).plan.peak == min(one.plan.peak for one in (smallest(workload), *built))
 
 
-def test_a_micro_batch_of_tokens_is_planned_as_its_longest_sequences():
-    whole = MemoryPlan.of(replace(RUN, microbatch_tokens=8)).phases  # two of 4 inputs
+def test_a_micro_batch_of_tokens_is_planned_with_sequences_of_maximum_length():
+    whole = MemoryPlan.of(replace(RUN, microbatch_tokens=8)).phases  # two sequences of 4 inputs
     two = MemoryPlan.of(replace(RUN, microbatch=2)).phases
     assert whole["train"] == two["train"]
-    # 3 more inputs, of shorter sequences.
+    # 3 more inputs, from shorter sequences.
     more = MemoryPlan.of(replace(RUN, microbatch_tokens=11, minibatch=4, rollout_batch=4)).phases["train"]
     assert more["activations"] == 11 * (2 * 256 + 36 + 8) + 64
     # All 8 actions of a minibatch's 4 sequences fit in 11 tokens after prompts of one token.
