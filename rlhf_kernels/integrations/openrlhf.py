@@ -24,15 +24,11 @@ KL_IS_WEIGHT_CLIP = 10.0
 
 
 class PolicyLoss(nn.Module):
-    """The clipped policy loss of OpenRLHF 0.11.2.
+    """The policy loss of 0.11.2. "ppo" clamps the log-ratios of tokens to ±20; "gspo" uses ratios and means of sequences.
 
-    `policy_loss_type="ppo"` uses token-level ratios with log-ratios clamped to ±20. "gspo" uses sequence-level ratios
-    and averages over sequences.
-
-    The importance correction accounts for differences between the log-probs of the trainer (old) and of the sampler
-    (rollout). It compares the ratio old / rollout, or a divergence of the two, with the bounds
-    `is_correction_threshold`, per token (`is_correction_level="token"`) or per sequence ("seq"). Mode "mask" multiplies
-    the loss by the ratio and drops what is outside the bounds; mode "clip" multiplies the loss by the clipped ratio.
+    The importance correction compares the ratio old / rollout of the log-probs of trainer and sampler, or a divergence
+    of the two, with `is_correction_threshold`, per token or per sequence ("seq"). Mode "mask" weights the loss of a token
+    by the ratio, and by 0 outside the threshold; mode "clip" weights it by the clipped ratio.
     """
 
     def __init__(
@@ -87,16 +83,10 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, the clip fraction, KL(old || new) by k1, mean log(rollout / old) and the corrected fraction.
-
-        The corrected fraction is that of tokens, or sequences, outside `is_correction_threshold`. The last two are None
-        if the importance correction is off or the type is "gspo".
-        """
+        """Return loss, clip fraction, KL(old || new) by k1, mean log(rollout / old), and fraction outside the threshold."""
         corrects = self.is_correction_level != "off"
         if corrects and rollout_log_probs is None:
-            raise ValueError(
-                f"rollout_log_probs is not set, but is_correction_level={self.is_correction_level!r} needs it"
-            )
+            raise ValueError(f"rollout_log_probs is not set; is_correction_level={self.is_correction_level!r} needs it")
         rollout = rollout_log_probs if corrects else None
         mask = counted("action_mask", action_mask, log_probs)
         weights = rollout_kl = filtered = None
@@ -129,9 +119,7 @@ class PolicyLoss(nn.Module):
         statistic = log_ratio if self.is_correction_gating == "ratio" else self._divergence(old, rollout)
         if by_sequence:
             count = mask.sum(-1, keepdim=True)
-            statistic = (
-                torch.where(mask, statistic, 0).sum(-1, keepdim=True) / count
-            )  # NaN for an empty row, so that it is outside
+            statistic = torch.where(mask, statistic, 0).sum(-1, keepdim=True) / count  # empty row: NaN, outside
         if self.is_correction_gating == "ratio":
             statistic = statistic.exp()
         outside = ~((statistic >= low) & (statistic <= high))
@@ -293,10 +281,7 @@ class LogExpLoss(nn.Module):
 
 
 class GPTLMLoss(nn.Module):
-    """The mean negative log-likelihood of the next tokens whose label is not -100.
-
-    Ring attention is not supported and raises ValueError.
-    """
+    """The mean negative log-likelihood of next tokens whose label is not -100; ring attention is not supported."""
 
     def __init__(self, ring_attn_group: Any = None, *, faithful: bool = False):
         super().__init__()
@@ -318,11 +303,7 @@ def compute_approx_kl(
     kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
-    """Return an estimate of KL(policy || base) per token in float32, clamped to ±10.
-
-    With `unbiased_gradient` the gradient is that of k2 times the importance weight exp(log_probs - log_probs_old),
-    which is limited to `KL_IS_WEIGHT_CLIP` and is 1 if `log_probs_old` is None.
-    """
+    """Return KL(policy || base) per token in float32, within ±10; `unbiased_gradient` gives it weighted k2's gradient."""
     checks.choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
     d = log_probs.float() - log_probs_base.float()
     nothing = torch.zeros_like(d)
@@ -359,8 +340,7 @@ def compute_reward(
 ) -> Tensor:
     """Return the rewards `-kl_coef kl`, plus the clipped score `r` at the last action, (B, T).
 
-    A negative `kl_coef` is treated as 0. A row without an action gets no score; with `faithful`, its last position gets
-    it.
+    A negative `kl_coef` is treated as 0. The score of a row without an action is dropped, or with `faithful` is at its end.
     """
     checks.floating("kl", kl, dims=(2,), what="[B, T]")
     checks.tensor("r", r, like=kl, expected=kl.shape[:1], what="one score per sequence")
@@ -381,10 +361,7 @@ def get_advantages_and_returns(
     gamma: float,
     lambd: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return advantages and returns by GAE over all positions, with values and rewards 0 where the mask is 0.
-
-    Masked positions inside a response are therefore steps, over which the advantage is discounted.
-    """
+    """Return advantages and returns by GAE over all positions; masked positions are steps with value and reward 0."""
     checks.floating("rewards", rewards, dims=(2,), what="[B, T]")
     mask = counted("action_mask", action_mask, rewards)
     values, rewards = (torch.where(mask, x, 0) for x in (values, rewards))
@@ -397,10 +374,7 @@ def normalize_advantages(
     action_masks: Sequence[Tensor],  # one (B, T) per experience
     no_std_norm: bool = False,
 ) -> list[Tensor]:
-    """Return the advantages of a step with mean 0 and variance 1 over all experiences, as OpenRLHF normalizes them.
-
-    The variance is biased and at least 1e-8. With `no_std_norm` only the mean is subtracted.
-    """
+    """Return a step's advantages with mean 0 and, unless `no_std_norm`, biased variance 1 (divided by at least 1e-4)."""
     masks = [counted("action_masks", m, a) for m, a in zip(action_masks, advantages, strict=True)]
     flat, flags = (torch.cat([x.flatten() for x in xs]) for xs in (advantages, masks))
     centre = mean(flat, flags)
@@ -409,11 +383,7 @@ def normalize_advantages(
 
 
 def for_version(version: str | None = None) -> SimpleNamespace:
-    """Return the classes and functions of a release of OpenRLHF (None: the installed release), under its names.
-
-    Raises:
-        ValueError: the release is not known, or it is None and OpenRLHF is not installed.
-    """
+    """Return the names of a release (None: the installed one); raise ValueError for a release that is not known."""
     shared = {
         f.__name__: f
         for f in (PairWiseLoss, LogExpLoss, GPTLMLoss, compute_reward, get_advantages_and_returns, normalize_advantages)

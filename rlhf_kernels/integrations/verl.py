@@ -240,7 +240,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     checks.floating("logprob", logprob, dims=tuple(range(8)), what="any shape")
     checks.tensor("ref_logprob", ref_logprob, like=logprob, expected=logprob.shape, what="the shape of logprob")
     if estimator == "k3":
-        d = (logprob - ref_logprob).clamp(-20, 20)  # the log-probs of the op are d and 0, so that their difference is d
+        d = (logprob - ref_logprob).clamp(-20, 20)  # passed to the op as log-probs d and 0, whose difference is d
         value = estimate_kl(d, torch.zeros_like(d), estimator=estimator).clamp(-10, 10)
     else:
         value = estimate_kl(logprob, ref_logprob, estimator=estimator)

@@ -77,7 +77,8 @@ def _check_scalar(row: Scalar, value: Any) -> None:
 def _check_effect(row: Scalar, args: PPOArguments) -> None:
     """Raise ValueError for an option that the objective does not read, or that needs a second option which is not set."""
     value = getattr(args, row.name)
-    always_on = not row.choices and row.default not in (None, 0)  # its default is in effect, so any value is accepted
+    # An option such as `cliprange`, whose default is not off: its value does not show whether the caller set it.
+    always_on = not row.choices and row.default not in (None, 0)
     if always_on or value in (None, 0, row.default):
         return
     if args.objective not in row.objectives:
