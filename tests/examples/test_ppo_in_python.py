@@ -14,7 +14,7 @@ def test_three_updates_through_the_python_api(tmp_path):
     example.make_model(tmp_path)
     logs = example.train(tmp_path)
     assert len(logs) == 3 and all(math.isfinite(log["score_mean"]) for log in logs)
-    assert abs(logs[0]["kl"]) < 1e-4 and logs[2]["kl"] > 1e-3  # the policy has left its frozen copy
+    assert abs(logs[0]["kl"]) < 1e-4 and abs(logs[2]["kl"]) > 1e-3  # the policy differs from its frozen copy
 
 
 def test_it_imports_the_public_api_only():
