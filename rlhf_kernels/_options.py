@@ -66,9 +66,7 @@ class Scalar(NamedTuple):
     default: Any
     choices: tuple[str, ...] = ()  # the allowed values of a choice; the kernels receive the index
     limits: dict[str, Any] | None = None  # the range of a number: keywords of checks.number
-    off: float | str | None = (
-        None  # what the kernels receive for None: a number, or the value of the option of this name
-    )
+    off: float | str | None = None  # what the kernels receive for None: a number, or the value of the named option
     objectives: tuple[str, ...] = OBJECTIVES  # the objectives that read it
     needs: str = ""  # the option without which it has no effect
     kernel: bool = True  # whether the kernels receive it

@@ -94,7 +94,7 @@ class Plan:
 
     On CPU the library rounds half-precision products, so the weight's gradient needs a float32 sum over [V, H] per
     chunk. Chunks are therefore large, and a batch of one chunk needs no sum. float32 products are added in place.
-    float16 sums are always float32, because the sums exceed 65504 before they are divided by the denominator.
+    float16 sums are always float32, because the sums can exceed 65504 before they are divided by the denominator.
 
     On a GPU (`wide`) half-precision factors give float32 logits, so that log-probs are not rounded to bf16, and the
     products add to float32 sums. The bits of a row depend on the shape of its product, so all products have the same
