@@ -78,9 +78,7 @@ def test_rows_in_the_products(products):
     leaves = {k: leaves[k] for k in ("hidden", "weight")}
     constants["old_logprobs"] = linear_token_logprobs(**leaves, ids=constants["ids"]).logprobs
     constants["advantages"] = torch.ones(8, 40)
-    constants["advantages"][:, ::2] = (
-        0  # no gradient: the ratio is 1, within the clip range, and there are no other terms
-    )
+    constants["advantages"][:, ::2] = 0  # no gradient: the ratio is 1, within the clip range, and no other terms
     products.clear()
     result, _ = run(linear_ppo_loss, leaves, constants, {"chunk_tokens": 32}, torch.float32)
     counted, (vocabulary, hidden) = int(constants["mask"].sum()), leaves["weight"].shape
