@@ -226,5 +226,5 @@ def test_neither_an_evaluation_nor_a_demo_is_replaced_unasked(run, base, capsys)
     (run / "demo").mkdir()
     (run / "demo" / "report.json").write_text("{}")
     code, _, shown = rlhf(capsys, "demo", "--output", "demo")
-    assert code == 2 and "a finished demo is there; replace it with --overwrite" in shown
+    assert code == 2 and "contains a finished demo; replace it with --overwrite" in shown
     assert [path.name for path in (run / "demo").iterdir()] == ["report.json"]
