@@ -55,7 +55,7 @@ def refuse_beyond(sizes: Mapping[str, int], phase: str, start: int, size: int, w
     if start + size > planned:
         raise ValueError(
             f"arena: cannot allocate {size} bytes for {what}: {planned - start} of the {planned} bytes planned for phase "
-            f"{phase!r} are free; give the arena larger sizes"
+            f"{phase!r} are free; plan more bytes for the phase"
         )
 
 

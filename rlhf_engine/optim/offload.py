@@ -246,7 +246,7 @@ class _Transit:
     def leave(self, number: int) -> None:
         """Copy a bucket back, and the bucket after the next into its vector."""
         if self.stream is not None:
-            self.stream.wait_stream(cuda.current_stream())  # the bucket's step
+            self.stream.wait_stream(cuda.current_stream())  # until the bucket is stepped
         with self._aside():
             for host, device in zip(self.parts[number], self.staged.pop(number), strict=True):
                 for name, tensor in host.items():

@@ -63,7 +63,8 @@ class Pass:
         if s.gated:
             keys = s.query_width if self.eager or self.windowed else s.key_width
             attention, feed_forward = 2 * s.query_width + 2 * keys, 4 * s.intermediate
-            # Autocast rounds the input once per product: 3 products follow the first norm and 2 the second; `_norm` counts one.
+            # Autocast rounds the input once per product. 3 products follow the first norm and 2 the second, of which
+            # `_norm` counts one each.
             attention += 3 * s.hidden if self.autocast else 0
         else:  # queries, keys and values are views of one product; GELU saves four tensors of width I, `down` one
             attention, feed_forward = 4 * s.query_width, 5 * s.intermediate
@@ -84,9 +85,10 @@ class Pass:
         return (FLOAT + w) * H + FLOAT  # its input in float32, and normalised
 
     def saved(self, *, checkpointed: bool) -> int:
-        """Return the bytes that the whole trunk saves for its backward pass; with `checkpointed`, only the layers' inputs.
+        """Return the bytes that the whole trunk saves for its backward pass.
 
-        The output of the last norm is not included, because the caller stores it.
+        With `checkpointed`, each layer saves only its input. The output of the last norm is not included, because the
+        caller stores it.
         """
         layer = self.tokens * self.shape.hidden * self.weight_bytes if checkpointed else self.saved_by_layer()
         angles = 2 * self.columns * self.shape.head_dim * self.weight_bytes if self.shape.gated else self.columns * IDS
@@ -95,9 +97,8 @@ class Pass:
     def forward_room(self) -> int:
         """Return the peak bytes in use in the forward pass of a layer that saves nothing."""
         s, c = self.shape, self.compute_bytes
-        stream = (
-            self.tokens * s.hidden * (2 * self.weight_bytes + c)
-        )  # the layer's input, the residual sum, the normalised sum
+        # The layer's input, the residual sum, and the normalised sum.
+        stream = self.tokens * s.hidden * (2 * self.weight_bytes + c)
         feed_forward = self.tokens * 3 * s.intermediate * c
         repeated = 2 * s.query_width if self.eager or self.windowed else 0
         attention = (

@@ -161,7 +161,7 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
         held["rounded_weights"] = rounded_weights(w, policy)
     logits = rows * policy.vocab * 2 * FLOAT
     width = prompt_width(w.prompt)
-    # Shorter prompts can fill the token budget of a pass more closely than the longest ones, whose width may not divide it.
+    # Shorter prompts can fill the token budget of a pass better than the longest ones, whose width may not divide it.
     tokens = min(slots * width, max(width, w.prefill_tokens))
     reading = pass_of(w, policy, -(-tokens // width), width)
     decoding = rows * columns
@@ -178,7 +178,7 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
 
 
 def score(w: Workload) -> dict[str, Items]:
-    """Return the moments of scoring: reference, value model and reward model, one after the other."""
+    """Return the moments of scoring, in which the reference, the reward model and the value model run in turn."""
     held = {"rollout": rollout(w, scored=True)}
     tokens, count = w.pass_tokens(w.rollout_batch), w.pass_actions(w.rollout_batch)
     reading = _inputs(w, w.policy, tokens)
@@ -208,7 +208,7 @@ def score(w: Workload) -> dict[str, Items]:
 
 
 def train(w: Workload) -> dict[str, Items]:
-    """Return the moments of an optimizer step: end of the forward pass, start and end of the backward pass, the step itself."""
+    """Return the moments of an optimizer step: forward end, backward start, backward end, and the step itself."""
     tokens, actions = w.pass_tokens(w.minibatch), w.pass_actions(w.minibatch)
     moments = _micro_batch(w, tokens, actions, values=w.value == "backbone")
     if w.pretraining:

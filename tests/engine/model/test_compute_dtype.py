@@ -122,7 +122,7 @@ def test_a_trainer_learns_with_bfloat16_products(value_model):
     for model in (trainer.policy, trainer.reference):
         model.compute_dtype = BF16
     before, log = weights_of(trainer), trainer.step()
-    assert 1.001 < log["ratio_max"] < 1.1  # in the first step the policies are the same up to bfloat16 rounding
+    assert 1.001 < log["ratio_max"] < 1.1  # one step: the policies are the same up to bfloat16 rounding
     assert all(weight.dtype == torch.float32 for weight in weights_of(trainer).values())
     assert not torch.equal(weights_of(trainer)["model.lm_head.weight"], before["model.lm_head.weight"])
 
