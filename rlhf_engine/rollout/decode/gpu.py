@@ -90,7 +90,7 @@ def why_not(policy: LanguageModel, cache: Cache) -> str:
     """Return the reason why the layers cannot be compiled, or an empty string if they can."""
     layers = list(layers_of(policy.trunk))
     if len(layers) != len(cache.layers):
-        return f"with {len(layers)} layers that transformers marks, expected the {len(cache.layers)} of its config"
+        return f"with {len(layers)} layers that transformers marks, expected {len(cache.layers)} by its config"
     if any("forward" in vars(layer) for layer in layers):
         return "with layers whose forward was replaced, expected the forward of their class"
     return ""
