@@ -297,7 +297,7 @@ def test_the_demo_in_miniature(tmp_path, monkeypatch):
         "rollout.max_response_tokens=8",
         "data.max_response_tokens=200",
     ]
-    table = run_demo(tmp_path / "demo", 3, tuple(overrides))
+    table = run_demo(tmp_path / "demo", 3, tuple(overrides), from_scratch=True)
     assert "SFT against itself" in table and "best of 2" in table
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["seed"] == 3
