@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -61,11 +62,11 @@ def build() -> list[tuple[str, str]]:
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print both tables, or only the first with `--build`."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_kernels.info", description=__doc__)
     parser.add_argument("--build", action="store_true", help="print the versions and the build only")
-    only_build = parser.parse_args().build
+    only_build = parser.parse_args(arguments).build
     for name, value in build():
         print(f"{name:16} {value}")
     if only_build:

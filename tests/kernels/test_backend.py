@@ -79,7 +79,7 @@ def test_one_openmp_runtime():
 
 
 def test_info_names_every_op(capsys):
-    info.main()
+    info.main([])
     printed = capsys.readouterr().out
     for op in info.ops.__all__:
         assert any(line.startswith(op) for line in printed.splitlines())

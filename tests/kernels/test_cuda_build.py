@@ -87,6 +87,19 @@ def test_a_chip_that_nvcc_does_not_support_is_skipped_and_reported(build, tmp_pa
     assert build.cuda_targets({80: "80", 90: "90a"})[-1] == "-gencode=arch=compute_90,code=compute_90"
 
 
+def scene(build, monkeypatch, site, asked, torch_version, device, nvcc):
+    """Set what decides about CUDA kernels: RLHF_CUDA, the version file of torch in `site`, a device, nvcc."""
+    monkeypatch.delenv("RLHF_CUDA", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("RLHF_CUDA", asked)
+    (site / "torch").mkdir()
+    if torch_version:
+        (site / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\n{torch_version}\n")
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(site))
+    monkeypatch.setattr(build, "DEVICE", Path("/dev/null") if device else site / "absent")
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+
+
 @pytest.fixture
 def command(build, monkeypatch):
     """Return a function that runs the build command with fake compilers and returns the extension that it would link."""
@@ -100,24 +113,57 @@ def command(build, monkeypatch):
     return lambda: run.build_extension(build.extension) or made[-1]
 
 
-def test_a_build_without_nvcc_warns_and_continues(build, command, monkeypatch, capsys):
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+NO_CUDA = "no CUDA build of torch and no NVIDIA device; set RLHF_CUDA=1 to build them"
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_version", "device", "nvcc", "reason"),
+    [
+        (None, "cuda = '13.0'", False, None, "nvcc was not found in CUDA_HOME or on the PATH"),
+        (None, "cuda: Optional[str] = None", False, "nvcc", NO_CUDA),
+        (None, "", False, "nvcc", NO_CUDA),
+        ("0", "cuda: Optional[str] = '13.0'", True, "nvcc", "RLHF_CUDA=0"),
+    ],
+)
+def test_a_build_without_cuda_kernels_reports_why(
+    build, command, monkeypatch, capsys, asked, torch_version, device, nvcc, reason, tmp_path
+):
+    scene(build, monkeypatch, tmp_path, asked, torch_version, device, nvcc)
     made = command()
-    assert capsys.readouterr().err.splitlines() == [
-        "nvcc was not found on the PATH or in CUDA_HOME: building without CUDA kernels"
-    ]
+    assert capsys.readouterr().err.splitlines() == [f"building without CUDA kernels: {reason}"]
     assert made.sources == ["csrc/bindings.cpp"] and not made.libraries
     assert "RLHF_CUDA" not in dict(made.define_macros)
     assert made.extra_objects and not any(x.endswith(".cu") for x in made.extra_objects)
 
 
-def test_a_build_with_nvcc_has_every_kernel(build, command, monkeypatch, capsys):
-    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+@pytest.mark.parametrize(
+    ("asked", "torch_version", "device", "reason"),
+    [
+        ("1", "", False, "RLHF_CUDA=1"),
+        (None, "cuda: Optional[str] = '13.0'", False, "torch is a CUDA build"),
+        (None, "cuda: Optional[str] = None", True, "an NVIDIA device was found"),
+    ],
+)
+def test_a_build_with_nvcc_has_every_kernel(
+    build, command, monkeypatch, capsys, asked, torch_version, device, reason, tmp_path
+):
+    scene(build, monkeypatch, tmp_path, asked, torch_version, device, "nvcc")
     made = command()
-    assert not capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines() == [f"building CUDA kernels with nvcc: {reason}"]
     assert dict(made.define_macros)["RLHF_CUDA"] == "80,90,100"
     assert {Path(x).stem for x in made.extra_objects if x.endswith(".cu")} == set(backend.CUDA_OPS)
     assert "csrc/cuda/bindings.cpp" in made.sources and made.library_dirs == ["/toolkit/lib64"]
+
+
+def test_cuda_kernels_that_are_asked_for_are_required(build, command, monkeypatch, tmp_path):
+    scene(build, monkeypatch, tmp_path, "1", "", False, None)
+    with pytest.raises(
+        FileNotFoundError, match=r"RLHF_CUDA=1, but nvcc was not found .*; install the CUDA toolkit or unset"
+    ):
+        command()
+    monkeypatch.setenv("RLHF_CUDA", "yes")
+    with pytest.raises(ValueError, match="RLHF_CUDA: got 'yes', expected 0 or 1"):
+        command()
 
 
 def test_an_extension_without_cuda_kernels_is_explained(monkeypatch):
