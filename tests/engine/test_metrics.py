@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(limit):
     config = OptimConfig(max_grad_norm=limit)
     optimizer = build_optimizer(layer, config)
     layer.weight.grad, layer.bias.grad = torch.full((2, 3), torch.inf), torch.zeros(2)
-    with pytest.raises(FloatingPointError, match=r"norm of (inf|nan) at optimiser step 1"):
+    with pytest.raises(FloatingPointError, match=r"norm of (inf|nan) at optimizer step 1"):
         optimizer_step(optimizer, config, 0, 1)
     assert torch.equal(layer.weight.detach(), before)
 

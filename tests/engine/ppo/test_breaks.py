@@ -79,7 +79,7 @@ def test_s10_whole_is_false_only_if_the_failed_update_changed_a_weight(monkeypat
 
     monkeypatch.setattr(ppo, "minibatch_backward", backward)
     trainer.callbacks.append(OnUpdate(lambda number, log: ends.append((trainer.state(), weights_of(trainer)))))
-    with pytest.raises(FloatingPointError, match=f"optimiser step {call}"):
+    with pytest.raises(FloatingPointError, match=f"optimizer step {call}"):
         trainer.train()
     assert trainer.whole == whole
     if whole:

@@ -161,7 +161,9 @@ def test_the_cache_uses_uninitialized_memory_from_the_allocator():
 def test_sequences_longer_than_the_positions_are_refused():
     generator = make_generator(make_actor(max_position_embeddings=24))
     generator.generate([[5] * 12], torch.arange(1))
-    with pytest.raises(ValueError, match=r"prompts\[1\]: got 13 ids and rollout.max_response_tokens 12, expected a sum"):
+    with pytest.raises(
+        ValueError, match=r"prompts\[1\]: got 13 ids and rollout.max_response_tokens 12, expected a sum"
+    ):
         generator.generate([[5], [5] * 13], torch.arange(2))
 
 
