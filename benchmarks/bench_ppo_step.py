@@ -42,7 +42,7 @@ BATCH = {"prompts": 32, "prompt_tokens": 32, "response_tokens": 64, "epochs": 4}
 TOKENS = {32: 760, 8: 380}
 """TRL's sequences per pass -> our tokens per pass: 8 and 4 sequences of 95 inputs."""
 OURS, TRL = "benchmarks.bench_ppo_step:worker", "benchmarks.peers.trl_ppo:run"
-FLOOR = "floor: its products alone, float32"
+FLOOR = "floor: only its products, float32"
 BOUNDS = {"float32": 0.5, "bfloat16": 0.3}
 """Compute type -> upper bound of our seconds divided by TRL's."""
 MEMORY_BOUND = 0.35

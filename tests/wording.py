@@ -3,7 +3,7 @@
     python -m tests.wording [FILE ...]
 
 Prose is: docstrings, comments and messages of exceptions in Python, comments in C++ and CUDA, and Markdown outside code. Words
-of place, speech and handling ("behind", "told", "made") say less about a technical relation than the relation's name ("follows",
+of place, speech and handling ("behind", "told", "made") describe a technical relation less well than its name does ("follows",
 "reported", "computed"). Names in backticks and in code blocks do not count.
 """
 

@@ -132,7 +132,7 @@ def linear_4096(bench: Bench) -> Iterator[Entry]:
     name = f"linear_ppo_loss N={n} with value loss, entropy, clip"
     yield milliseconds(name, seconds, f"H={h} V={v} bf16{bench.multiplied(6 * n * v * h, seconds)}")
     for peer, bound in CLAIMED.items():
-        yield milliseconds(f"{name}, beside what is claimed for {peer}", seconds, bound=bound)
+        yield milliseconds(f"{name}, next to the published time of {peer}", seconds, bound=bound)
 
 
 def logits_level(bench: Bench) -> Iterator[Entry]:

@@ -75,12 +75,12 @@ def _judged(given: Any, pairs: Sequence[Pair], seed: int) -> tuple[int, float]:
     for name, written in _line(index, pairs[index], seed).items():
         if given.get(name) != written:
             raise ValueError(f"{name}: got {given.get(name)!r}, expected {written!r}, as it was written for id {index}")
-    said = given.get("preference")
-    if said not in _PREFERENCES:
-        raise ValueError(f"preference: got {said!r}, expected 'A', 'B' or 'tie'")
-    if said == "tie":
+    answer = given.get("preference")
+    if answer not in _PREFERENCES:
+        raise ValueError(f"preference: got {answer!r}, expected 'A', 'B' or 'tie'")
+    if answer == "tie":
         return index, 0.5
-    return index, float((said == "A") != _swapped(index, seed))
+    return index, float((answer == "A") != _swapped(index, seed))
 
 
 def _line(index: int, pair: Pair, seed: int) -> dict[str, Any]:

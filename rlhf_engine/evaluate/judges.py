@@ -119,12 +119,12 @@ class FunctionJudge:
         size = len(texts[0])
         samples = f"sample {start}" if size == 1 else f"samples {start} to {start + size - 1}"
         try:
-            said = ask(self.function, texts, f"judge {self.name}: {samples}")
+            returned = ask(self.function, texts, f"judge {self.name}: {samples}")
         except SampleError as error:
             raise ValueError(f"judge {self.name}: sample {start + error.row}: {error}") from error.__cause__
-        said = said if isinstance(said, list) else [said]
-        scored = len(said) == 2 and all(isinstance(column, list) for column in said)
-        columns = said if scored else [said]
+        returned = returned if isinstance(returned, list) else [returned]
+        scored = len(returned) == 2 and all(isinstance(column, list) for column in returned)
+        columns = returned if scored else [returned]
         numbers = torch.stack([self._numbers(column, start, size) for column in columns])
         if scored:
             return score_preferences(numbers[0] - numbers[1], self.margin)
@@ -167,9 +167,9 @@ def rank(judge: Judge, prompts: Prompts, completions: Sequence[Texts]) -> list[t
 
     All pairs of completions are compared (Copeland's method). For a judge with scores the ranks have the order of the scores.
     """
-    games = [(row, i, j) for row, said in enumerate(completions) for i in range(len(said)) for j in range(i)]
+    games = [(row, i, j) for row, texts in enumerate(completions) for i in range(len(texts)) for j in range(i)]
     preferences = _play(judge, prompts, completions, games).tolist()
-    wins = [[0.0] * len(said) for said in completions]
+    wins = [[0.0] * len(texts) for texts in completions]
     for (row, i, j), preference in zip(games, preferences, strict=True):
         wins[row][i] += preference
         wins[row][j] += 1.0 - preference
@@ -186,7 +186,7 @@ def _play(
             [completions[row][i] for row, i, _ in games],
             [completions[row][j] for row, _, j in games],
         )
-    every = ((row, i) for row, said in enumerate(completions) for i in range(len(said)))
+    every = ((row, i) for row, texts in enumerate(completions) for i in range(len(texts)))
     places = {place: number for number, place in enumerate(every)}
     scores = judge.scores([prompts[row] for row, _ in places], [completions[row][i] for row, i in places])
     first = scores[torch.tensor([places[row, i] for row, i, _ in games])]

@@ -319,7 +319,7 @@ def _of_status(key: str) -> float | None:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key))
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(key)), None)
 
 
 _PEAK = _PeakRss()

@@ -160,8 +160,8 @@ def packed_attention(
         longest = int(cu_inputs.diff().max()) if max_length_q is None else max_length_q
         return varlen_attention(query, key, value, cu_inputs, longest, scaling, sliding_window), None
     parts = (x.split(cu_inputs.diff().tolist(), 2) for x in (query, key, value))
-    made = [_one_attention(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
-    return torch.cat(made, 2).transpose(1, 2), None
+    outputs = [_one_attention(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(outputs, 2).transpose(1, 2), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

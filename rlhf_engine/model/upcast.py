@@ -95,11 +95,11 @@ class _Product(torch.autograd.Function):
         ctx.shape, ctx.kinds = x.shape, [None if one is None else _gradient_dtype(one) for one in (x, weight, bias)]
         with torch.autocast("cpu", enabled=False):
             wide, biases = rounded.float(), None if bias is None else bias.to(half.dtype)
-            made = []
+            outputs = []
             for rows in _parts(half):
                 product = wide @ half[rows].float().t()
-                made.append((product if biases is None else product.add_(biases[rows])).to(half.dtype))
-        return made[0] if len(made) == 1 else torch.cat(made, -1)
+                outputs.append((product if biases is None else product.add_(biases[rows])).to(half.dtype))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     @staticmethod
     @once_differentiable

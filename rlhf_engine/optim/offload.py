@@ -54,7 +54,7 @@ def buckets(groups: Sequence[dict[str, Any]], most: int, each: Callable[[nn.Para
 
     `each` returns the bytes per element of a parameter's state.
     """
-    made: list[list[Piece]] = [[]]
+    blocks: list[list[Piece]] = [[]]
     left = most
     assert most >= _UNIT * 12  # an empty bucket always has space for one unit
     for group, content in enumerate(groups):
@@ -65,12 +65,12 @@ def buckets(groups: Sequence[dict[str, Any]], most: int, each: Callable[[nn.Para
                 if room < parameter.numel() - start:
                     room = room // _UNIT * _UNIT
                 if room == 0:
-                    made.append([])
+                    blocks.append([])
                     left = most
                     continue
-                made[-1].append(Piece(parameter, group, start, start + room))
+                blocks[-1].append(Piece(parameter, group, start, start + room))
                 start, left = start + room, left - room * size
-    return made
+    return blocks
 
 
 def has_streams(device: torch.device) -> bool:

@@ -216,7 +216,7 @@ def train(w: Workload) -> dict[str, Items]:
         tokens = min(w.pretraining, w.train_rows) * (w.length - 1)
         pretraining = _micro_batch(w, tokens, tokens, values=False)
         moments |= {f"pretraining, {name}": items for name, items in pretraining.items()}
-    return moments | {"optimiser step": {"rollout": rollout(w, scored=True)} | gradients(w) | in_transit(w)}
+    return moments | {"optimizer step": {"rollout": rollout(w, scored=True)} | gradients(w) | in_transit(w)}
 
 
 def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dict[str, Items]:

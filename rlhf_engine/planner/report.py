@@ -44,7 +44,7 @@ def workload_words(w: Workload) -> str:
     numbers = w.dtype if not w.autocast else f"{w.dtype}, products in {w.compute_dtype}"
     return (
         f"{w.policy.parameters / 1e9:.3g}e9 weights in {numbers}, value {w.value}, {w.prompt} + {w.response} tokens, rollout "
-        f"batch {w.rollout_batch}, minibatch {w.minibatch}, micro-batch {batch}, {w.slots} decoded together, optimiser state "
+        f"batch {w.rollout_batch}, minibatch {w.minibatch}, micro-batch {batch}, {w.slots} decoded together, optimizer state "
         f"{w.optimizer_state}, gradient checkpointing {'on' if w.gradient_checkpointing else 'off'}, {w.device}"
     )
 
@@ -58,7 +58,7 @@ def verdict(plan: MemoryPlan) -> str:
     words = f"{peak} of {size(w.budget)}: "
     if plan.slots == 0:
         excess = f", {size(plan.missing)} too much" if plan.missing else ""
-        words += f"does not fit{excess}; not even one sequence can be decoded beside what persists"
+        words += f"does not fit{excess}; not even one sequence fits next to what persists"
     elif plan.fits:
         words += f"fits, {size(w.budget - plan.peak)} to spare"
     else:
@@ -77,14 +77,14 @@ def strategies_words(workload: Workload, *, planned: bool = False) -> str:
     lines = _listed("what fits, fastest first by estimate:", fitting(workload))
     if not lines:
         least = smallest(workload)
-        lines = [f"nothing that was tried fits; the least is {size(least.plan.peak)} with {least.words}"]
+        lines = [f"no strategy that was tried fits; the smallest peak is {size(least.plan.peak)} with {least.words}"]
     if planned:
         found = [one for one in fitting(workload, planned=True) if not one.built]
         lines += _listed("what would fit with parts that are NOT BUILT YET:", found)
         least = smallest(workload, planned=True)
         if not found and not least.built:
             lines.append(
-                f"nor with parts that are NOT BUILT YET; the least is {size(least.plan.peak)} with {least.words}"
+                f"nor with parts that are NOT BUILT YET; the smallest peak is {size(least.plan.peak)} with {least.words}"
             )
     return "\n".join(lines)
 
@@ -111,6 +111,6 @@ def refuse(plan: MemoryPlan) -> None:
         way = f"{found[0].words} would fit ({size(found[0].plan.peak)})"
     else:
         least = smallest(w)
-        way = f"nothing that was tried fits, the least is {size(least.plan.peak)} with {least.words}"
+        way = f"no strategy that was tried fits, the smallest peak is {size(least.plan.peak)} with {least.words}"
     need = f"for the planned peak of {size(plan.peak)} ({plan.largest}, {plan.phases[plan.largest].moment})"
     raise ValueError(f"memory.budget: got {size(w.budget)}, which is {short} {need}; {way}")

@@ -138,25 +138,25 @@ def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
 
 
 def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
-    made = replace(workload, **changes)
-    rounds_twice = changes.get("compute_dtype") == "bfloat16" and made.dtype == "bfloat16"
-    return not rounds_twice and not (made.base_bits and not made.adapter)
+    changed = replace(workload, **changes)
+    rounds_twice = changes.get("compute_dtype") == "bfloat16" and changed.dtype == "bfloat16"
+    return not rounds_twice and not (changed.base_bits and not changed.adapter)
 
 
 def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy:
-    made = replace(workload, **changes)
-    plan = MemoryPlan.of(made)
-    rows = max(1, min(made.train_rows, plan.largest_microbatch()))
+    changed = replace(workload, **changes)
+    plan = MemoryPlan.of(changed)
+    rows = max(1, min(changed.train_rows, plan.largest_microbatch()))
     changes = dict(changes)
-    if rows < made.train_rows:
-        tokens = made.microbatch_tokens is not None
-        smaller = {"microbatch_tokens": rows * (made.length - 1)} if tokens else {"microbatch": rows}
+    if rows < changed.train_rows:
+        tokens = changed.microbatch_tokens is not None
+        smaller = {"microbatch_tokens": rows * (changed.length - 1)} if tokens else {"microbatch": rows}
         changes |= smaller
-        cost += _HALVING * math.log2(made.train_rows / rows)
-        plan = MemoryPlan.of(replace(made, **smaller))
+        cost += _HALVING * math.log2(changed.train_rows / rows)
+        plan = MemoryPlan.of(replace(changed, **smaller))
     if 0 < plan.slots < workload.slots:
         changes["slots"] = plan.slots
         cost += _HALVING * math.log2(workload.slots / plan.slots)
     if plan.slots:
-        cost += _HALVING * math.log2(kv_cache(made, plan.slots) / plan.kv_bytes)
+        cost += _HALVING * math.log2(kv_cache(changed, plan.slots) / plan.kv_bytes)
     return Strategy(plan, changes, cost)

@@ -180,8 +180,8 @@ def _check_parameters(policy: ActorCritic, optimizer: Optimizer) -> None:
     trained = {id(parameter): name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     if missing := [name for key, name in trained.items() if key not in stepped]:
         raise ValueError(
-            f"optimizer: {missing[0]} and {len(missing) - 1} more parameters are missing; add every parameter of the policy "
-            "that requires a gradient, or freeze it with requires_grad_(False)"
+            f"optimizer: {missing[0]} is missing ({len(missing)} missing in all); add every parameter of the policy that "
+            "requires a gradient, or freeze it with requires_grad_(False)"
         )
     if strangers := len(stepped - trained.keys()):
         raise ValueError(

@@ -47,7 +47,7 @@ _ANSWERS, _CONTEST, _PAIRS, _JUDGED = "answers.jsonl", "contest.json", "pairs.js
 
 
 @dataclass(frozen=True)
-class Said:
+class SampledResponses:
     """Answers of both models, with statistics of each model by its role (candidate or baseline)."""
 
     prompts: list[Prompt]
@@ -73,7 +73,7 @@ class Contest:
 
     win_rate: WinRate
     """Win rate of the candidate over the baseline."""
-    said: Said
+    sampled: SampledResponses
     """The answers that were judged."""
 
 
@@ -103,12 +103,12 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
         )
     assert setting.judge is not None
     judge, unjudged = configured_judge(config, setting.judge), Path(config.output_dir) / _UNJUDGED
-    said = _kept(config, unjudged) or ask_both(config)
-    with_new_folder(unjudged, lambda new: _write_said(new, config, said))
-    contest = judged_by(config, judge, said)
+    sampled = _kept(config, unjudged) or ask_both(config)
+    with_new_folder(unjudged, lambda new: _write_sampled(new, config, sampled))
+    contest = judged_by(config, judge, sampled)
 
     def write(new: Path) -> None:
-        _write_answers(new, said)
+        _write_answers(new, sampled)
         _write_report(new, config, contest)
 
     with_new_folder(folder, write)
@@ -116,16 +116,16 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
     return contest, table(config, contest)
 
 
-def judged_by(config: RunConfig, judge: Judge, said: Said) -> Contest:
-    """Return the result of the answers `said` under a judge that is not `file`."""
-    pairs = said.pairs()
+def judged_by(config: RunConfig, judge: Judge, sampled: SampledResponses) -> Contest:
+    """Return the result of the answers `sampled` under a judge that is not `file`."""
+    pairs = sampled.pairs()
     preferences = judge.compare(
         [pair.prompt for pair in pairs], [pair.first for pair in pairs], [pair.second for pair in pairs]
     )
-    return _contest(config, said, preferences)
+    return _contest(config, sampled, preferences)
 
 
-def _kept(config: RunConfig, folder: Path) -> Said | None:
+def _kept(config: RunConfig, folder: Path) -> SampledResponses | None:
     """Return the answers of an earlier call whose judge failed; None without them, or if their inputs have changed.
 
     The inputs are the models, the prompts, the other files and the settings that the answers depend on.
@@ -134,7 +134,7 @@ def _kept(config: RunConfig, folder: Path) -> Said | None:
         return None
     kept = read_json(folder / _CONTEST)
     same = all(kept.get(name) == value for name, value in (_identity(config) | _stamps(config)).items())
-    return _read_said(config, folder) if same else None
+    return _read_sampled(config, folder) if same else None
 
 
 def _stamps(config: RunConfig) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def configured_judge(config: RunConfig, name: str) -> Judge:
     )
 
 
-def ask_both(config: RunConfig) -> Said:
+def ask_both(config: RunConfig) -> SampledResponses:
     """Sample both models' answers to the prompts of the split, with one model in memory at a time."""
     setting = config.eval
     if setting.text is not None and not Path(setting.text).exists():
@@ -176,11 +176,11 @@ def ask_both(config: RunConfig) -> Said:
             "eval.split"
         )
     found = {role: _ask(config, role, prefix, records) for role, prefix in prefixes.items()}
-    answers = {role: said for role, (said, *_) in found.items()}
-    flat = {role: [end for one in said for end in one.ended] for role, said in answers.items()}
-    return Said(
+    answers = {role: sampled for role, (sampled, *_) in found.items()}
+    flat = {role: [end for one in sampled for end in one.ended] for role, sampled in answers.items()}
+    return SampledResponses(
         [record.prompt for record in records],
-        {role: [one.texts for one in said] for role, said in answers.items()},
+        {role: [one.texts for one in sampled] for role, sampled in answers.items()},
         {role: sum(ends) / len(ends) for role, ends in flat.items()},
         None if setting.text is None else {role: known for role, (_, known, _) in found.items() if known is not None},
         {role: cut for role, (*_, cut) in found.items()},
@@ -202,8 +202,8 @@ def _ask(
     if setting.text is not None:
         documents = read_documents(setting.text, answerer.codec, config.output_dir)
         known = perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id)
-    said = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
-    return said, known, answerer.codec.truncated.count
+    sampled = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
+    return sampled, known, answerer.codec.truncated.count
 
 
 def prefix_of(config: RunConfig, role: str) -> str:
@@ -225,28 +225,28 @@ def _records(config: RunConfig) -> Iterator[PromptRecord]:
     return read_prompts(given(config.data.prompts, "data.prompts"), config.eval.split)
 
 
-def _contest(config: RunConfig, said: Said, preferences: torch.Tensor) -> Contest:
-    per_prompt = preferences.view(len(said.prompts), -1)
-    return Contest(preference_rate(per_prompt, resamples=config.eval.resamples, seed=config.seed), said)
+def _contest(config: RunConfig, sampled: SampledResponses, preferences: torch.Tensor) -> Contest:
+    per_prompt = preferences.view(len(sampled.prompts), -1)
+    return Contest(preference_rate(per_prompt, resamples=config.eval.resamples, seed=config.seed), sampled)
 
 
 def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
     folder = Path(config.output_dir) / "judging"
     if not (folder / _CONTEST).is_file():
-        said = ask_both(config)
+        sampled = ask_both(config)
 
         def write(new: Path) -> None:
-            _write_said(new, config, said)
-            write_pairs(new / _PAIRS, said.pairs(), config.seed)
+            _write_sampled(new, config, sampled)
+            write_pairs(new / _PAIRS, sampled.pairs(), config.seed)
 
         with_new_folder(folder, write)
-    said = _read_said(config, folder)
+    sampled = _read_sampled(config, folder)
     if not (folder / _JUDGED).is_file():
         return None, (
-            f'{len(said.pairs())} pairs to judge in {folder / _PAIRS}: replace each null by "A", "B" or "tie", save it as '
+            f'{len(sampled.pairs())} pairs to judge in {folder / _PAIRS}: replace each null by "A", "B" or "tie", save it as '
             f"{folder / _JUDGED} and run this command again"
         )
-    contest = _contest(config, said, read_preferences(folder / _JUDGED, said.pairs(), config.seed))
+    contest = _contest(config, sampled, read_preferences(folder / _JUDGED, sampled.pairs(), config.seed))
     _write_report(folder, config, contest)
     return contest, table(config, contest)
 
@@ -260,7 +260,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     return {"seed": config.seed, "eval": setting, "rollout": config.rollout.to_dict()} | data
 
 
-def _read_said(config: RunConfig, folder: Path) -> Said:
+def _read_sampled(config: RunConfig, folder: Path) -> SampledResponses:
     kept = read_json(folder / _CONTEST)
     for name, value in _identity(config).items():
         if kept.get(name) != value:
@@ -270,32 +270,32 @@ def _read_said(config: RunConfig, folder: Path) -> Said:
             )
     lines = read_json_lines(folder / _ANSWERS)
     answers = {role: [line[role] for line in lines] for role in _SEEDS}
-    return Said(
+    return SampledResponses(
         [prompt_of(line) for line in lines], answers, kept["ended"], kept["perplexity"], kept["truncated_prompts"]
     )
 
 
-def _write_said(folder: Path, config: RunConfig, said: Said) -> None:
-    """Write the files that `_read_said` reads, and the settings and files that the answers depend on."""
-    _write_answers(folder, said)
-    found = {"ended": said.ended, "perplexity": said.perplexity, "truncated_prompts": said.truncated}
+def _write_sampled(folder: Path, config: RunConfig, sampled: SampledResponses) -> None:
+    """Write the files that `_read_sampled` reads, and the settings and files that the answers depend on."""
+    _write_answers(folder, sampled)
+    found = {"ended": sampled.ended, "perplexity": sampled.perplexity, "truncated_prompts": sampled.truncated}
     write_json(folder / _CONTEST, _identity(config) | _stamps(config) | found)
 
 
-def _write_answers(folder: Path, said: Said) -> None:
+def _write_answers(folder: Path, sampled: SampledResponses) -> None:
     with (folder / _ANSWERS).open("w", encoding="utf-8") as file:
-        for prompt, candidate, baseline in zip(said.prompts, *said.answers.values(), strict=True):
+        for prompt, candidate, baseline in zip(sampled.prompts, *sampled.answers.values(), strict=True):
             line = prompt_field(prompt) | {"candidate": candidate, "baseline": baseline}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _write_report(folder: Path, config: RunConfig, contest: Contest) -> None:
-    setting, said = config.eval, contest.said
+    setting, sampled = config.eval, contest.sampled
     report = {
         "win_rate": asdict(contest.win_rate),
-        "perplexity": said.perplexity,
-        "ended": said.ended,
-        "truncated_prompts": said.truncated,
+        "perplexity": sampled.perplexity,
+        "ended": sampled.ended,
+        "truncated_prompts": sampled.truncated,
         "seed": config.seed,
         "eval": asdict(setting),
         "rollout": config.rollout.to_dict(),
@@ -308,7 +308,7 @@ def _write_report(folder: Path, config: RunConfig, contest: Contest) -> None:
 
 def table(config: RunConfig, contest: Contest) -> str:
     """Return the result as a Markdown table."""
-    setting, rate, said = config.eval, contest.win_rate, contest.said
+    setting, rate, sampled = config.eval, contest.win_rate, contest.sampled
     lines = [
         f"Win rate of {setting.candidate} over {setting.baseline} by {setting.judge}, {rate.prompts} prompts (ties half):",
         "",
@@ -317,9 +317,9 @@ def table(config: RunConfig, contest: Contest) -> str:
     ]
     back = replace(rate, rate=1 - rate.rate, low=1 - rate.high, high=1 - rate.low)
     for role, found in (("candidate", rate), ("baseline", back)):
-        known = "" if said.perplexity is None else f"{said.perplexity[role]:.2f}"
+        known = "" if sampled.perplexity is None else f"{sampled.perplexity[role]:.2f}"
         lines.append(
-            f"| {role} | {found.rate:.3f} | {found.low:.3f} to {found.high:.3f} | {found.ties:.2f} | {said.ended[role]:.2f} "
+            f"| {role} | {found.rate:.3f} | {found.low:.3f} to {found.high:.3f} | {found.ties:.2f} | {sampled.ended[role]:.2f} "
             f"| {known} |"
         )
     return "\n".join(lines)

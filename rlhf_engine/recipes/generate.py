@@ -136,12 +136,12 @@ def generate_file(
     def write(new: Path) -> None:
         nonlocal count
         with new.open("w", encoding="utf-8") as file, progress(0, "generate", unit="prompt") as bar:
-            for record, said in answer_all(answerer, str(source), records, samples):
+            for record, sampled in answer_all(answerer, str(source), records, samples):
                 line = prompt_field(record.prompt) | {
-                    "answers": said.texts,
-                    "ended": said.ended,
-                    "stop_reason": said.stop_reason,
-                    "logprobs": said.logprobs,
+                    "answers": sampled.texts,
+                    "ended": sampled.ended,
+                    "stop_reason": sampled.stop_reason,
+                    "logprobs": sampled.logprobs,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1

@@ -127,10 +127,10 @@ def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict
         raise ValueError(f"{folder}: contains a round that is not recorded in {folder.parent / _STATE}; move it away")
     answerer = Answerer(config, policy, seed=config.seed * 1_000 + 300 + number)
     lines, skipped = [], 0
-    for record, said in answer_all(
+    for record, sampled in answer_all(
         answerer, config.data.prompts, _prompts_of(config, number), config.iterate.completions
     ):
-        completions = list(dict.fromkeys(text for text in said.texts if text))
+        completions = list(dict.fromkeys(text for text in sampled.texts if text))
         if len(completions) < 2:
             skipped += 1
             continue

@@ -65,14 +65,14 @@ def run_ppo(
     reward_model = load_reward_model(config) if function is None else None
     model, codec = load_model(config)
     _check_fit(config, model, codec, reward_model)
-    told = None if function is None else PromptTexts()
-    prompts = encode_prompts(config, codec, told)
+    texts = None if function is None else PromptTexts()
+    prompts = encode_prompts(config, codec, texts)
     policy = make_policy(config, model, reward_model)
     if reward_model is not None:
         reward = reward_function(reward_model, codec)
     else:
         assert function is not None and config.reward.function is not None
-        reward = text_reward(function, codec, prompt_of=told, name=config.reward.function)
+        reward = text_reward(function, codec, prompt_of=texts, name=config.reward.function)
     pretrain = pretrain_stream(config, codec)
     trainer = build_trainer(
         policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain, callbacks=callbacks
@@ -171,17 +171,17 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
     return ActorCritic(model, value_head, backend=config.backend, **settings)
 
 
-def encode_prompts(config: RunConfig, codec: Codec, told: PromptTexts | None = None) -> Sequence[Tensor]:
+def encode_prompts(config: RunConfig, codec: Codec, texts: PromptTexts | None = None) -> Sequence[Tensor]:
     """Return the token ids of the training prompts, in a temporary file on the disk of `output_dir`.
 
-    If `told` is given, add the text of each prompt to it, for rewards that read text.
+    If `texts` is given, add the text of each prompt to it, for rewards that read text.
     """
     path = given(config.data.prompts, "data.prompts")
 
     def encode(record: PromptRecord) -> Tensor:
         ids = codec.encode_prompt(record.prompt)
-        if told is not None:
-            told.add(ids, record)
+        if texts is not None:
+            texts.add(ids, record)
         return torch.tensor(ids)
 
     return stored(encode_records(path, read_prompts(path, "train"), encode), _PROMPTS, config.output_dir)

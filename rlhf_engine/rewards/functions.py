@@ -54,13 +54,13 @@ def response_texts(rollout: Rollout, codec: Codec) -> list[str]:
     return [codec.decode_response(ids) for ids in rollout.responses()]
 
 
-def _floats(said: object, count: int, what: str) -> list[float]:
-    if not isinstance(said, list):
-        raise ValueError(f"{what}: got {said!r}, expected a list of {count} numbers, one per response")
-    if len(said) != count:
-        raise ValueError(f"{what}: got {len(said)} scores, expected {count}, one per response")
+def _floats(returned: object, count: int, what: str) -> list[float]:
+    if not isinstance(returned, list):
+        raise ValueError(f"{what}: got {returned!r}, expected a list of {count} numbers, one per response")
+    if len(returned) != count:
+        raise ValueError(f"{what}: got {len(returned)} scores, expected {count}, one per response")
     numbers = []
-    for row, value in enumerate(said):
+    for row, value in enumerate(returned):
         found = number(value)
         if found is None:
             raise SampleError(row, f"got {value!r}, expected a number")

@@ -39,10 +39,10 @@ class user_code_errors:
         # SystemExit in user code would end the run without a message.
         if kind is None or not issubclass(kind, Exception | SystemExit):
             return
-        said = f"it raised {kind.__name__}: {' '.join(str(error).split())}"
+        reason = f"it raised {kind.__name__}: {' '.join(str(error).split())}"
         if self.row is not None:
-            raise SampleError(self.row, said) from error
-        raise ValueError(f"{self.what}: {said}") from error
+            raise SampleError(self.row, reason) from error
+        raise ValueError(f"{self.what}: {reason}") from error
 
 
 def import_function(name: str, key: str) -> Callable[..., Any]:
@@ -95,13 +95,13 @@ def number(value: Any) -> float | None:
         return math.inf
 
 
-def _plain(said: Any) -> Any:
+def _plain(value: Any) -> Any:
     """Convert a user function's result to lists and numbers; tensors, arrays and table columns have a `tolist`."""
-    if hasattr(said, "tolist"):
-        return said.tolist()
-    if isinstance(said, str | bytes | dict) or not isinstance(said, Iterable):
-        return said
-    return [_plain(part) for part in said]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
+        return value
+    return [_plain(part) for part in value]
 
 
 def _module(place: str, key: str) -> ModuleType:

@@ -75,7 +75,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_missing_bytes():
     refuse(MemoryPlan.of(replace(workload, budget=peak)))
     with pytest.raises(ValueError, match=r"which is 102.4 MiB too small.*would fit \(\d"):
         refuse(MemoryPlan.of(replace(workload, budget=peak - 2**30 // 10)))
-    with pytest.raises(ValueError, match=r"nothing that was tried fits, the least is \d+\.\d\d GiB with"):
+    with pytest.raises(ValueError, match=r"no strategy that was tried fits, the smallest peak is \d+\.\d\d GiB with"):
         refuse(MemoryPlan.of(replace(workload, budget=2**30)))
     with pytest.raises(ValueError, match=r"which is 9 bytes too small"):
         refuse(MemoryPlan.of(replace(workload, budget=peak - 9)))

@@ -122,7 +122,7 @@ def test_state_in_host_memory_passes_through_two_buckets():
     on_cpu = MemoryPlan.of(replace(RUN, optimizer_state="host"))  # host and device memory are the same
     assert on_cpu.persistent["optimizer_state"] == 8 * 345
     assert [name for name, items in on_cpu.phases["train"].moments.items() if "state_in_transit" in items] == [
-        "optimiser step"
+        "optimizer step"
     ]
 
 

@@ -114,15 +114,15 @@ def test_s20_a_model_compared_with_itself_samples_different_answers(run, models)
 def test_s20_prompts_and_answers_hold_any_character(tmp_path):
     """Unicode has line separators that JSON does not escape, and some editors write a byte order mark."""
     prompt, first, second = "one\u2028two", "a\x85b", "c\u2029d"
-    said = contest.Said([prompt], {"candidate": [[first]], "baseline": [[second]]}, {}, None, {})
+    sampled = contest.SampledResponses([prompt], {"candidate": [[first]], "baseline": [[second]]}, {}, None, {})
     config = load_config(None)
-    contest._write_said(tmp_path, config, said)
-    assert contest._read_said(config, tmp_path) == said
-    write_pairs(tmp_path / "pairs.jsonl", said.pairs(), 0)
+    contest._write_sampled(tmp_path, config, sampled)
+    assert contest._read_sampled(config, tmp_path) == sampled
+    write_pairs(tmp_path / "pairs.jsonl", sampled.pairs(), 0)
     line = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").replace("null", '"A"')
     (tmp_path / "judged.jsonl").write_text(line, encoding="utf-8-sig")
     expected = [float(json.loads(line)["A"] == first)]
-    assert read_preferences(tmp_path / "judged.jsonl", said.pairs(), 0).tolist() == expected
+    assert read_preferences(tmp_path / "judged.jsonl", sampled.pairs(), 0).tolist() == expected
 
 
 def test_s20_people_judge_through_a_file(run, models, capsys):
@@ -134,9 +134,9 @@ def test_s20_people_judge_through_a_file(run, models, capsys):
     assert evaluate(capsys, run, models, "file", "eval.samples=2")[1] == shown
     assert (folder / "pairs.jsonl").read_bytes() == before
     # This judge prefers the candidate's answers to the first three prompts and the baseline's to the fourth.
-    lines, said = read_lines(folder / "pairs.jsonl"), read_lines(folder / "answers.jsonl")
+    lines, sampled = read_lines(folder / "pairs.jsonl"), read_lines(folder / "answers.jsonl")
     for line in lines:
-        candidate = said[line["id"] // 2]["candidate"][line["id"] % 2]
+        candidate = sampled[line["id"] // 2]["candidate"][line["id"] % 2]
         likes_a = (line["A"] == candidate) == (line["id"] < 6)
         line["preference"] = "tie" if line["A"] == line["B"] else "A" if likes_a else "B"
     write_lines(folder / "judged.jsonl", lines)
@@ -183,10 +183,10 @@ def test_s20_after_a_judge_has_failed_the_same_answers_are_judged_again(run, mod
     shutil.copytree(models / "a", run / "a")
     more = [f"eval.candidate={run / 'a'}", "eval.samples=2"]
     assert evaluate(capsys, run, models, broken, *more)[0] == 2
-    said = (run / "out" / "unjudged" / "answers.jsonl").read_bytes()
+    sampled = (run / "out" / "unjudged" / "answers.jsonl").read_bytes()
     assert evaluate(capsys, run, models, broken, *more, "eval.margin=1")[0] == 2 and len(asked) == 1
     assert evaluate(capsys, run, models, good, *more)[0] == 0 and len(asked) == 1
-    assert (run / "out" / "eval" / "answers.jsonl").read_bytes() == said
+    assert (run / "out" / "eval" / "answers.jsonl").read_bytes() == sampled
     assert [path.name for path in (run / "out").iterdir()] == ["eval"]
     # After a change of settings or of a model, new answers are sampled.
     over = {"flags": ("--overwrite",)}

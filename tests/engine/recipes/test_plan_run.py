@@ -64,7 +64,8 @@ def test_ppo_follows_its_plan(tmp_path, capsys, monkeypatch):
     code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=100KB")
     assert code == 2 and err.startswith("rlhf: memory.budget: got 100000 bytes, which is")
     assert (
-        "no room for the keys and values of one sequence of 14 tokens" in err and "nothing that was tried fits" in err
+        "no room for the keys and values of one sequence of 14 tokens" in err
+        and "no strategy that was tried fits" in err
     )
     assert not (tmp_path / "refused").exists()
 
@@ -169,7 +170,9 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert code == 2 and "--gpu-memory: got '0', expected more than 0 bytes" in err
     code, out, _ = rlhf(capsys, "plan", "--model", "qwen2.5-72b", "--gpu-memory", "80GiB", "--planned")
     assert code == 0 and re.search(r"does not fit, [\d.]+ GiB too much; not even one sequence", out)
-    assert re.search(r"nothing that was tried fits.*\nnor with parts that are NOT BUILT YET; the least is .* LoRA", out)
+    assert re.search(
+        r"no strategy that was tried fits.*\nnor with parts that are NOT BUILT YET; the smallest peak is .* LoRA", out
+    )
     code, out, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--output", tmp_path / "out" / "plan.json")
     assert code == 2 and not out and "plan.json is a file; give a folder" in err
     (tmp_path / "config.json").write_text("{")
