@@ -1,13 +1,14 @@
 """The notebooks of `examples/` run from top to bottom; their stored output has no warnings and no paths of a machine."""
 
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples").glob("*.ipynb"))
+from tests.examples.helpers.scripts import EXAMPLES
+
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def cells_with_output(notebook):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from toy import RESPONSE, Policy, respond
 
-from benchmarks.examples.toy import RESPONSE, Policy, respond
 from rlhf_kernels.integrations.verl import (  # from verl.trainer.ppo.core_algos import ...
     compute_gae_advantage_return,
     compute_policy_loss,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from toy import Policy, respond
 
-from benchmarks.examples.toy import Policy, respond
 from rlhf_kernels import linear_ppo_loss, linear_token_logprobs, rollout_advantages
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from toy import Policy, respond
 
-from benchmarks.examples.toy import Policy, respond
 from rlhf_kernels import linear_token_logprobs
 from rlhf_kernels.integrations.openrlhf import (  # from openrlhf.models.loss and openrlhf.models.utils import ...
     PolicyLoss,
