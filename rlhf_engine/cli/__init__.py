@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         if error.name is None or error.name.partition(".")[0] not in ENGINE:
             raise
         print(
-            f"rlhf: the package {error.name} is not installed; pip install 'rlhf-kernels[engine]' installs everything that the "
+            f"rlhf: the package {error.name.partition('.')[0]} is not installed; pip install 'rlhf-kernels[engine]' installs everything that the "
             "command needs (from a clone: pip install '.[engine]')",
             file=sys.stderr,
         )

@@ -1,6 +1,7 @@
 """The stages on a user's files, through the command line: what they write."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_engine.config import load_config
 from rlhf_engine.demo.config import DemoRunConfig
-from rlhf_engine.demo.run import run_demo
+from rlhf_engine.demo.run import next_commands, run_demo
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.recipes import load_model, reward_function, rollout_examples
 from rlhf_engine.recipes.ppo import make_policy
@@ -274,7 +275,7 @@ def test_a_response_at_the_token_limit_is_scored_with_eos(run):
     assert scores.shape == (2,) and scores.isfinite().all()
 
 
-def test_the_demo_in_miniature(tmp_path, monkeypatch):
+def test_the_demo_in_miniature(tmp_path, monkeypatch, capsys):
     """All stages with very little training: the files of the report exist and have valid numbers."""
     monkeypatch.setattr("rlhf_engine.demo.run.with_shipped_data", with_few_examples)
     overrides = [
@@ -309,3 +310,8 @@ def test_the_demo_in_miniature(tmp_path, monkeypatch):
     assert plots == stages | {"win_rate.png", "pretrain.png", "reward_model.png", "marks.png"}
     for name in ("base", "sft", "ppo"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / name)
+    for line in next_commands(tmp_path / "demo").replace("\\\n", "").splitlines()[2:]:
+        code, _, shown = rlhf(capsys, *shlex.split(line, comments=True)[1:])
+        assert code == 0, shown
+    assert len((tmp_path / "demo" / "answers.jsonl").read_text().splitlines()) >= 200
+    assert load_config(tmp_path / "demo" / "kl_0.1" / "ppo" / "config.yaml").ppo.kl_coef == 0.1
