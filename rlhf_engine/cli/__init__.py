@@ -33,10 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         run(arguments)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ENGINE:
+        package = str(error.name).partition(".")[0]
+        if package not in ENGINE:
             raise
         print(
-            f"rlhf: the package {error.name.partition('.')[0]} is not installed; pip install 'rlhf-kernels[engine]' installs everything that the "
+            f"rlhf: the package {package} is not installed; pip install 'rlhf-kernels[engine]' installs everything that the "
             "command needs (from a clone: pip install '.[engine]')",
             file=sys.stderr,
         )
