@@ -25,6 +25,8 @@ from rlhf_engine.cli.plan import plan
 
 INTERRUPTED = 130
 """Exit code of Ctrl-C."""
+LONGEST = 1_000
+"""Characters of an error message; the middle of a longer one is left out."""
 
 
 class _Commands(TyperGroup):
@@ -184,11 +186,18 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         app(args=given, obj=given)
     except (ValueError, OSError) as error:
-        print(f"rlhf: {error}{_notes(error)}", file=sys.stderr)
+        print(_line(error), file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
-        print(f"rlhf: {error}{_notes(error)}", file=sys.stderr)
+        print(_line(error), file=sys.stderr)
         sys.exit(1)
+
+
+def _line(error: BaseException) -> str:
+    """Return the message of an error; a path or a value of thousands of characters in it is shortened."""
+    from rlhf_engine.config.schema import shortened
+
+    return f"rlhf: {shortened(str(error), LONGEST)}{_notes(error)}"
 
 
 def _notes(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,32 +10,13 @@ from typing import Any, TypeVar, overload
 import yaml
 
 from rlhf_engine.config.run import RunConfig
+from rlhf_engine.config.schema import shortened
+from rlhf_engine.config.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml
 
 Kind = TypeVar("Kind", bound=RunConfig)
 
 _DEMO_SECTIONS = ("demo", "figure")
 """Sections of `rlhf_engine.demo.config.DemoRunConfig` that only `rlhf demo` and `rlhf figure` read."""
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's reader of YAML 1.1, except that `1e-5` is a number instead of a string, and that a duplicate key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping; raise YAMLError for a duplicate key, because its first value would be lost."""
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else None
-            if name is not None and name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} appears twice; remove one", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 @overload
@@ -61,7 +41,7 @@ def load_config(
     given = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
         _apply_override(given, override)
-    source = ", ".join(filter(None, [str(path or ""), " ".join(overrides)]))
+    source = ", ".join(filter(None, [str(path or ""), shortened(" ".join(overrides), 300)]))
     try:
         _refuse_demo(given, kind)
         return kind.from_dict(given)
@@ -125,33 +105,36 @@ def _refuse_demo(given: dict[str, Any], kind: type[RunConfig]) -> None:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: got {path.stat().st_size:,} bytes, expected a config of at most {MAX_BYTES:,}")
     try:
-        given = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        given = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"{path}: got {type(given).__name__}, expected a mapping of keys to values")
     return given or {}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
+    shown = shortened(repr(override), 200)
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"override {override!r}: expected section.key=value")
+        raise ValueError(f"override {shown}: expected section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: not valid YAML: {_one_line(error)}") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"override {shown}: {error}") from None
     *parents, name = key.split(".")
+    if len(parents) > MAX_DEPTH:
+        raise ValueError(f"override {shown}: got {len(parents)} sections, expected section.key=value")
     node = tree
     for parent in parents:
         # An unknown section becomes an unknown key, which RunConfig reports by name.
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ValueError(f"override {override!r}: {parent!r} is not a section")
+            raise ValueError(f"override {shown}: {shortened(repr(parent), 60)} is not a section")
         node = child
     node[name] = value

@@ -112,9 +112,10 @@ def _own_defaults(section: type[Section], name: str, inner: type[Section]) -> di
 
 def unknown_key_message(path: str, name: str, known: list[str]) -> str:
     """Return the message for the unknown key `name` at the dotted `path`, with the nearest of `known`."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    # The comparison is quadratic in the length, and a name of that length resembles no key.
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0) if len(name) < 100 else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown key {path!r}{hint}"
+    return f"unknown key {shortened(repr(path), 200)}{hint}"
 
 
 def convert(hint: Any, value: Any, key: str) -> Any:
@@ -127,9 +128,11 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Annotated and isinstance(arguments[1], OfDigits):
         if type(value) not in (int, str):
             raise ValueError(f"{key}: got {_describe(value)}, expected a text or a whole number")
+        _check_plain(value, key)
         return str(value)
     if origin is Annotated:
-        return _in_range(convert(arguments[0], value, key), arguments[1], key)
+        finite = not isinstance(value, float) or math.isfinite(value)  # otherwise the message has the bounds
+        return _in_range(convert(arguments[0], value, key) if finite else value, arguments[1], key)
     if origin in (Union, types.UnionType):
         return _optional(arguments, value, key)
     if origin is Literal:
@@ -144,8 +147,19 @@ def convert(hint: Any, value: Any, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return _to_float(value, key)
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        _check_plain(value, key)
         return value
     raise ValueError(f"{key}: got {_describe(value)}, expected {hint.__name__}")
+
+
+def _check_plain(value: Any, key: str) -> None:
+    """Raise ValueError for a text that no file name and no UTF-8 file can hold, and for a float that is not finite."""
+    if isinstance(value, str):
+        bad = next((char for char in value if char == "\0" or "\ud800" <= char <= "\udfff"), None)
+        if bad is not None:
+            raise ValueError(f"{key}: got a text with the character {bad!a}, expected text without it")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}: got {value!r}, expected a finite number")
 
 
 def _to_float(value: int, key: str) -> float:
@@ -157,7 +171,7 @@ def _to_float(value: int, key: str) -> float:
 
 def _in_range(value: Any, bounds: Range, key: str) -> Any:
     if value not in bounds:
-        raise ValueError(f"{key}: got {value!r}, expected a finite number {bounds}")
+        raise ValueError(f"{key}: got {_shown(value)}, expected a finite number {bounds}")
     return value
 
 
@@ -180,7 +194,21 @@ def _tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
 
 
 def _describe(value: Any) -> str:
-    return "null" if value is None else f"{value!r} ({type(value).__name__})"
+    return "null" if value is None else f"{_shown(value)} ({type(value).__name__})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 1_000:
+        return f"an integer of {value.bit_length()} bits"  # Python does not convert the longest ones to decimal digits
+    return shortened(repr(value), 200)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return `text` with its middle replaced by the number of characters left out, if it is longer than `limit`."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out) ... {text[-half:]}"
 
 
 def _plain(value: Any) -> Any:
