@@ -7,13 +7,16 @@ import sys
 import pytest
 
 
-def run_of(folder, seed, rate):
+def run_of(folder, seed, rate, width=0.02, same=0.5):
     folder.mkdir()
-    found = {"rate": rate, "low": rate - 0.02, "high": rate + 0.02, "ties": 0.1, "prompts": 303}
-    names = ("PPO", "SFT, best of 16 by the reward model", "SFT against itself, resampled")
+
+    def found(rate):
+        return {"rate": rate, "low": rate - width, "high": rate + width, "ties": 0.1, "prompts": 303}
+
+    rates = {"PPO": rate, "SFT, best of 16 by the reward model": rate, "SFT against itself, resampled": same}
     report = {
         "seed": seed,
-        "win_rates": dict.fromkeys(names, found),
+        "win_rates": {name: found(value) for name, value in rates.items()},
         "judge": {"ppo": {"kl": 4.0}},
         "seconds": {"ppo": 2.0},
     }
@@ -21,9 +24,18 @@ def run_of(folder, seed, rate):
     return folder
 
 
-@pytest.mark.parametrize(("rates", "code"), [([0.8, 0.76, 0.56], 0), ([0.8, 0.9, 0.54], 1), ([0.8, 0.74, 0.7], 1)])
-def test_the_bounds_on_all_seeds(tmp_path, monkeypatch, capsys, rates, code):
-    runs = [run_of(tmp_path / f"{seed}", seed, rate) for seed, rate in enumerate(rates)]
+@pytest.mark.parametrize(
+    ("rates", "others", "code"),
+    [
+        ([0.8, 0.76, 0.7], {}, 0),
+        ([0.8, 0.9, 0.69], {}, 1),
+        ([0.8, 0.74, 0.7], {"width": 0.1}, 1),
+        ([0.8, 0.74, 0.7], {"same": 0.56}, 1),
+        ([0.8, 0.74, 0.7], {"same": 0.44}, 1),
+    ],
+)
+def test_the_bounds_hold_for_every_seed(tmp_path, monkeypatch, capsys, rates, others, code):
+    runs = [run_of(tmp_path / f"{seed}", seed, rate, **others) for seed, rate in enumerate(rates)]
     monkeypatch.setattr(sys, "argv", ["demo_seeds", *map(str, reversed(runs)), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("benchmarks.demo_seeds", run_name="__main__")
