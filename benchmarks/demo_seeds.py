@@ -1,7 +1,7 @@
 """`python -m benchmarks.demo_seeds RUN ... --out FOLDER`: compare finished demo runs with different seeds.
 
 Each RUN is the output of `rlhf demo --seed N --output RUN`. Writes `demo_seeds.json`, `.md` and `.png` with the win rates of
-all RUNs, and whether the bounds hold for each of them: the win rate of the PPO policy over its SFT model is at least 0.7, with a
+all RUNs, and whether the bounds hold for each of them: the win rate of the PPO policy over its SFT model is at least 0.7 with a
 95% interval above 0.6, and that of the SFT model over itself is between 0.45 and 0.55.
 """
 
