@@ -5,30 +5,38 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
+from rlhf_engine.errors import foreign_errors
+
 OPTIMIZER = "optimizer.safetensors"
 """File name of the optimizer's state in a checkpoint."""
 
-_CONFIG_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OSError, StrictDataclassError)
-"""Exceptions of transformers for a config.json that describes no model."""
+_OTHER_FORMATS = {
+    "adapter_config.json": "adapters of peft: merge them into their model with merge_and_unload() and save that",
+    "pytorch_model*.bin": "weights in pickle files, which are not read: load it with transformers and save it again",
+    "*.gguf": "a GGUF file, which is not read: give the original checkpoint",
+}
+"""Files of other formats, and what to do with them."""
 
 
 def require(folder: Path, *names: str) -> None:
-    """Raise ValueError with the first file that is missing in `folder`."""
+    """Raise ValueError with the first file that is missing in `folder`, and how to get it if a different format is there."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: the file {name} is missing")
+            others = _OTHER_FORMATS.items() if name in ("config.json", "model.safetensors") else ()
+            advice = next((f"; the folder holds {what}" for other, what in others if any(folder.glob(other))), "")
+            raise ValueError(f"{folder}: the file {name} is missing{advice}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,17 +61,27 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_model_config(folder: str | Path) -> PreTrainedConfig:
+def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return transformers' config of a folder; raise ValueError with the path of config.json and transformers' error."""
     path = Path(folder) / "config.json"
     require(Path(folder), path.name)
     read_json(path)
+    with remote_code_off(path, trust_remote_code), foreign_errors(str(path)):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def remote_code_off(path: Path, trusted: bool) -> Iterator[None]:
+    """Name the setting that allows code of the model's folder, if an error in the block is that it is not `trusted`."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _CONFIG_ERRORS as error:
-        # The error of a field check names the field in its first line and gives the reason in the second.
-        reason = " ".join(str(error).strip().splitlines()[:2]).replace("    ", " ")
-        raise ValueError(f"{path}: {type(error).__name__}: {reason}") from None
+        yield
+    except ValueError as error:
+        if trusted or "trust_remote_code" not in str(error.__cause__):
+            raise
+        raise ValueError(
+            f"{path}: the model needs Python code from its folder (auto_map), which runs only with "
+            "model.trust_remote_code=true; read that code first, because it can do anything that you can"
+        ) from error
 
 
 def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -38,6 +38,7 @@ PEERS = ("trl", "openrlhf", "verl", "deepspeed", "peft")
 # From low to high: a module or package of the engine may import only from itself and from those before it.
 ENGINE_LAYERS = (
     "_lazy",
+    "errors",
     "config",
     "files",
     "checkpoint",

@@ -150,7 +150,12 @@ def clean(
         from rlhf_engine.data import Codec
         from rlhf_engine.model.pretrained import load_tokenizer
 
-        codec = Codec(load_tokenizer(tokenizer), settings.data.prompt_template, settings.rollout.max_prompt_tokens)
+        trusted = settings.model.trust_remote_code
+        codec = Codec(
+            load_tokenizer(tokenizer, trust_remote_code=trusted),
+            settings.data.prompt_template,
+            settings.rollout.max_prompt_tokens,
+        )
     typer.echo(clean_prompts(source, output, settings.data.hygiene, codec).table())
 
 

@@ -44,16 +44,25 @@ class RewardJudge:
         self.model, self.codec, self.margin = model, codec, margin
 
     @classmethod
-    def load(cls, folder: str | Path, *, prompt_template: str, margin: float = 0.0, **placement: Any) -> RewardJudge:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        prompt_template: str,
+        margin: float = 0.0,
+        trust_remote_code: bool = False,
+        **placement: Any,
+    ) -> RewardJudge:
         """Load a judge from a reward model's folder.
 
         Raises:
             ValueError: something is missing in the folder; the message names it.
         """
-        model = RewardModel.load(folder, **placement)
+        model = RewardModel.load(folder, trust_remote_code=trust_remote_code, **placement)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         limit = max_positions(model.trunk)
         longest = _NO_LIMIT if limit is None else limit
-        return cls(model, Codec(load_tokenizer(folder), prompt_template, longest, longest, limit), margin)
+        return cls(model, Codec(tokenizer, prompt_template, longest, longest, limit), margin)
 
     def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
         """Compare answers by their scores; see `Judge`."""

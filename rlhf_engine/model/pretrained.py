@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_engine.files import read_json, read_model_config, read_tensors, require
+from rlhf_engine.errors import foreign_errors
+from rlhf_engine.files import read_json, read_model_config, read_tensors, remote_code_off, require
+from rlhf_engine.model.checkpoint_kind import check_language_model, refuse_quantised
 from rlhf_engine.model.heads import ValueHead
 
 
@@ -19,29 +23,41 @@ def load_pretrained(
     attention: str | None = "sdpa",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Return the model of class `kind` (`AutoModelForCausalLM`, `AutoModel`) from a folder's safetensors, in evaluation mode.
 
-    A tied weight is stored once and does not count as missing. Weights that the model does not use are not read.
+    A tied weight is stored once and does not count as missing. Weights within the trunk that the model does not use are not
+    read, and a log line names the first. `trust_remote_code` allows Python code from the folder to run.
 
     Raises:
-        ValueError: a file or a weight is missing or broken, or a shape is wrong. The message names the folder and the
-            file or weight.
+        ValueError: a file or a weight is missing or broken, a shape is wrong, the weights are quantised, or the folder holds a
+            model of a different kind. The message names the folder and the file or weight.
     """
     folder = Path(folder)
-    require(folder, "config.json", *weight_files(folder))
-    read_model_config(folder)
-    try:
-        model, found = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-            # Return mismatched shapes in `found`, which are raised below, instead of printing a table.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+    weights = weight_files(folder)
+    require(folder, "config.json", *weights)
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the base model that the adapters name.
+        raise ValueError(
+            f"{folder}: got adapters of peft; merge them into their model with merge_and_unload() and save that"
         )
+    config = read_model_config(folder, trust_remote_code=trust_remote_code)
+    refuse_quantised(folder, weights)
+    what = f"{folder}: transformers {transformers.__version__} cannot load the model"
+    try:
+        with remote_code_off(folder / "config.json", trust_remote_code), foreign_errors(what, SafetensorError):
+            model, found = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                # Return mismatched shapes in `found`, which are raised below, instead of printing a table.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights are not a whole safetensors file: {error}") from None
     if found["mismatched_keys"]:
@@ -52,7 +68,20 @@ def load_pretrained(
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"{folder}: the weight {missing[0]} is missing ({len(missing)} missing in all)")
+    if kind is AutoModelForCausalLM:
+        check_language_model(folder, config, model, found["unexpected_keys"])
     return model.to(device).eval()
+
+
+def like(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the arguments of `load_pretrained` with which a copy of `model` is loaded, such as one from its checkpoint."""
+    return {
+        "attention": model.config.get_text_config()._attn_implementation,
+        "dtype": model.dtype,
+        "device": model.device,
+        # Code from a model's folder is imported as a module of this package. It was trusted when `model` was loaded.
+        "trust_remote_code": type(model).__module__.startswith("transformers_modules."),
+    }
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -60,18 +89,17 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder.
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder. `trust_remote_code` allows Python code from the folder to run.
 
     Raises:
         ValueError: the folder has no tokenizer, or a broken one. The message names the folder.
     """
-    require(Path(folder), "tokenizer_config.json")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{folder}: its tokenizer does not load: {type(error).__name__}: {reason}") from None
+    path = Path(folder) / "tokenizer_config.json"
+    require(Path(folder), path.name)
+    with remote_code_off(path, trust_remote_code), foreign_errors(f"{folder}: its tokenizer does not load"):
+        # Without a value transformers asks on the terminal.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def load_head(path: Path, hidden_size: int | None) -> ValueHead:

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf_engine.files import read_json, require, write_json
+from rlhf_engine.errors import foreign_errors
+from rlhf_engine.files import read_json, read_model_config, require, write_json
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.pretrained import load_head, load_pretrained
-from rlhf_engine.model.trunk import check_packing, checkpoint_layers, last_hidden, output_layer, packs, trunk_of
+from rlhf_engine.model.trunk import (
+    check_packing,
+    checkpoint_layers,
+    input_layer,
+    last_hidden,
+    output_layer,
+    packs,
+    trunk_of,
+)
 from rlhf_engine.model.upcast import upcast_products
 
 VALUE_MODEL = "value_model"
@@ -30,10 +39,12 @@ _HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 class RewardModel(nn.Module):
     """`r(x, y) = w . h(x, y) + b`, where h is the hidden state of the last token of prompt x followed by response y."""
 
-    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead, skipped_id: int | None = None) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self.skipped_id = skipped_id
+        """Token at the end of a row that is not read, as the sequence classifiers of transformers skip their pad_token_id."""
         self.compute_dtype: torch.dtype | None = None
         self.eval()
 
@@ -76,8 +87,11 @@ class RewardModel(nn.Module):
         lengths: Tensor,  # (B,), tokens of each row
     ) -> Tensor:  # (B,) float32
         """Return one score per row, read at its last token. In a causal trunk it depends on the whole row and on no pad."""
-        hidden = self._hidden(ids)
-        return self.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+        hidden, last = self._hidden(ids), lengths - 1
+        if self.skipped_id is not None:
+            columns = torch.arange(ids.shape[1], device=ids.device)
+            last = (columns * ((ids != self.skipped_id) & (columns <= last[:, None]))).argmax(1)
+        return self.head(hidden[torch.arange(len(ids), device=ids.device), last])
 
     # ---- as a value function with its own trunk ----
 
@@ -132,7 +146,9 @@ class RewardModel(nn.Module):
         folder = Path(folder)
         self.trunk.save_pretrained(folder)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / _HEAD_FILE)
-        info = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
+        info: dict[str, object] = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
+        if self.skipped_id is not None:
+            info["skipped_id"] = self.skipped_id
         write_json(folder / _INFO_FILE, info)
 
     @classmethod
@@ -143,14 +159,66 @@ class RewardModel(nn.Module):
         attention: str | None = "sdpa",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
     ) -> Self:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or a sequence classifier of transformers with one label, which TRL and others save.
+
+        A classifier's score is transformers' own: that of the linear layer `score` at the last token that is not the config's
+        pad_token_id. `trust_remote_code` allows Python code from the folder to run.
 
         Raises:
-            ValueError: a file or a weight is missing or broken. The message names it.
+            ValueError: a file or a weight is missing or broken, or the classifier has several labels or computes its score
+                differently. The message names it.
         """
         folder = Path(folder)
+        where = {"attention": attention, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        if not (folder / _INFO_FILE).is_file() and _is_classifier(folder):
+            return cls._of_classifier(folder, where)
         require(folder, "config.json", _INFO_FILE, _HEAD_FILE)
-        trunk = load_pretrained(AutoModel, folder, attention=attention, dtype=dtype, device=device)
-        hidden_size = read_json(folder / _INFO_FILE).get("hidden_size")
-        return cls(trunk, load_head(folder / _HEAD_FILE, hidden_size).to(device))
+        trunk, info = load_pretrained(AutoModel, folder, **where), read_json(folder / _INFO_FILE)
+        head = load_head(folder / _HEAD_FILE, info.get("hidden_size")).to(device)
+        return cls(trunk, head, info.get("skipped_id"))
+
+    @classmethod
+    def _of_classifier(cls, folder: Path, where: dict[str, Any]) -> Self:
+        config = read_model_config(folder, trust_remote_code=where["trust_remote_code"])
+        if config.num_labels != 1:
+            raise ValueError(
+                f"{folder}: got a sequence classifier with {config.num_labels} labels, expected one, whose score is the reward"
+            )
+        model = load_pretrained(AutoModelForSequenceClassification, folder, **where)
+        layer, trunk = getattr(model, "score", None), model.base_model
+        if not isinstance(layer, nn.Linear) or trunk is model:
+            raise ValueError(
+                f"{folder}: got a {type(model).__name__}, which has no linear layer `score` on the hidden states of a decoder; "
+                "expected a decoder with one, such as LlamaForSequenceClassification"
+            )
+        bias = 0.0 if layer.bias is None else layer.bias.detach()
+        head = ValueHead.from_weights(layer.weight.detach(), bias)
+        found = cls(cast("PreTrainedModel", trunk), head, config.get_text_config().pad_token_id)
+        found._check_scores(model, folder)
+        return found
+
+    @torch.no_grad()
+    def _check_scores(self, classifier: PreTrainedModel, folder: Path) -> None:
+        """Raise ValueError unless the scores of a few tokens are those of the classifier's own forward pass."""
+        rows = input_layer(self.trunk).weight.shape[0]
+        ids = torch.arange(1, 8, device=self.device)[None] * 7 % rows
+        ids[ids == self.skipped_id] = (0 if self.skipped_id else 1) % rows
+        with foreign_errors(f"{folder}: {type(classifier).__name__} cannot score tokens"):
+            expected = classifier(input_ids=ids, use_cache=False).logits.reshape(-1).float()
+            found = self(ids, torch.tensor([ids.shape[1]], device=self.device))
+        difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        if not difference <= 64 * torch.finfo(self.trunk.dtype).eps * max(1.0, scale):
+            raise ValueError(
+                f"{folder}: {type(classifier).__name__} does not compute its score by a linear layer on the last hidden state: "
+                f"got {float(expected[0]):.6g}, expected {float(found[0]):.6g}; give a reward.function that calls it"
+            )
+
+
+def _is_classifier(folder: Path) -> bool:
+    """Return whether the config.json of a folder describes a sequence classifier."""
+    if not (folder / "config.json").is_file():
+        return False
+    names = read_json(folder / "config.json").get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)

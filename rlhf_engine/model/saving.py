@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rlhf_engine.model.actor_critic import ActorCritic
 from rlhf_engine.model.heads import VALUE_HEAD
-from rlhf_engine.model.pretrained import load_head, load_pretrained
+from rlhf_engine.model.pretrained import like, load_head, load_pretrained
 from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
 from rlhf_engine.model.roles import ValueFunction
 from rlhf_engine.model.trunk import output_layer
@@ -21,16 +21,19 @@ def load_policy(
     *,
     attention: str | None = "sdpa",
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
     backend: str = "auto",
 ) -> ActorCritic:
     """Read any Hugging Face causal LM as a policy. The value head starts at zero if the folder has no value function.
+
+    `trust_remote_code` allows Python code from the folder to run.
 
     Raises:
         ValueError: a file or a weight is missing or broken. The message names the folder.
     """
     folder = Path(folder)
-    where = {"attention": attention, "dtype": dtype, "device": device}
+    where = {"attention": attention, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     model = load_pretrained(AutoModelForCausalLM, folder, **where)
     value: ValueFunction | None = None
     if (folder / VALUE_MODEL).is_dir():
@@ -61,10 +64,7 @@ def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenize
 
 def copy_weights(folder: Path, policy: ActorCritic) -> None:
     """Copy the weights of a saved policy into the tensors of `policy`, which its optimizer already references."""
-    settings = {"dtype": policy.lm_weight.dtype, "device": str(policy.device), "backend": policy.backend}
-    attention = policy.model.config.get_text_config()._attn_implementation
-    saved = load_policy(folder, attention=attention, **settings)
-    copy_parameters(folder, saved, policy)
+    copy_parameters(folder, load_policy(folder, **like(policy.model), backend=policy.backend), policy)
 
 
 @torch.no_grad()

@@ -160,6 +160,7 @@ def configured_judge(config: RunConfig, name: str) -> Judge:
         batch=setting.judge_batch,
         margin=setting.margin,
         device=config.device,
+        trust_remote_code=config.model.trust_remote_code,
     )
 
 

@@ -38,7 +38,7 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     where = placement(config)
     try:
         model = load_pretrained(AutoModelForCausalLM, folder, **where)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     except ValueError as error:
         raise ValueError(f"model.path: {error}") from None
     _check_vocabulary(model, tokenizer, folder)
@@ -126,7 +126,7 @@ def plot(config: RunConfig, stage: str, x_label: str) -> None:
 
 
 def placement(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments for loading a model: attention, dtype and device.
+    """Return the arguments for loading a model: attention, dtype, device and whether code from its folder may run.
 
     Raises:
         ValueError: torch cannot use the device.
@@ -137,7 +137,12 @@ def placement(config: RunConfig) -> dict[str, Any]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: got {config.device!r}, which torch cannot use here: {reason}") from None
-    return {"attention": config.model.attention, "dtype": getattr(torch, config.dtype), "device": config.device}
+    return {
+        "attention": config.model.attention,
+        "dtype": getattr(torch, config.dtype),
+        "device": config.device,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
 
 
 def computing(config: RunConfig, *, learns: bool = True) -> dict[str, Any]:

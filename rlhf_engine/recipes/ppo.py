@@ -230,7 +230,8 @@ def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_m
 
 
 def _check_ids(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel) -> None:
-    theirs, ours = load_tokenizer(given(config.reward.path, "reward.path")), codec.tokenizer
+    trusted, ours = config.model.trust_remote_code, codec.tokenizer
+    theirs = load_tokenizer(given(config.reward.path, "reward.path"), trust_remote_code=trusted)
     folders = f"{config.reward.path} (reward.path) and {config.model.path} (model.path)"
     if theirs.get_vocab() != ours.get_vocab() or theirs.eos_token_id != ours.eos_token_id:
         raise ValueError(f"the tokenizers of {folders} differ; give a reward model that reads the policy's token ids")

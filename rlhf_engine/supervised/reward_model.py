@@ -30,6 +30,7 @@ from rlhf_engine.data import (
     pad_sequences,
     rank_batch,
 )
+from rlhf_engine.model.pretrained import like
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
@@ -221,9 +222,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
 
     def read_model(self, folder: Path) -> nn.Module:
         """Return the model in a folder that `write_model` wrote."""
-        trunk = self.model.trunk
-        attention = trunk.config.get_text_config()._attn_implementation
-        return RewardModel.load(folder, attention=attention, dtype=trunk.dtype, device=self.model.device)
+        return RewardModel.load(folder, **like(self.model.trunk))
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         """Load a checkpoint.

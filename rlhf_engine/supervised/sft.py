@@ -22,7 +22,7 @@ from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of,
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.layout import TokenBatch, token_cuts
-from rlhf_engine.model.pretrained import load_pretrained
+from rlhf_engine.model.pretrained import like, load_pretrained
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
@@ -206,11 +206,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
 
     def read_model(self, folder: Path) -> nn.Module:
         """Return the model in a folder that `write_model` wrote."""
-        attention = self.model.config.get_text_config()._attn_implementation
-        weight = self.actor.lm_weight
-        return load_pretrained(
-            AutoModelForCausalLM, folder, attention=attention, dtype=weight.dtype, device=str(weight.device)
-        )
+        return load_pretrained(AutoModelForCausalLM, folder, **like(self.model))
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         """Load a checkpoint.

@@ -91,7 +91,10 @@ def test_overrides_of_settings_that_demo_and_figure_decide_are_refused(
 ):
     monkeypatch.setattr(run, "make_base", None)
     code, _, shown = rlhf(capsys, command, "--output", tmp_path / "f", sets=[override])
-    assert code == 2 and f"override {override!r} is not possible: the {command}, by its options --seed and --output" in shown
+    assert (
+        code == 2
+        and f"override {override!r} is not possible: the {command}, by its options --seed and --output" in shown
+    )
     assert not (tmp_path / "f").exists()
 
 
