@@ -149,4 +149,10 @@ struct AttentionArgs {
 
 enum class GroupKind : int { rloo = 0, grpo = 1, dr_grpo = 2 };
 
+struct GroupScale {
+    GroupKind kind;
+    double eps;       // added to the standard deviation
+    bool population;  // whether the deviation divides by the count, not by the count minus 1
+};
+
 }  // namespace rlhf

@@ -175,8 +175,9 @@ PYBIND11_MODULE(_C, m) {
               RLHF_CPU(masked_whiten(at<float>(x), at<uint8_t>(mask), n, shift_mean, unbiased, at<float>(out)));
           }, unlocked);
     m.def("group_advantages",
-          [](Address scores, Address groups, int64_t n, int kind, Address out) {
-              RLHF_CPU(group_advantages(at<float>(scores), at<int64_t>(groups), n, GroupKind(kind), at<float>(out)));
+          [](Address scores, Address groups, int64_t n, int kind, double eps, bool population, Address out) {
+              const GroupScale scale{GroupKind(kind), eps, population};
+              RLHF_CPU(group_advantages(at<float>(scores), at<int64_t>(groups), n, scale, at<float>(out)));
           }, unlocked);
 #ifdef RLHF_CUDA
     cuda::bind(m);

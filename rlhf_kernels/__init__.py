@@ -29,11 +29,13 @@ from .ops import (
     token_logprobs,
 )
 from .ops.head import has_products, head_workspace_bytes
+from .output_layer import HeadArguments, head_arguments
 
 __all__ = [
     "METRICS",
     "Advantages",
     "FusedHead",
+    "HeadArguments",
     "PPOLoss",
     "PPOOptions",
     "RolloutAdvantages",
@@ -44,6 +46,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "has_products",
+    "head_arguments",
     "head_workspace_bytes",
     "kl_penalty",
     "lend_workspace",

@@ -216,8 +216,9 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> 
     return out
 
 
-def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+def group_advantages(scores: Tensor, groups: Tensor, kind: int, eps: float, population: bool) -> Tensor:
     """Return one advantage per score."""
     out = torch.empty_like(scores)
-    _native.extension().group_advantages(address(scores), address(groups), out.numel(), kind, address(out))
+    how = (kind, eps, population)
+    _native.extension().group_advantages(address(scores), address(groups), out.numel(), *how, address(out))
     return out

@@ -133,7 +133,7 @@ class Kernels(Protocol):
         """Return the whitened entries; see ops/masked.py."""
         ...
 
-    def group_advantages(self, scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+    def group_advantages(self, scores: Tensor, groups: Tensor, kind: int, eps: float, population: bool) -> Tensor:
         """Return one advantage per score. `groups` is int64; `kind` is an index in KINDS of ops/group_advantages.py."""
         ...
 

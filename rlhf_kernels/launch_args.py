@@ -30,6 +30,12 @@ class Transform(NamedTuple):
             return cls(temperature.detach().reshape(-1).float().contiguous(), 1.0, softcap, float(logit_scale))
         return cls(None, float(temperature), softcap, float(logit_scale))
 
+    def capped(self, u: Tensor) -> Tensor:
+        """Return `softcap * tanh(logit_scale * u / softcap)`, the logits before the division by the temperature."""
+        if self.logit_scale != 1.0:
+            u = u * self.logit_scale
+        return u if self.softcap is None else self.softcap * torch.tanh(u / self.softcap)
+
     def rows(self, index: Tensor | slice) -> "Transform":
         """Return the transform of the rows that `index` selects."""
         return self if self.temperatures is None else self._replace(temperatures=self.temperatures[index])

@@ -2,61 +2,45 @@
 # torch does not declare the types of the hooks of a state dict.
 """The output layer of a language model: log-probs and the PPO loss from hidden states, without [N, V] logits.
 
-Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden.
+Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden, R rank of all active adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypedDict, Unpack, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._options import PPOOptions
-from .launch_args import PPOLoss, TokenLogprobs
+from .launch_args import PPOLoss, TokenLogprobs, Transform
 from .ops import checks, linear_ppo_loss, linear_token_logprobs
+from .output_layer import CausalLM, transform_of
 
 
 class Matrices(NamedTuple):
     """The operands of the head's product `hidden @ weight.T + bias`."""
 
-    hidden: Tensor  # (..., H + R); R is the rank of all active adapters
+    hidden: Tensor  # (..., H + R)
     weight: Tensor  # (V, H + R)
     bias: Tensor | None  # (V,)
-
-
-class HeadTransform(TypedDict):
-    """The softcap and the logit scale that a model applies to the result of its output layer."""
-
-    softcap: float | None
-    logit_scale: float
-
-
-class CausalLM(Protocol):
-    """The methods of a Hugging Face causal LM that are used here and that `torch.nn.Module` does not have."""
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the output layer."""
-        ...
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the output layer."""
-        ...
 
 
 class FusedHead(nn.Module):
     """A wrapper of a linear output layer with the logits `softcap * tanh(logit_scale * (h W^T + b) / softcap)`.
 
-    `layer` is a `torch.nn.Linear` or a peft LoRA layer that wraps one. Every call reads weights and adapters from
-    `layer`, so that it uses the weights that FSDP2 has gathered and the adapter that is active at that time. The layer
-    is a submodule of the head. A model that registers the layer itself keeps the head in a plain attribute
-    (`model.__dict__`), so that no parameter is registered twice.
+    `layer` is a `torch.nn.Linear`, or peft's layer around one: LoRA, or the wrapper of a layer in `modules_to_save` or
+    with `trainable_token_indices`. Every call reads weights and adapters from `layer`, so that it uses the weights that
+    FSDP2 has gathered and the adapter that is active at that time. The layer is a submodule of the head. A model that
+    registers the layer itself keeps the head in a plain attribute (`model.__dict__`), so that no parameter is registered
+    twice.
 
     The active adapters of a LoRA layer are applied with their dropout and scale. LoRA variants (DoRA, a bias in B)
-    raise ValueError. `FusedHead.replacing(layer)` returns a head that can replace the layer inside a model;
+    raise ValueError. With `float32=True` the product is computed in float32, also under autocast, for half-precision
+    hidden states and weights. `FusedHead.replacing(layer)` returns a head that can replace the layer inside a model;
     `integrations.head.fuse_head` installs it.
     """
 
@@ -66,19 +50,24 @@ class FusedHead(nn.Module):
     softcap: float | None
     logit_scale: float
     backend: str
+    float32: bool
 
     def __init__(
-        self, layer: nn.Module, *, softcap: float | None = None, logit_scale: float = 1.0, backend: str = "auto"
+        self,
+        layer: nn.Module,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        backend: str = "auto",
+        float32: bool = False,
     ):
         super().__init__()
-        if not isinstance(layer, nn.Linear) and not _is_lora(layer):
-            raise ValueError(
-                f"layer: got {type(layer).__name__}, expected torch.nn.Linear or peft's LoRA layer around one"
-            )
+        if not isinstance(layer, nn.Linear) and not is_lora(layer) and not is_wrapper(layer):
+            raise ValueError(f"layer: got {type(layer).__name__}, expected torch.nn.Linear or peft's layer around one")
         checks.number("softcap", softcap, above=0, optional=True)
         checks.number("logit_scale", logit_scale, above=0)
         self.layer = layer
-        self.softcap, self.logit_scale, self.backend = softcap, logit_scale, backend
+        self.softcap, self.logit_scale, self.backend, self.float32 = softcap, logit_scale, backend, float32
         self._wanted: _Wanted | None = None
         self.register_state_dict_post_hook(_without_layer)
         self.register_load_state_dict_pre_hook(_with_layer)
@@ -90,13 +79,19 @@ class FusedHead(nn.Module):
 
     @classmethod
     def replacing(
-        cls, layer: nn.Module, *, softcap: float | None = None, logit_scale: float = 1.0, backend: str = "auto"
+        cls,
+        layer: nn.Module,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        backend: str = "auto",
+        float32: bool = False,
     ) -> FusedHead:
         """Return a head that replaces a layer in a model and has its parameters under the same names.
 
         Outside `taking`, its `forward` returns what the layer returns; the model applies softcap and scale.
         """
-        head = cls(layer, softcap=softcap, logit_scale=logit_scale, backend=backend)
+        head = cls(layer, softcap=softcap, logit_scale=logit_scale, backend=backend, float32=float32)
         if isinstance(layer, nn.Linear):
             head.layer = None
             head.weight, head.bias = layer.weight, layer.bias
@@ -108,9 +103,7 @@ class FusedHead(nn.Module):
 
     def transform(self, product: Tensor) -> Tensor:  # (..., V) -> (..., V)
         """Return `softcap * tanh(logit_scale * product / softcap)`."""
-        if self.logit_scale != 1.0:
-            product = product * self.logit_scale
-        return product if self.softcap is None else self.softcap * torch.tanh(product / self.softcap)
+        return Transform(softcap=self.softcap, logit_scale=self.logit_scale).capped(product)
 
     def logprobs(
         self,
@@ -124,17 +117,18 @@ class FusedHead(nn.Module):
     ) -> TokenLogprobs:
         """Return the log-probs of `ids`, and the entropy if `entropy=True`; see `linear_token_logprobs`."""
         hidden, weight, bias = self.matrices(hidden)
-        return linear_token_logprobs(
-            hidden,
-            weight,
-            ids,
-            bias=bias,
-            temperature=temperature,
-            mask=mask,
-            entropy=entropy,
-            chunk_tokens=chunk_tokens,
-            **self._options(),
-        )
+        with self._precision(hidden):
+            return linear_token_logprobs(
+                hidden,
+                weight,
+                ids,
+                bias=bias,
+                temperature=temperature,
+                mask=mask,
+                entropy=entropy,
+                chunk_tokens=chunk_tokens,
+                **self._options(),
+            )
 
     def ppo_loss(
         self,
@@ -157,36 +151,34 @@ class FusedHead(nn.Module):
         added = hidden.shape[-1] - width
         if value_weight is not None and added:
             value_weight = torch.cat([value_weight, value_weight.new_zeros(added)])  # adapters do not change the value
-        return linear_ppo_loss(
-            hidden,
-            weight,
-            ids,
-            old_logprobs,
-            advantages,
-            mask,
-            bias=bias,
-            value_weight=value_weight,
-            value_bias=value_bias,
-            temperature=temperature,
-            chunk_tokens=chunk_tokens,
-            compact=compact,
-            **self._options(),
-            **options,
-        )
+        with self._precision(hidden):
+            return linear_ppo_loss(
+                hidden,
+                weight,
+                ids,
+                old_logprobs,
+                advantages,
+                mask,
+                bias=bias,
+                value_weight=value_weight,
+                value_bias=value_bias,
+                temperature=temperature,
+                chunk_tokens=chunk_tokens,
+                compact=compact,
+                **self._options(),
+                **options,
+            )
 
     def matrices(self, hidden: Tensor) -> Matrices:  # (..., H)
-        """Return the matrices `[h, s A h]` and `[W, B]`, whose product is `W h + s B A h`, and the bias.
-
-        where s is an adapter's scale. An adapter therefore needs no [N, V] tensor.
+        """Return the matrices of the product: for LoRA `[h, s A h]` and `[W, B]`, which need no [N, V] tensor; and the bias.
 
         Raises:
             ValueError: the weight is sharded, the adapters are both merged and disabled, or an adapter is a LoRA variant.
         """
-        layer: Any = self if self.layer is None else self.layer  # peft's attributes, which a module does not declare
-        if not _is_lora(layer):
-            return Matrices(hidden, _whole(layer.weight), layer.bias)
-        base = layer.base_layer
-        return Matrices(*_widened(layer, hidden, _whole(base.weight)), base.bias)
+        found = operands(self if self.layer is None else self.layer, hidden)
+        if not self.float32:
+            return found
+        return Matrices(found.hidden.float(), found.weight.float(), None if found.bias is None else found.bias.float())
 
     @contextmanager
     def taking(
@@ -222,28 +214,40 @@ class FusedHead(nn.Module):
         """Return the linear layer's result (B, T, V), without softcap and scale; inside `taking`, (B, K, 2)."""
         return self._product(hidden) if self._wanted is None else self._wanted.outputs(hidden)
 
+    def install(self) -> None:
+        """Replace the `forward` of a layer that stays in its model, so that the model's parameters keep their names.
+
+        peft finds the modules that it saves by their names, so a wrapper of peft's cannot be a submodule of the head there.
+        """
+        assert self.layer is not None
+        self.layer.__dict__["forward"] = self  # not an attribute of a module, which would register the head
+
+    @staticmethod
+    def installed_in(layer: nn.Module) -> FusedHead | None:
+        """Return the head that replaces `layer` or its `forward`."""
+        found = layer if isinstance(layer, FusedHead) else layer.__dict__.get("forward")
+        return found if isinstance(found, FusedHead) else None
+
+    def uninstall(self) -> None:
+        """Undo `install`."""
+        assert self.layer is not None
+        del self.layer.__dict__["forward"]
+
     def _product(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight, self.bias) if self.layer is None else self.layer(hidden)
+        if self.float32:
+            with self._precision(hidden):
+                return F.linear(*self.matrices(hidden))
+        if self.layer is None:
+            return F.linear(hidden, self.weight, self.bias)
+        if self.installed_in(self.layer) is self:
+            return type(self.layer).forward(self.layer, hidden)
+        return self.layer(hidden)
+
+    def _precision(self, hidden: Tensor) -> AbstractContextManager[object]:
+        return torch.autocast(hidden.device.type, enabled=False) if self.float32 else nullcontext()
 
     def _options(self) -> dict[str, Any]:
         return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
-
-
-def transform_of(model: nn.Module) -> HeadTransform:
-    """Return the softcap and the logit scale in a Hugging Face model's config.
-
-    `final_logit_softcapping` (Gemma) is the softcap. `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1)
-    multiply the logits, `logits_scaling` (Granite) divides them.
-    """
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "get_text_config", None)
-    config = config if text_config is None else text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= float(getattr(config, name, None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return {"softcap": None if softcap is None else float(softcap), "logit_scale": scale}
 
 
 class _Wanted:
@@ -285,8 +289,33 @@ class _Wanted:
         return self.head.softcap is not None or self.head.logit_scale != 1.0
 
 
-def _is_lora(layer: nn.Module) -> bool:
+def is_lora(layer: nn.Module) -> bool:
+    """Return whether `layer` is a LoRA layer around a linear layer."""
     return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+
+
+def is_wrapper(layer: nn.Module) -> bool:
+    """Return whether `layer` is peft's wrapper of a linear layer under `modules_to_save` or `trainable_token_indices`."""
+    trained = hasattr(layer, "modules_to_save") or hasattr(layer, "token_adapter")
+    return trained and isinstance(getattr(layer, "original_module", None), nn.Linear)
+
+
+def operands(layer: Any, hidden: Tensor) -> Matrices:  # hidden: (..., H)
+    """Return the matrices whose product is the layer's result; the layer's active adapters count.
+
+    For LoRA they are `[h, s A h]` and `[W, B]`, whose product is `W h + s B A h`, where s is an adapter's scale. An
+    adapter therefore needs no [N, V] tensor.
+
+    Raises:
+        ValueError: the weight is sharded, the adapters are both merged and disabled, or an adapter is a LoRA variant.
+    """
+    if is_lora(layer):
+        return Matrices(*_widened(layer, hidden, _whole(layer.base_layer.weight)), layer.base_layer.bias)
+    if hasattr(layer, "modules_to_save"):
+        layer = _saved(layer)
+    elif hasattr(layer, "token_adapter"):
+        return Matrices(hidden, _with_trained_tokens(layer.token_adapter), layer.original_module.bias)
+    return Matrices(hidden, _whole(layer.weight), layer.bias)
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -298,10 +327,15 @@ def _whole(weight: Tensor) -> Tensor:
     return weight
 
 
+def _applies(adapter: Any) -> bool:
+    """Return whether active adapters have to be added to the weight."""
+    if adapter.disable_adapters and adapter.merged:
+        raise ValueError("head: the adapters are merged and disabled; unmerge them first")
+    return not (adapter.disable_adapters or adapter.merged)
+
+
 def _widened(layer: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if layer.disable_adapters or layer.merged:
-        if layer.disable_adapters and layer.merged:
-            raise ValueError("head: the adapters are merged and disabled; unmerge them first")
+    if not _applies(layer):
         return hidden, weight
     columns, rows = [hidden], [weight]
     for name in layer.active_adapters:
@@ -314,6 +348,21 @@ def _widened(layer: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
         columns.append(low.to(hidden.dtype))
         rows.append(_whole(b.weight).to(weight.dtype))
     return torch.cat(columns, -1), torch.cat(rows, 1)
+
+
+def _saved(wrapper: Any) -> nn.Module:
+    """Return the layer that a wrapper under `modules_to_save` uses: the active adapter's copy, or the original."""
+    names = wrapper.active_adapters
+    if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
+        return wrapper.original_module
+    return wrapper.modules_to_save[names[0]]
+
+
+def _with_trained_tokens(adapter: Any) -> Tensor:
+    """Return the weight with the rows of the active adapters in `trainable_token_indices`."""
+    if not _applies(adapter) or not adapter.active_adapters:
+        return _whole(adapter.base_layer.weight)
+    return adapter.get_merged_weights(adapter.active_adapters)
 
 
 def _without_layer(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:

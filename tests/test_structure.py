@@ -27,8 +27,9 @@ KERNEL_LAYERS = {
     "reference": ("launch_args", "_options"),
     "backend": ("_native", "launch_args"),
     "ops": ("reference", "backend", "_native", "launch_args", "_options"),
-    "modules": ("ops", "launch_args", "_options"),
-    "integrations": ("modules", "ops", "launch_args", "_options"),
+    "output_layer": ("launch_args",),
+    "modules": ("output_layer", "ops", "launch_args", "_options"),
+    "integrations": ("modules", "output_layer", "ops", "launch_args", "_options"),
     "info": ("ops", "backend", "_native"),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from benchmarks.agreement import originals
@@ -37,6 +38,14 @@ def verl_cases() -> Iterator[Case]:
         lambda f, b: _floats(f, b.rewards, b.values, b.mask, 0.99, 0.95),
         batches=("holes", "lengths", "full", "extreme"),
     )
+    for norm in (True, False):
+        yield case(
+            "compute_grpo_outcome_advantage",
+            lambda f, b, n=norm: f(b.rewards * b.mask, b.mask, _groups(len(b.rewards)), norm_adv_by_std_in_grpo=n),
+            note=f"groups of one and more, deviation {norm}",
+            faithful=False,
+            batches=REGULAR,
+        )
     modes = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
     for mode in modes:
         yield case(
@@ -92,6 +101,11 @@ def verl_cases() -> Iterator[Case]:
 
 def _floats(f, rewards, values, mask, *rest):
     return f(rewards, values, mask.to(rewards.dtype), *rest)
+
+
+def _groups(b: int) -> np.ndarray:
+    """Return the keys of the prompts: the first is a group of one, the others are pairs."""
+    return np.array([f"prompt {(i + 1) // 2}" for i in range(b)])
 
 
 def _global_counts() -> dict:

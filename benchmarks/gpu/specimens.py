@@ -285,4 +285,4 @@ def attention(
 
 
 def group_advantages(kind: int, kernels: Kernels, size: Size) -> None:
-    kernels.group_advantages(torch.zeros(size.b), torch.zeros(size.b, dtype=torch.int64), kind)
+    kernels.group_advantages(torch.zeros(size.b), torch.zeros(size.b, dtype=torch.int64), kind, 1e-4, False)

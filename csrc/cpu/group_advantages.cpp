@@ -24,15 +24,16 @@ void order_by(const int64_t* key, int64_t n, int64_t* order, int64_t* spare) {
 }
 
 // Return the factor of the deviation from the group's mean.
-double group_scale(GroupKind kind, double count, double squares) {
-    if (kind == GroupKind::dr_grpo) return 1;
-    if (kind == GroupKind::rloo) return count > 1 ? count / (count - 1) : 0;
-    return 1 / (sqrt(squares / (count > 1 ? count - 1 : 1)) + 1e-4);
+double group_scale(const GroupScale& g, double count, double squares) {
+    if (g.kind == GroupKind::dr_grpo) return 1;
+    if (g.kind == GroupKind::rloo) return count > 1 ? count / (count - 1) : 0;
+    const double degrees = g.population ? count : count - 1;
+    return 1 / (sqrt(squares / (degrees > 1 ? degrees : 1)) + g.eps);
 }
 
 }  // namespace
 
-void group_advantages(const float* scores, const int64_t* groups, int64_t n, GroupKind kind, float* out) {
+void group_advantages(const float* scores, const int64_t* groups, int64_t n, const GroupScale& g, float* out) {
     int64_t* order = new int64_t[2 * size_t(n)];
     order_by(groups, n, order, order + n);
     for (int64_t begin = 0, end = 0; begin < n; begin = end) {
@@ -40,7 +41,7 @@ void group_advantages(const float* scores, const int64_t* groups, int64_t n, Gro
         for (; end < n && groups[order[end]] == groups[order[begin]]; end++) sum += scores[order[end]];
         const double count = double(end - begin), mean = sum / count;
         for (int64_t i = begin; i < end; i++) squares += (scores[order[i]] - mean) * (scores[order[i]] - mean);
-        const double scale = group_scale(kind, count, squares);
+        const double scale = group_scale(g, count, squares);
         for (int64_t i = begin; i < end; i++) out[order[i]] = float((scores[order[i]] - mean) * scale);
     }
     delete[] order;

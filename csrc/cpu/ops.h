@@ -19,7 +19,7 @@
                              KlEstimator estimator, float* out);                                                    \
     void masked_mean(const float* x, const uint8_t* mask, int64_t n, float* out);                                   \
     void masked_whiten(const float* x, const uint8_t* mask, int64_t n, bool shift_mean, bool unbiased, float* out); \
-    void group_advantages(const float* scores, const int64_t* groups, int64_t n, GroupKind kind, float* out);
+    void group_advantages(const float* scores, const int64_t* groups, int64_t n, const GroupScale& g, float* out);
 
 namespace rlhf {
 namespace baseline { RLHF_DECLARE_CPU_OPS }

@@ -90,8 +90,8 @@ def _kl_terms(grad: Tensor | None, logprobs: Tensor, ref_logprobs: Tensor, estim
     return out
 
 
-@triton.jit(do_not_specialize=["b"])
-def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["b", "eps"])
+def _group_advantages(scores, groups, out, b, eps, KIND: tl.constexpr, POPULATION: tl.constexpr, BLOCK: tl.constexpr):
     """Compute one sample per program, which reads all samples."""
     i = tl.program_id(0).to(tl.int64)
     group = tl.load(groups + i)
@@ -112,14 +112,17 @@ def _group_advantages(scores, groups, out, b, KIND: tl.constexpr, BLOCK: tl.cons
             mine = (at < b) & (tl.load(groups + at, at < b, other=0) == group)
             apart = tl.load(scores + at, mine, other=0).to(tl.float64) - mean
             squares += tl.where(mine, apart * apart, 0)
-        centred = centred / (tl.sqrt(tl.sum(squares) / tl.maximum(count - 1, 1)) + 1e-4)
+        degrees = count if POPULATION else count - 1
+        centred = centred / (tl.sqrt(tl.sum(squares) / tl.maximum(degrees, 1)) + eps)
     tl.store(out + i, centred.to(tl.float32))
 
 
-def group_advantages(scores: Tensor, groups: Tensor, kind: int) -> Tensor:
+def group_advantages(scores: Tensor, groups: Tensor, kind: int, eps: float, population: bool) -> Tensor:
     """Return one advantage per score, one program per score."""
     out, b = torch.empty_like(scores), scores.numel()
     if b:
         with torch.cuda.device_of(scores):
-            _group_advantages[(b,)](scores, groups, out, b, kind, BLOCK=GROUP_BLOCK, num_warps=GROUP_WARPS)
+            _group_advantages[(b,)](
+                scores, groups, out, b, eps, kind, population, BLOCK=GROUP_BLOCK, num_warps=GROUP_WARPS
+            )
     return out

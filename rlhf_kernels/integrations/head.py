@@ -13,72 +13,46 @@ import torch
 from torch import Tensor, nn
 
 from ..launch_args import TokenLogprobs
-from ..modules import CausalLM, FusedHead, transform_of
+from ..modules import FusedHead, is_wrapper
 from ..ops import checks
-
-LARGEST = 100.0
-"""Largest logit of the probe in `fuse_head`, large enough to reveal any softcap."""
+from ..output_layer import CausalLM, run_two_tokens, transform_of, transforms_alike, why_unlike
 
 
-def fuse_head(model: nn.Module) -> FusedHead:
+def fuse_head(model: nn.Module, *, float32: bool = False) -> FusedHead:
     """Replace the output layer of a Hugging Face causal LM by a `FusedHead` and return the head.
 
     If the output layer is a `FusedHead` already, return it. Softcap and logit scale are read from the model's config.
     The function runs the model on two tokens, once to check that the logits have this softcap and scale and once to
-    check that log-probs pass through its forward unchanged.
+    check that log-probs pass through its forward unchanged. A layer that peft wrapped because of `modules_to_save` or
+    `trainable_token_indices` stays in the model, and the head replaces its forward. `float32` computes the head's
+    product in float32.
 
     Raises:
         ValueError: the model transforms its logits in a different way; its output layer is not replaced then.
     """
     lm = cast(CausalLM, model)
     layer = lm.get_output_embeddings()
-    if isinstance(layer, FusedHead):
-        return layer
-    head = FusedHead.replacing(layer, **transform_of(model))
-    lm.set_output_embeddings(head)
-    training, fused = model.training, False
-    model.eval()
+    present = FusedHead.installed_in(layer)
+    if present is not None:
+        return present
+    transform = transform_of(model)
+    head = FusedHead.replacing(layer, **transform, float32=float32)
+    stays = is_wrapper(layer)
+    head.install() if stays else lm.set_output_embeddings(head)
+    fused = False
     try:
-        fused = _transforms_logits_alike(model, head) and _scores_tokens(model, head)
+        fused = transforms_alike(model, head, transform) and _scores_tokens(model, head)
     finally:
-        model.train(training)
         if not fused:
-            lm.set_output_embeddings(layer)
+            head.uninstall() if stays else lm.set_output_embeddings(layer)
     if not fused:
-        raise ValueError(
-            f"model: the logits are not those of the output layer with softcap={head.softcap} and "
-            f"logit_scale={head.logit_scale}, which are in the config; a different transform of the logits is not supported"
-        )
+        raise ValueError(why_unlike(transform))
     return head
 
 
 @torch.no_grad()
-def _transforms_logits_alike(model: nn.Module, head: FusedHead) -> bool:
-    """Return whether the model transforms a probe, in place of the layer's output, into the same logits as the head."""
-    calls: list[Tensor] = []
-
-    def probe(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        calls.append(torch.linspace(-LARGEST, LARGEST, output.shape[-1], device=output.device).to(output.dtype))
-        return calls[-1].expand_as(output)
-
-    hook = head.register_forward_hook(probe)
-    try:
-        seen = _run(model, head).float()
-    finally:
-        hook.remove()
-    if len(calls) != 1:
-        return False
-    expected = head.transform(calls[0].float())
-    eps = torch.finfo(calls[0].dtype).eps
-    # The model may round to its dtype after each of its three operations.
-    return seen.shape[-1] == len(expected) and torch.allclose(
-        seen, expected.expand_as(seen), rtol=4 * eps, atol=4 * eps
-    )
-
-
-@torch.no_grad()
 def _scores_tokens(model: nn.Module, head: FusedHead) -> bool:
-    """Return whether log-probs pass through the model's forward unchanged."""
+    """Return whether log-probs pass through the model's forward unchanged, in evaluation mode."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -86,21 +60,18 @@ def _scores_tokens(model: nn.Module, head: FusedHead) -> bool:
 
     hook = head.register_forward_hook(keep)
     ids = torch.tensor([[1]], device=next(head.parameters()).device)
+    training = model.training
+    model.eval()
     try:
         with head.taking(ids) as taken:
-            logits = _run(model, head)
+            logits = run_two_tokens(model, head)
     finally:
         hook.remove()
+        model.train(training)
     expected = taken.result(outputs[0] * head.logit_scale)
     got = taken.result(logits)
     assert got.entropy is not None and expected.entropy is not None
     return torch.equal(got.logprobs, expected.logprobs) and torch.equal(got.entropy, expected.entropy)
-
-
-def _run(model: nn.Module, head: FusedHead) -> Tensor:
-    device = next(head.parameters()).device
-    ids = torch.tensor([[0, 1]], device=device)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 
 def token_logprobs_of(

@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # torch does not declare the types of `Tensor.split`.
-"""TRL's GRPOTrainer with log-probs and entropies from hidden states; the rest of the trainer is unchanged.
+"""TRL's GRPOTrainer and RLOOTrainer with log-probs and entropies from hidden states; the rest of a trainer is unchanged.
 
 B sequences, T positions.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules import FusedHead
 from .conventions import counted, refuse, release
 from .head import fuse_head, token_logprobs_of
 
@@ -20,13 +21,14 @@ KNOWN = {"1.12": "logits", "1.16": "fused_lm_head"}
 
 
 class GRPOMixin:
-    """A mixin for GRPOTrainer that avoids [B, T, V] logits, on any device.
+    """A mixin for GRPOTrainer and RLOOTrainer that avoids [B, T, V] logits, on any device.
 
         class Trainer(GRPOMixin, GRPOTrainer): ...
 
     It replaces only the method that returns log-probs and entropies. All features of TRL that use them still work:
-    token and sequence ratios, clip-higher, `delta`, importance weights and every loss type. Images, MoE balancing
-    losses and `cast_lm_head_to_fp32` are not supported and raise ValueError.
+    token and sequence ratios, clip-higher, `delta`, importance weights and every loss type. Heads with a softcap or a
+    logit scale, with LoRA, in `modules_to_save` or with `trainable_token_indices` are supported, and so is
+    `cast_lm_head_to_fp32`. Images and MoE balancing losses are not, and raise ValueError.
     """
 
     # Attributes of the trainer.
@@ -38,8 +40,11 @@ class GRPOMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         release("trl", None, KNOWN)
         super().__init__(*args, **kwargs)
-        refuse("TRL", cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
-        fuse_head(self.accelerator.unwrap_model(self.model))  # before FSDP wraps it, in train()
+        self._fuse(self.model)  # before FSDP wraps it, in train()
+
+    def _fuse(self, model: nn.Module) -> FusedHead:
+        float32 = getattr(self.args, "cast_lm_head_to_fp32", False)  # RLOOConfig does not have it
+        return fuse_head(self.accelerator.unwrap_model(model), float32=float32)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -54,7 +59,7 @@ class GRPOMixin:
     ) -> tuple[Tensor, Tensor | None, None]:
         """Return log-probs and entropies (B, logits_to_keep) of the response's tokens, 0 where `attention_mask` is 0."""
         refuse("TRL", compute_aux_loss=compute_aux_loss, **images)
-        head = fuse_head(self.accelerator.unwrap_model(model))
+        head = self._fuse(model)
         mask = counted("attention_mask", attention_mask, input_ids)
         parts = []
         for rows, where in zip(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._options import Aggregation, PPOOptions
-from ..ops import checks, gae, linear_token_logprobs, masked_whiten, ppo_loss
+from ..ops import checks, gae, group_advantages, linear_token_logprobs, masked_whiten, ppo_loss
 from ..ops import kl_penalty as estimate_kl
 from .conventions import (
     AggregationOptions,
@@ -73,6 +73,33 @@ def compute_gae_advantage_return(
         return masked_whiten(advantages, mask), returns
     carried = _from_next_action(advantages, mask)
     return whiten_everywhere(carried, mask), carried + values
+
+
+def compute_grpo_outcome_advantage(
+    token_level_rewards: Tensor,  # (B, T)
+    response_mask: Tensor,  # (B, T)
+    index: Any,  # (B,), one key per prompt: an array of numbers or strings, as verl's uids
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the advantages (B, T) of each response relative to its group, twice, as advantages and as returns.
+
+    The score of a response is the sum of its rewards. A group of one keeps its score, divided by `1 + epsilon` if the
+    deviation is normalized, as in verl. `config` is ignored, as in verl.
+    """
+    mask = counted("response_mask", response_mask, token_level_rewards)
+    scores = token_level_rewards.sum(-1).float()
+    number: dict[Any, int] = {}
+    ids = [number.setdefault(key, len(number)) for key in (index.tolist() if hasattr(index, "tolist") else index)]
+    groups = torch.tensor(ids, dtype=torch.int64, device=scores.device)
+    checks.integers("index", groups, like=scores, expected=scores.shape, what="one key per row of the rewards")
+    how: dict[str, Any] = {"kind": "grpo", "eps": epsilon} if norm_adv_by_std_in_grpo else {"kind": "dr_grpo"}
+    advantages = group_advantages(scores, groups, **how)
+    lonely = groups.bincount(minlength=1)[groups] == 1
+    advantages = torch.where(lonely, scores / (1 + epsilon) if norm_adv_by_std_in_grpo else scores, advantages)
+    advantages = torch.where(mask, advantages[:, None], 0)
+    return advantages, advantages
 
 
 def _from_next_action(x: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +98,21 @@ def test_clamps_of_the_log_ratio():
     assert openrlhf.PolicyLoss()(new, old, a, mask)[0].item() == pytest.approx(math.exp(20), rel=1e-6)
     for unclamped in (openrlhf.PolicyLoss07(), deepspeed_chat.PPO().actor_loss_fn):
         assert unclamped(new, old, a, mask).item() == pytest.approx(math.exp(30), rel=1e-6)
+
+
+def test_a_group_of_one_keeps_its_score_in_verl():
+    """Scores 1 and 1.00002 have a deviation of 1.41e-5, to which verl adds 1e-6."""
+    rewards = torch.tensor([[0.5, 0.5], [1.00002, 9.0], [5.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    rewards[1, 1] = 0.0
+    index = np.array(["a", "a", "b"])
+    advantages, returns = verl.compute_grpo_outcome_advantage(rewards, mask, index)
+    apart = (rewards[1, 0] - 1).item()
+    first = apart / 2 / (apart / math.sqrt(2) + 1e-6)
+    expected = [-first, -first, first, 0.0, 5 / (1 + 1e-6), 5 / (1 + 1e-6)]
+    assert advantages.flatten().tolist() == pytest.approx(expected, rel=1e-5) and torch.equal(advantages, returns)
+    plain, _ = verl.compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=False)
+    assert plain[:, 0].tolist() == pytest.approx([-apart / 2, apart / 2, 5.0], rel=1e-5)
 
 
 def test_dual_clip_is_always_on_in_verl():

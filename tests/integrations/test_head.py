@@ -3,9 +3,12 @@
 import copy
 import multiprocessing
 import socket
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -154,6 +157,59 @@ def test_an_adapter_on_the_head_counts_while_it_is_active(state):
     assert (fused.lm_head.layer.lora_B["a"].weight.grad is not None) == (state == "active")
 
 
+WRAPPED = {
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "trainable tokens": {"trainable_token_indices": {"lm_head": [3, 5]}},
+    "trainable tokens of a tied head": {"trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_head_in_a_wrapper_of_peft(kind, enabled, tmp_path):
+    """Log-probs and gradients are those of the logits, and peft saves the same tensors under the same names."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], **WRAPPED[kind])
+    plain = get_peft_model(model(tie_word_embeddings="tied" in kind), config)
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    fused = copy.deepcopy(plain)
+    head = fuse_head(fused.get_base_model())
+    assert fuse_head(fused.get_base_model()) is head
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    ids, attended = tokens()
+    with nullcontext() if enabled else fused.disable_adapter(), nullcontext() if enabled else plain.disable_adapter():
+        assert torch.equal(fused(ids).logits, plain(ids).logits)
+        got = token_logprobs_of(fused, ids, attended, 4, head=head, temperature=0.7)
+        expected = from_logits(plain, ids, attended, 4, 0.7, None)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    if enabled:
+        check(got, expected, fused, plain)
+        assert [n for n, p in fused.named_parameters() if p.grad is not None and ("lm_head" in n or "token" in n)]
+    fused.save_pretrained(tmp_path / "fused")
+    plain.save_pretrained(tmp_path / "plain")
+    saved, expected = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("fused", "plain"))
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[k], expected[k]) for k in saved)
+    copied = copy.deepcopy(fused)
+    assert fuse_head(copied.get_base_model()).layer is copied.get_base_model().lm_head
+
+
+def test_a_product_in_float32():
+    """With `float32=True` a bfloat16 model gets the log-probs of a float32 product, also under autocast."""
+    plain = model().bfloat16()
+    fused = copy.deepcopy(plain)
+    head = fuse_head(fused, float32=True)
+    ids, attended = tokens()
+    hidden = plain.model(input_ids=ids, attention_mask=attended).last_hidden_state[:, :-1].float()
+    expected = reference.token_logprobs(hidden @ plain.lm_head.weight.float().T, ids[:, 1:], mask=None, entropy=True)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got = token_logprobs_of(fused, ids, attended, 6, head=head)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert fused(ids).logits.dtype == torch.float32
+
+
 class Doubled(LlamaForCausalLM):
     """A model whose transform of the logits is not in its config."""
 
@@ -177,7 +233,7 @@ def test_unsupported_models_are_refused():
         fuse_head(model(logit_scale=3.0))  # Llama ignores a logit scale in its config
     with pytest.raises(ValueError, match="softcap: got 0, expected a number above 0"):
         FusedHead(layer, softcap=0)
-    with pytest.raises(ValueError, match=r"layer: got Embedding, expected torch.nn.Linear or peft's LoRA layer"):
+    with pytest.raises(ValueError, match=r"layer: got Embedding, expected torch.nn.Linear or peft's layer around one"):
         FusedHead(nn.Embedding(3, 4))
     lora = Lora(nn.Linear(16, 40))
     lora.lora_variant = {"a": object()}

@@ -96,15 +96,20 @@ def test_kl_penalty_takes_strides_shapes_and_half_precision():
     assert leaf.grad.shape == (0, 10)
 
 
-@pytest.mark.parametrize("kind", ["rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("rloo", {}), ("grpo", {}), ("grpo", {"eps": 0.3, "std": "population"}), ("dr_grpo", {})],
+    ids=str,
+)
 @pytest.mark.parametrize(("n", "groups"), [(1, 1), (2, 1), (37, 40), (90, 5)])
-def test_group_advantages_against_float64(kind, n, groups, monkeypatch):
+def test_group_advantages_against_float64(kind, how, n, groups, monkeypatch):
     monkeypatch.setattr(elementwise, "GROUP_BLOCK", 32)  # the largest groups extend over three blocks
     g = torch.Generator().manual_seed(n)
     scores, index = 3 * torch.randn(n, generator=g) + 1, torch.randint(0, groups, (n,), generator=g) * 10**12 - 7
-    got = group_advantages(scores.to(DEVICE), index.to(DEVICE), kind=kind, backend="triton").cpu()
-    exact = reference.group_advantages(scores.double(), index, kind=kind)
-    check_error(kind, got, reference.group_advantages(scores, index, kind=kind), exact, scale=scores.abs().max().item())
+    got = group_advantages(scores.to(DEVICE), index.to(DEVICE), kind=kind, **how, backend="triton").cpu()
+    exact = reference.group_advantages(scores.double(), index, kind=kind, **how)
+    eager = reference.group_advantages(scores, index, kind=kind, **how)
+    check_error(kind, got, eager, exact, scale=scores.abs().max().item())
 
 
 def test_group_advantages_of_an_empty_batch_and_in_half_precision():

@@ -27,6 +27,21 @@ def test_by_hand(isa, backend, kind, expected):
     assert got.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("eps", "std", "divisor"),
+    [
+        (1e-6, "sample", math.sqrt(8) + 1e-6),  # verl
+        (0.5, "population", 2 + 0.5),
+    ],
+)
+def test_deviation_by_hand(isa, backend, eps, std, divisor):
+    """Scores of 1 and 5: mean 3, sum of squares 8."""
+    scores, groups = torch.tensor([1.0, 5.0, 9.0]), torch.tensor([0, 0, 1])
+    got = group_advantages(scores, groups, kind="grpo", eps=eps, std=std, backend=backend)
+    assert got.tolist() == pytest.approx([-2 / divisor, 2 / divisor, 0.0], rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_equal_scores_have_no_advantage(kind, backend):
@@ -68,6 +83,10 @@ def test_half_precision_strides_and_empty(dtype):
         ("groups", {"groups": torch.zeros(4).long()}),
         ("groups", {"groups": torch.zeros(3)}),
         ("kind", {"kind": "ppo"}),
+        ("eps", {"kind": "grpo", "eps": 0.0}),
+        ("eps", {"kind": "rloo", "eps": 1e-6}),
+        ("std", {"kind": "grpo", "std": "biased"}),
+        ("std", {"kind": "dr_grpo", "std": "population"}),
         ("backend", {"backend": "fast"}),
     ],
 )
@@ -78,6 +97,6 @@ def test_mistakes_are_named(name, change):
 
 def test_registered_op_and_compile():
     scores, index = torch.randn(9), torch.arange(9) // 3
-    torch.library.opcheck(torch.ops.rlhf_kernels.group_advantages.default, (scores, index, 1, "cpu"))
+    torch.library.opcheck(torch.ops.rlhf_kernels.group_advantages.default, (scores, index, 1, 1e-6, True, "cpu"))
     compiled = torch.compile(lambda s, i: group_advantages(s, i, kind="grpo"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(scores, index), group_advantages(scores, index, kind="grpo"))

@@ -5,8 +5,9 @@ from importlib.metadata import version
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaForCausalLM
-from trl import GRPOConfig, GRPOTrainer
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, GraniteConfig
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from rlhf_kernels import FusedHead
 from rlhf_kernels.integrations.trl import GRPOMixin
@@ -18,11 +19,15 @@ class Fused(GRPOMixin, GRPOTrainer):
     pass
 
 
+class FusedRLOO(GRPOMixin, RLOOTrainer):
+    pass
+
+
 def reward(completion_ids, **_):
     return [sum(i % 5 for i in ids) / 10 for ids in completion_ids]
 
 
-def trainer(kind, folder, peft_config=None, **settings):
+def trainer(kind, folder, peft_config=None, model=None, **settings):
     settings = {
         "per_device_train_batch_size": 4,
         "num_generations": 2,
@@ -40,11 +45,13 @@ def trainer(kind, folder, peft_config=None, **settings):
         "gradient_checkpointing": False,
     } | settings
     prompts = [{"prompt": f"w{i} w{i + 1} w{2 * i}"[: 6 + i]} for i in range(8)]
-    tiny.language_model().save_pretrained(folder / "model")  # TRL loads the reference model from this folder
+    # TRL loads the reference model from this folder.
+    (tiny.language_model() if model is None else model).save_pretrained(folder / "model")
+    of_rloo = issubclass(kind, RLOOTrainer)
     return kind(
-        model=LlamaForCausalLM.from_pretrained(folder / "model"),
+        model=AutoModelForCausalLM.from_pretrained(folder / "model"),
         reward_funcs=reward,
-        args=GRPOConfig(output_dir=str(folder), **settings),
+        args=(RLOOConfig if of_rloo else GRPOConfig)(output_dir=str(folder), **settings),
         train_dataset=Dataset.from_list(prompts),
         processing_class=tiny.tokenizer(),
         peft_config=peft_config,
@@ -82,17 +89,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_loss_and_gradients(tmp_path, name):
+def check_step(folder, kinds, *, setup=lambda made: None, **settings):
+    """Assert that loss, gradients and metrics of one batch are the same with and without the mixin."""
     results = []
-    for kind in (GRPOTrainer, Fused):
-        made = trainer(kind, tmp_path, **SETTINGS[name])
+    for kind in kinds:
+        made = trainer(kind, folder, **settings)
         made.current_gradient_accumulation_steps = 1
-        if name == "truncated importance weights":  # TRL has these weights only with vLLM as the sampler
-            made.use_vllm = made.vllm_importance_sampling_correction = True
+        setup(made)
         loss = made._compute_loss(made.model, inputs())
         loss.backward()
-        gradients = {n: p.grad for n, p in made.model.named_parameters()}
+        gradients = {n: p.grad for n, p in made.model.named_parameters() if p.requires_grad}
         results.append((loss.detach(), gradients, {k: v[-1] for k, v in made._metrics["train"].items()}))
     (loss, gradients, metrics), (our_loss, our_gradients, our_metrics) = results
     assert abs(our_loss - loss) <= 1e-6 * max(abs(loss), 0.1), (loss, our_loss)
@@ -104,6 +110,69 @@ def test_loss_and_gradients(tmp_path, name):
     assert metrics.keys() == our_metrics.keys()
     for key, value in metrics.items():
         assert our_metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loss_and_gradients(tmp_path, name):
+    def setup(made):
+        if name == "truncated importance weights":  # TRL has these weights only with vLLM as the sampler
+            made.use_vllm = made.vllm_importance_sampling_correction = True
+
+    check_step(tmp_path, (GRPOTrainer, Fused), setup=setup, **SETTINGS[name])
+
+
+def shape(**changes):
+    return tiny.config().to_dict() | {"model_type": None, "architectures": None, "head_dim": 16} | changes
+
+
+CURRENT = pytest.mark.skipif(version("trl").startswith("1.12."), reason="this release computes other log-probs for it")
+HEADS = {
+    "softcap": lambda: Gemma2Config(**shape(final_logit_softcapping=5.0)),
+    "logit scale": lambda: Cohere2Config(**shape(logit_scale=0.5)),
+    "divided": lambda: GraniteConfig(**shape(logits_scaling=4.0)),
+}
+
+
+@CURRENT
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_with_a_softcap_or_a_scale(tmp_path, name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HEADS[name]())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    check_step(tmp_path, (GRPOTrainer, Fused), model=model)
+
+
+@CURRENT
+def test_a_head_in_modules_to_save(tmp_path):
+    """tests/integrations/test_head.py has `trainable_token_indices`, for which TRL 1.16 raises AttributeError."""
+
+    def setup(made):
+        with torch.no_grad():
+            for p in made.model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2)
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    check_step(tmp_path, (GRPOTrainer, Fused), setup=setup, peft_config=config)
+
+
+@CURRENT
+def test_the_head_in_float32(tmp_path):
+    check_step(tmp_path, (GRPOTrainer, Fused), cast_lm_head_to_fp32=True)
+
+
+@CURRENT
+def test_rloo(tmp_path):
+    """RLOOTrainer calls the same method."""
+    weights = []
+    for kind in (RLOOTrainer, FusedRLOO):
+        made = trainer(kind, tmp_path / kind.__name__)
+        made.train()
+        weights.append({k: v.detach().clone() for k, v in made.model.state_dict().items()})
+    assert weights[0].keys() == weights[1].keys()
+    for key, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][key], weight, rtol=0, atol=2e-4, msg=key)
 
 
 def test_two_steps_end_in_the_same_weights(tmp_path):
@@ -126,8 +195,6 @@ def test_lora_on_the_head(tmp_path):
     TRL 1.16 raises for an adapter of the output layer, because its fused head would ignore it. The test then adapts a layer
     of the trunk.
     """
-    from peft import LoraConfig
-
     targets = ["q_proj", "lm_head"] if version("trl").startswith("1.12.") else ["q_proj"]
     results = []
     for kind in (GRPOTrainer, Fused):
