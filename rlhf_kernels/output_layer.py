@@ -68,7 +68,7 @@ def transform_of(model: nn.Module) -> HeadTransform:
     """Return the softcap and the logit scale in a Hugging Face model's config.
 
     `final_logit_softcapping` (Gemma) is the softcap. `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1)
-    multiply the logits, `logits_scaling` (Granite) divides them.
+    multiply the logits, `logits_scaling` divides them (Granite) or multiplies them (HyperCLOVA X).
     """
     config = getattr(model, "config", None)
     text_config = getattr(config, "get_text_config", None)
@@ -76,7 +76,8 @@ def transform_of(model: nn.Module) -> HeadTransform:
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= float(getattr(config, name, None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
     softcap = getattr(config, "final_logit_softcapping", None)
     return {"softcap": None if softcap is None else float(softcap), "logit_scale": scale}
 

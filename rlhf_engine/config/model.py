@@ -17,7 +17,8 @@ class ModelConfig(Section):
     from here."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers for scoring, training and prefill; flash_attention_2 needs a GPU and the
-    package flash-attn. Decode steps use the attention of the engine, except with eager."""
+    package flash-attn. A model that has no sdpa in transformers, such as Gemma 2 or gpt-oss, uses eager, with a line
+    in the log. Decode steps use the attention of the engine, except with eager."""
     trust_remote_code: bool = False
     """Whether Python code in a model's folder may run (auto_map in its config.json or tokenizer_config.json). Such code
     can do anything that the user who starts the run can do, so read it first. If False, a model or tokenizer that needs

@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import Outputs, ValueFunction, Want
+from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import (
+    check_causal,
     check_packing,
     checkpoint_layers,
     last_hidden,
@@ -83,8 +85,10 @@ class LanguageModel(nn.Module):
         self.value: ValueFunction | None = None
         self.backend = backend
         self.compute_dtype: torch.dtype | None = None
+        limit_positions(self.trunk, None)
         self.eval()
         self._check_head()
+        check_causal(self.trunk, self.compute_dtype)
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
         upcast_products(model, self.product_dtype)
         if gradient_checkpointing:
@@ -172,6 +176,10 @@ class LanguageModel(nn.Module):
             loss=self._loss(hidden, batch, temperature, loss) if "loss" in want else None,
         )
 
+    def limit_positions(self, longest: int | None) -> None:
+        """Use the rotary embeddings of a run whose longest sequence has `longest` tokens, in every pass (see `rope`)."""
+        limit_positions(self.trunk, longest)
+
     def products(self) -> AbstractContextManager[None]:
         """Compute matrix products in `compute_dtype` inside the context; weights are rounded once for all passes in it."""
         return products(self.compute_dtype, self.device)
@@ -251,7 +259,8 @@ def _explain(ours: Tensor, theirs: Tensor) -> str:
     ratio, largest = (theirs * ours).sum() / ours.square().sum(), float(theirs.abs().max())
     if torch.allclose(theirs, ratio * ours, rtol=1e-2, atol=1e-2 * largest):
         return f"the model multiplies its logits by {float(ratio):.4g}, a logit scale that its config does not declare"
-    if largest < 0.9 * float(ours.abs().max()) and math.isfinite(largest):
+    squeezed = largest * torch.tanh(ours / largest)
+    if math.isfinite(largest) and torch.allclose(theirs, squeezed, atol=0.1 * largest):
         return f"the model limits its logits to {largest:.4g}, a softcap that its config does not declare"
     return (
         "the difference is neither a scale nor a softcap; the head may have more than one matrix, or the trunk may lack its "
@@ -285,6 +294,12 @@ class ActorCritic(LanguageModel):
             )
         self.value = value
         self.packs = self.packs and value.packs
+
+    def limit_positions(self, longest: int | None) -> None:
+        """Use the rotary embeddings of a run whose longest sequence has `longest` tokens, also in a separate value model."""
+        super().limit_positions(longest)
+        if (limit := getattr(self.value, "limit_positions", None)) is not None:
+            limit(longest)
 
     def check_packing(self) -> None:
         """Raise ValueError if micro-batches are packed and packed sequences affect each other in a trunk."""

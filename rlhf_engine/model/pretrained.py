@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -14,6 +16,17 @@ from rlhf_engine.errors import foreign_errors
 from rlhf_engine.files import read_json, read_model_config, read_tensors, remote_code_off, require
 from rlhf_engine.model.checkpoint_kind import check_language_model, refuse_quantised
 from rlhf_engine.model.heads import ValueHead
+
+Loaded = TypeVar("Loaded")
+
+_NO_ATTENTION = ("does not support an attention implementation", "does not support Flash Attention", "FlashAttention")
+"""Parts of transformers' messages for an attention implementation that a model does not have or that is not installed."""
+
+_log = logging.getLogger(__name__)
+
+
+class _NoAttentionError(ValueError):
+    """An attention implementation that is not available."""
 
 
 def load_pretrained(
@@ -45,19 +58,26 @@ def load_pretrained(
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
     refuse_quantised(folder, weights)
     what = f"{folder}: transformers {transformers.__version__} cannot load the model"
+
+    def load(name: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=name,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            # Return mismatched shapes in `found`, which are raised below, instead of printing a table.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+
     try:
-        with remote_code_off(folder / "config.json", trust_remote_code), foreign_errors(what, SafetensorError):
-            model, found = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=attention,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                # Return mismatched shapes in `found`, which are raised below, instead of printing a table.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        with (
+            remote_code_off(folder / "config.json", trust_remote_code),
+            foreign_errors(what, SafetensorError, _NoAttentionError),
+        ):
+            model, found = _with_attention(attention, load)
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights are not a whole safetensors file: {error}") from None
     if found["mismatched_keys"]:
@@ -84,9 +104,38 @@ def like(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def _with_attention(name: str | None, load: Callable[[str | None], Loaded]) -> Loaded:
+    """Return `load(name)`, or `load("eager")` for a model without the implementation "sdpa", and log that.
+
+    Raises:
+        ValueError: the implementation `name` is not available; the message names the setting.
+    """
+    try:
+        return load(name)
+    except (ValueError, ImportError) as error:
+        # transformers refuses an implementation before it reads weights, with a message for its own callers.
+        if not any(words in str(error) for words in _NO_ATTENTION):
+            raise
+        if name != "sdpa":
+            reason = str(error).strip().splitlines()[0]
+            raise _NoAttentionError(
+                f"attention: got {name!r}, which is not available ({reason}); set model.attention=eager"
+            ) from None
+    _log.warning("model.attention: the model has no attention of kind 'sdpa' in transformers, so 'eager' is used")
+    return load("eager")
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Return the longest sequence that the model supports; None if its config does not define it."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Return the longest sequence that the model supports; None if its config does not define it.
+
+    With dynamic rope it is the config's number times the factor of the rope.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is not None and "dynamic" in str(rope.get("rope_type", "")):
+        return int(positions * rope.get("factor", 1.0))
+    return positions
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

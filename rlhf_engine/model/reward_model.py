@@ -19,6 +19,7 @@ from rlhf_engine.files import read_json, read_model_config, require, write_json
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.pretrained import load_head, load_pretrained
+from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import (
     check_packing,
     checkpoint_layers,
@@ -46,6 +47,7 @@ class RewardModel(nn.Module):
         self.skipped_id = skipped_id
         """Token at the end of a row that is not read, as the sequence classifiers of transformers skip their pad_token_id."""
         self.compute_dtype: torch.dtype | None = None
+        self.limit_positions(None)
         self.eval()
 
     @classmethod
@@ -56,6 +58,10 @@ class RewardModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
         return cls(trunk, ValueHead.from_weights(weight.to(next(trunk.parameters()).device)))
+
+    def limit_positions(self, longest: int | None) -> None:
+        """Use the rotary embeddings of a run whose longest sequence has `longest` tokens, in every pass (see `rope`)."""
+        limit_positions(self.trunk, longest)
 
     def computing(self, *, compute_dtype: torch.dtype | None = None, gradient_checkpointing: bool = False) -> Self:
         """Set how the trunk computes, and return the model.

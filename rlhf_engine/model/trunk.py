@@ -98,7 +98,30 @@ def input_layer(model: PreTrainedModel) -> nn.Embedding:
 
 def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its output layer, which transformers annotates as a plain module."""
-    return cast("PreTrainedModel", model.base_model if model.base_model is not model else model.get_decoder())
+    found = model.base_model if model.base_model is not model else model.get_decoder()
+    if found is model:  # Llama 4: its `base_model_prefix` names a module of the multimodal model
+        found = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    return cast("PreTrainedModel", found)
+
+
+@torch.no_grad()
+def check_causal(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
+    """Compare the hidden states of a sequence's first tokens with those of the whole sequence in a batch of two.
+
+    Rounding may send a token to a different expert, so a difference counts if most tokens have it.
+
+    Raises:
+        ValueError: they depend on later tokens or on other sequences, so its tokens have no log-probs.
+    """
+    ids = torch.arange(1, 9, device=trunk.device).remainder(input_layer(trunk).weight.shape[0])
+    alone = last_hidden(trunk, ids[None, :5], compute_dtype=compute_dtype, use_cache=False)[0]
+    together = last_hidden(trunk, torch.stack([ids, ids.flip(0)]), compute_dtype=compute_dtype, use_cache=False)[0, :5]
+    difference = (together - alone).abs().amax(-1) / alone.abs().max()
+    if not float(difference.median()) <= (1e-2 if alone.dtype == torch.float32 else 0.2):
+        raise ValueError(
+            f"model: the hidden states of {type(trunk).__name__} depend on later tokens or on other sequences of the batch, so "
+            "its tokens have no log-probs; expected a causal LM"
+        )
 
 
 # ---- packed sequences ----
@@ -220,7 +243,7 @@ def checkpoint_layers(trunk: PreTrainedModel) -> None:
     Raises:
         ValueError: no layer of the trunk is a `GradientCheckpointingLayer` of transformers.
     """
-    layers = list(layers_of(trunk))
+    layers = list(_outermost(trunk))
     if not layers:
         raise ValueError(
             f"memory.gradient_checkpointing: got True, expected False for {type(trunk).__name__}, whose layers transformers "
@@ -235,6 +258,15 @@ def checkpoint_layers(trunk: PreTrainedModel) -> None:
 def layers_of(trunk: nn.Module) -> Iterator[GradientCheckpointingLayer]:
     """Iterate over the layers that transformers can recompute."""
     return (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def _outermost(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    """Iterate over the layers that transformers can recompute and that are not part of one: those are recomputed with it."""
+    for child in module.children():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield child
+        else:
+            yield from _outermost(child)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def kv_cache(w: Workload, slots: int) -> int:
     if w.paged:
         return _pool_bytes(w, slots * pages_of(columns, PAGE_SIZE))
     slots += -slots % slots_per_step(eager=w.eager)
-    return slots * kv_bytes(w.policy.kv_shape, columns, w.product_dtype)
+    return slots * kv_bytes(w.policy.kv_numbers, columns, w.product_dtype)
 
 
 def least_kv_cache(w: Workload, slots: int) -> int:
@@ -143,11 +143,11 @@ def least_kv_cache(w: Workload, slots: int) -> int:
 
 def page_bytes(w: Workload) -> int:
     """Return the bytes of one page in all layers."""
-    return kv_bytes(w.policy.kv_shape, PAGE_SIZE, w.product_dtype)
+    return kv_bytes(w.policy.kv_numbers, PAGE_SIZE, w.product_dtype)
 
 
 def _pool_bytes(w: Workload, pages: int) -> int:
-    return pool_bytes(w.policy.kv_shape, pages, w.product_dtype)
+    return pool_bytes(w.policy.kv_numbers, pages, w.product_dtype)
 
 
 def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:

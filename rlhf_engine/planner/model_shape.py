@@ -78,9 +78,9 @@ class ModelShape:
         return self.groups * self.head_dim
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(layers, heads, head size) of the keys, and of the values."""
-        return self.layers, self.groups, self.head_dim
+    def kv_numbers(self) -> int:
+        """Numbers per token of the keys and values of all layers."""
+        return 2 * self.layers * self.key_width
 
     def trunk(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight except the language-model head.

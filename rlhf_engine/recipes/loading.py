@@ -17,6 +17,7 @@ from rlhf_engine.files import read_json, with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import input_layer
 from rlhf_engine.plots import PANELS, plot_stage
 
@@ -42,6 +43,7 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     except ValueError as error:
         raise ValueError(f"model.path: {error}") from None
     _check_vocabulary(model, tokenizer, folder)
+    limit_positions(model, longest_sequence(config))
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
     codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts, config.rollout.stop)
@@ -57,9 +59,11 @@ def load_reward_model(config: RunConfig) -> RewardModel:
     folder = given(config.reward.path, "reward.path")
     where = placement(config)
     try:
-        return RewardModel.load(folder, **where).computing(**computing(config))
+        model = RewardModel.load(folder, **where).computing(**computing(config))
     except ValueError as error:
         raise ValueError(f"reward.path: {error}") from None
+    model.limit_positions(longest_sequence(config))
+    return model
 
 
 def save_result(folder: Path, write_model: Callable[[Path], None], report: dict[str, Any], config: RunConfig) -> None:
@@ -149,6 +153,11 @@ def computing(config: RunConfig, *, learns: bool = True) -> dict[str, Any]:
     """Return a model's arguments for computation: the dtype of its products and, if it `learns`, gradient checkpointing."""
     dtype = None if config.compute_dtype == "float32" else getattr(torch, config.compute_dtype)
     return {"compute_dtype": dtype, "gradient_checkpointing": learns and config.memory.gradient_checkpointing}
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Return the tokens of the longest sequence of any stage, for which all stages choose their rotary embeddings."""
+    return config.rollout.max_prompt_tokens + max(config.rollout.max_response_tokens, config.data.max_response_tokens)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

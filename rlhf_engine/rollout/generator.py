@@ -66,6 +66,7 @@ class Generator:
             self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens)
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.max_position = max_positions(policy.model)
+        policy.limit_positions(self.columns)
         self.decoder = make_decoder(policy, config, self.columns, kv_bytes) if decoder is None else decoder
         self.decoder.check()
         self._state: tuple[RolloutState, ActiveSlots, Act] | None = None

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.rollout.decode.protocol import Decoder
+
+_log = logging.getLogger(__name__)
 
 
 def is_paged(cache: str, device: str) -> bool:
     """Return whether the value `cache` of `rollout.cache` selects pages on a device of type `device`."""
     return cache == "paged" or (cache == "auto" and device == "cuda")
+
+
+def takes_pages(policy: LanguageModel, cache: str, device: str) -> bool:
+    """Return whether `policy` is sampled with pages; "auto" takes them only for attention that reads pages, and logs that."""
+    if cache == "paged" or not is_paged(cache, device):
+        return cache == "paged"
+    from rlhf_engine.rollout.decode.pool import reads_pages
+
+    if reads_pages(policy):
+        return True
+    _log.warning(
+        "rollout.cache: auto is slots for %s, whose attention does not read the pages of a cache",
+        type(policy.model).__name__,
+    )
+    return False
 
 
 def make_decoder(policy: LanguageModel, config: RolloutConfig, columns: int, kv_bytes: int | None = None) -> Decoder:
@@ -21,7 +40,7 @@ def make_decoder(policy: LanguageModel, config: RolloutConfig, columns: int, kv_
         ValueError: as `SlotDecoder` or `PagedDecoder` does, and for `config.compile` without pages.
     """
     # Imported here, so that a run loads only the decoder that it uses.
-    if is_paged(config.cache, policy.device.type):
+    if takes_pages(policy, config.cache, policy.device.type):
         from rlhf_engine.rollout.decode.paged import PagedDecoder
 
         return PagedDecoder(policy, config.batch_size, columns, kv_bytes=kv_bytes, compiles=config.compile)

@@ -30,14 +30,21 @@ def slot_attention(
     module: nn.Module,
     query: Tensor,  # (R, heads, 1, D)
     key: Tensor,  # (slots, groups, W, D), slots <= R
-    value: Tensor,  # (slots, groups, W, D)
+    value: Tensor,  # (slots, groups, W, E), head size E
     attention_mask: Tensor,  # (R, 1, 1, W), bool
     scaling: float | None = None,  # default: D ** -0.5
     **unused: object,  # arguments of other implementations: dropout, sliding_window, is_causal
-) -> tuple[Tensor, None]:  # (R, 1, heads, D)
+) -> tuple[Tensor, None]:  # (R, 1, heads, E)
     """Compute `decode_attention` in transformers' attention interface; rows without a slot get zeros."""
-    slots = len(key)
-    out = decode_attention(query[:slots, :, 0].to(key.dtype), key, value, attention_mask[:slots, 0, 0], scale=scaling)
+    slots, size = len(key), value.shape[-1]
+    wide = max(query.shape[-1], size)  # the kernel has one head size for keys and values
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (
+        x if x.shape[-1] == wide else nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)
+    )
+    out = decode_attention(query[:slots, :, 0].to(key.dtype), key, value, attention_mask[:slots, 0, 0], scale=scale)[
+        ..., :size
+    ]
     if slots < len(query):
         out = nn.functional.pad(out, (0, 0, 0, 0, 0, len(query) - slots))
     return out[:, None], None
@@ -96,10 +103,9 @@ class InvariantLayers:
                 del module.forward
 
     @contextmanager
-    def decode(self) -> Iterator[None]:
-        """Replace the activations and the attention inside the `with` block."""
-        kept = self.config._attn_implementation
-        with attention(self.config, kept if kept == "eager" else ATTENTION), self.prefill():
+    def decode(self, *, eager: bool) -> Iterator[None]:
+        """Replace the activations and, unless `eager`, the attention inside the `with` block."""
+        with attention(self.config, "eager" if eager else ATTENTION), self.prefill():
             yield
 
 

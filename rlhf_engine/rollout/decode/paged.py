@@ -1,8 +1,9 @@
 """Decoding with keys and values in pages: a sequence has only the pages that it fills, in any order.
 
 The pages of all layers are one allocation, dropped between rollouts. Samples of one prompt share its pages. Each sample copies
-a partly filled last page before it writes there, except the last one to write. A causal LM can decode with pages if it calls
-its attention through transformers' interface: `PagedLayer.update` returns pages instead of keys, and `attend` reads them.
+a partly filled last page before it writes there, except the last one to write. If a model passes what a cache returns to
+transformers' attention interface, `PagedLayer.update` returns pages and `attend` reads them. For other models, such as those
+with latent attention, it copies the pages of each sequence into one tensor per layer and step, which takes time.
 
 On a GPU a step with its sampling is a CUDA graph, and its rows are padded to a power of two. A row's bits may then depend on
 the number of rows, which selects the kernel of a matrix product. On CPU they do not depend on other rows.
@@ -13,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
 from rlhf_engine.model.pretrained import max_positions
@@ -29,7 +27,19 @@ from rlhf_engine.model.roles import Want
 from rlhf_engine.model.trunk import attention
 from rlhf_engine.rollout.decode.cpu import InvariantLayers, ReorderedHead, head_product
 from rlhf_engine.rollout.decode.gpu import CompiledLayers, GraphedStep, ladder, why_not
-from rlhf_engine.rollout.decode.pages import PAGE_SIZE, Pages, Sequences, pages_of, pool_bytes
+from rlhf_engine.rollout.decode.pages import PAGE_SIZE, Pages, Sequences, pages_of
+from rlhf_engine.rollout.decode.pool import (
+    ATTENTION,
+    PagedLayer,
+    Pass,
+    check_config_heads,
+    kv_bytes_of,
+    layers_of_pool,
+    pages_within,
+    pool_shape,
+    reads_pages,
+)
+from rlhf_engine.rollout.decode.probe import probe
 from rlhf_engine.rollout.decode.protocol import (
     CHECKED_TOKENS,
     MIN_ROWS,
@@ -38,118 +48,17 @@ from rlhf_engine.rollout.decode.protocol import (
     attention_kinds,
     check_decoding,
     check_kv_bytes,
-    kv_shape,
+    column_masks,
     new_memory,
     prefill_batch,
     prompt_width,
+    read_columns,
     same_as,
     sampled_outputs,
 )
-from rlhf_kernels import paged_attention
 
-ATTENTION = "rlhf_pages"
 _POSITION_COUNTING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that read the largest position on the host, which a CUDA graph cannot capture."""
-
-
-class PagedKeys(NamedTuple):
-    """The keys argument of attention in decode steps."""
-
-    pages: Tensor  # (P, page size, groups, D)
-    table: Tensor  # (R, M), int32
-    lengths: Tensor  # (R,), int32, the new token included
-    window: int | None
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,  # (R, heads, 1, D)
-    key: PagedKeys,
-    value: Tensor,  # (P, page size, groups, D)
-    attention_mask: Tensor,  # not read: a row attends to the tokens given by its pages and its length
-    scaling: float | None = None,  # default: D ** -0.5
-    softcap: float | None = None,
-    **unused: object,  # arguments of other implementations: dropout, sliding_window, is_causal
-) -> tuple[Tensor, None]:  # (R, 1, heads, D)
-    """Compute `paged_attention` in transformers' attention interface."""
-    options = {"scale": scaling, "window": key.window, "softcap": softcap}
-    found = paged_attention(query[:, :, 0].to(value.dtype), key.pages, value, key.table, key.lengths, **options)
-    return found[:, None], None
-
-
-AttentionInterface.register(ATTENTION, attend)
-
-
-@dataclass
-class _Pass:
-    """Arguments of the current forward pass, which the layers of the cache read. It writes N tokens."""
-
-    page: Tensor | None = None  # (N,)
-    within: Tensor | None = None  # (N,), the index in the page
-    source: Tensor | None = None  # (N,), prefill: the index in the flattened prompts; None in decode
-    table: Tensor | None = None  # (R, M), decode
-    lengths: Tensor | None = None  # (R,), decode
-
-
-class PagedLayer(CacheLayerMixin):
-    """Keys and values of one layer: views of the pool, [pages, page size, groups, D]."""
-
-    is_sliding = False
-
-    def __init__(self, now: _Pass, window: int | None) -> None:
-        super().__init__()
-        self.now, self.window = now, window
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Raise AssertionError: the pool is allocated in `PagedDecoder.open`."""
-        raise AssertionError("the pool is allocated before the first forward pass")
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor | PagedKeys, Tensor]:
-        """Write the new tokens; return the keys and values for attention: the new ones in prefill, the pages in decode."""
-        now = self.now
-        for states, pages in ((key_states, self.keys), (value_states, self.values)):
-            assert pages is not None
-            if states.shape[1::2] != pages.shape[2:]:
-                got, expected = tuple(states.shape[1::2]), tuple(pages.shape[2:])
-                raise ValueError(
-                    f"policy: got keys or values of (heads, size) {got}, expected {expected} by its config"
-                )
-            tokens = states.transpose(1, 2).flatten(0, 1).to(pages.dtype)  # (rows * tokens, groups, D)
-            pages[now.page, now.within] = tokens if now.source is None else tokens[now.source]
-        if now.source is not None:
-            return key_states, value_states
-        assert self.keys is not None and self.values is not None and now.table is not None and now.lengths is not None
-        return PagedKeys(self.keys, now.table, now.lengths, self.window), self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the length and the offset of the keys in prefill; decode steps do not call this."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return 0: prefill begins at position 0, and decode steps pass their positions."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """Return -1: the length is not limited."""
-        return -1
-
-
-def pool_shape(policy: LanguageModel, pages: int, page_size: int) -> tuple[int, ...]:
-    """Return the pool's shape for a policy: (layers, 2 for keys and values, pages, page size, groups, D)."""
-    layers, groups, size = kv_shape(policy)
-    return layers, 2, pages, page_size, groups, size
-
-
-def kv_bytes_of(policy: LanguageModel, pages: int, page_size: int = PAGE_SIZE) -> int:
-    """Return `pool_bytes` for the keys and values of a policy."""
-    return pool_bytes(kv_shape(policy), pages, policy.product_dtype, page_size)
-
-
-def pages_within(policy: LanguageModel, kv_bytes: int, page_size: int = PAGE_SIZE) -> int:
-    """Return how many pages fit into `kv_bytes` in addition to page 0."""
-    return kv_bytes // kv_bytes_of(policy, 0, page_size) - 1
 
 
 class PagedDecoder:
@@ -172,7 +81,11 @@ class PagedDecoder:
         self.policy, self.slots, self.page_size = policy, slots, page_size
         self.rows = ladder(slots, MIN_ROWS)
         self.text_config = policy.model.config.get_text_config()
-        kinds = attention_kinds(policy)
+        self.kinds = attention_kinds(policy, columns)
+        found = probe(policy)
+        self.gathers = not reads_pages(policy)
+        """Whether a step copies the pages of a sequence into one tensor, for attention that cannot read pages."""
+        self.eager = self.gathers and (self.text_config._attn_implementation == "eager" or not found.routed)
         places = pages_of(max(columns, CHECKED_TOKENS), page_size)
         self.page_count = slots * places
         if kv_bytes is not None:
@@ -181,10 +94,11 @@ class PagedDecoder:
         self.table = torch.zeros(self.rows, places, dtype=torch.int32, device=policy.device)
         self.layers = InvariantLayers(policy)
         self.want = sampled_outputs(policy)
-        self.max_position, self.now = max_positions(policy.model), _Pass()
-        windows = {"sliding_attention": getattr(self.text_config, "sliding_window", None), "full_attention": None}
-        by_layer = getattr(self.text_config, "layer_types", None) or kinds * self.text_config.num_hidden_layers
-        self.paged = [PagedLayer(self.now, windows[kind]) for kind in by_layer]
+        self.max_position, self.now = max_positions(policy.model), Pass(gathers=self.gathers)
+        windows = {"sliding_attention": getattr(self.text_config, "sliding_window", None)}
+        by_layer = getattr(self.text_config, "layer_types", None) or self.kinds * self.text_config.num_hidden_layers
+        shapes = zip(by_layer, found.layers, strict=True)
+        self.paged = [PagedLayer(self.now, windows.get(kind), shape) for kind, shape in shapes]
         self.cache = Cache(layers=[*self.paged])
         self.pool: Tensor | None = None
         self.project: ReorderedHead | None = None
@@ -201,7 +115,7 @@ class PagedDecoder:
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         nested = [rope, *(x for x in rope.values() if isinstance(x, dict))]
         waits = any(x.get("rope_type") in _POSITION_COUNTING_ROPE for x in nested)
-        return self.policy.device.type == "cuda" and not waits
+        return self.policy.device.type == "cuda" and not waits and not self.gathers
 
     def _decide_compile(self, compiles: bool | None) -> bool:
         # Under autocast, a compiled layer would round its weights in every step.
@@ -220,8 +134,12 @@ class PagedDecoder:
 
     def check(self) -> None:
         """Raise ValueError if decoding differs from one forward pass over the whole sequence."""
+        check_config_heads(self.policy)
         most = self.page_count // pages_of(CHECKED_TOKENS, self.page_size)
-        check_decoding(self, self.policy, min(self.slots, most))
+        try:
+            check_decoding(self, self.policy, min(self.slots, most))
+        except ValueError as error:
+            raise ValueError(f"{error}; set rollout.cache=slots") from None
 
     def open(self, sequences: int, allocate: Allocate = new_memory) -> None:
         """Begin a rollout: allocate pages, at most as many as `sequences` sequences can fill, all of them free."""
@@ -230,7 +148,8 @@ class PagedDecoder:
         self.ample = opened == filled
         shape = pool_shape(self.policy, 1 + opened, self.page_size)
         self.pool = allocate(shape, self.policy.product_dtype, self.policy.device)
-        for layer, (keys, values) in zip(self.paged, self.pool, strict=True):
+        views = layers_of_pool(self.pool, self.policy, self.page_size)
+        for layer, (keys, values) in zip(self.paged, views, strict=True):
             layer.keys, layer.values, layer.is_initialized = keys, values, True
             for pages in (keys, values) if self.compiles else ():
                 torch._dynamo.mark_dynamic(pages, 0)  # a new pool size causes no recompilation
@@ -360,6 +279,8 @@ class PagedDecoder:
         now.page = table.gather(1, (positions // self.page_size)[:, None])[:, 0].long()
         now.within, now.source = positions % self.page_size, None
         now.table, now.lengths = table, (positions + 1).int()
+        if self.gathers:
+            return self._forward_gathered(tokens, positions, want)
         # `attend` does not read the mask. Without one, some models search the tokens for padding and wait for the device.
         mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool, device=tokens.device)
         batch = TokenBatch(
@@ -369,18 +290,41 @@ class PagedDecoder:
         with attention(self.text_config, ATTENTION), self.layers.prefill():
             return self.policy(batch, want, project=self.project)
 
+    def _forward_gathered(self, tokens: Tensor, positions: Tensor, want: Collection[Want]) -> Outputs:
+        assert self.now.table is not None
+        longest = read_columns(int(positions.max()) + 1, self.table.shape[1] * self.page_size)
+        self.now.table = self.now.table[:, : pages_of(longest, self.page_size)]
+        width = self.now.table.shape[1] * self.page_size
+        additive = self.policy.lm_weight.dtype if self.eager else None
+        mask = column_masks(self.text_config, self.kinds, positions, width, additive)
+        batch = TokenBatch(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], cache=self.cache
+        )
+        with self.layers.decode(eager=self.eager):
+            return self.policy(batch, want, project=self.project)
+
     def _grow(self, count: int) -> None:
         """Make space for one more token in each of the first `count` slots."""
         grown = [(slot, self.sequences.grow(slot)) for slot in range(count)]
         changes = [(slot, *change) for slot, change in grown if change is not None]
         copies = [(page, source) for _, _, page, source in changes if source is not None]
         if copies:
-            assert self.pool is not None
             page, source = torch.tensor(copies, device=self.table.device).T
-            self.pool[:, :, page] = self.pool[:, :, source]
+            self._copy(page, source)
         if changes:
             slot, place, page = torch.tensor([change[:3] for change in changes], device=self.table.device).T
             self.table[slot, place] = page.int()
+
+    def _copy(self, page: Tensor, source: Tensor) -> None:
+        """Copy pages `source` to `page` in all layers."""
+        assert self.pool is not None
+        if self.pool.dim() > 1:
+            self.pool[:, :, page] = self.pool[:, :, source]
+            return
+        for layer in self.paged:
+            for pages in (layer.keys, layer.values):
+                assert pages is not None
+                pages[page] = pages[source]
 
     def _write_table(self, slots: range | list[int]) -> None:
         places, held = self.table.shape[1], [self.sequences.held[slot] for slot in slots]

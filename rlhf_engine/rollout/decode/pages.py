@@ -19,9 +19,9 @@ PAGE_SIZE = 64
 """Tokens per page. A sequence leaves half a page unused on average, and a tile of the kernel spans one or two pages."""
 
 
-def pool_bytes(shape: tuple[int, int, int], pages: int, dtype: torch.dtype, page_size: int = PAGE_SIZE) -> int:
-    """Return the bytes of `pages` pages and of page 0, which no sequence uses; `shape` is that of `kv_shape`."""
-    return kv_bytes(shape, (1 + pages) * page_size, dtype)
+def pool_bytes(numbers: int, pages: int, dtype: torch.dtype, page_size: int = PAGE_SIZE) -> int:
+    """Return the bytes of `pages` pages and of page 0, which no sequence uses; a token has `numbers` numbers."""
+    return kv_bytes(numbers, (1 + pages) * page_size, dtype)
 
 
 def pages_of(tokens: int, page_size: int) -> int:

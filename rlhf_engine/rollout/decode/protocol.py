@@ -8,14 +8,13 @@ reads a width that the configuration fixes). Activations whose kernels round by 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 
 from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
 from rlhf_engine.model.roles import Want
@@ -24,8 +23,10 @@ MIN_ROWS = 16
 """Minimum number of rows of a forward pass."""
 CHECKED_TOKENS = 10
 """Tokens of the longest sequence that `check_decoding` decodes."""
+_BLOCK = 512
+"""Columns per block of a decode step's attention: it reads whole blocks up to the longest sequence."""
 _ATTENTION = ("sdpa", "flash_attention_2", "eager")
-_KINDS = ("full_attention", "sliding_attention")
+_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 Act = Callable[[Outputs, slice], None]
 """`act(outputs, slots)` samples an action per slot. A CUDA graph may capture it, so it must not wait for the device."""
@@ -117,17 +118,9 @@ class Decoder(Protocol):
 # ---- helpers of the implementations ----
 
 
-def kv_shape(policy: LanguageModel) -> tuple[int, int, int]:
-    """Return (layers, heads, head size) of a policy's keys and values."""
-    config = policy.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, size
-
-
-def kv_bytes(shape: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> int:
-    """Return the bytes of the keys and values of `tokens` tokens in all layers; `shape` is that of `kv_shape`."""
-    return 2 * math.prod(shape) * tokens * dtype.itemsize
+def kv_bytes(numbers: int, tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of `tokens` tokens, of which each has `numbers` numbers in all layers."""
+    return numbers * tokens * dtype.itemsize
 
 
 def check_kv_bytes(given: int, least: int, what: str) -> None:
@@ -147,8 +140,13 @@ def prompt_width(length: int) -> int:
     return -(-length // step) * step
 
 
-def attention_kinds(policy: LanguageModel) -> list[str]:
-    """Return the kinds of attention layers; each kind needs its mask.
+def read_columns(longest: int, columns: int) -> int:
+    """Return the columns that attention reads in a step whose longest sequence has `longest` of at most `columns` tokens."""
+    return min(columns, -(-longest // _BLOCK) * _BLOCK)
+
+
+def attention_kinds(policy: LanguageModel, columns: int) -> list[str]:
+    """Return the kinds of attention layers, each of which needs its mask, for sequences of at most `columns` tokens.
 
     Raises:
         ValueError: for an attention implementation or a kind of layer that no decoder supports.
@@ -165,10 +163,47 @@ def attention_kinds(policy: LanguageModel) -> list[str]:
         unknown.append("a recurrent state")
     if getattr(text, "alibi", False) or hasattr(policy.trunk, "build_alibi_tensor"):
         unknown.append("ALiBi biases computed from the padding mask")
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        unknown.append("local attention layers that count from the end of the cache")
+    floor = getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None
+    if floor is not None and columns >= floor:
+        raise ValueError(
+            f"policy: {type(model).__name__} scales its queries from position {floor} (floor_scale) on by the length of its "
+            f"cache, expected sequences of less than {floor} tokens; set rollout.max_prompt_tokens and "
+            "rollout.max_response_tokens to less together"
+        )
     if unknown:
         got = ", ".join(unknown)
-        raise ValueError(f"policy: {type(model).__name__} has {got}, expected full or sliding-window attention")
+        raise ValueError(
+            f"policy: {type(model).__name__} has {got}, expected full, sliding-window or chunked attention: it cannot be "
+            "sampled; it can be scored and fine-tuned"
+        )
     return kinds
+
+
+def column_masks(
+    config: PreTrainedConfig,
+    kinds: Sequence[str],
+    positions: Tensor,  # (R,)
+    width: int,
+    additive: torch.dtype | None = None,
+) -> Tensor | dict[str, Tensor]:  # (R, 1, 1, W)
+    """Return the masks of the columns that a decode step at `positions` reads, for each kind of layer if there are several.
+
+    They are bool, True for a column that is read, or `additive`: 0 for such a column and the lowest number for the others.
+    """
+    column, position = torch.arange(width, device=positions.device), positions[:, None, None, None]
+    full = column <= position
+    masks = {"full_attention": full}
+    if "sliding_attention" in kinds:
+        masks["sliding_attention"] = full & (column > position - config.sliding_window)
+    if "chunked_attention" in kinds:
+        size = config.attention_chunk_size
+        masks["chunked_attention"] = full & (column >= position // size * size)
+    if additive is not None:
+        zero = torch.zeros((), dtype=additive, device=positions.device)
+        masks = {kind: torch.where(mask, zero, torch.finfo(additive).min) for kind, mask in masks.items()}
+    return masks if len(kinds) > 1 else masks[kinds[0]]
 
 
 def sampled_outputs(policy: LanguageModel) -> tuple[Want, ...]:

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.model.roles import Want
 from rlhf_engine.rollout.decode.cpu import InvariantLayers, ReorderedHead, head_product
+from rlhf_engine.rollout.decode.probe import probe
 from rlhf_engine.rollout.decode.protocol import (
     MIN_ROWS,
     Act,
@@ -26,16 +28,14 @@ from rlhf_engine.rollout.decode.protocol import (
     attention_kinds,
     check_decoding,
     check_kv_bytes,
+    column_masks,
     kv_bytes,
-    kv_shape,
     new_memory,
     prefill_batch,
+    read_columns,
     same_as,
     sampled_outputs,
 )
-
-_BLOCK = 512
-"""Columns per block of a decode step's attention: it reads whole blocks up to the longest sequence."""
 
 
 def slot_columns(tokens: int) -> int:
@@ -45,11 +45,11 @@ def slot_columns(tokens: int) -> int:
 
 def slot_bytes(policy: LanguageModel, tokens: int) -> int:
     """Return the bytes of the keys and values of one slot for sequences of at most `tokens` tokens."""
-    return kv_bytes(kv_shape(policy), slot_columns(tokens), policy.product_dtype)
+    return kv_bytes(probe(policy).numbers, slot_columns(tokens), policy.product_dtype)
 
 
 def slots_per_step(*, eager: bool) -> int:
-    """Return the number that the slots are a multiple of. Eager attention needs keys for every row of a step."""
+    """Return the number that the slots are a multiple of. Attention of the model itself needs keys for every row of a step."""
     return MIN_ROWS if eager else 1
 
 
@@ -62,6 +62,7 @@ class _Pass:
     positions: Tensor | None = None  # (R,), decode: the column that each of the first R slots writes; None in prefill
     rows: Tensor | None = None  # (R,), decode: 0, 1, ... R - 1
     width: int = 0  # decode: columns that attention reads
+    contiguous: bool = False  # decode: some models call `view` on keys
 
 
 class SlotLayer(CacheLayerMixin):
@@ -104,7 +105,8 @@ class SlotLayer(CacheLayerMixin):
         rows = len(now.positions)  # the other rows pad the matrix products and have no slot
         self.keys[now.rows, :, now.positions] = key_states[:rows, :, 0].to(self.keys.dtype)
         self.values[now.rows, :, now.positions] = value_states[:rows, :, 0]
-        return self.keys[:rows, :, : now.width], self.values[:rows, :, : now.width]
+        keys, values = self.keys[:rows, :, : now.width], self.values[:rows, :, : now.width]
+        return (keys.contiguous(), values.contiguous()) if now.contiguous else (keys, values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and the offset of the keys in prefill, where attention reads the new columns.
@@ -127,8 +129,10 @@ class SlotCache(Cache):
 
     layers: list[SlotLayer]
 
-    def __init__(self, layers: int, slots: int, columns: int, allocate: Allocate = new_memory) -> None:
-        self.now = _Pass()
+    def __init__(
+        self, layers: int, slots: int, columns: int, allocate: Allocate = new_memory, *, contiguous: bool = False
+    ) -> None:
+        self.now = _Pass(contiguous=contiguous)
         super().__init__(layers=[SlotLayer(slots, columns, self.now, allocate) for _ in range(layers)])
 
     def prefill(self, first: int, source: Tensor) -> None:
@@ -143,7 +147,7 @@ class SlotCache(Cache):
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first `width` columns of slots `source` to slots `target`; the two must not overlap."""
-        for layer in self.layers:
+        for layer in (layer for layer in self.layers if layer.is_initialized):
             layer.keys[target, :, :width] = layer.keys[source, :, :width]
             layer.values[target, :, :width] = layer.values[source, :, :width]
 
@@ -152,20 +156,22 @@ class SlotDecoder:
     """`Decoder` with `slots` slots for sequences of up to `columns` tokens, or fewer slots to fit into `kv_bytes`.
 
     Raises:
-        ValueError: for a model whose attention is neither full nor sliding-window, and for `kv_bytes` that are too few.
+        ValueError: for a model without a cache, or with a kind of attention that is not supported, and for `kv_bytes` that
+            are too few.
     """
 
     def __init__(self, policy: LanguageModel, slots: int, columns: int, kv_bytes: int | None = None) -> None:
         self.policy, self.columns = policy, slot_columns(columns)
         self.text_config = policy.model.config.get_text_config()
-        self.kinds = attention_kinds(policy)
-        self.eager = self.text_config._attn_implementation == "eager"
+        self.kinds = attention_kinds(policy, columns)
+        self.probe = probe(policy)
+        self.eager = self.text_config._attn_implementation == "eager" or not self.probe.routed
+        """Whether decode steps use the model's own attention, which adds a mask to the scores."""
         self.slots = slots if kv_bytes is None else min(slots, self._slots_within(kv_bytes, columns))
         self.rows = self.slots
         self.layers = InvariantLayers(policy)
         self.want = sampled_outputs(policy)
         self.max_position = max_positions(policy.model)
-        self.column = torch.arange(self.columns, device=policy.device)
         self.cache: SlotCache | None = None
         self.project: ReorderedHead | None = None
 
@@ -176,7 +182,11 @@ class SlotDecoder:
         return kv_bytes // self._bytes(step) * step
 
     def _bytes(self, slots: int) -> int:
-        return self._allocated(slots) * slot_bytes(self.policy, self.columns)
+        """Return the bytes of the tensors of keys and values, which an arena aligns."""
+        shapes = [(layer.key_heads, layer.key_size) for layer in self.probe.layers]
+        shapes += [(layer.value_heads, layer.value_size) for layer in self.probe.layers]
+        rows = self._allocated(slots) * self.columns
+        return sum(room_for((rows, *shape), self.policy.product_dtype) for shape in shapes)
 
     def _allocated(self, slots: int) -> int:
         return slots + -slots % slots_per_step(eager=self.eager)
@@ -193,7 +203,8 @@ class SlotDecoder:
     def open(self, sequences: int, allocate: Allocate = new_memory) -> None:
         """Begin a rollout with at most `sequences` slots. Each layer allocates its slots in its first forward pass."""
         slots = self._allocated(min(self.slots, sequences))
-        self.cache = SlotCache(self.text_config.num_hidden_layers, slots, self.columns, allocate)
+        layers, contiguous = len(self.probe.layers), not self.probe.routed
+        self.cache = SlotCache(layers, slots, self.columns, allocate, contiguous=contiguous)
         self.project = head_product(self.policy)  # with the current weights
 
     def close(self) -> None:
@@ -222,12 +233,12 @@ class SlotDecoder:
         spare = max(0, MIN_ROWS - count)
         tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
         width = self.columns
-        if width > _BLOCK:
-            longest = int(positions[:count].max()) + 1
-            width = min(width, -(-longest // _BLOCK) * _BLOCK)
+        if width > read_columns(1, width):
+            width = read_columns(int(positions[:count].max()) + 1, width)
         self.cache.decode(positions if self.eager else positions[:count], width)
-        mask = self._mask(positions, width)
-        with self.layers.decode():
+        additive = self.policy.lm_weight.dtype if self.eager else None
+        mask = column_masks(self.text_config, self.kinds, positions, width, additive)
+        with self.layers.decode(eager=self.eager):
             batch = TokenBatch(
                 input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], cache=self.cache
             )
@@ -263,14 +274,3 @@ class SlotDecoder:
     def metrics(self) -> dict[str, float]:
         """Return no metrics."""
         return {}
-
-    def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-        column, position = self.column[:width], positions[:, None, None, None]
-        masks = {"full_attention": column <= position}
-        if "sliding_attention" in self.kinds:
-            masks["sliding_attention"] = masks["full_attention"] & (column > position - self.text_config.sliding_window)
-        if self.eager:
-            lowest = torch.finfo(self.policy.lm_weight.dtype).min
-            zero = torch.zeros((), dtype=self.policy.lm_weight.dtype, device=positions.device)
-            masks = {kind: torch.where(mask, zero, lowest) for kind, mask in masks.items()}
-        return masks if len(self.kinds) > 1 else masks[self.kinds[0]]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Zamba2Config, Zamba2ForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_engine.config import RewardConfig, load_config
 from rlhf_engine.data import Example
@@ -15,7 +16,7 @@ from rlhf_engine.recipes.ppo import make_policy as make_ppo_policy
 from rlhf_engine.supervised.reward_model import RankedPrompt, fit_reward_model
 from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.rollouts import gradients, make_rollout
-from tests.engine.helpers.tiny_models import tiny
+from tests.engine.helpers.tiny_models import VOCABULARY, tiny
 
 
 def make_policy(family, value_model=None, **settings) -> ActorCritic:
@@ -166,3 +167,49 @@ def test_the_config_reaches_the_models():
     config = load_config(None, ["memory.gradient_checkpointing=true", "compute_dtype=bfloat16"])
     assert computing(config) == {"compute_dtype": torch.bfloat16, "gradient_checkpointing": True}
     assert computing(load_config(None)) == {"compute_dtype": None, "gradient_checkpointing": False}
+
+
+class Wrapping(GradientCheckpointingLayer):
+    """A layer that contains other layers which transformers can recompute."""
+
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(inner)
+
+    def forward(self, hidden, **options):
+        for layer in self.inner:
+            hidden = layer(hidden, **options)
+        return hidden
+
+
+def zamba2():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mamba = {"mamba_d_state": 8, "mamba_headdim": 8, "chunk_size": 8, "num_mem_blocks": 1, "use_mem_rope": True}
+    layers = {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]}
+    torch.manual_seed(0)
+    config = Zamba2Config(
+        vocab_size=VOCABULARY, **sizes, **mamba, **layers, num_key_value_heads=2, initializer_range=0.2
+    )
+    return Zamba2ForCausalLM(config).eval()
+
+
+def one_inside():
+    model = tiny(initializer_range=0.2)
+    model.model.layers[0] = Wrapping(model.model.layers[0])
+    return model
+
+
+def two_levels_and_a_shared_layer():
+    model = tiny(initializer_range=0.2)
+    first, second = model.model.layers
+    model.model.layers[0] = Wrapping(Wrapping(first), second)
+    return model
+
+
+@pytest.mark.parametrize("build", [zamba2, one_inside, two_levels_and_a_shared_layer])
+def test_layers_inside_a_layer_are_recomputed_with_it(build):
+    rollout = make_rollout()
+    expected = gradients(ActorCritic(build()), rollout, microbatch=4)
+    found = gradients(ActorCritic(build(), gradient_checkpointing=True), rollout, microbatch=4)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

@@ -1,12 +1,14 @@
 """Loading weights: all of them come from the folder, or an error names the missing one."""
 
 import json
+import logging
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.families.configs import build
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer
 from rlhf_engine.model.reward_model import RewardModel
@@ -111,3 +113,25 @@ def test_a_broken_tokenizer_is_named(tmp_path, content):
     with pytest.raises(ValueError, match=f"{tmp_path}: its tokenizer does not load: ") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "gptj", "mpt"])
+def test_a_model_without_sdpa_uses_eager_attention_and_logs_it(tmp_path, caplog, family):
+    build(family).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        model = load_pretrained(AutoModelForCausalLM, tmp_path)
+    assert model.config._attn_implementation == "eager"
+    assert "model.attention" in caplog.text and "'eager' is used" in caplog.text
+
+
+def test_a_model_with_sdpa_keeps_it(tmp_path, caplog):
+    build("gemma3").save_pretrained(tmp_path)
+    assert load_pretrained(AutoModelForCausalLM, tmp_path).config._attn_implementation == "sdpa"
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_an_attention_that_is_not_installed_names_the_setting(tmp_path, family):
+    build(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^attention: got 'flash_attention_2'.*set model\.attention=eager$"):
+        load_pretrained(AutoModelForCausalLM, tmp_path, attention="flash_attention_2")
