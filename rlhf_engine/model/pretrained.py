@@ -59,7 +59,7 @@ def load_pretrained(
     refuse_quantised(folder, weights)
     what = f"{folder}: transformers {transformers.__version__} cannot load the model"
 
-    def load(name: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def load(name: str | None) -> tuple[Any, dict[str, Any]]:
         return kind.from_pretrained(
             folder,
             dtype=dtype,
