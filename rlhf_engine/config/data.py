@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Literal
 
 from rlhf_engine.config.hygiene import HygieneConfig
-from rlhf_engine.config.schema import Count, PositiveShare, Section
+from rlhf_engine.config.schema import Count, PositiveShare, Section, Variables
+
+_OWN_ARGUMENTS = (
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens", "strftime_now"),
+)
+"""Arguments of `apply_chat_template` that the engine sets or does not use."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,16 @@ class DataConfig(Section):
     prompt_template: str = "{prompt}\n"
     """Text around every prompt; `{prompt}` is replaced with the text of the prompt. Conversations use the tokenizer's
     chat template instead."""
+    chat_template_kwargs: Variables = field(default_factory=dict)
+    """Variables of the tokenizer's chat template, such as {enable_thinking: false}. A name that the template does not
+    read is an error."""
+    chat_template_date: str | None = None
+    """Date that a chat template sees, as YYYY-MM-DD. If None, and the template reads the date, it is that of the first
+    command with this output_dir, which is stored in OUTPUT_DIR/chat_template.json."""
+    keep_special_tokens: bool = True
+    """Keep special tokens, such as <think>, in the text of a response that a reward function, a judge or a file gets,
+    and read them as tokens in the responses of data files. BOS, EOS and PAD are removed in any case. If false, all are
+    removed, and they are plain text in data files."""
     long_prompts: Literal["refuse", "truncate"] = "refuse"
     """What happens to a prompt longer than rollout.max_prompt_tokens: refuse stops with an error, truncate removes
     tokens from its beginning and counts it."""
@@ -38,6 +56,17 @@ class DataConfig(Section):
     """Cleaning of the prompts before training (`rlhf data clean`)."""
 
     def check(self) -> None:
-        """Raise ValueError if the template has no `{prompt}`."""
+        """Raise ValueError for a template without `{prompt}`, an argument that the engine sets, or an invalid date."""
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected a text that contains {{prompt}}")
+        for name in self.chat_template_kwargs:
+            if name in _OWN_ARGUMENTS:
+                hint = "set data.chat_template_date" if name == "strftime_now" else "remove it"
+                raise ValueError(f"chat_template_kwargs: the engine sets {name!r}; {hint}")
+        if self.chat_template_date is not None:
+            try:
+                date.fromisoformat(self.chat_template_date)
+            except ValueError:
+                raise ValueError(
+                    f"chat_template_date: got {self.chat_template_date!r}, expected a date such as '2026-01-31'"
+                ) from None

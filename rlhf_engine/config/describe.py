@@ -68,6 +68,8 @@ def type_words(hint: Any) -> str:
     if origin is tuple:
         every = arguments[-1] is Ellipsis
         return f"list of {type_words(arguments[0])}" if every else f"[{', '.join(map(type_words, arguments))}]"
+    if origin is dict:
+        return "mapping"
     plain: type = hint
     return {str: "text", bool: "true | false"}.get(plain, plain.__name__)
 

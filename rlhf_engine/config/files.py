@@ -15,6 +15,8 @@ from rlhf_engine.config.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml
 
 Kind = TypeVar("Kind", bound=RunConfig)
 
+_VARIABLES = ("data.chat_template_kwargs",)
+"""Settings whose value is a mapping."""
 _DEMO_SECTIONS = ("demo", "figure")
 """Sections of `rlhf_engine.demo.config.DemoRunConfig` that only `rlhf demo` and `rlhf figure` read."""
 
@@ -71,7 +73,7 @@ def flat_settings(tree: dict[str, Any], leave_out: Collection[str] = (), prefix:
         key = prefix + name
         if key in leave_out:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in _VARIABLES:
             yield from flat_settings(value, leave_out, key + ".")
         else:
             yield key, value

@@ -24,9 +24,12 @@ class RolloutConfig(Section):
     """Sample among the most likely tokens that together have this probability. If None, among all."""
     min_p: Share | None = None
     """Sample among the tokens whose probability is at least this fraction of the highest one. If None, among all."""
+    eos_tokens: tuple[str, ...] | None = None
+    """Tokens that end a response, in addition to the tokenizer's EOS. If None, those are the EOS ids of the model's
+    config.json and generation_config.json, and the token that ends a turn in the tokenizer's chat template."""
     stop_token: str | None = None
-    """Text of a token that ends a response as EOS does; a period in OpenAI's code of 2019. If None, only EOS, which SFT
-    trains."""
+    """Text of a further token that ends a response; a period in OpenAI's code of 2019. Its reason is reported as
+    `stop_token`, and the text of the response contains it. If None, there is none."""
     stop_after: WholeNumber = 0
     """Number of tokens at the start of a response in which `stop_token` does not end it. OpenAI's value is 16."""
     repetition_penalty: Positive = 1.0
@@ -34,7 +37,8 @@ class RolloutConfig(Section):
     it, their negative logits multiplied. 1 turns it off. Like top_k, top_p and min_p, it changes the sampling
     distribution only; PPO uses the log-probs of the unmodified policy."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response; the text of the response is cut before them."""
+    """Texts that end a response; the text of the response is cut before them. The text of a special token means the
+    token, not the same characters."""
     batch_size: Count = 64
     """Maximum number of sequences that are decoded together."""
     cache: Literal["auto", "slots", "paged"] = "auto"

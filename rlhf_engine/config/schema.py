@@ -44,6 +44,8 @@ class OfDigits:
 
 
 Text = Annotated[str, OfDigits()]
+Variables = dict[str, object]
+"""Names and values that the project does not define, such as the variables of a chat template."""
 Count = Annotated[int, Range(at_least=1)]
 WholeNumber = Annotated[int, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0.0)]
@@ -142,6 +144,8 @@ def convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin is tuple:
         return _tuple(arguments, value, key)
+    if origin is dict:
+        return _mapping(value, key)
     if isinstance(hint, type) and issubclass(hint, Section):
         return value if isinstance(value, hint) else hint.from_dict(value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -191,6 +195,15 @@ def _tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     return tuple(
         convert(hint, item, f"{key}[{index}]") for index, (hint, item) in enumerate(zip(arguments, value, strict=True))
     )
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: got {_describe(value)}, expected a mapping of names to values")
+    for name in value:
+        if not isinstance(name, str):
+            raise ValueError(f"{key}: got the name {_describe(name)}, expected a text")
+    return dict(value)
 
 
 def _describe(value: Any) -> str:

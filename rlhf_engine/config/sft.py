@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rlhf_engine.config.optim import OptimConfig
 from rlhf_engine.config.schema import Count, Section, WholeNumber
@@ -15,6 +16,9 @@ class SFTConfig(Section):
     epochs: Count = 16
     """Maximum passes over the demonstrations; `patience` stops the run earlier, after the minimum of the validation
     loss."""
+    turns: Literal["all", "last"] = "all"
+    """Turns of the assistant in a conversation that are trained: all of them, or only the response, which is the
+    last."""
     batch_size: Count = 32
     """Demonstrations per optimizer step."""
     microbatch: WholeNumber = 0

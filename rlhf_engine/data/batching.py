@@ -19,6 +19,10 @@ class Example:
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    context: tuple[tuple[int, int], ...] = ()
+    """Ranges of `response` that are not trained: the turns of others between those of the assistant."""
+    origin: tuple[int, ...] = ()
+    """Prompt of the first row of the conversation; empty in that row."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -33,7 +37,7 @@ class LanguageBatch:
     attention_mask: Tensor
     """[B, S] bool, False on padding."""
     response_mask: Tensor
-    """[B, S] bool, True on the tokens of the response, EOS included."""
+    """[B, S] bool, True on the tokens of the response, EOS included, without `Example.context`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def pad_sequences(examples: Sequence[Example], pad_id: int) -> LanguageBatch:
         ids[row, : len(example)] = torch.tensor(example.prompt + example.response, dtype=torch.int64)
         attention_mask[row, : len(example)] = True
         response_mask[row, len(example.prompt) : len(example)] = True
+        for start, end in example.context:
+            response_mask[row, len(example.prompt) + start : len(example.prompt) + end] = False
     return LanguageBatch(ids, attention_mask, response_mask)
 
 

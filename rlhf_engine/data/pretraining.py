@@ -1,4 +1,8 @@
-"""Pretraining text as rows of equal length on disk: documents are joined, with EOS after each, and cut into rows."""
+"""Pretraining text as rows of equal length on disk: documents are joined, with EOS after each, and cut into rows.
+
+Every row begins as a prompt does, with the tokens that the tokenizer prepends to a text, such as BOS. Models that were
+pretrained with BOS predict badly without it.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +32,34 @@ def token_rows(path: str | Path, codec: Codec, length: int, near: str | Path) ->
     Raises:
         ValueError: as `read_texts`; or the file has too little text for one row.
     """
-    tokens = torch.from_numpy(mapped(_token_blocks(read_texts(path), codec), near))
+    tokens = torch.from_numpy(mapped(_rows(_token_blocks(read_texts(path), codec), codec.prefix, length), near))
     if len(tokens) < length:
         raise ValueError(f"{path}: got {len(tokens)} tokens, expected at least {length}, one sequence")
     return tokens[: len(tokens) - len(tokens) % length].view(-1, length)
 
 
+def _rows(blocks: Iterator[NDArray[np.int32]], prefix: tuple[int, ...], length: int) -> Iterator[NDArray[np.int32]]:
+    """Yield the tokens of `blocks` with `prefix` at the start of every row of `length` tokens, unless it is there."""
+    if not prefix:
+        yield from blocks
+        return
+    start, rest = np.array(prefix, np.int32), np.empty(0, np.int32)
+    for block in blocks:
+        rest, at, rows = np.concatenate([rest, block]), 0, []
+        while len(rest) - at >= length:
+            begins = np.array_equal(rest[at : at + len(start)], start)
+            size = length if begins else length - len(start)
+            rows += [rest[at : at + size]] if begins else [start, rest[at : at + size]]
+            at += size
+        rest = rest[at:]
+        yield np.concatenate(rows) if rows else rest[:0]
+    yield rest if np.array_equal(rest[: len(start)], start) else np.concatenate([start, rest])[:length]
+
+
 def _token_blocks(texts: Iterator[PretrainingText], codec: Codec) -> Iterator[NDArray[np.int32]]:
-    """Yield the token ids of one batch of documents at a time, with EOS after each document."""
+    """Yield the token ids of one batch of documents at a time."""
     for batch in _batches(texts):
-        yield np.array([token for ids in codec.encode_texts(batch) for token in (*ids, codec.eos_id)], np.int32)
+        yield np.array([token for ids in codec.encode_documents(batch) for token in ids], np.int32)
 
 
 def _batches(texts: Iterator[PretrainingText]) -> Iterator[list[str]]:

@@ -31,14 +31,28 @@ class RecordCodec(Generic[Made]):
     """Returns the record of these numbers."""
 
 
+def _numbers(example: Example) -> Sequence[int]:
+    plain = (len(example.prompt), *example.prompt, *example.response)
+    if not example.context and not example.origin:
+        return plain
+    # A negative count distinguishes rows of several turns.
+    context = [place for span in example.context for place in span]
+    return (-1 - len(context), *context, len(example.origin), *example.origin, *plain)
+
+
 def _example(row: NDArray[np.int32]) -> Example:
     count, *ids = row.tolist()
-    return Example(tuple(ids[:count]), tuple(ids[count:]))
+    context: tuple[tuple[int, int], ...] = ()
+    origin: tuple[int, ...] = ()
+    if count < 0:
+        size = -1 - count
+        context = tuple(zip(ids[:size:2], ids[1:size:2], strict=True))
+        first, ids = ids[size], ids[size + 1 :]
+        origin, count, ids = tuple(ids[:first]), ids[first], ids[first + 1 :]
+    return Example(tuple(ids[:count]), tuple(ids[count:]), context, origin)
 
 
-EXAMPLES: RecordCodec[Example] = RecordCodec(
-    lambda example: (len(example.prompt), *example.prompt, *example.response), _example
-)
+EXAMPLES: RecordCodec[Example] = RecordCodec(_numbers, _example)
 """Codec of prompts with their responses."""
 
 

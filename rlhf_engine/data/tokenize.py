@@ -1,18 +1,29 @@
-"""Text to token ids and back: the prompt template, EOS, special tokens and truncation."""
+"""Text to token ids and back. Every stage converts with one `Codec`, so that all of them have the same special tokens.
+
+* BOS, or what else the tokenizer prepends, is at the start of every prompt and of every document, once.
+* A response ends with EOS, or in a conversation with the token that ends a turn in the chat template (`turn_end`).
+* Special tokens in the text of a prompt or a document are plain text; if the template writes special tokens too, they are
+  an error, because the tokenizer cannot distinguish the two.
+* Special tokens in a response are the tokens, such as a `<think>` that the policy sampled, except BOS, EOS and PAD. With
+  `keep_special_tokens=False` a response's text has no special tokens.
+* White space is kept exactly, and a decoded text is not cleaned up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from typing import Literal, cast
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_engine.data.batching import Example
+from rlhf_engine.data.chat import ChatTemplate, cut_left, first_of, special_tokens
 from rlhf_engine.data.records import Demonstration, Message, Prompt
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -20,9 +31,12 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 @dataclass
 class Truncations:
-    """Number of prompts that a codec has truncated."""
+    """Numbers of texts that a codec has changed."""
 
     count: int = 0
+    """Prompts that it has truncated."""
+    inexact: int = 0
+    """Responses whose ids decode to a different text, for example because the tokenizer normalizes it."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +57,19 @@ class Codec:
     long_prompts: Literal["refuse", "truncate"] = "refuse"
     """Handling of a longer prompt: refuse raises an error, truncate cuts its beginning and counts it in `truncated`."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response; they are not part of its text."""
+    """Texts that end a response; they are not part of its text. The text of a special token means the token."""
     truncated: Truncations = field(default_factory=Truncations, compare=False)
-    """Number of prompts that `encode_prompt` has truncated."""
+    """Numbers of truncated prompts, and of responses that the tokenizer changes."""
+    keep_special_tokens: bool = True
+    """Whether the text of a response has its special tokens, except BOS, EOS and PAD; otherwise it has none."""
+    template_arguments: Mapping[str, object] = field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking`."""
+    today: str = field(default_factory=lambda: date.today().isoformat())
+    """Date that a chat template sees, as YYYY-MM-DD."""
+    ends: set[int] = field(default_factory=set, compare=False)
+    """Ids that end a sampled response, set by the sampler; if empty, EOS and the end of a turn do."""
+    prefix: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Ids that the tokenizer prepends to a text, such as BOS."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -53,16 +77,21 @@ class Codec:
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected a text that contains {{prompt}}")
         bare, whole = self.encode_texts(["a"])[0], self.tokenizer("a")["input_ids"]
-        behind = whole[whole.index(bare[-1]) + 1 :] if bare and bare[-1] in whole else []
+        places = (at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare)
+        start = next(places, None if bare else len(whole))
+        behind = [] if start is None else whole[start + len(bare) :]
         if behind:
             raise ValueError(
                 f"tokenizer: it appends {self.tokenizer.decode(behind)!r} to a prompt, but a response must follow the prompt "
                 "directly; set add_eos_token to false or change the post-processor"
             )
+        object.__setattr__(self, "prefix", tuple(whole[:start] if start else ()))
+
+    # ---- special tokens ----
 
     @property
     def eos_id(self) -> int:
-        """The id of the token that ends a response."""
+        """The id of the tokenizer's EOS."""
         return cast("int", self.tokenizer.eos_token_id)  # transformers declares the same type for all special tokens
 
     @property
@@ -71,21 +100,71 @@ class Codec:
         pad = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else cast("int", pad)
 
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The tokenizer's chat template with its arguments."""
+        return ChatTemplate(self.tokenizer, self.template_arguments, self.today)
+
+    @cached_property
+    def turn_end(self) -> tuple[int, ...]:
+        """Ids that end an assistant's turn in the chat template; EOS if the template ends a turn with no special token."""
+        found = self.chat.turn_end
+        if found is None:
+            return (self.eos_id,)
+        return (*(self.encode_texts([found[0]])[0] if found[0] else ()), token_id(self.tokenizer, found[1]))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a sampled response."""
+        return frozenset(self.ends or (self.eos_id, self.turn_end[-1]))
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of the tokenizer's special tokens."""
+        return special_tokens(self.tokenizer)
+
+    @property
+    def _kept(self) -> frozenset[str]:
+        """Special tokens that the text of a response can have: not BOS, EOS and PAD, and no token that ends it."""
+        ends = self.end_ids | self._stop_ids | self._dropped
+        return frozenset(token for token, number in self._special_ids.items() if number not in ends)
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {token: token_id(self.tokenizer, token) for token in self.special_tokens}
+
+    @cached_property
+    def _dropped(self) -> frozenset[int]:
+        """Ids that the text of a response does not have."""
+        every = () if self.keep_special_tokens else self._special_ids.values()
+        return silent_ids(self.tokenizer) | frozenset(every)
+
+    def _special_in(self, text: str) -> str | None:
+        found = first_of(frozenset(self.special_tokens), text)
+        return None if found is None else found[1]
+
+    # ---- text to ids ----
+
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Return the ids of the prompt in its template, with the special tokens that the tokenizer prepends.
 
         Raises:
             ValueError: the prompt is too long, or contains a special token that the template or conversation does not allow.
         """
+        return self._fitted(prompt)[1]
+
+    def _fitted(self, prompt: Prompt) -> tuple[Prompt, list[int]]:
+        """Return the prompt, truncated if it must be, with its ids."""
         ids = self._frame(prompt)
         if len(ids) > self.max_prompt_tokens and self.long_prompts == "truncate":
-            ids = self._frame(self.fit_prompt(prompt))
+            prompt = self.fit_prompt(prompt)
+            ids = self._frame(prompt)
             self.truncated.count += 1
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"prompt: got {len(ids)} tokens, expected at most max_prompt_tokens={self.max_prompt_tokens}"
             )
-        return ids
+        return prompt, ids
 
     def fit_prompt(self, prompt: Prompt) -> Prompt:
         """Return `prompt` if it fits into `max_prompt_tokens` with its template, otherwise the longest end of it that fits.
@@ -110,14 +189,9 @@ class Codec:
         """Return the ids of texts without added tokens; a special token in a text, such as `<|endoftext|>`, is plain text."""
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    @cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The texts of the tokenizer's special tokens."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return tuple({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
-
-    def _special_in(self, text: str) -> str | None:
-        return next((token for token in self.special_tokens if token in text), None)
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of documents, each with the tokens that the tokenizer prepends, such as BOS, and with EOS."""
+        return [[*self.prefix, *ids, self.eos_id] for ids in self.encode_texts(texts)]
 
     def _frame(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -128,20 +202,49 @@ class Codec:
                     f"prompt: contains the special token {found}; remove it, because prompt_template has special tokens too"
                 )
             text = self.prompt_template.replace("{prompt}", prompt)
-            return self.tokenizer(text, split_special_tokens=not framed)["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not framed)["input_ids"]
+            # A template may begin with BOS, as those of model cards do.
+            return ids if tuple(ids[: len(self.prefix)]) == self.prefix else [*self.prefix, *ids]
         for index, message in enumerate(prompt):
-            if found := self._special_in(message.role) or self._special_in(message.content):
+            if found := self._refused_in(message):
                 raise ValueError(f"messages[{index}]: contains the special token {found}; remove it")
         # The chat template contains the special tokens.
-        return self.tokenizer(render(prompt, self.tokenizer), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(self.chat.render(prompt), add_special_tokens=False)["input_ids"]
 
-    def encode_response(self, response: str) -> list[int]:
-        """Return the ids of the response and EOS.
+    def _refused_in(self, message: Message) -> str | None:
+        """Return a special token that may not be in a message; an assistant's may have those that responses keep."""
+        allowed = self._kept - self.chat.frame_tokens if message.role == "assistant" else frozenset()
+        refused = frozenset(self.special_tokens) - allowed
+        return self._special_in(message.role) or (first_of(refused, message.content) or (0, None))[1]
+
+    def encode_content(self, text: str) -> list[int]:
+        """Return the ids of the text of a response, without an end: the inverse of `decode`."""
+        kept = self._kept
+        if first_of(kept, text) is None:
+            return self.encode_texts([text])[0]
+        whole = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        # A token with lstrip or rstrip deletes white space, and BOS, EOS, PAD or an end in the text would become tokens.
+        exact = self.content(whole) == whole and self.decode(whole) == text
+        return whole if exact else self._encode_pieces(text, kept)
+
+    def _encode_pieces(self, text: str, kept: frozenset[str]) -> list[int]:
+        """Return the ids of the text, cut at the special tokens `kept`."""
+        names = sorted(kept, key=len, reverse=True)
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            if piece:
+                ids += [token_id(self.tokenizer, piece)] if piece in kept else self.encode_texts([piece])[0]
+        return ids
+
+    def encode_response(self, response: str, end: Sequence[int] | None = None) -> list[int]:
+        """Return the ids of the response and its `end`, by default EOS.
 
         Raises:
             ValueError: the response is too long.
         """
-        ids = [*self.encode_texts([response])[0], self.eos_id]
+        content = self.encode_content(response)
+        self.truncated.inexact += self.decode(content) != response
+        ids = [*content, *((self.eos_id,) if end is None else end)]
         if len(ids) > self.max_response_tokens:
             raise ValueError(
                 f"response: got {len(ids)} tokens, expected at most max_response_tokens={self.max_response_tokens}"
@@ -149,32 +252,125 @@ class Codec:
         return ids
 
     def join(self, prompt: Sequence[int], response: str) -> Example:
-        """Encode a response and return it with its encoded prompt.
+        """Encode a response and return it with its encoded prompt, as a reward model reads it: with EOS at its end.
 
         Raises:
             ValueError: the response, or both together, are too long.
         """
-        example = Example(tuple(prompt), tuple(self.encode_response(response)))
+        return self._checked(Example(tuple(prompt), tuple(self.encode_response(response))))
+
+    def _checked(self, example: Example) -> Example:
         if self.max_tokens is not None and len(example) > self.max_tokens:
             raise ValueError(
                 f"prompt and response: got {len(example)} tokens, expected at most {self.max_tokens}, the model's positions"
             )
         return example
 
+    # ---- demonstrations ----
+
     def example(self, demonstration: Demonstration) -> Example:
-        """Return the ids of a demonstration."""
-        return self.join(self.encode_prompt(demonstration.prompt), demonstration.response)
+        """Return the ids of a demonstration; in a conversation the response ends as the chat template ends a turn."""
+        prompt = self.encode_prompt(demonstration.prompt)
+        return self._checked(Example(tuple(prompt), tuple(self._turn(demonstration.prompt, demonstration.response))))
+
+    def _turn(self, prompt: Prompt, response: str) -> list[int]:
+        return self.encode_response(response, None if isinstance(prompt, str) else self.turn_end)
+
+    def examples(self, demonstration: Demonstration) -> list[Example]:
+        """Return a demonstration in rows in which every turn of the assistant is trained, once.
+
+        A turn is in the row of the turn before it if the ids of that row are the beginning of its prompt. Otherwise, as in a
+        template that deletes earlier reasoning, it has a row of its own. In each row, every turn thus follows the ids that
+        sampling would have as its prompt.
+        """
+        prompt = demonstration.prompt
+        if isinstance(prompt, str) or not any(message.role == "assistant" for message in prompt):
+            return [self.example(demonstration)]
+        fitted, _ = self._fitted(prompt)
+        turns = (*cast("tuple[Message, ...]", fitted), Message("assistant", demonstration.response))
+        rows: list[_Row] = []
+        for index, message in enumerate(turns):
+            before = turns[:index]
+            if message.role != "assistant" or not before or before[-1].role == "assistant":
+                continue
+            ids, response = self._frame(before), self._turn(before, message.content)
+            if not rows or ids[: len(rows[-1].ids)] != rows[-1].ids:
+                rows.append(_Row(len(ids)))
+            rows[-1].add(ids, response)
+        origin = rows[0].ids[: rows[0].prompt]
+        return [self._checked(row.example(origin if number else [])) for number, row in enumerate(rows)]
+
+    # ---- ids to text ----
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids that the policy sampled, without the special tokens that a response's text does not have."""
+        return exact_text(self.tokenizer, ids, self._dropped)
+
+    def decode_prompt(self, ids: Sequence[int]) -> str:
+        """Return the text of a prompt's ids, with its template and all special tokens."""
+        return exact_text(self.tokenizer, ids)
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """Return the text of a sampled response, up to its first EOS or stop text."""
-        ids = list(ids)
-        if self.eos_id in ids:
-            ids = ids[: ids.index(self.eos_id)]
-        # `decode` returns a list only for a batch.
-        text = cast("str", self.tokenizer.decode(ids, skip_special_tokens=True))
+        """Return the text of a sampled response, up to the first id that ends it or the first stop text."""
+        text = self.decode(self.content(ids))
         for stop in self.stop:
-            text = text.partition(stop)[0]
-        return text.strip()
+            if stop not in self.special_tokens:
+                text = text.partition(stop)[0]
+        return text
+
+    def content(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a sampled response before the first one that ends it."""
+        ids, ends = list(ids), self.end_ids | self._stop_ids
+        return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+
+    @cached_property
+    def _stop_ids(self) -> frozenset[int]:
+        return frozenset(token_id(self.tokenizer, stop) for stop in self.stop if stop in self.special_tokens)
+
+    def text_differs(self, ids: Sequence[int]) -> bool:
+        """Return whether the text of a sampled response has other ids than the response, so that a reward reads other tokens.
+
+        Different ids can spell the same text, and a response may end in the middle of a character.
+        """
+        content = self.content(ids)
+        return self.encode_content(self.decode(content)) != content
+
+
+class _Row:
+    """Turns of one conversation in one row of ids."""
+
+    def __init__(self, prompt: int) -> None:
+        self.prompt, self.ids = prompt, list[int]()
+        self.context: list[tuple[int, int]] = []
+
+    def add(self, prompt: list[int], response: list[int]) -> None:
+        """Append the rest of a turn's prompt, and its response."""
+        if self.ids:
+            self.context.append((len(self.ids) - self.prompt, len(prompt) - self.prompt))
+        self.ids = [*prompt, *response]
+
+    def example(self, origin: list[int]) -> Example:
+        """Return the row."""
+        prompt, response = tuple(self.ids[: self.prompt]), tuple(self.ids[self.prompt :])
+        return Example(prompt, response, tuple(self.context), tuple(origin))
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Return the id of the token with this text, such as a special token."""
+    return cast("int", tokenizer.convert_tokens_to_ids(text))  # it returns a list only for a list
+
+
+def silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of BOS, EOS and PAD, which no text has."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return frozenset(cast("int", token) for token in ids if token is not None)
+
+
+def exact_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], dropped: frozenset[int] = frozenset()) -> str:
+    """Return the text of ids without those in `dropped`; white space is not cleaned up."""
+    kept = [token for token in ids if token not in dropped]
+    # `decode` returns a list only for a batch.
+    return cast("str", tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -200,56 +396,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
-
-
-def render(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the conversation in the tokenizer's chat template, up to the start of the assistant's response.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or the template rejects these messages.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("messages: the tokenizer has no chat template; set one, or give a prompt instead of messages")
-    try:
-        text = tokenizer.apply_chat_template(
-            [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        raise ValueError(f"messages: the tokenizer's chat template rejects them: {error}") from None
-    return cast("str", text)  # it returns token ids only with tokenize=True
-
-
-def cut_left(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:
-    """Return the longest end of `prompt` for which `fits` is true, or None if no text is left.
-
-    In a conversation, system messages at the start are kept, and the oldest turns are removed as a whole, so that the rest
-    begins with a user's message. If the turn of the last user's message does not fit either, the text of that message is cut.
-    """
-    if isinstance(prompt, str):
-        return _cut_text(prompt, fits)
-    system = next((i for i, message in enumerate(prompt) if message.role != "system"), len(prompt) - 1)
-    head, turns = prompt[:system], prompt[system:]
-    starts = [i for i, message in enumerate(turns) if message.role == "user"] or [0]
-    for start in starts:
-        if fits(head + turns[start:]):
-            return head + turns[start:]
-    first, *others = turns[starts[-1] :]
-
-    def with_content(text: str) -> tuple[Message, ...]:
-        return (*head, replace(first, content=text), *others)
-
-    text = _cut_text(first.content, lambda text: fits(with_content(text)))
-    return None if text is None else with_content(text)
-
-
-def _cut_text(text: str, fits: Callable[[str], bool]) -> str | None:
-    # Bisection over characters works with every tokenizer. It may cut a token in two, and it assumes that a shorter text does
-    # not have more tokens, which is nearly always true. The returned text was checked to fit.
-    low, high = 1, len(text)
-    while low < high:
-        middle = (low + high) // 2
-        if fits(text[middle:]):
-            high = middle
-        else:
-            low = middle + 1
-    return text[high:] if text[high:].strip() else None

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.data import Codec
 from rlhf_engine.data.records import Prompt, plain
@@ -51,9 +52,10 @@ class RewardJudge:
         prompt_template: str,
         margin: float = 0.0,
         trust_remote_code: bool = False,
+        codec_settings: Callable[[PreTrainedTokenizerBase], dict[str, Any]] = lambda tokenizer: {},
         **placement: Any,
     ) -> RewardJudge:
-        """Load a judge from a reward model's folder.
+        """Load a judge from a reward model's folder. `codec_settings` returns further arguments of its codec.
 
         Raises:
             ValueError: something is missing in the folder; the message names it.
@@ -62,7 +64,8 @@ class RewardJudge:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         limit = max_positions(model.trunk)
         longest = _NO_LIMIT if limit is None else limit
-        return cls(model, Codec(tokenizer, prompt_template, longest, longest, limit), margin)
+        lengths = (longest, longest, limit)
+        return cls(model, Codec(tokenizer, prompt_template, *lengths, **codec_settings(tokenizer)), margin)
 
     def compare(self, prompts: Prompts, first: Texts, second: Texts) -> Tensor:
         """Compare answers by their scores; see `Judge`."""
@@ -160,13 +163,16 @@ class FunctionJudge:
 
 
 def load_judge(
-    name: str, *, prompt_template: str, batch: int = 64, margin: float = 0.0, **placement: Any
+    name: str, *, prompt_template: str, batch: int = 64, margin: float = 0.0, **settings: Any
 ) -> RewardJudge | FunctionJudge:
-    """Return the judge `name` of a config: `module:function`, `file.py:function`, or a reward model's folder."""
+    """Return the judge `name` of a config: `module:function`, `file.py:function`, or a reward model's folder.
+
+    `settings` are those of `RewardJudge.load`.
+    """
     if _FUNCTION.fullmatch(name) and not Path(name).exists():
         return FunctionJudge.load(name, batch=batch, margin=margin)
     try:
-        return RewardJudge.load(name, prompt_template=prompt_template, margin=margin, **placement)
+        return RewardJudge.load(name, prompt_template=prompt_template, margin=margin, **settings)
     except ValueError as error:
         raise ValueError(f"judge: {error}") from None
 

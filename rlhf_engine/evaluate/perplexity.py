@@ -21,7 +21,7 @@ def perplexity(actor: LanguageModel, examples: Sequence[Example], *, pad_id: int
 
 
 def read_documents(path: str | Path, codec: Codec, near: str | Path) -> Sequence[Example]:
-    """Return the documents that `read_texts` finds, each with EOS, in pieces that fit the model's positions.
+    """Return the documents that `read_texts` finds, each with BOS and EOS, in pieces that fit the model's positions.
 
     Their token ids are in a temporary file on the disk of `near`.
 
@@ -35,9 +35,11 @@ def read_documents(path: str | Path, codec: Codec, near: str | Path) -> Sequence
 
 
 def _pieces(path: str | Path, codec: Codec) -> Iterator[Example]:
+    prefix = codec.prefix
     for document in read_texts(path):
-        ids = (*codec.encode_texts([document.text.strip()])[0], codec.eos_id)
-        size = codec.max_tokens or len(ids)
-        pieces = (Example((), ids[at : at + size]) for at in range(0, len(ids), size))
+        # Every piece begins as a prompt does, for example with BOS.
+        ids = tuple(codec.encode_documents([document.text])[0][len(prefix) :])
+        size = (codec.max_tokens or len(prefix) + len(ids)) - len(prefix)
+        pieces = (Example((), (*prefix, *ids[at : at + size])) for at in range(0, len(ids), size))
         # The first token of a piece has no context and is not predicted, so a piece of one token has no likelihood.
         yield from (piece for piece in pieces if len(piece) > 1)

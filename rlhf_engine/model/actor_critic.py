@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_engine.model.heads import ValueHead
+from rlhf_engine.model.heads import OutputHead, ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import Outputs, ValueFunction, Want
 from rlhf_engine.model.rope import limit_positions
@@ -34,7 +34,7 @@ from rlhf_engine.model.trunk import (
     trunk_of,
 )
 from rlhf_engine.model.upcast import upcast_products
-from rlhf_kernels import FusedHead, PPOLoss, TokenLogprobs
+from rlhf_kernels import PPOLoss, TokenLogprobs
 
 Model = TypeVar("Model", bound="LanguageModel")
 
@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
             its layers cannot be recomputed.
     """
 
-    head: FusedHead
+    head: OutputHead
     """Fused ops on the output layer, which is a `torch.nn.Linear` of the model or peft's layer around one."""
 
     def __init__(
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.trunk_name = _trunk_name(model)
         # Not registered as a submodule: the layer already belongs to the model.
-        self.__dict__["head"] = FusedHead.of(model, backend=backend)
+        self.__dict__["head"] = OutputHead.of(model, backend=backend)
         self.value: ValueFunction | None = None
         self.backend = backend
         self.compute_dtype: torch.dtype | None = None
@@ -114,6 +114,13 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.lm_weight.device
+
+    def restrict(self, known: Collection[int]) -> int:
+        """Give ids that are not in `known` probability 0 in sampling, log-probs and loss; return their number.
+
+        `known` are the ids of a tokenizer. `Generator` calls this if it has the tokenizer.
+        """
+        return self.head.restrict(known)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the heads. Trunks stay in evaluation mode (no dropout), which does not stop gradients."""
@@ -210,7 +217,7 @@ class LanguageModel(nn.Module):
     ) -> Tensor:  # (N, V)
         with self.products():
             if project is not None:
-                return self.head.transform(project(*self.head.matrices(hidden)))
+                return self.head.masked(self.head.transform(project(*self.head.matrices(hidden))))
             return self.head.logits(hidden)
 
     def _logprobs(self, hidden: Tensor, batch: TokenBatch, temperature: float, *, entropy: bool) -> TokenLogprobs:

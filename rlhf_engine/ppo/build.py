@@ -16,12 +16,13 @@ from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
 from rlhf_engine.optim.adamw import Optimizer, Resident
 from rlhf_engine.optim.build import build_optimizer
-from rlhf_engine.ppo.callbacks import Callback
+from rlhf_engine.ppo.callbacks import Callback, TextMetrics
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.ppo.update import SurrogateSteps, TrustRegionStep, UpdateRule
 from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rollout import Generator
+from rlhf_engine.rollout.stopping import end_ids, one_token
 from rlhf_kernels import head_workspace_bytes
 
 Prompts = Sequence[Tensor | Sequence[int]] | Callable[[int, int], Sequence[Tensor]]
@@ -69,7 +70,8 @@ def build_trainer(
         reward: returns one score per response of a rollout, such as `text_reward` of a Python function.
         prompts: see `Prompts`.
         config: the settings.
-        codec: the tokenizer with its prompt format; needed unless `generator` is given.
+        codec: the tokenizer with its prompt format; needed unless `generator` is given. With it, the log has the metrics of
+            `TextMetrics`.
         generator: the sampler; by default one with the settings of `config.rollout`.
         optimizer: an optimizer of all parameters that require a gradient; by default AdamW with `config.ppo.optim`.
         arena: the memory that the phases share; by default one of the size that they need.
@@ -120,23 +122,22 @@ def build_trainer(
         TrustRegionStep(rule) if trpo else rule,
         arena,
         seed=config.seed,
-        callbacks=callbacks,
+        callbacks=callbacks if codec is None else (TextMetrics(codec), *callbacks),
     )
 
 
 def make_generator(
     policy: LanguageModel, codec: Codec, config: RunConfig, seed: int, *, kv_bytes: int | None = None
 ) -> Generator:
-    """Return a sampler with the config's rollout settings; its keys and values use at most `kv_bytes`."""
-    text, stop = config.rollout.stop_token, None
-    if text is not None:
-        ids = codec.encode_texts([text])[0]
-        if len(ids) != 1:
-            raise ValueError(
-                f"rollout.stop_token: got {text!r}, which is {len(ids)} tokens, expected the text of one token"
-            )
-        stop = ids[0]
-    ends = {"eos_token_ids": codec.eos_id, "pad_token_id": codec.pad_id, "stop_token_id": stop}
+    """Return a sampler with the config's rollout settings; its keys and values use at most `kv_bytes`.
+
+    The codec's `ends` become the ids that end a response, so that no text contains them.
+    """
+    text, eos = config.rollout.stop_token, end_ids(policy, codec, config.rollout)
+    stop = None if text is None else one_token(codec, text, "rollout.stop_token")
+    codec.ends.clear()
+    codec.ends.update(eos)
+    ends = {"eos_token_ids": eos, "pad_token_id": codec.pad_id, "stop_token_id": stop}
     return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, kv_bytes=kv_bytes, **ends)
 
 

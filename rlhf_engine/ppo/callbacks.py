@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from rlhf_engine.metrics import progress
 
 if TYPE_CHECKING:
+    from rlhf_engine.data.tokenize import Codec
     from rlhf_engine.ppo.experience import Scored
     from rlhf_engine.ppo.trainer import PPOTrainer
 
@@ -31,6 +32,29 @@ class Callback:
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
         """Handle the end of training; `error` is the exception that ended it early, or None."""
+
+
+class TextMetrics(Callback):
+    """Adds to the log how the sampled ids and the texts that a reward reads differ.
+
+    `text_mismatch` is the share of responses whose text has other ids than those that PPO trains on. `unknown_tokens` is the
+    number of sampled ids that are no token of the tokenizer.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.known = codec, frozenset(codec.tokenizer.get_vocab().values())
+        self.found: dict[str, float] = {}
+
+    def on_rollout(self, trainer: PPOTrainer, scored: Scored) -> None:
+        """Compare the ids and the texts of a rollout."""
+        responses = scored.rollout.responses()
+        differ = sum(self.codec.text_differs(ids) for ids in responses)
+        unknown = sum(token not in self.known for ids in responses for token in ids)
+        self.found = {"text_mismatch": differ / len(responses), "unknown_tokens": unknown}
+
+    def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
+        """Add the metrics of the update's rollout."""
+        log |= self.found
 
 
 class Writer(Protocol):

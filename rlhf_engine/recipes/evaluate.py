@@ -32,7 +32,7 @@ from rlhf_engine.evaluate import (
 from rlhf_engine.files import read_json, read_json_lines, recover, with_new_file, with_new_folder, write_json
 from rlhf_engine.plots import plot_win_rates
 from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
-from rlhf_engine.recipes.loading import given
+from rlhf_engine.recipes.loading import dated, given, template_settings
 
 BY_HAND = "file"
 """Value of `eval.judge` and `iterate.judge` for people, or an external program, that judge through a file."""
@@ -93,6 +93,7 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
             raise ValueError(
                 f"eval.{name} is not set; give {'a judge' if name == 'judge' else 'the folder of a model'}"
             )
+    config = dated(config)
     if setting.judge == BY_HAND:
         return _by_hand(config)
     folder = Path(config.output_dir) / "eval"
@@ -159,6 +160,10 @@ def configured_judge(config: RunConfig, name: str) -> Judge:
         prompt_template=config.data.prompt_template,
         batch=setting.judge_batch,
         margin=setting.margin,
+        codec_settings=lambda tokenizer: (
+            template_settings(config, tokenizer, strict=False)
+            | {"keep_special_tokens": config.data.keep_special_tokens}
+        ),
         device=config.device,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -202,7 +207,8 @@ def _ask(
     known = None
     if setting.text is not None:
         documents = read_documents(setting.text, answerer.codec, config.output_dir)
-        known = perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id)
+        with answerer.actor.head.whole():  # the perplexity of the model as it is, with ids that are never sampled
+            known = perplexity(answerer.actor, documents, pad_id=answerer.codec.pad_id)
     sampled = [answers for _, answers in answer_all(answerer, config.data.prompts, records, setting.samples)]
     return sampled, known, answerer.codec.truncated.count
 
@@ -257,7 +263,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     setting = config.eval.to_dict()
     for name in ("judge", "judge_batch", "margin", "resamples"):
         del setting[name]
-    data = {name: getattr(config.data, name) for name in ("prompts", "prompt_template", "long_prompts")}
+    names = ("prompts", "prompt_template", "long_prompts", "chat_template_kwargs", "keep_special_tokens")
+    data = {name: getattr(config.data, name) for name in names}
     return {"seed": config.seed, "eval": setting, "rollout": config.rollout.to_dict()} | data
 
 

@@ -23,7 +23,7 @@ from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.recipes import run_ppo, run_rm
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
 from rlhf_engine.recipes.generate import Answerer, answer_all
-from rlhf_engine.recipes.loading import given
+from rlhf_engine.recipes.loading import dated, given
 from rlhf_engine.recipes.preflight import check_rounds
 from rlhf_engine.recipes.session import Start, continued
 from rlhf_engine.recipes.steps import Steps
@@ -32,13 +32,17 @@ _MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every",
 _STATE = "state.json"
 
 _ALWAYS = ("seed", "dtype", "compute_dtype", "backend", "model", "memory")
-_PROMPTS = ("data.prompts", "data.prompt_template", "data.long_prompts", "rollout")
+_TEMPLATES = tuple(
+    f"data.{name}" for name in ("prompt_template", "chat_template_kwargs", "chat_template_date", "keep_special_tokens")
+)
+_PROMPTS = ("data.prompts", *_TEMPLATES, "data.long_prompts", "rollout")
 READS = {
     "generate": (*_ALWAYS, *_PROMPTS, "iterate.prompts", "iterate.completions"),
-    "rank": ("data.prompt_template", "iterate.judge", "eval.judge_batch", "eval.margin"),
+    "rank": (*_TEMPLATES, "iterate.judge", "eval.judge_batch", "eval.margin"),
     "rm": (
         *_ALWAYS,
-        *(f"data.{name}" for name in ("demonstrations", "comparisons", "prompt_template", "long_prompts")),
+        *_TEMPLATES,
+        *(f"data.{name}" for name in ("demonstrations", "comparisons", "long_prompts")),
         *("data.max_response_tokens", "data.validation_share", "rollout.max_prompt_tokens", "reward"),
     ),
     "ppo": (*_ALWAYS, *_PROMPTS, "data.pretrain", "ppo", "iterate.start"),
@@ -76,6 +80,7 @@ def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iter
         ValueError: a round could not read one of its inputs (see `check_rounds`), and nothing is written; or a setting
             differs from the value that a finished step has read.
     """
+    config = dated(config)
     root = Path(config.output_dir)
     steps, rates, waiting = Steps(root / _STATE, config, _MAY_CHANGE), [], None
     if f"round {config.iterate.rounds}: eval" not in steps:
@@ -130,7 +135,7 @@ def _generate(config: RunConfig, policy: str, folder: Path, number: int) -> dict
     for record, sampled in answer_all(
         answerer, config.data.prompts, _prompts_of(config, number), config.iterate.completions
     ):
-        completions = list(dict.fromkeys(text for text in sampled.texts if text))
+        completions = list(dict.fromkeys(text for text in sampled.texts if text.strip()))
         if len(completions) < 2:
             skipped += 1
             continue

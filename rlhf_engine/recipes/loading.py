@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rlhf_engine.checkpoint import CONFIG, check_settings, fingerprint_rows
 from rlhf_engine.config import RunConfig, save_config
 from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, RecordCodec
-from rlhf_engine.files import read_json, with_new_folder, write_json
+from rlhf_engine.data.chat import READS_DATE, ChatTemplate
+from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
@@ -24,16 +27,19 @@ from rlhf_engine.plots import PANELS, plot_stage
 REPORT = "report.json"
 """File in the folder of every finished model of `rlhf sft` and `rlhf rm`."""
 
+_TEMPLATE_DATE = "chat_template.json"
+"""File in `output_dir` with the date that chat templates see."""
+
 Item = TypeVar("Item", Demonstration, Comparison, PromptRecord)
 Made = TypeVar("Made")
 
 
-def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
+def load_model(config: RunConfig, *, strict: bool = True) -> tuple[PreTrainedModel, Codec]:
     """Return the causal LM of `model.path`, and a codec with its tokenizer.
 
     Raises:
         ValueError: `model.path` is not set, a file or a weight is missing or broken, or the tokenizer has more tokens than
-            the model has embeddings.
+            the model has embeddings; with `strict`, its chat template does not read an argument of the config.
     """
     folder = Path(given(config.model.path, "model.path"))
     where = placement(config)
@@ -46,8 +52,65 @@ def load_model(config: RunConfig) -> tuple[PreTrainedModel, Codec]:
     limit_positions(model, longest_sequence(config))
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
-    codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts, config.rollout.stop)
+    codec = Codec(
+        tokenizer,
+        data.prompt_template,
+        *limits,
+        data.long_prompts,
+        config.rollout.stop,
+        keep_special_tokens=data.keep_special_tokens,
+        **template_settings(config, tokenizer, strict=strict),
+    )
     return model, codec
+
+
+def template_settings(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, strict: bool) -> dict[str, Any]:
+    """Return the arguments of a codec for the chat template: its variables and its date.
+
+    Variables that the template does not read are an error with `strict`, and are left out otherwise.
+
+    Raises:
+        ValueError: the template does not read an argument of the config.
+    """
+    chat = ChatTemplate(tokenizer, config.data.chat_template_kwargs)
+    if strict:
+        try:
+            chat.check_arguments()
+        except ValueError as error:
+            raise ValueError(f"data.chat_template_kwargs: {error}") from None
+    today = config.data.chat_template_date or _stored_date(config) or date.today().isoformat()
+    return {"template_arguments": {k: v for k, v in chat.arguments.items() if chat.reads(k)}, "today": today}
+
+
+def dated(config: RunConfig) -> RunConfig:
+    """Return the config with the date of chat templates, if the template of `model.path` reads the date.
+
+    The date is that of the first call for `output_dir`, which stores it there, so that a run that is resumed on another day has
+    the same prompts.
+    """
+    if config.data.chat_template_date is not None or not _reads_date(config.model.path):
+        return config
+    today = _stored_date(config)
+    if today is None:
+        today = date.today().isoformat()
+        path = Path(config.output_dir) / _TEMPLATE_DATE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with_new_file(path, lambda new: write_json(new, {"date": today}))
+    return replace(config, data=replace(config.data, chat_template_date=today))
+
+
+def _stored_date(config: RunConfig) -> str | None:
+    path = Path(config.output_dir) / _TEMPLATE_DATE
+    return str(read_json(path).get("date")) if path.is_file() else None
+
+
+def _reads_date(folder: str | None) -> bool:
+    """Return whether a tokenizer's folder has a chat template that reads the date."""
+    if folder is None:
+        return False
+    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    files = [*(Path(folder) / name for name in names), *(Path(folder) / "additional_chat_templates").glob("*.jinja")]
+    return any(READS_DATE.encode() in file.read_bytes() for file in files if file.is_file())
 
 
 def load_reward_model(config: RunConfig) -> RewardModel:
@@ -170,8 +233,9 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def truncated(codec: Codec) -> dict[str, int]:
-    """Return the number of prompts that were cut on the left, for reports and metrics."""
-    return {"truncated_prompts": codec.truncated.count}
+    """Return the numbers of prompts that were cut on the left, and of responses that the tokenizer changed, for reports."""
+    changed = codec.truncated
+    return {"truncated_prompts": changed.count} | ({"inexact_responses": changed.inexact} if changed.inexact else {})
 
 
 def given(value: str | None, key: str) -> str:

@@ -26,6 +26,7 @@ from rlhf_engine.recipes.loading import (
     check_records,
     check_room,
     computing,
+    dated,
     encode_records,
     given,
     load_model,
@@ -39,7 +40,7 @@ from rlhf_engine.recipes.session import TrainingSession, check_start
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rewards.user_code import import_function
-from rlhf_engine.rollout import EOS, Rollout
+from rlhf_engine.rollout import Rollout
 from rlhf_engine.supervised.reward_model import score_examples
 
 _PROMPTS: RecordCodec[Tensor] = RecordCodec(Tensor.tolist, lambda row: torch.from_numpy(row).long())
@@ -57,6 +58,7 @@ def run_ppo(
         ValueError: an earlier run exists, and neither `resume` nor `overwrite` is set; or a setting or a file is wrong.
     """
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
+    config = dated(config)
     check_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
     plan = plan_run(config)
     function = None
@@ -202,8 +204,8 @@ def pretrain_stream(config: RunConfig, codec: Codec) -> PretrainStream | None:
 def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
     """Return a reward function that scores whole responses, each followed by EOS, with a reward model.
 
-    A response that reached the token limit is scored as if it ended there. A response that a stop string ended is scored
-    with that string.
+    The tokenizer's EOS replaces the token that ended a response, because the reward model was trained with EOS. A response that
+    reached the token limit is scored as if it ended there. A response that a stop string ended is scored with that string.
     """
 
     def scores(rollout: Rollout) -> Tensor:
@@ -213,9 +215,9 @@ def reward_function(model: RewardModel, codec: Codec) -> RewardFunction:
 
 
 def rollout_examples(rollout: Rollout, codec: Codec) -> list[Example]:
-    """Return prompt and response of every sequence of a rollout, each response with EOS at its end."""
-    rows = zip(rollout.prompts(), rollout.responses(), (rollout.stop_reason == EOS).tolist(), strict=True)
-    return [Example(tuple(prompt), (*response, *[codec.eos_id] * (not by_eos))) for prompt, response, by_eos in rows]
+    """Return prompt and response of every sequence of a rollout, each response with the tokenizer's EOS at its end."""
+    rows = zip(rollout.prompts(), rollout.responses(), strict=True)
+    return [Example(tuple(prompt), (*codec.content(response), codec.eos_id)) for prompt, response in rows]
 
 
 def _check_fit(config: RunConfig, model: PreTrainedModel, codec: Codec, reward_model: RewardModel | None) -> None:

@@ -113,7 +113,11 @@ def _check_rankings(config: RunConfig, codec: Codec) -> None:
     data = config.data
     demonstrations = given(data.demonstrations, "data.demonstrations")
     check_records(demonstrations, "data.demonstrations", read_demonstrations)
-    _check_all(demonstrations, read_demonstrations(demonstrations), codec.example)
+    _check_all(
+        demonstrations,
+        read_demonstrations(demonstrations),
+        lambda one: codec.join(codec.encode_prompt(one.prompt), one.response),
+    )
     if data.comparisons is not None:
         check_records(data.comparisons, "data.comparisons", read_comparisons)
         _check_all(data.comparisons, read_comparisons(data.comparisons), lambda one: encode_comparison(one, codec))

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_engine.checkpoint import fingerprint
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import EXAMPLES, Codec, Example, read_comparisons, read_demonstrations, stored
+from rlhf_engine.data import EXAMPLES, Codec, Demonstration, Example, read_comparisons, read_demonstrations, stored
 from rlhf_engine.data.split import split
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
@@ -18,6 +18,7 @@ from rlhf_engine.recipes.loading import (
     REPORT,
     check_records,
     computing,
+    dated,
     encode_records,
     fingerprint_records,
     finished_report,
@@ -29,7 +30,6 @@ from rlhf_engine.recipes.loading import (
     truncated,
 )
 from rlhf_engine.recipes.session import check_start, run_session
-from rlhf_engine.recipes.sft import demonstrations
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
     RankedPrompt,
@@ -53,13 +53,14 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
     """
     folder, unfinished = stage_folders(config, "rm")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
+    config = dated(config)
     if resume and (report := finished_report(config, "rm")) is not None:
         return tuple(RankingEvaluation.from_json(found) for found in report["history"])
     check_records(config.data.comparisons, "data.comparisons", read_comparisons)
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
     model, codec = load_model(config)
     data = {"model.path": fingerprint(model.named_parameters())}
-    examples = demonstrations(config, codec)
+    examples = _demonstrations(config, codec)
     train, validation = _rankings(config, codec)
     data["data.comparisons"] = fingerprint_records((train, validation), RANKED_PROMPTS)
     data["data.demonstrations"] = fingerprint_records((examples,), EXAMPLES)
@@ -89,6 +90,16 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
     last = trainer.history[-1]
     plot_calibration(last.bins, last.accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
     return tuple(trainer.history)
+
+
+def _demonstrations(config: RunConfig, codec: Codec) -> Sequence[Example]:
+    """Return the demonstrations as the reward model reads them."""
+    path = given(config.data.demonstrations, "data.demonstrations")
+
+    def encode(record: Demonstration) -> Example:
+        return codec.join(codec.encode_prompt(record.prompt), record.response)
+
+    return stored(encode_records(path, read_demonstrations(path), encode), EXAMPLES, config.output_dir)
 
 
 def _rankings(config: RunConfig, codec: Codec) -> tuple[Sequence[RankedPrompt], Sequence[RankedPrompt]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 from rlhf_engine.checkpoint import fingerprint
 from rlhf_engine.config import RunConfig
-from rlhf_engine.data import EXAMPLES, Codec, Example, Stored, read_demonstrations, stored
+from rlhf_engine.data import EXAMPLES, Codec, Demonstration, Example, Stored, read_demonstrations, stored
 from rlhf_engine.data.split import split
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.recipes.loading import (
     REPORT,
     check_records,
     computing,
+    dated,
     encode_records,
     fingerprint_records,
     finished_report,
@@ -39,6 +41,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     """
     folder, unfinished = stage_folders(config, "sft")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
+    config = dated(config)
     if resume and (report := finished_report(config, "sft")) is not None:
         return FitReport.from_json(report)
     check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
@@ -46,7 +49,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     data = {"model.path": fingerprint(model.named_parameters())}
     train, validation = split(
         demonstrations(config, codec),
-        lambda example: example.prompt,
+        lambda example: example.origin or example.prompt,
         config,
         f"data.demonstrations: {config.data.demonstrations}",
         "demonstrations",
@@ -86,6 +89,14 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 
 
 def demonstrations(config: RunConfig, codec: Codec) -> Stored[Example]:
-    """Return the token ids of the demonstrations, in a temporary file on the disk of `output_dir`."""
+    """Return the token ids of the demonstrations, in a temporary file on the disk of `output_dir`.
+
+    With `sft.turns` "all", a conversation may have several rows (`Codec.examples`).
+    """
     path = given(config.data.demonstrations, "data.demonstrations")
-    return stored(encode_records(path, read_demonstrations(path), codec.example), EXAMPLES, config.output_dir)
+
+    def encode(record: Demonstration) -> list[Example]:
+        return codec.examples(record) if config.sft.turns == "all" else [codec.example(record)]
+
+    rows = chain.from_iterable(encode_records(path, read_demonstrations(path), encode))
+    return stored(rows, EXAMPLES, config.output_dir)

@@ -38,7 +38,7 @@ def text_reward(
     what = f"reward function {own}" if name is None else f"reward.function {name}"
 
     def scores(rollout: Rollout) -> Tensor:
-        asked = [(prompt_of or codec.tokenizer.decode)(ids) for ids in rollout.prompts()]
+        asked = [(prompt_of or codec.decode_prompt)(ids) for ids in rollout.prompts()]
         answers = response_texts(rollout, codec)
         try:
             found = _floats(ask(function, [asked, answers], f"{what}: {len(answers)} responses"), len(answers), what)

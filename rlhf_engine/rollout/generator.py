@@ -16,7 +16,7 @@ from rlhf_engine.rollout.decode import make_decoder
 from rlhf_engine.rollout.decode.protocol import Act, Allocate, Decoder, new_memory, prompt_width
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.state import ActiveSlots, RolloutState
-from rlhf_engine.rollout.stopping import StopStrings
+from rlhf_engine.rollout.stopping import StopStrings, stop_tokens
 from rlhf_kernels import sample_tokens, token_logprobs
 
 
@@ -33,7 +33,8 @@ class Generator:
         pad_token_id: the id that pads prompts and responses on the right.
         seed: the seed of all random numbers.
         stop_token_id: the id of `config.stop_token`.
-        tokenizer: the policy's tokenizer, needed only for `config.stop`.
+        tokenizer: the policy's tokenizer, needed for `config.stop`. With it, ids that are not in its vocabulary get
+            probability 0 in the policy (`LanguageModel.restrict`), and are never sampled.
         kv_bytes: upper bound of the bytes of keys and values.
         decoder: replaces the decoder that `config.cache` and `kv_bytes` select.
 
@@ -60,10 +61,17 @@ class Generator:
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
         self.stop_token_id = stop_token_id
         self.stops: StopStrings | None = None
+        self.stop_ids: Tensor | None = None
         if config.stop:
             if tokenizer is None:
                 raise ValueError(f"rollout.stop is set to {config.stop}, which needs a tokenizer; pass `tokenizer`")
-            self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens)
+            special = stop_tokens(tokenizer, config.stop)
+            if special:
+                self.stop_ids = torch.tensor([*special.values()], device=policy.device)
+            if len(special) < len(config.stop):
+                self.stops = StopStrings(tokenizer, config.stop, config.max_response_tokens, special)
+        self.unknown_ids = 0 if tokenizer is None else policy.restrict(frozenset(tokenizer.get_vocab().values()))
+        """Number of ids of the model that are no token of the tokenizer."""
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.max_position = max_positions(policy.model)
         policy.limit_positions(self.columns)
@@ -77,8 +85,8 @@ class Generator:
         return self.decoder.cache_bytes
 
     def metrics(self) -> dict[str, float]:
-        """Return the decoder's counts of the last rollout."""
-        return self.decoder.metrics()
+        """Return the decoder's counts of the last rollout, and the number of ids that are not sampled."""
+        return self.decoder.metrics() | ({"unknown_ids": self.unknown_ids} if self.unknown_ids else {})
 
     @torch.no_grad()
     def generate(
@@ -142,6 +150,7 @@ class Generator:
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self.pad_token_id,
                 stop_token_id=self.stop_token_id,
+                stop_ids=self.stop_ids,
                 stops=self.stops,
             )
             active = ActiveSlots.of(self.decoder.rows, prompts, self.policy.device)

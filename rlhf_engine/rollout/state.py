@@ -75,9 +75,11 @@ class RolloutState:
         pad_token_id: int,
         stop_token_id: int | None,
         stops: StopStrings | None,
+        stop_ids: Tensor | None = None,
     ) -> None:
         self.config, self.capacity, self.pad_token_id = config, capacity, pad_token_id
         self.eos_token_ids, self.stop_token_id, self.stops = eos_token_ids, stop_token_id, stops
+        self.stop_ids = stop_ids
         device, shape = eos_token_ids.device, (capacity + 1, config.max_response_tokens)
         self.sequence, self.lengths, self.stop_reason, self.prompt_lengths = (
             torch.zeros(capacity + 1, dtype=torch.int64, device=device) for _ in range(4)
@@ -136,8 +138,10 @@ class RolloutState:
         self.ended.copy_(self.finished[slots].sum())
 
     def _stop_reasons(self, ids: Tensor, step: Tensor) -> Tensor:  # (N,), int64
-        """Return the stop reason of each response at this action; LENGTH unless it is EOS or the stop token."""
+        """Return the stop reason of each response at this action; LENGTH unless it is a token that ends a response."""
         reason = torch.full_like(ids, LENGTH)
+        if self.stop_ids is not None:
+            reason.masked_fill_((ids[:, None] == self.stop_ids).any(1), STOP_STRING)
         if self.stop_token_id is not None:
             stopped = (ids == self.stop_token_id) & (step >= self.config.stop_after)
             reason.masked_fill_(stopped, STOP_TOKEN)

@@ -1,4 +1,4 @@
-"""Reasons why a response ends, and the search for stop strings.
+"""Reasons why a response ends, the tokens that end one, and the search for stop strings.
 
 Different token sequences can spell the same text, and a stop string may begin and end in the middle of tokens. The search
 therefore decodes the last tokens together and looks for the stop strings in that text.
@@ -6,11 +6,16 @@ therefore decodes the last tokens together and looks for the stop strings in tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
+
+from rlhf_engine.config import RolloutConfig
+from rlhf_engine.data.chat import special_tokens
+from rlhf_engine.data.tokenize import Codec, exact_text, silent_ids, token_id
+from rlhf_engine.model import LanguageModel
 
 LENGTH, EOS, STOP_STRING, STOP_TOKEN = range(4)
 STOP_REASONS = ("length", "eos", "stop_string", "stop_token")
@@ -19,16 +24,64 @@ _MARGIN = 4
 """Tokens decoded in addition to the longest stop string: the window may cut a character, which has up to 4 bytes."""
 
 
+def end_ids(policy: LanguageModel, codec: Codec, config: RolloutConfig) -> list[int]:
+    """Return the ids that end a response: the tokenizer's EOS and those of `config.eos_tokens`.
+
+    If that is None: those that the model's config and generation config name, as in transformers' `generate`, and the token
+    that ends a turn in the chat template.
+
+    Raises:
+        ValueError: an entry of `config.eos_tokens` is not one token.
+    """
+    if config.eos_tokens is not None:
+        named = [one_token(codec, text, f"rollout.eos_tokens[{at}]") for at, text in enumerate(config.eos_tokens)]
+        return list(dict.fromkeys((codec.eos_id, *named)))
+    model = cast("Any", policy.model)  # not every model has a generation config
+    found = [codec.eos_id, codec.turn_end[-1]]
+    for source in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        ids: Any = getattr(source, "eos_token_id", None)
+        found += [] if ids is None else [ids] if isinstance(ids, int) else ids
+    known = frozenset(codec.tokenizer.get_vocab().values())
+    return [token for token in dict.fromkeys(found) if token in known]
+
+
+def one_token(codec: Codec, text: str, key: str) -> int:
+    """Return the id of a text that is one token; raise ValueError that begins with `key` if it is not."""
+    if text in codec.tokenizer.get_added_vocab():
+        return token_id(codec.tokenizer, text)
+    ids = codec.encode_texts([text])[0]
+    if len(ids) != 1:
+        raise ValueError(f"{key}: got {text!r}, which is {len(ids)} tokens, expected the text of one token")
+    return ids[0]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> dict[str, int]:
+    """Return the ids of those stop strings that are special tokens."""
+    special = special_tokens(tokenizer)
+    return {stop: token_id(tokenizer, stop) for stop in stops if stop in special}
+
+
 class StopStrings:
-    """Search for stop strings in responses of at most `tokens` tokens.
+    """Search for stop strings in responses of at most `tokens` tokens, except those in `special`, which are tokens.
 
     Raises:
         ValueError: for a stop string that no response can contain.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str],
+        tokens: int | None = None,
+        special: Collection[str] = (),
+    ) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.silent = silent_ids(tokenizer)
+        if tokenizer.unk_token is not None:
+            self.silent |= {token_id(tokenizer, str(tokenizer.unk_token))}
         for index, stop in enumerate(self.stops):
+            if stop in special:
+                continue
             if not stop:
                 raise ValueError(f"rollout.stop[{index}]: got an empty text, expected at least one character")
             if not self._possible(stop):
@@ -38,6 +91,7 @@ class StopStrings:
                 )
         if tokens is not None:
             self._check_lengths(tokens)
+        self.stops = tuple(stop for stop in self.stops if stop not in special)
         # Every token that decodes to text adds at least one byte.
         self.reach = max(len(stop.encode()) for stop in self.stops) + _MARGIN
         self._shows = lru_cache(maxsize=None)(lambda token: bool(self._text([token])))
@@ -54,9 +108,8 @@ class StopStrings:
 
     def _check_lengths(self, tokens: int) -> None:
         # A token's name has one character per character or byte of its text, and decoding may add a space between words.
-        # Special tokens decode to an empty text.
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        room = tokens * (1 + max((len(name) for name in self.tokenizer.get_vocab() if name not in special), default=0))
+        names = (len(name) for name, token in self.tokenizer.get_vocab().items() if token not in self.silent)
+        room = tokens * (1 + max(names, default=0))
         for index, stop in enumerate(self.stops):
             if len(stop) > room:
                 raise ValueError(
@@ -72,5 +125,4 @@ class StopStrings:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _text(self, ids: Sequence[int]) -> str:
-        # `decode` returns a list only for a batch.
-        return cast("str", self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return exact_text(self.tokenizer, ids, self.silent)
