@@ -21,6 +21,10 @@ from rlhf_engine.data.records import Message, Prompt
 READS_DATE = "strftime_now"
 """Function with which a chat template asks for the current date."""
 
+_DIRECTIVES = tuple(f"%{letter}" for letter in "aAbBcdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ") + tuple(
+    f"%-{letter}" for letter in "deHIjmMSUVWy"
+)
+"""Directives of a date format."""
 _PROBE = "PROBE"
 """Content of a message with which a template's surrounding text is found."""
 
@@ -65,8 +69,8 @@ class ChatTemplate:
             )
         arguments: dict[str, Any] = dict(self.arguments)
         if self.reads(READS_DATE):
-            # A variable of this name replaces the function of transformers, which returns the current date.
-            arguments[READS_DATE] = date.fromisoformat(self.today).strftime
+            found = self.tokenizer.get_chat_template(tools=arguments.get("tools"))
+            arguments["chat_template"] = _fixed_date(date.fromisoformat(self.today)) + found
         try:
             text = self.tokenizer.apply_chat_template(
                 [asdict(message) for message in messages], tokenize=False, add_generation_prompt=respond, **arguments
@@ -100,6 +104,13 @@ class ChatTemplate:
             return self.render((Message("user", "question"), Message("assistant", _PROBE)), respond=False)
         except ValueError:  # the template accepts only conversations of a different form
             return ""
+
+
+def _fixed_date(today: date) -> str:
+    """Return the start of a template: a macro in place of transformers' function, which formats the current date."""
+    known = (directive for directive in _DIRECTIVES if today.strftime(directive) != directive)
+    replaced = "".join(f" | replace({directive!r}, {today.strftime(directive)!r})" for directive in known)
+    return f"{{% macro {READS_DATE}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Round trip of generated texts and sampled ids through every kind of tokenizer: `python -m tests.engine.data.round_trip`.
 
-A text whose ids decode to another text must be counted in `Codec.truncated`, and ids whose text has other ids must be those that
-`Codec.text_differs` reports.
+`Codec.truncated` must count a text whose ids decode to another text, and `Codec.text_differs` must report ids whose text has
+other ids.
 """
 
 from __future__ import annotations

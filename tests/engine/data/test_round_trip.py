@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig
 from rlhf_engine.data import Codec
@@ -29,8 +29,6 @@ def test_s6_ppo_trains_on_the_sampled_ids_and_rewards_read_their_text(kind):
     rows = len(tokenizer) + (64 if kind == "padded_vocabulary" else 0)
     torch.manual_seed(0)
     marks = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.3}
-    from transformers import AutoModelForCausalLM
-
     policy = ActorCritic(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=rows, **SIZES, **marks)).eval())
     codec, seen, trained = Codec(tokenizer), [], []
 
@@ -49,13 +47,8 @@ def test_s6_ppo_trains_on_the_sampled_ids_and_rewards_read_their_text(kind):
     config = RunConfig(ppo=PPOConfig(**ppo), rollout=RolloutConfig(max_prompt_tokens=40, max_response_tokens=12))
     prompts = [codec.encode_prompt(f"Question {n}: what do dogs do?") for n in range(8)]
     trainer = build_trainer(policy, None, text_reward(reward, codec), prompts, config, codec=codec)
-    update = trainer.update_rule
-
-    def rule(experience, step):
-        trained.append(experience.rollout)
-        return update(experience, step)
-
-    trainer.update_rule = rule
+    adapt = trainer.adapt  # receives the experience that the policy was trained on
+    trainer.adapt = lambda experience, log: trained.append(experience.rollout) or adapt(experience, log)
     rollouts, collect = [], trainer.collect
     trainer.collect = lambda: rollouts.append(collect()) or rollouts[-1]
     log = trainer.step()

@@ -11,7 +11,14 @@ from rlhf_engine.ppo.build import make_generator
 from rlhf_engine.rollout import EOS, STOP_STRING, STOP_TOKEN, logprob_deviation
 from tests.engine.helpers.tokenizers import CHATML, byte_level
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 MARKS = ("<|im_start|>", "<|im_end|>", "<end>")
 
 
