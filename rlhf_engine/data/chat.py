@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_engine.data.records import Message, Prompt
+from rlhf_engine.data.special_tokens import first_of, special_tokens
 
 READS_DATE = "strftime_now"
 """Function with which a chat template asks for the current date."""
@@ -111,18 +112,6 @@ def _fixed_date(today: date) -> str:
     known = (directive for directive in _DIRECTIVES if today.strftime(directive) != directive)
     replaced = "".join(f" | replace({directive!r}, {today.strftime(directive)!r})" for directive in known)
     return f"{{% macro {READS_DATE}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the texts of a tokenizer's special tokens."""
-    added = tokenizer.added_tokens_decoder.values()
-    return tuple({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
-
-
-def first_of(tokens: frozenset[str], text: str) -> tuple[int, str] | None:
-    """Return the position and the text of the first of `tokens` in `text`, the longest one if several begin there."""
-    found = [(text.index(token), -len(token), token) for token in tokens if token in text]
-    return (min(found)[0], min(found)[2]) if found else None
 
 
 def cut_left(prompt: Prompt, fits: Callable[[Prompt], bool]) -> Prompt | None:

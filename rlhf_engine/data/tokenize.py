@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_engine.data.batching import Example
-from rlhf_engine.data.chat import ChatTemplate, cut_left, first_of, special_tokens
+from rlhf_engine.data.chat import ChatTemplate, cut_left
 from rlhf_engine.data.records import Demonstration, Message, Prompt
+from rlhf_engine.data.special_tokens import exact_text, first_of, silent_ids, special_tokens, token_id
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -280,7 +281,7 @@ class Codec:
         """Return a demonstration in rows in which every turn of the assistant is trained, once.
 
         A turn is in the row of the turn before it if the ids of that row are the beginning of its prompt. Otherwise, as in a
-        template that deletes earlier reasoning, it has a row of its own. In each row, every turn thus follows the ids that
+        template that deletes earlier reasoning, it starts a new row. In each row, every turn thus follows the ids that
         sampling would have as its prompt.
         """
         prompt = demonstration.prompt
@@ -353,24 +354,6 @@ class _Row:
         """Return the row."""
         prompt, response = tuple(self.ids[: self.prompt]), tuple(self.ids[self.prompt :])
         return Example(prompt, response, tuple(self.context), tuple(origin))
-
-
-def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Return the id of the token with this text, such as a special token."""
-    return cast("int", tokenizer.convert_tokens_to_ids(text))  # it returns a list only for a list
-
-
-def silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of BOS, EOS and PAD, which no text has."""
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return frozenset(cast("int", token) for token in ids if token is not None)
-
-
-def exact_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], dropped: frozenset[int] = frozenset()) -> str:
-    """Return the text of ids without those in `dropped`; white space is not cleaned up."""
-    kept = [token for token in ids if token not in dropped]
-    # `decode` returns a list only for a batch.
-    return cast("str", tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from rlhf_engine.config import RunConfig
+from rlhf_engine.config import RolloutConfig, RunConfig
+from rlhf_engine.data.special_tokens import token_id
 from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
@@ -22,7 +23,6 @@ from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.ppo.update import SurrogateSteps, TrustRegionStep, UpdateRule
 from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rollout import Generator
-from rlhf_engine.rollout.stopping import end_ids, one_token
 from rlhf_kernels import head_workspace_bytes
 
 Prompts = Sequence[Tensor | Sequence[int]] | Callable[[int, int], Sequence[Tensor]]
@@ -139,6 +139,37 @@ def make_generator(
     codec.ends.update(eos)
     ends = {"eos_token_ids": eos, "pad_token_id": codec.pad_id, "stop_token_id": stop}
     return Generator(policy, config.rollout, seed=seed, tokenizer=codec.tokenizer, kv_bytes=kv_bytes, **ends)
+
+
+def end_ids(policy: LanguageModel, codec: Codec, config: RolloutConfig) -> list[int]:
+    """Return the ids that end a response: the tokenizer's EOS and those of `config.eos_tokens`.
+
+    If that is None: those that the model's config and generation config name, as in transformers' `generate`, and the token
+    that ends a turn in the chat template.
+
+    Raises:
+        ValueError: an entry of `config.eos_tokens` is not one token.
+    """
+    if config.eos_tokens is not None:
+        named = [one_token(codec, text, f"rollout.eos_tokens[{at}]") for at, text in enumerate(config.eos_tokens)]
+        return list(dict.fromkeys((codec.eos_id, *named)))
+    model = cast("Any", policy.model)  # not every model has a generation config
+    found = [codec.eos_id, codec.turn_end[-1]]
+    for source in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        ids: Any = getattr(source, "eos_token_id", None)
+        found += [] if ids is None else [ids] if isinstance(ids, int) else ids
+    known = frozenset(codec.tokenizer.get_vocab().values())
+    return [token for token in dict.fromkeys(found) if token in known]
+
+
+def one_token(codec: Codec, text: str, key: str) -> int:
+    """Return the id of a text that is one token; raise ValueError that begins with `key` if it is not."""
+    if any(text == token.content for token in codec.tokenizer.added_tokens_decoder.values()):
+        return token_id(codec.tokenizer, text)
+    ids = codec.encode_texts([text])[0]
+    if len(ids) != 1:
+        raise ValueError(f"{key}: got {text!r}, which is {len(ids)} tokens, expected the text of one token")
+    return ids[0]
 
 
 def prompt_stream(

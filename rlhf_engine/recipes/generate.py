@@ -57,7 +57,7 @@ class Answerer:
             raise ValueError("prefix: got a text with {prompt} in it, expected examples with their prompts")
         if stop is not None:
             config = replace(config, rollout=replace(config.rollout, stop=(*config.rollout.stop, stop)))
-        # The settings of the chat template are those of `model.path`; a model to compare with may have another template.
+        # The settings of the chat template are those of `model.path`; a model to compare with may have a different template.
         strict = folder == config.model.path
         model, codec = load_model(replace(config, model=replace(config.model, path=folder)), strict=strict)
         check_room(config, max_positions(model), f"the positions of {folder}")

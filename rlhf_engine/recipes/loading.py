@@ -85,7 +85,7 @@ def template_settings(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, 
 def dated(config: RunConfig) -> RunConfig:
     """Return the config with the date of chat templates, if the template of `model.path` reads the date.
 
-    The date is that of the first call for `output_dir`, which stores it there, so that a run that is resumed on another day has
+    The date is that of the first call for `output_dir`, which stores it there, so that a run that is resumed on a later day has
     the same prompts.
     """
     if config.data.chat_template_date is not None or not _reads_date(config.model.path):

@@ -1,4 +1,4 @@
-"""Reasons why a response ends, the tokens that end one, and the search for stop strings.
+"""Reasons why a response ends, and the search for stop strings.
 
 Different token sequences can spell the same text, and a stop string may begin and end in the middle of tokens. The search
 therefore decodes the last tokens together and looks for the stop strings in that text.
@@ -8,51 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_engine.config import RolloutConfig
-from rlhf_engine.data.chat import special_tokens
-from rlhf_engine.data.tokenize import Codec, exact_text, silent_ids, token_id
-from rlhf_engine.model import LanguageModel
+from rlhf_engine.data.special_tokens import exact_text, silent_ids, special_tokens, token_id
 
 LENGTH, EOS, STOP_STRING, STOP_TOKEN = range(4)
 STOP_REASONS = ("length", "eos", "stop_string", "stop_token")
 """Name of each value of `Rollout.stop_reason`."""
 _MARGIN = 4
 """Tokens decoded in addition to the longest stop string: the window may cut a character, which has up to 4 bytes."""
-
-
-def end_ids(policy: LanguageModel, codec: Codec, config: RolloutConfig) -> list[int]:
-    """Return the ids that end a response: the tokenizer's EOS and those of `config.eos_tokens`.
-
-    If that is None: those that the model's config and generation config name, as in transformers' `generate`, and the token
-    that ends a turn in the chat template.
-
-    Raises:
-        ValueError: an entry of `config.eos_tokens` is not one token.
-    """
-    if config.eos_tokens is not None:
-        named = [one_token(codec, text, f"rollout.eos_tokens[{at}]") for at, text in enumerate(config.eos_tokens)]
-        return list(dict.fromkeys((codec.eos_id, *named)))
-    model = cast("Any", policy.model)  # not every model has a generation config
-    found = [codec.eos_id, codec.turn_end[-1]]
-    for source in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
-        ids: Any = getattr(source, "eos_token_id", None)
-        found += [] if ids is None else [ids] if isinstance(ids, int) else ids
-    known = frozenset(codec.tokenizer.get_vocab().values())
-    return [token for token in dict.fromkeys(found) if token in known]
-
-
-def one_token(codec: Codec, text: str, key: str) -> int:
-    """Return the id of a text that is one token; raise ValueError that begins with `key` if it is not."""
-    if text in codec.tokenizer.get_added_vocab():
-        return token_id(codec.tokenizer, text)
-    ids = codec.encode_texts([text])[0]
-    if len(ids) != 1:
-        raise ValueError(f"{key}: got {text!r}, which is {len(ids)} tokens, expected the text of one token")
-    return ids[0]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> dict[str, int]:

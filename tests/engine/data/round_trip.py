@@ -1,6 +1,6 @@
 """Round trip of generated texts and sampled ids through every kind of tokenizer: `python -m tests.engine.data.round_trip`.
 
-`Codec.truncated` must count a text whose ids decode to another text, and `Codec.text_differs` must report ids whose text has
+`Codec.truncated` must count a text whose ids decode to a different one, and `Codec.text_differs` must report ids whose text has
 other ids.
 """
 
