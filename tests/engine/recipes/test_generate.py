@@ -47,7 +47,7 @@ def test_a_line_has_each_answers_stop_reason_and_logprobs(run, capsys):
         for (text, ended, reason, logprobs), (whole, all_logprobs) in zip(
             said, zip(before["answers"], before["logprobs"], strict=True), strict=True
         ):
-            assert text == whole.partition(stop)[0].strip() and (reason == "stop_string") == (stop in whole)
+            assert text == whole.partition(stop)[0] and (reason == "stop_string") == (stop in whole)
             assert ended == (reason != "length") and logprobs == all_logprobs[: len(logprobs)]
             assert (
                 1 <= len(logprobs) <= 6 and all(x < 0 for x in logprobs) and (reason != "length" or len(logprobs) == 6)
