@@ -70,7 +70,7 @@ def test_answers_depend_on_the_seed_and_not_on_the_batch(run, capsys):
 
 
 def test_the_temperature_reaches_the_sampler(run, capsys):
-    assert generate(capsys, run, "cold.jsonl", "--samples", 4, "--temperature", 0.001)[0] == 0
+    assert generate(capsys, run, "cold.jsonl", "--samples", 4, "--temperature", 1e-6)[0] == 0
     assert all(len(set(line["answers"])) == 1 for line in read_lines(run / "cold.jsonl"))
 
 
@@ -125,10 +125,10 @@ def test_s20_a_prefix_precedes_every_prompt_and_a_stop_string_ends_the_answer(ru
     few = Answerer(config, str(base), seed=1, prefix="q8\nyes\n\n")
     whole = Answerer(config, str(base), seed=1).answer(None, [PromptRecord("q8\nyes\n\nq1", "u")], 4)
     assert few.answer(None, records, 4)[0] == whole[0]
-    first = next(text for text in whole[0].texts if len(text) > 2)
+    first = next(text for text in whole[0].texts if len(text) > 2 and text[1] not in text[0] + "\ufffd")
     stopped = Answerer(config, str(base), seed=1, prefix="q8\nyes\n\n", stop=first[1]).answer(None, records, 4)[0]
     index = whole[0].texts.index(first)
-    assert stopped.texts[index] == first[0].strip() and stopped.ended[index]
+    assert stopped.texts[index] == first[0] and stopped.ended[index]
     with pytest.raises(ValueError, match=r"prefix: got a text with \{prompt\} in it"):
         Answerer(config, str(base), seed=1, prefix="{prompt}")
 
