@@ -45,7 +45,7 @@ class RolloutConfig(Section):
     """Layout of the key-value cache: slots reserves space for a sequence of maximum length; paged allocates pages as a
     sequence grows, and samples of one prompt share its pages. auto is slots on a CPU. On a GPU it is paged
     for models whose attention reads pages; for others, such as those with latent attention, paged works but copies the
-    pages of a sequence in every step."""
+    pages of a sequence in every step. Models with recurrent states are sampled with slots on both."""
     compile: bool | None = None
     """Compile the layers with torch for decode steps, which takes seconds for each batch size (powers of two) and
     reduces the kernels of a step to a third. It needs a GPU and the paged cache, and excludes compute_dtype bfloat16.

@@ -12,7 +12,7 @@ therefore column `prompt_length - 1 + t`. The last action is never an input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class TokenBatch:
     source: Tensor | None = None  # (N,), int64, index of each action in flattened (all sequences * T) responses
     cu_seqlens: Tensor | None = None  # (B + 1,), int32, start of each sequence's actions in N
     cu_inputs: Tensor | None = None  # (B + 1,), int32, start of each packed sequence; None: padded
-    attention_mask: Tensor | dict[str, Tensor] | None = None  # (B, S), or masks prepared for transformers
+    attention_mask: Tensor | Mapping[str, Tensor | None] | None = None  # (B, S), or masks prepared for transformers
     position_ids: Tensor | None = None  # (B, S); None: counted from the mask, or from column 0
     cache: Cache | None = None  # keys and values of earlier tokens, updated in place
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
@@ -107,6 +109,42 @@ class InvariantLayers:
         """Replace the activations and, unless `eager`, the attention inside the `with` block."""
         with attention(self.config, "eager" if eager else ATTENTION), self.prefill():
             yield
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.where(x > 20, x, x.exp().log1p_())
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[[Tensor], Tensor]] = {
+    nn.functional.silu: _silu,
+    nn.functional.gelu: _gelu,
+    nn.functional.sigmoid: _sigmoid,
+    torch.sigmoid: _sigmoid,
+    Tensor.sigmoid: _sigmoid,
+    nn.functional.softplus: _softplus,
+}
+
+
+class InvariantFunctions(TorchFunctionMode):
+    """`with InvariantFunctions():` computes activations on the CPU, called as functions of one argument, by the formulas above.
+
+    Layers with a recurrent state call them as functions, so no module can be replaced.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        plain = len(args) == 1 and not options.pop("inplace", False)
+        approximate = options.pop("approximate", "none") == "tanh"
+        formula = _gelu_tanh if func is nn.functional.gelu and approximate else _FUNCTIONS.get(func)
+        if formula is None or not plain or options or args[0].device.type != "cpu":
+            return func(*args, **kwargs or {})
+        return formula(args[0])
 
 
 # ---- the language-model head ----

@@ -145,6 +145,12 @@ def read_columns(longest: int, columns: int) -> int:
     return min(columns, -(-longest // _BLOCK) * _BLOCK)
 
 
+def check_attention(name: str | None) -> None:
+    """Raise ValueError for an attention implementation that no decoder supports."""
+    if name not in _ATTENTION:
+        raise ValueError(f"policy: got attention {name!r}, expected one of {', '.join(map(repr, _ATTENTION))}")
+
+
 def attention_kinds(policy: LanguageModel, columns: int) -> list[str]:
     """Return the kinds of attention layers, each of which needs its mask, for sequences of at most `columns` tokens.
 
@@ -152,10 +158,7 @@ def attention_kinds(policy: LanguageModel, columns: int) -> list[str]:
         ValueError: for an attention implementation or a kind of layer that no decoder supports.
     """
     model, text = policy.model, policy.model.config.get_text_config()
-    if text._attn_implementation not in _ATTENTION:
-        raise ValueError(
-            f"policy: got attention {text._attn_implementation!r}, expected one of {', '.join(map(repr, _ATTENTION))}"
-        )
+    check_attention(text._attn_implementation)
     default = "sliding_attention" if getattr(text, "sliding_window", None) is not None else "full_attention"
     kinds = sorted(set(getattr(text, "layer_types", None) or [default]))
     unknown = [kind for kind in kinds if kind not in _KINDS]

@@ -32,11 +32,13 @@ def make_trainer(
     arena=None,
     dtype=torch.float32,
     device="cpu",
+    model=None,
     **settings,
 ):
     generator = torch.Generator().manual_seed(5)
     head = ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2).to(device)
-    model = tiny(family, seed=model_seed, initializer_range=0.1).to(device, dtype)
+    if model is None:
+        model = tiny(family, seed=model_seed, initializer_range=0.1).to(device, dtype)
     if attention is not None:
         model.set_attn_implementation(attention)
     policy = ActorCritic(model, head) if value_model is None else ActorCritic(model, value_model)

@@ -13,7 +13,9 @@ from rlhf_engine.rollout import Generator
 from rlhf_engine.rollout.decode import make_decoder
 from rlhf_engine.rollout.decode.paged import PagedDecoder
 from rlhf_engine.rollout.decode.protocol import Decoder
+from rlhf_engine.rollout.decode.recurrent import RecurrentDecoder
 from rlhf_engine.rollout.decode.slots import SlotDecoder
+from tests.engine.helpers.recurrent_models import recurrent_actor
 from tests.engine.helpers.sampling import ENDS, make_actor, make_prompts, same_sequence
 
 ROOT = Path(rlhf_engine.__file__).parents[1]
@@ -25,10 +27,10 @@ def shape(function):
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-@pytest.mark.parametrize("kind", [SlotDecoder, PagedDecoder])
+@pytest.mark.parametrize("kind", [SlotDecoder, PagedDecoder, RecurrentDecoder])
 def test_an_implementation_has_every_method_with_the_same_arguments(kind):
     assert len(METHODS) == 11 and kind.__bases__ == (object,)
-    decoder = kind(make_actor(), 4, 32)
+    decoder = kind(recurrent_actor("lfm2") if kind is RecurrentDecoder else make_actor(), 4, 32)
     assert decoder.slots == 4 <= decoder.rows and decoder.cache_bytes > 0
     for name in METHODS:
         assert shape(getattr(kind, name)) == shape(getattr(Decoder, name)), name
@@ -45,10 +47,11 @@ class Narrow:
         return getattr(self._decoder, name)
 
 
-@pytest.mark.parametrize("cache", ["slots", "paged"])
+@pytest.mark.parametrize("cache", ["slots", "paged", "recurrent"])
 def test_a_generator_uses_only_the_protocol(cache):
-    actor, prompts = make_actor(), make_prompts(20)
-    config = RolloutConfig(max_prompt_tokens=20, max_response_tokens=12, batch_size=6, cache=cache)
+    actor, prompts = recurrent_actor("lfm2") if cache == "recurrent" else make_actor(), make_prompts(20)
+    layout = "auto" if cache == "recurrent" else cache
+    config = RolloutConfig(max_prompt_tokens=20, max_response_tokens=12, batch_size=6, cache=layout)
     marks = {"eos_token_ids": ENDS, "pad_token_id": 0, "seed": 3}
     narrow = Generator(actor, config, **marks, decoder=Narrow(make_decoder(actor, config, 32)))
     found = narrow.generate(prompts, torch.arange(20))
@@ -78,9 +81,10 @@ def loaded_with(module: str) -> set[str]:
 
 
 def test_only_the_decoder_that_is_used_is_loaded():
-    decoders = {f"rlhf_engine.rollout.decode.{name}" for name in ("slots", "cpu", "paged", "pages", "gpu")}
+    decoders = {f"rlhf_engine.rollout.decode.{name}" for name in ("slots", "cpu", "paged", "pages", "gpu", "recurrent")}
     assert "rlhf_engine.rollout.decode.protocol" in loaded_with("rlhf_engine.ppo.trainer")
     assert not loaded_with("rlhf_engine.ppo.trainer") & decoders
     with_slots = loaded_with("rlhf_engine.rollout.decode.slots") & decoders
     assert {name.rpartition(".")[2] for name in with_slots} == {"slots", "cpu"}
-    assert decoders - loaded_with("rlhf_engine.rollout.decode.paged") == {"rlhf_engine.rollout.decode.slots"}
+    left_out = decoders - loaded_with("rlhf_engine.rollout.decode.paged")
+    assert {name.rpartition(".")[2] for name in left_out} == {"slots", "recurrent"}

@@ -193,14 +193,14 @@ def test_bad_prompts_are_refused(prompts, sequence, words):
 
 
 def test_models_without_a_plain_cache_are_refused():
-    from transformers import BloomConfig, BloomForCausalLM, FalconH1Config, FalconH1ForCausalLM
+    from transformers import BloomConfig, BloomForCausalLM, RwkvConfig, RwkvForCausalLM
 
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
     with pytest.raises(ValueError, match="BloomForCausalLM has ALiBi"):
         make_generator(ActorCritic(bloom))
-    falcon = FalconH1Config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
-    with pytest.raises(ValueError, match="FalconH1ForCausalLM has"):
-        make_generator(ActorCritic(FalconH1ForCausalLM(falcon)))
+    rwkv = RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="RwkvForCausalLM has a recurrent state"):
+        make_generator(ActorCritic(RwkvForCausalLM(rwkv)))
 
 
 def test_prompt_width():
