@@ -27,7 +27,7 @@ def own_logprobs(model, rollout, row):
 
 @pytest.mark.parametrize("kind, family, settings", CASES, ids=NAMES)
 def test_logprobs_are_those_of_the_models_own_forward_pass(kind, family, settings, monkeypatch):
-    """Eleven prompts of different lengths in four slots, which are reused and moved, and each sequence alone."""
+    """Eleven prompts of different lengths in four slots, which are reused and moved, next to longer ones."""
     moved, move = [], RecurrentDecoder.move
     monkeypatch.setattr(RecurrentDecoder, "move", lambda self, *rest: moved.append(rest) or move(self, *rest))
     actor, prompts = recurrent_actor(family, settings), make_prompts(11)
@@ -84,7 +84,7 @@ def test_slots_use_the_memory_that_was_announced(family):
 
     def allocate(shape, dtype, device):
         taken.append(room_for(shape, dtype))
-        return torch.full(shape, torch.nan, dtype=dtype, device=device)  # whatever was there before
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)  # uninitialized memory
 
     actor, prompts = recurrent_actor(family), make_prompts(9)
     for attention in ("sdpa", "eager") if family != "mamba" else ("eager",):
