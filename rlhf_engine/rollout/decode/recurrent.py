@@ -174,7 +174,7 @@ class RecurrentDecoder:
         )
         with (
             InvariantFunctions(),
-            self.layers.decode(),
+            self.layers.decode(eager=self.eager),
             cache_argument(self.policy.trunk),
             limited_time_steps(self.policy.trunk),
         ):

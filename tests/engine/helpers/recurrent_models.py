@@ -57,9 +57,21 @@ DENSE = {
         "adapter_rank": 4,
     },
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
 EXPERTS = {
+    "bailing_hybrid": {**_LATENT, **_THREE, **_EXPERTS},
     "granitemoehybrid": {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "jamba": {**_MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
+    "kimi_linear": {**_LATENT, **_THREE, **_EXPERTS, "linear_num_heads": 4, "linear_head_dim": 8},
     "lfm2_moe": {**_SHORT, **_EXPERTS, "num_dense_layers": 1},
     "nemotron_h": {
         "layers_block_type": [_STATE, "moe", _FULL, "mlp"],
