@@ -74,7 +74,10 @@ _SAMPLING = tuple(
 )
 _FREE = (
     *("output_dir", "device", "model.path", "memory.budget", "eval", "iterate"),
-    *(f"data.{name}" for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene")),
+    *(
+        f"data.{name}"
+        for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene", "unknown_columns")
+    ),
     *("memory.gradient_checkpointing", "sft.checkpoint_every", "reward.checkpoint_every", "ppo.checkpoint_every"),
     *("reward.path",),
 )

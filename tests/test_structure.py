@@ -40,6 +40,7 @@ PEERS = ("trl", "openrlhf", "verl", "deepspeed", "peft")
 ENGINE_LAYERS = (
     "_lazy",
     "errors",
+    "notices",
     "config",
     "files",
     "checkpoint",

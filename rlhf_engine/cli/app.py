@@ -156,19 +156,22 @@ def clean(
             settings.data.prompt_template,
             settings.rollout.max_prompt_tokens,
         )
-    typer.echo(clean_prompts(source, output, settings.data.hygiene, codec).table())
+    typer.echo(
+        clean_prompts(source, output, settings.data.hygiene, codec, allow=settings.data.allowed_columns()).table()
+    )
 
 
 @data_app.command()
 def check(
     kind: Annotated[str, typer.Argument(help="Kind of records: demonstrations, comparisons, prompts or pretraining.")],
     path: Annotated[Path, typer.Argument(help="The file, or a folder written by save_to_disk.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse columns that are not part of a format.")] = False,
 ) -> None:
     """Check every record of a file and print counts; an error names the line of the first invalid record."""
     quiet()
     from rlhf_engine.data.summary import summarise
 
-    typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path).items()))
+    typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path, strict=strict).items()))
 
 
 app.command("eval")(evaluate.evaluate)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_engine.notices import print_notices
+
 if TYPE_CHECKING:
     from rlhf_engine.config import RunConfig
 
@@ -31,10 +33,12 @@ def read_config(config: Path | None, overrides: list[str] | None) -> RunConfig:
 def quiet() -> None:
     """Turn off the progress bars and tables that transformers prints while it loads; our own checks report errors in one line.
 
-    transformers imports torchao if that is installed, which logs warnings about kernels for other GPUs; they are hidden too.
+    Print our notices on stderr. transformers imports torchao if that is installed, which logs warnings about kernels for other
+    GPUs; they are hidden too.
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    print_notices("rlhf: ")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -22,13 +22,14 @@ class DataConfig(Section):
     """Data files, the prompt template and the limits on lengths."""
 
     demonstrations: str | None = None
-    """Demonstrations: JSONL with the fields prompt and response. `rlhf sft` trains on them; `rlhf rm` sets the reward
-    model's bias so that their mean score is 0."""
+    """Demonstrations: JSONL with the fields prompt and response, or a format of docs/guides/data_formats.md. `rlhf sft`
+    trains on them; `rlhf rm` sets the reward model's bias so that their mean score is 0."""
     comparisons: str | None = None
-    """Rankings for `rlhf rm`: JSONL with the fields prompt, completions and ranking (such as "D > C > A = B")."""
+    """Rankings for `rlhf rm`: JSONL with the fields prompt, completions and ranking (such as "D > C > A = B"), or prompt,
+    chosen and rejected."""
     prompts: str | None = None
-    """Prompts for `rlhf ppo`, `rlhf eval` and `rlhf iterate`: JSONL with the fields prompt, user_id and optionally
-    split."""
+    """Prompts for `rlhf ppo`, `rlhf eval` and `rlhf iterate`: JSONL with the field prompt and optionally user_id and
+    split. Further fields, such as a reference answer, are arguments of reward.function."""
     pretrain: str | None = None
     """Pretraining text for PPO-ptx: a text file with blank lines between documents, JSONL with the field text, or a
     folder written by `save_to_disk` of Hugging Face datasets."""
@@ -45,6 +46,9 @@ class DataConfig(Section):
     """Keep special tokens, such as <think>, in the text of a response that a reward function, a judge or a file gets,
     and read them as tokens in the responses of data files. BOS, EOS and PAD are removed in any case. If false, all are
     removed, and they are plain text in data files."""
+    unknown_columns: Literal["ignore", "refuse"] = "ignore"
+    """Handling of columns of the data files that are neither part of a format nor arguments of reward.function: ignore
+    lists them in one line, refuse stops with an error."""
     long_prompts: Literal["refuse", "truncate"] = "refuse"
     """What happens to a prompt longer than rollout.max_prompt_tokens: refuse stops with an error, truncate removes
     tokens from its beginning and counts it."""
@@ -70,3 +74,7 @@ class DataConfig(Section):
                 raise ValueError(
                     f"chat_template_date: got {self.chat_template_date!r}, expected a date such as '2026-01-31'"
                 ) from None
+
+    def allowed_columns(self, *names: str) -> tuple[str, ...] | None:
+        """Return `names`, which are the further columns that a row may have; None if it may have any."""
+        return names if self.unknown_columns == "refuse" else None

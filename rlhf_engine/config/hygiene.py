@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_engine.config.schema import Count, Section, Seed, Share
+from rlhf_engine.config.schema import Count, PositiveShare, Section, Seed, Share
 
 _HONORIFICS = (
     "Mr Mrs Ms Miss Mx Dr Prof Professor Rev Reverend Sir Dame Herr Herrn Frau M. Monsieur Madame Mademoiselle Mme Mlle "
@@ -22,8 +22,12 @@ class HygieneConfig(Section):
     prefix_chars: Count = 128
     """Length of the prefix that identifies duplicates, in characters: of several prompts with the same prefix only the
     first is kept. Shorter prompts are duplicates if they are equal."""
+    frame_share: PositiveShare | None = 0.1
+    """Share of the prompts from which text of more than prefix_chars characters at their beginning counts as a frame,
+    such as an instruction, and is left out of the comparison. Reading the file for it takes as long as parsing it. If
+    None, no text does; system messages are always left out."""
     user_limit: Count = 200
-    """Maximum number of prompts per user; the first ones are kept."""
+    """Maximum number of prompts per user; the first ones are kept. Prompts without a user id are not limited."""
     validation_share: Share = 0.1
     """Fraction of the users whose prompts form the validation split."""
     test_share: Share = 0.1
@@ -39,7 +43,7 @@ class HygieneConfig(Section):
     """Titles that mark the next words as a name, with or without a period after the title. A title that is listed with
     a period matches only with it. If the list is empty, names are not detected."""
     bad_lines: Literal["refuse", "skip"] = "refuse"
-    """Handling of a line that is not a valid prompt with a user id: refuse stops with an error, skip leaves the line
+    """Handling of a line that is not a valid prompt: refuse stops with an error, skip leaves the line
     out and counts it."""
 
     def check(self) -> None:

@@ -16,8 +16,14 @@ class RewardConfig(Section):
     """Folder of the trained reward model that scores the responses in PPO; it may be smaller than the policy."""
     function: str | None = None
     """Python function that scores the responses instead of a reward model, as module:function or file.py:function. It
-    receives a list of prompts and a list of responses, and returns a list of floats. Responses and prompts are strings,
-    but a conversation is a list of messages, each a dictionary with role and content."""
+    receives a list of prompts and a list of responses, and returns a list of floats; it may be async. Responses and
+    prompts are strings, but a conversation is a list of messages, each a dictionary with role and content. Further
+    parameters, such as `answer`, receive the columns of data.prompts with their names, and `**columns` all of them."""
+    batched: bool = True
+    """Call the function once per rollout with lists. If false, it is called once per response, with single values, and
+    returns a float."""
+    concurrency: Count = 32
+    """Maximum number of calls of an async function at once, if batched is false."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8
@@ -36,3 +42,7 @@ class RewardConfig(Section):
         """Raise ValueError if both a model and a function are set."""
         if self.path is not None and self.function is not None:
             raise ValueError(f"function is {self.function!r} and path is {self.path!r}; set only one of the two")
+        if not self.batched and self.function is None:
+            raise ValueError("batched: got False, expected True; only function reads it")
+        if self.concurrency != 32 and self.batched:
+            raise ValueError(f"concurrency: got {self.concurrency}, expected 32; only batched false reads it")

@@ -2,7 +2,8 @@
 
 1. deduplicate: drop a prompt that shares a long prefix with a kept prompt;
 2. user_limit: keep the first 200 prompts of each user and drop the others;
-3. split: assign each user to train, validation or test by a hash of the user's id, and ignore any `split` in the file;
+3. split: assign each user to train, validation or test by a hash of the user's id, and ignore any `split` in the file; a
+   prompt without a user id is assigned by a hash of its prefix;
 4. pii: drop training prompts with personal information, or redact it;
 5. truncate: with a tokenizer, cut the beginning of long prompts.
 
@@ -15,6 +16,10 @@ replaces the comparison with every kept prompt, so that the time is linear in th
 template. Texts with equal hashes are not compared: among 10^9 prompts the probability of a collision is 10^-21. The turns of a
 conversation are joined to one text.
 
+A frame, such as an instruction before every question, is no reason to drop a prompt. The prefix begins after the system
+messages of a conversation, and after text that is common to at least `frame_share` of the prompts (`data.frames`). Prompts with
+different system messages or different frames are never duplicates.
+
 Records are read, processed and written one by one in the order of the file. Keys and counts are stored in an index on disk, so
 that memory does not grow with the file. The same input gives the same bytes.
 """
@@ -24,22 +29,30 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rlhf_engine.config import HygieneConfig
-from rlhf_engine.data.loading import read_prompts
+from rlhf_engine.data.frames import compared_text, shared_frames, without_frames
+from rlhf_engine.data.loading import Reading, read_prompts
 from rlhf_engine.data.records import Prompt, PromptRecord, prompt_field, prompt_texts, with_texts
 from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.files import with_new_folder, write_json
 
 PROMPTS, REPORT = "prompts.jsonl", "report.json"
 _EXAMPLES = 20  # invalid lines that the report quotes
+_MANY = 0.1
+"""Share of its prompts from which a step's drops are worth a warning."""
+_REASONS = {
+    "deduplicate": "prompts with the same first data.hygiene.prefix_chars characters count as one",
+    "user_limit": "data.hygiene.user_limit is the maximum per user",
+    "pii": "data.hygiene.pii=redact keeps prompts with personal information, and replaces it",
+}
+"""Step -> why it drops prompts."""
 
 
 @dataclass
@@ -76,6 +89,8 @@ class HygieneReport:
     """Valid prompts in the source."""
     users: int = 0
     """Users with at least one prompt after deduplication."""
+    without_user: int = 0
+    """Valid prompts without a user id."""
     bad_lines: int = 0
     """Invalid lines, which were skipped."""
     bad_examples: list[str] = field(default_factory=list)
@@ -93,7 +108,7 @@ class HygieneReport:
         """Return the report as plain values, ready for JSON."""
         names = ("name", "seen", "dropped", "changed")
         return {
-            **{name: getattr(self, name) for name in ("read", "users", "bad_lines", "bad_examples")},
+            **{name: getattr(self, name) for name in ("read", "users", "without_user", "bad_lines", "bad_examples")},
             "steps": [{name: getattr(step, name) for name in names} for step in self.steps],
             "pii": dict(sorted(self.pii.items())),
             "splits": {split: self.splits[split] for split in ("train", "validation", "test")},
@@ -114,11 +129,17 @@ class HygieneReport:
 
 
 def clean_prompts(
-    source: str | Path, folder: str | Path, settings: HygieneConfig, codec: Codec | None = None
+    source: str | Path,
+    folder: str | Path,
+    settings: HygieneConfig,
+    codec: Codec | None = None,
+    *,
+    allow: Collection[str] | None = None,
 ) -> HygieneReport:
     """Clean the prompts of `source`; write the kept ones to `folder/prompts.jsonl` and the counts to `folder/report.json`.
 
-    `read_prompts` reads the result. With a `codec`, long prompts are truncated to its `max_prompt_tokens`.
+    `read_prompts` reads the result, which has the further columns of the source. With a `codec`, long prompts are truncated to
+    its `max_prompt_tokens`. `allow` is that of `read_prompts`.
 
     Raises:
         ValueError: an invalid line, named as `file:line`, unless `settings.bad_lines` is "skip"; no valid prompt; a `folder`
@@ -131,11 +152,19 @@ def clean_prompts(
     if folder.exists() and (not folder.is_dir() or {item.name for item in folder.iterdir()} - {PROMPTS, REPORT}):
         raise ValueError(f"{folder}: contains files other than {PROMPTS} and {REPORT}; give a new folder")
     report = HygieneReport()
-    records = read_prompts(source, on_bad=_skip(report) if settings.bad_lines == "skip" else None)
+    skips = settings.bad_lines == "skip"
+    records = read_prompts(source, on_bad=_skip(report) if skips else None, allow=allow)
+    frames: list[str] = []
+    if settings.frame_share is not None:
+
+        def prompts() -> Iterator[Prompt]:
+            return (record.prompt for record in read_prompts(source, on_bad=_ignore if skips else None, allow=allow))
+
+        frames = shared_frames(prompts, settings.prefix_chars, settings.frame_share)
 
     def write(new: Path) -> None:
         try:
-            _write(new, records, settings, report, codec, given)
+            _write(new, records, settings, report, codec, frames)
         except sqlite3.Error as error:
             raise OSError(f"{new}: writing the temporary index failed: {error}") from None
 
@@ -145,32 +174,57 @@ def clean_prompts(
 
 def _write(
     folder: Path,
-    records: Iterator[PromptRecord],
+    records: Reading[PromptRecord],
     settings: HygieneConfig,
     report: HygieneReport,
     codec: Codec | None,
-    source: Path,
+    frames: Sequence[str],
 ) -> None:
+    source = records.path
     with KeptIndex(folder / "index.sqlite") as index, (folder / PROMPTS).open("w", encoding="utf-8") as out:
-        report.steps = _steps(settings, index, report, codec)
+        report.steps = _steps(settings, index, report, codec, frames)
         for record in _run(records, report, source):
             out.write(json.dumps(_fields(record), ensure_ascii=False) + "\n")
         report.users = index.users()
     if not report.read:
         raise ValueError(f"{source}: contains no valid prompt; give a file with at least one")
-    report.warnings = [
-        _empty(split, report) for split, share in _shares(settings) if share and not report.splits[split]
-    ]
+    report.warnings = list(_warnings(settings, report, frames, list(records.columns)))
     write_json(folder / REPORT, {"source": str(source), "settings": settings.to_dict(), **report.to_dict()})
 
 
-def prefix_key(prompt: Prompt, prefix_chars: int) -> bytes:
-    """Return 16 bytes that are equal for prompts whose first `prefix_chars` normalized characters are equal."""
-    text = "\n".join(prompt_texts(prompt))
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    normal = " ".join(text.casefold().split())
-    return hashlib.blake2b(normal[:prefix_chars].encode(), digest_size=16).digest()
+def _warnings(
+    settings: HygieneConfig, report: HygieneReport, frames: Sequence[str], columns: Sequence[str]
+) -> Iterator[str]:
+    lines = report.read + report.bad_lines
+    if report.bad_lines > _MANY * lines:
+        yield f"{report.bad_lines:,} of {lines:,} lines are invalid and were skipped"
+    for step in report.steps:
+        if step.dropped > _MANY * step.seen:
+            share = step.dropped / step.seen
+            yield f"{step.name} dropped {step.dropped:,} of {step.seen:,} prompts ({share:.0%}); {_REASONS[step.name]}"
+    for frame in frames:
+        yield f"many prompts begin with the {len(frame):,} characters {frame[:40]!r}..., which were not compared"
+    if report.without_user:
+        yield (
+            f"{report.without_user:,} of {report.read:,} prompts have no user_id: the step user_limit is left out for "
+            "them, and they are split by prompt and not by user, so that several splits may have prompts of one person"
+        )
+    if columns and settings.pii != "keep":
+        yield f"the columns {', '.join(columns)} were copied without a search for personal information"
+    for split, share in _shares(settings):
+        if share and not report.splits[split]:
+            yield _empty(split, report)
+
+
+def prefix_key(prompt: Prompt, prefix_chars: int, frames: Sequence[str] = ()) -> bytes:
+    """Return 16 bytes that are equal for prompts whose first `prefix_chars` normalized characters are equal.
+
+    The characters after the system messages and after the `frames` count; system messages and frames must be equal too.
+    """
+    system, text = compared_text(prompt)
+    frame, rest = without_frames(text, frames)
+    compared = "\0".join((system, frame, rest[:prefix_chars])) if system or frame else rest[:prefix_chars]
+    return hashlib.blake2b(compared.encode(), digest_size=16).digest()
 
 
 def split_of(user_id: str, settings: HygieneConfig) -> str:
@@ -194,15 +248,22 @@ def _empty(split: str, report: HygieneReport) -> str:
     )
 
 
-def _steps(settings: HygieneConfig, index: KeptIndex, report: HygieneReport, codec: Codec | None) -> list[Step]:
+def _steps(
+    settings: HygieneConfig, index: KeptIndex, report: HygieneReport, codec: Codec | None, frames: Sequence[str]
+) -> list[Step]:
+    def key(record: PromptRecord) -> bytes:
+        return prefix_key(record.prompt, settings.prefix_chars, frames)
+
     def deduplicate(record: PromptRecord) -> PromptRecord | None:
-        return record if index.add_key(prefix_key(record.prompt, settings.prefix_chars)) else None
+        return record if index.add_key(key(record)) else None
 
     def limit(record: PromptRecord) -> PromptRecord | None:
-        return record if index.add_prompt(record.user_id, settings.user_limit) else None
+        if record.user_id is None or index.add_prompt(record.user_id, settings.user_limit):
+            return record
+        return None
 
     def split(record: PromptRecord) -> PromptRecord:
-        name = split_of(record.user_id, settings)
+        name = split_of(key(record).hex() if record.user_id is None else record.user_id, settings)
         return record if name == record.split else replace(record, split=name)
 
     steps = [Step("deduplicate", deduplicate), Step("user_limit", limit), Step("split", split)]
@@ -243,6 +304,7 @@ def _run(records: Iterator[PromptRecord], report: HygieneReport, source: Path) -
     """Yield the records that pass all steps."""
     for record in records:
         report.read += 1
+        report.without_user += record.user_id is None
         result: PromptRecord | None = record
         for step in report.steps:
             try:
@@ -265,13 +327,18 @@ def _skip(report: HygieneReport) -> Callable[[ValueError], None]:
     return on_bad
 
 
+def _ignore(error: ValueError) -> None:
+    """Skip an invalid line that is counted elsewhere."""
+
+
 def _with_prompt(record: PromptRecord, prompt: Prompt) -> PromptRecord:
     return record if prompt is record.prompt else replace(record, prompt=prompt)
 
 
 def _fields(record: PromptRecord) -> dict[str, Any]:
     """Return the fields of the line that `read_prompts` reads back as `record`."""
-    return {**prompt_field(record.prompt), "user_id": record.user_id, "split": record.split}
+    user = {} if record.user_id is None else {"user_id": record.user_id}
+    return {**prompt_field(record.prompt), **user, "split": record.split, **record.columns}
 
 
 _CACHE_KIB = 64 * 1024

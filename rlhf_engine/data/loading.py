@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from rlhf_engine.data.records import (
-    Comparison,
-    Demonstration,
-    PretrainingText,
-    PromptRecord,
-    check_split,
-    parse_messages,
-    parse_ranking,
-)
-from rlhf_engine.data.sources import Row, read_rows
+from rlhf_engine.data.formats import Columns, comparison, demonstration, pretraining_text, prompt_record
+from rlhf_engine.data.records import Comparison, Demonstration, PretrainingText, PromptRecord, check_split
+from rlhf_engine.data.sources import read_rows
 
 Record = TypeVar("Record")
 OnBad = Callable[[ValueError], None]
@@ -25,133 +18,126 @@ _LONGEST = 2**20
 """Maximum characters of a document in a text file, and bytes of a line, in memory; longer ones are yielded in parts."""
 
 
-def read_demonstrations(path: str | Path) -> Iterator[Demonstration]:
-    """Yield the records of lines such as `{"prompt": "...", "response": "..."}`, or of a data set's folder with these columns.
+class Reading(Iterator[Record], Generic[Record]):
+    """The records of a file, one at a time, and the names of the columns that no record has used so far.
 
-    `"messages": [{"role": "user", "content": "..."}, ...]` may replace the prompt. It may also replace the response if the last
-    message is the assistant's.
+    `fields` are the columns of our format, for errors. `make` returns the record of a row, or None to leave the row out, and
+    the columns that it did not read. A row with such a column is invalid unless its name is in `allow`, or `allow` is None.
+    With `on_bad`, invalid rows are skipped, and `on_bad` is called with the error.
+
+    Raises:
+        ValueError: no such file, or an invalid row, named as `file:line`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        fields: tuple[str, ...],
+        make: Callable[[Columns, int], tuple[Record | None, Columns]],
+        *,
+        allow: Collection[str] | None = None,
+        on_bad: OnBad | None = None,
+        keep: Callable[[Record], bool] = lambda record: True,
+    ) -> None:
+        self.path, self.columns, self.left_out = Path(path), dict[str, None](), 0
+        self._rows, self._fields, self._make = read_rows(path), fields, make
+        self._allow, self._on_bad, self._keep = allow, on_bad, keep
+
+    def __next__(self) -> Record:
+        for number, given in self._rows:
+            try:
+                record = self._record(given, number)
+            except ValueError as error:
+                named = ValueError(f"{self.path}:{number}: {error}")
+                if self._on_bad is None:
+                    raise named from None
+                self._on_bad(named)
+                continue
+            if record is None:
+                self.left_out += 1
+            elif self._keep(record):
+                return record
+        raise StopIteration
+
+    def notes(self, read: Collection[str] = ()) -> list[str]:
+        """Return a line that lists the columns that are ignored, which are those not in `read`, and one about rows left out."""
+        ignored = [name for name in self.columns if name not in read]
+        found = [f"{self.path}: ignored columns: {', '.join(ignored)}"] if ignored else []
+        return found + [f"{self.path}: left out {self.left_out:,} responses with label false"] * bool(self.left_out)
+
+    def _record(self, given: Any, number: int) -> Record | None:
+        if isinstance(given, ValueError):
+            raise given
+        if not isinstance(given, dict):
+            raise ValueError(f"got {type(given).__name__}, expected an object with {', '.join(self._fields)}")
+        record, rest = self._make({name: value for name, value in given.items() if value is not None}, number)
+        for name in rest:
+            if self._allow is not None and name not in self._allow:
+                raise ValueError(f"unknown field {name!r}; remove it, or set data.unknown_columns to 'ignore'")
+            self.columns[name] = None
+        return record
+
+
+def read_demonstrations(path: str | Path, *, allow: Collection[str] | None = None) -> Reading[Demonstration]:
+    """Read lines such as `{"prompt": "...", "response": "..."}`, or a data set's folder with these columns.
+
+    Conversations and the formats of other tools are recognized by their columns (`data.formats`). Further columns are ignored,
+    unless `allow` is given and does not list them.
 
     Raises:
         ValueError: no such file, or an invalid line, named as `file:line`.
     """
-    return _read(path, ("prompt", "response"), (), lambda given, line: Demonstration(**given, line=line))
+    return Reading(path, ("prompt", "response"), demonstration, allow=allow)
 
 
-def read_comparisons(path: str | Path) -> Iterator[Comparison]:
-    """Yield the records of lines such as `{"prompt": "...", "completions": ["...", ...], "ranking": "D > C > A = B"}`.
+def read_comparisons(path: str | Path, *, allow: Collection[str] | None = None) -> Reading[Comparison]:
+    """Read lines such as `{"prompt": "...", "completions": ["...", ...], "ranking": "D > C > A = B"}`, or with a pair.
 
-    `messages` may replace the prompt, and a data set's folder with these columns the file.
-
-    Raises:
-        ValueError: no such file, or an invalid line, named as `file:line`.
+    A pair has the fields `chosen` and `rejected`. Files, formats, `allow` and errors are as in `read_demonstrations`.
     """
-    return _read(path, ("prompt", "completions", "ranking"), (), _comparison)
+    return Reading(path, ("prompt", "completions", "ranking"), comparison, allow=allow)
 
 
-def read_prompts(path: str | Path, split: str | None = None, on_bad: OnBad | None = None) -> Iterator[PromptRecord]:
-    """Yield the records of lines such as `{"prompt": "...", "user_id": "...", "split": "test"}`, optionally of one `split`.
+def read_prompts(
+    path: str | Path,
+    split: str | None = None,
+    on_bad: OnBad | None = None,
+    *,
+    allow: Collection[str] | None = None,
+) -> Reading[PromptRecord]:
+    """Read lines such as `{"prompt": "...", "user_id": "...", "split": "test"}`, optionally only those of one `split`.
 
-    `messages` may replace the prompt, and a data set's folder with these columns the file. With `on_bad`, an invalid line is
-    skipped, and `on_bad` is called with the error instead of raising it.
-
-    Raises:
-        ValueError: no such split, no such file, or an invalid line, named as `file:line`.
+    Each record has the further columns of its line. With `on_bad`, an invalid line is skipped, and `on_bad` is called with the
+    error instead of raising it. Files, formats, `allow` and errors are as in `read_demonstrations`.
     """
     if split is not None:
         check_split(split)
-    records = _read(
-        path, ("prompt", "user_id"), ("split",), lambda given, line: PromptRecord(**given, line=line), on_bad
+    return Reading(
+        path,
+        ("prompt",),
+        prompt_record,
+        allow=allow,
+        on_bad=on_bad,
+        keep=lambda record: split is None or record.split == split,
     )
-    return (record for record in records if split is None or record.split == split)
 
 
-def read_texts(path: str | Path) -> Iterator[PretrainingText]:
+def read_texts(path: str | Path, *, allow: Collection[str] | None = None) -> Iterator[PretrainingText]:
     """Yield documents of a text file with blank lines between them, of JSONL with a field `text`, or of a data set's folder.
 
     A text file without blank lines is not read as a whole: a document of more than 2^20 characters is split at the end of a
-    line, or within a line of more than 2^20 bytes, and each part is yielded as a document.
+    line, or within a line of more than 2^20 bytes, and each part is yielded as a document. `allow` is as in
+    `read_demonstrations`.
 
     Raises:
         ValueError: no such file, or an invalid line, named as `file:line`.
     """
     path = Path(path)
     if path.is_dir() or path.suffix in (".jsonl", ".json"):
-        return _read(path, ("text",), (), lambda given, line: PretrainingText(**given, line=line))
+        return Reading(path, ("text",), pretraining_text, allow=allow)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     return _documents(path)
-
-
-def _comparison(given: dict[str, Any], line: int) -> Comparison:
-    completions = given["completions"]
-    if not isinstance(completions, list):
-        raise ValueError(f"completions: got {type(completions).__name__}, expected a list of strings")
-    if len(completions) < 2:
-        raise ValueError(f"completions: got {len(completions)}, expected at least 2 to compare")
-    ranks = parse_ranking(given["ranking"], len(completions))
-    return Comparison(given["prompt"], tuple(completions), ranks, line=line)
-
-
-def _read(
-    path: str | Path,
-    required: tuple[str, ...],
-    optional: tuple[str, ...],
-    make: Callable[[dict[str, Any], int], Record],
-    on_bad: OnBad | None = None,
-) -> Iterator[Record]:
-    # Not a generator, so that a missing file is reported by this call and not by the first `next`.
-    return _records(Path(path), read_rows(path), required, optional, make, on_bad)
-
-
-def _records(
-    path: Path,
-    rows: Iterator[Row],
-    required: tuple[str, ...],
-    optional: tuple[str, ...],
-    make: Callable[[dict[str, Any], int], Record],
-    on_bad: OnBad | None,
-) -> Iterator[Record]:
-    for number, given in rows:
-        try:
-            record = make(_fields(given, required, optional), number)
-        except ValueError as error:
-            named = ValueError(f"{path}:{number}: {error}")
-            if on_bad is None:
-                raise named from None
-            on_bad(named)
-        else:
-            yield record
-
-
-def _fields(given: object, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
-    if isinstance(given, ValueError):
-        raise given
-    if not isinstance(given, dict):
-        raise ValueError(f"got {type(given).__name__}, expected an object with {', '.join(required)}")
-    if "messages" in given and "prompt" in required:
-        given = _with_prompt(given, "response" in required)
-    for name in required:
-        if name not in given:
-            raise ValueError(f"no field {name!r}, expected {', '.join(required)}")
-    unknown = [name for name in given if name not in required + optional]
-    if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}, expected {', '.join(required + optional)}")
-    return given
-
-
-def _with_prompt(given: dict[str, Any], answered: bool) -> dict[str, Any]:
-    """Return the row with its messages as the prompt, and the last as the response if `answered` and the row has none."""
-    if "prompt" in given:
-        raise ValueError("the fields prompt and messages exclude each other; remove one")
-    messages = parse_messages(given["messages"])
-    others = {name: value for name, value in given.items() if name != "messages"}
-    if answered and "response" not in given:
-        if messages[-1].role != "assistant":
-            raise ValueError(
-                f"messages: got {messages[-1].role!r} as the last role, expected 'assistant', as there is no response"
-            )
-        return {"prompt": messages[:-1], "response": messages[-1].content, **others}
-    return {"prompt": messages, **others}
 
 
 def _documents(path: Path) -> Iterator[PretrainingText]:

@@ -129,16 +129,19 @@ class PromptRecord:
 
     prompt: Prompt
     """What the user typed."""
-    user_id: str
-    """Id of the user who typed it."""
+    user_id: str | None = None
+    """Id of the user who typed it; None if it is not known."""
     split: str = "train"
     """train, validation or test; all prompts of a user are in the same one."""
+    columns: dict[str, Any] = field(default_factory=dict, hash=False, kw_only=True)
+    """Further columns of the row, such as a reference answer, for a reward function that takes them as arguments."""
     line: int = field(default=0, compare=False, kw_only=True)
     """Line of the file that it came from; 0 if none."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
-        _check_text("user_id", self.user_id)
+        if self.user_id is not None:
+            _check_text("user_id", self.user_id)
         check_split(self.split)
 
 
@@ -155,19 +158,25 @@ class PretrainingText:
         _check_text("text", self.text)
 
 
-def parse_messages(given: object) -> tuple[Message, ...]:
-    """Parse a list such as `[{"role": "user", "content": "Hi"}]`.
+_SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")}
+"""Roles of a chat template for the speakers in ShareGPT's format; other speakers keep their name."""
+
+
+def parse_messages(given: object, column: str = "messages") -> tuple[Message, ...]:
+    """Parse a list such as `[{"role": "user", "content": "Hi"}]`, or ShareGPT's `[{"from": "human", "value": "Hi"}]`.
 
     Raises:
-        ValueError: an invalid message, named by its index.
+        ValueError: an invalid message, named by `column` and its index.
     """
     if not isinstance(given, list) or not given:
-        raise ValueError(f"messages: got {given!r}, expected a list of objects with role and content")
+        raise ValueError(f"{column}: got {given!r}, expected a list of objects with role and content")
     messages = []
     for index, item in enumerate(given):
-        name = f"messages[{index}]"
+        name = f"{column}[{index}]"
         # In a data set on disk, every message has the fields of all messages; absent fields are null.
         item = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
+        if isinstance(item, dict) and set(item) == {"from", "value"} and isinstance(item["from"], str):
+            item = {"role": _SHAREGPT_ROLES.get(item["from"], item["from"]), "content": item["value"]}
         if not isinstance(item, dict) or set(item) != {"role", "content"}:
             raise ValueError(f"{name}: got {item!r}, expected an object with role and content")
         for key in ("role", "content"):

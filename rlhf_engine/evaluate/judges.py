@@ -20,7 +20,8 @@ from rlhf_engine.data.records import Prompt, plain
 from rlhf_engine.evaluate.win_rate import score_preferences
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.rewards.user_code import SampleError, ask, import_function, number
+from rlhf_engine.rewards.calls import ask, number, shown_prompt
+from rlhf_engine.rewards.user_code import SampleError, import_function
 from rlhf_engine.supervised.reward_model import score_examples
 
 Prompts = Sequence[Prompt]
@@ -133,7 +134,10 @@ class FunctionJudge:
         try:
             returned = ask(self.function, texts, f"judge {self.name}: {samples}")
         except SampleError as error:
-            raise ValueError(f"judge {self.name}: sample {start + error.row}: {error}") from error.__cause__
+            shown = shown_prompt(texts[0][error.row])
+            raise ValueError(
+                f"judge {self.name}: sample {start + error.row}: {error}; prompt: {shown}"
+            ) from error.__cause__
         returned = returned if isinstance(returned, list) else [returned]
         scored = len(returned) == 2 and all(isinstance(column, list) for column in returned)
         columns = returned if scored else [returned]

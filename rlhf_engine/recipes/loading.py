@@ -16,12 +16,14 @@ from rlhf_engine.checkpoint import CONFIG, check_settings, fingerprint_rows
 from rlhf_engine.config import RunConfig, save_config
 from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, RecordCodec
 from rlhf_engine.data.chat import READS_DATE, ChatTemplate
+from rlhf_engine.data.loading import Reading
 from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import input_layer
+from rlhf_engine.notices import notice
 from rlhf_engine.plots import PANELS, plot_stage
 
 REPORT = "report.json"
@@ -245,14 +247,26 @@ def given(value: str | None, key: str) -> str:
     return value
 
 
-def check_records(path: str | None, key: str, reader: Callable[[str], Iterator[Item]]) -> None:
-    """Read every record and keep none, so that a bad line is reported before a model is loaded.
+def check_records(reading: Reading[Any], key: str) -> None:
+    """Read every record of the file at `key` and keep none, so that a bad line is reported before a model is loaded.
 
     Raises:
-        ValueError: `key` is not set, the file does not exist or has no records, or a line is bad (named as `file:line`).
+        ValueError: the file has no records, or a line is bad (named as `file:line`).
     """
-    if not sum(1 for _ in reader(given(path, key))):
-        raise ValueError(f"{key}: got no records to train on in {path}, expected at least one")
+    if not sum(1 for _ in reading):
+        raise ValueError(f"{key}: got no records to train on in {reading.path}, expected at least one")
+
+
+def check_trained_records(config: RunConfig, name: str, reader: Callable[..., Reading[Item]]) -> None:
+    """Check the records of the file `data.<name>` with `check_records`, and log the columns that are ignored.
+
+    Raises:
+        ValueError: as `check_records`; the setting is not set; or a column is unknown and `data.unknown_columns` refuses it.
+    """
+    key = f"data.{name}"
+    reading = reader(given(getattr(config.data, name), key), allow=config.data.allowed_columns())
+    check_records(reading, key)
+    notice(*reading.notes())
 
 
 def encode_records(path: str | None, records: Iterable[Item], encode: Callable[[Item], Made]) -> Iterator[Made]:

@@ -18,6 +18,7 @@ from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import input_layer, output_layer
+from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.callbacks import Callback, MetricsLog
 from rlhf_engine.ppo.ptx import PretrainStream
@@ -37,6 +38,7 @@ from rlhf_engine.recipes.loading import (
 )
 from rlhf_engine.recipes.planning import RunPlan, plan_run
 from rlhf_engine.recipes.session import TrainingSession, check_start
+from rlhf_engine.rewards.calls import Parameters
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rewards.user_code import import_function
@@ -59,22 +61,31 @@ def run_ppo(
     """
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
     config = dated(config)
-    check_records(config.data.prompts, "data.prompts", lambda path: read_prompts(path, "train"))
-    plan = plan_run(config)
     function = None
     if config.reward.function is not None:
         function = import_function(config.reward.function, "reward.function")
+    columns = _check_prompts(config, function)
+    plan = plan_run(config)
     reward_model = load_reward_model(config) if function is None else None
     model, codec = load_model(config)
     _check_fit(config, model, codec, reward_model)
-    texts = None if function is None else PromptTexts()
+    texts = None if function is None else PromptTexts(columns)
     prompts = encode_prompts(config, codec, texts)
     policy = make_policy(config, model, reward_model)
     if reward_model is not None:
         reward = reward_function(reward_model, codec)
     else:
-        assert function is not None and config.reward.function is not None
-        reward = text_reward(function, codec, prompt_of=texts, name=config.reward.function)
+        assert function is not None and texts is not None
+        reward = text_reward(
+            function,
+            codec,
+            prompt_of=texts,
+            columns_of=texts.columns,
+            columns=columns,
+            name=config.reward.function,
+            batched=config.reward.batched,
+            concurrency=config.reward.concurrency,
+        )
     pretrain = pretrain_stream(config, codec)
     trainer = build_trainer(
         policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain, callbacks=callbacks
@@ -87,6 +98,25 @@ def run_ppo(
     if resume:
         resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
     return _train(config, trainer, codec, data, plan, overwrite=overwrite)
+
+
+def _check_prompts(config: RunConfig, function: Callable[..., object] | None) -> tuple[str, ...]:
+    """Check the training prompts; return their columns that the reward function receives.
+
+    Raises:
+        ValueError: as `check_records`, or the reward function has a parameter for which there is no column.
+    """
+    parameters = None if function is None else Parameters.of(function)
+    names = () if parameters is None else (*parameters.required, *parameters.optional)
+    allow = None if parameters is not None and parameters.every else config.data.allowed_columns(*names)
+    reading = read_prompts(given(config.data.prompts, "data.prompts"), "train", allow=allow)
+    check_records(reading, "data.prompts")
+    try:
+        columns = () if parameters is None else parameters.columns(reading.columns)
+    except ValueError as error:
+        raise ValueError(f"reward.function {config.reward.function}: {error} ({reading.path})") from None
+    notice(*reading.notes(columns))
+    return columns
 
 
 class SessionCheckpoints(Callback):

@@ -12,7 +12,7 @@ from rlhf_engine.evaluate import read_documents
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.ppo.trpo import check_attention
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, prefix_of
-from rlhf_engine.recipes.loading import Item, check_records, check_room, encode_records, given, load_model
+from rlhf_engine.recipes.loading import Item, check_room, check_trained_records, encode_records, given, load_model
 from rlhf_engine.recipes.ppo import pretrain_stream
 from rlhf_engine.supervised.reward_model import encode_comparison
 
@@ -77,7 +77,8 @@ def _check_judge(config: RunConfig, section: str, name: str) -> None:
 
 
 def _check_prompts(config: RunConfig, split: str) -> None:
-    if not sum(1 for _ in read_prompts(given(config.data.prompts, "data.prompts"), split)):
+    allow = config.data.allowed_columns()
+    if not sum(1 for _ in read_prompts(given(config.data.prompts, "data.prompts"), split, allow=allow)):
         raise ValueError(
             f"data.prompts: got no prompts of split {split} in {config.data.prompts}, expected at least one; `rlhf data clean` "
             "splits a file by user"
@@ -112,14 +113,14 @@ def _check_rankings(config: RunConfig, codec: Codec) -> None:
     """Check the reward model's demonstrations and rankings: it needs one prompt for training and one for validation."""
     data = config.data
     demonstrations = given(data.demonstrations, "data.demonstrations")
-    check_records(demonstrations, "data.demonstrations", read_demonstrations)
+    check_trained_records(config, "demonstrations", read_demonstrations)
     _check_all(
         demonstrations,
         read_demonstrations(demonstrations),
         lambda one: codec.join(codec.encode_prompt(one.prompt), one.response),
     )
     if data.comparisons is not None:
-        check_records(data.comparisons, "data.comparisons", read_comparisons)
+        check_trained_records(config, "comparisons", read_comparisons)
         _check_all(data.comparisons, read_comparisons(data.comparisons), lambda one: encode_comparison(one, codec))
     elif config.iterate.prompts < 2 or not _two_prompts(config):
         raise ValueError(

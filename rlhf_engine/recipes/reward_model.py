@@ -16,7 +16,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
 from rlhf_engine.recipes.loading import (
     REPORT,
-    check_records,
+    check_trained_records,
     computing,
     dated,
     encode_records,
@@ -56,8 +56,8 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
     config = dated(config)
     if resume and (report := finished_report(config, "rm")) is not None:
         return tuple(RankingEvaluation.from_json(found) for found in report["history"])
-    check_records(config.data.comparisons, "data.comparisons", read_comparisons)
-    check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
+    check_trained_records(config, "comparisons", read_comparisons)
+    check_trained_records(config, "demonstrations", read_demonstrations)
     model, codec = load_model(config)
     data = {"model.path": fingerprint(model.named_parameters())}
     examples = _demonstrations(config, codec)

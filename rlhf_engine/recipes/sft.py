@@ -12,7 +12,7 @@ from rlhf_engine.data.split import split
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.recipes.loading import (
     REPORT,
-    check_records,
+    check_trained_records,
     computing,
     dated,
     encode_records,
@@ -44,7 +44,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     config = dated(config)
     if resume and (report := finished_report(config, "sft")) is not None:
         return FitReport.from_json(report)
-    check_records(config.data.demonstrations, "data.demonstrations", read_demonstrations)
+    check_trained_records(config, "demonstrations", read_demonstrations)
     model, codec = load_model(config)
     data = {"model.path": fingerprint(model.named_parameters())}
     train, validation = split(

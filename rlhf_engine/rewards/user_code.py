@@ -1,16 +1,26 @@
-"""A user's Python functions, which are rewards and judges: import by name, calls, and errors that name the function."""
+"""A user's Python functions, which are rewards and judges: import by name, and errors that name the file and line.
+
+The calls are in `calls`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import sysconfig
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
+from traceback import walk_tb
 from types import ModuleType, TracebackType
 from typing import Any
+
+_LIBRARIES = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    str(Path(__file__).parents[1]),
+)
+"""Folders whose code is not the user's."""
 
 
 class SampleError(ValueError):
@@ -24,7 +34,8 @@ class SampleError(ValueError):
 class user_code_errors:
     """A context manager that converts any exception of user code into a ValueError that begins with `what`.
 
-    With `row` it is a SampleError of that row. SystemExit is converted too.
+    With `row` it is a SampleError of that row. The message has the last line of the user's code that ran. SystemExit is
+    converted too.
     """
 
     def __init__(self, what: str, row: int | None = None) -> None:
@@ -39,14 +50,26 @@ class user_code_errors:
         # SystemExit in user code would end the run without a message.
         if kind is None or not issubclass(kind, Exception | SystemExit):
             return
-        reason = f"it raised {kind.__name__}: {' '.join(str(error).split())}"
+        reason = f"it raised {kind.__name__}: {' '.join(str(error).split())}{_place(trace)}"
         if self.row is not None:
             raise SampleError(self.row, reason) from error
         raise ValueError(f"{self.what}: {reason}") from error
 
 
+def _place(trace: TracebackType | None) -> str:
+    """Return " (file:line, in function)" of the innermost frame in the user's code, or an empty text without one."""
+    place = ""
+    for frame, line in walk_tb(trace):
+        code = frame.f_code
+        if not code.co_filename.startswith(("<", *_LIBRARIES)):
+            place = f" ({code.co_filename}:{line}, in {code.co_name})"
+    return place
+
+
 def import_function(name: str, key: str) -> Callable[..., Any]:
     """Import `module:function` or `path/to/file.py:function`.
+
+    The folder of the file, or the working folder for a module, is put on Python's path.
 
     Raises:
         ValueError: that begins with `key`, if `name` does not refer to a function.
@@ -61,63 +84,23 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
     return function
 
 
-def ask(function: Callable[..., Any], columns: Sequence[list[Any]], samples: str) -> Any:
-    """Return the result of `function` on columns of samples, with tensors and arrays converted to lists and numbers.
-
-    If the call raises, `function` is called on one sample at a time to find the sample that causes the error.
-
-    Raises:
-        SampleError: for the first sample on which `function` raises.
-        ValueError: that begins with `samples`, if `function` raises only on all samples together.
-    """
-    size = len(columns[0])
-    try:
-        with user_code_errors(samples, 0 if size == 1 else None):
-            return _plain(function(*columns))
-    except SampleError:
-        raise
-    except ValueError:
-        for row in range(size):
-            with user_code_errors(samples, row):
-                _plain(function(*([column[row]] for column in columns)))
-        raise
-
-
-def number(value: Any) -> float | None:
-    """Return `value` as a float: None if it is not a number (a text never is), infinity if it is too large for a float."""
-    if isinstance(value, str | bytes):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-    except OverflowError:
-        return math.inf
-
-
-def _plain(value: Any) -> Any:
-    """Convert a user function's result to lists and numbers; tensors, arrays and table columns have a `tolist`."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, str | bytes | dict) or not isinstance(value, Iterable):
-        return value
-    return [_plain(part) for part in value]
-
-
 def _module(place: str, key: str) -> ModuleType:
     if not place.endswith(".py"):
+        _add_to_path(Path.cwd(), key)
         try:
             with user_code_errors(f"{key}: {place}"):
                 return importlib.import_module(place)
         except ValueError as error:
             if isinstance(error.__cause__, ModuleNotFoundError):
                 raise ValueError(
-                    f"{key}: {error.__cause__}; expected a module on Python's path, or a path that ends in .py"
+                    f"{key}: {error.__cause__}; expected a module in the working folder or on Python's path, or a path that "
+                    "ends in .py"
                 ) from None
             raise
     path = Path(place)
     if not path.is_file():
         raise ValueError(f"{key}: {path}: no such file")
+    _add_to_path(path.resolve().parent, key)
     # Dataclasses look up their module by its name, so the name must be unique.
     name = f"_rlhf_user_code_{blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -127,3 +110,24 @@ def _module(place: str, key: str) -> ModuleType:
     with user_code_errors(f"{key}: {path}"):
         spec.loader.exec_module(module)
     return module
+
+
+_ADDED: list[Path] = []
+"""Folders of user code on Python's path."""
+
+
+def _add_to_path(folder: Path, key: str) -> None:
+    """Put a folder at the beginning of Python's path, as Python does for a script, so that its files can import each other.
+
+    Raises:
+        ValueError: a file of the folder has the name of a module that was imported from such a folder before.
+    """
+    if folder in _ADDED:
+        return
+    for path in sorted(folder.glob("*.py")):
+        known = getattr(sys.modules.get(path.stem), "__file__", None)
+        if known is not None and Path(known) != path and Path(known).parent in _ADDED:
+            raise ValueError(f"{key}: {path} has the name of {known}, which is already imported; rename one of the two")
+    _ADDED.append(folder)
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

@@ -76,5 +76,7 @@ def test_other_logits_and_adapters_are_refused():
         head_arguments(Doubled(FAMILIES["llama"]))
     model = LlamaForCausalLM(FAMILIES["llama"])
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match=r"its output layer is Sequential.*use FusedHead.of\(model\), which applies adapters"):
+    with pytest.raises(
+        ValueError, match=r"its output layer is Sequential.*use FusedHead.of\(model\), which applies adapters"
+    ):
         head_arguments(model)

@@ -119,6 +119,90 @@ def test_s19_a_split_with_a_share_of_zero_has_no_prompts():
         HygieneConfig(validation_share=0.5, test_share=0.5)
 
 
+SYSTEM = (
+    "You are the assistant of a library. Answer in three sentences, name the shelf of the book, and never invent a title. "
+    * 2
+)
+QUESTIONS = [f"Where are books about topic {number}?" for number in range(40)]
+
+
+def in_frame(kind, question):
+    """Return a prompt with a long frame before the question, as the field of a line."""
+    if kind == "text":
+        return {"prompt": SYSTEM + question}
+    if kind == "system message":
+        roles = [("system", SYSTEM), ("user", question)]
+    else:
+        roles = [("user", SYSTEM + "Ready?"), ("assistant", "Ready."), ("user", question)]
+    return {"messages": [{"role": role, "content": content} for role, content in roles]}
+
+
+@pytest.mark.parametrize("kind", ["text", "system message", "first turns"])
+def test_s19_a_shared_frame_is_no_reason_to_drop_a_prompt(tmp_path, kind):
+    rows = [in_frame(kind, question) | {"user_id": ANN} for question in QUESTIONS]
+    others = [{"prompt": f"{number} is a number", "user_id": ANN} for number in range(40)]
+    report, left = clean(tmp_path, [*rows, *others, rows[3], rows[7]])
+    assert counts(report)["deduplicate"] == (82, 2, 0) and len(left) == 80
+    assert not any("dropped" in warning for warning in report.warnings)
+
+
+def test_s19_nested_frames_are_left_out_one_after_the_other(tmp_path):
+    """Half of the prompts have a second long frame; only the text after both is compared."""
+    second = "Now think about this step by step, and then give the answer in one line. " * 3
+    texts = [SYSTEM + second + question for question in QUESTIONS] + [SYSTEM + f"{n}: done?" for n in range(40)]
+    _, left = clean(tmp_path, [{"prompt": text, "user_id": ANN} for text in [*texts, texts[0]]])
+    assert [record.prompt for record in left] == texts
+
+
+def test_s19_a_frame_of_few_prompts_is_a_prefix_of_duplicates(tmp_path):
+    """Nine prompts of 109 begin alike: 8% are below the share, and 9 below the fewest prompts of a frame."""
+    others = [f"{number} is a number" for number in range(100)]
+    rows = [{"prompt": text, "user_id": ANN} for text in [SYSTEM + one for one in QUESTIONS[:9]] + others]
+    assert counts(clean(tmp_path, rows)[0])["deduplicate"] == (109, 8, 0)
+    assert counts(clean(tmp_path, rows[:9])[0])["deduplicate"] == (9, 8, 0)
+    report, _ = clean(tmp_path, [*rows[:9], {"prompt": SYSTEM + "x", "user_id": ANN}], frame_share=None)
+    assert counts(report)["deduplicate"] == (10, 9, 0)
+    assert (
+        "deduplicate dropped 9 of 10 prompts (90%); prompts with the same first data.hygiene.prefix_chars"
+        in report.table()
+    )
+
+
+def test_s19_equal_questions_under_different_system_messages_are_not_duplicates(tmp_path):
+    rows = [
+        {
+            "messages": [{"role": "system", "content": f"Translate to {x}"}, {"role": "user", "content": "Hi"}],
+            "user_id": ANN,
+        }
+        for x in ("French", "German", "french")
+    ]
+    assert counts(clean(tmp_path, rows)[0])["deduplicate"] == (3, 1, 0)
+
+
+def test_s19_prompts_without_user_id_are_split_by_prompt(tmp_path):
+    rows = [{"prompt": f"p {number}", "id": number} for number in range(400)] + [{"prompt": "P 3"}]
+    report, left = clean(tmp_path, rows, user_limit=1, test_share=0.3)
+    assert counts(report)["user_limit"] == (400, 0, 0) and report.users == 0
+    assert 80 < report.splits["test"] < 160 and [record.columns["id"] for record in left] == list(range(400))
+    first, second, *_ = report.warnings
+    assert first.startswith("401 of 401 prompts have no user_id: the step user_limit is left out")
+    assert second == "the columns id were copied without a search for personal information"
+    assert "user_id" not in (tmp_path / "clean" / "prompts.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings, dropped",
+    [
+        ({"user_limit": 2}, "user_limit dropped 8 of 10"),
+        ({"bad_lines": "skip"}, "2 of 12 lines are invalid and were skipped"),
+    ],
+)
+def test_s19_a_step_that_drops_more_than_a_tenth_is_a_warning(tmp_path, settings, dropped):
+    bad = [{"prompt": ""}, {"user_id": BOB}] if "bad_lines" in settings else []
+    report, _ = clean(tmp_path, [{"prompt": f"p {number}", "user_id": ANN} for number in range(10)] + bad, **settings)
+    assert f"warning: {dropped}" in report.table()
+
+
 PERSONAL = "Write to joe@example.com for Dr. Smith"
 
 
@@ -194,7 +278,7 @@ def test_s19_the_report_adds_up(tmp_path):
     assert {key: written[key] for key in report.to_dict()} == report.to_dict()
     assert written["settings"]["user_limit"] == 5 and sum(written["splits"].values()) == len(left)
     rows_of_table = report.table().splitlines()
-    assert [row.split()[0] for row in rows_of_table[1:-2]] == ["read", *counts(report)]
+    assert [row.split()[0] for row in rows_of_table[1 : 2 + len(report.steps)]] == ["read", *counts(report)]
     assert rows_of_table[2].split()[1:] == ["61", "20", "0", "41"]
     assert {item.name for item in (tmp_path / "clean").iterdir()} == {"prompts.jsonl", "report.json"}
 
@@ -202,11 +286,11 @@ def test_s19_the_report_adds_up(tmp_path):
 def test_s19_bad_lines_are_refused_or_skipped_and_counted(tmp_path):
     rows = [
         {"prompt": "p", "user_id": ANN},
-        {"prompt": "q"},
+        {"user_id": ANN},
         {"prompt": "", "user_id": ANN},
         {"prompt": "r", "user_id": BOB},
     ]
-    with pytest.raises(ValueError, match=r"prompts.jsonl:2: no field 'user_id'"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2: no field 'prompt'"):
         clean(tmp_path, rows)
     assert [item.name for item in tmp_path.iterdir()] == ["prompts.jsonl"]  # no partial output remains
     report, left = clean(tmp_path, rows, bad_lines="skip")
@@ -298,9 +382,9 @@ def test_s19_the_command_cleans_prompts(tmp_path, capsys):
 
 
 def test_s19_mistakes_of_the_command_are_one_line_and_exit_code_two(tmp_path, capsys):
-    bad = jsonl(tmp_path / "bad.jsonl", [{"prompt": "p"}])
+    bad = jsonl(tmp_path / "bad.jsonl", [{"prompt": ""}])
     assert run("--in", bad, "--out", tmp_path / "clean") == 2
-    assert capsys.readouterr().err == f"rlhf: {bad}:1: no field 'user_id', expected prompt, user_id\n"
+    assert capsys.readouterr().err == f"rlhf: {bad}:1: prompt: got an empty string, expected some text\n"
     assert run("--in", tmp_path / "none", "--out", tmp_path / "clean") == 2
     assert "no such file" in capsys.readouterr().err
     assert run("--in", bad, "--out", tmp_path / "clean", "--set", "data.hygiene.user_limt=3") == 2

@@ -123,11 +123,14 @@ def test_s19_null_fields_of_a_data_set_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "p"}, "no field 'user_id'"),
-        ({"prompt": "p", "user_id": None}, r"user_id: got None \(NoneType\), expected a string"),
+        ({"user_id": "u"}, "no field 'prompt'"),
+        ({"prompt": None, "text": "p"}, "no field 'prompt', or one of .*; the fields are text"),
         ({"prompt": "p", "user_id": " "}, "user_id: got an empty string"),
-        ({"prompt": "p", "user_id": 7}, r"user_id: got 7 \(int\)"),
-        ({"prompt": "p", "messages": [], "user_id": "u"}, "the fields prompt and messages exclude each other"),
+        ({"prompt": "p", "user_id": 7.5}, r"user_id: got 7.5 \(float\)"),
+        (
+            {"prompt": "p", "messages": [{"role": "user", "content": "q"}], "user_id": "u"},
+            "the fields prompt and messages exclude each other",
+        ),
         ({"messages": [], "user_id": "u"}, r"messages: got \[\]"),
         ({"messages": ["hi"], "user_id": "u"}, r"messages\[0\]: got 'hi'"),
         ({"messages": [{"role": "user"}], "user_id": "u"}, r"messages\[0\]: got {'role': 'user'}"),

@@ -5,9 +5,10 @@ import torch
 
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.evaluate import load_judge
+from rlhf_engine.rewards.calls import ask
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import ScoreScale, score_answers
-from rlhf_engine.rewards.user_code import ask, import_function
+from rlhf_engine.rewards.user_code import import_function
 from tests.engine.helpers.cli_run import new_model, new_run, rlhf
 from tests.engine.helpers.tiny_trainer import SETTINGS, make_trainer
 
@@ -135,7 +136,9 @@ def test_s6_an_error_of_many_lines_becomes_one_line():
     def raises(column):
         raise ValueError("first\n  second")
 
-    with pytest.raises(ValueError, match=r"^it raised ValueError: first second$"):
+    with pytest.raises(
+        ValueError, match=r"^it raised ValueError: first second \(\S+test_user_code.py:\d+, in raises\)$"
+    ):
         ask(raises, [["a"]], "sample 0")
 
 
