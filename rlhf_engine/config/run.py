@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 from rlhf_engine.config.data import DataConfig
 from rlhf_engine.config.evaluate import EvalConfig
+from rlhf_engine.config.hints import hint
 from rlhf_engine.config.iterate import IterateConfig
 from rlhf_engine.config.memory import MemoryConfig
 from rlhf_engine.config.model import ModelConfig
@@ -14,7 +15,7 @@ from rlhf_engine.config.optim import OptimConfig
 from rlhf_engine.config.ppo import PPOConfig
 from rlhf_engine.config.reward import RewardConfig
 from rlhf_engine.config.rollout import RolloutConfig
-from rlhf_engine.config.schema import Section, Seed
+from rlhf_engine.config.schema import Section, Seed, UnknownKeyError
 from rlhf_engine.config.sft import SFTConfig
 
 
@@ -56,6 +57,18 @@ class RunConfig(Section):
     """Comparison of two models (`rlhf eval`)."""
     iterate: IterateConfig = field(default_factory=IterateConfig)
     """Rounds of generate, rank, reward model and PPO (`rlhf iterate`)."""
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any], key: str = "") -> Self:
+        """Build the config; the error for an unknown key suggests keys of any section.
+
+        Raises:
+            ValueError: as `Section.from_dict`.
+        """
+        try:
+            return super().from_dict(given, key)
+        except UnknownKeyError as error:
+            raise ValueError(f"unknown key {error.path!r}{hint(error.path, cls.keys())}") from None
 
     def optimizers(self) -> dict[str, OptimConfig]:
         """Return the optimizer settings of every stage by the name of its section."""

@@ -90,7 +90,7 @@ class Section:
         for name, value in given.items():
             path = f"{key}.{name}" if key else str(name)
             if name not in known:
-                raise ValueError(unknown_key_message(path, str(name), known))
+                raise UnknownKeyError(path, str(name), known)
             if is_dataclass(hints[name]) and isinstance(value, dict):
                 value = _own_defaults(cls, name, hints[name]) | value
             values[name] = convert(hints[name], value, path)
@@ -98,6 +98,15 @@ class Section:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{key}: {error}" if key else str(error)) from None
+
+    @classmethod
+    def keys(cls, prefix: str = "") -> list[str]:
+        """Return the dotted keys of all fields and nested sections."""
+        found: list[str] = []
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            if name in cls.__dataclass_fields__:
+                found += [prefix + name, *(hint.keys(f"{prefix}{name}.") if is_dataclass(hint) else ())]
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dictionaries and lists of plain values, ready for YAML or JSON."""
@@ -110,6 +119,14 @@ def _own_defaults(section: type[Section], name: str, inner: type[Section]) -> di
     here, usual = factory(), inner()
     pairs = ((item.name, getattr(here, item.name), getattr(usual, item.name)) for item in fields(inner))
     return {field: value for field, value, other in pairs if value != other}
+
+
+class UnknownKeyError(ValueError):
+    """An unknown key at the dotted `path`."""
+
+    def __init__(self, path: str, name: str, known: list[str]) -> None:
+        super().__init__(unknown_key_message(path, name, known))
+        self.path = path
 
 
 def unknown_key_message(path: str, name: str, known: list[str]) -> str:
