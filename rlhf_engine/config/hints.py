@@ -122,7 +122,8 @@ def hint(path: str, keys: Sequence[str]) -> str:
 
     A suggestion in the section of `path` is shown without the section.
     """
-    found = suggestions(path, keys)
+    # The comparison is quadratic in the length, and a name of that length resembles no key.
+    found = suggestions(path, keys) if len(path) < 200 else []
     parent, _, _ = path.rpartition(".")
     shown = [repr(key.rpartition(".")[2] if key.rpartition(".")[0] == parent else key) for key in found]
     if shown:

@@ -15,7 +15,7 @@ from rlhf_engine.config.optim import OptimConfig
 from rlhf_engine.config.ppo import PPOConfig
 from rlhf_engine.config.reward import RewardConfig
 from rlhf_engine.config.rollout import RolloutConfig
-from rlhf_engine.config.schema import Section, Seed, UnknownKeyError
+from rlhf_engine.config.schema import Section, Seed, UnknownKeyError, shortened
 from rlhf_engine.config.sft import SFTConfig
 
 
@@ -68,7 +68,7 @@ class RunConfig(Section):
         try:
             return super().from_dict(given, key)
         except UnknownKeyError as error:
-            raise ValueError(f"unknown key {error.path!r}{hint(error.path, cls.keys())}") from None
+            raise ValueError(f"unknown key {shortened(repr(error.path), 200)}{hint(error.path, cls.keys())}") from None
 
     def optimizers(self) -> dict[str, OptimConfig]:
         """Return the optimizer settings of every stage by the name of its section."""

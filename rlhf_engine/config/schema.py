@@ -105,7 +105,8 @@ class Section:
         found: list[str] = []
         for name, hint in get_type_hints(cls, include_extras=True).items():
             if name in cls.__dataclass_fields__:
-                found += [prefix + name, *(hint.keys(f"{prefix}{name}.") if is_dataclass(hint) else ())]
+                nested = isinstance(hint, type) and issubclass(hint, Section)
+                found += [prefix + name, *(hint.keys(f"{prefix}{name}.") if nested else ())]
         return found
 
     def to_dict(self) -> dict[str, Any]:
