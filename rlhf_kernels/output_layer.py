@@ -83,7 +83,7 @@ def transform_of(model: nn.Module) -> HeadTransform:
 
 
 def why_unlike(transform: HeadTransform) -> str:
-    """Return the message for a model that does not transform its logits as its config says."""
+    """Return the message for a model that does not transform its logits as in its config."""
     return (
         f"model: the logits are not those of the output layer with softcap={transform['softcap']} and "
         f"logit_scale={transform['logit_scale']}, which are in the config; a different transform of the logits is not supported"

@@ -111,7 +111,7 @@ _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
 """Our keys, and names that trainers such as TRL, OpenRLHF, verl and DeepSpeed-Chat use for them."""
 
 ALIASES: dict[str, tuple[str, ...]] = {}
-"""Name in another trainer -> our keys."""
+"""Name in a different trainer -> our keys."""
 for _keys, _words in _NAMES:
     for _word in _words.split():
         ALIASES[_word] = (*ALIASES.get(_word, ()), *_keys)
@@ -133,7 +133,7 @@ def hint(path: str, keys: Sequence[str]) -> str:
 
 
 def suggestions(path: str, keys: Sequence[str]) -> list[str]:
-    """Return the keys that `path` may stand for, those nearest to its section; empty if none is similar."""
+    """Return the keys that `path` may mean, those nearest to its section; empty if none is similar."""
     *parents, name = path.split(".")
     name = name.lower().replace("-", "_")
     siblings = [key for key in keys if key.split(".")[:-1] == parents]
