@@ -70,7 +70,12 @@ class Reading(Iterator[Record], Generic[Record]):
             raise given
         if not isinstance(given, dict):
             raise ValueError(f"got {type(given).__name__}, expected an object with {', '.join(self._fields)}")
-        record, rest = self._make({name: value for name, value in given.items() if value is not None}, number)
+        filled = {name: value for name, value in given.items() if value is not None}
+        try:
+            record, rest = self._make(filled, number)
+        except ValueError as error:
+            nulls = [name for name in given if name not in filled]
+            raise ValueError(f"{error} (null: {', '.join(nulls)})" if nulls else str(error)) from None
         for name in rest:
             if self._allow is not None and name not in self._allow:
                 raise ValueError(f"unknown field {name!r}; remove it, or set data.unknown_columns to 'ignore'")

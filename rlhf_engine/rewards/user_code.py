@@ -100,7 +100,7 @@ def _module(place: str, key: str) -> ModuleType:
     path = Path(place)
     if not path.is_file():
         raise ValueError(f"{key}: {path}: no such file")
-    _add_to_path(path.resolve().parent, key)
+    _add_to_path(path.resolve().parent, key, loaded=path.resolve())
     # Dataclasses look up their module by its name, so the name must be unique.
     name = f"_rlhf_user_code_{blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -116,15 +116,17 @@ _ADDED: list[Path] = []
 """Folders of user code on Python's path."""
 
 
-def _add_to_path(folder: Path, key: str) -> None:
+def _add_to_path(folder: Path, key: str, loaded: Path | None = None) -> None:
     """Put a folder at the beginning of Python's path, as Python does for a script, so that its files can import each other.
 
+    The file that is `loaded` gets a unique module name, so it may have the name of a module that is already imported.
+
     Raises:
-        ValueError: a file of the folder has the name of a module that was imported from such a folder before.
+        ValueError: a different file of the folder has the name of a module that was imported from such a folder before.
     """
     if folder in _ADDED:
         return
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(set(folder.glob("*.py")) - {loaded}):
         known = getattr(sys.modules.get(path.stem), "__file__", None)
         if known is not None and Path(known) != path and Path(known).parent in _ADDED:
             raise ValueError(f"{key}: {path} has the name of {known}, which is already imported; rename one of the two")

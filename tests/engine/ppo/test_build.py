@@ -52,7 +52,7 @@ def of_a_second_policy(policy):
         ({"generator": None}, "pass `codec` or `generator`"),
         ({"generator": lambda policy: sampler(make_policy(1))}, "the generator samples from a different model"),
         ({"plan": EveryPrompt()}, "pass `generator` or `plan`, not both"),
-        ({"optimizer": without_the_head}, "optimizer: value.weight is missing (2 missing in all)"),
+        ({"optimizer": without_the_head}, r"optimizer: value.weight is missing \(2 missing in all\)"),
         (
             {"optimizer": of_a_second_policy},
             "optimizer: 23 of its parameters are frozen or not parameters of the policy",

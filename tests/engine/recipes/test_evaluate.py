@@ -168,7 +168,8 @@ def test_s20_a_judge_that_fails_leaves_the_earlier_result(run, models, capsys, b
     (run / "out" / "eval" / "report.json").write_text("before")
     judge = write_judge(run, "judge_broken", body)
     code, _, shown = evaluate(capsys, run, models, judge, flags=("--overwrite",))
-    assert code == 2 and shown == f"rlhf: judge {judge}: {message}\n"
+    assert code == 2 and shown.startswith(f"rlhf: judge {judge}: {message}") and shown.count("\n") == 1
+    assert ("; prompt: 'q" in shown) == ("KeyError" in message)
     assert sorted(path.name for path in (run / "out").iterdir()) == ["eval", "unjudged"]
     assert (run / "out" / "eval" / "report.json").read_text() == "before"
 

@@ -104,9 +104,9 @@ def test_an_output_that_is_a_folder_is_refused(run, capsys):
 
 def test_a_bad_line_leaves_the_existing_output(run, capsys):
     (run / "a.jsonl").write_text("before")
-    write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}] * 3 + [{"prompt": "q"}])
+    write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}] * 3 + [{"user_id": "u"}])
     code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.batch_size=1"])
-    assert code == 2 and "prompts.jsonl:4: no field 'user_id'" in shown
+    assert code == 2 and "prompts.jsonl:4: no field 'prompt'" in shown
     assert (run / "a.jsonl").read_text() == "before"
     assert not [path for path in run.iterdir() if path.name.startswith("a.jsonl.")]
     write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}, {"prompt": "q" * 30, "user_id": "u"}])
