@@ -8,8 +8,9 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.c*
 
 PEERS := .venv-peers
 PACKAGE := build/package
+OLDEST := build/oldest
 
-.PHONY: demo figure test test-peers lint compile-check bench bench-env build package docs clean
+.PHONY: demo figure test test-oldest test-peers lint compile-check bench bench-env build package docs clean
 
 demo: build
 	$(BIN)/rlhf demo --output runs/demo --overwrite
@@ -20,6 +21,17 @@ figure: build
 # One process per core, at most eight, with one thread each. tests/conftest.py orders the modules, slowest first.
 test: build lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+
+# Load, save and sample with the oldest releases that pyproject.toml allows; the installed ones of the other packages stay.
+test-oldest: $(OLDEST)/.built
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/model/test_pretrained.py \
+		tests/engine/model/test_classifiers.py tests/engine/rollout/test_decoders.py tests/engine/recipes/test_trial.py \
+		tests/engine/ppo/test_longer_run.py
+
+$(OLDEST)/.built: build constraints-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
+	touch $@
 
 lint: build
 	$(BIN)/ruff check .

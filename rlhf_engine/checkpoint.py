@@ -158,6 +158,7 @@ def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data:
     require(folder, "config.json", OPTIMIZER, TRAINER, CONFIG)
     constants = trainer.constants()
     kinds = {name: type(value) for name, value in trainer.state().items()}
+    kinds.pop("planned_steps", None)  # checkpoints of earlier versions have none
     kinds |= {"seed": int, "optimizer_tensors": int, "data": dict} | dict.fromkeys(constants, str)
     state = _read_state(folder / TRAINER, kinds)
     # Old PPO checkpoints have no stage.

@@ -28,7 +28,9 @@ class foreign_errors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (*self.keep, *OUT_OF_MEMORY)):
+        # A panic of a library in Rust (tokenizers, safetensors) is not an Exception.
+        foreign = isinstance(error, Exception) or (kind is not None and kind.__module__ == "pyo3_runtime")
+        if error is not None and foreign and not isinstance(error, (*self.keep, *OUT_OF_MEMORY)):
             raise ValueError(f"{self.what}: {described(error)}") from error
 
 

@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise ValueError with the file's name if it is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, expected an object")

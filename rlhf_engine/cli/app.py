@@ -1,6 +1,8 @@
 """The command `rlhf`: data, training, evaluation, settings and the demo.
 
-A user's mistake prints one line on stderr and exits with code 2. Training that diverges prints one line and exits with code 1.
+A user's mistake prints one line on stderr and exits with code 2. A run that fails for a different reason (training diverged,
+memory is short, a library failed in a way that no check foresaw) prints one line and exits with code 1. `--traceback` prints
+the traceback of the original exception before that line.
 While a stage trains, Ctrl-C, SIGTERM and SIGHUP save the finished steps, and one line reports what is saved and how to resume.
 Ctrl-C exits with code 130. The other signals exit with code 0 if a checkpoint has all finished steps, and otherwise with 128
 plus the signal's number.
@@ -18,8 +20,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rlhf_engine.cli import evaluate
+from rlhf_engine.cli import ENGINE, evaluate
 from rlhf_engine.cli.config import config_app
+from rlhf_engine.cli.failures import TRACEBACK, notes, one_line_errors
 from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
 from rlhf_engine.cli.plan import plan
 
@@ -41,15 +44,24 @@ class _Commands(TyperGroup):
             signum = getattr(interrupt, "signum", signal.SIGINT)
             saved = getattr(interrupt, "saved", False)
             how = f"; to continue: {_resuming(ctx.obj)}" if saved else ""
-            print(f"rlhf: {str(interrupt) or 'interrupted'}{_notes(interrupt)}{how}", file=sys.stderr)
+            print(f"rlhf: {str(interrupt) or 'interrupted'}{notes(interrupt)}{how}", file=sys.stderr)
             ended = 0 if saved else 128 + signum
             raise typer.Exit(INTERRUPTED if signum == signal.SIGINT else ended) from None
 
 
-app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, help="RLHF from demonstrations to PPO.")
+app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True)
 app.add_typer(config_app, name="config")
 data_app = typer.Typer(no_args_is_help=True, help="Clean and check data sets.")
 app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def _everywhere(
+    traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="Print the traceback of the exception that ends a command; valid anywhere.")
+    ] = False,
+) -> None:
+    """RLHF from demonstrations to PPO."""
 
 
 RESUMABLE = ("sft", "rm", "ppo")
@@ -189,28 +201,15 @@ def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool)
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Run the command line `arguments`, by default those of the process. Always ends in SystemExit."""
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
+    """Run the command line `arguments`, by default those of the process. Always ends in SystemExit.
+
+    Raises:
+        ModuleNotFoundError: a package of the extra `engine` is not installed.
+    """
+    everything = sys.argv[1:] if arguments is None else arguments
+    given = [argument for argument in everything if argument != TRACEBACK]
+    with one_line_errors(whole=len(given) < len(everything), packages=ENGINE):
         app(args=given, obj=given)
-    except (ValueError, OSError) as error:
-        print(_line(error), file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(_line(error), file=sys.stderr)
-        sys.exit(1)
-
-
-def _line(error: BaseException) -> str:
-    """Return the message of an error; a path or a value of thousands of characters in it is shortened."""
-    from rlhf_engine.config.schema import shortened
-
-    return f"rlhf: {shortened(str(error), LONGEST)}{_notes(error)}"
-
-
-def _notes(error: BaseException) -> str:
-    """Return the notes that a training session adds to the exception that ends it, such as what is saved."""
-    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _resuming(arguments: list[str]) -> str:

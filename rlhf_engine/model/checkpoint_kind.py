@@ -60,6 +60,9 @@ def check_language_model(
             f"{folder}: got a {stored[0]} (architectures in its config.json), expected a causal language model, such as "
             f"{loaded}{advice}"
         )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if layers < 1:
+        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers: got {layers}, expected at least 1")
     trunk = f"{model.base_model_prefix}."
     heads = sorted(name for name in unexpected if not name.startswith(trunk))
     if heads:

@@ -57,6 +57,8 @@ def load_pretrained(
         )
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
     refuse_quantised(folder, weights)
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")  # transformers ignores a broken one
     what = f"{folder}: transformers {transformers.__version__} cannot load the model"
 
     def load(name: str | None) -> tuple[Any, dict[str, Any]]:
@@ -88,6 +90,11 @@ def load_pretrained(
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"{folder}: the weight {missing[0]} is missing ({len(missing)} missing in all)")
+    broken = next((name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())), None)
+    if broken is not None:
+        raise ValueError(
+            f"{folder}: the weight {broken} is not finite; the checkpoint is of a run that diverged, or broken"
+        )
     if kind is AutoModelForCausalLM:
         check_language_model(folder, config, model, found["unexpected_keys"])
     return model.to(device).eval()
@@ -123,6 +130,30 @@ def _with_attention(name: str | None, load: Callable[[str | None], Loaded]) -> L
             ) from None
     _log.warning("model.attention: the model has no attention of kind 'sdpa' in transformers, so 'eager' is used")
     return load("eager")
+
+
+def write_pretrained(
+    folder: Path,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a model and a tokenizer into an existing folder in the format of `from_pretrained`.
+
+    `weights` replaces the weights of the model, for a trial with a part of them.
+
+    Raises:
+        ValueError: transformers refuses to write them, for example because of a value in generation_config.json.
+        OSError, SafetensorError: a failed write.
+    """
+    what = f"{folder}: transformers {transformers.__version__} cannot write the"
+    if model is not None:
+        with foreign_errors(f"{what} model", OSError, SafetensorError):
+            model.save_pretrained(folder, state_dict=weights)
+    if tokenizer is not None:
+        with foreign_errors(f"{what} tokenizer", OSError, SafetensorError):
+            tokenizer.save_pretrained(folder)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -175,6 +206,6 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / index).is_file():
         return ["model.safetensors"]
     shards = read_json(folder / index).get("weight_map")
-    if not isinstance(shards, dict):
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{folder / index}: the file has no weight_map, which lists the file of each weight")
     return [index, *sorted(set(shards.values()))]

@@ -18,7 +18,7 @@ from rlhf_engine.errors import foreign_errors
 from rlhf_engine.files import read_json, read_model_config, require, write_json
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
-from rlhf_engine.model.pretrained import load_head, load_pretrained
+from rlhf_engine.model.pretrained import load_head, load_pretrained, write_pretrained
 from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import (
     check_packing,
@@ -150,7 +150,7 @@ class RewardModel(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the trunk in transformers' format, and the head next to it (safetensors and JSON)."""
         folder = Path(folder)
-        self.trunk.save_pretrained(folder)
+        write_pretrained(folder, self.trunk)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / _HEAD_FILE)
         info: dict[str, object] = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
         if self.skipped_id is not None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rlhf_engine.model.actor_critic import ActorCritic
 from rlhf_engine.model.heads import VALUE_HEAD
-from rlhf_engine.model.pretrained import like, load_head, load_pretrained
+from rlhf_engine.model.pretrained import like, load_head, load_pretrained, write_pretrained
 from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
 from rlhf_engine.model.roles import ValueFunction
 from rlhf_engine.model.trunk import output_layer
@@ -55,11 +55,9 @@ def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenize
             f"policy: the model has adapters (at {adapted[0]}), which a checkpoint cannot store; save them with the "
             "PeftModel's save_pretrained, or call its merge_and_unload first"
         )
-    policy.model.save_pretrained(folder)
+    write_pretrained(folder, policy.model, tokenizer)
     if policy.value is not None:
         policy.value.save_value(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def copy_weights(folder: Path, policy: ActorCritic) -> None:

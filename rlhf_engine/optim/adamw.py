@@ -131,15 +131,56 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.lr
-    passed = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
-    left = 1.0 - passed if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
+    left = _left(config, step - config.warmup_steps, total_steps - 1 - config.warmup_steps)
     return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * left)
 
 
+class Schedule:
+    """The learning rate of every optimizer step of a run, whose planned length may change when it is resumed.
+
+    Until then it is `learning_rate`. From the step at which the length changes, the rate falls from the value that it has
+    there to `final_lr_share * lr` at the new last step, so that there is no jump.
+    """
+
+    def __init__(self, config: OptimConfig, total_steps: int) -> None:
+        self.config = config
+        self.planned = [(0, total_steps)]
+        """(first step, total steps) of every plan; a plan holds from its first step on."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (0 is the first)."""
+        return self._rate(step, len(self.planned) - 1)
+
+    def replan(self, first: int, total_steps: int) -> bool:
+        """Plan the steps from `first` on for `total_steps` in all; return whether a later rate changes."""
+        if total_steps == self.planned[-1][1]:
+            return False
+        self.planned = [*(plan for plan in self.planned if plan[0] < first), (first, total_steps)]
+        return self.config.schedule != "constant"
+
+    def _rate(self, step: int, plan: int) -> float:
+        first, total = self.planned[plan]
+        if plan == 0 or first <= self.config.warmup_steps:
+            return learning_rate(self.config, step, total)
+        if self.config.schedule == "constant":
+            return self.config.lr
+        final = self.config.final_lr_share * self.config.lr
+        left = _left(self.config, step - first, total - 1 - first)
+        return final + (self._rate(first, plan - 1) - final) * left
+
+
+def _left(config: OptimConfig, step: int, last: int) -> float:
+    """Return the share of the fall to the final learning rate that is left at `step`, between 1 at 0 and 0 at `last`."""
+    passed = min(1.0, step / max(1, last))
+    return 1.0 - passed if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
+
+
 def optimizer_step(
-    optimizer: Optimizer, config: OptimConfig, step: int, total_steps: int
+    optimizer: Optimizer, config: OptimConfig, step: int, schedule: Schedule | int
 ) -> tuple[torch.Tensor, float]:
     """Clip the gradients, step the optimizer and drop the gradients.
+
+    `schedule` gives the learning rates; a number of steps is the schedule of a run of that length.
 
     Returns:
         The gradient norm before clipping, and the learning rate of the step.
@@ -156,7 +197,7 @@ def optimizer_step(
         )
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-    rate = learning_rate(config, step, total_steps)
+    rate = schedule.rate(step) if isinstance(schedule, Schedule) else learning_rate(config, step, schedule)
     for group in optimizer.param_groups:
         # The groups of a user's optimizer keep the ratios of their rates.
         group["lr"] = group["initial_lr"] * (rate / config.lr) if "initial_lr" in group else rate

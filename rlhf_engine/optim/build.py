@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.memory.arena import SUM_DTYPE
 from rlhf_engine.optim.adamw import HALF, AdamW, Optimizer
-from rlhf_engine.optim.eight_bit import EightBitAdamW
+from rlhf_engine.optim.eight_bit import EightBitAdamW, moment_bytes
 from rlhf_engine.optim.offload import StagedAdamW
 
 OptimizerState = Literal["resident", "host", "8bit"]
 """Where and how the moments are stored; see `MemoryConfig.optimizer_state`."""
+
+
+def state_bytes(trained: Iterable[Tensor], state: OptimizerState) -> int:
+    """Return the bytes of the optimizer's state in a checkpoint: two moments, and float32 masters of half-precision weights."""
+    total = 0
+    for parameter in trained:
+        elements, word = parameter.numel(), SUM_DTYPE.itemsize
+        moment = moment_bytes(elements) if state == "8bit" else elements * word
+        total += 2 * moment + (elements * word if parameter.dtype in HALF else 0)
+    return total
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> Optimizer:

@@ -163,7 +163,7 @@ class PPOTrainer:
         """Temperature of sampling, which all log-probs use."""
         return self.generator.config.temperature
 
-    def state(self) -> dict[str, int | float]:
+    def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
         return {name: getattr(self, name) for name in _NUMBERS} | self.update_rule.state() | self.scale.state()
 

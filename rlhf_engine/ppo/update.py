@@ -5,6 +5,7 @@ B sequences, T response width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,12 +16,14 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.data.streams import shuffled
 from rlhf_engine.memory import AnyArena
 from rlhf_engine.model import ActorCritic, Policy
-from rlhf_engine.optim.adamw import Optimizer, optimizer_step
+from rlhf_engine.optim.adamw import Optimizer, Schedule, optimizer_step
 from rlhf_engine.optim.ema import WeightAverage
 from rlhf_engine.ppo.experience import Experience, Step, microbatch_size
 from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
 from rlhf_engine.ppo.trpo import TrustRegionProblem, check_attention, trpo_step
 from rlhf_kernels import explained_variance, masked_whiten
+
+logger = logging.getLogger(__name__)
 
 
 class UpdateRule(Protocol):
@@ -34,7 +37,7 @@ class UpdateRule(Protocol):
         """Train on the experience of one update; return the metrics."""
         ...
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
         ...
 
@@ -68,6 +71,8 @@ class SurrogateSteps:
         self.policy, self.optimizer, self.config, self.arena = policy, optimizer, config, arena
         self.temperature, self.seed, self.pretrain, self.values_only = temperature, seed, pretrain, values_only
         self.average = None if config.ema_decay is None else WeightAverage(policy, config.ema_decay)
+        self.steps_per_update = config.ppo_epochs * (config.rollout_batch // config.minibatch)
+        self.schedule = Schedule(config.optim, config.updates * self.steps_per_update)
         self.optimizer_steps = 0
 
     def __call__(self, experience: Experience, step: Step) -> dict[str, float]:
@@ -89,16 +94,30 @@ class SurrogateSteps:
         """Return the order of a rollout's sequences in an epoch."""
         return shuffled(sequences, self.seed, "minibatches", update * self.config.ppo_epochs + epoch)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
         position = {} if self.pretrain is None else {"ptx_position": self.pretrain.position}
-        return {"optimizer_steps": self.optimizer_steps} | position
+        plans = {"planned_steps": [list(plan) for plan in self.schedule.planned]}
+        return {"optimizer_steps": self.optimizer_steps} | position | plans
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.optimizer_steps = state["optimizer_steps"]
+        if "planned_steps" in state:  # checkpoints of earlier versions have none
+            self.schedule.planned = [(first, total) for first, total in state["planned_steps"]]
+            self._replan(state["updates_done"])
         if self.pretrain is not None:
             self.pretrain.position = state["ptx_position"]
+
+    def _replan(self, done: int) -> None:
+        """Go on after `done` updates with the learning rate that the run was planned with, without a jump."""
+        first, before = done * self.steps_per_update, self.schedule.planned[-1][1] // self.steps_per_update
+        if self.schedule.replan(first, self.config.updates * self.steps_per_update):
+            logger.warning(
+                "ppo.updates: the run was planned for %d updates and has %d now; the learning rate of update %d stays %.3g and "
+                "falls to that of the last update from there",
+                *(before, self.config.updates, done + 1, self.schedule.rate(first)),
+            )
 
     def _optimize(
         self, experience: Experience, sequences: Tensor, number: int, step: Step
@@ -115,8 +134,7 @@ class SurrogateSteps:
                 # The last minibatch may be short if `nonfinite_scores` skipped responses.
                 batch = self.pretrain.take(max(1, round(config.ptx_ratio * len(sequences))))
                 metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, **microbatch_size(config))
-        total_steps = config.updates * config.ppo_epochs * (config.rollout_batch // config.minibatch)
-        norm, rate = optimizer_step(self.optimizer, config.optim, number, total_steps)
+        norm, rate = optimizer_step(self.optimizer, config.optim, number, self.schedule)
         self.optimizer_steps += 1
         if self.average is not None:
             self.average.update()
@@ -151,7 +169,7 @@ class TrustRegionStep:
             self.average.update()
         return log
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
         return self.values.state()
 

@@ -38,6 +38,7 @@ from rlhf_engine.recipes.loading import (
 )
 from rlhf_engine.recipes.planning import RunPlan, plan_run
 from rlhf_engine.recipes.session import TrainingSession, check_start
+from rlhf_engine.recipes.trial import check_disk, try_output, try_reward
 from rlhf_engine.rewards.calls import Parameters
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
@@ -95,6 +96,9 @@ def run_ppo(
         data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
     if reward_model is not None:
         data["reward.path"] = fingerprint(reward_model.named_parameters())
+    check_disk(trainer, config, Path(config.output_dir) / "ppo")
+    try_output(trainer, codec.tokenizer, config)
+    try_reward(trainer, codec.eos_id)
     if resume:
         resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
     return _train(config, trainer, codec, data, plan, overwrite=overwrite)

@@ -14,7 +14,11 @@ from rlhf_engine.ppo.trpo import check_attention
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, prefix_of
 from rlhf_engine.recipes.loading import Item, check_room, check_trained_records, encode_records, given, load_model
 from rlhf_engine.recipes.ppo import pretrain_stream
+from rlhf_engine.recipes.trial import try_model
 from rlhf_engine.supervised.reward_model import encode_comparison
+
+_TRIED = ("Yes.", "I do not know.")
+"""Answers that a judge is tried on."""
 
 
 def check_rounds(config: RunConfig) -> None:
@@ -22,18 +26,19 @@ def check_rounds(config: RunConfig) -> None:
     _check_given(config)
     if config.ppo.objective == "trpo":
         check_attention(config.model.attention)
+    for split in ("train", config.eval.split):
+        _check_prompts(config, split)
     for name in ("iterate", "eval"):
         judge = getattr(config, name).judge
         if judge != BY_HAND:
             _check_judge(config, name, judge)
-    for split in ("train", config.eval.split):
-        _check_prompts(config, split)
     model, codec = load_model(config)
     # A response that reaches the token limit is ranked and scored with an additional EOS.
     positions = max_positions(model)
     check_room(
         config, None if positions is None else positions - 1, f"the positions of {config.model.path} less one for EOS"
     )
+    try_model(model, codec.tokenizer, config)
     del model
     path = given(config.data.prompts, "data.prompts")
     _check_all(path, read_prompts(path, "train"), lambda one: codec.encode_prompt(one.prompt))
@@ -70,8 +75,12 @@ def _check_given(config: RunConfig) -> None:
 
 
 def _check_judge(config: RunConfig, section: str, name: str) -> None:
+    """Load a judge, and let it compare two pairs of answers to the first prompts."""
+    records = islice(read_prompts(given(config.data.prompts, "data.prompts"), "train"), len(_TRIED))
+    prompts = [record.prompt for record in records]
+    answers = _TRIED[: len(prompts)]
     try:
-        configured_judge(config, name)
+        configured_judge(config, name).compare(prompts, answers, answers[::-1])
     except ValueError as error:
         raise ValueError(f"{section}.judge: {str(error).removeprefix('judge: ')}") from None
 

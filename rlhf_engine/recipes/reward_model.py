@@ -30,6 +30,7 @@ from rlhf_engine.recipes.loading import (
     truncated,
 )
 from rlhf_engine.recipes.session import check_start, run_session
+from rlhf_engine.recipes.trial import check_disk, try_output
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
     RankedPrompt,
@@ -74,6 +75,8 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
         seed=config.seed,
         optimizer_state=config.memory.optimizer_state,
     )
+    check_disk(trainer, config, unfinished, folder)
+    try_output(trainer, codec.tokenizer, config)
     run_session(
         trainer,
         folder,

@@ -26,6 +26,7 @@ from rlhf_engine.recipes.loading import (
     truncated,
 )
 from rlhf_engine.recipes.session import check_start, run_session
+from rlhf_engine.recipes.trial import check_disk, try_output
 from rlhf_engine.supervised.sft import FitReport, SFTTrainer
 
 
@@ -65,6 +66,9 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         seed=config.seed,
         optimizer_state=config.memory.optimizer_state,
     )
+
+    check_disk(trainer, config, unfinished, folder)
+    try_output(trainer, codec.tokenizer, config)
 
     def write_result() -> FitReport:
         report = trainer.finish()

@@ -30,7 +30,7 @@ from rlhf_engine.data import (
     pad_sequences,
     rank_batch,
 )
-from rlhf_engine.model.pretrained import like
+from rlhf_engine.model.pretrained import like, write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
@@ -217,8 +217,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Write the current model in the format of `RewardModel.load`."""
         self.model.save(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_pretrained(folder, None, tokenizer)
 
     def read_model(self, folder: Path) -> nn.Module:
         """Return the model in a folder that `write_model` wrote."""

@@ -22,7 +22,7 @@ from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of,
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.layout import TokenBatch, token_cuts
-from rlhf_engine.model.pretrained import like, load_pretrained
+from rlhf_engine.model.pretrained import like, load_pretrained, write_pretrained
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
@@ -200,9 +200,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Write the current model in the format of `AutoModelForCausalLM`."""
-        self.model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_pretrained(folder, self.model, tokenizer)
 
     def read_model(self, folder: Path) -> nn.Module:
         """Return the model in a folder that `write_model` wrote."""

@@ -23,7 +23,7 @@ from rlhf_engine.data import length_batches, lengths_of
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.metrics import progress
 from rlhf_engine.model.saving import copy_parameters
-from rlhf_engine.optim.adamw import optimizer_step
+from rlhf_engine.optim.adamw import Schedule, optimizer_step
 from rlhf_engine.optim.build import OptimizerState, build_optimizer
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 
@@ -60,6 +60,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         self.lengths = lengths_of(train)
         self.per_epoch = -(-len(train) // config.batch_size)
         self.total = config.epochs * self.per_epoch
+        self.schedule = Schedule(config.optim, self.total)
         self.evaluate_every = evaluate_every or self.total
         self.log = log or (lambda step, metrics: None)
         self.optimizer = build_optimizer(model, config.optim, optimizer_state)
@@ -132,7 +133,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         before = self.done
         try:
             loss = self.backward(indices)
-            norm, rate = optimizer_step(self.optimizer, self.config.optim, self.done, self.total)
+            norm, rate = optimizer_step(self.optimizer, self.config.optim, self.done, self.schedule)
             self.done += 1
             self.stepped(loss)
             self.whole = True

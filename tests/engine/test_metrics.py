@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rlhf_engine import metrics
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.memory.arena import peak_rss_mb, resident_mb
 from rlhf_engine.metrics import MetricsWriter, read_metrics
-from rlhf_engine.optim.adamw import learning_rate, optimizer_step
+from rlhf_engine.optim.adamw import Schedule, learning_rate, optimizer_step
 from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.update import MetricSum
 
@@ -152,6 +153,40 @@ def test_peak_memory_grows_with_an_allocation():
 def test_learning_rate(schedule, expected):
     config = OptimConfig(lr=1.0, warmup_steps=3, schedule=schedule, final_lr_share=0.2)
     assert [learning_rate(config, step, 8) for step in range(8)] == pytest.approx(expected)
+
+
+def rates_of(schedule, *lengths, lr=1.0, **settings):
+    """Return the rates of a run of the first length that is resumed at each (step, length)."""
+    (_, total), *changes = lengths
+    plan = Schedule(OptimConfig(lr=lr, schedule=schedule, final_lr_share=0.2, **settings), total)
+    rates = []
+    for step in range(lengths[-1][1]):
+        for first, new in changes:
+            if first == step:
+                plan.replan(first, new)
+        rates.append(plan.rate(step))
+    return rates
+
+
+def test_a_longer_run_goes_on_without_a_jump():
+    """Four of five steps are done at the line 1, 0.8, 0.6, 0.4, 0.2; the rest falls from 0.2 to 0.2, or from 0.4."""
+    assert rates_of("linear", (0, 5), (3, 8)) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.35, 0.3, 0.25, 0.2])
+    assert rates_of("linear", (0, 5), (5, 8)) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2])
+    longer = rates_of("cosine", (0, 5), (3, 8))
+    assert longer[:4] == rates_of("cosine", (0, 5))[:4] and longer[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in pairwise(longer))
+
+
+def test_a_shorter_run_falls_faster_and_a_run_may_change_twice():
+    assert rates_of("linear", (0, 9), (4, 7)) == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.4, 0.2])
+    twice = rates_of("linear", (0, 5), (3, 8), (4, 6))
+    assert twice == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.35, 0.2])
+
+
+def test_a_change_during_the_warm_up_or_of_a_constant_rate_gives_the_rates_of_the_new_length():
+    warm = {"warmup_steps": 3}
+    assert rates_of("linear", (0, 5), (2, 8), **warm) == rates_of("linear", (0, 8), **warm)
+    assert rates_of("constant", (0, 5), (4, 8)) == [1.0] * 8
 
 
 def make_layer():

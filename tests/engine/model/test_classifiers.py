@@ -34,7 +34,7 @@ def batch(last=EOS):
 
 def theirs(folder, ids, lengths):
     """Return transformers' own scores, one row at a time."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         return torch.cat(
             [model(input_ids=row[None, :length]).logits[0] for row, length in zip(ids, lengths, strict=True)]

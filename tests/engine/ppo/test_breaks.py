@@ -20,7 +20,7 @@ from pathlib import Path
 def reward(prompts, answers):
     calls = Path("calls.txt")
     calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
-    if len(calls.read_text()) == 3 and not Path("repaired").exists():
+    if len(calls.read_text()) == 4 and not Path("repaired").exists():
         raise {error}
     return [float(len(answer)) for answer in answers]
 """

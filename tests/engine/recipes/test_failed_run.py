@@ -23,7 +23,7 @@ def test_a_new_run_that_fails_leaves_another_run_s_checkpoint(tmp_path, capsys):
     weights, calls = tmp_path / "out" / "ppo" / "model.safetensors", tmp_path / "calls"
 
     def run(good, *options):
-        calls.write_text(str(good))
+        calls.write_text(str(good + 1))  # before it trains, a run tries the reward on two samples
         return rlhf(capsys, "ppo", "--config", tmp_path / "run.yaml", *options, sets=sets)
 
     def numbers():

@@ -237,7 +237,7 @@ def test_s21_settings_that_no_finished_step_has_read_may_change(run):
         run_iterate(config_of(run, *diverging), lambda text: None)
     with pytest.raises(ValueError, match=r"reward\.epochs: got 2, expected 1 .* whose step 'round 1: rm' has read it"):
         run_iterate(config_of(run, "reward.epochs=2"), lambda text: None)
-    (run / "broken.py").write_text("def judge(prompts, a, b):\n    raise KeyError('no idea')\n")
+    (run / "broken.py").write_text("def judge(prompts, a, b):\n    assert len(a) == 2, 'no idea'\n    return [1, 0]\n")
     said = []
     with pytest.raises(ValueError, match="no idea"):
         run_iterate(config_of(run, "iterate.rounds=1", "eval.judge=broken.py:judge"), said.append)

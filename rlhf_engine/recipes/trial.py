@@ -1,0 +1,192 @@
+"""Trials before a stage trains: what would fail only at its end fails within seconds, and leaves nothing on the disk.
+
+* `try_output` writes the output folder with the model and the installed release of transformers, and loads it.
+* `check_disk` compares the free space with the checkpoints that the settings imply.
+* `try_reward` scores two samples.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_engine.checkpoint import Checkpointable
+from rlhf_engine.config import RunConfig
+from rlhf_engine.files import read_model_config
+from rlhf_engine.model.pretrained import like, load_pretrained, load_tokenizer, write_pretrained
+from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.saving import load_policy
+from rlhf_engine.optim.build import state_bytes
+from rlhf_engine.planner.report import size
+from rlhf_engine.ppo.trainer import PPOTrainer
+from rlhf_engine.rollout import EOS, Rollout
+from rlhf_engine.supervised.trainer import SupervisedTrainer
+
+WHOLE_BYTES = 2**30
+"""Models with at most these bytes of weights are written and loaded whole, others without their large weights."""
+_PART_BYTES = 2**26
+_TRIED_TOKENS = 8
+"""Tokens of a response that a reward is tried on, without its EOS."""
+
+_SECTIONS = {"sft": "sft", "rm": "reward", "ppo": "ppo"}
+
+
+def try_output(
+    trainer: SupervisedTrainer[Any] | PPOTrainer, tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> None:
+    """Write the result of a stage as it is now to a temporary folder on the disk of `output_dir`, and load it.
+
+    Raises:
+        ValueError: the folder cannot be written or loaded, or a weight differs after loading.
+    """
+
+    def write(folder: Path) -> None:
+        trainer.write_model(folder, tokenizer)
+
+    if isinstance(trainer, PPOTrainer):
+        where = like(trainer.policy.model) | {"device": "cpu"}
+        _try(
+            trainer.policy, write, lambda folder: load_policy(folder, **where), trainer.policy.model, tokenizer, config
+        )
+    else:
+        trunk = trainer.model.trunk if isinstance(trainer.model, RewardModel) else trainer.model
+        _try(trainer.model, write, trainer.read_model, cast("PreTrainedModel", trunk), tokenizer, config)
+
+
+def try_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    """Write `model.path` to a temporary folder and load it, as `try_output` does with the result of a stage."""
+
+    def write(folder: Path) -> None:
+        write_pretrained(folder, model, tokenizer)
+
+    where = like(model) | {"device": "cpu"}
+    _try(model, write, lambda folder: load_pretrained(AutoModelForCausalLM, folder, **where), model, tokenizer, config)
+
+
+def _try(
+    module: nn.Module,
+    write: Callable[[Path], object],
+    read: Callable[[Path], nn.Module],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+) -> None:
+    """Write and read `module` whole, or of large ones only the small weights of `model`, and the tokenizer."""
+    place, trusted = existing_folder(config.output_dir), config.model.trust_remote_code
+    whole = sum(parameter.nbytes for parameter in module.parameters()) <= WHOLE_BYTES and config.memory.budget is None
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".rlhf-trial-") as name:
+            folder = Path(name)
+            if whole:
+                write(folder)
+                _compare(module, read(folder))
+            else:
+                write_pretrained(folder, model, tokenizer, weights=_small_weights(model))
+                read_model_config(folder, trust_remote_code=trusted)
+            load_tokenizer(folder, trust_remote_code=trusted)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; the result of this run could not be saved, so nothing is trained: correct the files of model.path "
+            f"({config.model.path}), or install a different release of transformers"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"output_dir: {place} cannot be written: {error}") from error
+
+
+def check_disk(trainer: Checkpointable, config: RunConfig, *replaced: Path) -> None:
+    """Raise ValueError unless the disk of `output_dir` has space for the run's checkpoints and its result.
+
+    Two checkpoints exist while one replaces the other, unless `checkpoint_every` is 0. `replaced` are folders of an earlier run
+    that the run replaces.
+    """
+    section = getattr(config, _SECTIONS[trainer.stage])
+    model = sum(tensor.nbytes for _, tensor in trainer.weights())
+    trained = [tensor for _, tensor in trainer.weights() if tensor.requires_grad]
+    checkpoint = model + state_bytes(trained, config.memory.optimizer_state)
+    if trainer.stage == "sft":
+        checkpoint += model  # the weights of the lowest validation loss
+    copies = 1 if section.checkpoint_every == 0 else 2
+    needed = copies * checkpoint if trainer.stage == "ppo" else max(copies * checkpoint, checkpoint + model)
+    place = existing_folder(config.output_dir)
+    kept = sum(path.stat().st_size for folder in replaced for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(place).free + kept
+    if needed > free:
+        fewer = "" if copies == 1 else f", or set {_SECTIONS[trainer.stage]}.checkpoint_every=0, which needs one copy"
+        raise ValueError(
+            f"output_dir: got {size(free)} of space on the disk of {place}, expected {size(needed)}: a checkpoint of this run "
+            f"has {size(checkpoint)}, and {'the result' if copies == 1 else 'a second one'} is written before it is deleted; "
+            f"free some space, set a different output_dir{fewer}"
+        )
+
+
+def try_reward(trainer: PPOTrainer, eos_id: int) -> None:
+    """Score two samples: the first prompts of the run with the beginnings of the same prompts as responses.
+
+    Raises:
+        ValueError: the reward raises, or does not return one number per sample.
+    """
+    device = trainer.policy.device
+    prompts = [prompt.long().to(device) for prompt in trainer.prompts(0, 2)]
+    end = torch.tensor([eos_id], device=device)
+    responses = [torch.cat([prompt[:_TRIED_TOKENS], end]) for prompt in reversed(prompts)]
+    mask = _padded([torch.ones_like(response) for response in responses]).bool()
+    empty = torch.zeros(mask.shape, device=device)
+    rollout = Rollout(
+        prompt_ids=_padded(prompts),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
+        response_ids=_padded(responses),
+        mask=mask,
+        logprobs=empty,
+        sampling_logprobs=empty,
+        values=empty,
+        stop_reason=torch.full((2,), EOS, device=device),
+    )
+    try:
+        scores = trainer.reward(rollout)
+    except ValueError as error:
+        raise ValueError(f"{error}; the reward was tried on two samples, and nothing is trained") from error
+    if tuple(scores.shape) != (2,):
+        raise ValueError(f"reward: got scores of shape {tuple(scores.shape)} for two samples, expected (2,)")
+
+
+def existing_folder(output_dir: str | Path) -> Path:
+    """Return `output_dir`, or the nearest folder above it that exists; raise ValueError if a file is in its place."""
+    wanted = Path(output_dir).absolute()
+    found = next(place for place in (wanted, *wanted.parents) if place.exists() or place.is_symlink())
+    if not found.is_dir():
+        raise ValueError(
+            f"output_dir: {found} is not a folder, so {wanted} cannot be created; set a different output_dir"
+        )
+    return found
+
+
+def _small_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the smallest weights of a model, `_PART_BYTES` at most."""
+    kept, total = {}, 0
+    for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[1].nbytes):
+        total += tensor.nbytes
+        if kept and total > _PART_BYTES:
+            break
+        kept[name] = tensor
+    return kept
+
+
+@torch.no_grad()
+def _compare(module: nn.Module, loaded: nn.Module) -> None:
+    found = dict(loaded.named_parameters())
+    for name, parameter in module.named_parameters():
+        if name not in found or not torch.equal(found[name].cpu(), parameter.cpu()):
+            raise ValueError(f"the weight {name} is lost or changed when the model is saved and loaded again")
+
+
+def _padded(rows: Iterable[Tensor]) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True)
