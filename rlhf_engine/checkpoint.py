@@ -1,9 +1,13 @@
-"""Checkpoints of all trainers: safetensors and JSON, written to a new folder, synced and renamed.
+"""Checkpoints of all trainers: safetensors and JSON, written to a new folder, synced, read back and renamed.
 
 A checkpoint folder is complete or absent. It holds the model and its tokenizer as `from_pretrained` of transformers reads
-them, `optimizer.safetensors`, `trainer.json` and the run's `config.yaml`. PPO adds `value_head.safetensors` or the folder
-`value_model`, and `ema` for averaged weights. Random numbers need no state, because they are functions of the seed and the
-counters in `trainer.json`.
+them, `optimizer.safetensors`, `trainer.json`, the run's `config.yaml` and the stage's lines of `metrics.jsonl`. PPO adds
+`value_head.safetensors` or the folder `value_model`, and `ema` for averaged weights. Random numbers need no state, because they
+are functions of the seed and the counters in `trainer.json`. `manifest.json` has a checksum of every file.
+
+The newest checkpoint of a stage is in its folder, such as OUTPUT_DIR/ppo. Earlier ones that `checkpoint.keep` or
+`checkpoint.best` keeps are in OUTPUT_DIR/checkpoints, such as `ppo-12` after 12 updates; `resume` loads the newest that is
+undamaged.
 
 `save_checkpoint` and `resume` accept any trainer that implements `Checkpointable`; this module does not import the trainers.
 """
@@ -11,7 +15,7 @@ counters in `trainer.json`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
@@ -21,12 +25,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_engine.checkpoint_folders import DONE, SCORE, TRAINER, checkpoints
 from rlhf_engine.config import RolloutConfig, RunConfig, flat_settings, load_saved_config, save_config
-from rlhf_engine.files import OPTIMIZER, read_json, read_tensors, recover, require, with_new_folder, write_json
+from rlhf_engine.files import OPTIMIZER, read_json, read_tensors, require, with_new_folder, write_json
+from rlhf_engine.manifest import MANIFEST, damage, write_manifest
+from rlhf_engine.metrics import METRICS, warn
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
-TRAINER, CONFIG = "trainer.json", "config.yaml"
+CONFIG = "config.yaml"
+REWARD_FUNCTION = "reward.function"
+"""Key of the fingerprint of the reward function's file."""
 
 
 class Checkpointable(Protocol):
@@ -73,7 +82,7 @@ _SAMPLING = tuple(
     f"rollout.{one.name}" for one in fields(RolloutConfig) if one.name not in ("max_prompt_tokens", "stop")
 )
 _FREE = (
-    *("output_dir", "device", "model.path", "memory.budget", "eval", "iterate"),
+    *("output_dir", "device", "model.path", "memory.budget", "eval", "iterate", "checkpoint"),
     *(
         f"data.{name}"
         for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene", "unknown_columns")
@@ -107,27 +116,39 @@ _SAME = {"memory.optimizer_state": ("resident", "host")}
 """Values of a key that a resumed run may exchange, because they give the same numbers."""
 
 
+_COMPARED = {"reward.function": lambda value: value and value.rpartition(":")[2]}
+"""Part of a value that a resumed run may not change: a reward function may be imported from a different place."""
+
+
 def save_checkpoint(
     folder: str | Path,
     trainer: Checkpointable,
     tokenizer: PreTrainedTokenizerBase | None,
     config: RunConfig,
     data: Mapping[str, str] = _NONE,
+    *,
+    metrics: bytes | None = None,
+    score: float | None = None,
+    retire: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a checkpoint with which `resume` continues with the same numbers; a failed call leaves `folder` unchanged.
 
-    `data` holds fingerprints of the run's input files, by the key of their path, such as data.prompts.
+    Args:
+        folder: the folder to write or to replace.
+        trainer: the trainer, between two steps.
+        tokenizer: the tokenizer to write with the model, if any.
+        config: the run's config.
+        data: fingerprints of the run's input files, by the key of their path, such as data.prompts.
+        metrics: the stage's lines of metrics.jsonl.
+        score: value of the metric `checkpoint.best`; larger is better.
+        retire: called with the replaced checkpoint, as in `with_new_folder`.
 
     Raises:
-        FloatingPointError: for a weight that is not finite, so that a diverged run does not replace a good checkpoint.
-        OSError: for a failed write.
+        FloatingPointError: for a tensor that is not finite, so that a diverged run does not replace a good checkpoint.
+        OSError: for a failed write, or if the files do not read back as they were written.
     """
-    for name, weight in trainer.weights():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise FloatingPointError(
-                f"{folder}: the checkpoint was not written, because the weight {name} is not finite"
-            )
     tensors = trainer.tensors()
+    _check_finite(Path(folder), trainer, tensors)
     state = trainer.state() | {
         "stage": trainer.stage,
         "seed": trainer.seed,
@@ -135,26 +156,88 @@ def save_checkpoint(
         "data": dict(data),
     }
     state |= {role: fingerprint(weights) for role, weights in trainer.constants().items()}
+    # Without this key, a checkpoint is one of an earlier release, which has no manifest.
+    state["manifest"] = MANIFEST
 
     def write(new: Path) -> None:
         trainer.write_model(new, tokenizer)
         save_file(tensors, new / OPTIMIZER)
-        write_json(new / TRAINER, state)
         save_config(config, new / CONFIG)
+        if metrics is not None:
+            (new / METRICS).write_bytes(metrics)
+        write_json(new / TRAINER, state)
+        write_manifest(new, {DONE: trainer.done, SCORE: score})
 
-    with_new_folder(folder, write)
+    with_new_folder(folder, write, check=_check_written, retire=retire)
 
 
-def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str] = _NONE) -> None:
-    """Load a checkpoint into `trainer`, which was built from `config`.
+def _check_finite(folder: Path, trainer: Checkpointable, tensors: Mapping[str, torch.Tensor]) -> None:
+    for kind, named in (("weight", trainer.weights()), ("optimizer's tensor", tensors.items())):
+        for name, tensor in named:
+            if not is_finite(tensor):
+                raise FloatingPointError(
+                    f"{folder}: the checkpoint was not written, because the {kind} {name} is not finite"
+                )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite. Unlike `isfinite().all()`, this needs no memory."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    least, largest = torch.aminmax(tensor.detach())  # both are NaN if a number is
+    return bool(least.isfinite() & largest.isfinite())
+
+
+def _check_written(new: Path) -> None:
+    found = damage(new)
+    if found is not None:
+        raise OSError(f"{found}: the disk did not store what was written to it")
+
+
+def resume(
+    folder: str | Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str] = _NONE
+) -> Path | None:
+    """Load the newest undamaged checkpoint into `trainer`, which was built from `config`; return its folder.
+
+    A damaged checkpoint is skipped with a warning if an earlier one is undamaged. Return None if there is no checkpoint at all:
+    the run then begins from the start.
 
     Raises:
-        ValueError: for a file that is missing or broken, a different stage or seed, a changed setting (see `_MAY_CHANGE`), a
-            model of different shapes, different data, or a different constant of the trainer. The reference of PPO is such a
-            constant: the KL is measured to the policy that the run began with, not to the resumed one.
+        ValueError: every checkpoint has a file that is missing or damaged; or the newest undamaged one has a different stage or
+            seed, a changed setting (see `_MAY_CHANGE`), a model of different shapes, different data, or a different constant of
+            the trainer. The reference of PPO is such a constant: the KL is measured to the policy that the run began with, not
+            to the resumed one.
     """
-    folder = Path(folder)
-    recover(folder)
+    found = checkpoints(folder)
+    damages: dict[Path, str] = {}
+    for place in found:
+        wrong = damage(place) if has_manifest(place) else None
+        if wrong is None:
+            for why in damages.values():
+                warn(f"{why}; the run continues from the earlier checkpoint {place}")
+            _load(place, trainer, config, data)
+            return place
+        damages[place] = wrong
+    if not found:
+        return None
+    # Loading names the tensor or the value that is wrong, where it can; a checksum only names the file.
+    trainer.whole = False
+    _load(found[0], trainer, config, data)
+    trainer.whole = False
+    raise ValueError(f"{damages[found[0]]}; restore it from a copy, or begin again with --overwrite")
+
+
+def has_manifest(folder: Path) -> bool:
+    """Return whether the checkpoint in `folder` was written with a manifest. Those of earlier releases were not."""
+    if (folder / MANIFEST).exists():
+        return True
+    try:
+        return MANIFEST in read_json(folder / TRAINER).values()
+    except (ValueError, OSError):
+        return True  # a checkpoint without a readable trainer.json is damaged in any case
+
+
+def _load(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str]) -> None:
     require(folder, "config.json", OPTIMIZER, TRAINER, CONFIG)
     constants = trainer.constants()
     kinds = {name: type(value) for name, value in trainer.state().items()}
@@ -173,9 +256,7 @@ def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data:
             raise ValueError(
                 f"{folder}: the {role} policy of this run differs from that of the checkpoint; use the model that it began with"
             )
-    for key, value in data.items():
-        if state["data"].get(key) != value:
-            raise ValueError(f"{key}: the content has changed since the run of {folder} began; restore it to resume")
+    _check_data(folder, state["data"], data)
     tensors = read_tensors(folder / OPTIMIZER)
     if len(tensors) != state["optimizer_tensors"]:
         raise ValueError(
@@ -184,13 +265,28 @@ def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data:
     trainer.load(folder, state, tensors)
 
 
+def _check_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """Raise ValueError for an input whose content has changed, except a reward function's file, of which warn."""
+    for key, value in now.items():
+        if before.get(key) == value:
+            continue
+        if key == REWARD_FUNCTION and (key in before or "reward.path" not in before):
+            if key in before:  # checkpoints of earlier releases have no fingerprint of it
+                warn(f"{key}: its file has changed since the run of {folder} began; the run continues with the new one")
+            continue
+        raise ValueError(f"{key}: the content has changed since the run of {folder} began; restore it to resume")
+    for key in before:
+        if key not in now:
+            raise ValueError(f"{key}: the run of {folder} began with it, and it is not set now; set it to resume")
+
+
 def check_settings(folder: str | Path, config: RunConfig, stage: str = "ppo") -> None:
     """Raise ValueError with the first setting that `config` changes and a resumed run of `stage` may not change."""
     source, may_change = Path(folder) / CONFIG, _MAY_CHANGE[stage]
     before = dict(flat_settings(load_saved_config(source).to_dict(), may_change))
     for key, value in flat_settings(config.to_dict(), may_change):
-        same = _SAME.get(key, ())
-        if value != before[key] and not (value in same and before[key] in same):
+        same, part = _SAME.get(key, ()), _COMPARED.get(key, lambda value: value)
+        if part(value) != part(before[key]) and not (value in same and before[key] in same):
             raise ValueError(f"{key}: got {value!r}, expected {before[key]!r} to go on with the run of {source}")
 
 

@@ -1,14 +1,19 @@
-"""Reading and writing of a run's files: atomic writes of files and folders, and errors that name the file."""
+"""Reading and writing of a run's files: atomic writes of files and folders, a lock, and errors that name the file."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -20,12 +25,102 @@ from rlhf_engine.errors import foreign_errors
 OPTIMIZER = "optimizer.safetensors"
 """File name of the optimizer's state in a checkpoint."""
 
+LOCK = ".lock"
+"""File in an output folder while a process writes into it."""
+
 _OTHER_FORMATS = {
     "adapter_config.json": "adapters of peft: merge them into their model with merge_and_unload() and save that",
     "pytorch_model*.bin": "weights in pickle files, which are not read: load it with transformers and save it again",
     "*.gguf": "a GGUF file, which is not read: give the original checkpoint",
 }
 """Files of other formats, and what to do with them."""
+
+
+class FolderLock:
+    """Context manager that lets one process at a time write into an output folder; a killed process releases it.
+
+    The lock is the file `.lock` in the folder, which is deleted at the end, as is a folder that the lock created and that is
+    still empty.
+
+    Raises:
+        ValueError: a different process holds the lock.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK
+        self.descriptor = -1
+        self.created: list[Path] = []
+
+    def __enter__(self) -> Self:
+        parents = [self.folder, *self.folder.parents]
+        self.created = [parent for parent in parents if not parent.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while not self._is_current():
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock()
+        os.ftruncate(self.descriptor, 0)
+        os.write(self.descriptor, f"{os.getpid()} on {platform.node()}".encode())
+        return self
+
+    def _is_current(self) -> bool:
+        """Return whether the open file is the one in the folder: its previous holder may have deleted it before the lock."""
+        if self.descriptor < 0:
+            return False
+        try:
+            current = os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+        except FileNotFoundError:
+            current = False
+        if not current:
+            os.close(self.descriptor)
+        return current
+
+    def _lock(self) -> None:
+        try:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.read(self.descriptor, 200).decode(errors="replace")
+            os.close(self.descriptor)
+            raise ValueError(
+                f"{self.folder}: process {holder} is writing there; wait for its end, or set a different output_dir"
+            ) from None
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+        for folder in self.created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+class Disk:
+    """The operations on which the safety of a run's files depends. Tests replace `disk` to simulate faults."""
+
+    def sync(self, path: Path) -> None:
+        """Write a file or a folder to the device, and let later reads of a file come from there."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            if hasattr(os, "posix_fadvise") and not path.is_dir():
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename a file or a folder."""
+        source.replace(target)
+
+    def delete(self, folder: Path) -> None:
+        """Delete a folder with its contents."""
+        shutil.rmtree(folder)
+
+    def digest(self, path: Path) -> str:
+        """Return the SHA-256 of a file, as `sha256sum` prints it."""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+disk = Disk()
 
 
 def require(folder: Path, *names: str) -> None:
@@ -58,7 +153,12 @@ def read_json_lines(path: Path) -> list[Any]:
 
 def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")
+
+
+def json_text(content: object) -> str:
+    """Return what `write_json` writes."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def read_model_config(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -94,51 +194,92 @@ def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 def with_new_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Write a file atomically: call `write(new)` on a path in the same folder, sync the file, and rename it to `path`."""
-    path = Path(path)
+    path = _target(Path(path))
     new, _ = _beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(new)
-        _sync(new)
-        new.replace(path)
+        disk.sync(new)
+        disk.rename(new, path)
     finally:
         new.unlink(missing_ok=True)
-    _sync(path.parent)
+    disk.sync(path.parent)
 
 
-def with_new_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
+def with_new_folder(
+    folder: str | Path,
+    write: Callable[[Path], object],
+    *,
+    check: Callable[[Path], object] | None = None,
+    retire: Callable[[Path], object] | None = None,
+) -> None:
     """Replace a folder atomically: call `write(new)` on an empty folder next to it, sync the contents, and rename the folder.
+
+    `check(new)` is called on the synced folder and may raise, for example if it does not read back what was written.
+    `retire(old)` gets the replaced folder, which is deleted if it is still there afterwards. A link is followed: the folder
+    that it refers to is replaced.
 
     After a crash `folder` is the old or the new one, or it is absent and `recover` renames one of the two to it.
 
     Raises:
-        OSError: for a failed write.
+        OSError: for a failed write; `folder` is then as before.
     """
-    folder = Path(folder)
+    folder = _target(Path(folder))
+    if os.path.ismount(folder):
+        raise OSError(f"{folder} is a mount point, which cannot be replaced; mount the folder that contains it instead")
     new, old = _beside(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
     for left in (new, old):
         if left.exists():
-            shutil.rmtree(left)
+            disk.delete(left)
     new.mkdir()
     whole = False
     try:
         write(new)
         for path in [*new.rglob("*"), new]:
-            _sync(path)
+            disk.sync(path)
+        if check is not None:
+            check(new)
         whole = True
     except SafetensorError as error:
-        raise OSError(f"{folder}: could not be written: {error}") from None
+        raise _os_error(folder, error) from None
     finally:
         if not whole:
-            shutil.rmtree(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
+            disk.delete(new)
+    _exchange(folder, new, old)
+    if old.exists() and retire is not None:
+        retire(old)
     if old.exists():
-        shutil.rmtree(old)
+        disk.delete(old)
+
+
+def _exchange(folder: Path, new: Path, old: Path) -> None:
+    """Rename `folder` to `old` and `new` to `folder`; undo the first if the second fails."""
+    replaced = folder.exists()
+    if replaced:
+        disk.rename(folder, old)
+    try:
+        disk.rename(new, folder)
+    except OSError:
+        if replaced:
+            disk.rename(old, folder)
+        disk.delete(new)
+        raise
+    disk.sync(folder.parent)
+
+
+def _os_error(folder: Path, error: SafetensorError) -> OSError:
+    """Return an OSError with the number of a failed write of safetensors, whose message ends in `(os error 28)`."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None:
+        return OSError(f"{folder}: could not be written: {error}")
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(folder))
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error is that of a full disk or an exhausted quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def recover(folder: Path) -> None:
@@ -147,30 +288,41 @@ def recover(folder: Path) -> None:
     The old folder is renamed only after the new one is complete, so if both exist and `folder` does not, the new one is renamed
     to `folder`. A new folder without an old one may be incomplete and is never used. An old folder next to `folder` is deleted.
     """
+    folder = _target(folder)
     new, old = _beside(folder)
     if not old.is_dir():
         return
     if folder.exists():
-        shutil.rmtree(old)
+        disk.delete(old)
         return
-    (new if new.is_dir() else old).rename(folder)
-    _sync(folder.parent)
+    disk.rename(new if new.is_dir() else old, folder)
+    disk.sync(folder.parent)
+
+
+def clean_up(folder: Path) -> None:
+    """Complete or undo an interrupted `with_new_folder` or `remove`. No other process may be writing the folder."""
+    recover(folder)
+    new, _ = _beside(_target(folder))
+    if new.is_dir():
+        disk.delete(new)
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder and the remains of an interrupted `with_new_folder` of it, if they exist."""
-    for path in (folder, *_beside(folder)):
-        if path.is_dir():
-            shutil.rmtree(path)
+    """Delete a folder if it exists. After a crash it is complete or absent, once `clean_up` has deleted the rest."""
+    clean_up(folder)
+    target = _target(folder)
+    new, _ = _beside(target)
+    if target.is_dir():
+        disk.rename(target, new)
+        disk.delete(new)
+    if folder.is_symlink():
+        folder.unlink()
+
+
+def _target(folder: Path) -> Path:
+    """Return the folder that a link refers to, or else `folder`."""
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -12,9 +14,12 @@ from typing import Any, BinaryIO, Self
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from rlhf_engine import files
 from rlhf_engine.files import with_new_file
 
 METRICS = "metrics.jsonl"
+SYNC_SECONDS = 1.0
+"""Seconds of metrics that a power cut may lose at most."""
 LINE_SECONDS = 20.0
 """Seconds between two progress lines where stderr is not a terminal."""
 
@@ -24,16 +29,27 @@ class MetricsWriter:
 
     Each stage has a separate TensorBoard folder, `tensorboard/<stage>`, because a TensorBoard log that restarts at a step hides
     the later steps of all scalars in its folder. A resumed run drops the lines of the steps that it will repeat, and appends.
-    It drops them when it writes its first line, so that a run that fails earlier removes nothing. A line that could not be
-    written, for example on a full disk, is kept and written before the next one; the file never holds a part of it. Use the
-    writer as a context manager.
+    It drops them when it writes its first line, so that a run that fails earlier removes nothing. `history` is a checkpoint
+    with the lines until step `resume_after`, which are restored if the file has lost some, for example in a power cut, or is
+    that of a different folder. A line that could not be written, for example on a full disk, is kept and written before the
+    next one; the file never holds a part of it. Use the writer as a context manager.
 
     Raises:
         ValueError: as `read_metrics` does, for an existing file that is broken.
     """
 
-    def __init__(self, folder: str | Path, stage: str, *, resume_after: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        stage: str,
+        *,
+        resume_after: int | None = None,
+        history: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.stage, self.folder, self.resume_after = stage, Path(folder), resume_after
+        self.clock, self.synced = clock, clock()
+        self.history = None if history is None or not (history / METRICS).is_file() else read_metrics(history)
         self.path = self.folder / METRICS
         self.file: BinaryIO | None = None
         self.board: SummaryWriter | None = None
@@ -47,6 +63,8 @@ class MetricsWriter:
         line = json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n"
         self.waiting.append(line.encode())
         self._flush()
+        if self.clock() - self.synced >= SYNC_SECONDS:
+            self.sync()
         assert self.board is not None
         for name, value in metrics.items():
             self.board.add_scalar(f"{self.stage}/{name}", value, step)
@@ -55,7 +73,13 @@ class MetricsWriter:
         """Write the lines that could not be written before, and sync the file to disk."""
         self._flush()
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            files.disk.sync(self.path)
+        self.synced = self.clock()
+
+    def lines(self) -> bytes:
+        """Return this stage's lines in the file."""
+        rows = (row for row in read_metrics(self.folder) if row["stage"] == self.stage)
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
     def close(self) -> None:
         """Close the file and the TensorBoard log."""
@@ -80,11 +104,13 @@ class MetricsWriter:
 
     def _open(self) -> tuple[BinaryIO, SummaryWriter]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
+        if self.path.is_file() or self.history:
             self._drop_after(self.resume_after)
         purge = None if self.resume_after is None else self.resume_after + 1
         board = self.board or SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=purge)
-        return self.path.open("ab", buffering=0), board
+        file = self.path.open("ab", buffering=0)
+        files.disk.sync(self.folder)
+        return file, board
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +121,14 @@ class MetricsWriter:
         self.close()
 
     def _drop_after(self, step: int | None) -> None:
-        """Drop this stage's lines after `step` (None: drop none), and an incomplete last line."""
+        """Drop this stage's lines after `step` (None: drop none) and an incomplete last line; restore those of the history."""
         kept = [
             row
             for row in read_metrics(self.folder)
             if row["stage"] != self.stage or step is None or row["step"] <= step
         ]
+        if self.history is not None and self.history != [row for row in kept if row["stage"] == self.stage]:
+            kept = [row for row in kept if row["stage"] != self.stage] + self.history
         content = "".join(json.dumps(row) + "\n" for row in kept)
         with_new_file(self.path, lambda new: new.write_text(content, encoding="utf-8"))
 
@@ -124,6 +152,11 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: got {line.decode()}, expected an object with a stage and a step")
         rows.append(row)
     return rows
+
+
+def warn(message: str) -> None:
+    """Write a warning as one line to stderr."""
+    print(f"rlhf: warning: {message}", file=sys.stderr)
 
 
 class ProgressLines(tqdm):

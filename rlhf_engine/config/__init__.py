@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf_engine._lazy import exports
 
 if TYPE_CHECKING:
+    from rlhf_engine.config.checkpoint import CheckpointConfig as CheckpointConfig
     from rlhf_engine.config.data import DataConfig as DataConfig
     from rlhf_engine.config.evaluate import EvalConfig as EvalConfig
     from rlhf_engine.config.files import flat_settings as flat_settings
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "CheckpointConfig": "checkpoint",
         "DataConfig": "data",
         "EvalConfig": "evaluate",
         "flat_settings": "files",

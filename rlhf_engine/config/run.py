@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from rlhf_engine.config.checkpoint import CheckpointConfig
 from rlhf_engine.config.data import DataConfig
 from rlhf_engine.config.evaluate import EvalConfig
 from rlhf_engine.config.hints import hint
@@ -53,6 +54,8 @@ class RunConfig(Section):
     """Reinforcement learning with PPO, TRPO or a policy gradient."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Device memory."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints of the stages."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Comparison of two models (`rlhf eval`)."""
     iterate: IterateConfig = field(default_factory=IterateConfig)

@@ -6,7 +6,6 @@ Legend: M prompts, S answers per prompt and model.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -29,10 +28,11 @@ from rlhf_engine.evaluate import (
     read_preferences,
     write_pairs,
 )
-from rlhf_engine.files import read_json, read_json_lines, recover, with_new_file, with_new_folder, write_json
+from rlhf_engine.files import read_json, read_json_lines, recover, remove, with_new_file, with_new_folder, write_json
 from rlhf_engine.plots import plot_win_rates
 from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
 from rlhf_engine.recipes.loading import dated, given, template_settings
+from rlhf_engine.recipes.session import exclusive
 
 BY_HAND = "file"
 """Value of `eval.judge` and `iterate.judge` for people, or an external program, that judge through a file."""
@@ -77,6 +77,7 @@ class Contest:
     """The answers that were judged."""
 
 
+@exclusive
 def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | None, str]:
     """Run `rlhf eval`: compare the two models of `config.eval` and write the result to OUTPUT_DIR/eval.
 
@@ -113,7 +114,7 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
         _write_report(new, config, contest)
 
     with_new_folder(folder, write)
-    shutil.rmtree(unjudged)
+    remove(unjudged)
     return contest, table(config, contest)
 
 

@@ -25,10 +25,12 @@ from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
 from rlhf_engine.recipes.generate import Answerer, answer_all
 from rlhf_engine.recipes.loading import dated, given
 from rlhf_engine.recipes.preflight import check_rounds
-from rlhf_engine.recipes.session import Start, continued
+from rlhf_engine.recipes.session import Start, continued, exclusive
 from rlhf_engine.recipes.steps import Steps
 
-_MAY_CHANGE = ("output_dir", "device", "iterate.rounds", "ppo.checkpoint_every", "reward.checkpoint_every")
+_MAY_CHANGE = (
+    *("output_dir", "device", "iterate.rounds", "checkpoint", "ppo.checkpoint_every", "reward.checkpoint_every"),
+)
 _STATE = "state.json"
 
 _ALWAYS = ("seed", "dtype", "compute_dtype", "backend", "model", "memory")
@@ -71,6 +73,7 @@ class Iteration:
         return "\n".join([*(lines if self.win_rates else []), *([self.waiting] if self.waiting else [])])
 
 
+@exclusive
 def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iteration:
     """Run `rlhf iterate`: `iterate.rounds` rounds in OUTPUT_DIR, starting from the SFT model `model.path`.
 

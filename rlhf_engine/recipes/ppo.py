@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_engine.checkpoint import TRAINER, fingerprint, fingerprint_rows
-from rlhf_engine.checkpoint import resume as resume_trainer
+from rlhf_engine.checkpoint import REWARD_FUNCTION, fingerprint, fingerprint_rows
+from rlhf_engine.checkpoint_folders import TRAINER
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCodec, read_prompts, stored, token_rows
+from rlhf_engine.metrics import MetricsWriter
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
@@ -33,22 +34,22 @@ from rlhf_engine.recipes.loading import (
     load_model,
     load_reward_model,
     plot,
-    stage_metrics,
     truncated,
 )
 from rlhf_engine.recipes.planning import RunPlan, plan_run
-from rlhf_engine.recipes.session import TrainingSession, check_start
+from rlhf_engine.recipes.session import TrainingSession, check_start, exclusive, load_newest
 from rlhf_engine.recipes.trial import check_disk, try_output, try_reward
 from rlhf_engine.rewards.calls import Parameters
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
-from rlhf_engine.rewards.user_code import import_function
+from rlhf_engine.rewards.user_code import import_function, source_fingerprint
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.supervised.reward_model import score_examples
 
 _PROMPTS: RecordCodec[Tensor] = RecordCodec(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 
 
+@exclusive
 def run_ppo(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = ()
 ) -> list[dict[str, float]]:
@@ -96,12 +97,13 @@ def run_ppo(
         data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
     if reward_model is not None:
         data["reward.path"] = fingerprint(reward_model.named_parameters())
+    if config.reward.function is not None:
+        data[REWARD_FUNCTION] = source_fingerprint(config.reward.function)
     check_disk(trainer, config, Path(config.output_dir) / "ppo")
     try_output(trainer, codec.tokenizer, config)
     try_reward(trainer, codec.eos_id)
-    if resume:
-        resume_trainer(Path(config.output_dir) / "ppo", trainer, config, data)
-    return _train(config, trainer, codec, data, plan, overwrite=overwrite)
+    loaded = load_newest(Path(config.output_dir) / "ppo", trainer, config, data) if resume else None
+    return _train(config, trainer, codec, data, plan, loaded, overwrite=overwrite)
 
 
 def _check_prompts(config: RunConfig, function: Callable[..., object] | None) -> tuple[str, ...]:
@@ -158,16 +160,23 @@ class Plots(Callback):
 
 
 def _train(
-    config: RunConfig, trainer: PPOTrainer, codec: Codec, data: dict[str, str], plan: RunPlan, *, overwrite: bool
+    config: RunConfig,
+    trainer: PPOTrainer,
+    codec: Codec,
+    data: dict[str, str],
+    plan: RunPlan,
+    loaded: Path | None,
+    *,
+    overwrite: bool,
 ) -> list[dict[str, float]]:
-    """Run the remaining updates in a `TrainingSession`, which saves them; return their metrics."""
+    """Run the updates after those of the checkpoint `loaded` in a `TrainingSession`, which saves them; return their metrics."""
     plan.write(config.output_dir)
     folder, every = Path(config.output_dir) / "ppo", config.ppo.checkpoint_every
     replaces = (folder,) if overwrite else ()
     with (
-        stage_metrics(config, "ppo", trainer.done) as metrics,
+        MetricsWriter(config.output_dir, "ppo", resume_after=trainer.done, history=loaded) as metrics,
         TrainingSession(
-            trainer, folder, codec.tokenizer, config, data, metrics, every=every, replaces=replaces
+            trainer, folder, codec.tokenizer, config, data, metrics, every=every, loaded=loaded, replaces=replaces
         ) as session,
     ):
         log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())

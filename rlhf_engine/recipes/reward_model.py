@@ -29,7 +29,7 @@ from rlhf_engine.recipes.loading import (
     stage_folders,
     truncated,
 )
-from rlhf_engine.recipes.session import check_start, run_session
+from rlhf_engine.recipes.session import check_start, exclusive, run_session
 from rlhf_engine.recipes.trial import check_disk, try_output
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
@@ -41,6 +41,7 @@ from rlhf_engine.supervised.reward_model import (
 )
 
 
+@exclusive
 def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> tuple[RankingEvaluation, ...]:
     """Train a reward model on rankings and write it to `output_dir/rm`; return its evaluations on held-out rankings.
 

@@ -15,6 +15,8 @@ Guarantees for `rlhf sft`, `rlhf rm` and `rlhf ppo`:
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
 import signal
 import tempfile
@@ -24,15 +26,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self, TypedDict, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint import Checkpointable, save_checkpoint
 from rlhf_engine.checkpoint import resume as resume_trainer
+from rlhf_engine.checkpoint_folders import Keeper, checkpoints, remove_checkpoints
 from rlhf_engine.config import RunConfig
-from rlhf_engine.files import recover, remove, with_new_folder
-from rlhf_engine.metrics import MetricsWriter
+from rlhf_engine.files import FolderLock, clean_up, recover, with_new_folder
+from rlhf_engine.metrics import MetricsWriter, warn
 from rlhf_engine.supervised.trainer import SupervisedTrainer
 
 INTERVAL = 600.0
@@ -41,6 +44,7 @@ ONE_SIGNAL = 2.0
 """Seconds after the first signal in which further signals count as the same one."""
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CANNOT_SAVE = (OSError, ValueError, RuntimeError)
@@ -62,9 +66,9 @@ class Stopped(KeyboardInterrupt):
 class TrainingSession:
     """Context manager that saves `trainer` in `folder`, at intervals and when it ends early, and handles signals.
 
-    `every` is the config's `checkpoint_every`: None saves by time (`INTERVAL`), 0 only at the end. `replaces` are folders of
-    an earlier run, which are deleted when the first step is finished. Signals are handled in the main thread only; signals
-    that the process ignores, as under `nohup`, stay ignored.
+    `every` is the config's `checkpoint_every`: None saves by time (`INTERVAL`), 0 only at the end. `loaded` is the checkpoint
+    that the run continues from. `replaces` are folders of an earlier run, which are deleted when the first step is finished.
+    Signals are handled in the main thread only; signals that the process ignores, as under `nohup`, stay ignored.
     """
 
     def __init__(
@@ -77,12 +81,15 @@ class TrainingSession:
         metrics: MetricsWriter,
         *,
         every: int | None,
+        loaded: Path | None = None,
         replaces: Sequence[Path] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.trainer, self.folder, self.metrics = trainer, folder, metrics
         self.tokenizer, self.config, self.data = tokenizer, config, data
         self.every, self.replaces, self.clock = every, replaces, clock
+        self.keeper = Keeper(folder, config.checkpoint, loaded=loaded)
+        self.score: float | None = None
         self.saved = self.started = trainer.done
         self._seen = trainer.done
         self._time, self._cost = clock(), 0.0
@@ -97,9 +104,9 @@ class TrainingSession:
         """Log the metrics of a finished step; the first call deletes the folders that the run replaces."""
         for folder in self.replaces:
             recover(folder)
-            if folder.exists():
-                shutil.rmtree(folder)
+            remove_checkpoints(folder)
         self.replaces = ()
+        self._score(metrics)
         self.metrics.write(step, metrics)
 
     def after(self) -> None:
@@ -133,7 +140,7 @@ class TrainingSession:
         begun = self.clock()
         try:
             self.metrics.sync()
-            self._write(self.folder)
+            self.keeper.save(lambda retire: self._write(self.folder, retire))
         finally:
             self._masked = masked
         self.saved, self._time = self.trainer.done, self.clock()
@@ -247,8 +254,19 @@ class TrainingSession:
         missing = needed - shutil.disk_usage(self.folder.parent).free
         return f"; {missing:,} bytes are missing on the disk of {self.folder.parent}" if missing > 0 else ""
 
-    def _write(self, place: Path) -> None:
-        save_checkpoint(place, self.trainer, self.tokenizer, self.config, self.data)
+    def _write(self, place: Path, retire: Callable[[Path], object] | None = None) -> None:
+        lines, score = self.metrics.lines(), self.score
+        save_checkpoint(
+            place, self.trainer, self.tokenizer, self.config, self.data, metrics=lines, score=score, retire=retire
+        )
+
+    def _score(self, metrics: Mapping[str, float]) -> None:
+        """Set the score of the next checkpoint to the value of `checkpoint.best`, if these metrics have it."""
+        best = self.config.checkpoint.best
+        if best is not None:
+            sign, name = (-1.0, best[1:]) if best.startswith("-") else (1.0, best)
+            if name in metrics:
+                self.score = sign * float(metrics[name])
 
     def _write_model(self, place: Path) -> None:
         with_new_folder(place, lambda new: self.trainer.write_model(new, self.tokenizer))
@@ -268,21 +286,41 @@ def run_session(
     overwrite: bool,
 ) -> Result:
     """Train to the end with checkpoints in `unfinished`, which is deleted after `write_result` has written `folder`."""
-    if resume:
-        resume_trainer(unfinished, trainer, config, data)
+    loaded = load_newest(unfinished, trainer, config, data) if resume else None
     replaces = (unfinished, folder) if overwrite else ()
     with (
-        MetricsWriter(config.output_dir, trainer.stage, resume_after=trainer.done) as metrics,
+        MetricsWriter(config.output_dir, trainer.stage, resume_after=trainer.done, history=loaded) as metrics,
         TrainingSession(
-            trainer, unfinished, tokenizer, config, data, metrics, every=every, replaces=replaces
+            trainer, unfinished, tokenizer, config, data, metrics, every=every, loaded=loaded, replaces=replaces
         ) as session,
     ):
         trainer.log = session.write
         trainer.train(session.after, session.interruptible)
         session.hold_signals()
         result = write_result()
-    remove(unfinished)
+    remove_checkpoints(unfinished)
     return result
+
+
+def load_newest(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str]) -> Path | None:
+    """Resume from the newest undamaged checkpoint and return its folder; if there is none, warn and return None."""
+    loaded = resume_trainer(folder, trainer, config, data)
+    if loaded is None:
+        warn(f"{folder}: there is no checkpoint yet, so the run begins from the start")
+    return loaded
+
+
+def exclusive(
+    run: Callable[Concatenate[RunConfig, Arguments], Result],
+) -> Callable[Concatenate[RunConfig, Arguments], Result]:
+    """Let one process at a time run a stage in an output folder; a second one gets a ValueError."""
+
+    @functools.wraps(run)
+    def locked(config: RunConfig, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with FolderLock(config.output_dir):
+            return run(config, *arguments, **options)
+
+    return locked
 
 
 def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrite: bool) -> None:
@@ -294,13 +332,15 @@ def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrit
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; pass one of them")
     for folder in (result, *others):
-        recover(folder)
+        clean_up(folder)
     if result.exists() and not (result.is_dir() and ((result / marker).is_file() or not any(result.iterdir()))):
         raise ValueError(
             f"{result}: its contents are not those of an earlier run; move them away, or set a different output_dir"
         )
     for folder in (*others, result):
-        if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
+        if os.path.ismount(folder):
+            raise ValueError(f"{folder}: is a mount point, which cannot be replaced; mount its parent folder instead")
+        if checkpoints(folder) and not (resume or overwrite):
             kind = "an unfinished run" if folder in others else "an earlier run"
             raise ValueError(f"{folder}: {kind} is there; continue it with --resume, or replace it with --overwrite")
 
@@ -314,6 +354,5 @@ class Start(TypedDict):
 
 def continued(checkpoint: Path) -> Start:
     """Return the arguments of a stage that continues from its checkpoint, or starts anew if there is none."""
-    recover(checkpoint)
-    found = checkpoint.is_dir()
+    found = bool(checkpoints(checkpoint))
     return {"resume": found, "overwrite": not found}

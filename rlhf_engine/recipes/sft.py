@@ -25,11 +25,12 @@ from rlhf_engine.recipes.loading import (
     stage_folders,
     truncated,
 )
-from rlhf_engine.recipes.session import check_start, run_session
+from rlhf_engine.recipes.session import check_start, exclusive, run_session
 from rlhf_engine.recipes.trial import check_disk, try_output
 from rlhf_engine.supervised.sft import FitReport, SFTTrainer
 
 
+@exclusive
 def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> FitReport:
     """Train on demonstrations; write the model with the lowest validation loss to `output_dir/sft` and return the history.
 

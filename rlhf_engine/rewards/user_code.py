@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import sysconfig
 from collections.abc import Callable
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from traceback import walk_tb
 from types import ModuleType, TracebackType
@@ -82,6 +82,17 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
         got = "not defined" if function is None else type(function).__name__
         raise ValueError(f"{key}: {attribute!r} in {place} is {got}, expected a function")
     return function
+
+
+def source_fingerprint(name: str) -> str:
+    """Return the SHA-256 of the file of an imported `module:function` or `file.py:function`, and of the function's name.
+
+    It does not depend on the file's path, so that a resumed run may import the same file from a different place.
+    """
+    place, _, attribute = name.rpartition(":")
+    source = place if place.endswith(".py") else getattr(sys.modules[place], "__file__", None)
+    content = b"" if source is None else Path(source).read_bytes()
+    return sha256(attribute.encode() + b"\0" + content).hexdigest()
 
 
 def _module(place: str, key: str) -> ModuleType:

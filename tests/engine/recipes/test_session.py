@@ -1,55 +1,16 @@
 """What a training session saves: when a checkpoint is due, and when a stage ends early."""
 
-import errno
 import json
 import re
 import signal
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.recipes.session import INTERVAL, Stopped, TrainingSession
-
-
-class Counter:
-    """A trainer whose weights are the number of its finished steps."""
-
-    stage, unit, seed = "sft", "step", 0
-
-    def __init__(self):
-        self.done, self.whole = 0, True
-        self.weight, self.moment = torch.zeros(1000), torch.zeros(2000)
-        self.full = lambda name: False
-
-    def step(self, within=lambda: None):
-        self.whole = False
-        self.weight += 1
-        within()
-        self.done += 1
-        self.whole = True
-
-    def state(self):
-        return {"done": self.done}
-
-    def tensors(self):
-        return {"0.exp_avg": self.moment}
-
-    def weights(self):
-        yield "weight", self.weight
-
-    def constants(self):
-        return {}
-
-    def write_model(self, folder, tokenizer):
-        if self.full(folder.name.removesuffix(".new")):
-            raise OSError(errno.ENOSPC, "no space")
-        save_file({"weight": self.weight}, folder / "model.safetensors")
-
-    def load(self, folder, state, tensors):
-        raise AssertionError("no test of this module resumes a trainer")
+from tests.engine.helpers.counter import Counter
 
 
 @pytest.fixture
@@ -265,7 +226,7 @@ def test_only_the_model_is_saved_if_the_whole_state_does_not_fit(session, traine
     with pytest.raises(OSError) as raised, session() as one:
         run(one, trainer, 3)
         one.save()
-    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["config.json", "model.safetensors"]
     assert float(load_file(tmp_path / "other" / "model.safetensors")["weight"][0]) == 3
     note = raised.value.__notes__[0]
     assert f"the model, without optimizer state, after step 3 is in {tmp_path / 'other'}" in note

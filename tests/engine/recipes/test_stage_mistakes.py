@@ -21,11 +21,13 @@ def run(tmp_path, base):
     return new_run(tmp_path, base)
 
 
-def test_resuming_without_a_checkpoint_is_refused(run, capsys):
-    assert rlhf(capsys, "rm", "--config", run / "run.yaml")[0] == 0
-    options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")
-    code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", *options)
-    assert code == 2 and f"{run / 'out' / 'ppo'}: no such folder" in shown
+def test_resuming_before_the_first_checkpoint_begins_from_the_start(run, capsys):
+    """A run that was killed before its first checkpoint is started again with the same command."""
+    for command, folder in (("sft", "sft.checkpoint"), ("rm", "rm.checkpoint"), ("ppo", "ppo")):
+        options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")
+        code, _, shown = rlhf(capsys, command, "--config", run / "run.yaml", *options)
+        begins = f"rlhf: warning: {run / 'out' / folder}: there is no checkpoint yet, so the run begins from the start"
+        assert code == 0 and shown.startswith(begins), shown
 
 
 @pytest.mark.parametrize(
