@@ -233,7 +233,7 @@ def test_a_folder_that_is_a_link_stays_one(tmp_path):
 
 
 def test_saving_needs_no_second_copy_of_the_model(tmp_path):
-    """256 MB of weights and optimizer state; a copy of the largest tensor alone would be 64 MB."""
+    """256 MB of weights and optimizer state; a copy of the largest tensor would be 192 MB."""
     trainer = Counter()
     trainer.weight, trainer.moment = torch.ones(16_000_000), torch.ones(48_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
