@@ -29,7 +29,8 @@ from rlhf_engine.checkpoint_folders import DONE, SCORE, TRAINER, checkpoints
 from rlhf_engine.config import RolloutConfig, RunConfig, flat_settings, load_saved_config, save_config
 from rlhf_engine.files import OPTIMIZER, read_json, read_tensors, require, with_new_folder, write_json
 from rlhf_engine.manifest import MANIFEST, damage, write_manifest
-from rlhf_engine.metrics import METRICS, warn
+from rlhf_engine.metrics import METRICS
+from rlhf_engine.notices import notice
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -214,7 +215,7 @@ def resume(
         wrong = damage(place) if has_manifest(place) else None
         if wrong is None:
             for why in damages.values():
-                warn(f"{why}; the run continues from the earlier checkpoint {place}")
+                notice(f"{why}; the run continues from the earlier checkpoint {place}")
             _load(place, trainer, config, data)
             return place
         damages[place] = wrong
@@ -272,7 +273,9 @@ def _check_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, str])
             continue
         if key == REWARD_FUNCTION and (key in before or "reward.path" not in before):
             if key in before:  # checkpoints of earlier releases have no fingerprint of it
-                warn(f"{key}: its file has changed since the run of {folder} began; the run continues with the new one")
+                notice(
+                    f"{key}: its file has changed since the run of {folder} began; the run continues with the new one"
+                )
             continue
         raise ValueError(f"{key}: the content has changed since the run of {folder} began; restore it to resume")
     for key in before:

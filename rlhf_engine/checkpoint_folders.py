@@ -14,7 +14,7 @@ from rlhf_engine import files
 from rlhf_engine.config import CheckpointConfig
 from rlhf_engine.files import is_full, read_json, recover
 from rlhf_engine.manifest import MANIFEST
-from rlhf_engine.metrics import warn
+from rlhf_engine.notices import notice
 
 TRAINER = "trainer.json"
 """File in a checkpoint with the trainer's state."""
@@ -63,7 +63,7 @@ class Keeper:
             kept = kept_checkpoints(self.folder)
             if not is_full(error) or not kept or not self.folder.exists():
                 raise
-            warn(f"{error}; the earlier checkpoints in {kept[0].parent} were deleted to save the new one")
+            notice(f"{error}; the earlier checkpoints in {kept[0].parent} were deleted to save the new one")
             for place in kept:
                 files.remove(place)
             write(self._retire)

@@ -39,16 +39,16 @@ _OTHER_FORMATS = {
 class FolderLock:
     """Context manager that lets one process at a time write into an output folder; a killed process releases it.
 
-    The lock is the file `.lock` in the folder, which is deleted at the end, as is a folder that the lock created and that is
+    The lock is the file `name` in the folder, which is deleted at the end, as is a folder that the lock created and that is
     still empty.
 
     Raises:
         ValueError: a different process holds the lock.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, name: str = LOCK) -> None:
         self.folder = Path(folder)
-        self.path = self.folder / LOCK
+        self.path = self.folder / name
         self.descriptor = -1
         self.created: list[Path] = []
 

@@ -154,11 +154,6 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def warn(message: str) -> None:
-    """Write a warning as one line to stderr."""
-    print(f"rlhf: warning: {message}", file=sys.stderr)
-
-
 class ProgressLines(tqdm):
     """Progress as log lines, one every `LINE_SECONDS`. A task that takes less time writes none."""
 

@@ -64,8 +64,8 @@ def _everywhere(
     """RLHF from demonstrations to PPO."""
 
 
-RESUMABLE = ("sft", "rm", "ppo")
-"""Commands with the option --resume. The others continue, or start again, when they are called again."""
+RESUMABLE = ("sft", "rm", "ppo", "iterate", "generate")
+"""Commands with the option --resume. The others start again when they are called again."""
 
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue from the checkpoint, with the same numbers as an uninterrupted run.")

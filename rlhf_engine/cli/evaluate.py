@@ -24,13 +24,23 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same as --set seed=...")] = None,
     split: Annotated[str | None, typer.Option(help="Use only the prompts of this split.")] = None,
     overrides: SetOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Require the settings of the interrupted call. It is continued without this option too."
+        ),
+    ] = False,
 ) -> None:
-    """Sample responses of model.path to a file of prompts, with the settings of section rollout."""
+    """Sample responses of model.path to a file of prompts, with the settings of section rollout.
+
+    An interrupted call leaves OUTPUT.partial; the same call continues from there and writes the same file.
+    """
     quiet()
     from rlhf_engine.recipes.generate import generate_file
 
     short = [f"rollout.temperature={temperature}"] * (temperature is not None) + [f"seed={seed}"] * (seed is not None)
-    count, cut = generate_file(read_config(config, [*(overrides or []), *short]), prompts, output, samples, split)
+    settings = read_config(config, [*(overrides or []), *short])
+    count, cut = generate_file(settings, prompts, output, samples, split, resume=resume)
     typer.echo(f"{count} prompts, {cut} of them truncated on the left, {samples} responses each: {output}")
 
 
@@ -56,9 +66,18 @@ def figure(
     typer.echo(f"\nplot and numbers: {output / 'figure.png'}, {output / 'figure.json'}")
 
 
-def iterate(config: ConfigOption, overrides: SetOption = None) -> None:
+def iterate(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Report if there is no run to continue. One is continued without this option too."
+        ),
+    ] = False,
+) -> None:
     """Run rounds of generate, rank, reward model and PPO from model.path. Skips the steps that OUTPUT_DIR already has."""
     quiet()
     from rlhf_engine.recipes.iterate import run_iterate
 
-    typer.echo(run_iterate(read_config(config, overrides), typer.echo).table())
+    typer.echo(run_iterate(read_config(config, overrides), typer.echo, resume=resume).table())

@@ -5,25 +5,33 @@ Legend: S samples, the answers to one prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlhf_engine.config import RunConfig
+from rlhf_engine import files
+from rlhf_engine.checkpoint import fingerprint
+from rlhf_engine.config import RunConfig, flat_settings
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
 from rlhf_engine.data.records import prompt_field
-from rlhf_engine.files import with_new_file
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.ppo.build import make_generator
 from rlhf_engine.recipes.loading import check_room, computing, encode_records, load_model
+from rlhf_engine.recipes.partial import PartialFile
 from rlhf_engine.rollout import STOP_REASONS, Generator
+
+_NOT_READ = (
+    *("output_dir", "model.path", "sft", "reward", "ppo", "eval", "iterate", "checkpoint"),
+    *(f"data.{name}" for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene")),
+)
+"""Keys and sections of the config on which the answers to a file of prompts do not depend."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Answerer:
             samples: answers per prompt.
             first: index of the first record, on which the random numbers depend.
         """
-        prompts = list(encode_records(source, records, self._encode))
+        prompts = list(encode_records(source, records, self.encode))
         rows = [prompt for prompt in prompts for _ in range(samples)]
         rollout = self.generator.generate(rows, torch.arange(len(rows)) + first * samples)
         lengths = rollout.response_lengths.tolist()
@@ -92,35 +100,45 @@ class Answerer:
         parts = [slice(start, start + samples) for start in range(0, len(texts), samples)]
         return [Answers(texts[part], ended[part], reasons[part], logprobs[part]) for part in parts]
 
-    def _encode(self, record: PromptRecord) -> Tensor:
+    def encode(self, record: PromptRecord) -> Tensor:
+        """Return the token ids of a prompt, preceded by the prefix."""
         if self.prefix and not isinstance(record.prompt, str):
             raise ValueError("messages: got a conversation, expected a text: a prefix cannot precede a conversation")
         return torch.tensor(self.codec.encode_prompt(record.prompt))
 
 
+def chunk_size(answerer: Answerer, samples: int) -> int:
+    """Return the number of prompts that are answered together.
+
+    A chunk has several batches, so that other prompts can use the free slots while the longest answers finish.
+    """
+    return max(1, 4 * answerer.batch_size // samples)
+
+
 def answer_all(
-    answerer: Answerer, source: str | None, records: Iterable[PromptRecord], samples: int
+    answerer: Answerer, source: str | None, records: Iterable[PromptRecord], samples: int, done: int = 0
 ) -> Iterator[tuple[PromptRecord, Answers]]:
-    """Yield records with their answers; the number of records in memory is bounded."""
-    records, done = iter(records), 0
-    # A chunk has several batches, so that other prompts can use the free slots while the longest answers finish.
-    chunk = max(1, 4 * answerer.batch_size // samples)
-    while part := list(islice(records, chunk)):
+    """Yield records with their answers; the number of records in memory is bounded. The first record has the number `done`."""
+    records = iter(records)
+    while part := list(islice(records, chunk_size(answerer, samples))):
         yield from zip(part, answerer.answer(source, part, samples, done), strict=True)
         done += len(part)
 
 
 def generate_file(
-    config: RunConfig, source: Path, target: Path, samples: int, split: str | None = None
+    config: RunConfig, source: Path, target: Path, samples: int, split: str | None = None, *, resume: bool = False
 ) -> tuple[int, int]:
     """Write the answers of `model.path` to the prompts of a JSONL file, one line per prompt.
 
     A line has the prompt, `answers`, `ended`, `stop_reason` and `logprobs`. Prompts are read and lines written while the
-    model samples. `target` is complete or absent. Return the number of prompts and how many of them were cut on the left.
+    model samples. `target` is complete or absent; until then the lines are in `target.partial`. A repeated call with the same
+    settings, model and prompts continues from there and writes the same file. Return the number of prompts and how many of them
+    were cut on the left.
 
     Raises:
         ValueError: a line is bad or a prompt is too long, named as `file:line`; there are no prompts; `samples` is less
-            than 1; `target` is a folder or the file of prompts.
+            than 1; `target` is a folder or the file of prompts; or `resume` is set and a setting differs from that of the
+            interrupted call.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
@@ -130,26 +148,37 @@ def generate_file(
         raise ValueError(
             f"output: got {target}, the file of prompts, expected a different file: it would be overwritten"
         )
-    records = read_prompts(source, split)
-    folder = config.model.path
-    answerer = Answerer(config, folder, seed=config.seed)
-    count = 0
-
-    def write(new: Path) -> None:
-        nonlocal count
-        with new.open("w", encoding="utf-8") as file, progress(0, "generate", unit="prompt") as bar:
-            for record, sampled in answer_all(answerer, str(source), records, samples):
-                line = prompt_field(record.prompt) | {
-                    "answers": sampled.texts,
-                    "ended": sampled.ended,
-                    "stop_reason": sampled.stop_reason,
-                    "logprobs": sampled.logprobs,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                count += 1
-                bar.update()
-        if not count:
+    records = iter(read_prompts(source, split))
+    answerer = Answerer(config, config.model.path, seed=config.seed)
+    settings = {
+        "samples": samples,
+        "split": split,
+        "prompts": _digest(source),
+        "model.path": fingerprint(answerer.actor.named_parameters()),
+        **dict(flat_settings(config.to_dict(), _NOT_READ)),
+    }
+    with (
+        PartialFile(target, settings, chunk=chunk_size(answerer, samples), resume=resume) as file,
+        progress(0, "generate", unit="prompt", done=file.kept) as bar,
+    ):
+        for _ in encode_records(str(source), islice(records, file.kept), answerer.encode):
+            pass  # counts the prompts that are cut
+        for record, sampled in answer_all(answerer, str(source), records, samples, file.kept):
+            line = prompt_field(record.prompt) | {
+                "answers": sampled.texts,
+                "ended": sampled.ended,
+                "stop_reason": sampled.stop_reason,
+                "logprobs": sampled.logprobs,
+            }
+            file.write(line)
+            bar.update()
+        if not file.count:
             raise ValueError(f"{source}: got no prompts{f' of split {split}' if split else ''}, expected at least one")
+        file.finish()
+    return file.count, answerer.codec.truncated.count
 
-    with_new_file(target, write)
-    return count, answerer.codec.truncated.count
+
+def _digest(source: Path) -> str:
+    """Return the SHA-256 of a file, or of the files in a folder of `save_to_disk`."""
+    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    return sha256("".join(files.disk.digest(path) for path in paths).encode()).hexdigest()

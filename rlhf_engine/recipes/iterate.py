@@ -19,6 +19,7 @@ from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_pr
 from rlhf_engine.data.records import prompt_field, prompt_of
 from rlhf_engine.evaluate import WinRate, rank
 from rlhf_engine.files import read_json_lines, with_new_file
+from rlhf_engine.notices import notice
 from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.recipes import run_ppo, run_rm
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
@@ -74,10 +75,11 @@ class Iteration:
 
 
 @exclusive
-def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iteration:
+def run_iterate(config: RunConfig, say: Callable[[str], object] = print, *, resume: bool = False) -> Iteration:
     """Run `rlhf iterate`: `iterate.rounds` rounds in OUTPUT_DIR, starting from the SFT model `model.path`.
 
-    Call `say` with one line at the start of each step.
+    Call `say` with one line at the start of each step. A run that was ended at any moment is continued; `resume` only reports
+    if there is none.
 
     Raises:
         ValueError: a round could not read one of its inputs (see `check_rounds`), and nothing is written; or a setting
@@ -85,6 +87,8 @@ def run_iterate(config: RunConfig, say: Callable[[str], object] = print) -> Iter
     """
     config = dated(config)
     root = Path(config.output_dir)
+    if resume and not (root / _STATE).is_file():
+        notice(f"{root}: no step of an earlier run is finished, so the first one begins from the start")
     steps, rates, waiting = Steps(root / _STATE, config, _MAY_CHANGE), [], None
     if f"round {config.iterate.rounds}: eval" not in steps:
         check_rounds(config)

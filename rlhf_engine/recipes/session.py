@@ -35,7 +35,8 @@ from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.checkpoint_folders import Keeper, checkpoints, remove_checkpoints
 from rlhf_engine.config import RunConfig
 from rlhf_engine.files import FolderLock, clean_up, recover, with_new_folder
-from rlhf_engine.metrics import MetricsWriter, warn
+from rlhf_engine.metrics import MetricsWriter
+from rlhf_engine.notices import notice
 from rlhf_engine.supervised.trainer import SupervisedTrainer
 
 INTERVAL = 600.0
@@ -306,7 +307,7 @@ def load_newest(folder: Path, trainer: Checkpointable, config: RunConfig, data: 
     """Resume from the newest undamaged checkpoint and return its folder; if there is none, warn and return None."""
     loaded = resume_trainer(folder, trainer, config, data)
     if loaded is None:
-        warn(f"{folder}: there is no checkpoint yet, so the run begins from the start")
+        notice(f"{folder}: there is no checkpoint yet, so the run begins from the start")
     return loaded
 
 

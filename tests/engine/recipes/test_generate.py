@@ -137,3 +137,70 @@ def test_letters_outside_ascii_are_kept(run, capsys):
     write_lines(run / "prompts.jsonl", [{"prompt": "ü", "user_id": "u"}])
     assert generate(capsys, run, "a.jsonl")[0] == 0
     assert json.loads((run / "a.jsonl").read_text(encoding="utf-8"))["prompt"] == "ü"
+
+
+# ---- interrupted calls ----
+
+
+def interrupted(capsys, run, monkeypatch, chunk):
+    """Call `generate` with chunks of 4 prompts, and interrupt it when it answers chunk number `chunk`."""
+    calls, real = [], Answerer.answer
+
+    def answer(self, *arguments):
+        calls.append(1)
+        if len(calls) == chunk:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "answer", answer)
+        assert generate(capsys, run, "a.jsonl", "--samples", 2, sets=["rollout.batch_size=2"])[0] == 130
+
+
+@pytest.mark.parametrize("chunk, kept", [(1, None), (2, 4), (3, 8)])
+@pytest.mark.parametrize("torn", ["", '{"prompt": "q', '{"prompt": "q8", "answers": ["x"]}\n'])
+def test_an_interrupted_call_is_continued_and_writes_the_same_file(run, capsys, monkeypatch, chunk, kept, torn):
+    """A chunk has 4 prompts. Lines of an incomplete chunk are written again, and so is a line that a kill has cut."""
+    assert generate(capsys, run, "whole.jsonl", "--samples", 2, sets=["rollout.batch_size=2"])[0] == 0
+    interrupted(capsys, run, monkeypatch, chunk)
+    partial = run / "a.jsonl.partial"
+    assert partial.exists() == (kept is not None) and not (run / "a.jsonl").exists()
+    if kept is not None:
+        assert len(read_lines(partial)) == 1 + kept
+        with partial.open("a") as file:
+            file.write(torn)
+    answered, real = [], Answerer.answer
+
+    def answer(self, source, records, *more):
+        answered.extend(record.prompt for record in records)
+        return real(self, source, records, *more)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    arguments = ("--samples", 2, "--resume")
+    code, shown, _ = generate(capsys, run, "a.jsonl", *arguments, sets=["rollout.batch_size=2"])
+    assert code == 0 and shown.startswith("10 prompts, 0 of them truncated")
+    assert answered == [f"q{n}" for n in range(kept or 0, 10)]
+    assert (run / "a.jsonl").read_bytes() == (run / "whole.jsonl").read_bytes()
+    assert not [path.name for path in run.iterdir() if "partial" in path.name]
+
+
+@pytest.mark.parametrize("sets, key", [(["seed=1"], "seed"), (["rollout.temperature=0.5"], "rollout.temperature")])
+def test_a_call_with_other_settings_continues_nothing(run, capsys, monkeypatch, sets, key):
+    interrupted(capsys, run, monkeypatch, 3)
+    sets = ["rollout.batch_size=2", *sets]
+    code, _, shown = generate(capsys, run, "a.jsonl", "--samples", 2, "--resume", sets=sets)
+    assert code == 2 and f"rlhf: {key}: got" in shown and "differs from that of" in shown
+    assert generate(capsys, run, "a.jsonl", "--samples", 2, sets=sets)[0] == 0
+    assert generate(capsys, run, "whole.jsonl", "--samples", 2, sets=sets)[0] == 0
+    assert (run / "a.jsonl").read_bytes() == (run / "whole.jsonl").read_bytes()
+
+
+def test_changed_prompts_and_weights_continue_nothing(run, capsys, monkeypatch, tmp_path_factory):
+    interrupted(capsys, run, monkeypatch, 3)
+    sets = ["rollout.batch_size=2", f"model.path={new_model(tmp_path_factory.mktemp('other'), seed=1)}"]
+    code, _, shown = generate(capsys, run, "a.jsonl", "--samples", 2, "--resume", sets=sets)
+    assert code == 2 and "rlhf: model.path: got" in shown
+    lines = read_lines(run / "prompts.jsonl")
+    write_lines(run / "prompts.jsonl", [*lines, lines[0]])
+    code, _, shown = generate(capsys, run, "a.jsonl", "--samples", 2, "--resume", sets=sets[:1])
+    assert code == 2 and "rlhf: prompts: got" in shown

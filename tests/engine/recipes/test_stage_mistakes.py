@@ -26,7 +26,7 @@ def test_resuming_before_the_first_checkpoint_begins_from_the_start(run, capsys)
     for command, folder in (("sft", "sft.checkpoint"), ("rm", "rm.checkpoint"), ("ppo", "ppo")):
         options = ("--set", f"reward.path={run / 'out' / 'rm'}", "--resume")
         code, _, shown = rlhf(capsys, command, "--config", run / "run.yaml", *options)
-        begins = f"rlhf: warning: {run / 'out' / folder}: there is no checkpoint yet, so the run begins from the start"
+        begins = f"rlhf: {run / 'out' / folder}: there is no checkpoint yet, so the run begins from the start"
         assert code == 0 and shown.startswith(begins), shown
 
 

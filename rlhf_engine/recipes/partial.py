@@ -1,0 +1,103 @@
+"""A JSONL file that is written in chunks over a long time, so that a killed run continues after its last complete chunk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import copyfileobj
+from types import TracebackType
+from typing import Any, Self
+
+from rlhf_engine import files
+from rlhf_engine.config.schema import shortened
+from rlhf_engine.files import FolderLock, with_new_file
+
+SUFFIX = ".partial"
+
+
+class PartialFile:
+    """The lines of `target` so far, in `target.partial`, whose first line has the settings on which they depend.
+
+    `kept` is the number of lines of complete chunks that an earlier call with the same settings wrote. Use it as a context
+    manager, which lets one process at a time write into the folder.
+
+    Raises:
+        ValueError: with `resume`, the earlier call had a different setting. Without it, its lines are dropped.
+    """
+
+    def __init__(self, target: Path, settings: Mapping[str, Any], *, chunk: int, resume: bool) -> None:
+        self.target, self.path = target, target.with_name(target.name + SUFFIX)
+        self.settings = json.loads(json.dumps(settings))
+        self.chunk, self.resume, self.kept = chunk, resume, 0
+
+    def __enter__(self) -> Self:
+        self.lock = FolderLock(self.target.parent, self.path.name + ".lock").__enter__()
+        self.kept, size = self._earlier()
+        if self.kept:
+            self.file = self.path.open("r+b")
+            self.file.truncate(size)
+            self.file.seek(size)
+        else:
+            self.file = self.path.open("wb")
+            self.file.write(_line(self.settings))
+        self.count = self.kept
+        return self
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Add a line; sync the file to disk after the last line of a chunk."""
+        self.file.write(_line(line))
+        self.count += 1
+        if self.count % self.chunk == 0:
+            self.file.flush()
+            files.disk.sync(self.path)
+
+    def finish(self) -> None:
+        """Write the lines to `target`, which is complete or absent, and delete the partial file."""
+        self.file.flush()
+
+        def write(new: Path) -> None:
+            with self.path.open("rb") as lines, new.open("wb") as whole:
+                lines.readline()
+                copyfileobj(lines, whole)
+
+        with_new_file(self.target, write)
+        self.path.unlink()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if kind is not None and self.count < self.chunk:
+            self.path.unlink(missing_ok=True)  # nothing to continue from
+        self.lock.__exit__()
+
+    def _earlier(self) -> tuple[int, int]:
+        """Return the number of lines in complete chunks of an earlier call with the same settings, and their end in bytes."""
+        if not self.path.is_file():
+            return 0, 0
+        with self.path.open("rb") as file:
+            first = file.readline()
+            if not first.endswith(b"\n") or not self._same(json.loads(first)):
+                return 0, 0
+            kept, end, size = 0, len(first), len(first)
+            for number, line in enumerate(file, start=1):
+                size += len(line)
+                if number % self.chunk == 0 and line.endswith(b"\n"):
+                    kept, end = number, size
+        return kept, end
+
+    def _same(self, before: Mapping[str, Any]) -> bool:
+        for key, value in self.settings.items():
+            if before.get(key) != value:
+                if self.resume:
+                    got = shortened(repr(value), 200)
+                    raise ValueError(
+                        f"{key}: got {got}, which differs from that of {self.path}; restore it, or call again without --resume"
+                    )
+                return False
+        return True
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
