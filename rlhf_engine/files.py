@@ -43,7 +43,7 @@ class FolderLock:
     still empty.
 
     Raises:
-        ValueError: a different process holds the lock.
+        ValueError: a different process holds the lock, or the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path, name: str = LOCK) -> None:
@@ -54,11 +54,16 @@ class FolderLock:
 
     def __enter__(self) -> Self:
         parents = [self.folder, *self.folder.parents]
-        self.created = [parent for parent in parents if not parent.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while not self._is_current():
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._lock()
+        try:
+            self.created = [parent for parent in parents if not parent.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not self._is_current():
+                self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                self._lock()
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: {self.folder} cannot be written ({error}); set a different output_dir"
+            ) from error
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, f"{os.getpid()} on {platform.node()}".encode())
         return self
