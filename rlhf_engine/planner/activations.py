@@ -8,10 +8,12 @@ Legend: N tokens, H hidden, I intermediate, A query width, K key width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from rlhf_engine.planner.model_shape import ModelShape
+from rlhf_engine.planner.model_shape import ModelShape, RecurrentShape
+from rlhf_engine.planner.skeleton import PassBytes
 
 FLOAT, IDS = torch.float32.itemsize, torch.int64.itemsize
 """Bytes of a float32 number and of a token id."""
@@ -118,3 +120,32 @@ class Pass:
         attention = 2 * self.scores(FLOAT) - self.tokens * 4 * s.intermediate * c
         again = self.saved_by_layer() if checkpointed else 0
         return again + max(product, attention) + self.tokens * s.hidden * self.weight_bytes
+
+
+@dataclass(frozen=True)
+class CountedPass(Pass):
+    """One pass of a model with recurrent states. Its bytes are counted for one sequence, and grow with the tokens."""
+
+    shape: RecurrentShape
+
+    def _scaled(self, *, checkpointed: bool) -> PassBytes:
+        dtype = torch.float32 if self.weight_bytes == FLOAT else torch.bfloat16
+        found, columns = self.shape.pass_bytes(self.columns, dtype, eager=self.eager, checkpointed=checkpointed)
+        return PassBytes(*(-(-part * self.tokens // columns) for part in (found.forward, found.saved, found.backward)))
+
+    def saved(self, *, checkpointed: bool) -> int:
+        """Return the bytes that the whole trunk saves for its backward pass, its output included."""
+        return self._scaled(checkpointed=checkpointed).saved
+
+    def forward_room(self) -> int:
+        """Return the peak bytes in use in a forward pass that saves nothing."""
+        return self._scaled(checkpointed=False).forward
+
+    def backward_room(self, *, checkpointed: bool) -> int:
+        """Return the peak bytes in use in the backward pass, in addition to the saved activations."""
+        return self._scaled(checkpointed=checkpointed).backward
+
+
+def pass_through(shape: ModelShape, *sizes: Any) -> Pass:
+    """Return the pass through a model of `shape`; `sizes` are the other fields of `Pass`."""
+    return CountedPass(shape, *sizes) if isinstance(shape, RecurrentShape) else Pass(shape, *sizes)

@@ -11,14 +11,15 @@ from rlhf_engine.memory.arena import SUM_DTYPE
 from rlhf_engine.optim.eight_bit import moment_bytes
 from rlhf_engine.optim.ema import AVERAGE_DTYPE
 from rlhf_engine.optim.offload import HALF, most_in_transit
-from rlhf_engine.planner.activations import FLOAT, Pass
-from rlhf_engine.planner.model_shape import ModelShape
+from rlhf_engine.planner.activations import FLOAT, Pass, pass_through
+from rlhf_engine.planner.model_shape import ModelShape, RecurrentShape
 from rlhf_engine.planner.workload import Workload
 from rlhf_engine.ppo.experience import experience_bytes
 from rlhf_engine.rollout.decode.cpu import reorders
 from rlhf_engine.rollout.decode.pages import PAGE_SIZE, pages_of, pool_bytes
 from rlhf_engine.rollout.decode.protocol import MIN_ROWS, kv_bytes, prompt_width
 from rlhf_engine.rollout.decode.slots import slot_columns, slots_per_step
+from rlhf_engine.rollout.decode.states import CacheShape
 from rlhf_engine.rollout.rollout import rollout_bytes
 from rlhf_engine.supervised.reward_model import SCORED_TOGETHER
 from rlhf_kernels import head_workspace_bytes
@@ -31,6 +32,8 @@ CONTEXT = {"cuda": 600 * 2**20, "cpu": 28 * 2**20}
 CUDA: the context, an estimate that we have not measured. CPU: pages of libraries that are touched by first calls,
 measured with a model of 0.2 million weights.
 """
+STATE_COPIES = 6
+"""Temporaries of a recurrent state in the step that updates it: decay, input, products and sums, by estimate."""
 _SCALE, _SCALED = 2, 64
 """Bytes of a scale of quantised frozen weights, and the number of weights that share it. Not built yet."""
 
@@ -120,12 +123,18 @@ def rollout(w: Workload, *, scored: bool) -> int:
 
 
 def kv_cache(w: Workload, slots: int) -> int:
-    """Return the bytes of the keys and values of `slots` sequences of maximum length."""
+    """Return the bytes of the keys and values, and of recurrent states, of `slots` sequences of maximum length."""
     columns = slot_columns(w.length)
+    if isinstance(w.policy, RecurrentShape):
+        return _cache_shape(w, w.policy).slot_bytes(slots, columns, eager=w.eager)
     if w.paged:
         return _pool_bytes(w, slots * pages_of(columns, PAGE_SIZE))
     slots += -slots % slots_per_step(eager=w.eager)
     return slots * kv_bytes(w.policy.kv_numbers, columns, w.product_dtype)
+
+
+def _cache_shape(w: Workload, policy: RecurrentShape) -> CacheShape:
+    return policy.skeleton(w.weight_dtype, eager=w.eager).cache
 
 
 def least_kv_cache(w: Workload, slots: int) -> int:
@@ -163,14 +172,22 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
     width = prompt_width(w.prompt)
     # Shorter prompts can fill the token budget of a pass better than the longest ones, whose width may not divide it.
     tokens = min(slots * width, max(width, w.prefill_tokens))
+    if isinstance(policy, RecurrentShape) and w.device == "cpu":
+        tokens = width  # every prompt has a separate pass
     reading = pass_of(w, policy, -(-tokens // width), width)
+    prefill = {}
     decoding = rows * columns
     if w.paged or w.eager or w.device != "cpu":
         decoding += 2 * rows * policy.heads * columns * w.compute_bytes
     if w.paged and w.device == "cpu":
         # A layer's pages are gathered into one tensor, and positions outside of the sequences are zeroed in a second one.
         decoding += 2 * rows * pages_of(columns, PAGE_SIZE) * PAGE_SIZE * policy.key_width * FLOAT
-    prefill = {"prefill_workspace": max(reading.forward_room(), logits)}
+    if isinstance(policy, RecurrentShape):
+        states = _cache_shape(w, policy)
+        decoding += STATE_COPIES * states.largest_state(rows)
+        # The cache of a prefill, before it is copied into slots.
+        prefill["prefilled"] = states.slot_bytes(reading.rows, width, eager=False)
+    prefill["prefill_workspace"] = max(reading.forward_room(), logits)
     if not w.autocast and reorders(w.device, w.weight_dtype):
         # A copy of the head's weight in oneDNN's layout, from the first decode step to the last.
         held["reordered_head"] = policy.vocab * policy.hidden * w.weight_bytes
@@ -250,12 +267,12 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
 def _inputs(w: Workload, shape: ModelShape, tokens: int) -> Pass:
     """Return a pass over `tokens` inputs, of sequences of at most the maximum length."""
     columns = w.length - 1
-    return Pass(shape, -(-tokens // columns), columns, w.eager, w.weight_bytes, w.compute_bytes, tokens)
+    return pass_through(shape, -(-tokens // columns), columns, w.eager, w.weight_bytes, w.compute_bytes, tokens)
 
 
 def pass_of(w: Workload, shape: ModelShape, rows: int, columns: int) -> Pass:
     """Return a pass over `rows` sequences of `columns` tokens."""
-    return Pass(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes)
+    return pass_through(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes)
 
 
 def rounded_weights(w: Workload, shape: ModelShape) -> int:

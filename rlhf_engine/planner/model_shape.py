@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_engine.files import read_json, read_model_config, require
+from rlhf_engine.model.trunk import input_layer, output_layer
 from rlhf_engine.planner.presets import PRESETS
+from rlhf_engine.planner.skeleton import MOST_COLUMNS, PassBytes, Skeleton
+from rlhf_engine.rollout.decode import is_recurrent
 
 _FIELDS = {
     "vocab": ("vocab_size",),
@@ -35,6 +39,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_norm": True},
 }
 """Architectures whose layers are known, and their properties that are not in the config."""
+
+
+UNLIMITED = 2**31
+"""Positions of a model whose config does not limit them."""
 
 
 class UnknownMemoryError(ValueError):
@@ -135,7 +143,7 @@ class ModelShape:
         return _numbers(shape for shape in self.trunk().values() if len(shape) == 3)
 
     @classmethod
-    def of(cls, model: str, key: str = "model") -> Self:
+    def of(cls, model: str, key: str = "model") -> ModelShape:
         """Return the shape of a model.
 
         Args:
@@ -167,13 +175,13 @@ class ModelShape:
         return cls.from_config(config, source)
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any], source: str = "config") -> Self:
+    def from_fields(cls, fields: dict[str, Any], source: str = "config") -> ModelShape:
         """Return the shape that `fields` of a config.json describe; other fields have transformers' defaults."""
         rest = {name: value for name, value in fields.items() if name != "model_type"}
         return cls.from_config(AutoConfig.for_model(fields["model_type"], **rest), source)
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, source: str = "config") -> Self:
+    def from_config(cls, config: PreTrainedConfig, source: str = "config") -> ModelShape:
         """Return the shape of the model that transformers builds from `config`.
 
         Args:
@@ -189,6 +197,8 @@ class ModelShape:
         found = {ours: _first(text, theirs) for ours, theirs in _FIELDS.items()}
         if kind == "gpt2" and found["intermediate"] is None and found["hidden"] is not None:
             found["intermediate"] = 4 * found["hidden"]
+        if is_recurrent(config):
+            return RecurrentShape.count_of(config, found, source)
         missing = ["/".join(_FIELDS[name]) for name, value in found.items() if value is None]
         if kind not in _FAMILIES or missing:
             lacks = f" without {', '.join(missing)}" if missing else ""
@@ -219,6 +229,73 @@ class ModelShape:
             **sizes,
             **traits | _FAMILIES[kind],
         )
+
+
+@dataclass(frozen=True)
+class RecurrentShape(ModelShape):
+    """A language model with recurrent states, whose sizes are counted in a model without data."""
+
+    config: PreTrainedConfig | None = field(default=None, repr=False, compare=False)
+    skeletons: dict[Any, Skeleton] = field(default_factory=dict, repr=False, compare=False)
+    counts: dict[Any, PassBytes] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def count_of(cls, config: PreTrainedConfig, found: dict[str, int | None], source: str) -> RecurrentShape:
+        """Return the shape of the model that transformers builds from `config`, with sizes `found` in it.
+
+        Raises:
+            UnknownMemoryError: the model has experts, whose memory depends on the data.
+        """
+        text = config.get_text_config()
+        kind, hidden, vocab = text.model_type, found["hidden"], found["vocab"]
+        assert hidden is not None and vocab is not None
+        heads = found["heads"] or 1
+        shape = cls(
+            model_type=kind,
+            vocab=vocab,
+            hidden=hidden,
+            intermediate=found["intermediate"] or hidden,
+            layers=text.num_hidden_layers,
+            heads=heads,
+            groups=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            positions=found["positions"] or UNLIMITED,
+            tied=bool(text.tie_word_embeddings),
+            config=config,
+        )
+        if any(x.dim() == 3 and x.shape[1] > 1 for x in shape.skeleton(torch.float32).model.parameters()):
+            raise UnknownMemoryError(
+                f"{source}: got model_type {kind!r} with experts, the memory of whose products depends on the data; "
+                "unset memory.budget to run without a plan"
+            )
+        return shape
+
+    def skeleton(self, dtype: torch.dtype, *, eager: bool = False, checkpointed: bool = False) -> Skeleton:
+        """Return the model without data."""
+        key = dtype, eager, checkpointed
+        if key not in self.skeletons:
+            assert self.config is not None
+            self.skeletons[key] = Skeleton(self.config, dtype, eager=eager, checkpointed=checkpointed)
+        return self.skeletons[key]
+
+    def pass_bytes(self, columns: int, dtype: torch.dtype, *, eager: bool, checkpointed: bool) -> tuple[PassBytes, int]:
+        """Return the bytes of a pass over one sequence, and its tokens, of which there are at most `columns`."""
+        columns = columns if eager else min(columns, MOST_COLUMNS)
+        key = columns, dtype, eager, checkpointed
+        if key not in self.counts:
+            self.counts[key] = self.skeleton(dtype, eager=eager, checkpointed=checkpointed).count(columns)
+        return self.counts[key], columns
+
+    def trunk(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight except the language-model head; a matrix within layers begins with 1."""
+        model, shapes = self.skeleton(torch.float32).model, {}
+        embedding, head = input_layer(model).weight, output_layer(model).weight
+        for name, parameter in model.named_parameters():
+            if parameter is head and not self.tied:
+                continue
+            inside = parameter.dim() == 2 and parameter is not embedding
+            shapes[name] = (1, *parameter.shape) if inside else tuple(x for x in parameter.shape if x > 1) or (1,)
+        return shapes
 
 
 def _check_sizes(sizes: dict[str, int | None], source: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_engine.config import RolloutConfig, RunConfig
 from rlhf_engine.config.memory import byte_count
-from rlhf_engine.planner.model_shape import ModelShape, UnknownMemoryError
+from rlhf_engine.planner.model_shape import ModelShape, RecurrentShape, UnknownMemoryError
 from rlhf_engine.rollout.decode import is_paged
 
 
@@ -126,7 +126,7 @@ class Workload:
     @property
     def paged(self) -> bool:
         """Whether keys and values are stored in pages."""
-        return is_paged(self.cache, self.device)
+        return not isinstance(self.policy, RecurrentShape) and is_paged(self.cache, self.device)
 
     @property
     def length(self) -> int:

@@ -70,6 +70,10 @@ class CacheShape:
         keys = [room_for((slots, heads, columns, size), dtype) for heads, size, dtype in self.keys]
         return sum(keys) + sum(room_for((rows, *shape), dtype) for shape, dtype in self.states)
 
+    def largest_state(self, rows: int) -> int:
+        """Return the bytes of the largest recurrent state of `rows` sequences."""
+        return max(room_for((rows, *shape), dtype) for shape, dtype in self.states)
+
 
 def new_cache(model: PreTrainedModel) -> Cache:
     """Return an empty cache as the model's `forward` creates it.

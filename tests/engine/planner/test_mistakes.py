@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from transformers import MambaConfig
+from transformers import RwkvConfig
 
 from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
@@ -15,10 +15,8 @@ from tests.engine.helpers.plans import RUN, SMALL
 
 
 def test_an_unknown_architecture_names_the_fields_it_needs(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"model_type 'mamba' without num_attention_heads/n_head.*expected one of gpt2"
-    ):
-        ModelShape.from_config(MambaConfig(num_hidden_layers=2, hidden_size=8, vocab_size=10))
+    with pytest.raises(ValueError, match=r"model_type 'rwkv' without num_attention_heads/n_head.*expected one of gpt2"):
+        ModelShape.from_config(RwkvConfig(num_hidden_layers=2, hidden_size=8, vocab_size=10))
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(ValueError, match=r"nonesuch.*vocab_size, hidden_size/n_embd, intermediate_size"):
         ModelShape.of(str(tmp_path))
