@@ -23,3 +23,7 @@ class ModelConfig(Section):
     """Whether Python code in a model's folder may run (auto_map in its config.json or tokenizer_config.json). Such code
     can do anything that the user who starts the run can do, so read it first. If False, a model or tokenizer that needs
     such code is refused."""
+    router_aux_loss: bool = True
+    """Add the balancing loss of experts to the losses of SFT and PPO if the model's config asks for it, as transformers
+    does (output_router_logits, router_aux_loss_coef). The metric is `router_aux_loss`. The step of objective trpo and
+    PPO-ptx do not have it."""

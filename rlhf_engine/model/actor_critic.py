@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_engine.model.balance import RouterBalance
 from rlhf_engine.model.heads import OutputHead, ValueHead
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import Outputs, ValueFunction, Want
@@ -82,6 +83,8 @@ class LanguageModel(nn.Module):
         self.trunk_name = _trunk_name(model)
         # Not registered as a submodule: the layer already belongs to the model.
         self.__dict__["head"] = OutputHead.of(model, backend=backend)
+        self.balance = RouterBalance.of(model)
+        """The balancing loss of experts that the config asks for; None turns it off."""
         self.value: ValueFunction | None = None
         self.backend = backend
         self.compute_dtype: torch.dtype | None = None
@@ -170,7 +173,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{got}; pass the arguments of the loss if and only if want has 'loss'")
         if value is not None and want == {"values"} and not value.shares_trunk:
             return Outputs(values=value.batch_values(batch, None))
-        hidden = self._states(batch)
+        routers: list[Tensor] | None = [] if "balance" in want and self.balance is not None else None
+        hidden = self._states(batch, routers)
         logprobs = entropy = None
         if want & {"logprobs", "entropy"}:
             logprobs, entropy = self._logprobs(hidden, batch, temperature, entropy="entropy" in want)
@@ -181,6 +185,7 @@ class LanguageModel(nn.Module):
             entropy=entropy,
             values=None if value is None else value.batch_values(batch, hidden),
             loss=self._loss(hidden, batch, temperature, loss) if "loss" in want else None,
+            balance=self.balance(tuple(routers), batch.real) if routers and self.balance is not None else None,
         )
 
     def limit_positions(self, longest: int | None) -> None:
@@ -196,7 +201,7 @@ class LanguageModel(nn.Module):
         if self.packs:
             check_packing(self.trunk, self.compute_dtype)
 
-    def _states(self, batch: TokenBatch) -> Tensor:  # (N, H)
+    def _states(self, batch: TokenBatch, router_logits: list[Tensor] | None = None) -> Tensor:  # (N, H)
         positions, mask = batch.position_ids, batch.attention_mask
         if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -batch.input_ids.shape[1] :]
@@ -205,6 +210,7 @@ class LanguageModel(nn.Module):
             batch.input_ids,
             compute_dtype=self.compute_dtype,
             cu_inputs=batch.cu_inputs,
+            router_logits=router_logits,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=batch.cache,

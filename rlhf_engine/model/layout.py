@@ -32,6 +32,7 @@ class TokenBatch:
     cu_inputs: Tensor | None = None  # (B + 1,), int32, start of each packed sequence; None: padded
     attention_mask: Tensor | Mapping[str, Tensor | None] | None = None  # (B, S), or masks prepared for transformers
     position_ids: Tensor | None = None  # (B, S); None: counted from the mask, or from column 0
+    real: Tensor | None = None  # (B, S), bool, False on padding; None: no padding, or nothing reads it
     cache: Cache | None = None  # keys and values of earlier tokens, updated in place
 
 
@@ -56,8 +57,8 @@ def token_batch(
     steps = torch.arange(int(response.max()), device=device)
     taken = steps < response[:, None]  # (B, longest response)
     begins, cu_inputs = torch.arange(len(sequences), device=device) * width, None
+    real = torch.arange(width, device=device) < lengths[:, None]
     if packed:
-        real = torch.arange(width, device=device) < lengths[:, None]
         inputs, cu_inputs = inputs[real][None], cumulated(lengths)
         begins = cu_inputs[:-1].long()
     states = (begins + prompt - 1)[:, None] + steps
@@ -69,6 +70,7 @@ def token_batch(
         source=source[taken],
         cu_seqlens=cumulated(response),
         cu_inputs=cu_inputs,
+        real=None if packed else real,
     )
 
 

@@ -15,10 +15,11 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from rlhf_engine.model.balance import RouterBalance
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_kernels import PPOLoss
 
-Want = Literal["hidden", "logits", "logprobs", "entropy", "values", "loss"]
+Want = Literal["hidden", "logits", "logprobs", "entropy", "values", "loss", "balance"]
 """What a forward pass of a policy can return."""
 
 
@@ -32,6 +33,7 @@ class Outputs:
     entropy: Tensor | None = None  # (N,), float32
     values: Tensor | None = None  # (N,), float32
     loss: PPOLoss | None = None
+    balance: Tensor | None = None  # (), the balancing loss of experts times its coefficient; None without one
 
 
 @runtime_checkable
@@ -87,6 +89,8 @@ class Policy(Protocol):
 
     packs: bool
     """Whether micro-batches with a token budget are packed without padding."""
+    balance: RouterBalance | None
+    """The balancing loss of experts that is added to the policy's loss."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the weights, including those of the value function."""

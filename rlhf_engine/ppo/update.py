@@ -16,6 +16,7 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.data.streams import shuffled
 from rlhf_engine.memory import AnyArena
 from rlhf_engine.model import ActorCritic, Policy
+from rlhf_engine.model.roles import Want
 from rlhf_engine.optim.adamw import Optimizer, Schedule, optimizer_step
 from rlhf_engine.optim.ema import WeightAverage
 from rlhf_engine.ppo.experience import Experience, Step, microbatch_size
@@ -214,10 +215,15 @@ def minibatch_backward(
             "num_sequences": len(sequences),
             "cu_seqlens": batch.cu_seqlens,
         }
-        result = policy(batch, ("loss",), temperature=temperature, loss=loss | changing).loss
-        assert result is not None
-        result.loss.backward()
-        totals.add(result.metrics)
+        wants: tuple[Want, ...] = ("loss",) if policy.balance is None else ("loss", "balance")
+        outputs = policy(batch, wants, temperature=temperature, loss=loss | changing)
+        assert outputs.loss is not None
+        total, metrics = outputs.loss.loss, outputs.loss.metrics
+        if outputs.balance is not None:
+            balance = outputs.balance * (len(batch.ids) / num_tokens)  # a mean over the micro-batches
+            total, metrics = total + balance, metrics | {"router_aux_loss": balance.detach()}
+        total.backward()
+        totals.add(metrics)
     return totals.total()
 
 

@@ -74,6 +74,8 @@ def run_ppo(
     texts = None if function is None else PromptTexts(columns)
     prompts = encode_prompts(config, codec, texts)
     policy = make_policy(config, model, reward_model)
+    if not config.model.router_aux_loss:
+        policy.balance = None
     if reward_model is not None:
         reward = reward_function(reward_model, codec)
     else:

@@ -58,6 +58,8 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     )
     data["data.demonstrations"] = fingerprint_records((train, validation), EXAMPLES)
     actor = LanguageModel(model, backend=config.backend, **computing(config))
+    if not config.model.router_aux_loss:
+        actor.balance = None
     trainer = SFTTrainer(
         actor,
         train,

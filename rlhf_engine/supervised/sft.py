@@ -23,6 +23,7 @@ from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.layout import TokenBatch, token_cuts
 from rlhf_engine.model.pretrained import like, load_pretrained, write_pretrained
+from rlhf_engine.model.roles import Outputs, Want
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
@@ -63,10 +64,24 @@ def batch_logprobs(actor: LanguageModel, batch: LanguageBatch) -> Tensor:  # -> 
     They are `log pi(a_t | s_t)` for every token in `response_mask` that has a token before it. Rows are padded on the right, so
     a causal trunk needs no attention mask: response tokens never attend to padding.
     """
+    logprobs = batch_outputs(actor, batch, ("logprobs",)).logprobs
+    assert logprobs is not None
+    return logprobs
+
+
+def batch_outputs(actor: LanguageModel, batch: LanguageBatch, want: tuple[Want, ...]) -> Outputs:
+    """Return the outputs `want` of a batch, with log-probs as those of `batch_logprobs`.
+
+    For the balancing loss the trunk also reads the last token of each row, as transformers does.
+    """
+    width = batch.ids.shape[1] - ("balance" not in want)
     taken = batch.response_mask[:, 1:].to(actor.device)
-    ids = batch.ids.to(actor.device)
-    rows = taken.flatten().nonzero().squeeze(1)
-    return actor(TokenBatch(input_ids=ids[:, :-1], rows=rows, ids=ids[:, 1:][taken]), ("logprobs",)).logprobs
+    ids, real = batch.ids.to(actor.device), batch.attention_mask.to(actor.device)
+    row, column = taken.nonzero(as_tuple=True)
+    inputs = TokenBatch(
+        input_ids=ids[:, :width], rows=row * width + column, ids=ids[:, 1:][taken], real=real[:, :width]
+    )
+    return actor(inputs, want)
 
 
 def fit_language_model(
@@ -157,11 +172,19 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         parts = _parts(indices, self.lengths, self.config)
         batch = [pad_sequences([self.examples[i] for i in part], self.pad_id) for part in parts]
         self._tokens_of_step = sum(int(part.response_mask[:, 1:].sum()) for part in batch)
-        loss = 0.0
+        loss, balance = 0.0, 0.0
+        wants: tuple[Want, ...] = ("logprobs",) if self.actor.balance is None else ("logprobs", "balance")
         for part in batch:
-            share = -batch_logprobs(self.actor, part).sum() / self._tokens_of_step
-            share.backward()
+            outputs = batch_outputs(self.actor, part, wants)
+            assert outputs.logprobs is not None
+            share = total = -outputs.logprobs.sum() / self._tokens_of_step
+            if outputs.balance is not None:  # a mean over the micro-batches
+                total = share + outputs.balance * (len(outputs.logprobs) / self._tokens_of_step)
+            total.backward()
             loss += share.item()
+            balance += float(total.detach() - share.detach())
+        if self.actor.balance is not None:
+            self.step_metrics = {"router_aux_loss": balance}
         return loss
 
     def stepped(self, loss: float) -> None:

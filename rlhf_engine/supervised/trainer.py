@@ -62,6 +62,8 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         self.total = config.epochs * self.per_epoch
         self.schedule = Schedule(config.optim, self.total)
         self.evaluate_every = evaluate_every or self.total
+        self.step_metrics: dict[str, float] = {}
+        """Further metrics of the last step."""
         self.log = log or (lambda step, metrics: None)
         self.optimizer = build_optimizer(model, config.optim, optimizer_state)
         self.optimizer.register_step_pre_hook(self._changes)
@@ -140,7 +142,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         finally:
             if self.done == before:
                 self.optimizer.zero_grad(set_to_none=True)
-        self.log(self.done, {"loss": loss, "grad_norm": float(norm), "lr": rate})
+        self.log(self.done, {"loss": loss, "grad_norm": float(norm), "lr": rate, **self.step_metrics})
 
     @property
     def _evaluation_due(self) -> bool:

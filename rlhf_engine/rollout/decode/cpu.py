@@ -10,9 +10,13 @@ at the end of each thread's share of the tensor. The loops for exp, erf and tanh
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,12 +24,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.trunk import attention
+from rlhf_engine.model.upcast import product_dtype, upcasts
 from rlhf_kernels import decode_attention
 
 ATTENTION = "rlhf_slots"
+
+_log = logging.getLogger(__name__)
 
 
 def slot_attention(
@@ -84,23 +92,104 @@ def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | Non
     return {GELUActivation: _gelu, GELUTanh: _gelu_tanh}.get(type(module))
 
 
+# ---- experts ----
+# A mixture of experts computes a product per expert, with as many rows as there are tokens that chose the expert. BLAS computes
+# products with few rows differently, so the bits of a token would depend on the other sequences.
+
+
+EXPERTS = "rlhf_experts"
+_ALL_TOKENS = ("Llama4TextExperts",)
+"""Classes in which every expert computes all tokens, so that its products have as many rows as the step."""
+_LEAST_ROWS = 16
+"""Minimum number of rows of a product, as `protocol.MIN_ROWS`."""
+
+
+def invariant_experts(
+    module: Any,  # an experts module of transformers
+    hidden_states: Tensor,  # (N, H)
+    top_k_index: Tensor,  # (N, K), int64
+    top_k_weights: Tensor,  # (N, K)
+) -> Tensor:  # (N, H)
+    """Return the weighted sum of each token's K experts, in transformers' experts interface, with padded products."""
+    outputs = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1])
+    inside = "gate_up_proj" if module.has_gate else "up_proj"
+    for expert in top_k_index.unique().tolist():
+        token, place = (top_k_index == expert).nonzero(as_tuple=True)
+        rows = nn.functional.pad(hidden_states[token], (0, 0, 0, max(0, _LEAST_ROWS - len(token))))
+        rows = _expert_product(module, inside, expert, rows)
+        rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+        rows = _expert_product(module, "down_proj", expert, rows)
+        if module.has_post_expert_norm:
+            rows = module.post_expert_norm(rows)
+        outputs[token, place] = rows[: len(token)].to(outputs.dtype)
+    weighted = (outputs * top_k_weights[..., None]).float()
+    return sum(weighted.unbind(1), torch.zeros(())).to(hidden_states.dtype)
+
+
+def _expert_product(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    weight = weight.t() if module.is_transposed else weight
+    dtype = product_dtype(rows)
+    if not upcasts(dtype, "cpu"):
+        return nn.functional.linear(rows, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        wide = rows.to(dtype).float() @ weight.to(dtype).float().t()
+        return (wide if bias is None else wide + bias.to(dtype)).to(dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, invariant_experts)
+
+
+_CALLED = re.compile(r"\bsigmoid\(|(\bF|functional)\.(silu|gelu)\(")
+
+
+def _calls_activations(model: nn.Module) -> bool:
+    """Return whether a model's code calls sigmoid, SiLU or GELU as a function, for example in a router or a gate."""
+    try:
+        return _CALLED.search(inspect.getsource(sys.modules[type(model).__module__])) is not None
+    except OSError:  # no source, so it may
+        return True
+
+
+def other_experts(trunk: nn.Module) -> str | None:
+    """Return the name of a class of experts whose products are not those of `invariant_experts`, or None."""
+    names = {type(module).__name__ for module in trunk.modules() if not hasattr(module, "has_post_expert_norm")}
+    return next((name for name in sorted(names) if "Experts" in name and name not in _ALL_TOKENS), None)
+
+
 class InvariantLayers:
     """Context managers `prefill` and `decode`, which replace layers of the policy's trunk; eager attention is not replaced."""
 
     def __init__(self, policy: LanguageModel) -> None:
         self.config = policy.model.config.get_text_config()
-        found = ((module, _invariant_activation(module)) for module in policy.trunk.modules())
         on_cpu = policy.device.type == "cpu"
+        self.has_experts = on_cpu and any(hasattr(module, "has_post_expert_norm") for module in policy.trunk.modules())
+        if on_cpu and (kind := other_experts(policy.trunk)):
+            _log.warning(
+                "%s: the experts of %s are not computed through transformers' interface, so the bits of a sequence may depend "
+                "on rollout.batch_size",
+                type(policy.model).__name__,
+                kind,
+            )
+        self.math = InvariantFunctions if on_cpu and _calls_activations(policy.model) else nullcontext
+        found = ((module, _invariant_activation(module)) for module in policy.trunk.modules())
         self.activations = [(module, formula) for module, formula in found if on_cpu and formula is not None]
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
         """Replace the activations inside the `with` block."""
+        kept = getattr(self.config, "_experts_implementation", None)
         for module, formula in self.activations:
             module.forward = formula
+        if self.has_experts:
+            self.config._experts_implementation = EXPERTS
         try:
-            yield
+            with self.math():
+                yield
         finally:
+            if self.has_experts:
+                self.config._experts_implementation = kept
             for module, _ in self.activations:
                 del module.forward
 
