@@ -195,19 +195,16 @@ def _check_written(new: Path) -> None:
         raise OSError(f"{found}: the disk did not store what was written to it")
 
 
-def resume(
-    folder: str | Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str] = _NONE
-) -> Path | None:
+def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str] = _NONE) -> Path:
     """Load the newest undamaged checkpoint into `trainer`, which was built from `config`; return its folder.
 
-    A damaged checkpoint is skipped with a warning if an earlier one is undamaged. Return None if there is no checkpoint at all:
-    the run then begins from the start.
+    A damaged checkpoint is skipped with a warning if an earlier one is undamaged.
 
     Raises:
-        ValueError: every checkpoint has a file that is missing or damaged; or the newest undamaged one has a different stage or
-            seed, a changed setting (see `_MAY_CHANGE`), a model of different shapes, different data, or a different constant of
-            the trainer. The reference of PPO is such a constant: the KL is measured to the policy that the run began with, not
-            to the resumed one.
+        ValueError: there is no checkpoint; every checkpoint has a file that is missing or damaged; or the newest undamaged one
+            has a different stage or seed, a changed setting (see `_MAY_CHANGE`), a model of different shapes, different data, or
+            a different constant of the trainer. The reference of PPO is such a constant: the KL is measured to the policy that
+            the run began with, not to the resumed one.
     """
     found = checkpoints(folder)
     damages: dict[Path, str] = {}
@@ -220,7 +217,9 @@ def resume(
             return place
         damages[place] = wrong
     if not found:
-        return None
+        raise ValueError(
+            f"{folder}: there is no checkpoint to resume from; give the folder that a checkpoint was saved in"
+        )
     # Loading names the tensor or the value that is wrong, where it can; a checksum only names the file.
     trainer.whole = False
     _load(found[0], trainer, config, data)

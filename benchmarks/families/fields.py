@@ -1,7 +1,8 @@
 """What reads the fields of a family's config: the model's own code, this engine, or nothing.
 
-The engine runs a model's own trunk, so a field that the trunk's code reads has its effect. The engine replaces the output layer,
-the loss and the cache. A field that the class of the causal LM reads in its forward pass must therefore be read here too.
+The engine runs a model's own trunk, so a field that the trunk's code reads has its effect. The engine replaces the output
+layer, the loss and the cache. A field that the class of the causal LM reads in its forward pass must therefore be read here
+too.
 """
 
 from __future__ import annotations

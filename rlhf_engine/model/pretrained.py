@@ -107,7 +107,9 @@ def like(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": model.dtype,
         "device": model.device,
         # Code from a model's folder is imported as a module of this package. It was trusted when `model` was loaded.
-        "trust_remote_code": type(model).__module__.startswith("transformers_modules."),
+        "trust_remote_code": any(
+            type(one).__module__.startswith("transformers_modules.") for one in (model, model.config)
+        ),
     }
 
 

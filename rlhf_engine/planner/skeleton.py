@@ -1,6 +1,6 @@
 """Memory of a model with recurrent states, counted in passes of the model's own code over tensors without data.
 
-The layers of these families differ too much for formulas: a scan of chunks alone has a dozen temporaries. torch's `meta` device
+The layers of these families differ too much for formulas: a scan of chunks has a dozen temporaries. torch's `meta` device
 computes shapes only, so a model of any size is built in seconds and takes no memory. Counted are the bytes of all tensors that
 exist at the same time. One sequence of at most `MOST_COLUMNS` tokens is counted and scaled to the tokens of a pass.
 """

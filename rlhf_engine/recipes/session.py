@@ -305,10 +305,10 @@ def run_session(
 
 def load_newest(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str]) -> Path | None:
     """Resume from the newest undamaged checkpoint and return its folder; if there is none, warn and return None."""
-    loaded = resume_trainer(folder, trainer, config, data)
-    if loaded is None:
-        notice(f"{folder}: there is no checkpoint yet, so the run begins from the start")
-    return loaded
+    if checkpoints(folder):
+        return resume_trainer(folder, trainer, config, data)
+    notice(f"{folder}: there is no checkpoint yet, so the run begins from the start")
+    return None
 
 
 def exclusive(

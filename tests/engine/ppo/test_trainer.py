@@ -296,7 +296,7 @@ def test_resume_recovers_from_a_crash_between_the_renames(tmp_path, left):
 
 def test_a_half_written_first_checkpoint_is_not_resumed_from(tmp_path):
     save_checkpoint(tmp_path / "checkpoint.new", make_trainer(), None, RunConfig())
-    with pytest.raises(ValueError, match="checkpoint: no such folder"):
+    with pytest.raises(ValueError, match="checkpoint: there is no checkpoint to resume from"):
         resume(tmp_path / "checkpoint", make_trainer(), RunConfig())
 
 
@@ -382,7 +382,7 @@ def test_a_different_seed_or_reference_is_refused(tmp_path):
         resume(tmp_path / "checkpoint", make_trainer(seed=2), RunConfig())
     with pytest.raises(ValueError, match="the reference policy of this run differs"):
         resume(tmp_path / "checkpoint", make_trainer(model_seed=1), RunConfig())
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="nowhere: there is no checkpoint to resume from"):
         resume(tmp_path / "nowhere", make_trainer(), RunConfig())
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.families.checks import depends_on_batch
 from benchmarks.families.configs import build
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.rollout.decode.cpu import InvariantLayers, InvariantFunctions, invariant_experts
+from rlhf_engine.rollout.decode.cpu import InvariantFunctions, InvariantLayers, invariant_experts
 
 # A gate with sigmoid; transposed weights with biases; sigmoid in the router, one per group.
 MIXTURES = ("qwen2_moe", "gpt_oss", "glm4_moe")
