@@ -202,9 +202,9 @@ def resume(folder: str | Path, trainer: Checkpointable, config: RunConfig, data:
 
     Raises:
         ValueError: there is no checkpoint; every checkpoint has a file that is missing or damaged; or the newest undamaged one
-            has a different stage or seed, a changed setting (see `_MAY_CHANGE`), a model of different shapes, different data, or
-            a different constant of the trainer. The reference of PPO is such a constant: the KL is measured to the policy that
-            the run began with, not to the resumed one.
+            has a different stage or seed, a changed setting (see `_MAY_CHANGE`), a model of different shapes, different data,
+            or a different constant of the trainer. The reference of PPO is such a constant: the KL is measured to the policy
+            that the run began with, not to the resumed one.
     """
     found = checkpoints(folder)
     damages: dict[Path, str] = {}

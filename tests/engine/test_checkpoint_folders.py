@@ -18,6 +18,7 @@ from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.checkpoint_folders import Keeper, kept_checkpoints, remove_checkpoints
 from rlhf_engine.config import CheckpointConfig, RunConfig
 from rlhf_engine.manifest import damage
+from rlhf_engine.recipes.session import load_newest
 from tests.engine.helpers.counter import Counter
 
 
@@ -139,8 +140,11 @@ def test_a_run_whose_newest_folder_is_gone_continues_from_the_one_before(three):
     assert resume(three, trainer, RunConfig()).name == "ppo-2" and trainer.done == 2
 
 
-def test_without_a_checkpoint_nothing_is_loaded(tmp_path):
-    assert resume(tmp_path / "ppo", Counter(), RunConfig()) is None
+def test_resuming_without_a_checkpoint_is_an_error_but_a_stage_begins_from_the_start(tmp_path, caplog):
+    with pytest.raises(ValueError, match="ppo: there is no checkpoint to resume from"):
+        resume(tmp_path / "ppo", Counter(), RunConfig())
+    assert load_newest(tmp_path / "ppo", Counter(), RunConfig(), {}) is None
+    assert "there is no checkpoint yet, so the run begins from the start" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["weight", "moment"])
