@@ -53,7 +53,7 @@ def try_output(
         trainer.write_model(folder, tokenizer)
 
     if isinstance(trainer, PPOTrainer):
-        where = like(trainer.policy.model) | {"device": "cpu"}
+        where: dict[str, Any] = {**like(trainer.policy.model), "device": "cpu"}
         _try(
             trainer.policy, write, lambda folder: load_policy(folder, **where), trainer.policy.model, tokenizer, config
         )
@@ -68,7 +68,7 @@ def try_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     def write(folder: Path) -> None:
         write_pretrained(folder, model, tokenizer)
 
-    where = like(model) | {"device": "cpu"}
+    where: dict[str, Any] = {**like(model), "device": "cpu"}
     _try(model, write, lambda folder: load_pretrained(AutoModelForCausalLM, folder, **where), model, tokenizer, config)
 
 
