@@ -70,7 +70,7 @@ package: build
 	$(PACKAGE)/bin/python -I tests/package_check.py
 
 docs: build
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mkdocs<2' mkdocs-material 'mkdocstrings[python]' latex2mathml
 	$(BIN)/python -m docs.generate --check
 	$(BIN)/python -m mkdocs build --strict --quiet
 
