@@ -138,9 +138,12 @@ print((before - resident()) * 4096 / 1e6)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage freed blocks differently")
-@pytest.mark.parametrize("way, least, most", [("kept", 0, 10), ("returned", 50, 65)])
+@pytest.mark.parametrize("way, least, most", [("kept", -1, 10), ("returned", 50, 65)])
 def test_freed_blocks_go_back_to_the_system(way, least, most):
-    """Every second of 200 blocks of 0.6 MB is freed, which leaves holes between the other blocks."""
+    """Every second of 200 blocks of 0.6 MB is freed, which leaves holes between the other blocks.
+
+    Printing the result takes memory too, so that a few kilobytes less than nothing may be returned.
+    """
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", FREEING, way], cwd=root, capture_output=True, text=True, check=True)
     assert least <= float(done.stdout) <= most

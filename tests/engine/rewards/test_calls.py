@@ -204,14 +204,14 @@ def test_a_failing_function_names_the_prompt(tmp_path, base, capsys):
     code, _, shown = ppo(
         run, capsys, helper + "def score(prompts, responses):\n    return [part(r) for r in responses]\n"
     )
-    assert code == 2 and "sample 0 of the run: reward.function" in shown and shown.count("\n") == 1
+    assert code == 2 and "rewards.py:score: it raised KeyError: " in shown and shown.count("\n") == 1
     assert f"({run / 'rewards.py'}:2, in part); prompt: 'q" in shown
     code, _, shown = ppo(run, capsys, "def score(prompts, responses):\n    return ['1'] * len(responses)\n")
     assert code == 2 and "got '1', expected a number; prompt: 'q" in shown
     code, _, shown = ppo(run, capsys, "def score(prompt, response):\n    return 1.0\n")
     assert (
         code == 2
-        and "expected a list of 4 numbers, one per response; for a function of one response, set reward." in shown
+        and "expected a list of 2 numbers, one per response; for a function of one response, set reward." in shown
     )
 
 

@@ -68,17 +68,18 @@ def reward(run, capsys, name, text):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("many_raise", "4 responses: it raised KeyError: 'too many'"),
-        ("short", "got 1 scores, expected 4, one per response"),
+        ("many_raise", "2 responses: it raised KeyError: 'too many'"),
+        ("short", "got 1 scores, expected 2, one per response"),
         ("words", "got '1.0', expected a number"),
-        ("none", "got None, expected a list of 4 numbers, one per response"),
-        ("scalar", "got 1.0, expected a list of 4 numbers, one per response"),
+        ("none", "got None, expected a list of 2 numbers, one per response"),
+        ("scalar", "got 1.0, expected a list of 2 numbers, one per response"),
         ("breaks_off", "it raised KeyError: 'half way'"),
         ("number", "rewards.py is int, expected a function"),
         ("nothing", "rewards.py is not defined, expected a function"),
     ],
 )
 def test_s6_a_failing_reward_function_prints_one_line(tmp_path, base, capsys, name, message):
+    """The trial before training calls the function with two samples."""
     code, _, shown = reward(new_run(tmp_path, base), capsys, name, REWARD)
     assert code == 2 and shown.startswith("rlhf: ") and shown.count("\n") == 1
     assert message in shown and "reward.function" in shown and str(tmp_path / "rewards.py") in shown
