@@ -1,7 +1,9 @@
 """Setup for tests without a GPU: Triton's kernels run in its interpreter, which must be chosen before Triton is imported."""
 
 import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,3 +33,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_user_code_of_earlier_tests():
+    """Remove the folders of user code that a test added to Python's path, and the modules imported from them.
+
+    A process of the command imports the code of one run; the tests have many runs in one process.
+    """
+    yield
+    user_code = sys.modules.get("rlhf_engine.rewards.user_code")
+    if user_code is None:
+        return
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).parent in user_code._ADDED:
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry) not in user_code._ADDED]
+    user_code._ADDED.clear()
