@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch  # must be imported before _C, see above
@@ -38,8 +39,13 @@ NUM_SUMS = len(SUMS)
 
 
 def why_missing() -> str:
-    """Return why the extension is not available."""
-    return f"the extension rlhf_kernels._C does not load ({_error}); build it with `pip install .` or `make build`"
+    """Return why the extension is not available, and how to build it."""
+    root = Path(__file__).parents[1]
+    if (root / "setup.py").is_file():
+        advice = f"Python imports the sources in {root}, where it is not built; run `pip install -e {root}`, or start elsewhere"
+    else:
+        advice = "install the package again"
+    return f"the extension rlhf_kernels._C does not load ({_error}): {advice}"
 
 
 def extension():  # no return annotation, see _load

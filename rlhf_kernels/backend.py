@@ -6,6 +6,7 @@ name runs the call or raises. `rlhf_kernels.info` prints what `"auto"` selects f
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -159,6 +160,8 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
+    missing: bool = False
+    """Whether kernels exist for these tensors but are not installed, so that the eager definitions run."""
 
 
 @cache
@@ -233,7 +236,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if device.type == "cpu" and op in GPU_OPS:
         return Choice("reference", "it has kernels for GPUs only")
     if device.type == "cpu":
-        return Choice("cpu", "C++ kernels") if _native.AVAILABLE else Choice("reference", _native.why_missing())
+        return (
+            Choice("cpu", "C++ kernels")
+            if _native.AVAILABLE
+            else Choice("reference", _native.why_missing(), missing=True)
+        )
     if device.type != "cuda":
         return Choice("reference", f"no fused kernel is built for device type {device.type!r}")
     if op in CPU_OPS:
@@ -244,7 +251,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if op == "paged_attention" and not why_no_varlen(device, dtype):
         return Choice(VARLEN, "torch.nn.attention.varlen; Triton kernels if there is a softcap")
     if why_no_triton():
-        return Choice("reference", why_no_triton())
+        return Choice("reference", why_no_triton(), missing=True)
     if op == "paged_attention":
         return Choice("triton", f"Triton kernels; no torch.nn.attention.varlen: {why_no_varlen(device, dtype)}")
     if has_cuda:
@@ -270,13 +277,26 @@ def _resolve(op: str, backend: str, tensor: Tensor) -> str:
     if backend == "auto" and native and op not in GPU_OPS:
         return "cpu"  # the result of `choose`, half a microsecond faster
     if backend == "auto":
-        return choose(op, tensor.device, tensor.dtype).backend
+        choice = choose(op, tensor.device, tensor.dtype)
+        if choice.missing:
+            _warn_once(choice.reason)
+        return choice.backend
     if backend not in BACKENDS and (op, backend) != ("paged_attention", VARLEN):
         raise ValueError(f"backend: got {backend!r}, expected 'auto' or one of {BACKENDS}")
     refused = _why_not(op, backend, tensor)
     if refused:
         raise ValueError(f"backend: {backend!r} cannot serve this call: {refused}")
     return backend
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"rlhf_kernels runs its eager definitions, without fused kernels: {reason}. backend='reference' chooses them without "
+        "this warning",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _why_not(op: str, backend: str, tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_a_missing_extension_is_explained():
         "except ValueError as e: print(e)\n"
     )
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 2 and all("rlhf_kernels._C does not load" in line and "make build" in line for line in lines)
+    assert len(lines) == 2 and all("rlhf_kernels._C does not load" in line and "pip install" in line for line in lines)
 
 
 @pytest.fixture
@@ -154,3 +155,29 @@ def test_the_reference_is_imported_on_first_use():
         "assert 'rlhf_kernels.reference' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("clone", [True, False])
+def test_a_missing_extension_is_reported_once_with_what_to_do(monkeypatch, tmp_path, clone):
+    monkeypatch.setattr(_native, "AVAILABLE", False)
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "rlhf_kernels" / "_native.py"))
+    if clone:
+        (tmp_path / "setup.py").touch()
+    backend._warn_once.cache_clear()
+    x, mask = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.warns(RuntimeWarning, match="without fused kernels") as found:
+        gae(x, x, mask)
+        rlhf_kernels.kl_penalty(x, x)
+    text = str(found[0].message)
+    assert (
+        len(found) == 1
+        and (f"pip install -e {tmp_path}" in text) == clone
+        and ("install the package again" in text) != clone
+    )
+    with warnings.catch_warnings(record=True) as later:
+        warnings.simplefilter("always")
+        backend._warn_once.cache_clear()
+        gae(x, x, mask, backend="reference")
+        gae(x.double(), x.double(), mask)
+    assert not later
+    backend._warn_once.cache_clear()
