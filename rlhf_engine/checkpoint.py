@@ -15,6 +15,7 @@ undamaged.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_engine.checkpoint_folders import DONE, SCORE, TRAINER, checkpoints
 from rlhf_engine.config import RolloutConfig, RunConfig, flat_settings, load_saved_config, save_config
 from rlhf_engine.files import OPTIMIZER, read_json, read_tensors, require, with_new_folder, write_json
-from rlhf_engine.manifest import MANIFEST, damage, write_manifest
+from rlhf_engine.manifest import MANIFEST, damage, foreign_files, write_manifest
 from rlhf_engine.metrics import METRICS
 from rlhf_engine.notices import notice
 
@@ -101,7 +102,7 @@ _MAY_CHANGE: Mapping[str, frozenset[str]] = {
                 "rollout.batch_size",
                 "rollout.prefill_tokens",
             ),  # none of them changes a sequence
-            *("data.max_response_tokens", "data.validation_share", "ppo.updates", "sft"),
+            *("data.max_response_tokens", "data.validation_share", "ppo.updates", "ppo.log_samples", "sft"),
             *_REWARD_TRAINING,
         )
     ),
@@ -168,6 +169,10 @@ def save_checkpoint(
             (new / METRICS).write_bytes(metrics)
         write_json(new / TRAINER, state)
         write_manifest(new, {DONE: trainer.done, SCORE: score})
+        for path in foreign_files(Path(folder)):
+            copy = new / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
 
     with_new_folder(folder, write, check=_check_written, retire=retire)
 

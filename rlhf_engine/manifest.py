@@ -32,6 +32,16 @@ def write_manifest(folder: Path, more: Mapping[str, Any]) -> None:
     write_json(folder / MANIFEST, {**content, SEAL: _digest(content)})
 
 
+def foreign_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that its manifest does not list, such as a user's notes; none if it has no manifest."""
+    try:
+        known = read_json(folder / MANIFEST)[FILES]
+    except (OSError, ValueError, KeyError):
+        return []
+    names = {MANIFEST, *known}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in names)
+
+
 def damage(folder: Path) -> str | None:
     """Return a sentence on the first file in `folder` that differs from the manifest, or on the manifest; None if none does."""
     path = folder / MANIFEST

@@ -194,6 +194,9 @@ class PPOConfig(Section):
     """Decay of an exponential moving average of the weights, updated after every optimizer step. InstructGPT's value is
     0.992. The average is saved as a separate model in the folder `ema` of the checkpoint. If None, no average is kept,
     which saves the memory of a copy of the weights."""
+    log_samples: WholeNumber = 4
+    """Number of responses per update that OUTPUT_DIR/samples.jsonl keeps, with their prompts, scores and KL to the
+    reference in nats."""
     checkpoint_every: WholeNumber | None = None
     """Updates between checkpoints; 0 writes one only when the run ends, also if it ends early. If None, the interval is
     ten minutes, or twenty times the duration of the last checkpoint if that is longer. A killed run (`kill -9`) loses

@@ -1,15 +1,19 @@
-"""Callbacks of the PPO trainer: logging, checkpoints, early stopping.
+"""Callbacks of the PPO trainer: logging, sampled responses, checkpoints, early stopping.
 
 A callback is an object with any of the methods of `Callback`. The trainer calls its callbacks in the order of its list.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from rlhf_engine.files import with_new_file
 from rlhf_engine.metrics import progress
 
 if TYPE_CHECKING:
@@ -132,3 +136,60 @@ class EarlyStopping(Callback):
         self.count = self.count + 1 if outside else 0
         if self.count >= self.updates:
             trainer.stop()
+
+
+class SampledResponses(Callback):
+    """Writes the first `count` responses of every update's rollout to the JSONL file `path`, with their prompts and scores.
+
+    The lines of updates after number `after` are dropped when the next update ends: a resumed run repeats those updates.
+
+    Raises:
+        ValueError: `path` exists and has a line that is not of this kind, named as `file:line`.
+    """
+
+    def __init__(self, path: Path, codec: Codec, count: int, *, after: int) -> None:
+        self.path, self.codec, self.count = path, codec, count
+        self.kept: bytes | None = self._kept(after)
+        self.rows: list[dict[str, object]] = []
+
+    def on_rollout(self, trainer: PPOTrainer, scored: Scored) -> None:
+        """Decode the responses of a rollout."""
+        rollout = scored.rollout
+        kl = (scored.old_logprobs - scored.ref_logprobs).sum(dim=1)
+        columns = (rollout.prompts(), rollout.responses(), scored.raw_scores.tolist(), kl.tolist())
+        self.rows = [
+            {
+                "prompt": self.codec.decode_prompt(prompt),
+                "response": self.codec.decode_response(response),
+                "score": score if math.isfinite(score) else None,
+                "kl": round(nats, 4) if math.isfinite(nats) else None,
+            }
+            for prompt, response, score, nats in islice(zip(*columns, strict=True), self.count)
+        ]
+
+    def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
+        """Append the responses of the update's rollout."""
+        lines = [{"update": trainer.updates_done, **row} for row in self.rows]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        if self.kept is None:
+            with self.path.open("ab") as file:
+                file.write(text)
+            return
+        content, self.kept = self.kept + text, None
+        with_new_file(self.path, lambda new: new.write_bytes(content))
+
+    def _kept(self, after: int) -> bytes:
+        """Return the lines of the updates until number `after`, without an incomplete last line."""
+        kept = b""
+        with self.path.open("rb") if self.path.is_file() else BytesIO() as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    update = json.loads(line)["update"]
+                    kept += line if update <= after else b""
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f"{self.path}:{number}: not a line of sampled responses; move the file away"
+                    ) from None
+        return kept

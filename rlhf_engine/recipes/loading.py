@@ -18,6 +18,7 @@ from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, Rec
 from rlhf_engine.data.chat import READS_DATE, ChatTemplate
 from rlhf_engine.data.loading import Reading
 from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
+from rlhf_engine.manifest import write_manifest
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
@@ -132,12 +133,13 @@ def load_reward_model(config: RunConfig) -> RewardModel:
 
 
 def save_result(folder: Path, write_model: Callable[[Path], None], report: dict[str, Any], config: RunConfig) -> None:
-    """Write a finished model, report.json and the config of the run to a new folder, which is complete or absent."""
+    """Write a finished model, report.json, the config of the run and a manifest to a new folder, complete or absent."""
 
     def write(new: Path) -> None:
         write_model(new)
         write_json(new / REPORT, report)
         save_config(config, new / CONFIG)
+        write_manifest(new, {})
 
     with_new_folder(folder, write)
 

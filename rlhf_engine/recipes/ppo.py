@@ -21,7 +21,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import input_layer, output_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import build_trainer
-from rlhf_engine.ppo.callbacks import Callback, MetricsLog
+from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.loading import (
@@ -45,6 +45,9 @@ from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rewards.user_code import import_function, source_fingerprint
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.supervised.reward_model import score_examples
+
+SAMPLES = "samples.jsonl"
+"""File in OUTPUT_DIR with the first responses of every update."""
 
 _PROMPTS: RecordCodec[Tensor] = RecordCodec(Tensor.tolist, lambda row: torch.from_numpy(row).long())
 
@@ -182,7 +185,8 @@ def _train(
         ) as session,
     ):
         log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())
-        trainer.callbacks += [log, SessionCheckpoints(session), Plots(config)]
+        samples = SampledResponses(Path(config.output_dir) / SAMPLES, codec, config.ppo.log_samples, after=trainer.done)
+        trainer.callbacks += [samples, log, SessionCheckpoints(session), Plots(config)]
         trainer.train()
     return log.history
 

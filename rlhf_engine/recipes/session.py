@@ -35,6 +35,7 @@ from rlhf_engine.checkpoint import resume as resume_trainer
 from rlhf_engine.checkpoint_folders import Keeper, checkpoints, remove_checkpoints
 from rlhf_engine.config import RunConfig
 from rlhf_engine.files import FolderLock, clean_up, recover, with_new_folder
+from rlhf_engine.manifest import foreign_files
 from rlhf_engine.metrics import MetricsWriter
 from rlhf_engine.notices import notice
 from rlhf_engine.supervised.trainer import SupervisedTrainer
@@ -344,6 +345,9 @@ def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrit
         if checkpoints(folder) and not (resume or overwrite):
             kind = "an unfinished run" if folder in others else "an earlier run"
             raise ValueError(f"{folder}: {kind} is there; continue it with --resume, or replace it with --overwrite")
+        foreign = foreign_files(folder) if overwrite else []
+        if foreign:
+            raise ValueError(f"{foreign[0]}: is no file of the run in {folder} and would be deleted; move it away")
 
 
 class Start(TypedDict):
