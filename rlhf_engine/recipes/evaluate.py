@@ -29,10 +29,12 @@ from rlhf_engine.evaluate import (
     write_pairs,
 )
 from rlhf_engine.files import read_json, read_json_lines, recover, remove, with_new_file, with_new_folder, write_json
+from rlhf_engine.notices import notice
 from rlhf_engine.plots import plot_win_rates
 from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
 from rlhf_engine.recipes.loading import dated, given, template_settings
 from rlhf_engine.recipes.session import exclusive
+from rlhf_engine.recipes.training_use import training_use
 
 BY_HAND = "file"
 """Value of `eval.judge` and `iterate.judge` for people, or an external program, that judge through a file."""
@@ -182,6 +184,7 @@ def ask_both(config: RunConfig) -> SampledResponses:
             f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}; add some, or set a different "
             "eval.split"
         )
+    notice(*training_use(config, records))
     found = {role: _ask(config, role, prefix, records) for role, prefix in prefixes.items()}
     answers = {role: sampled for role, (sampled, *_) in found.items()}
     flat = {role: [end for one in sampled for end in one.ended] for role, sampled in answers.items()}
