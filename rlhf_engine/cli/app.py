@@ -4,8 +4,7 @@ A user's mistake prints one line on stderr and exits with code 2. A run that fai
 memory is short, a library failed in a way that no check foresaw) prints one line and exits with code 1. `--traceback` prints
 the traceback of the original exception before that line.
 While a stage trains, Ctrl-C, SIGTERM and SIGHUP save the finished steps, and one line reports what is saved and how to resume.
-Ctrl-C exits with code 130. The other signals exit with code 0 if a checkpoint has all finished steps, and otherwise with 128
-plus the signal's number.
+A signal exits with code 128 plus its number (Ctrl-C 130, SIGTERM 143), so that a script does not use an unfinished model.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from rlhf_engine.cli.failures import TRACEBACK, notes, one_line_errors
 from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
 from rlhf_engine.cli.plan import plan
 
-INTERRUPTED = 130
-"""Exit code of Ctrl-C."""
 LONGEST = 1_000
 """Characters of an error message; the middle of a longer one is left out."""
 
@@ -45,8 +42,7 @@ class _Commands(TyperGroup):
             saved = getattr(interrupt, "saved", False)
             how = f"; to continue: {_resuming(ctx.obj)}" if saved else ""
             print(f"rlhf: {str(interrupt) or 'interrupted'}{notes(interrupt)}{how}", file=sys.stderr)
-            ended = 0 if saved else 128 + signum
-            raise typer.Exit(INTERRUPTED if signum == signal.SIGINT else ended) from None
+            raise typer.Exit(128 + signum) from None
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True)
@@ -90,6 +86,7 @@ def sft(
     """Fine-tune model.path on data.demonstrations. Writes OUTPUT_DIR/sft, and OUTPUT_DIR/sft.checkpoint until training ends."""
     report = _run("run_sft", config, overrides, resume=resume, overwrite=overwrite)
     typer.echo(f"validation loss {report.best.validation_loss:.4f} nats per token at step {report.best.step}")
+    _results(config, overrides, "sft", "rm", "model.path")
 
 
 @app.command()
@@ -105,6 +102,7 @@ def rm(
     """
     last = _run("run_rm", config, overrides, resume=resume, overwrite=overwrite)[-1]
     typer.echo(f"held-out accuracy {last.accuracy:.4f}, margin {last.margin:.4f}, loss {last.loss:.4f}")
+    _results(config, overrides, "rm", "ppo", "reward.path")
 
 
 @app.command()
@@ -121,6 +119,9 @@ def ppo(
         return
     last = history[-1]
     typer.echo(f"score {last['score_mean']:.4f}, KL {last['kl']:.4f} nats per sequence")
+    _results(
+        config, overrides, "ppo", "generate", "model.path", "--prompts", "PROMPTS.jsonl", "--output", "ANSWERS.jsonl"
+    )
 
 
 @app.command()
@@ -149,6 +150,7 @@ def clean(
         Path | None, typer.Option("--config", "-c", help="YAML file, of which data.hygiene is used.")
     ] = None,
     overrides: SetOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of an earlier call.")] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of a tokenizer; truncates prompts to rollout.max_prompt_tokens.")
     ] = None,
@@ -157,6 +159,10 @@ def clean(
     quiet()
     from rlhf_engine.data.hygiene import clean_prompts
 
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(
+            f"--out: {output} is not empty; replace an earlier result with --overwrite, or give a new folder"
+        )
     settings, codec = read_config(config, overrides), None
     if tokenizer is not None:
         from rlhf_engine.data import Codec
@@ -198,6 +204,16 @@ def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool)
     from rlhf_engine import recipes
 
     return getattr(recipes, stage)(read_config(config, overrides), **options)
+
+
+def _results(config: Path, overrides: list[str] | None, stage: str, following: str, key: str, *more: str) -> None:
+    """Print the folder of a stage's model and the command that reads it: `following`, with the folder as setting `key`."""
+    root = Path(read_config(config, overrides).output_dir)
+    kept = [one for one in overrides or () if one.partition("=")[0] != key]
+    settings = [word for one in (*kept, f"{key}={root / stage}") for word in ("--set", one)]
+    typer.echo(
+        f"model: {root / stage}\nnext:  {shlex.join(['rlhf', following, '--config', str(config), *settings, *more])}"
+    )
 
 
 def run(arguments: list[str] | None = None) -> None:

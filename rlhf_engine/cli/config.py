@@ -16,7 +16,9 @@ config_app = typer.Typer(no_args_is_help=True, help="Show all settings, or the v
 def show(
     section: Annotated[
         str,
-        typer.Argument(help="Section to show, such as ppo or ppo.optim. Default: all sections except demo and figure."),
+        typer.Argument(
+            help="Section or setting to show, such as ppo, ppo.optim or ppo.kl_coef. Default: all except demo and figure."
+        ),
     ] = "",
     config: Annotated[
         Path | None,
@@ -33,10 +35,15 @@ def show(
     whole = load_config(config, overrides or (), kind=DemoRunConfig)
     shown: Section = whole if section else whole.without_demo()
     defaults: Section = DemoRunConfig() if section else RunConfig()
-    for depth, name in enumerate(section.split(".") if section else []):
-        known = [key for key, value in vars(shown).items() if isinstance(value, Section)]
+    names = section.split(".") if section else []
+    for depth, name in enumerate(names):
+        last = depth + 1 == len(names)
+        known = [key for key, value in vars(shown).items() if last or isinstance(value, Section)]
         if name not in known:
-            raise ValueError(unknown_key_message(".".join(section.split(".")[: depth + 1]), name, known))
+            raise ValueError(unknown_key_message(".".join(names[: depth + 1]), name, known))
+        if not isinstance(getattr(shown, name), Section):
+            typer.echo(describe(shown, defaults, only=name), nl=False)
+            return
         shown, defaults = getattr(shown, name), getattr(defaults, name)
     typer.echo(describe(shown, defaults), nl=False)
 

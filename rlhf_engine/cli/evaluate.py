@@ -30,6 +30,7 @@ def generate(
             "--resume", help="Require the settings of the interrupted call. It is continued without this option too."
         ),
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUTPUT of an earlier call.")] = False,
 ) -> None:
     """Sample responses of model.path to a file of prompts, with the settings of section rollout.
 
@@ -40,7 +41,7 @@ def generate(
 
     short = [f"rollout.temperature={temperature}"] * (temperature is not None) + [f"seed={seed}"] * (seed is not None)
     settings = read_config(config, [*(overrides or []), *short])
-    count, cut = generate_file(settings, prompts, output, samples, split, resume=resume)
+    count, cut = generate_file(settings, prompts, output, samples, split, resume=resume, overwrite=overwrite)
     typer.echo(f"{count} prompts, {cut} of them truncated on the left, {samples} responses each: {output}")
 
 

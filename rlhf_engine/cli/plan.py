@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf_engine.cli.options import SetOption, quiet, read_config
+from rlhf_engine.notices import notice
 
 if TYPE_CHECKING:
     from rlhf_engine.planner import MemoryPlan, Workload
@@ -37,11 +39,15 @@ def plan(
     quiet()
     from rlhf_engine.config.memory import byte_count
     from rlhf_engine.planner import MemoryPlan
-    from rlhf_engine.planner.report import items_table, strategies_words, verdict, workload_words
+    from rlhf_engine.planner.report import items_table, size, strategies_words, verdict, workload_words
     from rlhf_engine.recipes.planning import workload_of
 
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"--output: {output} is a file; give a folder for plan.json and plan.png")
+    for text in gpu_memory or []:
+        if re.search(r"\dGB$", text.strip(), re.IGNORECASE):
+            found = size(byte_count(text, "--gpu-memory"))
+            notice(f"--gpu-memory {text} is {found}; nvidia-smi prints what a card has, in MiB")
     workload = workload_of(read_config(config, overrides), model)
     workloads = [
         replace(workload, device="cuda", budget=byte_count(text, "--gpu-memory")) for text in gpu_memory or []

@@ -20,14 +20,19 @@ from rlhf_engine.config.schema import Section
 _WIDTH = 120
 
 
-def describe(section: Section, defaults: Section) -> str:
-    """Return YAML that reads back to `section`, with the docstring, type and default of each field in a comment above it."""
-    return "".join(line + "\n" for line in _lines(section, defaults, "")).lstrip("\n")
+def describe(section: Section, defaults: Section, only: str | None = None) -> str:
+    """Return YAML that reads back to `section`, with the docstring, type and default of each field in a comment above it.
+
+    With `only`, return the field of that name.
+    """
+    return "".join(line + "\n" for line in _lines(section, defaults, "", only)).lstrip("\n")
 
 
-def _lines(section: Section, defaults: Section, indent: str) -> Iterator[str]:
+def _lines(section: Section, defaults: Section, indent: str, only: str | None = None) -> Iterator[str]:
     docs, hints = field_docs(type(section)), get_type_hints(type(section), include_extras=True)
     for item in fields(section):
+        if only not in (None, item.name):
+            continue
         value, default, hint = getattr(section, item.name), getattr(defaults, item.name), hints[item.name]
         if is_dataclass(hint):
             yield ""

@@ -15,14 +15,18 @@ def byte_count(text: str, key: str) -> int:
     """Return the bytes of a size such as `24GiB`, `900 MB` or `1073741824`.
 
     Raises:
-        ValueError: the text is not a size, or the size is 0. The message begins with `key`.
+        ValueError: the text is not a size, or the size is less than a megabyte, as is 24 without a unit. The message begins
+            with `key`.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS:
         raise ValueError(f"{key}: got {text!r}, expected a size such as 24GiB, 900MB or a number of bytes")
     count = int(float(found[1]) * _UNITS[found[2].upper()])
-    if count == 0:
-        raise ValueError(f"{key}: got {text!r}, expected more than 0 bytes")
+    if count < 10**6:
+        example = f"{found[1]}GiB" if count else "24GiB"
+        raise ValueError(
+            f"{key}: got {text!r}, which is {count} bytes, expected at least a megabyte; give a unit, as in {example}"
+        )
     return count
 
 

@@ -126,7 +126,14 @@ def answer_all(
 
 
 def generate_file(
-    config: RunConfig, source: Path, target: Path, samples: int, split: str | None = None, *, resume: bool = False
+    config: RunConfig,
+    source: Path,
+    target: Path,
+    samples: int,
+    split: str | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> tuple[int, int]:
     """Write the answers of `model.path` to the prompts of a JSONL file, one line per prompt.
 
@@ -137,8 +144,8 @@ def generate_file(
 
     Raises:
         ValueError: a line is bad or a prompt is too long, named as `file:line`; there are no prompts; `samples` is less
-            than 1; `target` is a folder or the file of prompts; or `resume` is set and a setting differs from that of the
-            interrupted call.
+            than 1; `target` is a folder, the file of prompts, or, without `overwrite`, a file that exists; or `resume` is set
+            and a setting differs from that of the interrupted call.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
@@ -148,6 +155,11 @@ def generate_file(
         raise ValueError(
             f"output: got {target}, the file of prompts, expected a different file: it would be overwritten"
         )
+    if target.exists() and not overwrite:
+        raise ValueError(f"output: {target} exists; replace it with --overwrite, or give a different file")
+    total = sum(1 for _ in read_prompts(source, split))
+    if not total:
+        raise ValueError(f"{source}: got no prompts{f' of split {split}' if split else ''}, expected at least one")
     records = iter(read_prompts(source, split))
     answerer = Answerer(config, config.model.path, seed=config.seed)
     settings = {
@@ -159,7 +171,7 @@ def generate_file(
     }
     with (
         PartialFile(target, settings, chunk=chunk_size(answerer, samples), resume=resume) as file,
-        progress(0, "generate", unit="prompt", done=file.kept) as bar,
+        progress(total, "generate", unit="prompt", done=file.kept) as bar,
     ):
         for _ in encode_records(str(source), islice(records, file.kept), answerer.encode):
             pass  # counts the prompts that are cut
@@ -172,8 +184,6 @@ def generate_file(
             }
             file.write(line)
             bar.update()
-        if not file.count:
-            raise ValueError(f"{source}: got no prompts{f' of split {split}' if split else ''}, expected at least one")
         file.finish()
     return file.count, answerer.codec.truncated.count
 

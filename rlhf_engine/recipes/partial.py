@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from shutil import copyfileobj
 from types import TracebackType
@@ -23,7 +24,8 @@ class PartialFile:
     manager, which lets one process at a time write into the folder.
 
     Raises:
-        ValueError: with `resume`, the earlier call had a different setting. Without it, its lines are dropped.
+        ValueError: with `resume`, the earlier call had a different setting. Without it, its lines are dropped. Or the file
+            `target.partial` has no settings in its first line.
     """
 
     def __init__(self, target: Path, settings: Mapping[str, Any], *, chunk: int, resume: bool) -> None:
@@ -32,8 +34,10 @@ class PartialFile:
         self.chunk, self.resume, self.kept = chunk, resume, 0
 
     def __enter__(self) -> Self:
-        self.lock = FolderLock(self.target.parent, self.path.name + ".lock").__enter__()
-        self.kept, size = self._earlier()
+        with ExitStack() as stack:
+            stack.enter_context(FolderLock(self.target.parent, self.path.name + ".lock"))
+            self.kept, size = self._earlier()
+            self.held = stack.pop_all()
         if self.kept:
             self.file = self.path.open("r+b")
             self.file.truncate(size)
@@ -70,7 +74,7 @@ class PartialFile:
         self.file.close()
         if kind is not None and self.count < self.chunk:
             self.path.unlink(missing_ok=True)  # nothing to continue from
-        self.lock.__exit__()
+        self.held.close()
 
     def _earlier(self) -> tuple[int, int]:
         """Return the number of lines in complete chunks of an earlier call with the same settings, and their end in bytes."""
@@ -78,7 +82,7 @@ class PartialFile:
             return 0, 0
         with self.path.open("rb") as file:
             first = file.readline()
-            if not first.endswith(b"\n") or not self._same(json.loads(first)):
+            if not first.endswith(b"\n") or not self._same(self._settings(first)):
                 return 0, 0
             kept, end, size = 0, len(first), len(first)
             for number, line in enumerate(file, start=1):
@@ -86,6 +90,17 @@ class PartialFile:
                 if number % self.chunk == 0 and line.endswith(b"\n"):
                     kept, end = number, size
         return kept, end
+
+    def _settings(self, line: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{self.path}:1: not the settings of an interrupted call; move the file away, or delete it"
+            )
+        return found
 
     def _same(self, before: Mapping[str, Any]) -> bool:
         for key, value in self.settings.items():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from itertools import chain
+
+from transformers import PreTrainedModel
 
 from rlhf_engine.checkpoint import fingerprint
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Demonstration, Example, Stored, read_demonstrations, stored
 from rlhf_engine.data.split import split
 from rlhf_engine.model import LanguageModel
+from rlhf_engine.notices import notice
 from rlhf_engine.recipes.loading import (
     REPORT,
     check_trained_records,
@@ -57,19 +62,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         "demonstrations",
     )
     data["data.demonstrations"] = fingerprint_records((train, validation), EXAMPLES)
-    actor = LanguageModel(model, backend=config.backend, **computing(config))
-    if not config.model.router_aux_loss:
-        actor.balance = None
-    trainer = SFTTrainer(
-        actor,
-        train,
-        validation,
-        config.sft,
-        pad_id=codec.pad_id,
-        seed=config.seed,
-        optimizer_state=config.memory.optimizer_state,
-    )
-
+    trainer = _trainer(config, model, codec, train, validation)
     check_disk(trainer, config, unfinished, folder)
     try_output(trainer, codec.tokenizer, config)
 
@@ -92,7 +85,35 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         overwrite=overwrite,
     )
     plot(config, "sft", "optimizer step")
+    warn_of_no_learning(report, len(codec.tokenizer))
     return report
+
+
+def _trainer(
+    config: RunConfig, model: PreTrainedModel, codec: Codec, train: Sequence[Example], validation: Sequence[Example]
+) -> SFTTrainer:
+    actor = LanguageModel(model, backend=config.backend, **computing(config))
+    if not config.model.router_aux_loss:
+        actor.balance = None
+    return SFTTrainer(
+        actor,
+        train,
+        validation,
+        config.sft,
+        pad_id=codec.pad_id,
+        seed=config.seed,
+        optimizer_state=config.memory.optimizer_state,
+    )
+
+
+def warn_of_no_learning(report: FitReport, vocabulary: int) -> None:
+    """Log a notice if the best loss is not below that of a uniform distribution over the vocabulary, `log V` nats."""
+    best, uniform = report.best.validation_loss, math.log(vocabulary)
+    if best >= uniform:
+        notice(
+            f"sft: the validation loss {best:.2f} is not below {uniform:.2f} nats, that of a model that gives every token the "
+            "same probability; raise sft.optim.lr (small models need 1e-4 to 1e-3) or sft.epochs"
+        )
 
 
 def demonstrations(config: RunConfig, codec: Codec) -> Stored[Example]:

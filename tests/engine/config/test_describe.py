@@ -78,3 +78,12 @@ def test_the_sections_of_the_demo_are_shown_by_name_only(capsys, section):
     code, shown, _ = show(capsys, section, "--set", f"{section}.samples=7")
     expected = getattr(DemoRunConfig(), section).to_dict() | {"samples": 7}
     assert code == 0 and yaml.safe_load(shown) == expected and "default 16" in show(capsys, "demo")[1]
+
+
+def test_one_setting_is_shown_with_its_description(capsys, tmp_path):
+    code, shown, _ = show(capsys, "ppo.kl_coef", "--set", "ppo.kl_coef=0.5")
+    assert code == 0 and yaml.safe_load(shown) == {"kl_coef": 0.5} and "# beta, the weight of KL" in shown
+    assert yaml.safe_load(show(capsys, "ppo.optim.lr")[1]) == {"lr": 9e-6}
+    assert yaml.safe_load(show(capsys, "seed")[1]) == {"seed": 0}
+    code, _, message = show(capsys, "ppo.kl_coeff")
+    assert code == 2 and "ppo.kl_coef" in message

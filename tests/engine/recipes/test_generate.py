@@ -105,12 +105,12 @@ def test_an_output_that_is_a_folder_is_refused(run, capsys):
 def test_a_bad_line_leaves_the_existing_output(run, capsys):
     (run / "a.jsonl").write_text("before")
     write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}] * 3 + [{"user_id": "u"}])
-    code, _, shown = generate(capsys, run, "a.jsonl", sets=["rollout.batch_size=1"])
+    code, _, shown = generate(capsys, run, "a.jsonl", "--overwrite", sets=["rollout.batch_size=1"])
     assert code == 2 and "prompts.jsonl:4: no field 'prompt'" in shown
     assert (run / "a.jsonl").read_text() == "before"
     assert not [path for path in run.iterdir() if path.name.startswith("a.jsonl.")]
     write_lines(run / "prompts.jsonl", [{"prompt": "q", "user_id": "u"}, {"prompt": "q" * 30, "user_id": "u"}])
-    code, _, shown = generate(capsys, run, "a.jsonl")
+    code, _, shown = generate(capsys, run, "a.jsonl", "--overwrite")
     assert code == 2 and "prompts.jsonl:2: prompt: got" in shown
 
 
@@ -190,6 +190,7 @@ def test_a_call_with_other_settings_continues_nothing(run, capsys, monkeypatch, 
     sets = ["rollout.batch_size=2", *sets]
     code, _, shown = generate(capsys, run, "a.jsonl", "--samples", 2, "--resume", sets=sets)
     assert code == 2 and f"rlhf: {key}: got" in shown and "differs from that of" in shown
+    assert not list(run.glob("*.lock"))
     assert generate(capsys, run, "a.jsonl", "--samples", 2, sets=sets)[0] == 0
     assert generate(capsys, run, "whole.jsonl", "--samples", 2, sets=sets)[0] == 0
     assert (run / "a.jsonl").read_bytes() == (run / "whole.jsonl").read_bytes()
@@ -204,3 +205,12 @@ def test_changed_prompts_and_weights_continue_nothing(run, capsys, monkeypatch, 
     write_lines(run / "prompts.jsonl", [*lines, lines[0]])
     code, _, shown = generate(capsys, run, "a.jsonl", "--samples", 2, "--resume", sets=sets[:1])
     assert code == 2 and "rlhf: prompts: got" in shown
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '"text"'])
+def test_a_partial_file_of_something_else_is_named_and_kept(run, capsys, line):
+    partial = run / "a.jsonl.partial"
+    partial.write_text(line + "\n")
+    code, _, shown = generate(capsys, run, "a.jsonl")
+    assert code == 2 and f"{partial}:1: not the settings of an interrupted call" in shown
+    assert partial.read_text() == line + "\n" and not list(run.glob("*.lock"))

@@ -169,8 +169,11 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "much")
     assert code == 2 and "--gpu-memory: got 'much', expected a size such as 24GiB" in err
-    code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "0")
-    assert code == 2 and "--gpu-memory: got '0', expected more than 0 bytes" in err
+    for text, example in (("0", "24GiB"), ("24", "24GiB"), ("80 KB", "80GiB")):
+        code, _, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", text)
+        assert code == 2 and f"--gpu-memory: got '{text}', which is" in err and f"as in {example}" in err
+    code, out, err = rlhf(capsys, "plan", "--model", "qwen2.5-0.5b", "--gpu-memory", "80GB", "--gpu-memory", "80GiB")
+    assert code == 0 and err.count("--gpu-memory 80") == 1 and "--gpu-memory 80GB is 74.51 GiB" in err
     code, out, _ = rlhf(capsys, "plan", "--model", "qwen2.5-72b", "--gpu-memory", "80GiB", "--planned")
     assert code == 0 and re.search(r"does not fit, [\d.]+ GiB too much; not even one sequence", out)
     assert re.search(

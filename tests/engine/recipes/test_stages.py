@@ -34,11 +34,19 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     out = run / "out"
     code, shown, _ = rlhf(capsys, "sft", "--config", run / "run.yaml")
     assert code == 0 and "validation loss" in shown
+    following = f"next:  rlhf rm --config {run / 'run.yaml'} --set model.path={out / 'sft'}"
+    assert shown.splitlines()[-2:] == [f"model: {out / 'sft'}", following]
     code, shown, _ = rlhf(capsys, "rm", "--config", run / "run.yaml", "--set", f"model.path={out / 'sft'}")
     assert code == 0 and "held-out accuracy" in shown
+    sets = f"--set model.path={out / 'sft'} --set reward.path={out / 'rm'}"
+    assert shown.splitlines()[-2:] == [f"model: {out / 'rm'}", f"next:  rlhf ppo --config {run / 'run.yaml'} {sets}"]
     overrides = ("--set", f"model.path={out / 'sft'}", "--set", f"reward.path={out / 'rm'}")
     code, shown, _ = rlhf(capsys, "ppo", "--config", run / "run.yaml", *overrides)
     assert code == 0 and "KL" in shown
+    sets = (
+        f"--set reward.path={out / 'rm'} --set model.path={out / 'ppo'} --prompts PROMPTS.jsonl --output ANSWERS.jsonl"
+    )
+    assert shown.splitlines()[-1] == f"next:  rlhf generate --config {run / 'run.yaml'} {sets}"
 
     weights = {}
     for name in ("sft", "ppo"):
@@ -57,6 +65,7 @@ def test_the_three_stages_one_after_the_other(run, capsys):
         "plots",
         "ppo",
         "rm",
+        "samples.jsonl",
         "sft",
         "tensorboard",
     ]
@@ -97,6 +106,14 @@ def test_a_repeated_stage_replaces_its_metrics(run, capsys):
         assert rlhf(capsys, "sft", "--config", run / "run.yaml", "--overwrite")[0] == 0
     steps = [json.loads(line)["step"] for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_model_that_has_learned_nothing_is_reported(run, capsys):
+    code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", sets=["sft.optim.lr=1e-9"])
+    assert code == 0 and "is not below 5.70 nats" in shown and "raise sft.optim.lr" in shown
+    learned = ["sft.optim.lr=1e-2", "sft.epochs=4"]
+    code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--overwrite", sets=learned)
+    assert code == 0 and "nats" not in shown
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run, capsys):
