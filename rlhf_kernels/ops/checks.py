@@ -7,7 +7,7 @@ a GPU or breaks a compiled graph.
 """
 
 import math
-from typing import TypedDict, overload
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -176,6 +176,16 @@ def values_visible(x: Tensor) -> bool:
 def is_eager(x: Tensor) -> bool:
     """Return whether `x` has data. A tensor that a compiler traces has none."""
     return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def first_backward(ctx: Any, name: str) -> None:
+    """Raise RuntimeError if backward of the op `name` ran before: the first one scales the stored gradients in place."""
+    if getattr(ctx, "ran", False):
+        raise RuntimeError(
+            f"{name}: backward was called twice for one loss; it scales the stored gradients in place, "
+            f"so request all gradients in one call, or call {name} again"
+        )
+    ctx.ran = True
 
 
 def constant(x: float | Tensor) -> float | Tensor:

@@ -145,8 +145,10 @@ class OnePass(torch.autograd.Function):
         gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(gradients.values())
-        if torch.is_grad_enabled() and checks.is_eager(grad_loss):
-            refuse(ctx)  # create_graph=True: the gradients are constants
+        if checks.is_eager(grad_loss):
+            if torch.is_grad_enabled():
+                refuse(ctx)  # create_graph=True: the gradients are constants
+            checks.first_backward(ctx, "logits_ppo_loss")
         gradient, stats, coefficients, value_slope, *tensors = ctx.saved_tensors
         inputs = unflatten(Inputs, _tensors_back(tensors, ctx.rest))
         if ctx.inplace:
@@ -171,7 +173,7 @@ def _tensors_back(tensors: list[Tensor], rest: list[Any]) -> tuple[Any, ...]:
 
 
 def _scaled(x: Inputs, gradient: Tensor, stats: Tensor, coefficients: Tensor, upstream: Tensor) -> Tensor:
-    """Return the gradient times the upstream gradient, computed in place, so that a second backward raises."""
+    """Return the gradient times the upstream gradient, computed in place."""
     if not checks.is_eager(gradient):
         return (gradient.float() * upstream).to(gradient.dtype)
     with torch.no_grad():

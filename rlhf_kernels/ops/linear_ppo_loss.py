@@ -48,8 +48,9 @@ def linear_ppo_loss(
     `options` are the options of `ppo_loss` except `entropy`, which this op computes. Pass the option `values` for a
     separate value model; it excludes `value_weight`.
 
-    The forward pass computes logits and gradients chunk by chunk, and backward scales the gradients. A second backward
-    therefore raises, and activation checkpointing around this call would do the work twice.
+    The forward pass computes logits and gradients chunk by chunk, and backward scales the gradients in place. A second
+    backward of one loss therefore raises RuntimeError. Under activation checkpointing this call gives the same
+    gradients and does its work twice; leave it outside of the checkpointed region.
 
     Masked rows need no matrix product. Rows whose derivatives of the loss by log-prob and entropy are exactly zero
     (clipped, or with an advantage of 0) need no backward product. On CPU these rows are always left out of the
@@ -273,8 +274,10 @@ class LinearPpoLoss(torch.autograd.Function):
         results: dict[str, Tensor | None] = dict.fromkeys(NAMES)
         if grad_loss is None:
             return tuple(results.values())
-        if torch.is_grad_enabled() and checks.is_eager(grad_loss):
-            refuse(ctx)  # create_graph=True: the gradients are constants
+        if checks.is_eager(grad_loss):
+            if torch.is_grad_enabled():
+                refuse(ctx)  # create_graph=True: the gradients are constants
+            checks.first_backward(ctx, "linear_ppo_loss")
         denominators, *gradients = ctx.saved_tensors
         of_head = grad_loss / Denominators(*denominators).policy  # HeadGradients does not divide by the denominator
         for name, gradient, dtype, needed in zip(Leaves._fields, gradients, ctx.dtypes, ctx.needs, strict=True):
@@ -285,7 +288,7 @@ class LinearPpoLoss(torch.autograd.Function):
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Return `gradient * scale`, rounded once to `dtype`; in place if possible, so that a second backward raises."""
+    """Return `gradient * scale`, rounded once to `dtype`; computed in place if possible."""
     if not checks.is_eager(gradient) or dtype not in _native.DTYPES:
         return (gradient.float() * scale).to(dtype)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_kernels import METRICS, has_products, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
 from rlhf_kernels._options import PPOArguments
@@ -155,13 +156,47 @@ def test_ratios_are_exactly_one_for_rescored_rollouts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_second_backward_raises(dtype):
+@pytest.mark.parametrize("retain", [True, False])
+def test_second_backward_raises(dtype, retain):
     leaves, constants, _ = make(11, dtype)
     weight = leaves["weight"].clone().requires_grad_()
     loss = linear_ppo_loss(leaves["hidden"], weight, **constants).loss
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    loss.backward(retain_graph=retain)
+    with pytest.raises(RuntimeError, match=r"^linear_ppo_loss: backward was called twice for one loss;.*again$"):
         loss.backward()
+
+
+def test_second_backward_raises_where_hooks_replace_saved_tensors():
+    """Autograd does not check the version of tensors that hooks return, so it would scale a gradient twice."""
+    leaves, constants, _ = make(11)
+    weight = leaves["weight"].clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        loss = linear_ppo_loss(leaves["hidden"], weight, **constants).loss
+    (0.5 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward was called twice"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointed_regions_give_the_same_gradients(use_reentrant, inside):
+    """The loss may be inside a checkpointed region, or read the output of one."""
+    leaves, constants, _ = make(15)
+
+    def gradients(region):
+        x = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "weight")}
+        return differentiate(region(**x), x, 0.37)
+
+    def checkpointed(hidden, weight):
+        if inside:
+            return checkpoint(plain, hidden, weight, use_reentrant=use_reentrant)
+        return linear_ppo_loss(checkpoint(torch.tanh, hidden, use_reentrant=use_reentrant), weight, **constants).loss
+
+    def plain(hidden, weight):
+        return linear_ppo_loss(hidden.tanh(), weight, **constants).loss
+
+    expected, got = gradients(plain), gradients(checkpointed)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[k], got[k]) for k in got)
 
 
 def test_two_losses_in_one_backward():
