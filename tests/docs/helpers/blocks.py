@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +74,16 @@ class Reader:
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "page"})
     printed: str = ""
     """Output of the last block that ran."""
+    whole: bool = False
+    """Whether the page must show all of this output; of the command `rlhf` it may show a part."""
 
     def read(self, block: Block) -> None:
         """Run a block, save it to its file, or compare it with the output of the previous block."""
         if block.language == "text":
             if block.notes.get("title") == "output":
-                assert block.text.strip() in self.printed, f"{block}: got\n{self.printed}\nexpected\n{block.text}"
+                shown, printed = block.text.strip(), self.printed.strip()
+                same = shown == printed if self.whole else shown in printed
+                assert same, f"{block}: got\n{printed}\nexpected\n{shown}"
         elif "title" in block.notes:
             Path(block.notes["title"]).write_text(block.text)
         elif block.language == "python":
@@ -90,18 +97,31 @@ class Reader:
         code = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(code, self.names)
-        self.printed = out.getvalue()
+        self.printed, self.whole = out.getvalue(), True
 
     def _shell(self, block: Block) -> None:
-        self.printed = ""
+        self.printed, self.whole = "", False
         for words in commands(block):
-            assert words[0] == "rlhf", f"{block}: got the command {words[0]!r}; expected rlhf, or not_run with a reason"
+            if words[0] == "torchrun":
+                self.printed += _torchrun(block, words[1:])
+                continue
+            assert words[0] == "rlhf", f"{block}: got {words[0]!r}; expected rlhf, torchrun, or not_run with a reason"
             trains = words[1] in ("sft", "rm", "ppo", "eval", "iterate", "generate")
             more = [part for override in self.overrides for part in ("--set", override)] if trains else []
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
                 code = _exit_code([*words[1:], *more])
             self.printed += out.getvalue()
             assert not code, f"{block}: {' '.join(words)}: exit code {code}: {err.getvalue()}"
+
+
+def _torchrun(block: Block, arguments: list[str]) -> str:
+    """Run the command torchrun and return what its processes print."""
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert not ran.returncode, f"{block}: {ran.stderr}"
+    return ran.stdout
 
 
 def _exit_code(arguments: list[str]) -> int:
