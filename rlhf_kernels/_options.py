@@ -2,7 +2,8 @@
 
 The checks (ops/objective.py), the launchers (launch_args.PpoScalars), the Triton kernels and the bindings read that
 table. To add an option, declare it in both classes here, write its formula in reference/ppo_loss.py, csrc/math/ppo.h
-and _triton/math.py, and describe it in the docstring of `ppo_loss`.
+and _triton/math.py, and describe it in the docstring of `ppo_loss`. `python -m docs.generate` writes the table of the
+options in docs/reference/kernels.md from this file.
 
 Legend: B sequences, T positions, N tokens.
 """
@@ -33,30 +34,56 @@ class PPOOptions(TypedDict, total=False):
     """
 
     objective: Objective
+    """Policy term: PPO's clipped surrogate, PPO's penalised one, TRPO's surrogate, the loss of REINFORCE and actor-critic."""
     cliprange: float
+    """Lower bound of the ratio is 1 minus this number."""
     cliprange_high: float | None
+    """Upper bound of the ratio is 1 plus this number (clip-higher, DAPO). None: `cliprange`."""
     dual_clip: float | None
+    """For a negative advantage A, the term is at most `-dual_clip * A`. None: no such limit."""
     log_ratio_clamp: float | None
+    """The log-ratio is limited to ± this number, and the gradient outside is 0. None: no limit."""
     old_kl_coef: float
+    """Coefficient of KL(old policy || policy), which the objective adds to the loss."""
     ratio_level: RatioLevel
+    """`sequence`: the log-ratio of a token is the mean over the actions of its sequence (GSPO)."""
     weights: Tensor | None  # (B, T) or (N,)
+    """Factor of the policy term of each token. None: 1."""
     values: Tensor | None  # (B, T) or (N,), differentiable
+    """Predictions of a separate value model; the value loss is added to the loss."""
     old_values: Tensor | None  # (B, T) or (N,)
+    """Values of the rollout, around which values are clipped. None: no clipping."""
     returns: Tensor | None  # (B, T) or (N,)
+    """Targets of the values; required if there are values."""
     cliprange_value: float | None
+    """Range around `old_values` to which values are clipped. None: no clipping."""
     vf_coef: float
+    """Coefficient of the value loss."""
     value_mask: Tensor | None  # (B, T) or (N,), bool
+    """Tokens of the value loss. None: `mask`."""
     entropy: Tensor | None  # (B, T) or (N,), differentiable
+    """Entropy of each token's distribution; only `ppo_loss` accepts it, the other two functions compute it."""
     entropy_coef: float
+    """Coefficient of the entropy, which is subtracted from the loss."""
     ref_logprobs: Tensor | None  # (B, T) or (N,)
+    """Log-probs of the reference model; required if `kl_coef` is not 0."""
     kl_coef: float
+    """Coefficient of KL(policy || reference), which is added to the loss."""
     kl_estimator: KlEstimator
+    """Estimator of that KL; see `kl_penalty`."""
     kl_weighting: KlWeighting
+    """`ratio`: the KL of a token is multiplied by its ratio (DeepSeek-V3.2)."""
     aggregation: Aggregation
+    """Reduction of each term: sum over tokens / `num_tokens`, sum over tokens / `num_sequences`, sum of the sequences' means
+    over tokens / `num_sequences`, sum over tokens."""
     num_tokens: float | Tensor | None
+    """Denominator of `token_mean` and of the metrics: the tokens of all micro-batches and ranks. None: those of this call."""
     num_value_tokens: float | Tensor | None
+    """The same for the value loss. None: the tokens of the value loss in this call."""
     num_sequences: float | Tensor | None
+    """Denominator of the aggregations that begin with `seq_mean`. None: the sequences of this call with a token."""
     cu_seqlens: Tensor | None  # (B + 1,), int32
+    """Start of each packed sequence, and the total length; token tensors are (N,) then."""
 
 
 class Scalar(NamedTuple):
