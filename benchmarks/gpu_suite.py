@@ -20,7 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.gpu.entries import COPY, MATMUL, Entry
-from benchmarks.gpu.results import Results, plot
+from benchmarks.gpu.plots import plot
+from benchmarks.gpu.results import Results
 from benchmarks.gpu.tools import tool_path
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ class Suite:
         except CutOff as error:
             state, reason = "cut off", str(error)
         self.results.end(state, reason, time.monotonic() - start)
-        plot(self.results)
+        plot(self.results.folder, self.results.steps, dry_run=self.dry_run)
 
     def worker(self, group: str, seconds: float) -> list[str]:
         """Return the command that runs a group of `gpu/worker.py`."""
@@ -233,7 +234,7 @@ def report(suite: Suite, seconds: float) -> Iterator[Entry]:
 
     if not suite.dry_run:
         yield from environment.clocks("after")
-    names = plot(suite.results)
+    names = plot(suite.results.folder, suite.results.steps, dry_run=suite.dry_run)
     yield Entry("plots", ", ".join(names) if names else None, skipped="" if names else "matplotlib is not installed")
 
 

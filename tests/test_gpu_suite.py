@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import ceilings, environment, head_bench, peer_bench, token_bench
+from benchmarks.gpu import ceilings, environment, head_bench, peer_bench, plots, token_bench
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.entries import Entry
 from benchmarks.gpu.results import Results, report, value_of
@@ -88,8 +88,26 @@ def test_a_dry_run_reaches_each_bound(dry_run, name, bound):
 def test_a_dry_run_writes_plots(dry_run):
     pytest.importorskip("matplotlib")
     out, _ = dry_run
-    for name in ("bounds.png", "linear_ppo_loss.png"):
+    for name in plots.FIGURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def labels(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_plots_show_time_and_memory_of_the_committed_run():
+    pytest.importorskip("matplotlib")
+    measured = entries(json.loads((ROOT / "benchmarks/results/h200/results.json").read_text()))
+    time, memory = plots.head_peers(measured).axes
+    assert [tick.get_text() for tick in time.get_yticklabels()][:3] == [
+        *("torch.compile of eager *", "linear_ppo_loss", "TRL selective_log_softmax *")
+    ]
+    assert labels(time) == ["20.8", "21.3", "21.4", "24.3", "40.0", "48.1", "925.2 (bar cut off)"]
+    assert labels(memory) == ["3.15", "3.25", "2.13", "6.30", "1.20", "1.09", "4.24"]
+    time, memory = plots.ppo_step(measured).axes
+    assert [round(bar.get_width(), 1) for bar in time.patches] == [4.0, 2.1, 13.8, 138.8]
+    assert labels(time) == ["19.9", "138.8"] and labels(memory) == ["32.7", "36.6", "61.1", "130.4"]
 
 
 def test_results_are_on_disk_before_the_run_ends(tmp_path):

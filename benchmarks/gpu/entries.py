@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 
 COPY, MATMUL = "copy bandwidth", "bf16 matrix rate"
 """Names of the ceilings, in TB/s and TFLOP/s."""
+HEAD_PEERS = (4096, 4096, 128256)
+"""Tokens, hidden size and vocabulary of the comparison of `linear_ppo_loss` with its peers."""
+DRY_RUN = "DRY RUN on a CPU, through Triton's interpreter, at tiny shapes: no GPU was used and nothing was measured."
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, milliseconds
 from benchmarks.gpu.correctness import FAILURES, reason
-from benchmarks.gpu.entries import Entry
+from benchmarks.gpu.entries import HEAD_PEERS, Entry
 from benchmarks.gpu.head_bench import make_batch, make_head, stepper
 from benchmarks.peers.gae_loop import gae_loop
 from benchmarks.peers.policy_losses import CLIPRANGE, COMPILING, PEERS, Batch, Loss, clipped_surrogate
@@ -54,7 +54,7 @@ DEVICE_ONLY = (*COMPILING, "cut-cross-entropy", "verl")
 
 def head_peer(name: str, make: Callable[[], Loss], bench: Bench) -> Iterator[Entry]:
     """Measure a loss from hidden states: time, and peak memory above inputs. A missing package is recorded as skipped."""
-    n, h, v = bench.size((4096, 4096, 128256), (256, 16, 160))
+    n, h, v = bench.size(HEAD_PEERS, (256, 16, 160))
     title = f"{name}, N={n}"
     if bench.dry_run and name in DEVICE_ONLY:
         yield Entry(title, skipped="a dry run runs no compiler and no third-party kernel", note="peer")

@@ -1,14 +1,13 @@
-"""Results of a run: `results.json`, which is rewritten after every entry, and the `report.md` and plots derived from it."""
+"""Results of a run: `results.json`, which is rewritten after every entry, and the `report.md` derived from it."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
-DRY_RUN = "DRY RUN on a CPU, through Triton's interpreter, at tiny shapes: no GPU was used and nothing was measured."
+from benchmarks.gpu.entries import DRY_RUN
 
 
 class Results:
@@ -113,45 +112,3 @@ def _word(met: bool | None) -> str:
 
 def _remark(entry: dict) -> str:
     return entry.get("note", "").replace("|", "/")
-
-
-# ---- plots ----
-
-
-def plot(results: Results) -> list[str]:
-    """Write the plots and return the names of the PNG files; none if matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        return []
-    entries = [entry for step in results.steps for entry in step["entries"]]
-    figures = {
-        "bounds.png": ("measured / bound (at least: bound / measured); 1 is the bound", _shares(entries)),
-        "linear_ppo_loss.png": (
-            "linear_ppo_loss forward+backward and its peers, milliseconds",
-            {e["name"]: e["value"] for e in entries if e.get("note", "").startswith("peer") and e["value"]},
-        ),
-    }
-    for name, (title, bars) in figures.items():
-        _bars(results.folder / name, f"{title}\n{DRY_RUN}" if results.dry_run else title, bars)
-    return list(figures)
-
-
-def _shares(entries: list[dict]) -> dict[str, float]:
-    shares = {}
-    for entry in entries:
-        value, bound = entry["value"], entry.get("bound")
-        if bound and isinstance(value, (int, float)) and value > 0:
-            shares[entry["name"]] = bound / value if entry.get("at_least") else value / bound
-    return shares
-
-
-def _bars(path: Path, title: str, bars: dict[str, float]) -> None:
-    from matplotlib.figure import Figure  # an optional package, and slow to import
-
-    figure = Figure(figsize=(9, 1.5 + 0.3 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(list(bars), list(bars.values()))
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8) if path.name == "bounds.png" else None
-    axes.set_title(title, fontsize=8)
-    axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=120)
