@@ -23,37 +23,37 @@ class Row(NamedTuple):
 
 _CPU = (
     Row(
-        "`linear_ppo_loss`, bfloat16: time over its three matrix products",
+        "`linear_ppo_loss`, bfloat16: its time / time of the products",
         "linear_ppo_loss",
         "ours / floor",
         "bfloat16",
     ),
-    Row("`linear_ppo_loss`, bfloat16: MB above its inputs", "linear_ppo_loss", "extra MB, ours", "bfloat16"),
+    Row("`linear_ppo_loss`, bfloat16: memory above its inputs, MB", "linear_ppo_loss", "extra MB, ours", "bfloat16"),
     Row(
-        "PPO update, float32: time over TRL's `PPOTrainer`",
+        "PPO update, float32: our time / TRL's",
         *("ppo_step", "seconds, ours in float32 / TRL", "of 32 sequences"),
     ),
     Row(
-        "the same in bfloat16, on a processor without bfloat16 instructions",
+        "the same in bfloat16, without bfloat16 instructions",
         *("ppo_step", "seconds, ours in bfloat16 / TRL", "of 32 sequences"),
     ),
     Row(
-        "PPO update, TRL's micro-batches of 8: peak memory over TRL's",
+        "PPO update in micro-batches of 8: our peak memory / TRL's",
         *("ppo_step", "extra MB, ours in float32 / TRL", "of 8 sequences"),
     ),
     Row(
-        "sampling, 7.3M parameters: tokens/s over transformers' `generate`",
+        "sampling: our tokens/s / those of transformers' `generate`",
         *("rollout", "tokens/s, ours / transformers generate", "each: wall"),
     ),
 )
 
 _H200 = (
-    ("PPO update, 1.5B parameters: samples/s over TRL's `PPOTrainer`", "qwen2.5-1.5b: samples a second, ours / TRL"),
-    ("its peak memory: distance of planned / measured from 1", "qwen2.5-1.5b: planned by measured peak of train, from 1"),
-    ("its decode step: share of the memory-bandwidth bound", "qwen2.5-1.5b: decode, of its bandwidth bound"),
-    ("`linear_ppo_loss`, bfloat16: time over its three matrix products", "linear_ppo_loss / three products"),
-    ("`logits_ppo_loss`: share of the copy rate for 6NV bytes", "moving 6NV bytes / logits_ppo_loss forward+backward, triton"),
-    ("`gae`, 128 x 4096, Triton", "gae 128x4096, triton"),
+    ("PPO update, 1.5B parameters: our samples/s / TRL's", "qwen2.5-1.5b: samples a second, ours / TRL"),
+    ("its peak memory: error of the plan, as a share", "qwen2.5-1.5b: planned by measured peak of train, from 1"),
+    ("its decode step: speed / limit by memory bandwidth", "qwen2.5-1.5b: decode, of its bandwidth bound"),
+    ("`linear_ppo_loss`, bfloat16: its time / time of the products", "linear_ppo_loss / three products"),
+    ("`logits_ppo_loss`: speed / limit by memory bandwidth", "moving 6NV bytes / logits_ppo_loss forward+backward, triton"),
+    ("`gae` of 128 x 4096 tokens: time", "gae 128x4096, triton"),
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ BRINGS_FILES = ("README.md", "docs/guides/")
 
 NOT_RUN = {
     "CONTRIBUTING.md": ["make test            # virtual environment", "python -m docs.generate"],
-    "README.md": ["pip install .", "head = head_arguments(model)", "make demo", "make docs", "make test"],
-    "docs/install.md": ["pip install ."],
+    "README.md": ["pip install -e .", "head = head_arguments(model)", "make demo", "make docs", "make test"],
+    "docs/install.md": ["pip install -e ."],
     "docs/tutorials/instructgpt.md": ["from transformers import AutoModelForCausalLM, AutoTokenizer"],
     "docs/guides/backends.md": ["python -m benchmarks.compile_check"],
     "docs/guides/deepspeed_chat.md": ["from rlhf_kernels.integrations.deepspeed_chat import PPOMixin"],
@@ -66,17 +66,16 @@ def test_every_block_of_the_page_runs(page, folder, model):
 
 
 def test_readme_runs_and_trains_a_model_of_every_stage(folder, model):
-    """The section "Train your own" is a chain from a base model to PPO-ptx."""
+    """The section "Train your own" is a chain from prompts and a base model to the policy."""
     training = [
         commands(block) for block in BLOCKS["README.md"] if block.language == "bash" and "rlhf sft" in block.text
     ]
-    assert [line[:2] for line in training[0]] == [["rlhf", stage] for stage in ("sft", "rm", "ppo", "ppo")]
+    assert [line[:2] for line in training[0]] == [["rlhf", stage] for stage in ("data", "sft", "rm", "ppo")]
     read("README.md", folder, model)
-    numbers = [json.loads(line) for line in (folder / "runs/mine_ptx/metrics.jsonl").read_text().splitlines()]
-    assert numbers[-1]["ptx_loss"] > 0
+    numbers = [json.loads(line) for line in (folder / "runs/mine/metrics.jsonl").read_text().splitlines()]
     explained = (ROOT / "docs/reference/metrics.md").read_text()
     assert not [name for name in numbers[-1] if f"`{name}`" not in explained and name not in ("stage", "step")]
-    for stage in ("runs/mine/sft", "runs/mine/rm", "runs/mine/ppo", "runs/mine_ptx/ppo"):
+    for stage in ("runs/mine/sft", "runs/mine/rm", "runs/mine/ppo"):
         assert (folder / stage / "model.safetensors").is_file()
 
 
