@@ -200,7 +200,7 @@ def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
 def with_new_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Write a file atomically: call `write(new)` on a path in the same folder, sync the file, and rename it to `path`."""
     path = _target(Path(path))
-    new, _ = _beside(path)
+    new, _ = _siblings(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(new)
@@ -232,7 +232,7 @@ def with_new_folder(
     folder = _target(Path(folder))
     if os.path.ismount(folder):
         raise OSError(f"{folder} is a mount point, which cannot be replaced; mount the folder that contains it instead")
-    new, old = _beside(folder)
+    new, old = _siblings(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
     for left in (new, old):
@@ -294,7 +294,7 @@ def recover(folder: Path) -> None:
     to `folder`. A new folder without an old one may be incomplete and is never used. An old folder next to `folder` is deleted.
     """
     folder = _target(folder)
-    new, old = _beside(folder)
+    new, old = _siblings(folder)
     if not old.is_dir():
         return
     if folder.exists():
@@ -307,7 +307,7 @@ def recover(folder: Path) -> None:
 def clean_up(folder: Path) -> None:
     """Complete or undo an interrupted `with_new_folder` or `remove`. No other process may be writing the folder."""
     recover(folder)
-    new, _ = _beside(_target(folder))
+    new, _ = _siblings(_target(folder))
     if new.is_dir():
         disk.delete(new)
 
@@ -316,7 +316,7 @@ def remove(folder: Path) -> None:
     """Delete a folder if it exists. After a crash it is complete or absent, once `clean_up` has deleted the rest."""
     clean_up(folder)
     target = _target(folder)
-    new, _ = _beside(target)
+    new, _ = _siblings(target)
     if target.is_dir():
         disk.rename(target, new)
         disk.delete(new)
@@ -329,5 +329,5 @@ def _target(folder: Path) -> Path:
     return folder.resolve() if folder.is_symlink() else folder
 
 
-def _beside(folder: Path) -> tuple[Path, Path]:
+def _siblings(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Long::threads, Long::resident)
 }
 
 // One warp per sequence. Its lanes load 32 tiles at a time; the state is carried over them from the last to the first.
-__global__ void carry_states(Sequences s, const GaeSegment* totals, GaeState* behind) {
+__global__ void carry_states(Sequences s, const GaeSegment* totals, GaeState* after) {
     const int64_t b = int64_t(blockIdx.x) * (blockDim.x / kWarp) + thread_id() / kWarp;
     if (b >= s.count) return;
     const int lane = thread_id() % kWarp;
@@ -81,14 +81,14 @@ __global__ void carry_states(Sequences s, const GaeSegment* totals, GaeState* be
         GaeSegment total{};
         if (tile >= 0) total = totals[first + tile];
         for (int i = 0; i < kWarp; i++) {
-            if (lane == i && tile >= 0) behind[first + tile] = state;
+            if (lane == i && tile >= 0) after[first + tile] = state;
             state = gae_apply(of_lane(total, i), state);
         }
     }
 }
 
 __global__ void __launch_bounds__(Long::threads, Long::resident)
-    write_tiles(GaeArgs a, Given rewards, const int64_t* last, const GaeState* behind, Moments* parts) {
+    write_tiles(GaeArgs a, Given rewards, const int64_t* last, const GaeState* after, Moments* parts) {
     __shared__ GaeSegment warps[Long::warps];
     __shared__ Moments sums[Long::warps];
     const Place p = place_of(a.sequences, blockIdx.x);
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(Long::threads, Long::resident)
         const Recursion r = recursion(a);
         GaeSegment runs[Long::chunks];
         scan_tile<Long>(held, r, runs, warps);
-        GaeState state = behind[blockIdx.x];
-        state = state_behind_warp<Long>(warps, state);
+        GaeState state = after[blockIdx.x];
+        state = state_after_warp<Long>(warps, state);
         write_tile<Long>(a, p.span, p.tile, held, r, runs, state, parts != nullptr, moments);
     }
     if (parts) {
@@ -150,13 +150,13 @@ int64_t scan_given(const char* op, const GaeArgs& a, RewardWhitening w, Moments*
     const int64_t places = tile_places(a.n, s);
     int64_t* last = work.take<int64_t>(s.count);
     GaeSegment* totals = work.take<GaeSegment>(places);
-    GaeState* behind = work.take<GaeState>(places);
+    GaeState* after = work.take<GaeState>(places);
     if (a.bootstrap) last_actions(op, a, last, stream);
     const int64_t* known = last;
     const GaeSegment* reduced = totals;
-    const GaeState* carried = behind;
+    const GaeState* carried = after;
     launch(op, reduce_tiles, Launch{places, Long::threads}, stream, a, rewards, known, totals);
-    launch(op, carry_states, Launch{(s.count + 3) / 4, 4 * kWarp}, stream, s, reduced, behind);
+    launch(op, carry_states, Launch{(s.count + 3) / 4, 4 * kWarp}, stream, s, reduced, after);
     launch(op, write_tiles, Launch{places, Long::threads}, stream, a, rewards, known, carried, parts);
     return places;
 }

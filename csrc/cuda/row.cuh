@@ -49,8 +49,8 @@ struct Row {
         const int64_t offset = x.offset(row);
         logits = static_cast<const T*>(x.logits) + offset;
         out = dlogits ? static_cast<T*>(dlogits) + (packed ? row * x.vocab : offset) : nullptr;
-        const int vocab = int(x.vocab), behind = int(reinterpret_cast<uintptr_t>(logits) % 16);
-        lead = behind ? min(vocab, (16 - behind) / int(sizeof(T))) : 0;
+        const int vocab = int(x.vocab), past = int(reinterpret_cast<uintptr_t>(logits) % 16);
+        lead = past ? min(vocab, (16 - past) / int(sizeof(T))) : 0;
         packs = (vocab - lead) / kPack<T>;
         trail = vocab - lead - packs * kPack<T>;
         aligned_out = (reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
@@ -79,8 +79,8 @@ __device__ __forceinline__ Part part_of(const Row<T>& row, int rank, int ranks, 
     const int first = min(rank * per, row.packs), tid = thread_id();
     Part p{first, min(per, row.packs - first), -1};
     if (rank == 0 && tid < row.lead) p.edge = tid;
-    const int behind = tid - kWarp;  // the first warp has the lead, the second warp the trail
-    if (rank == ranks - 1 && behind >= 0 && behind < row.trail) p.edge = row.lead + row.packs * kPack<T> + behind;
+    const int second = tid - kWarp;  // the first warp has the lead, the second warp the trail
+    if (rank == ranks - 1 && second >= 0 && second < row.trail) p.edge = row.lead + row.packs * kPack<T> + second;
     return p;
 }
 

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(S::threads, S::resident) scan_rows(GaeArgs a, 
     const Span span = span_of(a.sequences, b);
     const Recursion r = recursion(a);
     const Whitening scale = rewards.template scale<S::threads>();
-    GaeState behind{0.f, 0.f};
+    GaeState after{0.f, 0.f};
     Moments moments{};
     bool seen = false;
     for (int64_t tile = span.length > 0 ? (span.length - 1) / S::tile : -1; tile >= 0; tile--) {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(S::threads, S::resident) scan_rows(GaeArgs a, 
         if (a.bootstrap && last >= 0) add_reward<S>(held, last, a.gamma * a.bootstrap[b]);
         GaeSegment runs[S::chunks];
         scan_tile<S>(held, r, runs, warps);
-        const GaeState mine = state_behind_warp<S>(warps, behind);
+        const GaeState mine = state_after_warp<S>(warps, after);
         write_tile<S>(a, span, tile, held, r, runs, mine, parts != nullptr, moments);
         __syncthreads();  // or a fast warp could overwrite runs that a slow warp still reads
     }

@@ -173,8 +173,8 @@ __device__ __forceinline__ void scan_tile(const Held<S>& held, const Recursion& 
         }
 #pragma unroll
         for (int d = 1; d < kWarp; d *= 2) {
-            const GaeSegment behind = shuffle_down(run, d);
-            if (lane + d < kWarp) run = gae_join(run, behind);
+            const GaeSegment after = shuffle_down(run, d);
+            if (lane + d < kWarp) run = gae_join(run, after);
         }
         runs[c] = run;
         warp = gae_join(of_lane(run, 0), warp);
@@ -183,15 +183,15 @@ __device__ __forceinline__ void scan_tile(const Held<S>& held, const Recursion& 
     __syncthreads();  // or a warp's segment could be read before it is written
 }
 
-// Return the state that follows this warp's tokens. `behind` is the state that follows the tile, and becomes the state of the
+// Return the state that follows this warp's tokens. `after` is the state that follows the tile, and becomes the state of the
 // tile's first step.
 template <class S>
-__device__ __forceinline__ GaeState state_behind_warp(const GaeSegment* shared, GaeState& behind) {
-    GaeState mine = behind;
+__device__ __forceinline__ GaeState state_after_warp(const GaeSegment* shared, GaeState& after) {
+    GaeState mine = after;
 #pragma unroll 4
     for (int w = S::warps - 1; w >= 0; w--) {
-        if (w == thread_id() / kWarp) mine = behind;
-        behind = gae_apply(shared[w], behind);
+        if (w == thread_id() / kWarp) mine = after;
+        after = gae_apply(shared[w], after);
     }
     return mine;
 }
@@ -200,12 +200,12 @@ __device__ __forceinline__ GaeState state_behind_warp(const GaeSegment* shared, 
 // `add`, the advantages that count are added to `moments`.
 template <class S>
 __device__ __forceinline__ void write_tile(const GaeArgs& a, Span span, int64_t tile, const Held<S>& held, const Recursion& r,
-                                           const GaeSegment (&runs)[S::chunks], GaeState behind, bool add, Moments& moments) {
+                                           const GaeSegment (&runs)[S::chunks], GaeState after, bool add, Moments& moments) {
 #pragma unroll
     for (int c = S::chunks - 1; c >= 0; c--) {
         GaeSegment later = shuffle_down(runs[c], 1);
         if (thread_id() % kWarp == kWarp - 1) later.steps = false;
-        GaeState state = gae_apply(later, behind);
+        GaeState state = gae_apply(later, after);
         float advantage[kLane], target[kLane];
 #pragma unroll
         for (int i = kLane - 1; i >= 0; i--) {
@@ -223,7 +223,7 @@ __device__ __forceinline__ void write_tile(const GaeArgs& a, Span span, int64_t 
         const int64_t at = span.begin + tile * S::tile + S::first(c);
         store4(a.advantages + at, held.left[c], advantage);
         store4(a.returns + at, held.left[c], target);
-        behind = gae_apply(of_lane(runs[c], 0), behind);
+        after = gae_apply(of_lane(runs[c], 0), after);
     }
 }
 

@@ -22,8 +22,8 @@ struct GaeState {
     float advantage, value;
 };
 
-RLHF_HD GaeState gae_step(float reward, float value, GaeState behind, float gamma, float decay) {
-    return {discounted(td_error(reward, value, behind.value, gamma), decay, behind.advantage), value};
+RLHF_HD GaeState gae_step(float reward, float value, GaeState after, float gamma, float decay) {
+    return {discounted(td_error(reward, value, after.value, gamma), decay, after.advantage), value};
 }
 
 // The composition of consecutive steps. If (A', V') is the state of the step after the segment, the advantage of the segment's
@@ -40,18 +40,18 @@ RLHF_HD GaeSegment gae_prepend(float reward, float value, const GaeSegment& s, f
     return {decay * s.decay, decay * s.next, discounted(td_error(reward, value, s.value, gamma), decay, s.sum), value, true};
 }
 
-// Return the state of the segment's first step; `behind` is the state of the step after the segment.
-RLHF_HD GaeState gae_apply(const GaeSegment& s, GaeState behind) {
-    if (!s.steps) return behind;
-    return {s.sum + s.next * behind.value + s.decay * behind.advantage, s.value};
+// Return the state of the segment's first step; `after` is the state of the step after the segment.
+RLHF_HD GaeState gae_apply(const GaeSegment& s, GaeState after) {
+    if (!s.steps) return after;
+    return {s.sum + s.next * after.value + s.decay * after.advantage, s.value};
 }
 
-// Return the segment `front` followed by the segment `behind`.
-RLHF_HD GaeSegment gae_join(const GaeSegment& front, const GaeSegment& behind) {
-    if (!front.steps) return behind;
-    if (!behind.steps) return front;
-    return {front.decay * behind.decay, front.decay * behind.next,
-            front.sum + front.next * behind.value + front.decay * behind.sum, front.value, true};
+// Return the segment `front` followed by the segment `after`.
+RLHF_HD GaeSegment gae_join(const GaeSegment& front, const GaeSegment& after) {
+    if (!front.steps) return after;
+    if (!after.steps) return front;
+    return {front.decay * after.decay, front.decay * after.next,
+            front.sum + front.next * after.value + front.decay * after.sum, front.value, true};
 }
 
 }  // namespace rlhf

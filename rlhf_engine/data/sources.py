@@ -51,12 +51,12 @@ def _parse(line: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the field {twice!r} appears twice; remove one")
-    return made
+    return found
 
 
 def _dataset_rows(folder: Path) -> Iterator[Row]:

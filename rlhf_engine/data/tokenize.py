@@ -80,10 +80,10 @@ class Codec:
         bare, whole = self.encode_texts(["a"])[0], self.tokenizer("a")["input_ids"]
         places = (at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare)
         start = next(places, None if bare else len(whole))
-        behind = [] if start is None else whole[start + len(bare) :]
-        if behind:
+        appended = [] if start is None else whole[start + len(bare) :]
+        if appended:
             raise ValueError(
-                f"tokenizer: it appends {self.tokenizer.decode(behind)!r} to a prompt, but a response must follow the prompt "
+                f"tokenizer: it appends {self.tokenizer.decode(appended)!r} to a prompt, but a response must follow the prompt "
                 "directly; set add_eos_token to false or change the post-processor"
             )
         object.__setattr__(self, "prefix", tuple(whole[:start] if start else ()))

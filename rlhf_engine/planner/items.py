@@ -250,7 +250,7 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
     if w.autocast:
         held["rounded_weights"] = sum(rounded_weights(w, one.shape) for one in passes)
     saved = {"activations": sum(one.saved(checkpointed=checkpointed) for one in passes)}
-    made = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.compute_bytes}
+    of_head = {"head_gradients": (weight + hidden) * FLOAT + hidden * w.compute_bytes}
     # The head's gradient of a tied weight is kept until the embedding's gradient is added to it.
     waiting = {"head_gradients": weight * FLOAT} if policy.tied else {}
     room = max(one.backward_room(checkpointed=checkpointed) for one in passes)
@@ -258,7 +258,7 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
     embedding = weight * (FLOAT + (w.weight_bytes if w.weight_bytes < FLOAT else 0))
     begins, ends = {"backward_workspace": room}, {"backward_workspace": embedding}
     return {
-        "forward": held | saved | made | block | summed,
+        "forward": held | saved | of_head | block | summed,
         "backward begins": held | saved | waiting | kept | begins | summed,
         "backward ends": held | waiting | kept | ends | summed,
     }

@@ -275,7 +275,7 @@ def encode_records(path: str | None, records: Iterable[Item], encode: Callable[[
     """Yield `encode(record)` for each record; a ValueError of `encode` is raised again with the record's `file:line`."""
     for record in records:
         try:
-            made = encode(record)
+            encoded = encode(record)
         except ValueError as error:
             raise ValueError(f"{path}:{record.line}: {error}") from None
-        yield made
+        yield encoded

@@ -19,9 +19,9 @@ def _kernel(
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     begin, length = span(cu_seqlens, n, length, sequence)
-    behind = 0.0
+    after = 0.0
     if bootstrap is not None:
-        behind = gamma * tl.load(bootstrap + sequence)
+        after = gamma * tl.load(bootstrap + sequence)
     seen = False
     tiles = tiles_of(length, BLOCK)
     first = (tiles - 1) * BLOCK
@@ -37,8 +37,8 @@ def _kernel(
         front_value = load_tile(values + begin, front, front_count, BLOCK)
         front_m = load_tile(mask + begin, front, front_count, BLOCK)
         last = last_action(m, BLOCK)
-        advantage, behind = gae_tile(
-            reward, value, m, last, seen, behind, rest, decay, decay2, decay3, decay4, SKIP_HOLES, BLOCK
+        advantage, after = gae_tile(
+            reward, value, m, last, seen, after, rest, decay, decay2, decay3, decay4, SKIP_HOLES, BLOCK
         )
         seen = seen | (last >= 0)
         store_tile(advantages + begin, first, count, advantage, BLOCK)

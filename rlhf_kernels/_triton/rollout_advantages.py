@@ -80,9 +80,9 @@ def _kernel(
     sequence = tl.program_id(0).to(tl.int64)
     begin, length = span(cu_seqlens, n, length, sequence)
     score = _clipped_score(scores, sequence, score_clip)
-    behind = 0.0
+    after = 0.0
     if bootstrap is not None:
-        behind = gamma * tl.load(bootstrap + sequence)
+        after = gamma * tl.load(bootstrap + sequence)
     seen = False
     count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
     tiles = tiles_of(length, BLOCK)
@@ -100,8 +100,8 @@ def _kernel(
             reward = whitened(reward, m, statistics)
         store_tile(kls + begin, first, room, kl, BLOCK)
         store_tile(rewards + begin, first, room, reward, BLOCK)
-        advantage, behind = gae_tile(
-            reward, value, m, last, seen, behind, rest, decay, decay2, decay3, decay4, SKIP_HOLES, BLOCK
+        advantage, after = gae_tile(
+            reward, value, m, last, seen, after, rest, decay, decay2, decay3, decay4, SKIP_HOLES, BLOCK
         )
         seen = seen | (last >= 0)
         store_tile(advantages + begin, first, room, advantage, BLOCK)

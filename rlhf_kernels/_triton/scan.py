@@ -130,12 +130,12 @@ def discounts(gamma: float, lam: float) -> tuple[float, ...]:
 
 @triton.jit
 def gae_tile(
-    reward, value, mask, last, seen, behind, rest, decay, decay2, decay3, decay4,
+    reward, value, mask, last, seen, after, rest, decay, decay2, decay3, decay4,
     SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return (advantages, U at the tile's first token) of one tile.
 
-    `rest` and the powers of γλ come from `discounts`. `behind` is U after the tile, `last` the index of the tile's last action,
+    `rest` and the powers of γλ come from `discounts`. `after` is U after the tile, `last` the index of the tile's last action,
     and `seen` whether a later tile has an action. A run of four tokens is composed with γλ to the power of its steps, so that
     the rounding error of γλ accumulates per run and not per token: 75 such errors are as large as the error of all sums.
     """
@@ -149,9 +149,9 @@ def gae_tile(
     s0, s1, s2, s3 = _columns(step.to(tl.int32), BLOCK)
     o = _step(o0, s0 != 0, decay, _step(o1, s1 != 0, decay, _step(o2, s2 != 0, decay, o3)))
     d, o = tl.associative_scan((_power(s0 + s1 + s2 + s3, decay, decay2, decay3, decay4), o), 0, compose, reverse=True)
-    worth = o + d * behind
+    worth = o + d * after
     run = tl.arange(0, BLOCK // 4)
-    u3 = tl.where(run == BLOCK // 4 - 1, behind, tl.gather(worth, tl.minimum(run + 1, BLOCK // 4 - 1), 0))
+    u3 = tl.where(run == BLOCK // 4 - 1, after, tl.gather(worth, tl.minimum(run + 1, BLOCK // 4 - 1), 0))
     u2 = _step(o3, s3 != 0, decay, u3)
     u1 = _step(o2, s2 != 0, decay, u2)
     u0 = _step(o1, s1 != 0, decay, u1)

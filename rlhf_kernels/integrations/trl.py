@@ -147,7 +147,7 @@ class PPO:
         mask, value_mask = position <= last, position <= last + 1
         logprobs, ref_logprobs = (torch.where(mask, x, 0) for x in (logprobs, ref_logprobs))
         values = torch.where(value_mask, values, 0)
-        made = rollout_advantages(
+        found = rollout_advantages(
             scores,
             logprobs,
             ref_logprobs,
@@ -162,10 +162,10 @@ class PPO:
             whiten_advantages=False,
         )
         if self.faithful:
-            advantages = torch.where(mask, whiten_everywhere(made.advantages, mask), 0)
+            advantages = torch.where(mask, whiten_everywhere(found.advantages, mask), 0)
         else:
-            advantages = whiten(made.advantages, mask)
-        return Rollout(made.rewards, advantages, made.returns, made.kl, logprobs, values, mask, value_mask)
+            advantages = whiten(found.advantages, mask)
+        return Rollout(found.rewards, advantages, found.returns, found.kl, logprobs, values, mask, value_mask)
 
     def loss(
         self,

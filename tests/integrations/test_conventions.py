@@ -41,12 +41,12 @@ def test_score_and_value_after_the_end_token():
 
     In TRL PPO and DeepSpeed-Chat the next position has the score, so that it adds to the advantage by lambda.
     """
-    v_end, v_behind = VALUES[0, 4].item(), VALUES[0, 5].item()
+    v_end, v_after = VALUES[0, 4].item(), VALUES[0, 5].item()
     made = trl.PPO(ppo_config()).rollout(ZERO, ZERO, VALUES, torch.ones(1), torch.tensor([4]))
-    behind = 1 - v_behind  # the score, and a value that is trained, are at the position after the end token
+    after = 1 - v_after  # the score, and a value that is trained, are at the position after the end token
     assert made.returns[0, 5].item() == pytest.approx(1)
     assert made.rewards[0].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
-    assert (made.returns - VALUES)[0, 4].item() == pytest.approx(v_behind - v_end + 0.95 * behind)
+    assert (made.returns - VALUES)[0, 4].item() == pytest.approx(v_after - v_end + 0.95 * after)
 
     rewards = openrlhf.compute_reward(torch.ones(1), 0.05, ZERO, ACTIONS)
     assert rewards[0].tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
@@ -62,7 +62,7 @@ def test_score_and_value_after_the_end_token():
     assert rewards[0].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
     kept = torch.where(torch.arange(T) < 6, VALUES, 0)
     advantages, _ = chat.get_advantages_and_returns(kept, rewards, 0)
-    assert advantages[0, 4].item() == pytest.approx(v_behind - v_end + 0.95 * behind)
+    assert advantages[0, 4].item() == pytest.approx(v_after - v_end + 0.95 * after)
 
 
 def test_deepspeed_chat_scores_the_end_token_if_it_is_pad():
