@@ -12,6 +12,8 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from benchmarks.families.recurrent import RECURRENT
+
 VOCABULARY = 97
 POSITIONS = 128
 WINDOW = 8
@@ -34,6 +36,16 @@ _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "init
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+_LLAMA4 = {
+    **_SIZES,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": WINDOW,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],
+    "interleave_moe_layer_step": 2,
+}
 _HALF = 4
 """Numbers per head that the rotary embedding rotates, divided by 2."""
 
@@ -281,34 +293,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_linear": ("LlamaConfig", {**_SIZES, **_rope("linear", factor=4.0)}),
     "llama_dynamic": ("LlamaConfig", {**_SIZES, **_DYNAMIC, "max_position_embeddings": ORIGINAL}),
     "llama_longrope": ("LlamaConfig", {**_SIZES, **_LONGROPE}),
-    "llama4_text": (
-        "Llama4TextConfig",
-        {
-            **_SIZES,
-            "intermediate_size_mlp": 48,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "attention_chunk_size": WINDOW,
-            "layer_types": ["chunked_attention", "full_attention"],
-            "no_rope_layers": [1, 0],
-            "interleave_moe_layer_step": 2,
-            "floor_scale": 64,
-        },
-    ),
-    "llama4_text_tuned": (
-        "Llama4TextConfig",
-        {
-            **_SIZES,
-            "intermediate_size_mlp": 48,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "attention_chunk_size": WINDOW,
-            "layer_types": ["chunked_attention", "full_attention"],
-            "no_rope_layers": [1, 0],
-            "interleave_moe_layer_step": 2,
-            "floor_scale": 16,
-        },
-    ),
+    "llama4_text": ("Llama4TextConfig", {**_LLAMA4, "floor_scale": 64}),
+    "llama4_text_tuned": ("Llama4TextConfig", {**_LLAMA4, "floor_scale": 16}),
     "mimo_v2_flash": (
         "MiMoV2FlashConfig",
         {
@@ -388,6 +374,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "youtu": ("YoutuConfig", {**_SIZES, **_LATENT, "num_key_value_heads": 4}),
+    **RECURRENT,
 }
 
 

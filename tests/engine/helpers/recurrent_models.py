@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from benchmarks.families.recurrent import DENSE, EXPERTS
 from rlhf_engine.model import ActorCritic, ValueHead
 from tests.engine.helpers.tiny_models import VOCABULARY
 
@@ -17,84 +18,6 @@ _SIZES = {
     "initializer_range": 0.3,
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
-}
-_STATE, _FULL = "linear_attention", "full_attention"
-_THREE = {"layer_types": [_STATE, _FULL, _STATE]}
-_SHORT = {"layer_types": ["conv", _FULL, "conv"], "conv_L_cache": 3}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_DELTA = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "head_dim": 8,
-}
-_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
-_GRANITE = {**_MAMBA2, **_THREE, "shared_intermediate_size": 32}
-_MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4}
-_ZAMBA = {"layers_block_type": [_STATE, "hybrid", _STATE], "attention_hidden_size": 64, "attention_head_dim": 16}
-
-DENSE = {
-    "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
-    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64, "head_dim": 8},
-    "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
-    "granitemoehybrid": {**_GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0},
-    "lfm2": {**_SHORT, "block_auto_adjust_ff_dim": False},
-    "mamba": {"state_size": 8, "time_step_rank": 4},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
-    "olmo_hybrid": {**_DELTA, **_THREE},
-    "qwen3_5_text": {**_DELTA, **_THREE},
-    "zamba": {**_MAMBA, **_ZAMBA, "n_mamba_heads": 2},
-    "zamba2": {
-        **_ZAMBA,
-        "mamba_d_state": 8,
-        "mamba_ngroups": 1,
-        "n_mamba_heads": 4,
-        "mamba_headdim": 16,
-        "chunk_size": 8,
-        "num_mem_blocks": 1,
-        "use_mem_rope": True,
-        "adapter_rank": 4,
-    },
-}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_group": 1,
-    "topk_group": 1,
-}
-EXPERTS = {
-    "bailing_hybrid": {**_LATENT, **_THREE, **_EXPERTS},
-    "granitemoehybrid": {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "jamba": {**_MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
-    "kimi_linear": {**_LATENT, **_THREE, **_EXPERTS, "linear_num_heads": 4, "linear_head_dim": 8},
-    "lfm2_moe": {**_SHORT, **_EXPERTS, "num_dense_layers": 1},
-    "nemotron_h": {
-        "layers_block_type": [_STATE, "moe", _FULL, "mlp"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 8,
-        "n_groups": 1,
-        "chunk_size": 8,
-        "head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "moe_shared_expert_intermediate_size": 16,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "qwen3_5_moe_text": {**_DELTA, **_THREE, **_EXPERTS, "shared_expert_intermediate_size": 16},
-    "qwen3_next": {**_DELTA, **_THREE, **_EXPERTS, "shared_expert_intermediate_size": 16},
-    "zaya": {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16},
-}
-WINDOWED = {
-    "lfm3": {**_SHORT, "layer_types": ["conv", "sliding_attention", _FULL], "sliding_window": 5},
-    "zaya": {**EXPERTS["zaya"], "layer_types": ["hybrid", "hybrid_sliding", "hybrid_sliding"], "sliding_window": 5},
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.families.recurrent import DENSE, EXPERTS
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.model.trunk import last_hidden
@@ -14,7 +15,7 @@ from rlhf_engine.planner.activations import pass_through
 from rlhf_engine.planner.skeleton import LiveBytes
 from rlhf_engine.rollout.decode.recurrent import RecurrentDecoder
 from tests.engine.helpers.plans import RUN
-from tests.engine.helpers.recurrent_models import DENSE, EXPERTS, config_of, recurrent, recurrent_actor
+from tests.engine.helpers.recurrent_models import config_of, recurrent, recurrent_actor
 
 FAMILIES = ("falcon_h1", "lfm2", "mamba2")
 

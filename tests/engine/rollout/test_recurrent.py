@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import cache_utils
 
+from benchmarks.families.recurrent import DENSE, EXPERTS, WINDOWED
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.rollout.decode.recurrent import RecurrentDecoder
-from tests.engine.helpers.recurrent_models import DENSE, EXPERTS, WINDOWED, recurrent, recurrent_actor, reference_of
+from tests.engine.helpers.recurrent_models import recurrent, recurrent_actor, reference_of
 from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.sampling import make_generator, make_prompts, same_sequence
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
