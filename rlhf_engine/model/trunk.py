@@ -32,7 +32,7 @@ def last_hidden(
     cu_inputs: Tensor | None = None,  # (B + 1,), int32, start of each packed sequence in N
     router_logits: list[Tensor] | None = None,
     **options: Any,
-) -> Tensor:  # (B, S, H), in compute_dtype if that is given
+) -> Tensor:  # (B, S, H), in compute_dtype if that is given, and at most as wide as the weights otherwise
     """Return the hidden states after the final norm; `options` are passed to the trunk.
 
     If `router_logits` is a list, those of each layer with experts are appended to it.
@@ -55,7 +55,9 @@ def last_hidden(
         if router_logits is not None:
             router_logits += outputs.router_logits
         hidden = outputs.last_hidden_state
-    return hidden if compute_dtype is None else hidden.to(compute_dtype)
+    # Mamba's norm returns float32 from weights in bfloat16; its output layer gets the dtype of the weights.
+    dtype = compute_dtype or (trunk.dtype if hidden.dtype.itemsize > trunk.dtype.itemsize else hidden.dtype)
+    return hidden.to(dtype)
 
 
 @contextmanager
@@ -113,6 +115,10 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     return cast("PreTrainedModel", found)
 
 
+_MIXES_TOKENS = ("DogeCDMoE",)
+"""Classes of transformers whose router mixes tokens, as their code documents. The effect can be below that of rounding."""
+
+
 @torch.no_grad()
 def check_causal(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
     """Compare the hidden states of a sequence's first tokens with those of the whole sequence in a batch of two.
@@ -126,7 +132,8 @@ def check_causal(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> N
     alone = last_hidden(trunk, ids[None, :5], compute_dtype=compute_dtype, use_cache=False)[0]
     together = last_hidden(trunk, torch.stack([ids, ids.flip(0)]), compute_dtype=compute_dtype, use_cache=False)[0, :5]
     difference = (together - alone).abs().amax(-1) / alone.abs().max()
-    if not float(difference.median()) <= (1e-2 if alone.dtype == torch.float32 else 0.05):
+    mixes = any(type(module).__name__ in _MIXES_TOKENS for module in trunk.modules())
+    if mixes or not float(difference.median()) <= (1e-2 if alone.dtype == torch.float32 else 0.05):
         raise ValueError(
             f"model: the hidden states of {type(trunk).__name__} depend on later tokens or on other sequences of the batch, so "
             "its tokens have no log-probs; expected a causal LM"

@@ -6,6 +6,7 @@ from transformers import cache_utils
 
 from benchmarks.families.recurrent import DENSE, EXPERTS, WINDOWED
 from rlhf_engine.memory.arena import room_for
+from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout.decode.recurrent import RecurrentDecoder
 from tests.engine.helpers.recurrent_models import recurrent, recurrent_actor, reference_of
 from tests.engine.helpers.rollouts import sequence_of
@@ -112,9 +113,8 @@ def test_fewer_slots_fit_into_fewer_bytes():
 
 
 def test_half_precision_sampling_is_close_to_a_forward_pass():
-    for family in ("falcon_h1", "lfm2"):
-        actor = recurrent_actor(family, initializer_range=0.1)
-        actor.to(torch.bfloat16)
+    for family in ("falcon_h1", "lfm2", "mamba", "falcon_mamba"):
+        actor = ActorCritic(recurrent(family, initializer_range=0.1).to(torch.bfloat16))
         rollout = make_generator(actor, batch_size=4).generate(make_prompts(8), torch.arange(8))
         for row in range(8):
             own = own_logprobs(actor.model, rollout, row).float()
