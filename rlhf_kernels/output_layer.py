@@ -64,11 +64,16 @@ def head_arguments(model: nn.Module) -> HeadArguments:
     return {"weight": layer.weight, "bias": layer.bias, **transform}
 
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of configs for the softcap of the logits."""
+
+
 def transform_of(model: nn.Module) -> HeadTransform:
     """Return the softcap and the logit scale in a Hugging Face model's config.
 
-    `final_logit_softcapping` (Gemma) is the softcap. `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1)
-    multiply the logits, `logits_scaling` divides them (Granite) or multiplies them (HyperCLOVA X).
+    `final_logit_softcapping` (Gemma), `logits_soft_cap` (RecurrentGemma) and `output_logit_soft_cap` (xLSTM) are softcaps.
+    `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply the logits, `logits_scaling` divides them (Granite)
+    or multiplies them (HyperCLOVA X).
     """
     config = getattr(model, "config", None)
     text_config = getattr(config, "get_text_config", None)
@@ -78,7 +83,8 @@ def transform_of(model: nn.Module) -> HeadTransform:
         scale *= float(getattr(config, name, None) or 1.0)
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)
     scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcaps = (getattr(config, name, None) for name in _SOFTCAPS)
+    softcap = next((value for value in softcaps if value is not None), None)
     return {"softcap": None if softcap is None else float(softcap), "logit_scale": scale}
 
 

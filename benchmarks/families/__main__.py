@@ -31,25 +31,31 @@ Results are compared with the model's own forward pass in float64, for sequences
 | saved | the same log-probs after saving and loading |
 | float32, bfloat16 | sampled on a CPU, the bits of a sequence do not depend on the batch |
 
-Where a cell is `no`, the engine refuses the family when it starts, with the reason in the last column. On a GPU the bits of a
-sequence may depend on the number of rows, for every family.
+Where a cell is `no`, the engine refuses the family when it starts, with the reason in the last column. In the columns float32
+and bfloat16 it may also be that the bits of a sequence depend on the batch, which the log states when sampling starts
+([numerics](../design/numerics.md)). On a GPU the bits of a sequence may depend on the number of rows, for every family.
 
 """
+
+
+def mark(text: str) -> str:
+    """Return the cell of the table for a result of `row`."""
+    return "yes" if text == "yes" else ("wrong" if text.startswith("wrong") else "no")
 
 
 def table_row(family: str, cells: dict[str, str]) -> str:
     """Return a line of the table."""
     reasons = [text for text in dict.fromkeys(cells.values()) if text != "yes"]
-    marks = ["yes" if text == "yes" else ("wrong" if text.startswith("wrong") else "no") for text in cells.values()]
     reason = "; ".join(re.sub(r"^(policy|model|memory\.\w+): ", "", text).replace("|", "\\|") for text in reasons[:2])
-    return f"| {family} | {FAMILIES[family][0]} | {' | '.join(marks)} | {reason} |"
+    return f"| {family} | {FAMILIES[family][0]} | {' | '.join(map(mark, cells.values()))} | {reason} |"
 
 
 def rows_of(page: str) -> dict[str, str]:
     """Return the lines of a page's table by family."""
-    return {
+    lines = {
         line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if line.count(" | ") > len(CHECKS)
     }
+    return {family: line for family, line in lines.items() if family in FAMILIES}
 
 
 def main() -> None:

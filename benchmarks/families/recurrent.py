@@ -98,6 +98,33 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "zaya": {**EXPERTS["zaya"], "layer_types": ["hybrid", "hybrid_sliding", "hybrid_sliding"], "sliding_window": 5},
 }
 
+_COMMON = {"hidden_size": 32, "num_hidden_layers": 3}
+_GRIFFIN = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "attention_window_size": 8}
+OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "minimax": (
+        "MiniMaxConfig",
+        {
+            **_COMMON,
+            **_THREE,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "block_size": 8,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {**_COMMON, **_GRIFFIN, "lru_width": 32, "block_types": ["recurrent", "recurrent", "attention"]},
+    ),
+    "rwkv": ("RwkvConfig", {**_COMMON, "intermediate_size": 48, "context_length": 128}),
+    "xlstm": ("xLSTMConfig", {**_COMMON, "num_heads": 4, "chunk_size": 8}),
+}
+"""Families whose states are in no cache of transformers, or in a class of the model: as in `configs.FAMILIES`."""
+
 _SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -111,9 +138,10 @@ _SIZES = {
 _BOTH = {"granitemoehybrid": "granitemoehybrid_moe", "zaya": "zaya_windowed"}
 """Names of the second config of a family."""
 
-RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {}
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {**OUTSIDE}
 """Families by name: the class of the config and its arguments, as in `configs.FAMILIES`."""
 for _kind in (DENSE, EXPERTS, WINDOWED):
     for _family, _settings in _kind.items():
         _name = _BOTH[_family] if _family in RECURRENT else _family
-        RECURRENT[_name] = CONFIG_MAPPING_NAMES[_family], {**_SIZES, **_settings}
+        # An older release of transformers has fewer families.
+        RECURRENT[_name] = CONFIG_MAPPING_NAMES.get(_family, _family), {**_SIZES, **_settings}

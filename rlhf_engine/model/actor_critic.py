@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_engine.errors import foreign_errors
 from rlhf_engine.model.balance import RouterBalance
 from rlhf_engine.model.heads import OutputHead, ValueHead
 from rlhf_engine.model.layout import TokenBatch
@@ -90,7 +91,9 @@ class LanguageModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         limit_positions(self.trunk, None)
         self.eval()
-        self._check_head()
+        kind, place = type(model).__name__, f"{model.dtype} on {self.device}"
+        with foreign_errors(f"model: {kind} cannot run in {place}; set a different dtype", ValueError):
+            self._check_head()
         check_causal(self.trunk, self.compute_dtype)
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
         upcast_products(model, self.product_dtype)

@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_engine.errors import foreign_errors
 from rlhf_engine.files import read_json, read_model_config, read_tensors, remote_code_off, require
@@ -79,7 +85,7 @@ def load_pretrained(
             remote_code_off(folder / "config.json", trust_remote_code),
             foreign_errors(what, SafetensorError, _NoAttentionError),
         ):
-            model, found = _with_attention(attention, load)
+            model, found = _with_attention(_with_softcap(attention, config), load)
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights are not a whole safetensors file: {error}") from None
     if found["mismatched_keys"]:
@@ -111,6 +117,14 @@ def like(model: PreTrainedModel) -> dict[str, Any]:
             type(one).__module__.startswith("transformers_modules.") for one in (model, model.config)
         ),
     }
+
+
+def _with_softcap(name: str | None, config: PreTrainedConfig) -> str | None:
+    """Return the implementation `name`, or "eager" in place of "sdpa", which older transformers run without a softcap."""
+    if name != "sdpa" or getattr(config.get_text_config(), "attn_logit_softcapping", None) is None:
+        return name
+    _log.warning("model.attention: the attention of the model has a softcap, which 'sdpa' lacks, so 'eager' is used")
+    return "eager"
 
 
 def _with_attention(name: str | None, load: Callable[[str | None], Loaded]) -> Loaded:

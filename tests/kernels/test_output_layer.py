@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
+    RecurrentGemmaConfig,
 )
 
 from rlhf_kernels import head_arguments, linear_ppo_loss, linear_token_logprobs
@@ -31,6 +32,9 @@ SIZES = {
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
     "softcap": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0),
+    "softcap of RecurrentGemma": RecurrentGemmaConfig(
+        **{**SIZES, "num_hidden_layers": 3}, logits_soft_cap=5.0, attention_window_size=8
+    ),
     "divided": GraniteConfig(**SIZES, logits_scaling=8.0),
     "multiplied": CohereConfig(**SIZES),
     "bias": PhiConfig(**SIZES),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.families.checks import depends_on_batch
+from benchmarks.families.checks import depends_on_batch, generator_of
 from benchmarks.families.configs import build
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.rollout.decode.cpu import InvariantFunctions, InvariantLayers, invariant_experts
@@ -65,5 +65,7 @@ def test_experts_outside_the_interface_are_logged(caplog):
         for family in ("mixtral", "llama", "llama4_text"):
             InvariantLayers(ActorCritic(build(family)))
         assert not caplog.text
-        InvariantLayers(ActorCritic(build("jetmoe")))
-    assert "JetMoeForCausalLM" in caplog.text and "rollout.batch_size" in caplog.text
+        for family in ("jetmoe", "dbrx"):
+            generator_of(ActorCritic(build(family)))
+    for name in ("JetMoeForCausalLM", "DbrxForCausalLM"):
+        assert f"{name}: the experts of" in caplog.text and "may depend on rollout.batch_size" in caplog.text

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import cache_utils
 
+from benchmarks.families.configs import build
 from benchmarks.families.recurrent import DENSE, EXPERTS, WINDOWED
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic
@@ -47,10 +48,12 @@ def test_logprobs_are_those_of_the_models_own_forward_pass(kind, family, setting
         assert error <= allowed, (row, error, allowed)
 
 
-@pytest.mark.parametrize("family", DENSE)
-def test_a_sequence_does_not_depend_on_its_batch(family):
+@pytest.mark.parametrize(
+    "family, settings", [*DENSE.items(), *EXPERTS.items()], ids=[*DENSE, *(f"{name}-experts" for name in EXPERTS)]
+)
+def test_a_sequence_does_not_depend_on_its_batch(family, settings):
     """The bits of a sequence are those of batches of 1, 4 and 16, in order and shuffled."""
-    actor, prompts = recurrent_actor(family), make_prompts(20)
+    actor, prompts = recurrent_actor(family, settings), make_prompts(20)
     whole = make_generator(actor).generate(prompts, torch.arange(20))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     few = make_generator(actor, batch_size=4).generate([prompts[i] for i in order], order)
@@ -150,6 +153,30 @@ def test_a_state_outside_of_the_cache_is_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match="Lfm2ForCausalLM keeps its recurrent state outside of transformers' cache"):
         make_generator(actor)
+
+
+@pytest.mark.parametrize(
+    "family, reason",
+    [
+        ("minimax", "MiniMaxForCausalLM does not accept transformers' cache"),
+        ("recurrent_gemma", "RecurrentGemmaForCausalLM keeps its recurrent state outside of transformers' cache"),
+        ("rwkv", "RwkvForCausalLM has a recurrent state"),
+        ("xlstm", "xLSTMForCausalLM has a recurrent state"),
+    ],
+)
+def test_states_in_no_cache_of_transformers_are_refused_for_sampling_only(family, reason):
+    actor = ActorCritic(build(family))
+    with pytest.raises(ValueError, match=reason) as refused:
+        make_generator(actor)
+    assert "\n" not in str(refused.value) and "it can be scored and" in str(refused.value)
+
+
+def test_a_dtype_in_which_a_model_cannot_run_is_one_line():
+    with pytest.raises(
+        ValueError, match=r"xLSTMForCausalLM cannot run in torch\.bfloat16 on cpu; set a different dtype"
+    ) as found:
+        ActorCritic(build("xlstm").to(torch.bfloat16))
+    assert "\n" not in str(found.value)
 
 
 def test_a_release_of_transformers_without_recurrent_layers_is_refused(monkeypatch):
