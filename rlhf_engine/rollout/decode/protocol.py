@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
 from rlhf_engine.model.roles import Want
+from rlhf_engine.model.trunk import input_layer
 
 MIN_ROWS = 16
 """Minimum number of rows of a forward pass."""
@@ -247,6 +248,26 @@ def prefill_batch(
     return TokenBatch(input_ids=inputs, rows=rows, position_ids=positions, cache=cache)
 
 
+def _change_by_rounding(policy: LanguageModel, sequence: Tensor, expected: Tensor) -> float:  # (S,), (H,)
+    """Return the largest change of the last hidden state `expected` if each input embedding changes by rounding.
+
+    Some layers amplify rounding, for example the norm of a vector that is nearly zero.
+    """
+    stream = torch.Generator().manual_seed(0)
+
+    def round_differently(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=stream).to(output) * 2 - 1
+        return output * (1 + torch.finfo(output.dtype).eps * signs)
+
+    handle = input_layer(policy.model).register_forward_hook(round_differently)
+    try:
+        found = policy(TokenBatch(input_ids=sequence[None]), ("hidden",)).hidden
+    finally:
+        handle.remove()
+    assert found is not None
+    return float((found[-1].float() - expected.float()).abs().max())
+
+
 @torch.no_grad()
 def check_decoding(decoder: Decoder, policy: LanguageModel, most: int) -> None:
     """Compare two decoded sequences of different lengths with one forward pass over each.
@@ -275,6 +296,8 @@ def check_decoding(decoder: Decoder, policy: LanguageModel, most: int) -> None:
         softcap = getattr(policy.model.config.get_text_config(), "attn_logit_softcapping", None) or 0
         allowed = (64 + 4 * softcap) * torch.finfo(expected.dtype).eps * float(expected.abs().max())
         difference = float((decoded[row].float() - expected.float()).abs().max())
+        if not difference <= allowed:
+            allowed = max(allowed, 16 * _change_by_rounding(policy, sequence, expected))
         if not difference <= allowed:
             raise ValueError(
                 f"policy: the hidden states of {type(policy.model).__name__} decoded token by token differ from those of one "

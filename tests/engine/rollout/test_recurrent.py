@@ -8,6 +8,7 @@ from benchmarks.families.configs import build
 from benchmarks.families.recurrent import DENSE, EXPERTS, WINDOWED
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout.decode import protocol
 from rlhf_engine.rollout.decode.recurrent import RecurrentDecoder
 from tests.engine.helpers.recurrent_models import recurrent, recurrent_actor, reference_of
 from tests.engine.helpers.rollouts import sequence_of
@@ -183,6 +184,15 @@ def test_a_release_of_transformers_without_recurrent_layers_is_refused(monkeypat
     actor = recurrent_actor("lfm2")
     monkeypatch.delattr(cache_utils, "LinearAttentionLayer")
     with pytest.raises(ValueError, match="this release of transformers has no LinearAttentionLayer; install"):
+        make_generator(actor)
+
+
+def test_a_model_that_amplifies_rounding_is_not_refused(monkeypatch):
+    """One forward pass of this model in float32 has 16 times the usual error, because a norm divides by nearly zero."""
+    actor = ActorCritic(build("qwen3_5_moe_text"))
+    make_generator(actor)
+    monkeypatch.setattr(protocol, "_change_by_rounding", lambda *_: 0.0)
+    with pytest.raises(ValueError, match="decoded token by token differ"):
         make_generator(actor)
 
 
