@@ -125,7 +125,7 @@ def gradients(family: str, *, checkpointing: bool = False, **changes: Any) -> fl
 
     The difference is relative to the largest element of the gradient's tensor.
     """
-    policy = ActorCritic(build(family, **changes), gradient_checkpointing=checkpointing)
+    policy = ActorCritic(build(family, **changes), gradient_checkpointing=checkpointing).train()
     own, rollout = in_float64(family, **changes), a_rollout(policy)
     batch = rollout.batch(torch.arange(len(rollout)))
     assert batch.ids is not None
