@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from rlhf_engine.errors import foreign_errors
 from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
 from rlhf_engine.model.roles import Want
 from rlhf_engine.rollout.decode.cpu import InvariantFunctions, InvariantLayers, ReorderedHead, head_product
@@ -95,12 +94,14 @@ class RecurrentDecoder:
         """Return the shapes in the model's cache after one token."""
         cache = new_cache(self.policy.model)
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.policy.device)
-        refused = (
-            f"policy: {type(self.policy.model).__name__} does not accept transformers' cache, so it cannot be sampled; it can "
-            "be scored and fine-tuned"
-        )
-        with cache_argument(self.policy.trunk), foreign_errors(refused):
-            self.policy(TokenBatch(input_ids=token, cache=cache), ("hidden",))
+        try:
+            with cache_argument(self.policy.trunk):
+                self.policy(TokenBatch(input_ids=token, cache=cache), ("hidden",))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"policy: {type(self.policy.model).__name__} does not accept transformers' cache, so it cannot be sampled; it "
+                "can be scored and fine-tuned"
+            ) from error
         check_cache(self.policy.model, cache)
         return CacheShape.of(cache)
 
