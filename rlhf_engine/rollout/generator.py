@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import LanguageModel, Outputs
-from rlhf_engine.model.pretrained import max_positions
+from rlhf_engine.model.pretrained import like, load_tokenizer, max_positions
 from rlhf_engine.rollout.decode import make_decoder
 from rlhf_engine.rollout.decode.protocol import Act, Allocate, Decoder, new_memory, prompt_width
 from rlhf_engine.rollout.rollout import Rollout
 from rlhf_engine.rollout.state import ActiveSlots, RolloutState
 from rlhf_engine.rollout.stopping import StopStrings, stop_tokens
 from rlhf_kernels import sample_tokens, token_logprobs
+
+_log = logging.getLogger(__name__)
 
 
 class Generator:
@@ -33,8 +37,9 @@ class Generator:
         pad_token_id: the id that pads prompts and responses on the right.
         seed: the seed of all random numbers.
         stop_token_id: the id of `config.stop_token`.
-        tokenizer: the policy's tokenizer, needed for `config.stop`. With it, ids that are not in its vocabulary get
-            probability 0 in the policy (`LanguageModel.restrict`), and are never sampled.
+        tokenizer: the policy's tokenizer, by default the one in the folder that the policy was loaded from. Ids that are not
+            in its vocabulary get probability 0 in the policy (`LanguageModel.restrict`), and are never sampled. `config.stop`
+            needs it.
         kv_bytes: upper bound of the bytes of keys and values.
         decoder: replaces the decoder that `config.cache` and `kv_bytes` select.
 
@@ -57,6 +62,7 @@ class Generator:
         decoder: Decoder | None = None,
     ) -> None:
         self.policy, self.config, self.seed, self.pad_token_id = policy, config, seed, pad_token_id
+        tokenizer = _tokenizer_of(policy) if tokenizer is None else tokenizer
         ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, device=policy.device)
         self.stop_token_id = stop_token_id
@@ -256,6 +262,23 @@ class Generator:
                     f"expected a sum of at most {limit}, the number of positions of the policy"
                 )
         return tensors
+
+
+def _tokenizer_of(policy: LanguageModel) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in the folder that a policy was loaded from; None, with a log line, if there is none.
+
+    A model that was built in memory has no folder.
+    """
+    source = policy.model.name_or_path
+    if not source:
+        return None
+    if (Path(source) / "tokenizer_config.json").is_file():
+        return load_tokenizer(source, trust_remote_code=like(policy.model)["trust_remote_code"])
+    _log.warning(
+        "Generator: no `tokenizer` is given and %s has none, so ids that are no token of a tokenizer may be sampled",
+        source,
+    )
+    return None
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:  # (R, V), (R, S) ids -> (R, V)

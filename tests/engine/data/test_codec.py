@@ -1,15 +1,19 @@
 """One policy for BOS, EOS, special tokens and white space, and chat templates with arguments, dates and several turns."""
 
 from dataclasses import replace
+from datetime import date, datetime
 
 import pytest
 import torch
+from transformers.utils import chat_template_utils
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Demonstration, Message, pad_sequences, token_rows
+from rlhf_engine.data.chat import ChatTemplate
 from rlhf_engine.evaluate import read_documents
+from rlhf_engine.recipes import loading
 from rlhf_engine.recipes.loading import dated, template_settings
-from tests.engine.helpers.tokenizers import CHATML, KINDS, byte_level, sentencepiece_like
+from tests.engine.helpers.tokenizers import CHATML, DATED, KINDS, byte_level, sentencepiece_like
 
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -154,6 +158,69 @@ def test_the_date_of_a_template_is_that_of_the_first_command(tmp_path):
     byte_level().save_pretrained(tmp_path / "plain")
     plain = RunConfig.from_dict({"model": {"path": str(tmp_path / "plain")}, "output_dir": str(tmp_path / "other")})
     assert dated(plain) is plain and not (tmp_path / "other").exists()
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}]
+
+
+@pytest.fixture
+def day(monkeypatch):
+    """Set the date that Python has, in the engine and in transformers' chat templates."""
+
+    def set_to(text):
+        class Today(date):
+            @classmethod
+            def today(cls):
+                return cls.fromisoformat(text)
+
+        class Now(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromisoformat(text)
+
+        monkeypatch.setattr(loading, "date", Today)
+        monkeypatch.setattr(chat_template_utils, "datetime", Now)
+
+    return set_to
+
+
+def test_a_template_with_tools_and_a_date_is_the_same_when_resumed_on_a_later_day(tmp_path, day):
+    """`tools` reach the template as transformers passes them, next to the date of the first command."""
+    tokenizer = KINDS["dated_template"]()
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = {
+        "model": {"path": str(tmp_path / "model")},
+        "output_dir": str(tmp_path / "run"),
+        "data": {"chat_template_kwargs": {"tools": TOOLS}},
+    }
+
+    def text_of_a_run():
+        config = dated(RunConfig.from_dict(settings))
+        codec = Codec(tokenizer, **template_settings(config, tokenizer, strict=True))
+        return codec.decode_prompt(codec.encode_prompt(chat("a")))
+
+    day("2026-01-31")
+    messages = [{"role": "user", "content": "a"}]
+    expected = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    first = text_of_a_run()
+    assert first == expected and '[TOOLS][{"type": "function"' in first and "Today is 31 Jan 2026." in first
+    day("2026-02-01")
+    assert text_of_a_run() == first
+    assert "01 Feb 2026" in tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    settings["output_dir"] = str(tmp_path / "new")
+    assert "Today is 01 Feb 2026." in text_of_a_run()
+
+
+def test_the_template_for_tools_is_used_with_tools_and_gets_the_date(day):
+    """A tokenizer may have two templates, of which transformers selects one by `tools`."""
+    tokenizer = KINDS["dated_template"]()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": DATED}
+    arguments = {"tools": TOOLS}
+    day("2026-02-01")
+    with_tools = ChatTemplate(tokenizer, arguments, "2026-01-31").render(chat("a"))
+    assert "Today is 31 Jan 2026." in with_tools and '"name": "add"' in with_tools
+    without = ChatTemplate(tokenizer, {}, "2026-01-31").render(chat("a"))
+    assert without == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_special_tokens_in_messages_are_refused_except_those_of_responses():

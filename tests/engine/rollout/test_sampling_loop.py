@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.data import train_tokenizer
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.saving import load_policy
 from rlhf_engine.rollout import EOS, LENGTH, STOP_STRING, Generator, logprob_deviation
 from rlhf_engine.rollout.decode import slots as slot_decoding
 from rlhf_engine.rollout.decode.cpu import head_product
@@ -235,6 +236,28 @@ def test_special_tokens_spell_no_stop_string(tokenizer):
     StopStrings(tokenizer, ("x" * most,), 12)
     with pytest.raises(ValueError, match=f"got a text of {most + 1} characters, expected at most {most},"):
         StopStrings(tokenizer, ("x" * (most + 1),), 12)
+
+
+def test_ids_without_a_token_are_not_sampled_by_default(tmp_path, tokenizer, caplog):
+    """A policy from a folder, as the Python API loads it, has rows that are no token of the folder's tokenizer."""
+    rows = len(tokenizer) + 200
+    model = tiny("llama")
+    model.resize_token_embeddings(rows)
+    torch.nn.init.zeros_(model.lm_head.weight)  # every row is as likely
+    model.save_pretrained(tmp_path)
+    config = RolloutConfig(max_prompt_tokens=8, max_response_tokens=8, batch_size=8)
+
+    def sampled(**given):
+        generator = Generator(load_policy(tmp_path), config, eos_token_ids=rows, pad_token_id=0, seed=3, **given)
+        return generator, generator.generate([[5]] * 16, torch.arange(16)).response_ids
+
+    generator, ids = sampled()
+    assert generator.unknown_ids == 0 and ids.max() >= len(tokenizer)
+    assert f"no `tokenizer` is given and {tmp_path} has none" in caplog.text
+    tokenizer.save_pretrained(tmp_path)
+    generator, ids = sampled()
+    assert generator.unknown_ids == 200 and ids.max() < len(tokenizer)
+    assert torch.equal(ids, sampled(tokenizer=tokenizer)[1])
 
 
 def test_stop_strings_need_a_tokenizer():
