@@ -265,19 +265,15 @@ class Generator:
 
 
 def _tokenizer_of(policy: LanguageModel) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in the folder that a policy was loaded from; None, with a log line, if there is none.
-
-    A model that was built in memory has no folder.
-    """
+    """Return the tokenizer in the folder that a policy was loaded from; None, with a log line, if there is none."""
     source = policy.model.name_or_path
-    if not source:
-        return None
-    if (Path(source) / "tokenizer_config.json").is_file():
+    if source and (Path(source) / "tokenizer_config.json").is_file():
         return load_tokenizer(source, trust_remote_code=like(policy.model)["trust_remote_code"])
-    _log.warning(
-        "Generator: no `tokenizer` is given and %s has none, so ids that are no token of a tokenizer may be sampled",
-        source,
-    )
+    if policy.head.excluded is None:
+        _log.warning(
+            "Generator: no `tokenizer` is given and %s has none, so ids that are no token may be sampled",
+            source or "a model that was built in memory",
+        )
     return None
 
 

@@ -254,6 +254,13 @@ def test_ids_without_a_token_are_not_sampled_by_default(tmp_path, tokenizer, cap
     generator, ids = sampled()
     assert generator.unknown_ids == 0 and ids.max() >= len(tokenizer)
     assert f"no `tokenizer` is given and {tmp_path} has none" in caplog.text
+    make_generator(make_actor())
+    assert "no `tokenizer` is given and a model that was built in memory has none" in caplog.text
+    caplog.clear()
+    restricted = make_actor()
+    restricted.restrict(range(VOCABULARY - 3))
+    make_generator(restricted)
+    assert not caplog.text
     tokenizer.save_pretrained(tmp_path)
     generator, ids = sampled()
     assert generator.unknown_ids == 200 and ids.max() < len(tokenizer)
