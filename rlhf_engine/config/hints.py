@@ -118,14 +118,10 @@ for _keys, _words in _NAMES:
 
 
 def hint(path: str, keys: Sequence[str]) -> str:
-    """Return what to append to the message for the unknown key `path`: suggestions among `keys`, all dotted.
-
-    A suggestion in the section of `path` is shown without the section.
-    """
+    """Return what to append to the message for the unknown key `path`: suggestions among `keys`, all dotted."""
     # The comparison is quadratic in the length, and a name of that length resembles no key.
     found = suggestions(path, keys) if len(path) < 200 else []
-    parent, _, _ = path.rpartition(".")
-    shown = [repr(key.rpartition(".")[2] if key.rpartition(".")[0] == parent else key) for key in found]
+    shown = [repr(key) for key in found]
     if shown:
         return f"; did you mean {' or '.join(filter(None, (', '.join(shown[:-1]), shown[-1])))}?"
     section = next((f" {part}" for part in [path.split(".")[0]] if part in keys), "")

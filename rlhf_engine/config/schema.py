@@ -134,7 +134,8 @@ def unknown_key_message(path: str, name: str, known: list[str]) -> str:
     """Return the message for the unknown key `name` at the dotted `path`, with the nearest of `known`."""
     # The comparison is quadratic in the length, and a name of that length resembles no key.
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0) if len(name) < 100 else []
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    section, dot, _ = path.rpartition(".")
+    hint = f"; did you mean '{section}{dot}{near[0]}'?" if near else ""
     return f"unknown key {shortened(repr(path), 200)}{hint}"
 
 

@@ -12,33 +12,29 @@ from __future__ import annotations
 import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
-from rlhf_engine.model.roles import Want
-from rlhf_engine.rollout.decode.cpu import InvariantFunctions, InvariantLayers, ReorderedHead, head_product
+from rlhf_engine.rollout.decode.cpu import InvariantFunctions, InvariantLayers, head_product
 from rlhf_engine.rollout.decode.protocol import (
     MIN_ROWS,
-    Act,
     Allocate,
     check_attention,
     check_decoding,
     check_kv_bytes,
     column_masks,
     new_memory,
-    read_columns,
     same_as,
     sampled_outputs,
 )
-from rlhf_engine.rollout.decode.slots import slot_columns
+from rlhf_engine.rollout.decode.slots import WholeSequenceSlots, slot_columns
 from rlhf_engine.rollout.decode.states import CacheShape, RecurrentCache, check_cache, new_cache
 
 _WINDOWED, _RECURRENT = ("sliding_attention", "hybrid_sliding"), ("linear_attention", "conv")
@@ -63,7 +59,7 @@ def recurrent_kinds(policy: LanguageModel) -> set[str]:
     return kinds
 
 
-class RecurrentDecoder:
+class RecurrentDecoder(WholeSequenceSlots[RecurrentCache]):
     """`Decoder` with `slots` slots for sequences of up to `columns` tokens, or fewer slots to fit into `kv_bytes`.
 
     Raises:
@@ -85,8 +81,8 @@ class RecurrentDecoder:
             )
             slots = bisect_right(range(1, slots + 1), kv_bytes, key=self._bytes)
         self.slots = self.rows = slots
-        self.project: ReorderedHead | None = None
-        self.cache: RecurrentCache | None = None
+        self.project = None
+        self.cache = None
         self.new_slots: Callable[[Cache], RecurrentCache] | None = None
 
     @torch.no_grad()
@@ -157,67 +153,21 @@ class RecurrentDecoder:
         self.cache.store(cache, source, target, length)
         return {name: getattr(found, name)[:count] for name in self.want}
 
-    def decode(
-        self,
-        tokens: Tensor,  # (rows,), the last token of each sequence; slots from `count` on are empty
-        positions: Tensor,  # (rows,), the position of that token
-        count: int,
-        want: Collection[Want] | None = None,
-    ) -> Outputs:  # rows >= MIN_ROWS
-        """Feed one token to each of the first `count` slots; return the outputs in the states after them."""
+    @contextmanager
+    def decoding(self, positions: Tensor, width: int, rows: int) -> Iterator[None]:
+        """Set up the slots and the layers for one decode step."""
         assert self.cache is not None
-        spare = max(0, MIN_ROWS - count)
-        tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
-        width = self.columns
-        if width > read_columns(1, width):
-            width = read_columns(int(positions[:count].max()) + 1, width)
-        self.cache.decode(positions if self.eager else positions[:count], width, len(tokens))
-        batch = TokenBatch(
-            input_ids=tokens[:, None],
-            attention_mask=self._mask(positions, width),
-            position_ids=positions[:, None],
-            cache=self.cache,
-        )
+        self.cache.decode(positions, width, rows)
         with (
             InvariantFunctions(),
             self.layers.decode(eager=self.eager),
             cache_argument(self.policy.trunk),
             limited_time_steps(self.policy.trunk),
         ):
-            return self.policy(batch, want or self.want, project=self.project)
+            yield
 
-    def step(
-        self,
-        tokens: Tensor,  # (rows,)
-        positions: Tensor,  # (rows,)
-        count: int,
-        act: Act,
-        idle: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        """Call `act(outputs, slots)` on the outputs of `decode` for the first `count` slots."""
-        act(self.decode(tokens, positions, count), slice(0, count))
-
-    def move(self, source: Tensor, target: Tensor, width: int) -> None:
-        """Copy sequences of at most `width` tokens from slots `source` to slots `target`; the two must not overlap."""
-        assert self.cache is not None
-        self.cache.move(source, target, width)
-
-    def keep(self, count: int) -> None:
-        """Do nothing: the next sequence replaces the states of a slot."""
-
-    def admissible(self, prompts: list[Tensor], count: int) -> int:
-        """Return the number of prompts, because every slot has space for a whole sequence."""
-        return len(prompts)
-
-    def preempt(self, count: int) -> list[int]:
-        """Return no slots, because every slot has space for a whole sequence."""
-        return []
-
-    def metrics(self) -> dict[str, float]:
-        """Return no metrics."""
-        return {}
-
-    def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor | None] | None:
+    def mask(self, positions: Tensor, width: int) -> Tensor | Mapping[str, Tensor | None] | None:
+        """Return the masks of the columns that each sequence has, by kind of layer if there are several."""
         if not self.shape.keys:
             return None
         windowed = not self.kinds.isdisjoint(_WINDOWED)

@@ -6,9 +6,11 @@ The next sequence overwrites the slot of a finished one, and no tensor is concat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -124,7 +126,18 @@ class SlotLayer(CacheLayerMixin):
         return self.columns
 
 
-class SlotCache(Cache):
+class MovableCache(Cache, ABC):
+    """A transformers cache of slots whose contents can be copied from slot to slot."""
+
+    @abstractmethod
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy sequences of at most `width` tokens from slots `source` to slots `target`; the two must not overlap."""
+
+
+SlotsT = TypeVar("SlotsT", bound=MovableCache)
+
+
+class SlotCache(MovableCache):
     """A transformers cache in which every sequence has its own length. Call `prefill` or `decode` before each forward pass."""
 
     layers: list[SlotLayer]
@@ -152,7 +165,80 @@ class SlotCache(Cache):
             layer.values[target, :, :width] = layer.values[source, :, :width]
 
 
-class SlotDecoder:
+class WholeSequenceSlots(ABC, Generic[SlotsT]):
+    """Common part of decoders whose slots have space for a whole sequence, so that no sequence is preempted."""
+
+    policy: LanguageModel
+    columns: int
+    eager: bool
+    """Whether decode steps use the model's own attention, which adds a mask to the scores."""
+    want: tuple[Want, ...]
+    cache: SlotsT | None
+    project: ReorderedHead | None
+
+    @abstractmethod
+    def decoding(self, positions: Tensor, width: int, rows: int) -> AbstractContextManager[object]:
+        """Return the context of a decode step of `rows` rows, whose slots write `positions` and read `width` columns."""
+
+    @abstractmethod
+    def mask(self, positions: Tensor, width: int) -> Tensor | Mapping[str, Tensor | None] | None:
+        """Return the attention mask of a decode step."""
+
+    def decode(
+        self,
+        tokens: Tensor,  # (rows,), the last token of each sequence; slots from `count` on are empty
+        positions: Tensor,  # (rows,), the position of that token
+        count: int,
+        want: Collection[Want] | None = None,
+    ) -> Outputs:  # rows >= MIN_ROWS
+        """Feed one token to each of the first `count` slots; return the outputs in the states after them."""
+        spare = max(0, MIN_ROWS - count)
+        tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
+        width = self.columns
+        if width > read_columns(1, width):
+            width = read_columns(int(positions[:count].max()) + 1, width)
+        batch = TokenBatch(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask(positions, width),
+            position_ids=positions[:, None],
+            cache=self.cache,
+        )
+        with self.decoding(positions if self.eager else positions[:count], width, len(tokens)):
+            return self.policy(batch, want or self.want, project=self.project)
+
+    def step(
+        self,
+        tokens: Tensor,  # (rows,)
+        positions: Tensor,  # (rows,)
+        count: int,
+        act: Act,
+        idle: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Call `act(outputs, slots)` on the outputs of `decode` for the first `count` slots."""
+        act(self.decode(tokens, positions, count), slice(0, count))
+
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy sequences of at most `width` tokens from slots `source` to slots `target`; the two must not overlap."""
+        assert self.cache is not None
+        self.cache.move(source, target, width)
+
+    def keep(self, count: int) -> None:
+        """Do nothing: the next sequence replaces a slot's content."""
+
+    def admissible(self, prompts: list[Tensor], count: int) -> int:
+        """Return the number of prompts, because every slot has space for a whole sequence."""
+        return len(prompts)
+
+    def preempt(self, count: int) -> list[int]:
+        """Return no slots, because every slot has space for a whole sequence."""
+        return []
+
+    def metrics(self) -> dict[str, float]:
+        """Return no metrics."""
+        return {}
+
+
+class SlotDecoder(WholeSequenceSlots[SlotCache]):
     """`Decoder` with `slots` slots for sequences of up to `columns` tokens, or fewer slots to fit into `kv_bytes`.
 
     Raises:
@@ -166,14 +252,13 @@ class SlotDecoder:
         self.kinds = attention_kinds(policy, columns)
         self.probe = probe(policy)
         self.eager = self.text_config._attn_implementation == "eager" or not self.probe.routed
-        """Whether decode steps use the model's own attention, which adds a mask to the scores."""
         self.slots = slots if kv_bytes is None else min(slots, self._slots_within(kv_bytes, columns))
         self.rows = self.slots
         self.layers = InvariantLayers(policy)
         self.want = sampled_outputs(policy)
         self.max_position = max_positions(policy.model)
-        self.cache: SlotCache | None = None
-        self.project: ReorderedHead | None = None
+        self.cache = None
+        self.project = None
 
     def _slots_within(self, kv_bytes: int, columns: int) -> int:
         step = slots_per_step(eager=self.eager)
@@ -221,56 +306,15 @@ class SlotDecoder:
         with self.layers.prefill():
             return self.policy(batch, self.want, project=self.project)
 
-    def decode(
-        self,
-        tokens: Tensor,  # (rows,), the last token of each sequence; slots from `count` on are empty
-        positions: Tensor,  # (rows,), the position of that token
-        count: int,
-        want: Collection[Want] | None = None,
-    ) -> Outputs:  # rows >= MIN_ROWS
-        """Feed one token to each of the first `count` slots; return the outputs in the states after them."""
+    @contextmanager
+    def decoding(self, positions: Tensor, width: int, rows: int) -> Iterator[None]:
+        """Set up the cache and the layers for one decode step."""
         assert self.cache is not None
-        spare = max(0, MIN_ROWS - count)
-        tokens, positions = (pad(x[:count], (0, spare)) for x in (tokens, positions))
-        width = self.columns
-        if width > read_columns(1, width):
-            width = read_columns(int(positions[:count].max()) + 1, width)
-        self.cache.decode(positions if self.eager else positions[:count], width)
-        additive = self.policy.lm_weight.dtype if self.eager else None
-        mask = column_masks(self.text_config, self.kinds, positions, width, additive)
+        self.cache.decode(positions, width)
         with self.layers.decode(eager=self.eager):
-            batch = TokenBatch(
-                input_ids=tokens[:, None], attention_mask=mask, position_ids=positions[:, None], cache=self.cache
-            )
-            return self.policy(batch, want or self.want, project=self.project)
+            yield
 
-    def step(
-        self,
-        tokens: Tensor,  # (rows,)
-        positions: Tensor,  # (rows,)
-        count: int,
-        act: Act,
-        idle: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        """Call `act(outputs, slots)` on the outputs of `decode` for the first `count` slots."""
-        act(self.decode(tokens, positions, count), slice(0, count))
-
-    def move(self, source: Tensor, target: Tensor, width: int) -> None:
-        """Copy sequences of at most `width` tokens from slots `source` to slots `target`; the two must not overlap."""
-        assert self.cache is not None
-        self.cache.move(source, target, width)
-
-    def keep(self, count: int) -> None:
-        """Do nothing: the next sequence overwrites a slot."""
-
-    def admissible(self, prompts: list[Tensor], count: int) -> int:
-        """Return the number of prompts, because every slot has space for a whole sequence."""
-        return len(prompts)
-
-    def preempt(self, count: int) -> list[int]:
-        """Return no slots, because every slot has space for a whole sequence."""
-        return []
-
-    def metrics(self) -> dict[str, float]:
-        """Return no metrics."""
-        return {}
+    def mask(self, positions: Tensor, width: int) -> Tensor | Mapping[str, Tensor | None] | None:
+        """Return the mask of the columns that each sequence has."""
+        additive = self.policy.lm_weight.dtype if self.eager else None
+        return column_masks(self.text_config, self.kinds, positions, width, additive)

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.rollout.decode.protocol import MIN_ROWS, Allocate, new_memory
-from rlhf_engine.rollout.decode.slots import SlotCache, SlotLayer, slot_columns
+from rlhf_engine.rollout.decode.slots import MovableCache, SlotCache, SlotLayer, slot_columns
 
 _LAYERS = (
     "DynamicLayer",
@@ -146,7 +146,7 @@ class _LayerSlots:
             state[target] = state[source]
 
 
-class RecurrentCache(Cache):
+class RecurrentCache(MovableCache):
     """A transformers cache of slots. Call `decode` before each forward pass over one token per slot."""
 
     def __init__(self, prefilled: Cache, slots: int, rows: int, columns: int, allocate: Allocate = new_memory) -> None:

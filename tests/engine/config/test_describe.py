@@ -62,7 +62,7 @@ def test_none_is_shown_as_null(capsys):
 
 def test_an_unknown_section_is_refused(capsys):
     code, _, shown = show(capsys, "ppo.optin")
-    assert code == 2 and shown == "rlhf: unknown key 'ppo.optin'; did you mean 'optim'?\n"
+    assert code == 2 and shown == "rlhf: unknown key 'ppo.optin'; did you mean 'ppo.optim'?\n"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -15,25 +15,25 @@ KEYS = RunConfig.keys()
         ("sft.lr", "'sft.optim.lr'"),
         ("ppo.lr", "'ppo.optim.lr'"),
         ("learning_rate", "'sft.optim.lr', 'reward.optim.lr' or 'ppo.optim.lr'"),
-        ("ppo.optim.learning_rate", "'lr'"),
-        ("ppo.beta", "'kl_coef'"),
+        ("ppo.optim.learning_rate", "'ppo.optim.lr'"),
+        ("ppo.beta", "'ppo.kl_coef'"),
         ("kl_coef", "'ppo.kl_coef'"),
         ("rollout.kl_coeff", "'ppo.kl_coef'"),
-        ("ppo.batch_size", "'rollout_batch'"),
-        ("rollout.max_new_tokens", "'max_response_tokens'"),
+        ("ppo.batch_size", "'ppo.rollout_batch'"),
+        ("rollout.max_new_tokens", "'rollout.max_response_tokens'"),
         ("max_new_tokens", "'rollout.max_response_tokens'"),
         ("ppo.max_new_tokens", "'rollout.max_response_tokens'"),
-        ("sft.num_train_epochs", "'epochs'"),
-        ("ppo.epochs", "'ppo_epochs'"),
+        ("sft.num_train_epochs", "'sft.epochs'"),
+        ("ppo.epochs", "'ppo.ppo_epochs'"),
         ("ppo.max-grad-norm", "'ppo.optim.max_grad_norm'"),
         ("Temperature", "'rollout.temperature'"),
         ("model_name_or_path", "'model.path'"),
         ("gradient_checkpointing", "'memory.gradient_checkpointing'"),
-        ("sft.epoch", "'epochs'"),
-        ("ppo.trpo.maxkl", "'max_kl'"),
+        ("sft.epoch", "'sft.epochs'"),
+        ("ppo.trpo.maxkl", "'ppo.trpo.max_kl'"),
         ("ppoo", "'ppo'"),
         ("gae_lamda", "'ppo.lam'"),
-        ("ppo.vf_coeff", "'vf_coef'"),
+        ("ppo.vf_coeff", "'ppo.vf_coef'"),
         ("bf16", "'dtype'"),
     ],
 )
@@ -67,5 +67,5 @@ def test_every_key_with_one_letter_missing_leads_back_to_it():
 
 
 def test_sections_of_the_demo_are_suggested_where_they_exist():
-    with pytest.raises(ValueError, match=r"unknown key 'demo.hidden'; did you mean 'hidden_size'\?"):
+    with pytest.raises(ValueError, match=r"unknown key 'demo.hidden'; did you mean 'demo.hidden_size'\?"):
         load_config(None, ["demo.hidden=3"], kind=DemoRunConfig)

@@ -388,5 +388,5 @@ def test_s19_mistakes_of_the_command_are_one_line_and_exit_code_two(tmp_path, ca
     assert run("--in", tmp_path / "none", "--out", tmp_path / "clean") == 2
     assert "no such file" in capsys.readouterr().err
     assert run("--in", bad, "--out", tmp_path / "clean", "--set", "data.hygiene.user_limt=3") == 2
-    assert "did you mean 'user_limit'" in capsys.readouterr().err
+    assert "did you mean 'data.hygiene.user_limit'" in capsys.readouterr().err
     assert load_config(None).data.hygiene == HygieneConfig()

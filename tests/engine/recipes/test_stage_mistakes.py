@@ -36,7 +36,7 @@ def test_resuming_before_the_first_checkpoint_begins_from_the_start(run, capsys)
         ("sft", ["data.demonstrations=null"], "data.demonstrations is not set; give a path"),
         ("sft", ["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         ("sft", ["model.path=nowhere"], "model.path: nowhere: no such folder"),
-        ("sft", ["sft.epoch=3"], "unknown key 'sft.epoch'; did you mean 'epochs'?"),
+        ("sft", ["sft.epoch=3"], "unknown key 'sft.epoch'; did you mean 'sft.epochs'?"),
         ("sft", ["data.max_response_tokens=2"], "demonstrations.jsonl:3: response: got"),
         ("rm", ["rollout.max_prompt_tokens=1"], "demonstrations.jsonl:1: prompt: got"),
         ("sft", ["device=foo"], "rlhf: device: got 'foo', which torch cannot use here: "),

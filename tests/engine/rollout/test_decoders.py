@@ -32,7 +32,7 @@ def shape(function):
 
 @pytest.mark.parametrize("kind", [SlotDecoder, PagedDecoder, RecurrentDecoder])
 def test_an_implementation_has_every_method_with_the_same_arguments(kind):
-    assert len(METHODS) == 11 and kind.__bases__ == (object,)
+    assert len(METHODS) == 11 and Decoder not in kind.__mro__
     if kind is RecurrentDecoder and not RECURRENT_CACHE:
         with pytest.raises(ValueError, match=r"no DummyLayer; install transformers 5\.23 to sample from it"):
             kind(recurrent_actor("lfm2"), 4, 32)
