@@ -67,8 +67,7 @@ def plot_win_rates(rates: Mapping[str, WinRate], baseline: str, path: str | Path
     figure = Figure(figsize=(7.0, 0.8 + 0.7 * len(rates)), layout="constrained")
     axes = figure.subplots()
     for row, (name, rate) in enumerate(reversed(list(rates.items()))):
-        colour = _COLOURS[(len(rates) - 1 - row) % len(_COLOURS)]
-        axes.barh(row, rate.rate, color=colour, height=0.6)
+        axes.barh(row, rate.rate, color=_COLOURS[0], height=0.6)
         axes.plot([rate.low, rate.high], [row, row], color="black", linewidth=1.5)
         axes.text(rate.high + 0.015, row, f"{rate.rate:.2f}", va="center")
         axes.text(0.01, row, name, va="center", color="white")
