@@ -34,7 +34,7 @@ _CPU = (
         *("ppo_step", "seconds, ours in float32 / TRL", "of 32 sequences"),
     ),
     Row(
-        "the same in bfloat16, without bfloat16 instructions",
+        "PPO update, bfloat16 on a CPU without it: our time / TRL's",
         *("ppo_step", "seconds, ours in bfloat16 / TRL", "of 32 sequences"),
     ),
     Row(

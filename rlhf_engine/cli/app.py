@@ -116,12 +116,14 @@ def ppo(
     history = _run("run_ppo", config, overrides, resume=resume, overwrite=overwrite)
     if not history:
         typer.echo("nothing left to do: the checkpoint has completed all ppo.updates")
-        return
-    last = history[-1]
-    typer.echo(f"score {last['score_mean']:.4f}, KL {last['kl']:.4f} nats per sequence")
-    _results(
-        config, overrides, "ppo", "generate", "model.path", "--prompts", "PROMPTS.jsonl", "--output", "ANSWERS.jsonl"
-    )
+    else:
+        first, last = (
+            {name: round(one[name], 4) + 0.0 for name in ("score_mean", "kl")} for one in (history[0], history[-1])
+        )
+        typer.echo(
+            f"score {first['score_mean']:.4f} -> {last['score_mean']:.4f}, KL {last['kl']:.4f} nats per sequence"
+        )
+    _results(config, overrides, "ppo", "generate", "model.path")
 
 
 @app.command()
@@ -177,6 +179,7 @@ def clean(
     typer.echo(
         clean_prompts(source, output, settings.data.hygiene, codec, allow=settings.data.allowed_columns()).table()
     )
+    typer.echo(f"prompts: {output / 'prompts.jsonl'}")
 
 
 @data_app.command()
@@ -206,14 +209,17 @@ def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool)
     return getattr(recipes, stage)(read_config(config, overrides), **options)
 
 
-def _results(config: Path, overrides: list[str] | None, stage: str, following: str, key: str, *more: str) -> None:
+def _results(config: Path, overrides: list[str] | None, stage: str, following: str, key: str) -> None:
     """Print the folder of a stage's model and the command that reads it: `following`, with the folder as setting `key`."""
-    root = Path(read_config(config, overrides).output_dir)
-    kept = [one for one in overrides or () if one.partition("=")[0] != key]
-    settings = [word for one in (*kept, f"{key}={root / stage}") for word in ("--set", one)]
-    typer.echo(
-        f"model: {root / stage}\nnext:  {shlex.join(['rlhf', following, '--config', str(config), *settings, *more])}"
-    )
+    found = read_config(config, overrides)
+    folder = Path(found.output_dir) / stage
+    unread = (f"{key}=",) if following != "generate" else (f"{key}=", "ppo.", "reward.")
+    kept = [one for one in overrides or () if not one.startswith(unread)]
+    words = ["rlhf", following, "--config", str(config)]
+    words += [word for one in (*kept, f"{key}={folder}") for word in ("--set", one)]
+    if following == "generate":
+        words += ["--prompts", str(found.data.prompts), "--output", str(folder.parent / "answers.jsonl")]
+    typer.echo(f"model: {folder}\nnext:  {shlex.join(words)}")
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ def plan(
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"--output: {output} is a file; give a folder for plan.json and plan.png")
     for text in gpu_memory or []:
-        if re.search(r"\dGB$", text.strip(), re.IGNORECASE):
+        if re.search(r"\d\s*GB$", text.strip(), re.IGNORECASE):
             found = size(byte_count(text, "--gpu-memory"))
             notice(f"--gpu-memory {text} is {found}; nvidia-smi prints what a card has, in MiB")
     workload = workload_of(read_config(config, overrides), model)

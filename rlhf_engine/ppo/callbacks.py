@@ -149,7 +149,7 @@ class SampledResponses(Callback):
 
     def __init__(self, path: Path, codec: Codec, count: int, *, after: int) -> None:
         self.path, self.codec, self.count = path, codec, count
-        self.kept: bytes | None = self._kept(after)
+        self.kept: bytes | None = earlier_responses(path, after)
         self.rows: list[dict[str, object]] = []
 
     def on_rollout(self, trainer: PPOTrainer, scored: Scored) -> None:
@@ -161,8 +161,8 @@ class SampledResponses(Callback):
             {
                 "prompt": self.codec.decode_prompt(prompt),
                 "response": self.codec.decode_response(response),
-                "score": score if math.isfinite(score) else None,
-                "kl": round(nats, 4) if math.isfinite(nats) else None,
+                "score": _rounded(score),
+                "kl": _rounded(nats),
             }
             for prompt, response, score, nats in islice(zip(*columns, strict=True), self.count)
         ]
@@ -178,18 +178,26 @@ class SampledResponses(Callback):
         content, self.kept = self.kept + text, None
         with_new_file(self.path, lambda new: new.write_bytes(content))
 
-    def _kept(self, after: int) -> bytes:
-        """Return the lines of the updates until number `after`, without an incomplete last line."""
-        kept = b""
-        with self.path.open("rb") if self.path.is_file() else BytesIO() as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    update = json.loads(line)["update"]
-                    kept += line if update <= after else b""
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(
-                        f"{self.path}:{number}: not a line of sampled responses; move the file away"
-                    ) from None
-        return kept
+
+def earlier_responses(path: Path, after: int) -> bytes:
+    """Return the lines of `SampledResponses` until update `after`, without an incomplete last line; empty without a file.
+
+    Raises:
+        ValueError: a line is not of this kind, named as `file:line`.
+    """
+    kept: list[bytes] = []
+    with path.open("rb") if path.is_file() else BytesIO() as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                update = json.loads(line)["update"]
+                kept += [line] if update <= after else []
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number}: not a line of sampled responses; move the file away") from None
+    return b"".join(kept)
+
+
+def _rounded(x: float) -> float | None:
+    """Return `x` with 4 decimals and without a negative zero; None, as JSON's null, if it is not finite."""
+    return round(x, 4) + 0.0 if math.isfinite(x) else None

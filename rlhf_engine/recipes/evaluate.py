@@ -98,7 +98,7 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
             )
     config = dated(config)
     if setting.judge == BY_HAND:
-        return _by_hand(config)
+        return _by_hand(config, overwrite=overwrite)
     folder = Path(config.output_dir) / "eval"
     recover(folder)
     if folder.exists() and not overwrite:
@@ -109,6 +109,7 @@ def run_eval(config: RunConfig, *, overwrite: bool = False) -> tuple[Contest | N
     judge, unjudged = configured_judge(config, setting.judge), Path(config.output_dir) / _UNJUDGED
     sampled = _kept(config, unjudged) or ask_both(config)
     with_new_folder(unjudged, lambda new: _write_sampled(new, config, sampled))
+    notice(*training_use(config, sampled.prompts))
     contest = judged_by(config, judge, sampled)
 
     def write(new: Path) -> None:
@@ -184,7 +185,6 @@ def ask_both(config: RunConfig) -> SampledResponses:
             f"data.prompts: got no prompts of split {setting.split} in {config.data.prompts}; add some, or set a different "
             "eval.split"
         )
-    notice(*training_use(config, records))
     found = {role: _ask(config, role, prefix, records) for role, prefix in prefixes.items()}
     answers = {role: sampled for role, (sampled, *_) in found.items()}
     flat = {role: [end for one in sampled for end in one.ended] for role, sampled in answers.items()}
@@ -241,9 +241,11 @@ def _contest(config: RunConfig, sampled: SampledResponses, preferences: torch.Te
     return Contest(preference_rate(per_prompt, resamples=config.eval.resamples, seed=config.seed), sampled)
 
 
-def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
+def _by_hand(config: RunConfig, *, overwrite: bool) -> tuple[Contest | None, str]:
     folder = Path(config.output_dir) / "judging"
-    if not (folder / _CONTEST).is_file():
+    if overwrite and (folder / _JUDGED).is_file():
+        raise ValueError(f"{folder / _JUDGED}: --overwrite would delete these judgements; move the folder away")
+    if overwrite or not (folder / _CONTEST).is_file():
         sampled = ask_both(config)
 
         def write(new: Path) -> None:
@@ -252,6 +254,12 @@ def _by_hand(config: RunConfig) -> tuple[Contest | None, str]:
 
         with_new_folder(folder, write)
     sampled = _read_sampled(config, folder)
+    if read_json(folder / _CONTEST).get("files") != _stamps(config)["files"]:
+        raise ValueError(
+            f"{folder}: its answers are of other weights or prompts than those of today; sample new ones with --overwrite, or "
+            "move the folder away"
+        )
+    notice(*training_use(config, sampled.prompts))
     if not (folder / _JUDGED).is_file():
         return None, (
             f'{len(sampled.pairs())} pairs to judge in {folder / _PAIRS}: replace each null by "A", "B" or "tie", save it as '

@@ -16,6 +16,9 @@ from rlhf_engine.files import FolderLock, with_new_file
 
 SUFFIX = ".partial"
 
+_BEGIN, _SETTINGS = b'{"settings": ', "settings"
+"""Beginning of the first line, and its key."""
+
 
 class PartialFile:
     """The lines of `target` so far, in `target.partial`, whose first line has the settings on which they depend.
@@ -37,14 +40,13 @@ class PartialFile:
         with ExitStack() as stack:
             stack.enter_context(FolderLock(self.target.parent, self.path.name + ".lock"))
             self.kept, size = self._earlier()
+            self.file = stack.enter_context(self.path.open("r+b" if self.kept else "wb"))
+            if self.kept:
+                self.file.truncate(size)
+                self.file.seek(size)
+            else:
+                self.file.write(_line({_SETTINGS: self.settings}))
             self.held = stack.pop_all()
-        if self.kept:
-            self.file = self.path.open("r+b")
-            self.file.truncate(size)
-            self.file.seek(size)
-        else:
-            self.file = self.path.open("wb")
-            self.file.write(_line(self.settings))
         self.count = self.kept
         return self
 
@@ -71,7 +73,7 @@ class PartialFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
+        self.file.close()  # before the lock is released
         if kind is not None and self.count < self.chunk:
             self.path.unlink(missing_ok=True)  # nothing to continue from
         self.held.close()
@@ -82,7 +84,9 @@ class PartialFile:
             return 0, 0
         with self.path.open("rb") as file:
             first = file.readline()
-            if not first.endswith(b"\n") or not self._same(self._settings(first)):
+            # A process that is killed while it writes the first line leaves a part of it.
+            cut_off = not first.endswith(b"\n") and first[: len(_BEGIN)] == _BEGIN[: len(first)]
+            if cut_off or not self._same(self._settings(first)):
                 return 0, 0
             kept, end, size = 0, len(first), len(first)
             for number, line in enumerate(file, start=1):
@@ -96,11 +100,12 @@ class PartialFile:
             found = json.loads(line)
         except ValueError:
             found = None
-        if not isinstance(found, dict):
+        settings = found.get(_SETTINGS) if isinstance(found, dict) else None
+        if not isinstance(settings, dict):
             raise ValueError(
                 f"{self.path}:1: not the settings of an interrupted call; move the file away, or delete it"
             )
-        return found
+        return settings
 
     def _same(self, before: Mapping[str, Any]) -> bool:
         for key, value in self.settings.items():

@@ -21,7 +21,7 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.trunk import input_layer, output_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import build_trainer
-from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses
+from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses, earlier_responses
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.loading import (
@@ -38,6 +38,7 @@ from rlhf_engine.recipes.loading import (
 )
 from rlhf_engine.recipes.planning import RunPlan, plan_run
 from rlhf_engine.recipes.session import TrainingSession, check_start, exclusive, load_newest
+from rlhf_engine.recipes.training_use import skipped_sft
 from rlhf_engine.recipes.trial import check_disk, try_output, try_reward
 from rlhf_engine.rewards.calls import Parameters
 from rlhf_engine.rewards.functions import text_reward
@@ -65,6 +66,8 @@ def run_ppo(
         ValueError: an earlier run exists, and neither `resume` nor `overwrite` is set; or a setting or a file is wrong.
     """
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
+    earlier_responses(Path(config.output_dir) / SAMPLES, after=0)
+    notice(*skipped_sft(config))
     config = dated(config)
     function = None
     if config.reward.function is not None:

@@ -153,6 +153,23 @@ def test_s20_people_judge_through_a_file(run, models, capsys):
     assert (folder / "judged.jsonl").exists()
 
 
+def test_judgements_of_other_prompts_are_not_those_of_today(run, models, capsys):
+    folder = run / "out" / "judging"
+    assert evaluate(capsys, run, models, "file")[0] == 0
+    before = (folder / "pairs.jsonl").read_bytes()
+    with (run / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "a new one", "user_id": "u9", "split": "test"}) + "\n")
+    code, _, shown = evaluate(capsys, run, models, "file")
+    assert code == 2 and f"{folder}: its answers are of other weights or prompts than those of today" in shown
+    assert (folder / "pairs.jsonl").read_bytes() == before
+    code, shown, _ = evaluate(capsys, run, models, "file", flags=["--overwrite"])
+    assert code == 0 and "5 pairs to judge" in shown and (folder / "pairs.jsonl").read_bytes() != before
+    (folder / "judged.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
+    code, _, shown = evaluate(capsys, run, models, "file", flags=["--overwrite"])
+    assert code == 2 and f"{folder / 'judged.jsonl'}: --overwrite would delete these judgements" in shown
+    assert (folder / "judged.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "body, message",
     [

@@ -207,10 +207,18 @@ def test_changed_prompts_and_weights_continue_nothing(run, capsys, monkeypatch, 
     assert code == 2 and "rlhf: prompts: got" in shown
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '"text"'])
+@pytest.mark.parametrize("line", ["{\n", "[1]\n", '"text"\n', "my only copy", '{"samples": 1}\n'])
 def test_a_partial_file_of_something_else_is_named_and_kept(run, capsys, line):
     partial = run / "a.jsonl.partial"
-    partial.write_text(line + "\n")
+    partial.write_text(line)
     code, _, shown = generate(capsys, run, "a.jsonl")
     assert code == 2 and f"{partial}:1: not the settings of an interrupted call" in shown
-    assert partial.read_text() == line + "\n" and not list(run.glob("*.lock"))
+    assert partial.read_text() == line and not list(run.glob("*.lock"))
+
+
+@pytest.mark.parametrize("size", [0, 5, 40])
+def test_a_first_line_that_was_cut_off_is_dropped(run, capsys, monkeypatch, size):
+    interrupted(capsys, run, monkeypatch, 3)
+    partial = run / "a.jsonl.partial"
+    partial.write_bytes(partial.read_bytes()[:size])
+    assert generate(capsys, run, "a.jsonl")[0] == 0 and len(read_lines(run / "a.jsonl")) == 10

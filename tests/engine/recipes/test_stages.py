@@ -43,10 +43,8 @@ def test_the_three_stages_one_after_the_other(run, capsys):
     overrides = ("--set", f"model.path={out / 'sft'}", "--set", f"reward.path={out / 'rm'}")
     code, shown, _ = rlhf(capsys, "ppo", "--config", run / "run.yaml", *overrides)
     assert code == 0 and "KL" in shown
-    sets = (
-        f"--set reward.path={out / 'rm'} --set model.path={out / 'ppo'} --prompts PROMPTS.jsonl --output ANSWERS.jsonl"
-    )
-    assert shown.splitlines()[-1] == f"next:  rlhf generate --config {run / 'run.yaml'} {sets}"
+    options = f"--set model.path={out / 'ppo'} --prompts {run / 'prompts.jsonl'} --output {out / 'answers.jsonl'}"
+    assert shown.splitlines()[-1] == f"next:  rlhf generate --config {run / 'run.yaml'} {options}"
 
     weights = {}
     for name in ("sft", "ppo"):
