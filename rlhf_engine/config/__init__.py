@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf_engine._lazy import exports
 
 if TYPE_CHECKING:
+    from rlhf_engine.config.adapter import AdapterConfig as AdapterConfig
     from rlhf_engine.config.checkpoint import CheckpointConfig as CheckpointConfig
     from rlhf_engine.config.data import DataConfig as DataConfig
     from rlhf_engine.config.evaluate import EvalConfig as EvalConfig
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
+        "AdapterConfig": "adapter",
         "CheckpointConfig": "checkpoint",
         "DataConfig": "data",
         "EvalConfig": "evaluate",

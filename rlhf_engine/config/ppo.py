@@ -100,6 +100,10 @@ class PPOConfig(Section):
     kl_horizon: Count = 10_000
     """Number of sequences over which adaptive control corrects a relative error of the KL in full. The default is
     OpenAI's value."""
+    reference: Literal["auto", "adapter_off", "frozen_copy"] = "auto"
+    """Policy relative to which the KL is measured, always the one that the run starts from. frozen_copy is a copy of
+    its weights. adapter_off is the policy without the adapter that is trained, which needs adapter.rank and no copy.
+    auto is adapter_off with adapter.rank, otherwise frozen_copy."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """Estimator of the KL in the reward."""
     gamma: Share = 1.0
@@ -162,7 +166,7 @@ class PPOConfig(Section):
     value_model: Literal["head", "backbone"] = "head"
     """Value function: head is a linear head on the hidden states of the policy, which needs almost no memory or time.
     backbone is a separate model with a trunk and a head (as InstructGPT's), which gradients of the policy loss do not
-    change."""
+    change. With adapter.rank, it is an adapter and a head, and its trunk is that of the policy."""
     value_init: Literal["reward_model", "zero"] = "reward_model"
     """Initial weights of the value function: those of the reward model (InstructGPT), or a head of zeros. With
     `value_model` backbone, zero also copies the trunk of the policy."""

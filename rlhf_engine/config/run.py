@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from rlhf_engine.config.adapter import AdapterConfig
 from rlhf_engine.config.checkpoint import CheckpointConfig
 from rlhf_engine.config.data import DataConfig
 from rlhf_engine.config.evaluate import EvalConfig
@@ -42,6 +43,8 @@ class RunConfig(Section):
     """Backend of the operations of rlhf_kernels; auto selects one for each operation and device."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Low-rank adapters that are trained instead of the model's weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data sets."""
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -96,6 +99,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.attention: got 'flash_attention_2' with device {self.device!r}, expected 'sdpa' or 'eager': "
                 "flash-attn runs only on CUDA devices"
+            )
+        if self.ppo.reference == "adapter_off" and not self.adapter.rank:
+            raise ValueError(
+                "ppo.reference: got 'adapter_off' with adapter.rank 0, expected 'frozen_copy': without an adapter, the weights "
+                "of the policy change; set adapter.rank to train an adapter"
             )
         raw = [name for name, optim in self.optimizers().items() if optim.eps_form == "raw"]
         if self.memory.optimizer_state == "8bit" and raw:
