@@ -17,6 +17,7 @@ from rlhf_engine._lazy import exports
 if TYPE_CHECKING:
     from rlhf_engine.checkpoint import resume as resume
     from rlhf_engine.checkpoint import save_checkpoint as save_checkpoint
+    from rlhf_engine.config import AdapterConfig as AdapterConfig
     from rlhf_engine.config import DataConfig as DataConfig
     from rlhf_engine.config import MemoryConfig as MemoryConfig
     from rlhf_engine.config import ModelConfig as ModelConfig
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rlhf_engine.model.actor_critic import LanguageModel as LanguageModel
     from rlhf_engine.model.heads import ValueHead as ValueHead
     from rlhf_engine.model.pretrained import load_tokenizer as load_tokenizer
+    from rlhf_engine.model.references import AdapterOff as AdapterOff
     from rlhf_engine.model.reward_model import RewardModel as RewardModel
     from rlhf_engine.model.roles import Policy as Policy
     from rlhf_engine.model.roles import Reference as Reference
@@ -68,6 +70,7 @@ __getattr__, __dir__, __all__ = exports(
     {
         "resume": "checkpoint",
         "save_checkpoint": "checkpoint",
+        "AdapterConfig": "config",
         "DataConfig": "config",
         "MemoryConfig": "config",
         "ModelConfig": "config",
@@ -87,6 +90,7 @@ __getattr__, __dir__, __all__ = exports(
         "ValueHead": "model.heads",
         "load_tokenizer": "model.pretrained",
         "RewardModel": "model.reward_model",
+        "AdapterOff": "model.references",
         "FrozenCopy": "model.actor_critic",
         "Policy": "model.roles",
         "Reference": "model.roles",

@@ -10,10 +10,9 @@ Shapes: B sequences, S input positions, T or N actions, V vocabulary, H hidden.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Self, TypeVar, cast, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,12 @@ from transformers import PreTrainedModel
 
 from rlhf_engine.errors import foreign_errors
 from rlhf_engine.model.balance import RouterBalance
-from rlhf_engine.model.heads import OutputHead, ValueHead
+from rlhf_engine.model.heads import OutputHead, ValueHead, check_head
 from rlhf_engine.model.layout import TokenBatch
-from rlhf_engine.model.roles import Outputs, ValueFunction, Want
+from rlhf_engine.model.roles import POLICY, Outputs, ValueFunction, Want
 from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import (
+    adapters_of,
     check_causal,
     check_packing,
     checkpoint_layers,
@@ -38,12 +38,12 @@ from rlhf_engine.model.trunk import (
 from rlhf_engine.model.upcast import upcast_products
 from rlhf_kernels import PPOLoss, TokenLogprobs
 
+if TYPE_CHECKING:
+    from rlhf_engine.model.adapters import Adapters
+
 Model = TypeVar("Model", bound="LanguageModel")
 
 _WANTS = frozenset(get_args(Want))
-
-_PROBE_LOGIT = 60.0
-"""Largest logit of the check at construction. It is so large that a softcap shows for any initialisation."""
 
 
 class LanguageModel(nn.Module):
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
         self.eval()
         kind, place = type(model).__name__, f"{model.dtype} on {self.device}"
         with foreign_errors(f"model: {kind} cannot run in {place}; set a different dtype", ValueError):
-            self._check_head()
+            check_head(self)
         check_causal(self.trunk, self.compute_dtype)
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype
         upcast_products(model, self.product_dtype)
@@ -105,6 +105,20 @@ class LanguageModel(nn.Module):
     def trunk(self) -> PreTrainedModel:
         """The model without its language-model head."""
         return cast("PreTrainedModel", self.model.get_submodule(self.trunk_name))
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters of the roles, of which a call uses one; None if the weights of the model itself are trained."""
+        return adapters_of(self.model)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the tensors that a checkpoint holds: all, or with `adapters` only the policy's and the value's."""
+        if self.adapters is None:
+            yield from self.named_parameters()
+            return
+        kept = {id(tensor) for tensor in self.adapters.tensors(POLICY).values()}
+        kept |= set() if self.value is None else {id(tensor) for tensor in self.value.parameters()}
+        yield from ((name, tensor) for name, tensor in self.named_parameters() if id(tensor) in kept)
 
     @property
     def lm_weight(self) -> Tensor:  # (V, H)
@@ -142,6 +156,7 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         loss: Mapping[str, Any] | None = None,
         project: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+        adapter: str | None = POLICY,
     ) -> Outputs:
         """Run the trunk once and return what `want` names, for the N states `batch.rows`.
 
@@ -154,6 +169,7 @@ class LanguageModel(nn.Module):
             loss: for "loss", the arguments of `linear_ppo_loss` from `old_logprobs` on; with `returns` it trains the
                 values.
             project: for "logits", computes `hidden @ weight.T + bias` in place of the output layer.
+            adapter: name of the adapter that the whole call uses, if the model has `adapters`; None uses none.
 
         Raises:
             ValueError: `want` has a name that `Outputs` does not have, or "values" without a value function; or
@@ -176,6 +192,18 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{got}; pass the arguments of the loss if and only if want has 'loss'")
         if value is not None and want == {"values"} and not value.shares_trunk:
             return Outputs(values=value.batch_values(batch, None))
+        with nullcontext() if self.adapters is None else self.adapters.using(adapter):
+            return self._outputs(batch, want, temperature, loss, project)
+
+    def _outputs(
+        self,
+        batch: TokenBatch,
+        want: Collection[Want],
+        temperature: float,
+        loss: Mapping[str, Any] | None,
+        project: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None,
+    ) -> Outputs:
+        value = self.value if "values" in want else None
         routers: list[Tensor] | None = [] if "balance" in want and self.balance is not None else None
         hidden = self._states(batch, routers)
         logprobs = entropy = None
@@ -241,47 +269,6 @@ class LanguageModel(nn.Module):
             options |= self.value.loss_inputs(batch)
         with self.products():
             return self.head.ppo_loss(hidden, batch.ids, temperature=temperature, **options)
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Raise ValueError if the log-probs differ from the model's; logits are scaled up so that any transform shows."""
-        vocabulary = self.lm_weight.shape[0]
-        ids = torch.arange(1, 9, device=self.device).remainder(vocabulary)[None]
-        hidden = self._states(TokenBatch(input_ids=ids))[None]
-        product = nn.functional.linear(*self.head.matrices(hidden)).float()
-        gain = _PROBE_LOGIT / max(float(self.head.transform(product).abs().max()), 1e-6)
-
-        def blow_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output * gain
-
-        handle = output_layer(self.model).register_forward_hook(blow_up)
-        try:
-            theirs = self.model(input_ids=ids, use_cache=False).logits.float()
-        finally:
-            handle.remove()
-        ours = self.head.transform(product * gain)
-        difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
-        # The model rounds its product, the scaled product and the transformed logits to the weights' dtype.
-        allowed = _PROBE_LOGIT * (8 * torch.finfo(self.lm_weight.dtype).eps + 1e-6)
-        if not difference <= allowed:
-            raise ValueError(
-                f"model: the log-probs of {type(self.model).__name__} differ from those computed from its hidden states by "
-                f"{difference:.3g} (allowed: {allowed:.3g}), so it is not supported; {_explain(ours, theirs)}"
-            )
-
-
-def _explain(ours: Tensor, theirs: Tensor) -> str:
-    """Return a description of the transform from our logits to the model's, for an error message."""
-    ratio, largest = (theirs * ours).sum() / ours.square().sum(), float(theirs.abs().max())
-    if torch.allclose(theirs, ratio * ours, rtol=1e-2, atol=1e-2 * largest):
-        return f"the model multiplies its logits by {float(ratio):.4g}, a logit scale that its config does not declare"
-    squeezed = largest * torch.tanh(ours / largest)
-    if math.isfinite(largest) and torch.allclose(theirs, squeezed, atol=0.1 * largest):
-        return f"the model limits its logits to {largest:.4g}, a softcap that its config does not declare"
-    return (
-        "the difference is neither a scale nor a softcap; the head may have more than one matrix, or the trunk may lack its "
-        "final norm"
-    )
 
 
 class ActorCritic(LanguageModel):
@@ -357,8 +344,11 @@ def frozen_copy(policy: ActorCritic) -> ActorCritic:
 
 
 def _frozen(policy: Model, *, without: ValueFunction | None) -> Model:
-    left_out = {} if without is None else {id(without): None}
-    return copy.deepcopy(policy, left_out).requires_grad_(False)
+    """Return a deep copy without gradients. With adapters, the copy shares the weights that are never trained."""
+    memo: dict[int, object] = {} if without is None else {id(without): None}
+    if policy.adapters is not None:
+        memo |= {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
+    return copy.deepcopy(policy, memo).requires_grad_(False)
 
 
 class FrozenCopy:

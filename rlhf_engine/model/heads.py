@@ -5,21 +5,29 @@ Shapes: N tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_engine.model.layout import TokenBatch
+from rlhf_engine.model.trunk import output_layer
 from rlhf_kernels import FusedHead
+
+if TYPE_CHECKING:
+    from rlhf_engine.model.actor_critic import LanguageModel
 
 VALUE_HEAD = "value_head.safetensors"
 """File of a policy's value head, in the policy's folder."""
 
+
+_PROBE_LOGIT = 60.0
+"""Largest logit of `check_head`. It is so large that a softcap shows for any initialisation."""
 
 _EXCLUDED = -1e9
 """Logit of an excluded id. Its probability is exactly 0 in float32, and it is finite, as the kernels require."""
@@ -156,3 +164,48 @@ class ValueHead(nn.Module):
         """Return the value of each hidden state."""
         # A product and a sum, not a matrix product: the bits of a row's value must not depend on the other rows.
         return (hidden.float() * self.weight).sum(-1) + self.bias
+
+
+# ---- check of the output layer ----
+
+
+@torch.no_grad()
+def check_head(policy: LanguageModel) -> None:
+    """Raise ValueError if the log-probs differ from the model's; logits are scaled up so that any transform shows."""
+    vocabulary = policy.lm_weight.shape[0]
+    ids = torch.arange(1, 9, device=policy.device).remainder(vocabulary)[None]
+    hidden = policy._states(TokenBatch(input_ids=ids))[None]
+    product = nn.functional.linear(*policy.head.matrices(hidden)).float()
+    gain = _PROBE_LOGIT / max(float(policy.head.transform(product).abs().max()), 1e-6)
+
+    def blow_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * gain
+
+    handle = output_layer(policy.model).register_forward_hook(blow_up)
+    try:
+        theirs = policy.model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    ours = policy.head.transform(product * gain)
+    difference = float((ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
+    # The model rounds its product, the scaled product and the transformed logits to the weights' dtype.
+    allowed = _PROBE_LOGIT * (8 * torch.finfo(policy.lm_weight.dtype).eps + 1e-6)
+    if not difference <= allowed:
+        raise ValueError(
+            f"model: the log-probs of {type(policy.model).__name__} differ from those computed from its hidden states by "
+            f"{difference:.3g} (allowed: {allowed:.3g}), so it is not supported; {_explain(ours, theirs)}"
+        )
+
+
+def _explain(ours: Tensor, theirs: Tensor) -> str:
+    """Return a description of the transform from our logits to the model's, for an error message."""
+    ratio, largest = (theirs * ours).sum() / ours.square().sum(), float(theirs.abs().max())
+    if torch.allclose(theirs, ratio * ours, rtol=1e-2, atol=1e-2 * largest):
+        return f"the model multiplies its logits by {float(ratio):.4g}, a logit scale that its config does not declare"
+    squeezed = largest * torch.tanh(ours / largest)
+    if math.isfinite(largest) and torch.allclose(theirs, squeezed, atol=0.1 * largest):
+        return f"the model limits its logits to {largest:.4g}, a softcap that its config does not declare"
+    return (
+        "the difference is neither a scale nor a softcap; the head may have more than one matrix, or the trunk may lack its "
+        "final norm"
+    )

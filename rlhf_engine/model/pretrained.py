@@ -25,6 +25,9 @@ from rlhf_engine.model.heads import ValueHead
 
 Loaded = TypeVar("Loaded")
 
+ADAPTER = "adapter_config.json"
+"""File that marks the folder of an adapter in peft's format."""
+
 _NO_ATTENTION = ("does not support an attention implementation", "does not support Flash Attention", "FlashAttention")
 """Parts of transformers' messages for an attention implementation that a model does not have or that is not installed."""
 
@@ -56,7 +59,7 @@ def load_pretrained(
     folder = Path(folder)
     weights = weight_files(folder)
     require(folder, "config.json", *weights)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         # transformers would load the base model that the adapters name.
         raise ValueError(
             f"{folder}: got adapters of peft; merge them into their model with merge_and_unload() and save that"
@@ -225,3 +228,35 @@ def weight_files(folder: Path) -> list[str]:
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{folder / index}: the file has no weight_map, which lists the file of each weight")
     return [index, *sorted(set(shards.values()))]
+
+
+# ---- folders of adapters ----
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Return whether a folder holds an adapter of peft instead of a model."""
+    path = Path(folder) / ADAPTER
+    return path.is_file() and "peft_type" in read_json(path)
+
+
+def base_folder(folder: str | Path) -> Path:
+    """Return the folder of the model that an adapter's folder names; return the folder of a model unchanged.
+
+    Raises:
+        ValueError: the adapter does not name a folder that exists.
+    """
+    if not is_adapter(folder):
+        return Path(folder)
+    path = Path(folder) / ADAPTER
+    named = read_json(path).get("base_model_name_or_path")
+    found = Path(str(named))
+    if not named or not found.is_dir():
+        raise ValueError(
+            f"{path}: base_model_name_or_path: got {named!r}, expected the folder of the model that the adapter belongs to; "
+            "correct the path"
+        )
+    if is_adapter(found):
+        raise ValueError(
+            f"{path}: base_model_name_or_path: got {named!r}, which is an adapter; expected the folder of a model"
+        )
+    return found

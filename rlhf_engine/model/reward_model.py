@@ -6,21 +6,33 @@ Shapes: B sequences, S tokens, H hidden.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_engine.errors import foreign_errors
 from rlhf_engine.files import read_json, read_model_config, require, write_json
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.layout import TokenBatch
-from rlhf_engine.model.pretrained import load_head, load_pretrained, write_pretrained
+from rlhf_engine.model.pretrained import (
+    ADAPTER,
+    base_folder,
+    is_adapter,
+    like,
+    load_head,
+    load_pretrained,
+    write_pretrained,
+)
+from rlhf_engine.model.roles import POLICY, REWARD
 from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import (
+    adapters_of,
     check_packing,
     checkpoint_layers,
     input_layer,
@@ -31,6 +43,9 @@ from rlhf_engine.model.trunk import (
 )
 from rlhf_engine.model.upcast import upcast_products
 
+if TYPE_CHECKING:
+    from rlhf_engine.model.adapters import Adapters
+
 VALUE_MODEL = "value_model"
 """Folder of a value function with its own trunk, in the policy's folder."""
 
@@ -38,11 +53,30 @@ _HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 
 
 class RewardModel(nn.Module):
-    """`r(x, y) = w . h(x, y) + b`, where h is the hidden state of the last token of prompt x followed by response y."""
+    """`r(x, y) = w . h(x, y) + b`, where h is the hidden state of the last token of prompt x followed by response y.
 
-    def __init__(self, trunk: PreTrainedModel, head: ValueHead, skipped_id: int | None = None) -> None:
+    With `adapters`, the trunk belongs to their model, and the parameters are those of the head and of the adapter `name`,
+    which every pass uses.
+    """
+
+    trunk: PreTrainedModel
+
+    def __init__(
+        self,
+        trunk: PreTrainedModel,
+        head: ValueHead,
+        skipped_id: int | None = None,
+        *,
+        adapters: Adapters | None = None,
+        name: str = POLICY,
+    ) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.adapters, self.name = adapters, name
+        if adapters is None:
+            self.trunk = trunk
+        else:
+            self.__dict__["trunk"] = trunk  # not registered as a submodule
+            self.own = nn.ParameterDict({_key(key): tensor for key, tensor in adapters.tensors(name).items()})
         self.head = head
         self.skipped_id = skipped_id
         """Token at the end of a row that is not read, as the sequence classifiers of transformers skip their pad_token_id."""
@@ -52,12 +86,23 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_causal_lm(cls, model: PreTrainedModel, seed: int) -> Self:
-        """Return a reward model with a copy of the trunk of `model` and a new head drawn from N(0, 1 / (H + 1))."""
-        trunk = copy.deepcopy(trunk_of(model))
+        """Return a reward model with a copy of the trunk of `model` and a new head drawn from N(0, 1 / (H + 1)).
+
+        If the model has adapters, its trunk is not copied, and the reward model has the adapter `POLICY`.
+        """
         hidden_size = output_layer(model).weight.shape[1]
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(hidden_size, generator=generator) * (hidden_size + 1) ** -0.5
-        return cls(trunk, ValueHead.from_weights(weight.to(next(trunk.parameters()).device)))
+        head = ValueHead.from_weights(weight.to(next(model.parameters()).device))
+        adapters = adapters_of(model)
+        return cls(copy.deepcopy(trunk_of(model)), head) if adapters is None else cls.sharing(adapters, POLICY, head)
+
+    @classmethod
+    def sharing(cls, adapters: Adapters, name: str, head: ValueHead, skipped_id: int | None = None) -> Self:
+        """Return a model of an adapter and a head, on the trunk that all roles share."""
+        model = adapters.model
+        trunk = model if model.get_output_embeddings() is None else trunk_of(model)
+        return cls(trunk, head, skipped_id, adapters=adapters, name=name)
 
     def limit_positions(self, longest: int | None) -> None:
         """Use the rotary embeddings of a run whose longest sequence has `longest` tokens, in every pass (see `rope`)."""
@@ -102,7 +147,11 @@ class RewardModel(nn.Module):
     # ---- as a value function with its own trunk ----
 
     shares_trunk = False
-    saved_as = f"{VALUE_MODEL}/config.json"
+
+    @property
+    def saved_as(self) -> str:
+        """A file that `save_value` writes, relative to the policy's folder."""
+        return f"{VALUE_MODEL}/{'config.json' if self.adapters is None else ADAPTER}"
 
     @property
     def packs(self) -> bool:
@@ -140,7 +189,8 @@ class RewardModel(nn.Module):
         return torch.cat(scores)[order.argsort()]
 
     def _hidden(self, ids: Tensor, cu_inputs: Tensor | None = None) -> Tensor:
-        return last_hidden(self.trunk, ids, compute_dtype=self.compute_dtype, cu_inputs=cu_inputs, use_cache=False)
+        with nullcontext() if self.adapters is None else self.adapters.using(self.name):
+            return last_hidden(self.trunk, ids, compute_dtype=self.compute_dtype, cu_inputs=cu_inputs, use_cache=False)
 
     @torch.no_grad()
     def centre(self, mean: float) -> None:
@@ -148,9 +198,12 @@ class RewardModel(nn.Module):
         self.head.bias.sub_(mean)
 
     def save(self, folder: str | Path) -> None:
-        """Write the trunk in transformers' format, and the head next to it (safetensors and JSON)."""
+        """Write the trunk in transformers' format or the adapter in peft's, and the head next to it (safetensors and JSON)."""
         folder = Path(folder)
-        write_pretrained(folder, self.trunk)
+        if self.adapters is None:
+            write_pretrained(folder, self.trunk)
+        else:
+            self.adapters.save(folder, self.name)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / _HEAD_FILE)
         info: dict[str, object] = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
         if self.skipped_id is not None:
@@ -169,6 +222,8 @@ class RewardModel(nn.Module):
     ) -> Self:
         """Read what `save` wrote, or a sequence classifier of transformers with one label, which TRL and others save.
 
+        An adapter is read together with the model to which it belongs.
+
         A classifier's score is transformers' own: that of the linear layer `score` at the last token that is not the config's
         pad_token_id. `trust_remote_code` allows Python code from the folder to run.
 
@@ -180,10 +235,56 @@ class RewardModel(nn.Module):
         where = {"attention": attention, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if not (folder / _INFO_FILE).is_file() and _is_classifier(folder):
             return cls._of_classifier(folder, where)
+        if is_adapter(folder):
+            base = base_folder(folder)
+            scores = (base / _INFO_FILE).is_file() or _is_classifier(base)
+            model = cls.load(base, **where).trunk if scores else load_pretrained(AutoModelForCausalLM, base, **where)
+            return cls._of_adapter(folder, model)
         require(folder, "config.json", _INFO_FILE, _HEAD_FILE)
         trunk, info = load_pretrained(AutoModel, folder, **where), read_json(folder / _INFO_FILE)
         head = load_head(folder / _HEAD_FILE, info.get("hidden_size")).to(device)
         return cls(trunk, head, info.get("skipped_id"))
+
+    @classmethod
+    def _of_adapter(cls, folder: Path, model: PreTrainedModel) -> Self:
+        from rlhf_engine.model.adapters import Adapters
+
+        return cls.adding(Adapters.of_folder(folder, model), REWARD, folder)
+
+    @classmethod
+    def adding(cls, adapters: Adapters, name: str, folder: Path) -> Self:
+        """Add the adapter of a folder to `adapters`, without gradients, and return the model of it and the folder's head.
+
+        Raises:
+            ValueError: the adapter belongs to a different model, or the folder has no head.
+        """
+        head, skipped = cls._read_head(folder)
+        adapters.add(name, adapters.read(folder), trained=False, source=folder)
+        return cls.sharing(adapters, name, head.to(adapters.model.device), skipped)
+
+    @staticmethod
+    def _read_head(folder: Path) -> tuple[ValueHead, int | None]:
+        """Return the head in a folder, and the token that is not read."""
+        if not (folder / _HEAD_FILE).is_file():
+            raise ValueError(
+                f"{folder}: got an adapter without the head of a reward model ({_HEAD_FILE}); expected a folder that `rlhf rm` "
+                "wrote"
+            )
+        require(folder, _INFO_FILE)
+        info = read_json(folder / _INFO_FILE)
+        return load_head(folder / _HEAD_FILE, info.get("hidden_size")), info.get("skipped_id")
+
+    def saved_tensors(self, folder: Path) -> Mapping[str, Tensor]:
+        """Return the tensors that `save` wrote, by the names of this model's parameters.
+
+        Raises:
+            ValueError: a file is missing or broken, or an adapter belongs to a different model.
+        """
+        if self.adapters is None:
+            return dict(type(self).load(folder, **like(self.trunk)).named_parameters())
+        head, _ = self._read_head(folder)
+        own = {f"own.{_key(key)}": tensor for key, tensor in self.adapters.read(folder).items()}
+        return own | {f"head.{key}": tensor for key, tensor in head.named_parameters()}
 
     @classmethod
     def _of_classifier(cls, folder: Path, where: dict[str, Any]) -> Self:
@@ -220,6 +321,11 @@ class RewardModel(nn.Module):
                 f"{folder}: {type(classifier).__name__} does not compute its score by a linear layer on the last hidden state: "
                 f"got {float(expected[0]):.6g}, expected {float(found[0]):.6g}; give a reward.function that calls it"
             )
+
+
+def _key(name: str) -> str:
+    """Return the name of an adapter's tensor as a key of `torch.nn.ParameterDict`, which has no dots."""
+    return name.replace(".", "/")
 
 
 def _is_classifier(folder: Path) -> bool:

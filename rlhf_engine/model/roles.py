@@ -19,6 +19,9 @@ from rlhf_engine.model.balance import RouterBalance
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_kernels import PPOLoss
 
+POLICY, REFERENCE, VALUE, REWARD = "policy", "reference", "value", "reward"
+"""Names of the roles' adapters."""
+
 Want = Literal["hidden", "logits", "logprobs", "entropy", "values", "loss", "balance"]
 """What a forward pass of a policy can return."""
 

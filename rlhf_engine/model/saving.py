@@ -1,19 +1,30 @@
-"""A policy as a folder: the causal LM in transformers' format, and its value function."""
+"""A policy as a folder: the causal LM in transformers' format or its adapter in peft's, and the value function."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_engine.model.actor_critic import ActorCritic
+from rlhf_engine.files import require
+from rlhf_engine.model.actor_critic import ActorCritic, LanguageModel
 from rlhf_engine.model.heads import VALUE_HEAD
-from rlhf_engine.model.pretrained import like, load_head, load_pretrained, write_pretrained
+from rlhf_engine.model.pretrained import (
+    ADAPTER,
+    base_folder,
+    is_adapter,
+    like,
+    load_head,
+    load_pretrained,
+    write_pretrained,
+)
 from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
-from rlhf_engine.model.roles import ValueFunction
-from rlhf_engine.model.trunk import output_layer
+from rlhf_engine.model.roles import POLICY, VALUE, ValueFunction
+from rlhf_engine.model.trunk import adapters_of, output_layer
 
 
 def load_policy(
@@ -27,28 +38,70 @@ def load_policy(
 ) -> ActorCritic:
     """Read any Hugging Face causal LM as a policy. The value head starts at zero if the folder has no value function.
 
-    `trust_remote_code` allows Python code from the folder to run.
+    An adapter is read together with the model to which it belongs. `trust_remote_code` allows Python code from the folder
+    to run.
 
     Raises:
-        ValueError: a file or a weight is missing or broken. The message names the folder.
+        ValueError: a file or a weight is missing or broken, or an adapter's model has changed. The message names the folder.
     """
     folder = Path(folder)
     where = {"attention": attention, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    model = load_pretrained(AutoModelForCausalLM, folder, **where)
+    model = load_causal_lm(folder, **where)
     value: ValueFunction | None = None
     if (folder / VALUE_MODEL).is_dir():
-        value = RewardModel.load(folder / VALUE_MODEL, **where)
+        value = _load_value_model(folder / VALUE_MODEL, model, where)
     elif (folder / VALUE_HEAD).is_file():
         value = load_head(folder / VALUE_HEAD, output_layer(model).weight.shape[1]).to(device)
     return ActorCritic(model, value, backend=backend)
 
 
-def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write a policy into an existing folder that `load_policy` and `AutoModelForCausalLM.from_pretrained` can read.
+def load_causal_lm(folder: Path, **where: Any) -> PreTrainedModel:
+    """Return the causal LM of a folder, or of the base of an adapter's folder with the adapter; `where`: see `load_pretrained`.
+
+    The adapter is active and requires gradients; the other weights do not.
 
     Raises:
-        ValueError: the model has peft adapters, which those functions do not read.
+        ValueError: as `load_pretrained` and `read_adapter`.
     """
+    if not is_adapter(folder):
+        return load_pretrained(AutoModelForCausalLM, folder, **where)
+    from rlhf_engine.model.adapters import Adapters
+
+    model = load_pretrained(AutoModelForCausalLM, base_folder(folder), **where)
+    adapters = Adapters.of_folder(folder, model)
+    adapters.add(POLICY, adapters.read(folder), trained=True, source=folder)
+    adapters.make_default(POLICY)
+    return model
+
+
+def _load_value_model(folder: Path, model: PreTrainedModel, where: dict[str, Any]) -> RewardModel:
+    """Return a value function with its own trunk, or with an adapter on the trunk of the policy."""
+    adapters = adapters_of(model)
+    if adapters is not None and is_adapter(folder) and adapters.has_base(folder):
+        return RewardModel.adding(adapters, VALUE, folder)
+    return RewardModel.load(folder, **where)
+
+
+def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write a policy into an existing folder that `load_policy` can read.
+
+    It holds the model as `AutoModelForCausalLM.from_pretrained` reads it, or only the adapter of the policy, in peft's
+    format. The value function and the tokenizer are in the same folder.
+
+    Raises:
+        ValueError: the model has adapters that this engine did not add.
+    """
+    save_language_model(folder, policy, tokenizer)
+    if policy.value is not None:
+        policy.value.save_value(folder)
+
+
+def save_language_model(folder: Path, policy: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the model or the adapter, as `save_policy` does."""
+    if policy.adapters is not None:
+        policy.adapters.save(folder, POLICY)
+        write_pretrained(folder, None, tokenizer)
+        return
     adapted = [name for name, module in policy.model.named_modules() if hasattr(module, "base_layer")]
     if adapted:
         raise ValueError(
@@ -56,27 +109,58 @@ def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenize
             "PeftModel's save_pretrained, or call its merge_and_unload first"
         )
     write_pretrained(folder, policy.model, tokenizer)
-    if policy.value is not None:
-        policy.value.save_value(folder)
 
 
-def copy_weights(folder: Path, policy: ActorCritic) -> None:
+def check_saved(folder: Path, policy: LanguageModel) -> None:
+    """Raise ValueError unless a folder has the files that `save_policy` writes for `policy`."""
+    model = "config.json" if policy.adapters is None else ADAPTER
+    require(folder, model, *([] if policy.value is None else [policy.value.saved_as]))
+
+
+def copy_weights(folder: Path, policy: LanguageModel) -> None:
     """Copy the weights of a saved policy into the tensors of `policy`, which its optimizer already references."""
-    copy_parameters(folder, load_policy(folder, **like(policy.model), backend=policy.backend), policy)
+    copy_tensors(folder, saved_tensors(folder, policy), policy.stored())
+
+
+def saved_tensors(folder: Path, policy: LanguageModel, **where: Any) -> Mapping[str, Tensor]:
+    """Return the tensors that `save_policy` wrote, by the names of `policy.stored()`.
+
+    They have the dtype and the device of the policy, which `where` may replace, unless only adapters are stored.
+
+    Raises:
+        ValueError: a file is missing or broken, or an adapter belongs to a different model.
+    """
+    if policy.adapters is None:
+        where = like(policy.model) | where
+        if policy.value is None:
+            model = load_pretrained(AutoModelForCausalLM, folder, **where)
+            return {f"model.{name}": tensor for name, tensor in model.named_parameters()}
+        return dict(load_policy(folder, **where, backend=policy.backend).named_parameters())
+    ours = policy.adapters.tensors(POLICY)
+    names = {id(tensor): name for name, tensor in policy.named_parameters()}
+    found = {names[id(ours[key])]: tensor for key, tensor in policy.adapters.read(folder).items() if key in ours}
+    value: Any = policy.value  # a module
+    if value is None:
+        return found
+    if (folder / VALUE_MODEL).is_dir():
+        theirs = value.saved_tensors(folder / VALUE_MODEL)
+    else:
+        theirs = dict(load_head(folder / VALUE_HEAD, output_layer(policy.model).weight.shape[1]).named_parameters())
+    own = dict(value.named_parameters())
+    return found | {names[id(own[key])]: tensor for key, tensor in theirs.items() if key in own}
 
 
 @torch.no_grad()
-def copy_parameters(folder: Path, saved: nn.Module, model: nn.Module) -> None:
-    """Copy the parameters of `saved`, which was read from `folder`, into `model`.
+def copy_tensors(folder: Path, saved: Mapping[str, Tensor], ours: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy tensors that were read from `folder` into `ours`.
 
     Raises:
-        ValueError: a parameter is missing or has a different shape. The message names the first.
+        ValueError: a tensor is missing or has a different shape. The message names the first.
     """
-    theirs = dict(saved.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name not in theirs:
-            raise ValueError(f"{folder}: the weight {name} is missing, expected shape {tuple(parameter.shape)}")
-        if theirs[name].shape != parameter.shape:
-            got = tuple(theirs[name].shape)
-            raise ValueError(f"{folder}: got shape {got} for {name}, expected shape {tuple(parameter.shape)}")
-        parameter.copy_(theirs[name])
+    for name, tensor in ours:
+        if name not in saved:
+            raise ValueError(f"{folder}: the weight {name} is missing, expected shape {tuple(tensor.shape)}")
+        if saved[name].shape != tensor.shape:
+            got = tuple(saved[name].shape)
+            raise ValueError(f"{folder}: got shape {got} for {name}, expected shape {tuple(tensor.shape)}")
+        tensor.copy_(saved[name])

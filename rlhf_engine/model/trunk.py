@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,12 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_engine.model.upcast import UpcastAttention, product_dtype, upcasts, weights_rounded_once
+
+if TYPE_CHECKING:
+    from rlhf_engine.model.adapters import Adapters
+
+ADAPTERS = "rlhf_adapters"
+"""Attribute of a model that refers to its `Adapters`."""
 
 PACKED = "rlhf_packed"
 _VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
@@ -302,16 +308,47 @@ def _recomputing(trunk: nn.Module) -> Iterator[None]:
 
 
 def _recomputed(config: PreTrainedConfig, run: partial, *inputs: Tensor) -> Any:
-    """Run a layer's forward `run(*inputs)` in evaluation mode and with the current attention, now and in the backward pass."""
+    """Run a layer's forward in evaluation mode, with the current attention and adapter, now and in the backward pass."""
     layer, kind, dtype = run.args[0], config._attn_implementation, product_dtype(inputs[0])
+    held = held_adapters(layer)
 
     def forward(*inputs: Tensor) -> Any:
         training, layer.training = layer.training, False
         try:
-            with attention(config, kind, dtype, inputs[0].device):
+            with attention(config, kind, dtype, inputs[0].device), restored(held):
                 return run(*inputs)
         finally:
             layer.training = training
 
     # Evaluation mode draws no random numbers, so the generator's state need not be kept.
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+# ---- adapters ----
+
+
+def adapters_of(model: nn.Module) -> Adapters | None:
+    """Return the adapters of a model; None if it has none."""
+    return model.__dict__.get(ADAPTERS)
+
+
+def held_adapters(module: nn.Module) -> list[tuple[Any, list[str], bool]]:
+    """Return the layers of peft in `module` with their state, for `restored`."""
+    found: list[Any] = [one for one in module.modules() if hasattr(one, "_active_adapter")]
+    return [(one, one._active_adapter, one._disable_adapters) for one in found]
+
+
+@contextmanager
+def restored(held: list[tuple[Any, list[str], bool]]) -> Iterator[None]:
+    """Set layers to the state that `held_adapters` found, inside the `with` block."""
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer, *_ in held]
+    _set(held)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(states: list[tuple[Any, list[str], bool]]) -> None:
+    for layer, names, disabled in states:
+        layer._active_adapter, layer._disable_adapters = names, disabled

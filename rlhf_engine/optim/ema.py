@@ -13,15 +13,16 @@ AVERAGE_DTYPE = torch.float32
 class WeightAverage:
     """`average <- decay * average + (1 - decay) * weights` after every optimizer step, starting from the initial weights.
 
-    It needs the memory of a second copy of the weights, in float32 for weights of any dtype.
+    It needs the memory of a second copy of the weights, in float32 for weights of any dtype; with adapters, of theirs only.
     """
 
     def __init__(self, policy: ActorCritic, decay: float) -> None:
         self.decay, self.policy = decay, policy
-        self.model = frozen_copy(policy).to(AVERAGE_DTYPE)
+        self.model = frozen_copy(policy)
+        if policy.adapters is None:
+            self.model.to(AVERAGE_DTYPE)  # adapters have that dtype, and the weights that they share must keep theirs
         theirs = dict(policy.named_parameters())
-        names = [name for name, _ in self.model.named_parameters()]
-        self.pairs = [(self.model.get_parameter(name), theirs[name]) for name in names]
+        self.pairs = [(average, theirs[name]) for name, average in self.model.stored()]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -15,6 +15,7 @@ from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
+from rlhf_engine.model.references import AdapterOff
 from rlhf_engine.optim.adamw import Optimizer, Resident
 from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.callbacks import Callback, TextMetrics
@@ -66,7 +67,7 @@ def build_trainer(
 
     Args:
         policy: the model that is trained and sampled from.
-        reference: the model of the KL penalty; by default a frozen copy of the policy.
+        reference: the model of the KL penalty; by default the one that `config.ppo.reference` selects.
         reward: returns one score per response of a rollout, such as `text_reward` of a Python function.
         prompts: see `Prompts`.
         config: the settings.
@@ -114,7 +115,7 @@ def build_trainer(
     )
     return PPOTrainer(
         policy,
-        FrozenCopy(policy) if reference is None else reference,
+        make_reference(policy, config.ppo.reference) if reference is None else reference,
         generator,
         prompts if callable(prompts) else prompt_stream(prompts, config, policy.lm_weight.shape[0]),
         reward,
@@ -124,6 +125,17 @@ def build_trainer(
         seed=config.seed,
         callbacks=callbacks if codec is None else (TextMetrics(codec), *callbacks),
     )
+
+
+def make_reference(policy: ActorCritic, kind: str) -> Reference:
+    """Return the reference `kind`, a value of `ppo.reference`, of a policy that no update has changed.
+
+    Raises:
+        ValueError: the policy has no adapters, and `kind` is adapter_off.
+    """
+    if kind == "adapter_off" or (kind == "auto" and policy.adapters is not None):
+        return AdapterOff(policy)
+    return FrozenCopy(policy)
 
 
 def make_generator(

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.files import OPTIMIZER, require
+from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
 from rlhf_engine.memory.arena import peak_rss_mb
 from rlhf_engine.model import ActorCritic, Reference
-from rlhf_engine.model.saving import copy_weights, save_policy
+from rlhf_engine.model.saving import check_saved, copy_weights, save_policy
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, microbatch_size, score
 from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
@@ -186,10 +186,10 @@ class PPOTrainer:
         return optimizer_tensors(self.update_rule.optimizer)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the tensors of the policy, its value function and the averaged weights."""
-        yield from self.policy.named_parameters()
+        """Iterate over the stored tensors of the policy, its value function and the averaged weights."""
+        yield from self.policy.stored()
         if self.update_rule.average is not None:
-            yield from ((f"{EMA}.{name}", weight) for name, weight in self.update_rule.average.model.named_parameters())
+            yield from ((f"{EMA}.{name}", weight) for name, weight in self.update_rule.average.model.stored())
 
     def constants(self) -> dict[str, Iterator[tuple[str, Tensor]]]:
         """Return the reference's tensors."""
@@ -211,7 +211,7 @@ class PPOTrainer:
         average = self.update_rule.average
         places = {folder: self.policy} | ({} if average is None else {folder / EMA: average.model})
         for place, policy in places.items():
-            require(place, "config.json", *([] if policy.value is None else [policy.value.saved_as]))
+            check_saved(place, policy)
         for place, policy in places.items():
             copy_weights(place, policy)
         load_optimizer_tensors(self.update_rule.optimizer, tensors, folder / OPTIMIZER)

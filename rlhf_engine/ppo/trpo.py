@@ -49,7 +49,10 @@ class TrustRegionProblem:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of the language model, without those of the value function."""
-        return [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
+        values = () if self.policy.value is None else self.policy.value.parameters()
+        left_out = {id(parameter) for parameter in values}  # an adapter of the values is part of the model
+        trained = (parameter for parameter in self.policy.model.parameters() if parameter.requires_grad)
+        return [parameter for parameter in trained if id(parameter) not in left_out]
 
     def parts(self) -> Iterator[TokenBatch]:
         """Iterate over the micro-batches of the rollout, which are never packed."""

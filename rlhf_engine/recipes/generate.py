@@ -28,7 +28,7 @@ from rlhf_engine.recipes.partial import PartialFile
 from rlhf_engine.rollout import STOP_REASONS, Generator
 
 _NOT_READ = (
-    *("output_dir", "model.path", "sft", "reward", "ppo", "eval", "iterate", "checkpoint"),
+    *("output_dir", "model.path", "adapter", "sft", "reward", "ppo", "eval", "iterate", "checkpoint"),
     *(f"data.{name}" for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene")),
 )
 """Keys and sections of the config on which the answers to a file of prompts do not depend."""

@@ -34,7 +34,7 @@ _MAY_CHANGE = (
 )
 _STATE = "state.json"
 
-_ALWAYS = ("seed", "dtype", "compute_dtype", "backend", "model", "memory")
+_ALWAYS = ("seed", "dtype", "compute_dtype", "backend", "model", "adapter", "memory")
 _TEMPLATES = tuple(
     f"data.{name}" for name in ("prompt_template", "chat_template_kwargs", "chat_template_date", "keep_special_tokens")
 )

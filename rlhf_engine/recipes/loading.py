@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint import CONFIG, check_settings, fingerprint_rows
 from rlhf_engine.config import RunConfig, save_config
@@ -20,10 +20,14 @@ from rlhf_engine.data.loading import Reading
 from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
 from rlhf_engine.manifest import write_manifest
 from rlhf_engine.metrics import MetricsWriter, read_metrics
-from rlhf_engine.model.pretrained import load_pretrained, load_tokenizer, max_positions
+from rlhf_engine.model.adapter_files import Base
+from rlhf_engine.model.adapters import Adapters
+from rlhf_engine.model.pretrained import is_adapter, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.roles import POLICY, REFERENCE, REWARD
 from rlhf_engine.model.rope import limit_positions
-from rlhf_engine.model.trunk import input_layer
+from rlhf_engine.model.saving import load_causal_lm
+from rlhf_engine.model.trunk import adapters_of, input_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.plots import PANELS, plot_stage
 
@@ -38,19 +42,59 @@ Made = TypeVar("Made")
 
 
 def load_model(config: RunConfig, *, strict: bool = True) -> tuple[PreTrainedModel, Codec]:
-    """Return the causal LM of `model.path`, and a codec with its tokenizer.
+    """Return the causal LM of `model.path`, with its adapter if it is an adapter's folder, and a codec with its tokenizer.
 
     Raises:
         ValueError: `model.path` is not set, a file or a weight is missing or broken, or the tokenizer has more tokens than
             the model has embeddings; with `strict`, its chat template does not read an argument of the config.
     """
+    return _with_codec(config, lambda folder: load_causal_lm(folder, **placement(config)), strict=strict)
+
+
+def load_start(config: RunConfig, *, reference: bool = False) -> tuple[PreTrainedModel, Codec]:
+    """Return the model that a stage trains, with the adapter of `config.adapter`, and its codec, as `load_model` does.
+
+    An adapter in `model.path` goes on being trained, and with `reference` a second, frozen one keeps what it was at the start.
+    Without `adapter.rank` it is merged into the weights, which are then trained.
+
+    Raises:
+        ValueError: as `load_model`; or an adapter in `model.path` has other settings than `config.adapter`.
+    """
+    return _with_codec(config, lambda folder: _start(config, folder, reference=reference), strict=True)
+
+
+def _start(config: RunConfig, folder: Path, *, reference: bool) -> PreTrainedModel:
+    settings = config.adapter
+    if not is_adapter(folder):
+        model = load_causal_lm(folder, **placement(config))
+        if settings.rank:
+            adapters = Adapters(model, settings, Base.of(folder))
+            adapters.add(POLICY, config.seed, trained=True)
+            adapters.make_default(POLICY)
+        return model
+    model = load_causal_lm(folder, **placement(config))
+    adapters = adapters_of(model)
+    assert adapters is not None
+    if not settings.rank:
+        adapters.merge(POLICY)
+        return model
+    adapters.check_settings(settings, folder)
+    if reference:
+        adapters.add(REFERENCE, adapters.tensors(POLICY), trained=False)
+    return model
+
+
+def _with_codec(
+    config: RunConfig, load: Callable[[Path], PreTrainedModel], *, strict: bool
+) -> tuple[PreTrainedModel, Codec]:
+    """Return the model that `load` reads from `model.path`, and a codec with the tokenizer of that folder."""
     folder = Path(given(config.model.path, "model.path"))
-    where = placement(config)
     try:
-        model = load_pretrained(AutoModelForCausalLM, folder, **where)
+        model = load(folder)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     except ValueError as error:
-        raise ValueError(f"model.path: {error}") from None
+        own = str(error).startswith(("device: ", "adapter."))  # names a setting
+        raise ValueError(str(error) if own else f"model.path: {error}") from None
     _check_vocabulary(model, tokenizer, folder)
     limit_positions(model, longest_sequence(config))
     data = config.data
@@ -116,16 +160,21 @@ def _reads_date(folder: str | None) -> bool:
     return any(READS_DATE.encode() in file.read_bytes() for file in files if file.is_file())
 
 
-def load_reward_model(config: RunConfig) -> RewardModel:
-    """Return the reward model of `reward.path`.
+def load_reward_model(config: RunConfig, policy: PreTrainedModel | None = None) -> RewardModel:
+    """Return the reward model of `reward.path`. If it is an adapter of the base of `policy`, it shares those weights.
 
     Raises:
         ValueError: `reward.path` is not set, or a file of the model is missing or broken.
     """
     folder = given(config.reward.path, "reward.path")
+    adapters = None if policy is None else adapters_of(policy)
     where = placement(config)
     try:
-        model = RewardModel.load(folder, **where).computing(**computing(config))
+        if adapters is not None and is_adapter(folder) and adapters.has_base(folder):
+            model = RewardModel.adding(adapters, REWARD, Path(folder))
+        else:
+            model = RewardModel.load(folder, **where)
+        model = model.computing(**computing(config))
     except ValueError as error:
         raise ValueError(f"reward.path: {error}") from None
     model.limit_positions(longest_sequence(config))

@@ -16,9 +16,12 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCodec, read_prompts, stored, token_rows
 from rlhf_engine.metrics import MetricsWriter
 from rlhf_engine.model import ActorCritic, ValueHead
+from rlhf_engine.model.adapter_files import Base
+from rlhf_engine.model.adapters import Adapters
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.model.trunk import input_layer, output_layer
+from rlhf_engine.model.roles import POLICY, VALUE
+from rlhf_engine.model.trunk import adapters_of, input_layer, output_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses, earlier_responses
@@ -31,8 +34,8 @@ from rlhf_engine.recipes.loading import (
     dated,
     encode_records,
     given,
-    load_model,
     load_reward_model,
+    load_start,
     plot,
     truncated,
 )
@@ -74,8 +77,9 @@ def run_ppo(
         function = import_function(config.reward.function, "reward.function")
     columns = _check_prompts(config, function)
     plan = plan_run(config)
-    reward_model = load_reward_model(config) if function is None else None
-    model, codec = load_model(config)
+    model, codec = load_start(config, reference=True)
+    reward_model = load_reward_model(config, model) if function is None else None
+    data = {} if reward_model is None else {"reward.path": fingerprint(reward_model.named_parameters())}
     _check_fit(config, model, codec, reward_model)
     texts = None if function is None else PromptTexts(columns)
     prompts = encode_prompts(config, codec, texts)
@@ -100,11 +104,9 @@ def run_ppo(
     trainer = build_trainer(
         policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain, callbacks=callbacks
     )
-    data = {"data.prompts": fingerprint_rows(prompts)}
+    data["data.prompts"] = fingerprint_rows(prompts)
     if pretrain is not None:
         data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
-    if reward_model is not None:
-        data["reward.path"] = fingerprint(reward_model.named_parameters())
     if config.reward.function is not None:
         data[REWARD_FUNCTION] = source_fingerprint(config.reward.function)
     check_disk(trainer, config, Path(config.output_dir) / "ppo")
@@ -208,9 +210,7 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
             "ppo.value_init: got 'reward_model' with a reward.function, expected 'zero': a function has no weights"
         )
     if ppo.value_model == "backbone":
-        value_model = RewardModel.from_causal_lm(model, config.seed) if start is None else copy.deepcopy(start)
-        if start is None:
-            nn.init.zeros_(value_model.head.weight)
+        value_model = _value_model(config, model, start)
         return ActorCritic(model, value_model.computing(**settings), backend=config.backend, **settings)
     if start is None:
         return ActorCritic(model, backend=config.backend, **settings)
@@ -223,6 +223,32 @@ def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardM
         )
     value_head = ValueHead.from_weights(head.weight.detach(), head.bias.detach())
     return ActorCritic(model, value_head, backend=config.backend, **settings)
+
+
+def _value_model(config: RunConfig, model: PreTrainedModel, start: RewardModel | None) -> RewardModel:
+    """Return a value function with its own trunk, or with `adapter.rank` its own adapter, that starts as `start`.
+
+    None starts it as the policy with a head of zeros. The adapter is on the trunk of the reward model, which is that of the
+    policy if the reward model is an adapter on it too.
+    """
+    adapters = adapters_of(model)
+    if adapters is None:
+        if start is not None:
+            return copy.deepcopy(start)
+        value_model = RewardModel.from_causal_lm(model, config.seed)
+        nn.init.zeros_(value_model.head.weight)
+        return value_model
+    if start is None:
+        adapters.add(VALUE, adapters.tensors(POLICY), trained=True)
+        return RewardModel.sharing(adapters, VALUE, ValueHead(output_layer(model).weight.shape[1], model.device))
+    theirs = start.adapters
+    if theirs is None:
+        theirs = Adapters(start.trunk, config.adapter, Base.of(given(config.reward.path, "reward.path")))
+        theirs.add(VALUE, config.seed, trained=True)
+    else:
+        theirs.add(VALUE, theirs.tensors(start.name), trained=True)
+    head = ValueHead.from_weights(start.head.weight.detach(), start.head.bias.detach())
+    return RewardModel.sharing(theirs, VALUE, head, start.skipped_id)
 
 
 def encode_prompts(config: RunConfig, codec: Codec, texts: PromptTexts | None = None) -> Sequence[Tensor]:

@@ -23,7 +23,7 @@ from rlhf_engine.recipes.loading import (
     fingerprint_records,
     finished_report,
     given,
-    load_model,
+    load_start,
     plot,
     save_result,
     stage_folders,
@@ -60,7 +60,7 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
         return tuple(RankingEvaluation.from_json(found) for found in report["history"])
     check_trained_records(config, "comparisons", read_comparisons)
     check_trained_records(config, "demonstrations", read_demonstrations)
-    model, codec = load_model(config)
+    model, codec = load_start(config)
     data = {"model.path": fingerprint(model.named_parameters())}
     examples = _demonstrations(config, codec)
     train, validation = _rankings(config, codec)

@@ -24,7 +24,7 @@ from rlhf_engine.recipes.loading import (
     fingerprint_records,
     finished_report,
     given,
-    load_model,
+    load_start,
     plot,
     save_result,
     stage_folders,
@@ -52,7 +52,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     if resume and (report := finished_report(config, "sft")) is not None:
         return FitReport.from_json(report)
     check_trained_records(config, "demonstrations", read_demonstrations)
-    model, codec = load_model(config)
+    model, codec = load_start(config)
     data = {"model.path": fingerprint(model.named_parameters())}
     train, validation = split(
         demonstrations(config, codec),

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint import Checkpointable
 from rlhf_engine.config import RunConfig
 from rlhf_engine.files import read_model_config
-from rlhf_engine.model.pretrained import like, load_pretrained, load_tokenizer, write_pretrained
+from rlhf_engine.model import LanguageModel
+from rlhf_engine.model.pretrained import load_tokenizer, write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.model.saving import load_policy
+from rlhf_engine.model.saving import save_language_model, saved_tensors
 from rlhf_engine.optim.build import state_bytes
 from rlhf_engine.planner.report import size
 from rlhf_engine.ppo.trainer import PPOTrainer
@@ -53,42 +54,59 @@ def try_output(
         trainer.write_model(folder, tokenizer)
 
     if isinstance(trainer, PPOTrainer):
-        where: dict[str, Any] = {**like(trainer.policy.model), "device": "cpu"}
+        policy = trainer.policy
         _try(
-            trainer.policy, write, lambda folder: load_policy(folder, **where), trainer.policy.model, tokenizer, config
+            dict(policy.stored()),
+            write,
+            lambda folder: saved_tensors(folder, policy, device="cpu"),
+            policy.model,
+            tokenizer,
+            config,
         )
     else:
         trunk = trainer.model.trunk if isinstance(trainer.model, RewardModel) else trainer.model
-        _try(trainer.model, write, trainer.read_model, cast("PreTrainedModel", trunk), tokenizer, config)
+        weights = dict(trainer.weights())
+        _try(weights, write, trainer.saved_tensors, cast("PreTrainedModel", trunk), tokenizer, config)
 
 
 def try_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     """Write `model.path` to a temporary folder and load it, as `try_output` does with the result of a stage."""
+    policy = LanguageModel(model)
 
     def write(folder: Path) -> None:
-        write_pretrained(folder, model, tokenizer)
+        save_language_model(folder, policy, tokenizer)
 
-    where: dict[str, Any] = {**like(model), "device": "cpu"}
-    _try(model, write, lambda folder: load_pretrained(AutoModelForCausalLM, folder, **where), model, tokenizer, config)
+    _try(
+        dict(policy.stored()),
+        write,
+        lambda folder: saved_tensors(folder, policy, device="cpu"),
+        model,
+        tokenizer,
+        config,
+    )
 
 
 def _try(
-    module: nn.Module,
+    weights: Mapping[str, Tensor],
     write: Callable[[Path], object],
-    read: Callable[[Path], nn.Module],
+    read: Callable[[Path], Mapping[str, Tensor]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
 ) -> None:
-    """Write and read `module` whole, or of large ones only the small weights of `model`, and the tokenizer."""
+    """Write and read `weights` whole, or of large ones only the small weights of `model`, and the tokenizer.
+
+    Adapters are always whole, because they are small and reading them loads no model.
+    """
     place, trusted = existing_folder(config.output_dir), config.model.trust_remote_code
-    whole = sum(parameter.nbytes for parameter in module.parameters()) <= WHOLE_BYTES and config.memory.budget is None
+    whole = sum(tensor.nbytes for tensor in weights.values()) <= WHOLE_BYTES and config.memory.budget is None
+    whole = whole or len(weights) < len(dict(model.named_parameters()))
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=".rlhf-trial-") as name:
             folder = Path(name)
             if whole:
                 write(folder)
-                _compare(module, read(folder))
+                _compare(weights, read(folder))
             else:
                 write_pretrained(folder, model, tokenizer, weights=_small_weights(model))
                 read_model_config(folder, trust_remote_code=trusted)
@@ -181,10 +199,9 @@ def _small_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _compare(module: nn.Module, loaded: nn.Module) -> None:
-    found = dict(loaded.named_parameters())
-    for name, parameter in module.named_parameters():
-        if name not in found or not torch.equal(found[name].cpu(), parameter.cpu()):
+def _compare(weights: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if name not in found or not torch.equal(found[name].cpu(), tensor.cpu()):
             raise ValueError(f"the weight {name} is lost or changed when the model is saved and loaded again")
 
 

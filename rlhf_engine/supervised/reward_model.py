@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ from rlhf_engine.data import (
     pad_sequences,
     rank_batch,
 )
-from rlhf_engine.model.pretrained import like, write_pretrained
+from rlhf_engine.model.pretrained import write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
@@ -219,9 +219,9 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         self.model.save(folder)
         write_pretrained(folder, None, tokenizer)
 
-    def read_model(self, folder: Path) -> nn.Module:
-        """Return the model in a folder that `write_model` wrote."""
-        return RewardModel.load(folder, **like(self.model.trunk))
+    def saved_tensors(self, folder: Path) -> Mapping[str, Tensor]:
+        """Return the tensors in a folder that `write_model` wrote, by the names of `weights`."""
+        return self.model.saved_tensors(folder)
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         """Load a checkpoint.

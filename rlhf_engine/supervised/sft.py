@@ -4,7 +4,7 @@ The loss is the negative log-likelihood of the response tokens of a demonstratio
 from its second token on, so the same loop also pretrains.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of, pad_sequences
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.layout import TokenBatch, token_cuts
-from rlhf_engine.model.pretrained import like, load_pretrained, write_pretrained
 from rlhf_engine.model.roles import Outputs, Want
+from rlhf_engine.model.saving import save_language_model, saved_tensors
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
@@ -222,12 +222,16 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         return super().tensors() | best
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the current model in the format of `AutoModelForCausalLM`."""
-        write_pretrained(folder, self.model, tokenizer)
+        """Write the current model in the format of `AutoModelForCausalLM`, or the adapter in that of peft."""
+        save_language_model(folder, self.actor, tokenizer)
 
-    def read_model(self, folder: Path) -> nn.Module:
-        """Return the model in a folder that `write_model` wrote."""
-        return load_pretrained(AutoModelForCausalLM, folder, **like(self.model))
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the model's tensors that a checkpoint holds."""
+        return self.actor.stored()
+
+    def saved_tensors(self, folder: Path) -> Mapping[str, Tensor]:
+        """Return the tensors in a folder that `write_model` wrote, by the names of `weights`."""
+        return saved_tensors(folder, self.actor)
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         """Load a checkpoint.

@@ -22,7 +22,7 @@ from rlhf_engine.config import RewardConfig, SFTConfig
 from rlhf_engine.data import length_batches, lengths_of
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.metrics import progress
-from rlhf_engine.model.saving import copy_parameters
+from rlhf_engine.model.saving import copy_tensors
 from rlhf_engine.optim.adamw import Schedule, optimizer_step
 from rlhf_engine.optim.build import OptimizerState, build_optimizer
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
@@ -99,8 +99,8 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         return self.done == self.total
 
     @abstractmethod
-    def read_model(self, folder: Path) -> nn.Module:
-        """Return the model in a folder that `write_model` wrote, with the dtype and the device of the trained model."""
+    def saved_tensors(self, folder: Path) -> Mapping[str, Tensor]:
+        """Return the tensors in a folder that `write_model` wrote, by the names of `weights`."""
 
     # ---- the run ----
 
@@ -163,7 +163,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         return optimizer_tensors(self.optimizer)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the model's tensors."""
+        """Iterate over the model's tensors that a checkpoint holds."""
         return self.model.named_parameters()
 
     def constants(self) -> Mapping[str, Any]:
@@ -180,6 +180,6 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         Raises:
             ValueError: with the name of a file that does not fit.
         """
-        copy_parameters(folder, self.read_model(folder), self.model)
+        copy_tensors(folder, self.saved_tensors(folder), self.weights())
         load_optimizer_tensors(self.optimizer, tensors, folder / OPTIMIZER)
         self.done = state["done"]

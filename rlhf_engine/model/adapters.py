@@ -1,0 +1,276 @@
+"""Low-rank adapters of several roles on one frozen model, through peft. A switch selects the active one without a copy.
+
+An adapter changes the product of a linear layer to `W x + s B A x`, where A (R, I) and B (O, R) are trained and W (O, I) is
+frozen. A and B are in float32 for weights of any dtype. Every role has an adapter in the same layers; at most one is active.
+Legend: R rank, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_engine.config import AdapterConfig
+from rlhf_engine.model.adapter_files import Base, StoredAdapter, read_adapter, write_adapter
+from rlhf_engine.model.pretrained import base_folder
+from rlhf_engine.model.trunk import ADAPTERS, adapters_of
+
+
+class Adapters:
+    """The adapters of one model. `default` names the one that is active outside of `using`; None: none.
+
+    The model is changed: its weights are frozen, and the linear layers that `settings.targets` names become peft's layers.
+
+    Raises:
+        ValueError: peft is not installed, or the targets match no linear layer.
+    """
+
+    default: str | None = None
+
+    def __init__(self, model: PreTrainedModel, settings: AdapterConfig, base: Base | None = None) -> None:
+        assert settings.rank > 0 and adapters_of(model) is None
+        self.model, self.settings, self.base = model, settings, base
+        self.places = target_layers(model, settings.targets)
+        self.layers: list[Any] = []
+        self.names: list[str] = []
+        self.active: str | None = None
+        self._trained: set[str] = set()
+        model.requires_grad_(False)
+        model.__dict__[ADAPTERS] = self
+
+    @classmethod
+    def of_folder(cls, folder: Path, model: PreTrainedModel) -> Self:
+        """Return adapters of `model`, none yet, with the settings of the adapter in `folder`."""
+        found = read_adapter(folder)
+        return cls(model, found.settings, found.base)
+
+    # ---- roles ----
+
+    def add(self, name: str, start: Mapping[str, Tensor] | int, *, trained: bool, source: object = "start") -> None:
+        """Add the adapter of a role.
+
+        Args:
+            name: name of the role.
+            start: its first tensors, or the seed of a new adapter, with which the model computes what it did without.
+            trained: whether the adapter requires gradients.
+            source: where `start` comes from, for errors.
+        """
+        assert name not in self.names
+        self._inject(name)
+        self.names.append(name)
+        if trained:
+            self._trained.add(name)
+        for one in self.names:
+            for tensor in self.tensors(one).values():
+                tensor.requires_grad_(one in self._trained)
+        if isinstance(start, int):
+            self._initialise(name, start)
+        else:
+            self.copy(name, start, source)
+        self.active = ""  # of no role, so that the next line switches every layer
+        self._switch(self.default)
+
+    def make_default(self, name: str | None) -> None:
+        """Let an adapter be active outside of `using`; None: none."""
+        self.default = name
+        self._switch(name)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Use one adapter inside the `with` block; None uses the model without adapters."""
+        before = self.active
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the matrices of an adapter by their names in peft's files without the prefix."""
+        ends = (f".lora_A.{name}.weight", f".lora_B.{name}.weight")
+        return {
+            f"{full.removesuffix(f'.{name}.weight')}.weight": tensor
+            for full, tensor in self.model.named_parameters()
+            if full.endswith(ends)
+        }
+
+    @torch.no_grad()
+    def copy(self, name: str, tensors: Mapping[str, Tensor], source: object) -> None:
+        """Copy `tensors` into an adapter.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or has a different shape. The message names `source` and the tensor.
+        """
+        ours = self.tensors(name)
+        for key in sorted(ours.keys() | tensors.keys()):
+            expected = tuple(ours[key].shape) if key in ours else None
+            got = tuple(tensors[key].shape) if key in tensors else None
+            if got != expected:
+                raise ValueError(f"{source}: got {got} for {key} of the adapter, expected {expected}")
+        for key, tensor in ours.items():
+            tensor.copy_(tensors[key])
+
+    @torch.no_grad()
+    def merge(self, name: str) -> None:
+        """Add an adapter to the weights for good, remove all adapters from the model, and let all weights require gradients.
+
+        The sum is rounded once to the dtype of the weights.
+        """
+        for place, layer in zip(self.places, self.layers, strict=True):
+            layer.merge(adapter_names=[name])
+            parent, _, last = place.rpartition(".")
+            setattr(self.model.get_submodule(parent), last, layer.get_base_layer())
+        del self.model.__dict__[ADAPTERS]
+        self.model.__dict__.pop("peft_config", None)
+        self.model.requires_grad_(True)
+
+    def check_settings(self, settings: AdapterConfig, source: object) -> None:
+        """Raise ValueError unless the adapters have these settings; `source` is the folder that they were read from."""
+        for key in ("rank", "alpha", "rslora"):
+            got, expected = getattr(settings, key), getattr(self.settings, key)
+            if got != expected:
+                raise ValueError(f"adapter.{key}: got {got}, expected {expected}, that of the adapter in {source}")
+        if target_layers(self.model, settings.targets) != self.places:
+            got, expected = (", ".join(names) for names in (settings.targets, self._shortest_targets()))
+            raise ValueError(f"adapter.targets: got {got}, expected {expected}, those of the adapter in {source}")
+
+    # ---- files ----
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write an adapter into an existing folder in peft's format."""
+        settings = replace(self.settings, targets=self._shortest_targets())
+        conv = any(isinstance(layer.base_layer, Conv1D) for layer in self.layers)
+        write_adapter(folder, settings, self.tensors(name), self.base, fan_in_fan_out=conv)
+
+    def has_base(self, folder: str | Path) -> bool:
+        """Return whether the adapter in a folder belongs to this model."""
+        return self.base is not None and self.base.fingerprint == Base.of(base_folder(folder)).fingerprint
+
+    def read(self, folder: Path) -> Mapping[str, Tensor]:
+        """Return the tensors of an adapter that `save` wrote for this model.
+
+        Raises:
+            ValueError: a file is missing or broken, or the adapter belongs to a different model.
+        """
+        found = read_adapter(folder)
+        if self.base is not None:
+            check_same_base(found, self.base)
+        return found.tensors
+
+    # ---- layers ----
+
+    def _inject(self, name: str) -> None:
+        lora = _peft().LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            target_modules=list(self.places),
+            use_rslora=self.settings.rslora,
+            lora_dropout=0.0,
+            fan_in_fan_out=isinstance(self.model.get_submodule(_base_place(self.model, self.places[0])), Conv1D),
+        )
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            _peft().inject_adapter_in_model(lora, self.model, name)
+        self.layers = [self.model.get_submodule(place) for place in self.places]
+        for tensor in self.tensors(name).values():
+            tensor.data = tensor.data.float()
+
+    def _initialise(self, name: str, seed: int) -> None:
+        """Draw A from U(-1/sqrt(I), 1/sqrt(I)), as peft does, and set B to 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for key, tensor in self.tensors(name).items():
+            if ".lora_B." in key:
+                nn.init.zeros_(tensor)
+            else:
+                drawn = torch.empty(tensor.shape)
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+                tensor.data.copy_(drawn)
+
+    def _switch(self, name: str | None) -> None:
+        # peft's own switch also changes `requires_grad`, and a parameter without it gets no gradient in a later backward pass.
+        if name == self.active:
+            return
+        assert name is None or name in self.names
+        for layer in self.layers:
+            layer._disable_adapters = name is None
+            layer._active_adapter = [name or self.names[0]]
+        self.active = name
+
+    def _shortest_targets(self) -> tuple[str, ...]:
+        """Return the last parts of the layers' names, or the whole names if other linear layers end in the same way."""
+        ends = tuple(sorted({place.rpartition(".")[2] for place in self.places}))
+        same = [name for name in _linear_layers(self.model) if name.rpartition(".")[2] in ends]
+        return ends if sorted(same) == sorted(self.places) else tuple(sorted(self.places))
+
+
+def check_same_base(found: StoredAdapter, base: Base) -> None:
+    """Raise ValueError unless an adapter that was read belongs to `base`."""
+    if found.base.fingerprint != base.fingerprint:
+        raise ValueError(
+            f"{found.folder}: got an adapter of {found.base.folder}, expected one of {base.folder}, whose weights differ"
+        )
+
+
+def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Return the full names of the linear layers that end in one of `targets`.
+
+    Raises:
+        ValueError: a target matches no linear layer, or the output layer shares its weight with the embedding. The message
+            lists the names that exist.
+    """
+    linear = _linear_layers(model)
+    output = model.get_output_embeddings()
+    if tuple(targets) == ("all-linear",):
+        return [name for name, module in linear.items() if module is not output]
+    chosen: dict[str, None] = {}
+    for target in targets:
+        found = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not found:
+            ends = sorted({name.rpartition(".")[2] for name in linear})
+            raise ValueError(
+                f"adapter.targets: got {target!r}, which matches no linear layer of {type(model).__name__}; it has "
+                f"{', '.join(ends)}"
+            )
+        chosen |= dict.fromkeys(found)
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    for name in chosen:
+        if tied and linear[name] is output:
+            raise ValueError(
+                f"adapter.targets: got the output layer {name}, which shares its weight with the embedding; leave it out"
+            )
+    return [name for name in linear if name in chosen]
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers by name; one with adapters has the name that it had without."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
+            found[name.removesuffix(".base_layer")] = module
+    return found
+
+
+def _base_place(model: nn.Module, place: str) -> str:
+    """Return the name of the frozen layer at `place`."""
+    return f"{place}.base_layer" if hasattr(model.get_submodule(place), "base_layer") else place
+
+
+def _peft() -> Any:
+    """Import peft, which only adapters need; raise ValueError if it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"adapter.rank: adapters need peft, which cannot be imported; run pip install 'rlhf-kernels[adapters]' ({error})"
+        ) from None
+    return peft
