@@ -31,7 +31,7 @@ def plan(
         ),
     ] = None,
     planned: Annotated[
-        bool, typer.Option("--planned", help="Also try methods that are not built yet: adapters, 4-bit weights.")
+        bool, typer.Option("--planned", help="Also try methods that are not built yet: 4-bit weights.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
 ) -> None:

@@ -34,6 +34,8 @@ class Pass:
     """Bytes per element of a matrix product; differs from `weight_bytes` under autocast."""
     count: int | None = None
     """Tokens of all sequences if their lengths differ; None: `rows * columns`."""
+    rank: int = 0
+    """Rank of the adapters of every matrix, which is then frozen; 0: none."""
 
     @property
     def tokens(self) -> int:
@@ -73,7 +75,8 @@ class Pass:
         softmax = c if c == FLOAT or not (s.gated or self.autocast) else FLOAT + c  # computed in float32, then rounded
         statistics = 0 if self.eager else s.heads * FLOAT  # log-sum-exp
         heads = (s.query_width + s.key_width) * (FLOAT + c) + (s.heads + s.groups) * FLOAT if s.head_norm else 0
-        by_token = 2 * self._norm() + (attention + feed_forward) * c + statistics + heads
+        low_rank = self.rank * (7 if s.gated else 4) * c  # the input of B, for each matrix
+        by_token = 2 * self._norm() + (attention + feed_forward) * c + statistics + heads + low_rank
         return self.tokens * by_token + self.scores(softmax) + self.mask
 
     def _norm(self) -> int:
@@ -101,7 +104,8 @@ class Pass:
         s, c = self.shape, self.compute_bytes
         # The layer's input, the residual sum, and the normalised sum.
         stream = self.tokens * s.hidden * (2 * self.weight_bytes + c)
-        feed_forward = self.tokens * 3 * s.intermediate * c
+        # With adapters also the product with B, and that times the scale.
+        feed_forward = self.tokens * (5 if self.rank else 3) * s.intermediate * c
         repeated = 2 * s.query_width if self.eager or self.windowed else 0
         attention = (
             self.tokens * (2 * s.query_width + 2 * s.key_width + repeated) * c + 2 * self.scores(FLOAT) + self.mask
@@ -116,7 +120,9 @@ class Pass:
         time, after the saved activations of the feed-forward network are freed.
         """
         s, c = self.shape, self.compute_bytes
-        product = self.tokens * 2 * s.intermediate * c + s.largest_layer_matrix * FLOAT
+        product = self.tokens * 2 * s.intermediate * c
+        # The gradient of a matrix, or that of the product with B.
+        product += self.tokens * s.intermediate * c if self.rank else s.largest_layer_matrix * FLOAT
         attention = 2 * self.scores(FLOAT) - self.tokens * 4 * s.intermediate * c
         again = self.saved_by_layer() if checkpointed else 0
         return again + max(product, attention) + self.tokens * s.hidden * self.weight_bytes

@@ -44,15 +44,20 @@ def persistent(w: Workload) -> Items:
     head = 0 if w.value == "backbone" else (policy.hidden + 1) * FLOAT
     items = {"policy": _frozen(w, policy, policy.parameters) + head}
     if w.adapter:
-        items["policy"] += adapter_numbers(w) * FLOAT  # the reference is the policy without adapters
+        items["policy"] += adapter_numbers(w, policy) * size
+        if w.reference_adapter:
+            items["reference"] = adapter_numbers(w, policy) * size
     else:
         items["reference"] = policy.parameters * size
     if w.value == "backbone":
-        items["value_model"] = _scalar_model(w, w.reward or policy)
+        shape = w.reward or policy
+        shared = adapter_numbers(w, shape) * size + _scalar_head(shape)
+        items["value_model"] = shared if w.adapter else _scalar_model(w, shape)
     if w.reward is not None:
-        items["reward_model"] = _scalar_model(w, w.reward)
+        shared = adapter_numbers(w, policy) * size + _scalar_head(policy)
+        items["reward_model"] = shared if w.adapter and w.reward_adapter else _scalar_model(w, w.reward)
     if w.average:
-        items["average"] = (adapter_numbers(w) if w.adapter else policy.parameters) * AVERAGE_DTYPE.itemsize
+        items["average"] = (adapter_numbers(w, policy) if w.adapter else policy.parameters) * AVERAGE_DTYPE.itemsize
     if w.optimizer_state != "host" or w.device == "cpu":
         items |= {"optimizer_state": optimizer_state(w)} | _masters(w)
     return items | {"context": CONTEXT["cpu" if w.device == "cpu" else "cuda"]}
@@ -60,7 +65,7 @@ def persistent(w: Workload) -> Items:
 
 def _masters(w: Workload) -> Items:
     """Return the bytes of the float32 masters of half-precision weights."""
-    return {"master_weights": trained(w) * FLOAT} if w.weight_dtype in HALF and not w.adapter else {}
+    return {"master_weights": trained(w) * FLOAT} if w.weight_dtype in HALF else {}
 
 
 def in_transit(w: Workload) -> Items:
@@ -83,23 +88,27 @@ def _frozen(w: Workload, shape: ModelShape, numbers: int) -> int:
     return (numbers - inside) * w.weight_bytes + inside * w.base_bits // 8 + _SCALE * (inside // _SCALED)
 
 
-def adapter_numbers(w: Workload) -> int:
-    """Return the number of adapter weights: two low-rank matrices for each matrix within the layers."""
-    shapes = [shape for shape in w.policy.trunk().values() if len(shape) == 3]
+def adapter_numbers(w: Workload, shape: ModelShape) -> int:
+    """Return the number of weights of one adapter: two low-rank matrices for each matrix within the layers."""
+    shapes = [shape for shape in shape.trunk().values() if len(shape) == 3]
     return sum(layers * w.adapter * (rows + columns) for layers, rows, columns in shapes)
 
 
+def _scalar_head(shape: ModelShape) -> int:
+    return (shape.hidden + 1) * FLOAT
+
+
 def _scalar_model(w: Workload, shape: ModelShape) -> int:
-    return _frozen(w, shape, shape.trunk_parameters) + (shape.hidden + 1) * FLOAT
+    return _frozen(w, shape, shape.trunk_parameters) + _scalar_head(shape)
 
 
 def trained(w: Workload) -> int:
     """Return the number of trained weights."""
-    own = w.policy.hidden + 1
+    shape = (w.reward or w.policy) if w.value == "backbone" else w.policy
+    own = shape.hidden + 1
     if w.value == "backbone":
-        shape = w.reward or w.policy
-        own = shape.trunk_parameters + shape.hidden + 1
-    return (adapter_numbers(w) if w.adapter else w.policy.parameters) + own
+        own += adapter_numbers(w, shape) if w.adapter else shape.trunk_parameters
+    return (adapter_numbers(w, w.policy) if w.adapter else w.policy.parameters) + own
 
 
 def optimizer_state(w: Workload) -> int:
@@ -267,12 +276,13 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
 def _inputs(w: Workload, shape: ModelShape, tokens: int) -> Pass:
     """Return a pass over `tokens` inputs, of sequences of at most the maximum length."""
     columns = w.length - 1
-    return pass_through(shape, -(-tokens // columns), columns, w.eager, w.weight_bytes, w.compute_bytes, tokens)
+    rows = -(-tokens // columns)
+    return pass_through(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes, tokens, w.adapter)
 
 
 def pass_of(w: Workload, shape: ModelShape, rows: int, columns: int) -> Pass:
     """Return a pass over `rows` sequences of `columns` tokens."""
-    return pass_through(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes)
+    return pass_through(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes, None, w.adapter)
 
 
 def rounded_weights(w: Workload, shape: ModelShape) -> int:

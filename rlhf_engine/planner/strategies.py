@@ -2,7 +2,8 @@
 
 The order is an estimate from counted work, not from timings. Half-precision matrix products save time. 8-bit state
 costs a little. State in host memory crosses the bus twice per optimizer step. Gradient checkpointing repeats a forward
-pass. Every halving of the micro-batch, of the slots or of their keys and values costs a little.
+pass. Every halving of the micro-batch, of the slots or of their keys and values costs a little. Adapters come last, because
+they change what is trained.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _SETTINGS = {
     "compute_dtype": "compute_dtype",
     "optimizer_state": "memory.optimizer_state",
     "gradient_checkpointing": "memory.gradient_checkpointing",
+    "adapter": "adapter.rank",
     "microbatch": "ppo.microbatch",
     "microbatch_tokens": "ppo.microbatch_tokens",
     "slots": "rollout.batch_size",
@@ -58,17 +60,20 @@ class Strategy:
 
     @property
     def words(self) -> str:
-        """The change as settings of a config, or in words for adapters and 4-bit weights, which have no settings yet."""
-        named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in self.changes.items() if name in _SETTINGS]
-        if "adapter" in self.changes:
-            frozen = f"{self.changes['base_bits']}-bit" if "base_bits" in self.changes else "frozen"
-            named.insert(0, f"LoRA of rank {self.changes['adapter']} on {frozen} weights")
+        """The change as settings of a config, or in words for 4-bit weights, which have no setting yet."""
+        shown = {name: value for name, value in self.changes.items() if name in _SETTINGS}
+        four_bit = "base_bits" in self.changes
+        if four_bit:
+            shown.pop("adapter", None)
+        named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in shown.items()]
+        if four_bit:
+            named.insert(0, f"LoRA of rank {self.plan.workload.adapter} on {self.changes['base_bits']}-bit weights")
         return ", ".join(named) or "as it is"
 
     @property
     def built(self) -> bool:
         """Whether the engine supports these settings today."""
-        if "adapter" in self.changes:
+        if self.plan.workload.base_bits:
             return False
         workload = self.plan.workload
         tree: dict[str, Any] = workload.config.to_dict() | {"device": workload.device}
@@ -84,13 +89,13 @@ class Strategy:
 
 
 def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
-    """Return the strategies that fit the workload's budget, fastest first.
+    """Return the strategies that fit the workload's budget, fastest first, and those with adapters after all others.
 
     A strategy is left out if a faster one needs only a subset of its switches. With `planned`, strategies that the
     engine does not support yet are included.
     """
     fits = [one for one in _tried(workload, planned=planned) if one.plan.fits and one.plan.slots]
-    fits.sort(key=lambda one: (one.cost, len(one.changes)))
+    fits.sort(key=lambda one: ("adapter" in one.changes, one.cost, len(one.changes)))
     kept: list[Strategy] = []
     for one in fits:
         switches = _switches(one)
@@ -118,9 +123,10 @@ def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
         "compute_dtype": ["float32", "bfloat16"],
         "optimizer_state": ["resident", "8bit"] + ["host"] * (workload.device != "cpu"),
         "gradient_checkpointing": [False, True],
+        "adapter": [0, 16] if workload.adapter == 0 else [workload.adapter],
     }
     if planned:
-        choices |= {"adapter": [0, 16], "base_bits": [0, 4]}
+        choices |= {"base_bits": [0, 4]}
     for name, values in choices.items():
         if (now := getattr(workload, name)) not in values:
             values.append(now)

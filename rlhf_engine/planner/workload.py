@@ -47,15 +47,28 @@ class Workload:
     gradient_checkpointing: bool = False
     budget: int | None = None
     adapter: int = 0
-    """Rank of LoRA adapters on every frozen matrix; the reference is the model without adapters. Not built yet."""
+    """Rank of the adapters on every matrix of the layers, which are trained instead of it; 0: none. All of them share the
+    frozen weights of the policy, and the reference is the policy without its adapter."""
+    reward_adapter: bool = False
+    """Whether the reward model of a run with adapters is one on the weights of the policy."""
+    reference_adapter: bool = False
+    """Whether the reference has an adapter, because the policy starts from one."""
     base_bits: int = 0
     """Bits per frozen weight within the layers; 0: those of `dtype`. Not built yet."""
     config: RunConfig = field(default_factory=RunConfig, repr=False)
     """Config of the run. Settings that do not affect memory may still exclude a strategy."""
 
     @classmethod
-    def of(cls, config: RunConfig, policy: ModelShape, reward: ModelShape | None) -> Self:
-        """Return the workload of `rlhf ppo`.
+    def of(
+        cls,
+        config: RunConfig,
+        policy: ModelShape,
+        reward: ModelShape | None,
+        *,
+        reward_adapter: bool = False,
+        reference_adapter: bool = False,
+    ) -> Self:
+        """Return the workload of `rlhf ppo`; the adapters are those of the fields with the same names.
 
         Raises:
             ValueError: the longest sequence exceeds the context of a model.
@@ -94,6 +107,9 @@ class Workload:
             pretraining=round(ppo.ptx_ratio * ppo.minibatch) if ppo.ptx_coef else 0,
             optimizer_state=memory.optimizer_state,
             gradient_checkpointing=memory.gradient_checkpointing,
+            adapter=config.adapter.rank,
+            reward_adapter=reward_adapter,
+            reference_adapter=reference_adapter or (config.adapter.rank > 0 and ppo.reference == "frozen_copy"),
             budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),
             config=config,
         )

@@ -9,6 +9,7 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.files import write_json
 from rlhf_engine.memory.arena import resident_mb
 from rlhf_engine.memory.malloc import return_freed_blocks
+from rlhf_engine.model.pretrained import base_folder, is_adapter
 from rlhf_engine.planner import MemoryPlan, ModelShape, UnknownMemoryError, Workload
 from rlhf_engine.planner.report import refuse
 
@@ -18,7 +19,8 @@ PLAN = "plan.json"
 def workload_of(config: RunConfig, model: str | None = None) -> Workload:
     """Return the workload of `rlhf ppo`; `model` is a folder or a preset that replaces `model.path`.
 
-    Without `reward.path` and `reward.function`, the reward model is assumed to have the policy's shape.
+    Without `reward.path` and `reward.function`, the reward model is assumed to have the policy's shape, and to be an adapter
+    on the same weights if the run has adapters.
 
     Raises:
         ValueError: there is no model, or a `config.json` cannot be read.
@@ -26,11 +28,16 @@ def workload_of(config: RunConfig, model: str | None = None) -> Workload:
     path = model or config.model.path
     if path is None:
         raise ValueError("model.path is not set; set it to a folder, or pass --model with a folder or a size")
-    policy = ModelShape.of(path, "model.path")
+    base, adapted = base_folder(path), is_adapter(path)
+    policy = ModelShape.of(str(base), "model.path")
     if config.reward.function is not None:
-        return Workload.of(config, policy, None)
-    reward = policy if config.reward.path is None else ModelShape.of(config.reward.path, "reward.path")
-    return Workload.of(config, policy, reward)
+        return Workload.of(config, policy, None, reference_adapter=adapted)
+    if config.reward.path is None:
+        return Workload.of(config, policy, policy, reward_adapter=True, reference_adapter=adapted)
+    theirs = base_folder(config.reward.path)
+    shared = is_adapter(config.reward.path) and theirs.resolve() == base.resolve()
+    reward = ModelShape.of(str(theirs), "reward.path")
+    return Workload.of(config, policy, reward, reward_adapter=shared, reference_adapter=adapted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         ValueError: the budget is too small, or it is set and the memory is unknown.
     """
     folders = [config.model.path] + [config.reward.path] * (config.reward.function is None)
-    if any(folder is None or not (Path(folder) / "config.json").is_file() for folder in folders):
+    if any(folder is None or not (base_folder(folder) / "config.json").is_file() for folder in folders):
         return RunPlan(unknown="a model's folder without a config.json")
     try:
         plan = MemoryPlan.of(workload_of(config))

@@ -354,7 +354,10 @@ def test_strategies_fit_and_the_fastest_is_first():
     workload = Workload(shape, shape, 512, 512, 64, 64, 16, 64, device="cuda", budget=60 * 2**30)
     assert not MemoryPlan.of(workload).fits
     found = fitting(workload, planned=True)
-    assert found and [one.cost for one in found] == sorted(one.cost for one in found)
+    order = [
+        ("adapter" in one.changes, one.cost) for one in found
+    ]  # adapters change what is trained, so they come last
+    assert found and order == sorted(order)
     for one in found:
         again = MemoryPlan.of(replace(workload, **one.changes))
         assert again.fits and again.slots and again.peak == one.plan.peak, one.words
@@ -362,9 +365,8 @@ def test_strategies_fit_and_the_fastest_is_first():
             fewer = {key: value for key, value in one.changes.items() if key != name}
             assert name in ("dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (one.words, name)
     built = fitting(workload)
-    assert (
-        built and all(one.built for one in built) and "adapter" not in {name for one in built for name in one.changes}
-    )
+    assert built and all(one.built for one in built) and not any("base_bits" in one.changes for one in built)
+    assert any("adapter.rank=16" in one.words for one in built)
     assert fitting(replace(workload, budget=2**30)) == []
     assert smallest(workload).plan.peak == min(one.plan.peak for one in (smallest(workload), *built))
 
