@@ -127,6 +127,27 @@ def ppo(
 
 
 @app.command()
+def merge(
+    source: Annotated[Path, typer.Argument(help="Folder of an adapter, such as OUTPUT_DIR/ppo.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: that of the model under the adapter.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let Python code from the folder of the model run.")
+    ] = False,
+) -> None:
+    """Add an adapter to the weights of its model; write a model that loads without peft, with its value function or head."""
+    quiet()
+    from rlhf_engine.recipes.merge import merge_adapter
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype: got {dtype!r}, expected float32, bfloat16 or float16")
+    merge_adapter(source, output, dtype, trust_remote_code=trust_remote_code)
+    typer.echo(f"merged model: {output}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for models, metrics, plots and the report.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
