@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlhf_engine.model.actor_critic import ActorCritic as ActorCritic
     from rlhf_engine.model.actor_critic import FrozenCopy as FrozenCopy
     from rlhf_engine.model.actor_critic import LanguageModel as LanguageModel
+    from rlhf_engine.model.adapters import Adapters as Adapters
     from rlhf_engine.model.heads import ValueHead as ValueHead
     from rlhf_engine.model.pretrained import load_tokenizer as load_tokenizer
     from rlhf_engine.model.references import AdapterOff as AdapterOff
@@ -87,6 +88,7 @@ __getattr__, __dir__, __all__ = exports(
         "MetricsWriter": "metrics",
         "ActorCritic": "model.actor_critic",
         "LanguageModel": "model.actor_critic",
+        "Adapters": "model.adapters",
         "ValueHead": "model.heads",
         "load_tokenizer": "model.pretrained",
         "RewardModel": "model.reward_model",

@@ -100,11 +100,6 @@ class RunConfig(Section):
                 f"model.attention: got 'flash_attention_2' with device {self.device!r}, expected 'sdpa' or 'eager': "
                 "flash-attn runs only on CUDA devices"
             )
-        if self.ppo.reference == "adapter_off" and not self.adapter.rank:
-            raise ValueError(
-                "ppo.reference: got 'adapter_off' with adapter.rank 0, expected 'frozen_copy': without an adapter, the weights "
-                "of the policy change; set adapter.rank to train an adapter"
-            )
         raw = [name for name, optim in self.optimizers().items() if optim.eps_form == "raw"]
         if self.memory.optimizer_state == "8bit" and raw:
             raise ValueError(

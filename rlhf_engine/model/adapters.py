@@ -1,7 +1,7 @@
 """Low-rank adapters of several roles on one frozen model, through peft. A switch selects the active one without a copy.
 
 An adapter changes the product of a linear layer to `W x + s B A x`, where A (R, I) and B (O, R) are trained and W (O, I) is
-frozen. A and B are in float32 for weights of any dtype. Every role has an adapter in the same layers; at most one is active.
+frozen. A and B have the dtype of W. Every role has an adapter in the same layers; at most one is active.
 Legend: R rank, I inputs, O outputs.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_engine.config import AdapterConfig
 from rlhf_engine.model.adapter_files import Base, StoredAdapter, read_adapter, write_adapter
 from rlhf_engine.model.pretrained import base_folder
+from rlhf_engine.model.roles import POLICY
 from rlhf_engine.model.trunk import ADAPTERS, adapters_of
 
 
@@ -40,13 +41,24 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, settings: AdapterConfig, base: Base | None = None) -> None:
         assert settings.rank > 0 and adapters_of(model) is None
         self.model, self.settings, self.base = model, settings, base
-        self.places = target_layers(model, settings.targets)
+        target_layers(model, settings.targets)
+        self.places: dict[str, list[str]] = {}
+        """Names of the layers of every adapter."""
+        self.settings_of: dict[str, AdapterConfig] = {}
+        """Settings of every adapter."""
         self.layers: list[Any] = []
-        self.names: list[str] = []
         self.active: str | None = None
         self._trained: set[str] = set()
         model.requires_grad_(False)
         model.__dict__[ADAPTERS] = self
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, settings: AdapterConfig, seed: int, base: Base | None = None) -> Self:
+        """Add a new adapter of the policy to `model`, which is trained from here on, and return the model's adapters."""
+        adapters = cls(model, settings, base)
+        adapters.add(POLICY, seed, trained=True)
+        adapters.make_default(POLICY)
+        return adapters
 
     @classmethod
     def of_folder(cls, folder: Path, model: PreTrainedModel) -> Self:
@@ -56,7 +68,20 @@ class Adapters:
 
     # ---- roles ----
 
-    def add(self, name: str, start: Mapping[str, Tensor] | int, *, trained: bool, source: object = "start") -> None:
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the adapters."""
+        return self.places.keys()
+
+    def add(
+        self,
+        name: str,
+        start: Mapping[str, Tensor] | int,
+        *,
+        trained: bool,
+        source: object = "start",
+        settings: AdapterConfig | None = None,
+    ) -> None:
         """Add the adapter of a role.
 
         Args:
@@ -64,10 +89,10 @@ class Adapters:
             start: its first tensors, or the seed of a new adapter, with which the model computes what it did without.
             trained: whether the adapter requires gradients.
             source: where `start` comes from, for errors.
+            settings: rank, scale and targets; None: those of the adapters.
         """
         assert name not in self.names
-        self._inject(name)
-        self.names.append(name)
+        self._inject(name, settings or self.settings)
         if trained:
             self._trained.add(name)
         for one in self.names:
@@ -126,8 +151,10 @@ class Adapters:
 
         The sum is rounded once to the dtype of the weights.
         """
-        for place, layer in zip(self.places, self.layers, strict=True):
-            layer.merge(adapter_names=[name])
+        for place in dict.fromkeys(place for places in self.places.values() for place in places):
+            layer: Any = self.model.get_submodule(place)
+            if place in self.places[name]:
+                layer.merge(adapter_names=[name])
             parent, _, last = place.rpartition(".")
             setattr(self.model.get_submodule(parent), last, layer.get_base_layer())
         del self.model.__dict__[ADAPTERS]
@@ -137,27 +164,26 @@ class Adapters:
     def check_settings(self, settings: AdapterConfig, source: object) -> None:
         """Raise ValueError unless the adapters have these settings; `source` is the folder that they were read from."""
         for key in ("rank", "alpha", "rslora"):
-            got, expected = getattr(settings, key), getattr(self.settings, key)
+            got, expected = getattr(settings, key), getattr(self.settings_of[POLICY], key)
             if got != expected:
                 raise ValueError(f"adapter.{key}: got {got}, expected {expected}, that of the adapter in {source}")
-        if target_layers(self.model, settings.targets) != self.places:
-            got, expected = (", ".join(names) for names in (settings.targets, self._shortest_targets()))
+        if target_layers(self.model, settings.targets) != self.places[POLICY]:
+            got, expected = (", ".join(names) for names in (settings.targets, self._shortest_targets(POLICY)))
             raise ValueError(f"adapter.targets: got {got}, expected {expected}, those of the adapter in {source}")
 
     # ---- files ----
 
     def save(self, folder: Path, name: str) -> None:
         """Write an adapter into an existing folder in peft's format."""
-        settings = replace(self.settings, targets=self._shortest_targets())
-        conv = any(isinstance(layer.base_layer, Conv1D) for layer in self.layers)
-        write_adapter(folder, settings, self.tensors(name), self.base, fan_in_fan_out=conv)
+        settings = replace(self.settings_of[name], targets=self._shortest_targets(name))
+        write_adapter(folder, settings, self.tensors(name), self.base, fan_in_fan_out=self._transposed(name))
 
     def has_base(self, folder: str | Path) -> bool:
         """Return whether the adapter in a folder belongs to this model."""
         return self.base is not None and self.base.fingerprint == Base.of(base_folder(folder)).fingerprint
 
-    def read(self, folder: Path) -> Mapping[str, Tensor]:
-        """Return the tensors of an adapter that `save` wrote for this model.
+    def read(self, folder: Path) -> StoredAdapter:
+        """Return an adapter that `save` wrote for this model.
 
         Raises:
             ValueError: a file is missing or broken, or the adapter belongs to a different model.
@@ -165,25 +191,25 @@ class Adapters:
         found = read_adapter(folder)
         if self.base is not None:
             check_same_base(found, self.base)
-        return found.tensors
+        return found
 
     # ---- layers ----
 
-    def _inject(self, name: str) -> None:
+    def _inject(self, name: str, settings: AdapterConfig) -> None:
+        self.places[name], self.settings_of[name] = target_layers(self.model, settings.targets), settings
         lora = _peft().LoraConfig(
-            r=self.settings.rank,
-            lora_alpha=self.settings.alpha,
-            target_modules=list(self.places),
-            use_rslora=self.settings.rslora,
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            target_modules=list(self.places[name]),
+            use_rslora=settings.rslora,
             lora_dropout=0.0,
-            fan_in_fan_out=isinstance(self.model.get_submodule(_base_place(self.model, self.places[0])), Conv1D),
+            fan_in_fan_out=self._transposed(name),
         )
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             _peft().inject_adapter_in_model(lora, self.model, name)
-        self.layers = [self.model.get_submodule(place) for place in self.places]
-        for tensor in self.tensors(name).values():
-            tensor.data = tensor.data.float()
+        everywhere = dict.fromkeys(place for places in self.places.values() for place in places)
+        self.layers = [self.model.get_submodule(place) for place in everywhere]
 
     def _initialise(self, name: str, seed: int) -> None:
         """Draw A from U(-1/sqrt(I), 1/sqrt(I)), as peft does, and set B to 0."""
@@ -203,14 +229,19 @@ class Adapters:
         assert name is None or name in self.names
         for layer in self.layers:
             layer._disable_adapters = name is None
-            layer._active_adapter = [name or self.names[0]]
+            layer._active_adapter = [] if name is None else [name]
         self.active = name
 
-    def _shortest_targets(self) -> tuple[str, ...]:
+    def _shortest_targets(self, name: str) -> tuple[str, ...]:
         """Return the last parts of the layers' names, or the whole names if other linear layers end in the same way."""
-        ends = tuple(sorted({place.rpartition(".")[2] for place in self.places}))
-        same = [name for name in _linear_layers(self.model) if name.rpartition(".")[2] in ends]
-        return ends if sorted(same) == sorted(self.places) else tuple(sorted(self.places))
+        places = self.places[name]
+        ends = tuple(sorted({place.rpartition(".")[2] for place in places}))
+        same = [one for one in _linear_layers(self.model) if one.rpartition(".")[2] in ends]
+        return ends if sorted(same) == sorted(places) else tuple(sorted(places))
+
+    def _transposed(self, name: str) -> bool:
+        """Return whether the layers of an adapter store W as (I, O), as those of GPT-2 do."""
+        return isinstance(_linear_layers(self.model)[self.places[name][0]], Conv1D)
 
 
 def check_same_base(found: StoredAdapter, base: Base) -> None:
@@ -229,7 +260,7 @@ def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
             lists the names that exist.
     """
     linear = _linear_layers(model)
-    output = model.get_output_embeddings()
+    output = getattr(model.get_output_embeddings(), "base_layer", model.get_output_embeddings())
     if tuple(targets) == ("all-linear",):
         return [name for name, module in linear.items() if module is not output]
     chosen: dict[str, None] = {}
@@ -258,11 +289,6 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
             found[name.removesuffix(".base_layer")] = module
     return found
-
-
-def _base_place(model: nn.Module, place: str) -> str:
-    """Return the name of the frozen layer at `place`."""
-    return f"{place}.base_layer" if hasattr(model.get_submodule(place), "base_layer") else place
 
 
 def _peft() -> Any:

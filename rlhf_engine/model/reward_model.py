@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 VALUE_MODEL = "value_model"
 """Folder of a value function with its own trunk, in the policy's folder."""
 
-_HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
+HEAD_FILE, _INFO_FILE = "reward_head.safetensors", "reward_model.json"
 
 
 class RewardModel(nn.Module):
@@ -204,7 +204,7 @@ class RewardModel(nn.Module):
             write_pretrained(folder, self.trunk)
         else:
             self.adapters.save(folder, self.name)
-        save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / _HEAD_FILE)
+        save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
         info: dict[str, object] = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
         if self.skipped_id is not None:
             info["skipped_id"] = self.skipped_id
@@ -240,9 +240,9 @@ class RewardModel(nn.Module):
             scores = (base / _INFO_FILE).is_file() or _is_classifier(base)
             model = cls.load(base, **where).trunk if scores else load_pretrained(AutoModelForCausalLM, base, **where)
             return cls._of_adapter(folder, model)
-        require(folder, "config.json", _INFO_FILE, _HEAD_FILE)
+        require(folder, "config.json", _INFO_FILE, HEAD_FILE)
         trunk, info = load_pretrained(AutoModel, folder, **where), read_json(folder / _INFO_FILE)
-        head = load_head(folder / _HEAD_FILE, info.get("hidden_size")).to(device)
+        head = load_head(folder / HEAD_FILE, info.get("hidden_size")).to(device)
         return cls(trunk, head, info.get("skipped_id"))
 
     @classmethod
@@ -259,20 +259,29 @@ class RewardModel(nn.Module):
             ValueError: the adapter belongs to a different model, or the folder has no head.
         """
         head, skipped = cls._read_head(folder)
-        adapters.add(name, adapters.read(folder), trained=False, source=folder)
+        found = adapters.read(folder)
+        adapters.add(name, found.tensors, trained=False, source=folder, settings=found.settings)
         return cls.sharing(adapters, name, head.to(adapters.model.device), skipped)
 
     @staticmethod
     def _read_head(folder: Path) -> tuple[ValueHead, int | None]:
         """Return the head in a folder, and the token that is not read."""
-        if not (folder / _HEAD_FILE).is_file():
+        if not (folder / HEAD_FILE).is_file():
             raise ValueError(
-                f"{folder}: got an adapter without the head of a reward model ({_HEAD_FILE}); expected a folder that `rlhf rm` "
+                f"{folder}: got an adapter without the head of a reward model ({HEAD_FILE}); expected a folder that `rlhf rm` "
                 "wrote"
             )
         require(folder, _INFO_FILE)
         info = read_json(folder / _INFO_FILE)
-        return load_head(folder / _HEAD_FILE, info.get("hidden_size")), info.get("skipped_id")
+        return load_head(folder / HEAD_FILE, info.get("hidden_size")), info.get("skipped_id")
+
+    def merged(self, dtype: torch.dtype) -> RewardModel:
+        """Return the model without adapters, whose own one is added to the weights of the trunk for good, in `dtype`."""
+        if self.adapters is None:
+            return self
+        self.adapters.merge(self.name)
+        trunk: Any = self.trunk
+        return RewardModel(trunk.to(dtype), self.head, self.skipped_id)
 
     def saved_tensors(self, folder: Path) -> Mapping[str, Tensor]:
         """Return the tensors that `save` wrote, by the names of this model's parameters.
@@ -283,7 +292,7 @@ class RewardModel(nn.Module):
         if self.adapters is None:
             return dict(type(self).load(folder, **like(self.trunk)).named_parameters())
         head, _ = self._read_head(folder)
-        own = {f"own.{_key(key)}": tensor for key, tensor in self.adapters.read(folder).items()}
+        own = {f"own.{_key(key)}": tensor for key, tensor in self.adapters.read(folder).tensors.items()}
         return own | {f"head.{key}": tensor for key, tensor in head.named_parameters()}
 
     @classmethod

@@ -69,7 +69,7 @@ def load_causal_lm(folder: Path, **where: Any) -> PreTrainedModel:
 
     model = load_pretrained(AutoModelForCausalLM, base_folder(folder), **where)
     adapters = Adapters.of_folder(folder, model)
-    adapters.add(POLICY, adapters.read(folder), trained=True, source=folder)
+    adapters.add(POLICY, adapters.read(folder).tensors, trained=True, source=folder)
     adapters.make_default(POLICY)
     return model
 
@@ -138,7 +138,9 @@ def saved_tensors(folder: Path, policy: LanguageModel, **where: Any) -> Mapping[
         return dict(load_policy(folder, **where, backend=policy.backend).named_parameters())
     ours = policy.adapters.tensors(POLICY)
     names = {id(tensor): name for name, tensor in policy.named_parameters()}
-    found = {names[id(ours[key])]: tensor for key, tensor in policy.adapters.read(folder).items() if key in ours}
+    found = {
+        names[id(ours[key])]: tensor for key, tensor in policy.adapters.read(folder).tensors.items() if key in ours
+    }
     value: Any = policy.value  # a module
     if value is None:
         return found

@@ -20,7 +20,9 @@ class WeightAverage:
         self.decay, self.policy = decay, policy
         self.model = frozen_copy(policy)
         if policy.adapters is None:
-            self.model.to(AVERAGE_DTYPE)  # adapters have that dtype, and the weights that they share must keep theirs
+            self.model.to(AVERAGE_DTYPE)
+        for _, average in self.model.stored():  # frozen weights are shared with the policy, so they keep their dtype
+            average.data = average.data.to(AVERAGE_DTYPE)
         theirs = dict(policy.named_parameters())
         self.pairs = [(average, theirs[name]) for name, average in self.model.stored()]
 

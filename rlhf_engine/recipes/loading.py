@@ -68,9 +68,7 @@ def _start(config: RunConfig, folder: Path, *, reference: bool) -> PreTrainedMod
     if not is_adapter(folder):
         model = load_causal_lm(folder, **placement(config))
         if settings.rank:
-            adapters = Adapters(model, settings, Base.of(folder))
-            adapters.add(POLICY, config.seed, trained=True)
-            adapters.make_default(POLICY)
+            Adapters.start(model, settings, config.seed, Base.of(folder))
         return model
     model = load_causal_lm(folder, **placement(config))
     adapters = adapters_of(model)

@@ -71,6 +71,7 @@ def run_ppo(
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
     earlier_responses(Path(config.output_dir) / SAMPLES, after=0)
     notice(*skipped_sft(config))
+    _check_reference(config)
     config = dated(config)
     function = None
     if config.reward.function is not None:
@@ -114,6 +115,15 @@ def run_ppo(
     try_reward(trainer, codec.eos_id)
     loaded = load_newest(Path(config.output_dir) / "ppo", trainer, config, data) if resume else None
     return _train(config, trainer, codec, data, plan, loaded, overwrite=overwrite)
+
+
+def _check_reference(config: RunConfig) -> None:
+    """Raise ValueError for a reference that the policy does not allow: without an adapter all its weights change."""
+    if config.ppo.reference == "adapter_off" and not config.adapter.rank:
+        raise ValueError(
+            "ppo.reference: got 'adapter_off' with adapter.rank 0, expected 'frozen_copy': without an adapter, the weights of "
+            "the policy change; set adapter.rank to train an adapter"
+        )
 
 
 def _check_prompts(config: RunConfig, function: Callable[..., object] | None) -> tuple[str, ...]:
@@ -246,7 +256,8 @@ def _value_model(config: RunConfig, model: PreTrainedModel, start: RewardModel |
         theirs = Adapters(start.trunk, config.adapter, Base.of(given(config.reward.path, "reward.path")))
         theirs.add(VALUE, config.seed, trained=True)
     else:
-        theirs.add(VALUE, theirs.tensors(start.name), trained=True)
+        settings = theirs.settings_of[start.name]
+        theirs.add(VALUE, theirs.tensors(start.name), trained=True, settings=settings)
     head = ValueHead.from_weights(start.head.weight.detach(), start.head.bias.detach())
     return RewardModel.sharing(theirs, VALUE, head, start.skipped_id)
 

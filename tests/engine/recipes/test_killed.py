@@ -71,6 +71,10 @@ SETS = {
     "sft": ("sft.epochs=4", "sft.batch_size=2", "sft.patience=9", "sft.evaluate_every=2", "sft.checkpoint_every=1"),
     "rm": ("reward.epochs=6", "reward.batch_size=2", "reward.evaluate_every=2", "reward.checkpoint_every=1"),
     "ppo": ("ppo.updates=4", "ppo.checkpoint_every=1", "reward.function=rewards.py:reward", "ppo.value_init=zero"),
+    "ppo with adapters": (
+        *("ppo.updates=4", "ppo.checkpoint_every=1", "reward.function=rewards.py:reward", "ppo.value_init=zero"),
+        *("adapter.rank=2", "ppo.value_model=backbone"),
+    ),
 }
 
 
@@ -93,11 +97,12 @@ def outcome(out, stage):
 
 @pytest.mark.parametrize("stage", list(SETS))
 def test_a_stage_killed_at_any_moment_ends_with_the_same_bits(tmp_path, stage):
+    sets, stage = SETS[stage], stage.partition(" ")[0]
     new_run(tmp_path, new_model(tmp_path / "base"))
     (tmp_path / "rewards.py").write_text("def reward(prompts, answers):\n    return [float(len(a)) for a in answers]\n")
     (tmp_path / "driver.py").write_text(DRIVER)
     found = subprocess.run(
-        [sys.executable, "driver.py", stage, *SETS[stage]], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "driver.py", stage, *sets], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr
     results = json.loads(found.stdout)
