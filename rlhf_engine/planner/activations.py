@@ -72,6 +72,8 @@ class Pass:
             attention += 3 * s.hidden if self.autocast else 0
         else:  # queries, keys and values are views of one product; GELU saves four tensors of width I, `down` one
             attention, feed_forward = 4 * s.query_width, 5 * s.intermediate
+        if self.rank and self.autocast:
+            attention += s.query_width  # the input of the output projection is rounded again
         softmax = c if c == FLOAT or not (s.gated or self.autocast) else FLOAT + c  # computed in float32, then rounded
         statistics = 0 if self.eager else s.heads * FLOAT  # log-sum-exp
         heads = (s.query_width + s.key_width) * (FLOAT + c) + (s.heads + s.groups) * FLOAT if s.head_norm else 0
@@ -87,7 +89,8 @@ class Pass:
         H, w = self.shape.hidden, self.weight_bytes
         if not self.shape.gated:
             return w * H + 2 * w
-        return (FLOAT + w) * H + FLOAT  # its input in float32, and normalised
+        # Its input in float32, and normalised, which only the gradient of its weight reads.
+        return (FLOAT + (0 if self.rank else w)) * H + FLOAT
 
     def saved(self, *, checkpointed: bool) -> int:
         """Return the bytes that the whole trunk saves for its backward pass.
@@ -97,6 +100,10 @@ class Pass:
         """
         layer = self.tokens * self.shape.hidden * self.weight_bytes if checkpointed else self.saved_by_layer()
         angles = 2 * self.columns * self.shape.head_dim * self.weight_bytes if self.shape.gated else self.columns * IDS
+        if self.rank:  # nothing before the first adapter has a gradient: no embedding, no position, and no first norm
+            before = 0 if checkpointed else self.tokens * self._last_norm()
+            angles -= 0 if self.shape.gated else angles
+            return self.shape.layers * layer + self.tokens * self._last_norm() - before + angles
         return self.shape.layers * layer + self.tokens * (self._last_norm() + IDS) + angles
 
     def forward_room(self) -> int:
