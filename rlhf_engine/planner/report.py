@@ -74,15 +74,16 @@ def strategies_words(workload: Workload, *, planned: bool = False) -> str:
 
     With `planned`, strategies that need parts that are not built yet follow under a separate heading.
     """
-    lines = _listed("what fits, fastest first by estimate:", fitting(workload))
-    if not lines:
+    fits = fitting(workload)
+    lines = _listed("what fits, fastest first by estimate:", fits)
+    if not fits:
         least = smallest(workload)
         lines = [f"no strategy that was tried fits; the smallest peak is {size(least.plan.peak)} with {least.words}"]
     if planned:
         found = [one for one in fitting(workload, planned=True) if not one.built]
         lines += _listed("what would fit with parts that are NOT BUILT YET:", found)
         least = smallest(workload, planned=True)
-        if not found and not least.built:
+        if not fits and not found and not least.built:
             lines.append(
                 f"nor with parts that are NOT BUILT YET; the smallest peak is {size(least.plan.peak)} with {least.words}"
             )

@@ -97,8 +97,8 @@ def test_a_checkpoint_holds_trained_tensors_only(stages):
     assert size < 0.9 * (stages / "base" / "model.safetensors").stat().st_size  # of 4 adapters with two moments each
 
 
-def test_ppo_starts_from_the_sft_adapter_and_the_values_from_the_reward_adapter(copied, capsys):
-    """With a learning rate of almost 0 the saved adapters are those that the run started from (row S8)."""
+def test_s8_the_values_start_from_the_reward_adapter_and_the_policy_from_that_of_sft(copied, capsys):
+    """With a learning rate of almost 0 the saved adapters are those that the run started from."""
     out = copied / "out"
     run(capsys, copied, "ppo", *ppo_sets(out), "ppo.optim.lr=1e-30", "ppo.updates=1", options=["--overwrite"])
     for trained, first in (("ppo", "sft"), ("ppo/value_model", "rm")):
@@ -110,7 +110,7 @@ def test_ppo_starts_from_the_sft_adapter_and_the_values_from_the_reward_adapter(
     assert abs(rows[0]["kl"]) < 1e-5  # to the SFT policy, not to the base model
 
 
-def test_a_head_on_the_policys_states_starts_from_the_reward_head(copied, capsys):
+def test_s8_a_head_on_the_policys_states_starts_from_the_head_of_a_reward_adapter(copied, capsys):
     out = copied / "out"
     sets = [one for one in ppo_sets(out) if "value_model" not in one]
     run(capsys, copied, "ppo", *sets, "ppo.optim.lr=1e-30", "ppo.updates=1", options=["--overwrite"])
@@ -119,8 +119,8 @@ def test_a_head_on_the_policys_states_starts_from_the_reward_head(copied, capsys
     assert "value_model" not in names(out / "ppo")
 
 
-def test_values_get_an_adapter_on_the_trunk_of_a_smaller_reward_model(copied, capsys):
-    """Row S22: the reward model has other weights, which are frozen and shared with the value function."""
+def test_s22_values_get_an_adapter_on_the_trunk_of_a_smaller_reward_model(copied, capsys):
+    """The reward model has other weights, which are frozen and shared with the value function."""
     out = copied / "out"
     new_model(copied / "small", seed=3, num_hidden_layers=1)
     run(capsys, copied, "rm", f"model.path={copied / 'small'}", f"output_dir={copied / 'small_out'}")
