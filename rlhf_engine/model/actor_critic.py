@@ -198,7 +198,7 @@ class LanguageModel(nn.Module):
     def _outputs(
         self,
         batch: TokenBatch,
-        want: Collection[Want],
+        want: frozenset[str],
         temperature: float,
         loss: Mapping[str, Any] | None,
         project: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None,

@@ -72,6 +72,7 @@ class RewardModel(nn.Module):
     ) -> None:
         super().__init__()
         self.adapters, self.name = adapters, name
+        self.saved_as = f"{VALUE_MODEL}/{'config.json' if adapters is None else ADAPTER}"
         if adapters is None:
             self.trunk = trunk
         else:
@@ -147,11 +148,6 @@ class RewardModel(nn.Module):
     # ---- as a value function with its own trunk ----
 
     shares_trunk = False
-
-    @property
-    def saved_as(self) -> str:
-        """A file that `save_value` writes, relative to the policy's folder."""
-        return f"{VALUE_MODEL}/{'config.json' if self.adapters is None else ADAPTER}"
 
     @property
     def packs(self) -> bool:
