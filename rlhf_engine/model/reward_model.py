@@ -248,15 +248,17 @@ class RewardModel(nn.Module):
         return cls.adding(Adapters.of_folder(folder, model), REWARD, folder)
 
     @classmethod
-    def adding(cls, adapters: Adapters, name: str, folder: Path) -> Self:
-        """Add the adapter of a folder to `adapters`, without gradients, and return the model of it and the folder's head.
+    def adding(cls, adapters: Adapters, name: str, folder: Path, *, trained: bool = False) -> Self:
+        """Add the adapter of a folder to `adapters`, and return the model of it and the folder's head.
+
+        `trained` sets whether the adapter requires gradients.
 
         Raises:
             ValueError: the adapter belongs to a different model, or the folder has no head.
         """
         head, skipped = cls._read_head(folder)
         found = adapters.read(folder)
-        adapters.add(name, found.tensors, trained=False, source=folder, settings=found.settings)
+        adapters.add(name, found.tensors, trained=trained, source=folder, settings=found.settings)
         return cls.sharing(adapters, name, head.to(adapters.model.device), skipped)
 
     @staticmethod

@@ -78,7 +78,7 @@ def _load_value_model(folder: Path, model: PreTrainedModel, where: dict[str, Any
     """Return a value function with its own trunk, or with an adapter on the trunk of the policy."""
     adapters = adapters_of(model)
     if adapters is not None and is_adapter(folder) and adapters.has_base(folder):
-        return RewardModel.adding(adapters, VALUE, folder)
+        return RewardModel.adding(adapters, VALUE, folder, trained=True)
     return RewardModel.load(folder, **where)
 
 

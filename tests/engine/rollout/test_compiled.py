@@ -5,9 +5,12 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from rlhf_engine.config import RolloutConfig
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.model.roles import VALUE
 from rlhf_engine.model.trunk import layers_of
 from rlhf_engine.rollout.decode import make_decoder
 from rlhf_engine.rollout.decode.gpu import CompiledLayers
+from tests.engine.helpers.adapted_models import adapted, moved
 from tests.engine.helpers.paged_sampling import check_same, make_generator
 from tests.engine.helpers.sampling import make_actor, make_prompts
 
@@ -85,3 +88,19 @@ def test_layers_with_a_replaced_forward_are_refused():
 def test_compiling_without_cuda_graphs_is_refused(cache):
     with pytest.raises(ValueError, match=r"rollout\.compile: got True for LlamaForCausalLM on cpu"):
         make_decoder(make_actor(), RolloutConfig(cache=cache, compile=True), 32)
+
+
+def test_layers_with_adapters_are_one_graph_that_follows_the_adapter():
+    """The compiled function reads the adapter that is active and its current weights."""
+    torch._dynamo.reset()
+    model, adapters = adapted(change=False)
+    adapters.add(VALUE, 3, trained=True)
+    actor, prompts, counter = ActorCritic(model), make_prompts(16), CompileCounter()
+    generator = make_generator(actor)
+    compiling(generator, counter)
+    found = [generator.generate(prompts, torch.arange(16))]
+    moved(adapters, scale=0.5)
+    found.append(generator.generate(prompts, torch.arange(16)))
+    assert counter.frame_count == 1
+    check_same(found[1], make_generator(actor).generate(prompts, torch.arange(16)))
+    assert not torch.equal(found[0].logprobs[:, 0], found[1].logprobs[:, 0])
