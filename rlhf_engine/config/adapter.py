@@ -19,6 +19,9 @@ class AdapterConfig(Section):
     """Rank of the matrices A and B; 0 trains the weights of the model itself."""
     alpha: Positive = 32.0
     """Numerator of the scale."""
+    lr_scale: Positive = 10.0
+    """Factor by which the learning rate of an adapter is larger than that of the stage, which heads have. The best
+    learning rate of LoRA is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
     targets: tuple[str, ...] = ("all-linear",)
     """Linear layers with adapters, by the end of their names, such as q_proj and v_proj. all-linear selects all linear
     layers except the output layer."""

@@ -208,6 +208,8 @@ class Adapters:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             _peft().inject_adapter_in_model(lora, self.model, name)
+        for tensor in self.tensors(name).values():
+            tensor.lr_scale = self.settings.lr_scale  # pyright: ignore[reportAttributeAccessIssue]  # for the optimizer
         everywhere = dict.fromkeys(place for places in self.places.values() for place in places)
         self.layers = [self.model.get_submodule(place) for place in everywhere]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -30,7 +30,8 @@ def state_bytes(trained: Iterable[Tensor], state: OptimizerState) -> int:
 def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState = "resident") -> Optimizer:
     """Return AdamW over the parameters that require a gradient, with weight decay only on those of two or more dimensions.
 
-    Half-precision parameters get float32 gradients, and float32 masters that are stepped instead of them.
+    A parameter with an attribute `lr_scale` has that many times the learning rate of the config. Half-precision parameters get
+    float32 gradients, and float32 masters that are stepped instead of them.
     Source: Loshchilov & Hutter 2019, "Decoupled weight decay regularization".
 
     Raises:
@@ -41,10 +42,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
     half = [parameter for parameter in trained if parameter.dtype in HALF]
     for parameter in half:
         parameter.grad_dtype = SUM_DTYPE
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    scales = dict.fromkeys(_lr_scale(parameter) for parameter in trained)
+    groups: list[dict[str, Any]] = []
+    for scale in scales:
+        alike = [parameter for parameter in trained if _lr_scale(parameter) == scale]
+        rate = {} if scale == 1.0 else {"lr": config.lr * scale, "initial_lr": config.lr * scale}
+        groups += [
+            {"params": [p for p in alike if p.dim() >= 2], "weight_decay": config.weight_decay, **rate},
+            {"params": [p for p in alike if p.dim() < 2], "weight_decay": 0.0, **rate},
+        ]
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if state == "8bit":
@@ -54,3 +60,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, state: OptimizerState
     if state == "host" or half:
         return StagedAdamW(groups, host=state == "host", **options)
     return AdamW(groups, fused=True, **options)
+
+
+def _lr_scale(parameter: nn.Parameter) -> float:
+    return getattr(parameter, "lr_scale", 1.0)

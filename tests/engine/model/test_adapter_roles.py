@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlhf_engine.config import AdapterConfig, MemoryConfig, RolloutConfig
+from rlhf_engine.config import AdapterConfig, MemoryConfig, OptimConfig, RolloutConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead
 from rlhf_engine.model.adapter_files import Base
 from rlhf_engine.model.adapters import Adapters
@@ -201,6 +201,20 @@ def test_only_adapters_and_heads_are_in_the_optimizer_and_the_average(state):
     names = dict(average.model.named_parameters())
     shared = [name for name, p in trainer.policy.named_parameters() if names.get(name) is p]
     assert {name for name in before if "lora_" not in name and not name.startswith("value.")} == set(shared)
+
+
+@pytest.mark.parametrize("state", ["resident", "host"])
+def test_adapters_have_a_larger_learning_rate_than_heads(state):
+    optim = OptimConfig(lr=1e-3, schedule="linear", final_lr_share=0.5)
+    model, adapters = adapted(change=False)
+    memory = MemoryConfig(optimizer_state=state)
+    trainer = make_trainer(model=model, value_model=value_adapter(adapters), memory=memory, optim=optim, updates=1)
+    trainer.step()
+    heads = {id(p) for p in trainer.policy.value.head.parameters()}
+    for group in trainer.update_rule.optimizer.param_groups:
+        own = [id(p) in heads for p in group["params"]]
+        assert own and len(set(own)) == 1
+        assert group["lr"] == pytest.approx(5e-4 * (1 if own[0] else 10))  # at the last step
 
 
 def test_the_value_warm_up_changes_only_the_value_adapter():
