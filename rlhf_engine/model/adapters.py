@@ -197,7 +197,7 @@ class Adapters:
 
     def _inject(self, name: str, settings: AdapterConfig) -> None:
         self.places[name], self.settings_of[name] = target_layers(self.model, settings.targets), settings
-        lora = _peft().LoraConfig(
+        lora = import_peft().LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             target_modules=list(self.places[name]),
@@ -207,7 +207,7 @@ class Adapters:
         )
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            _peft().inject_adapter_in_model(lora, self.model, name)
+            import_peft().inject_adapter_in_model(lora, self.model, name)
         for tensor in self.tensors(name).values():
             tensor.lr_scale = self.settings.lr_scale  # pyright: ignore[reportAttributeAccessIssue]  # for the optimizer
         everywhere = dict.fromkeys(place for places in self.places.values() for place in places)
@@ -293,8 +293,12 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _peft() -> Any:
-    """Import peft, which only adapters need; raise ValueError if it is not installed."""
+def import_peft() -> Any:
+    """Import and return peft, which only adapters need.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:

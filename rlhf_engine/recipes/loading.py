@@ -21,7 +21,7 @@ from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_j
 from rlhf_engine.manifest import write_manifest
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.adapter_files import Base
-from rlhf_engine.model.adapters import Adapters
+from rlhf_engine.model.adapters import Adapters, import_peft
 from rlhf_engine.model.pretrained import is_adapter, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import POLICY, REFERENCE, REWARD
@@ -63,8 +63,15 @@ def load_start(config: RunConfig, *, reference: bool = False) -> tuple[PreTraine
     return _with_codec(config, lambda folder: _start(config, folder, reference=reference), strict=True)
 
 
+def check_peft(config: RunConfig) -> None:
+    """Import peft if the run has adapters, before anything is loaded; raise ValueError if it is not installed."""
+    if config.adapter.rank or is_adapter(given(config.model.path, "model.path")):
+        import_peft()
+
+
 def _start(config: RunConfig, folder: Path, *, reference: bool) -> PreTrainedModel:
     settings = config.adapter
+    check_peft(config)
     if not is_adapter(folder):
         model = load_causal_lm(folder, **placement(config))
         if settings.rank:

@@ -28,6 +28,7 @@ from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses, ea
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.loading import (
+    check_peft,
     check_records,
     check_room,
     computing,
@@ -77,6 +78,7 @@ def run_ppo(
     if config.reward.function is not None:
         function = import_function(config.reward.function, "reward.function")
     columns = _check_prompts(config, function)
+    check_peft(config)  # its modules count as memory before the run
     plan = plan_run(config)
     model, codec = load_start(config, reference=True)
     reward_model = load_reward_model(config, model) if function is None else None

@@ -273,6 +273,7 @@ def test_a_policy_is_saved_as_an_adapter_and_loads_with_the_same_bits(saved, tmp
     batch, want = policy_batch(), ("logprobs", "values")
     ours, theirs = policy(batch, want), loaded(batch, want)
     assert torch.equal(ours.logprobs, theirs.logprobs) and torch.equal(ours.values, theirs.values)
+    assert loaded.value.trunk is loaded.trunk
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), place).eval()
     torch.testing.assert_close(wrapped(input_ids=IDS).logits, policy.model(input_ids=IDS).logits, rtol=0, atol=0)
     again = copy.deepcopy(policy)
