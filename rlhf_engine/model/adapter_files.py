@@ -111,7 +111,7 @@ def write_adapter(
     folder: Path,
     settings: AdapterConfig,
     tensors: Mapping[str, torch.Tensor],
-    base: Base | None,
+    base: Base,
     *,
     fan_in_fan_out: bool,
 ) -> None:
@@ -119,7 +119,7 @@ def write_adapter(
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if base is None else base.folder,
+        "base_model_name_or_path": base.folder,
         "inference_mode": True,
         "r": settings.rank,
         "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
@@ -132,8 +132,7 @@ def write_adapter(
     (folder / ADAPTER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stored = {_PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    if base is not None:
-        write_json(folder / RECORD, {"base": base.folder, "base_fingerprint": base.fingerprint})
+    write_json(folder / RECORD, {"base": base.folder, "base_fingerprint": base.fingerprint})
 
 
 def _settings(path: Path, content: dict[str, Any]) -> AdapterConfig:

@@ -1,7 +1,7 @@
 """Low-rank adapters of several roles on one frozen model, through peft. A switch selects the active one without a copy.
 
 An adapter changes the product of a linear layer to `W x + s B A x`, where A (R, I) and B (O, R) are trained and W (O, I) is
-frozen. A and B have the dtype of W. Every role has an adapter in the same layers; at most one is active.
+frozen. A and B have the dtype of W. At most one adapter is active; adapters may differ in their ranks and layers.
 Legend: R rank, I inputs, O outputs.
 """
 
@@ -32,14 +32,19 @@ class Adapters:
 
     The model is changed: its weights are frozen, and the linear layers that `settings.targets` names become peft's layers.
 
+    `settings.lr_scale` is that of all adapters. `base` is needed to save them.
+
     Raises:
-        ValueError: peft is not installed, or the targets match no linear layer.
+        ValueError: the rank is 0, the model has adapters already, peft is not installed, or the targets match no linear layer.
     """
 
     default: str | None = None
 
     def __init__(self, model: PreTrainedModel, settings: AdapterConfig, base: Base | None = None) -> None:
-        assert settings.rank > 0 and adapters_of(model) is None
+        if settings.rank == 0:
+            raise ValueError("adapter.rank: got 0, expected at least 1")
+        if adapters_of(model) is not None:
+            raise ValueError(f"model: got a {type(model).__name__} that has adapters already; add roles to those")
         self.model, self.settings, self.base = model, settings, base
         target_layers(model, settings.targets)
         self.places: dict[str, list[str]] = {}
@@ -53,9 +58,14 @@ class Adapters:
         model.__dict__[ADAPTERS] = self
 
     @classmethod
-    def start(cls, model: PreTrainedModel, settings: AdapterConfig, seed: int, base: Base | None = None) -> Self:
-        """Add a new adapter of the policy to `model`, which is trained from here on, and return the model's adapters."""
-        adapters = cls(model, settings, base)
+    def start(
+        cls, model: PreTrainedModel, settings: AdapterConfig, seed: int, base: Base | str | Path | None = None
+    ) -> Self:
+        """Add a new adapter of the policy to `model`, which is trained from here on, and return the model's adapters.
+
+        `base` is the folder of the model, which is needed to save the adapter.
+        """
+        adapters = cls(model, settings, Base.of(base) if isinstance(base, str | Path) else base)
         adapters.add(POLICY, seed, trained=True)
         adapters.make_default(POLICY)
         return adapters
@@ -161,8 +171,14 @@ class Adapters:
         self.model.__dict__.pop("peft_config", None)
         self.model.requires_grad_(True)
 
-    def check_settings(self, settings: AdapterConfig, source: object) -> None:
-        """Raise ValueError unless the adapters have these settings; `source` is the folder that they were read from."""
+    def go_on(self, settings: AdapterConfig, source: object) -> None:
+        """Train an adapter of the policy that was read from the folder `source` with the learning rate of `settings`.
+
+        Raises:
+            ValueError: its rank, scale or targets are others than those of `settings`.
+        """
+        self.settings = replace(self.settings, lr_scale=settings.lr_scale)
+        self._scale_rate(POLICY)
         for key in ("rank", "alpha", "rslora"):
             got, expected = getattr(settings, key), getattr(self.settings_of[POLICY], key)
             if got != expected:
@@ -174,7 +190,13 @@ class Adapters:
     # ---- files ----
 
     def save(self, folder: Path, name: str) -> None:
-        """Write an adapter into an existing folder in peft's format."""
+        """Write an adapter into an existing folder in peft's format.
+
+        Raises:
+            ValueError: the folder of the model is not known.
+        """
+        if self.base is None:
+            raise ValueError("adapters: the folder of their model is not known; pass it to Adapters.start as base")
         settings = replace(self.settings_of[name], targets=self._shortest_targets(name))
         write_adapter(folder, settings, self.tensors(name), self.base, fan_in_fan_out=self._transposed(name))
 
@@ -208,10 +230,13 @@ class Adapters:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             import_peft().inject_adapter_in_model(lora, self.model, name)
-        for tensor in self.tensors(name).values():
-            tensor.lr_scale = self.settings.lr_scale  # pyright: ignore[reportAttributeAccessIssue]  # for the optimizer
+        self._scale_rate(name)
         everywhere = dict.fromkeys(place for places in self.places.values() for place in places)
         self.layers = [self.model.get_submodule(place) for place in everywhere]
+
+    def _scale_rate(self, name: str) -> None:
+        for tensor in self.tensors(name).values():
+            tensor.lr_scale = self.settings.lr_scale  # pyright: ignore[reportAttributeAccessIssue]  # for the optimizer
 
     def _initialise(self, name: str, seed: int) -> None:
         """Draw A from U(-1/sqrt(I), 1/sqrt(I)), as peft does, and set B to 0."""

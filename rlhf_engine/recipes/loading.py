@@ -83,7 +83,7 @@ def _start(config: RunConfig, folder: Path, *, reference: bool) -> PreTrainedMod
     if not settings.rank:
         adapters.merge(POLICY)
         return model
-    adapters.check_settings(settings, folder)
+    adapters.go_on(settings, folder)
     if reference:
         adapters.add(REFERENCE, adapters.tensors(POLICY), trained=False)
     return model

@@ -1,6 +1,7 @@
 """Adapters of several roles on one trunk: the switch, the reference, sampling, what is trained, and files."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_engine.config import AdapterConfig, MemoryConfig, OptimConfig, RolloutConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead
-from rlhf_engine.model.adapter_files import Base
 from rlhf_engine.model.adapters import Adapters
 from rlhf_engine.model.references import AdapterOff
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import POLICY, REFERENCE, REWARD, VALUE
 from rlhf_engine.model.saving import copy_weights, load_policy, save_policy
+from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.rollout import Generator, recompute
 from tests.engine.helpers.adapted_models import SETTINGS, adapted, moved
 from tests.engine.helpers.passes import logprobs_of
@@ -259,7 +260,7 @@ def saved(tmp_path):
     folder = tmp_path / "base"
     tiny(initializer_range=0.1).save_pretrained(folder)
     model = tiny(initializer_range=0.1)
-    adapters = Adapters.start(model, SETTINGS, 0, Base.of(folder))
+    adapters = Adapters.start(model, SETTINGS, 0, folder)
     moved(adapters)
     return folder, ActorCritic(model, value_adapter(adapters))
 
@@ -339,6 +340,24 @@ def test_targets_that_do_not_fit_are_refused(settings, message):
 def test_methods_that_are_not_supported_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(rank=2, **settings)
+
+
+def test_mistakes_in_python_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"adapter\.rank: got 0, expected at least 1"):
+        Adapters.start(tiny(), AdapterConfig(), 0)
+    model, _ = adapted()
+    with pytest.raises(ValueError, match="model: got a LlamaForCausalLM that has adapters already"):
+        Adapters.start(model, SETTINGS, 0)
+    with pytest.raises(ValueError, match="the folder of their model is not known; pass it to"):
+        save_policy(tmp_path, ActorCritic(model), None)
+
+
+def test_an_adapter_that_goes_on_has_the_learning_rate_of_the_new_run():
+    model, adapters = adapted()
+    adapters.go_on(replace(SETTINGS, lr_scale=3.0), "test")
+    adapters.add(VALUE, 0, trained=True)
+    groups = build_optimizer(model, OptimConfig(lr=1e-3)).param_groups
+    assert [group["lr"] for group in groups] == [3e-3]
 
 
 def test_an_adapter_on_a_subset_of_layers_and_on_the_head():
