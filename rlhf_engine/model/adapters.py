@@ -70,12 +70,6 @@ class Adapters:
         adapters.make_default(POLICY)
         return adapters
 
-    @classmethod
-    def of_folder(cls, folder: Path, model: PreTrainedModel) -> Self:
-        """Return adapters of `model`, none yet, with the settings of the adapter in `folder`."""
-        found = read_adapter(folder)
-        return cls(model, found.settings, found.base)
-
     # ---- roles ----
 
     @property

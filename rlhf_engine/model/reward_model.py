@@ -232,20 +232,22 @@ class RewardModel(nn.Module):
         if not (folder / _INFO_FILE).is_file() and _is_classifier(folder):
             return cls._of_classifier(folder, where)
         if is_adapter(folder):
-            base = base_folder(folder)
-            scores = (base / _INFO_FILE).is_file() or _is_classifier(base)
-            model = cls.load(base, **where).trunk if scores else load_pretrained(AutoModelForCausalLM, base, **where)
-            return cls._of_adapter(folder, model)
+            return cls._of_adapter(folder, where)
         require(folder, "config.json", _INFO_FILE, HEAD_FILE)
         trunk, info = load_pretrained(AutoModel, folder, **where), read_json(folder / _INFO_FILE)
         head = load_head(folder / HEAD_FILE, info.get("hidden_size")).to(device)
         return cls(trunk, head, info.get("skipped_id"))
 
     @classmethod
-    def _of_adapter(cls, folder: Path, model: PreTrainedModel) -> Self:
-        from rlhf_engine.model.adapters import Adapters
+    def _of_adapter(cls, folder: Path, where: dict[str, Any]) -> Self:
+        """Read an adapter with its head, and the model or the reward model to which it belongs."""
+        from rlhf_engine.model.adapters import Adapters, read_adapter
 
-        return cls.adding(Adapters.of_folder(folder, model), REWARD, folder)
+        cls._read_head(folder)  # its errors come before a model is loaded, as those of the adapter
+        found, base = read_adapter(folder), base_folder(folder)
+        scores = (base / _INFO_FILE).is_file() or _is_classifier(base)
+        model = cls.load(base, **where).trunk if scores else load_pretrained(AutoModelForCausalLM, base, **where)
+        return cls.adding(Adapters(model, found.settings, found.base), REWARD, folder)
 
     @classmethod
     def adding(cls, adapters: Adapters, name: str, folder: Path, *, trained: bool = False) -> Self:

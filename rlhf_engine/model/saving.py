@@ -65,11 +65,12 @@ def load_causal_lm(folder: Path, **where: Any) -> PreTrainedModel:
     """
     if not is_adapter(folder):
         return load_pretrained(AutoModelForCausalLM, folder, **where)
-    from rlhf_engine.model.adapters import Adapters
+    from rlhf_engine.model.adapters import Adapters, read_adapter
 
+    found = read_adapter(folder)
     model = load_pretrained(AutoModelForCausalLM, base_folder(folder), **where)
-    adapters = Adapters.of_folder(folder, model)
-    adapters.add(POLICY, adapters.read(folder).tensors, trained=True, source=folder)
+    adapters = Adapters(model, found.settings, found.base)
+    adapters.add(POLICY, found.tensors, trained=True, source=folder)
     adapters.make_default(POLICY)
     return model
 
