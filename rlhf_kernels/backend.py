@@ -7,16 +7,16 @@ name runs the call or raises. `rlhf_kernels.info` prints what `"auto"` selects f
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from . import _native
-from .launch_args import LogitRows, PpoRows, RowStats, Sequences
+from .launch_args import LogitRows, PpoRows, RowStats, Sequences, flat_fields, unflatten
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 VARLEN = "varlen"
@@ -327,8 +327,6 @@ def _why_not(op: str, backend: str, tensor: Tensor) -> str:
 
 # ---- registration ----
 
-Record = TypeVar("Record")  # a NamedTuple of an op's arguments
-
 _LIBRARY = torch.library.Library("rlhf_kernels", "FRAGMENT")
 
 
@@ -364,7 +362,7 @@ def define_record(
     """Call `define` with the flattened fields of `inputs`, the NamedTuple that `run` and `fake` receive, as arguments."""
     fields = [
         inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
-        for field, annotation in _flat_fields(inputs)
+        for field, annotation in flat_fields(inputs)
     ]
 
     def run_flat(*arguments: Any) -> Any:
@@ -376,40 +374,6 @@ def define_record(
     run_flat.__signature__ = inspect.Signature(fields, return_annotation=inspect.signature(run).return_annotation)
     schema = torch.library.infer_schema(run_flat, op_name=name, mutates_args=())
     return define(schema, run=run_flat, fake=fake_flat, **gradient)
-
-
-def flatten(record: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the fields of a NamedTuple in order, with nested NamedTuples replaced by their fields."""
-    flat: list[Any] = []
-    for value in record:
-        flat.extend(flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,))
-    return tuple(flat)
-
-
-def unflatten(record: type[Record], flat: Iterable[Any]) -> Record:
-    """Return a `record` from its flattened fields, the inverse of `flatten`."""
-    return _take(record, iter(flat))
-
-
-def _take(record: type, values: Iterator[Any]) -> Any:
-    annotations = record.__annotations__.values()
-    return record(*[_take(a, values) if _is_record(a) else next(values) for a in annotations])
-
-
-def _is_record(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, tuple)
-
-
-def _flat_fields(record: type) -> list[tuple[str, Any]]:
-    fields: list[tuple[str, Any]] = []
-    for name, annotation in record.__annotations__.items():
-        fields += _flat_fields(annotation) if _is_record(annotation) else [(name, annotation)]
-    return fields
-
-
-def names_of(record: type) -> tuple[str, ...]:
-    """Return the names of the flattened fields of a NamedTuple."""
-    return tuple(name for name, _ in _flat_fields(record))
 
 
 def refuse(ctx: Any, *gradients: Tensor) -> None:

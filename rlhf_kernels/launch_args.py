@@ -4,8 +4,9 @@ Legend: N tokens, V vocabulary, B sequences, T positions.
 """
 
 from collections import namedtuple
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -273,3 +274,43 @@ def explained_variance(metrics: dict[str, Tensor]) -> Tensor:
 
     spread = variance("returns")
     return torch.where(spread > 0, 1 - variance("residual") / spread, torch.nan)
+
+
+# ---- flattened records, the arguments of torch.library ----
+
+Record = TypeVar("Record")  # a NamedTuple of an op's arguments
+
+
+def flatten(record: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the fields of a NamedTuple in order, with nested NamedTuples replaced by their fields."""
+    flat: list[Any] = []
+    for value in record:
+        flat.extend(flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,))
+    return tuple(flat)
+
+
+def unflatten(record: type[Record], flat: Iterable[Any]) -> Record:
+    """Return a `record` from its flattened fields, the inverse of `flatten`."""
+    return _take(record, iter(flat))
+
+
+def _take(record: type, values: Iterator[Any]) -> Any:
+    annotations = record.__annotations__.values()
+    return record(*[_take(a, values) if _is_record(a) else next(values) for a in annotations])
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, tuple)
+
+
+def flat_fields(record: type) -> list[tuple[str, Any]]:
+    """Return names and annotations of the flattened fields of a NamedTuple."""
+    fields: list[tuple[str, Any]] = []
+    for name, annotation in record.__annotations__.items():
+        fields += flat_fields(annotation) if _is_record(annotation) else [(name, annotation)]
+    return fields
+
+
+def names_of(record: type) -> tuple[str, ...]:
+    """Return the names of the flattened fields of a NamedTuple."""
+    return tuple(name for name, _ in flat_fields(record))

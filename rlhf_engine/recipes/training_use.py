@@ -1,6 +1,6 @@
 """Notices about what a model was trained on, read from the config in its folder.
 
-A win rate says little if the candidate has seen the prompts, or has maximised the judge's own scores.
+A win rate is no evidence if the candidate has seen the prompts, or has maximised the judge's own scores.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _seen_prompts(candidate: Path, file: str | None, prompts: Sequence[Prompt], 
     known = sum(_digest(prompt) in seen for prompt in prompts)
     if known:
         yield (
-            f"eval: {known} of {len(prompts)} prompts are in the training file of {candidate}, so the win rate says little "
-            "about new prompts; split the file with `rlhf data clean` before training, and set eval.split=test"
+            f"eval: {known} of {len(prompts)} prompts are in the training file of {candidate}, so the win rate is no "
+            "evidence for new prompts; split the file with `rlhf data clean` before training, and set eval.split=test"
         )
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._options import PPOArguments
-from ..backend import OnePassKernels, define_record, flatten, kernels, names_of, refuse, unflatten
-from ..launch_args import METRICS, LogitRows, PPOLoss, RowStats, Transform
+from ..backend import OnePassKernels, define_record, kernels, refuse
+from ..launch_args import METRICS, LogitRows, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks
 from .objective import ObjectiveTerms, as_loss
 from .token_logprobs import as_rows, overwritable

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from .._options import PPOOptions
-from ..backend import Kernels, define_record, flatten, kernels, names_of, refuse, resolve, unflatten
-from ..launch_args import METRICS, PPOLoss, RowStats, Transform
+from ..backend import Kernels, define_record, kernels, refuse, resolve
+from ..launch_args import METRICS, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
 from .head import Head, HeadRows, Plan, given_pass, head_stats, ppo_pass
 from .linear_token_logprobs import check_head, gradient_dtype, under_autocast

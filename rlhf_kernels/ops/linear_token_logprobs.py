@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..backend import define_record, flatten, kernels, names_of, refuse, resolve, unflatten
-from ..launch_args import RowStats, TokenLogprobs, Transform
+from ..backend import define_record, kernels, refuse, resolve
+from ..launch_args import RowStats, TokenLogprobs, Transform, flatten, names_of, unflatten
 from . import checks
 from .head import Head, HeadRows, Plan, given_pass, head_stats
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._options import PPOArguments, PPOOptions
-from ..backend import define_record, flatten, kernels, names_of, refuse, resolve
-from ..launch_args import METRICS, PPOLoss
+from ..backend import define_record, kernels, refuse, resolve
+from ..launch_args import METRICS, PPOLoss, flatten, names_of
 from . import checks, objective
 from .objective import ObjectiveTerms, as_loss
 

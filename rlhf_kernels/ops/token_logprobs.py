@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
-from ..backend import define_record, flatten, kernels, names_of, refuse, resolve, unflatten
-from ..launch_args import LogitRows, RowStats, TokenLogprobs, Transform
+from ..backend import define_record, kernels, refuse, resolve
+from ..launch_args import LogitRows, RowStats, TokenLogprobs, Transform, flatten, names_of, unflatten
 from . import checks
 
 

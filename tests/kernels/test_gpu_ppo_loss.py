@@ -8,8 +8,8 @@ import torch
 from rlhf_kernels import METRICS, _native, ppo_loss, reference
 from rlhf_kernels._options import PPOArguments
 from rlhf_kernels._triton.ppo_loss import _add_up
-from rlhf_kernels.backend import flatten, kernels
-from rlhf_kernels.launch_args import Sequences
+from rlhf_kernels.backend import kernels
+from rlhf_kernels.launch_args import Sequences, flatten
 from rlhf_kernels.ops.objective import ObjectiveTerms
 from rlhf_kernels.ops.ppo_loss import Inputs
 

@@ -6,8 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_kernels import METRICS, has_products, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
 from rlhf_kernels._options import PPOArguments
-from rlhf_kernels.backend import flatten
-from rlhf_kernels.launch_args import Transform
+from rlhf_kernels.launch_args import Transform, flatten
 from rlhf_kernels.ops import head
 from rlhf_kernels.ops.linear_ppo_loss import Inputs, Leaves
 from rlhf_kernels.ops.objective import ObjectiveTerms

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_kernels import METRICS, PPOOptions, explained_variance, ppo_loss, reference
 from rlhf_kernels._options import PPOArguments
-from rlhf_kernels.backend import flatten
+from rlhf_kernels.launch_args import flatten
 from rlhf_kernels.ops.objective import ObjectiveTerms
 from rlhf_kernels.ops.ppo_loss import Inputs
 from rlhf_kernels.reference.ppo_loss import _surrogate as surrogate_of_the_definition

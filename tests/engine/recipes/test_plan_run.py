@@ -61,8 +61,8 @@ def test_ppo_follows_its_plan(tmp_path, capsys, monkeypatch):
     assert runs[0] == runs[1]
 
     # A budget without room for one sequence is refused before anything is read or written.
-    code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=100KB")
-    assert code == 2 and err.startswith("rlhf: memory.budget: got 100000 bytes, which is")
+    code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=1MB")
+    assert code == 2 and err.startswith("rlhf: memory.budget: got 1000000 bytes, which is")
     assert (
         "no room for the keys and values of one sequence of 14 tokens" in err
         and "no strategy that was tried fits" in err
