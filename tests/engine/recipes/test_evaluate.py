@@ -158,7 +158,7 @@ def test_judgements_of_other_prompts_are_not_those_of_today(run, models, capsys)
     assert evaluate(capsys, run, models, "file")[0] == 0
     before = (folder / "pairs.jsonl").read_bytes()
     with (run / "prompts.jsonl").open("a") as file:
-        file.write(json.dumps({"prompt": "a new one", "user_id": "u9", "split": "test"}) + "\n")
+        file.write(json.dumps({"prompt": "qx", "user_id": "u9", "split": "test"}) + "\n")
     code, _, shown = evaluate(capsys, run, models, "file")
     assert code == 2 and f"{folder}: its answers are of other weights or prompts than those of today" in shown
     assert (folder / "pairs.jsonl").read_bytes() == before
