@@ -30,7 +30,7 @@ def test_a_size_may_be_a_number_of_bytes(tmp_path):
     assert load_config(tmp_path / "run.yaml").memory.budget == "900000000"
     with pytest.raises(ValueError, match=r"memory\.budget: got True \(bool\), expected a text or a whole number"):
         load_config(None, ["memory.budget=true"])
-    with pytest.raises(ValueError, match=r"memory: budget: got '0', expected more than 0 bytes"):
+    with pytest.raises(ValueError, match=r"memory: budget: got '0', which is 0 bytes, expected at least a megabyte"):
         load_config(None, ["memory.budget=0"])
 
 
@@ -56,7 +56,7 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("ppo: {kl_coeff: 0.1}", ["run.yaml", "'ppo.kl_coeff'", "'kl_coef'"]),
+        ("ppo: {kl_coeff: 0.1}", ["run.yaml", "'ppo.kl_coeff'", "'ppo.kl_coef'"]),
         ("ppoo: {}", ["'ppoo'", "'ppo'"]),
         ("ppo: {kl_coef: high}", ["ppo.kl_coef", "'high' (str)", "float"]),
         ("ppo: {kl_coef: true}", ["ppo.kl_coef", "True (bool)", "float"]),

@@ -62,7 +62,7 @@ def test_ppo_follows_its_plan(tmp_path, capsys, monkeypatch):
 
     # A budget without room for one sequence is refused before anything is read or written.
     code, _, err = ppo(capsys, tmp_path, "refused", *BATCH, "memory.budget=1MB")
-    assert code == 2 and err.startswith("rlhf: memory.budget: got 1000000 bytes, which is")
+    assert code == 2 and err.startswith("rlhf: memory.budget: got 1.0 MiB, which is")
     assert (
         "no room for the keys and values of one sequence of 14 tokens" in err
         and "no strategy that was tried fits" in err
@@ -176,6 +176,7 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert code == 0 and err.count("--gpu-memory 80") == 1 and "--gpu-memory 80 GB is 74.51 GiB" in err
     code, out, _ = rlhf(capsys, "plan", "--model", "qwen2.5-72b", "--gpu-memory", "40GiB", "--planned")
     assert code == 0 and re.search(r"does not fit, [\d.]+ GiB too much; not even one sequence", out)
+    assert "KV pool" not in out and "micro-batch 0" not in out
     assert re.search(
         r"no strategy that was tried fits.*\nnor with parts that are NOT BUILT YET; the smallest peak is .* LoRA", out
     )
