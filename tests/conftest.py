@@ -3,7 +3,6 @@
 import os
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,11 +42,5 @@ def no_user_code_of_earlier_tests():
     """
     yield
     user_code = sys.modules.get("rlhf_engine.rewards.user_code")
-    if user_code is None:
-        return
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file is not None and Path(file).parent in user_code._ADDED:
-            del sys.modules[name]
-    sys.path[:] = [entry for entry in sys.path if Path(entry) not in user_code._ADDED]
-    user_code._ADDED.clear()
+    if user_code is not None:
+        user_code.forget()

@@ -127,6 +127,19 @@ _ADDED: list[Path] = []
 """Folders of user code on Python's path."""
 
 
+def forget() -> None:
+    """Remove the folders of user code from Python's path, and the modules that were imported from them.
+
+    A process of the command imports the code of one run; call this before the code of an unrelated one.
+    """
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).parent in _ADDED:
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry) not in _ADDED]
+    _ADDED.clear()
+
+
 def _add_to_path(folder: Path, key: str, loaded: Path | None = None) -> None:
     """Put a folder at the beginning of Python's path, as Python does for a script, so that its files can import each other.
 

@@ -1,5 +1,7 @@
 """A user's functions: import by name, and errors of one line."""
 
+import sys
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from rlhf_engine.evaluate import load_judge
 from rlhf_engine.rewards.calls import ask
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import ScoreScale, score_answers
-from rlhf_engine.rewards.user_code import import_function
+from rlhf_engine.rewards.user_code import forget, import_function
 from tests.engine.helpers.cli_run import new_model, new_run, rlhf
 from tests.engine.helpers.tiny_trainer import SETTINGS, make_trainer
 
@@ -157,3 +159,14 @@ def test_two_files_with_the_same_name_are_two_modules(tmp_path):
         functions.append(import_function(f"{tmp_path / folder / 'rewards.py'}:name", "reward.function"))
     (one, first), (two, second) = (function() for function in functions)
     assert (one, two) == ("a", "b") and first != second
+
+
+def test_forgotten_code_is_imported_again(tmp_path):
+    """The file imports a module of its folder, which Python would not read twice."""
+    (tmp_path / "mine_reward.py").write_text("from mine_helper import number\n\ndef score():\n    return number\n")
+    for number in (1, 22):
+        (tmp_path / "mine_helper.py").write_text(f"number = {number}\n")
+        assert import_function(f"{tmp_path / 'mine_reward.py'}:score", "reward.function")() == number
+        assert str(tmp_path) in sys.path and "mine_helper" in sys.modules
+        forget()
+        assert str(tmp_path) not in sys.path and "mine_helper" not in sys.modules
