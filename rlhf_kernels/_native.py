@@ -42,7 +42,10 @@ def why_missing() -> str:
     """Return why the extension is not available, and how to build it."""
     root = Path(__file__).parents[1]
     if (root / "setup.py").is_file():
-        advice = f"Python imports the sources in {root}, where it is not built; run `pip install -e {root}`, or start elsewhere"
+        advice = (
+            f"Python imports the sources in {root}, where it is not built; run `pip install -e {root}`, or start Python in a "
+            "different folder"
+        )
     else:
         advice = "install the package again"
     return f"the extension rlhf_kernels._C does not load ({_error}): {advice}"

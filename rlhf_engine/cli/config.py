@@ -38,9 +38,12 @@ def show(
     names = section.split(".") if section else []
     for depth, name in enumerate(names):
         last = depth + 1 == len(names)
+        path = ".".join(names[: depth + 1])
+        if not last and not isinstance(vars(shown).get(name, shown), Section):
+            raise ValueError(f"{path} is a setting, not a section; show it as {path}")
         known = [key for key, value in vars(shown).items() if last or isinstance(value, Section)]
         if name not in known:
-            raise ValueError(unknown_key_message(".".join(names[: depth + 1]), name, known))
+            raise ValueError(unknown_key_message(path, name, known))
         if not isinstance(getattr(shown, name), Section):
             typer.echo(describe(shown, defaults, only=name), nl=False)
             return

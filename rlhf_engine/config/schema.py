@@ -80,7 +80,7 @@ class Section:
         absent.
 
         Raises:
-            ValueError: an unknown key (the message names the nearest known one), a wrong type or a value out of range.
+            ValueError: an unknown key (the message names a similar one), a wrong type or a value out of range.
         """
         if not isinstance(given, dict):
             raise ValueError(f"{key or 'config'}: got {_describe(given)}, expected a mapping of keys to values")
@@ -131,11 +131,12 @@ class UnknownKeyError(ValueError):
 
 
 def unknown_key_message(path: str, name: str, known: list[str]) -> str:
-    """Return the message for the unknown key `name` at the dotted `path`, with the nearest of `known`."""
+    """Return the message for the unknown key `name` at the dotted `path`, with the nearest of `known` if one is similar."""
     # The comparison is quadratic in the length, and a name of that length resembles no key.
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0) if len(name) < 100 else []
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if len(name) < 100 else []
     section, dot, _ = path.rpartition(".")
-    hint = f"; did you mean '{section}{dot}{near[0]}'?" if near else ""
+    lists = f"; `rlhf config show{' ' * bool(section)}{section}` lists the keys"
+    hint = f"; did you mean '{section}{dot}{near[0]}'?" if near else lists
     return f"unknown key {shortened(repr(path), 200)}{hint}"
 
 

@@ -123,8 +123,8 @@ class HygieneReport:
             left = step.seen - step.dropped
             lines.append(f"{step.name:14}{step.seen:12,}{step.dropped:12,}{step.changed:12,}{left:12,}")
         counts = self.to_dict()
-        for title in ("splits", "pii"):
-            lines.append(f"{title}: " + (", ".join(f"{name} {n:,}" for name, n in counts[title].items()) or "none"))
+        for name, title in (("splits", "splits"), ("pii", "personal information found")):
+            lines.append(f"{title}: " + (", ".join(f"{kind} {n:,}" for kind, n in counts[name].items()) or "none"))
         return "\n".join([*lines, *self.bad_examples, *(f"warning: {warning}" for warning in self.warnings)])
 
 

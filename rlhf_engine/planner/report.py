@@ -50,7 +50,7 @@ def workload_words(w: Workload) -> str:
 
 
 def verdict(plan: MemoryPlan) -> str:
-    """Return whether the plan fits, by how many bytes, its KV pool, and the largest micro-batch that would fit."""
+    """Return whether the plan fits and by how many bytes; if a sequence fits, its KV pool and the largest micro-batch."""
     w, phase = plan.workload, plan.phases[plan.largest]
     peak = f"peak {size(plan.peak)} ({plan.largest}, {phase.moment})"
     if w.budget is None:
@@ -58,14 +58,12 @@ def verdict(plan: MemoryPlan) -> str:
     words = f"{peak} of {size(w.budget)}: "
     if plan.slots == 0:
         excess = f", {size(plan.missing)} too much" if plan.missing else ""
-        words += f"does not fit{excess}; not even one sequence fits next to what persists"
-    elif plan.fits:
+        return f"{words}does not fit{excess}; not even one sequence fits next to what persists"
+    if plan.fits:
         words += f"fits, {size(w.budget - plan.peak)} to spare"
     else:
         words += f"does not fit, {size(plan.missing)} too much"
-    pool = "no KV pool"
-    if plan.slots:
-        pool = f"KV pool of {size(plan.kv_bytes)} for {plan.slots} of {w.slots} sequences of at most {w.length} tokens"
+    pool = f"KV pool of {size(plan.kv_bytes)} for {plan.slots} of {w.slots} sequences of at most {w.length} tokens"
     return f"{words}\n{pool}; largest micro-batch {plan.largest_microbatch()} of {w.minibatch} sequences"
 
 

@@ -171,7 +171,7 @@ def test_a_missing_extension_is_reported_once_with_what_to_do(monkeypatch, tmp_p
     text = str(found[0].message)
     assert (
         len(found) == 1
-        and (f"pip install -e {tmp_path}" in text) == clone
+        and (f"run `pip install -e {tmp_path}`, or start Python in a different folder" in text) == clone
         and ("install the package again" in text) != clone
     )
     with warnings.catch_warnings(record=True) as later:

@@ -86,4 +86,17 @@ def test_one_setting_is_shown_with_its_description(capsys, tmp_path):
     assert yaml.safe_load(show(capsys, "ppo.optim.lr")[1]) == {"lr": 9e-6}
     assert yaml.safe_load(show(capsys, "seed")[1]) == {"seed": 0}
     code, _, message = show(capsys, "ppo.kl_coeff")
-    assert code == 2 and "ppo.kl_coef" in message
+    assert code == 2 and message == "rlhf: unknown key 'ppo.kl_coeff'; did you mean 'ppo.kl_coef'?\n"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("ppo.kl_coef.x", "ppo.kl_coef is a setting, not a section; show it as ppo.kl_coef"),
+        ("ppo.zzz", "unknown key 'ppo.zzz'; `rlhf config show ppo` lists the keys"),
+        ("zzz.x", "unknown key 'zzz'; `rlhf config show` lists the keys"),
+    ],
+)
+def test_the_error_for_a_name_that_cannot_be_shown_says_what_to_do(capsys, name, message):
+    code, _, shown = show(capsys, name)
+    assert code == 2 and shown == f"rlhf: {message}\n"

@@ -376,6 +376,7 @@ def test_s19_the_command_cleans_prompts(tmp_path, capsys):
     options = ["--config", config, "--set", "rollout.max_prompt_tokens=6", "--tokenizer", tmp_path / "tokenizer"]
     assert run("--in", source, "--out", tmp_path / "clean", *options) == 0
     table = capsys.readouterr().out
+    assert "\npersonal information found: none\n" in table
     assert re.search(r"deduplicate +4 +1 +0 +3\n", table) and re.search(r"truncate +3 +0 +1 +3\n", table)
     assert [record.prompt for record in read_prompts(tmp_path / "clean" / "prompts.jsonl")] == ["a", "b", "vwxyz"]
     assert json.loads((tmp_path / "clean" / "report.json").read_text())["settings"]["user_limit"] == 9
