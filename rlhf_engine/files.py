@@ -128,10 +128,17 @@ class Disk:
 disk = Disk()
 
 
+_HUB = "; names of the Hub are not downloaded: save the model and its tokenizer to a folder with save_pretrained"
+"""Advice for a model's folder that does not exist."""
+
+
 def require(folder: Path, *names: str) -> None:
     """Raise ValueError with the first file that is missing in `folder`, and how to get it if a different format is there."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        # The name of a model on the Hub has one or two parts.
+        named = not folder.exists() and not folder.is_absolute() and len(folder.parts) <= 2
+        advice = _HUB if named and not {"config.json", "tokenizer_config.json"}.isdisjoint(names) else ""
+        raise ValueError(f"{folder}: no such folder{advice}")
     for name in names:
         if not (folder / name).is_file():
             others = _OTHER_FORMATS.items() if name in ("config.json", "model.safetensors") else ()

@@ -66,7 +66,8 @@ class ChatTemplate:
         """
         if not self.source:
             raise ValueError(
-                "messages: the tokenizer has no chat template; set one, or give a prompt instead of messages"
+                "messages: the tokenizer has no chat template; set one and save the tokenizer (tokenizer.chat_template = ...; "
+                "tokenizer.save_pretrained(folder)), or give text prompts instead of messages"
             )
         arguments: dict[str, Any] = dict(self.arguments)
         if self.reads(READS_DATE):

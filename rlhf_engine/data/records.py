@@ -162,6 +162,20 @@ _SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "
 """Roles of a chat template for the speakers in ShareGPT's format; other speakers keep their name."""
 
 
+def _message(item: object, name: str) -> Message:
+    """Return the message of an object with role and content; `name` is its place in errors."""
+    if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+        raise ValueError(f"{name}: got {item!r}, expected an object with role and content")
+    further = next((key for key in item if key not in ("role", "content")), None)
+    if further is not None:
+        raise ValueError(f"{name}: has the further field {further!r}; remove it")
+    _check_text(f"{name}.role", item["role"])
+    if item["role"] == "system" and isinstance(item["content"], str) and not item["content"].strip():
+        raise ValueError(f"{name}.content: got an empty string, expected some text; remove the message")
+    _check_text(f"{name}.content", item["content"])
+    return Message(**item)
+
+
 def parse_messages(given: object, column: str = "messages") -> tuple[Message, ...]:
     """Parse a list such as `[{"role": "user", "content": "Hi"}]`, or ShareGPT's `[{"from": "human", "value": "Hi"}]`.
 
@@ -177,11 +191,7 @@ def parse_messages(given: object, column: str = "messages") -> tuple[Message, ..
         item = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
         if isinstance(item, dict) and set(item) == {"from", "value"} and isinstance(item["from"], str):
             item = {"role": _SHAREGPT_ROLES.get(item["from"], item["from"]), "content": item["value"]}
-        if not isinstance(item, dict) or set(item) != {"role", "content"}:
-            raise ValueError(f"{name}: got {item!r}, expected an object with role and content")
-        for key in ("role", "content"):
-            _check_text(f"{name}.{key}", item[key])
-        messages.append(Message(**item))
+        messages.append(_message(item, name))
     return tuple(messages)
 
 
@@ -224,6 +234,10 @@ def parse_ranking(ranking: object, count: int) -> tuple[float, ...]:
         return tuple(ranking)
     if not isinstance(ranking, str):
         raise ValueError(f"ranking: got {ranking!r}, expected a string such as 'D > C > A = B' or a list of numbers")
+    if count > len(string.ascii_uppercase):
+        raise ValueError(
+            f"ranking: letters name at most {len(string.ascii_uppercase)} completions; give a list of ranks"
+        )
     letters = tuple(string.ascii_uppercase[:count])
     ranks: dict[str, float] = {}
     for rank, group in enumerate(ranking.split(">")):

@@ -7,6 +7,7 @@ are not kept, so that memory does not grow with the data.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+        rows = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        for index, (number, line) in enumerate(rows):
+            if index == 0 and line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+                yield number, ValueError("the file is one JSON array; write one object per line")
+            else:
                 yield number, _parse(line)
 
 
@@ -45,7 +49,9 @@ def _parse(line: bytes) -> Any:
     except ValueError as error:  # also for bytes that are not UTF-8 and integers with too many digits
         if line.startswith(_GZIP):
             return ValueError("the file is compressed with gzip; decompress it to text with one JSON object per line")
-        return ValueError(f"not valid JSON: {error}; expected one object per line")
+        # The parser's own line and column are those within the line.
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        return ValueError(f"not valid JSON: {reason}; expected one object per line")
     except RecursionError:
         return ValueError("not valid JSON: nested too deeply")
 

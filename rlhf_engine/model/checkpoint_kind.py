@@ -55,7 +55,8 @@ def check_language_model(
     """
     loaded, stored = type(model).__name__, [str(name) for name in config.architectures or ()]
     if stored and loaded not in stored and not any(map(_predicts_tokens, stored)):
-        advice = "; set a reward model as reward.path or eval.judge" if "Sequence" in stored[0] else ""
+        scores = "Sequence" in stored[0] or (folder / "reward_model.json").is_file()
+        advice = "; set a reward model as reward.path or eval.judge" if scores else ""
         raise ValueError(
             f"{folder}: got a {stored[0]} (architectures in its config.json), expected a causal language model, such as "
             f"{loaded}{advice}"

@@ -233,7 +233,13 @@ class RewardModel(nn.Module):
             return cls._of_classifier(folder, where)
         if is_adapter(folder):
             return cls._of_adapter(folder, where)
-        require(folder, "config.json", _INFO_FILE, HEAD_FILE)
+        require(folder, "config.json")
+        if not (folder / _INFO_FILE).is_file():
+            raise ValueError(
+                f"{folder} is not a reward model (it has no {_INFO_FILE}); give the folder that rlhf rm wrote, or a sequence "
+                "classifier with one label"
+            )
+        require(folder, HEAD_FILE)
         trunk, info = load_pretrained(AutoModel, folder, **where), read_json(folder / _INFO_FILE)
         head = load_head(folder / HEAD_FILE, info.get("hidden_size")).to(device)
         return cls(trunk, head, info.get("skipped_id"))

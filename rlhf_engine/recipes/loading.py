@@ -34,6 +34,16 @@ from rlhf_engine.plots import PANELS, plot_stage
 REPORT = "report.json"
 """File in the folder of every finished model of `rlhf sft` and `rlhf rm`."""
 
+_WANTED = {
+    "model.path": "the folder of a causal LM",
+    "reward.path": "the folder of a reward model (rlhf rm writes one), or set reward.function and ppo.value_init=zero",
+    "data.demonstrations": "a file of demonstrations",
+    "data.comparisons": "a file of comparisons",
+    "data.prompts": "a file of prompts",
+    "data.pretrain": "a file of pretraining text",
+}
+"""What to give for a setting that a stage needs."""
+
 _TEMPLATE_DATE = "chat_template.json"
 """File in `output_dir` with the date that chat templates see."""
 
@@ -297,9 +307,11 @@ def truncated(codec: Codec) -> dict[str, int]:
 
 
 def given(value: str | None, key: str) -> str:
-    """Return the path `value` of the setting `key`; raise ValueError if it is not set."""
+    """Return the path `value` of the setting `key`; raise ValueError if it is not set, or if a data file does not exist."""
     if value is None:
-        raise ValueError(f"{key} is not set; give a path")
+        raise ValueError(f"{key} is not set; give {_WANTED[key]}")
+    if key.startswith("data.") and not (Path(value).is_file() or Path(value).is_dir()):
+        raise ValueError(f"{key}: {value}: no such file")
     return value
 
 

@@ -50,8 +50,7 @@ def check_rounds(config: RunConfig) -> None:
 def _check_given(config: RunConfig) -> None:
     if config.model.path is None:
         raise ValueError("model.path is not set; give the folder of the SFT model")
-    if config.data.prompts is None:
-        raise ValueError("data.prompts is not set; give a path")
+    given(config.data.prompts, "data.prompts")
     if config.iterate.judge is None:
         raise ValueError(f"iterate.judge is not set; give a judge, or {BY_HAND!r} to rank by hand")
     if config.eval.judge in (None, BY_HAND):

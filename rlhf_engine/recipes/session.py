@@ -347,7 +347,7 @@ def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrit
             raise ValueError(f"{folder}: {kind} is there; continue it with --resume, or replace it with --overwrite")
         foreign = foreign_files(folder) if overwrite else []
         if foreign:
-            raise ValueError(f"{foreign[0]}: is no file of the run in {folder} and would be deleted; move it away")
+            raise ValueError(f"{foreign[0]}: was not written by the run, and --overwrite would delete it; move it away")
 
 
 class Start(TypedDict):

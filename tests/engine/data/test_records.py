@@ -1,6 +1,7 @@
 """Records and files: valid and invalid lines, error messages, and the layout of batches."""
 
 import gzip
+import json
 from dataclasses import replace
 from random import Random
 
@@ -22,6 +23,7 @@ from rlhf_engine.data import (
     read_prompts,
     train_tokenizer,
 )
+from rlhf_engine.data.records import parse_messages
 
 
 def write(tmp_path, *lines):
@@ -107,7 +109,7 @@ def test_records_have_their_line_number(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"prompt": "p"', r"records\.jsonl:2: not valid JSON"),
+        ('{"prompt": "p"', r"records\.jsonl:2: not valid JSON: Expecting ',' delimiter; expected one object per line$"),
         ('["p", "r"]', r"records\.jsonl:2: got list, expected an object with prompt, response"),
         ('{"prompt": "p"}', r"records\.jsonl:2: no field 'response'"),
         ('{"prompt": "p", "response": 3}', r"records\.jsonl:2: response: got 3 \(int\), expected a string"),
@@ -137,6 +139,43 @@ def test_a_compressed_file_is_an_error(tmp_path):
     path.write_bytes(gzip.compress(b'{"prompt": "p", "response": "r"}\n'))
     with pytest.raises(ValueError, match=r"records\.jsonl:1: the file is compressed with gzip"):
         list(read_demonstrations(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"prompt": "p", "response": "r"}]',
+        '\n\ufeff [\n{"prompt": "p", "response": "r"},\n{"prompt": "p", "response": "r"}\n]',
+    ],
+)
+def test_a_file_with_one_json_array_is_an_error(tmp_path, text):
+    with pytest.raises(ValueError, match=r"jsonl:[12]: the file is one JSON array; write one object per line$"):
+        list(read_demonstrations(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ({"role": "user", "content": "a", "name": "bob"}, r"messages\[0\]: has the further field 'name'; remove it$"),
+        ({"role": "system", "content": ""}, r"messages\[0\]\.content: .*, expected some text; remove the message$"),
+        ({"role": "user", "content": " "}, r"messages\[0\]\.content: got an empty string, expected some text$"),
+        ({"role": "user"}, r"messages\[0\]: got {'role': 'user'}, expected an object with role and content$"),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}]}, r"\.content: got .*, expected a string$"),
+    ],
+)
+def test_the_error_for_an_invalid_message_says_what_to_do(message, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse_messages([message, {"role": "user", "content": "b"}])
+
+
+def test_s3_letters_rank_at_most_26_completions(tmp_path):
+    fields = {"prompt": "p", "completions": [str(index) for index in range(27)]}
+    ranking = " > ".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    path = write(tmp_path, json.dumps({**fields, "ranking": ranking}))
+    with pytest.raises(ValueError, match=r":1: ranking: letters name at most 26 completions; give a list of ranks$"):
+        list(read_comparisons(path))
+    [record] = read_comparisons(write(tmp_path, json.dumps({**fields, "ranking": list(range(27))})))
+    assert record.ranks == tuple(range(27))
 
 
 @pytest.mark.parametrize("completions", ["[]", '["a"]'])

@@ -152,7 +152,7 @@ def test_s19_the_error_for_an_invalid_prompt_names_the_line(tmp_path, row, messa
 
 def test_s19_the_error_for_deep_nesting_names_the_line(tmp_path):
     path = tmp_path / "data"
-    path.write_text("[" * 200_000 + "]" * 200_000)
+    path.write_text('{"prompt": ' * 200_000 + "0" + "}" * 200_000)
     with pytest.raises(ValueError, match="data:1: not valid JSON: nested too deeply"):
         list(read_prompts(path))
 
@@ -214,7 +214,9 @@ def test_s19_messages_use_the_chat_template(codec):
 
 def test_s19_messages_need_a_chat_template_that_accepts_them(codec):
     tokenizer = train_tokenizer(["a"], 280)
-    with pytest.raises(ValueError, match="messages: the tokenizer has no chat template"):
+    with pytest.raises(
+        ValueError, match=r"no chat template; set one and save the tokenizer \(tokenizer.chat_template = "
+    ):
         replace(codec, tokenizer=tokenizer).encode_prompt(TALK)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="chat template rejects them: roles must alternate"):

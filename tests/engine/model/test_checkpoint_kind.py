@@ -60,9 +60,24 @@ def test_files_and_weights_of_quantised_models_are_noticed_without_a_config(tmp_
 def test_a_model_of_a_different_kind_is_refused(tmp_path):
     RewardModel.from_causal_lm(tiny("llama_tied"), 0).save(tmp_path / "rm")
     with pytest.raises(
-        ValueError, match=r"rm: got a LlamaModel \(architectures in its config.json\), expected a causal language"
+        ValueError,
+        match=r"rm: got a LlamaModel \(architectures in its config.json\), expected a causal language model, such as "
+        r"LlamaForCausalLM; set a reward model as reward.path or eval.judge$",
     ):
         causal(tmp_path / "rm")
+    (tmp_path / "rm" / "reward_model.json").unlink()
+    with pytest.raises(ValueError, match=r"such as LlamaForCausalLM$"):
+        causal(tmp_path / "rm")
+
+
+def test_a_causal_lm_is_no_reward_model(tmp_path):
+    tiny("llama_tied").save_pretrained(tmp_path / "sft")
+    with pytest.raises(
+        ValueError,
+        match=r"sft is not a reward model \(it has no reward_model.json\); give the folder that rlhf rm wrote, or a sequence "
+        "classifier with one label$",
+    ):
+        RewardModel.load(tmp_path / "sft")
 
 
 @pytest.mark.parametrize("head", ["score.weight", "v_head.summary.weight", "classifier.dense.weight"])

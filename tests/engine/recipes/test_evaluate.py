@@ -224,7 +224,7 @@ def test_s20_after_a_judge_has_failed_the_same_answers_are_judged_again(run, mod
         ("eval.split=validation", "data.prompts: got no prompts of split validation"),
         ("eval.text=nowhere", "eval.text: nowhere: no such file"),
         ("eval.candidate_prefix=nowhere", "eval.candidate_prefix: nowhere: "),
-        ("data.prompts=null", "data.prompts is not set; give a path"),
+        ("data.prompts=null", "data.prompts is not set; give a file of prompts"),
         ("rollout.max_prompt_tokens=1", "prompts.jsonl:7: prompt: got"),
     ],
 )

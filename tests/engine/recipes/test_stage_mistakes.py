@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 
 from tests.engine.helpers.cli_run import new_model, new_run, rlhf
 
+HUB = "names of the Hub are not downloaded: save the model and its tokenizer to a folder with save_pretrained"
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -33,15 +35,24 @@ def test_resuming_before_the_first_checkpoint_begins_from_the_start(run, capsys)
 @pytest.mark.parametrize(
     "command, overrides, message",
     [
-        ("sft", ["data.demonstrations=null"], "data.demonstrations is not set; give a path"),
-        ("sft", ["data.demonstrations=nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        ("sft", ["model.path=nowhere"], "model.path: nowhere: no such folder"),
+        ("sft", ["data.demonstrations=null"], "data.demonstrations is not set; give a file of demonstrations"),
+        ("sft", ["data.demonstrations=nowhere.jsonl"], "rlhf: data.demonstrations: nowhere.jsonl: no such file"),
+        ("rm", ["data.comparisons=nowhere.jsonl"], "rlhf: data.comparisons: nowhere.jsonl: no such file"),
+        (
+            "ppo",
+            ["reward.path=nowhere", "data.prompts=nowhere.jsonl"],
+            "rlhf: data.prompts: nowhere.jsonl: no such file",
+        ),
+        ("sft", ["model.path=null"], "model.path is not set; give the folder of a causal LM"),
+        ("sft", ["model.path=nowhere"], f"model.path: nowhere: no such folder; {HUB}\n"),
+        ("sft", ["model.path=no/where"], f"model.path: no/where: no such folder; {HUB}\n"),
+        ("sft", ["model.path=/no/where"], "model.path: /no/where: no such folder\n"),
         ("sft", ["sft.epoch=3"], "unknown key 'sft.epoch'; did you mean 'sft.epochs'?"),
         ("sft", ["data.max_response_tokens=2"], "demonstrations.jsonl:3: response: got"),
         ("rm", ["rollout.max_prompt_tokens=1"], "demonstrations.jsonl:1: prompt: got"),
         ("sft", ["device=foo"], "rlhf: device: got 'foo', which torch cannot use here: "),
         ("sft", ["device=meta"], "rlhf: device: got 'meta', which torch cannot use here: "),
-        ("ppo", [], "reward.path is not set; give a path"),
+        ("ppo", [], "reward.path is not set; give the folder of a reward model (rlhf rm writes one), or "),
         ("ppo", ["reward.path=nowhere"], "reward.path: nowhere: no such folder"),
         ("ppo", ["ppo.minibatch=3"], "minibatch: got 3, expected a divisor of rollout_batch 4"),
     ],

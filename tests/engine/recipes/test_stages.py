@@ -137,7 +137,7 @@ def test_s9_ptx_runs_from_a_text_file(run, capsys):
     options = [f"reward.path={run / 'out' / 'rm'}", "ppo.ptx_coef=27.8", "ppo.ptx_ratio=2"]
     arguments = ["--config", run / "run.yaml", *(part for option in options for part in ("--set", option))]
     code, _, shown = rlhf(capsys, "ppo", *arguments)
-    assert code == 2 and "data.pretrain is not set; give a path" in shown
+    assert code == 2 and "data.pretrain is not set; give a file of pretraining text" in shown
     (run / "text.txt").write_text("I do not know")
     arguments += ["--set", f"data.pretrain={run / 'text.txt'}"]
     code, _, shown = rlhf(capsys, "ppo", *arguments)

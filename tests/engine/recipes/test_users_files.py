@@ -19,7 +19,8 @@ def test_overwriting_a_result_with_a_users_file_is_refused(run, capsys):
     card = run / "out" / "sft" / "README.md"
     card.write_text("my model card")
     code, _, shown = rlhf(capsys, "sft", "--config", run / "run.yaml", "--overwrite")
-    assert code == 2 and f"{card}: is no file of the run in {card.parent} and would be deleted; move it away" in shown
+    message = f"{card}: was not written by the run, and --overwrite would delete it; move it away"
+    assert code == 2 and message in shown
     assert card.read_text() == "my model card" and (card.parent / "report.json").is_file()
     card.unlink()
     assert rlhf(capsys, "sft", "--config", run / "run.yaml", "--overwrite")[0] == 0
@@ -42,7 +43,7 @@ def test_a_checkpoint_keeps_the_files_that_a_user_put_there(run, capsys):
         not in json.loads((run / "out" / "ppo" / "manifest.json").read_text())["files"]
     )
     code, _, shown = rlhf(capsys, "ppo", "--config", run / "run.yaml", "--overwrite", sets=sets)
-    assert code == 2 and f"{notes}: is no file of the run" in shown and notes.exists()
+    assert code == 2 and f"{notes}: was not written by the run" in shown and notes.exists()
 
 
 @pytest.mark.parametrize("command", ["generate", "clean"])
