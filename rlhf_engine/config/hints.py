@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def _optim(name: str) -> tuple[str, ...]:
@@ -138,29 +138,25 @@ def hint(path: str, keys: Sequence[str]) -> str:
 def suggestions(path: str, keys: Sequence[str]) -> list[str]:
     """Return the keys that `path` may mean, those nearest to its section; empty if none is similar."""
     *parents, name = path.split(".")
-    name = name.lower().replace("-", "_")
-    siblings = [key for key in keys if key.split(".")[:-1] == parents]
-    leaves = {key: key.split(".")[-1] for key in keys}
-    for candidates in (
-        difflib.get_close_matches(".".join([*parents, name]), siblings, n=1, cutoff=0.92),
-        [key for key in keys if leaves[key] == name or key in ALIASES.get(name, ())],
-        [
-            key
-            for key in siblings
-            if leaves[key] in difflib.get_close_matches(name, map(leaves.__getitem__, siblings), n=1)
-        ],
-        [key for key in keys if leaves[key] in difflib.get_close_matches(name, leaves.values(), n=1, cutoff=0.8)],
-        [
-            key
-            for word in difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.85)
-            for key in ALIASES[word]
-            if key in keys
-        ],
-    ):
+    for candidates in _candidates(parents, name.lower().replace("-", "_"), keys):
         if candidates:
             near = [_shared(key, parents) for key in candidates]
             return [key for key, shared in zip(candidates, near, strict=True) if shared == max(near)]
     return []
+
+
+def _candidates(parents: Sequence[str], name: str, keys: Sequence[str]) -> Iterator[list[str]]:
+    """Yield groups of keys that `name` in the section `parents` may mean, the most similar ones first; a group may be empty."""
+    siblings = [key for key in keys if key.split(".")[:-1] == parents]
+    leaves = {key: key.split(".")[-1] for key in keys}
+    yield difflib.get_close_matches(".".join([*parents, name]), siblings, n=1, cutoff=0.92)
+    yield [key for key in keys if leaves[key] == name or key in ALIASES.get(name, ())]
+    near = difflib.get_close_matches(name, [leaves[key] for key in siblings], n=1)
+    yield [key for key in siblings if leaves[key] in near]
+    near = difflib.get_close_matches(name, leaves.values(), n=1, cutoff=0.8)
+    yield [key for key in keys if leaves[key] in near]
+    words = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.85)
+    yield [key for word in words for key in ALIASES[word] if key in keys]
 
 
 def _shared(key: str, parents: Sequence[str]) -> int:
