@@ -125,7 +125,7 @@ OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Families whose states are in no cache of transformers, or in a class of the model: as in `configs.FAMILIES`."""
 
-_SIZES = {
+SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -144,4 +144,4 @@ for _kind in (DENSE, EXPERTS, WINDOWED):
     for _family, _settings in _kind.items():
         _name = _BOTH[_family] if _family in RECURRENT else _family
         # An older release of transformers has fewer families.
-        RECURRENT[_name] = CONFIG_MAPPING_NAMES.get(_family, _family), {**_SIZES, **_settings}
+        RECURRENT[_name] = CONFIG_MAPPING_NAMES.get(_family, _family), {**SIZES, **_settings}

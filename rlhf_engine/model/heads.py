@@ -202,6 +202,7 @@ def _explain(ours: Tensor, theirs: Tensor) -> str:
     ratio, largest = (theirs * ours).sum() / ours.square().sum(), float(theirs.abs().max())
     if torch.allclose(theirs, ratio * ours, rtol=1e-2, atol=1e-2 * largest):
         return f"the model multiplies its logits by {float(ratio):.4g}, a logit scale that its config does not declare"
+    # Only words of an error: the largest logit is a little below the softcap, so the comparison is rough.
     squeezed = largest * torch.tanh(ours / largest)
     if math.isfinite(largest) and torch.allclose(theirs, squeezed, atol=0.1 * largest):
         return f"the model limits its logits to {largest:.4g}, a softcap that its config does not declare"

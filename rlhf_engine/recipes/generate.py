@@ -147,16 +147,7 @@ def generate_file(
             than 1; `target` is a folder, the file of prompts, or, without `overwrite`, a file that exists; or `resume` is set
             and a setting differs from that of the interrupted call.
     """
-    if samples < 1:
-        raise ValueError(f"samples: got {samples}, expected at least 1")
-    if target.is_dir():
-        raise ValueError(f"output: got {target}, a folder, expected a file to write")
-    if target.resolve() == source.resolve():
-        raise ValueError(
-            f"output: got {target}, the file of prompts, expected a different file: it would be overwritten"
-        )
-    if target.exists() and not overwrite:
-        raise ValueError(f"output: {target} exists; replace it with --overwrite, or give a different file")
+    _check_arguments(source, target, samples, overwrite=overwrite)
     total = sum(1 for _ in read_prompts(source, split))
     if not total:
         raise ValueError(f"{source}: got no prompts{f' of split {split}' if split else ''}, expected at least one")
@@ -186,6 +177,19 @@ def generate_file(
             bar.update()
         file.finish()
     return file.count, answerer.codec.truncated.count
+
+
+def _check_arguments(source: Path, target: Path, samples: int, *, overwrite: bool) -> None:
+    if samples < 1:
+        raise ValueError(f"samples: got {samples}, expected at least 1")
+    if target.is_dir():
+        raise ValueError(f"output: got {target}, a folder, expected a file to write")
+    if target.resolve() == source.resolve():
+        raise ValueError(
+            f"output: got {target}, the file of prompts, expected a different file: it would be overwritten"
+        )
+    if target.exists() and not overwrite:
+        raise ValueError(f"output: {target} exists; replace it with --overwrite, or give a different file")
 
 
 def _digest(source: Path) -> str:

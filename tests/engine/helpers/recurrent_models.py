@@ -5,20 +5,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from benchmarks.families.recurrent import DENSE, EXPERTS
+from benchmarks.families.recurrent import DENSE, EXPERTS, SIZES
 from rlhf_engine.model import ActorCritic, ValueHead
 from tests.engine.helpers.tiny_models import VOCABULARY
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-}
+_SIZES = SIZES | {"initializer_range": 0.3}
 
 
 def config_of(family: str, settings: dict[str, object]):
