@@ -16,7 +16,7 @@ from rlhf_engine.evaluate import WinRate
 from rlhf_engine.plots import plot_win_rates
 
 LOWEST, INTERVAL, SELF = 0.70, 0.60, (0.45, 0.55)
-_PPO, _BEST, _SELF = "PPO", "SFT, best of 16 by the reward model", "SFT against itself, resampled"
+_PPO, _SELF = "PPO", "SFT against itself, resampled"
 
 
 def main() -> None:
@@ -61,12 +61,13 @@ def _numbers(report: dict) -> dict:
 
 
 def _table(reports: list[dict]) -> str:
+    best = next(name for name in reports[0]["win_rates"] if name.startswith("SFT, best of "))
     lines = [
-        f"| seed | {_PPO} over SFT | {_BEST} | {_SELF} | KL to SFT, nats a sequence |",
+        f"| seed | {_PPO} over SFT | {best} | {_SELF} | KL to SFT, nats a sequence |",
         "|---|---|---|---|---|",
     ]
     for report in reports:
-        rates = [report["win_rates"][name] for name in (_PPO, _BEST, _SELF)]
+        rates = [report["win_rates"][name] for name in (_PPO, best, _SELF)]
         cells = [f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" for rate in rates]
         lines.append(f"| {report['seed']} | {' | '.join(cells)} | {report['judge']['ppo']['kl']:.2f} |")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ def run_of(folder, seed, rate, width=0.02, same=0.5):
     def found(rate):
         return {"rate": rate, "low": rate - width, "high": rate + width, "ties": 0.1, "prompts": 303}
 
-    rates = {"PPO": rate, "SFT, best of 16 by the reward model": rate, "SFT against itself, resampled": same}
+    rates = {"PPO": rate, "SFT, best of 8 by the reward model": rate, "SFT against itself, resampled": same}
     report = {
         "seed": seed,
         "win_rates": {name: found(value) for name, value in rates.items()},
