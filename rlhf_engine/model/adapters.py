@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_engine.config import AdapterConfig
 from rlhf_engine.model.adapter_files import Base, StoredAdapter, read_adapter, write_adapter
+from rlhf_engine.model.merging import merged_bytes, sums_in_place
 from rlhf_engine.model.pretrained import base_folder
 from rlhf_engine.model.roles import POLICY
 from rlhf_engine.model.trunk import ADAPTERS, adapters_of
@@ -53,6 +54,7 @@ class Adapters:
         """Settings of every adapter."""
         self.layers: list[Any] = []
         self.active: str | None = None
+        self._applied: str | None = None
         self._trained: set[str] = set()
         model.requires_grad_(False)
         model.__dict__[ADAPTERS] = self
@@ -181,6 +183,33 @@ class Adapters:
             got, expected = (", ".join(names) for names in (settings.targets, self._shortest_targets(POLICY)))
             raise ValueError(f"adapter.targets: got {got}, expected {expected}, those of the adapter in {source}")
 
+    # ---- sampling ----
+
+    def merged_bytes(self, name: str) -> int:
+        """Return the bytes that `merged` allocates; raise ValueError if the weights of a layer are quantised."""
+        return merged_bytes(self._layers_of(name), name)
+
+    @contextmanager
+    def merged(
+        self, name: str, allocate: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+    ) -> Iterator[None]:
+        """Use the sums `W + s B A` of an adapter, in memory from `allocate`, as the weights inside the `with` block.
+
+        The adapter counts as active there, and a switch to a different one raises RuntimeError.
+        """
+        before = self.active
+        with sums_in_place(self._layers_of(name), name, allocate):
+            self._applied, self.active = name, ""
+            try:
+                self._switch(name)
+                yield
+            finally:
+                self._applied, self.active = None, ""
+                self._switch(before)
+
+    def _layers_of(self, name: str) -> dict[str, Any]:
+        return {place: self.model.get_submodule(place) for place in self.places[name]}
+
     # ---- files ----
 
     def save(self, folder: Path, name: str) -> None:
@@ -248,9 +277,11 @@ class Adapters:
         if name == self.active:
             return
         assert name is None or name in self.names
+        if self._applied not in (None, name):
+            raise RuntimeError(f"adapters: cannot switch to {name!r} while the weights contain {self._applied!r}")
+        used = [] if name in (None, self._applied) else [name]
         for layer in self.layers:
-            layer._disable_adapters = name is None
-            layer._active_adapter = [] if name is None else [name]
+            layer._disable_adapters, layer._active_adapter = not used, used
         self.active = name
 
     def _shortest_targets(self, name: str) -> tuple[str, ...]:

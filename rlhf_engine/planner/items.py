@@ -177,6 +177,8 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
     held = {"kv_cache": cache, "rollout": rollout(w, scored=False)}
     if w.autocast:
         held["rounded_weights"] = rounded_weights(w, policy)
+    if w.merge_adapters == "always":
+        held["merged_weights"] = policy.layer_matrices * w.weight_bytes
     logits = rows * policy.vocab * 2 * FLOAT
     width = prompt_width(w.prompt)
     # Shorter prompts can fill the token budget of a pass better than the longest ones, whose width may not divide it.

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
+
 from rlhf_engine.config import RunConfig
 from rlhf_engine.planner import items as phase_items
 from rlhf_engine.planner.model_shape import ModelShape
@@ -62,7 +64,22 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, workload: Workload) -> Self:
-        """Return the plan with as many slots, and then as many bytes of keys and values, as fit the budget."""
+        """Return the plan with as many slots, and then as many bytes of keys and values, as fit the budget.
+
+        If `workload.merge_adapters` is "auto", adapters are merged for sampling if the weights are in float32 and the plan has
+        neither fewer slots nor fewer bytes of keys and values with the merged weights, and its peak is not higher or fits.
+        """
+        if workload.merge_adapters == "auto":
+            separate = cls._of(replace(workload, merge_adapters="never"))
+            if workload.weight_dtype != torch.float32:
+                return separate
+            merged = cls._of(replace(workload, merge_adapters="always"))
+            same = merged.slots == separate.slots and merged.kv_bytes == separate.kv_bytes
+            return merged if same and merged.peak <= max(separate.peak, workload.budget or 0) else separate
+        return cls._of(workload)
+
+    @classmethod
+    def _of(cls, workload: Workload) -> Self:
         kept = phase_items.persistent(workload)
         room = None if workload.budget is None else workload.budget - sum(kept.values())
         slots = _most(lambda count: _generate(workload, count).total, room, workload.slots)

@@ -53,6 +53,8 @@ class Workload:
     """Whether the reward model of a run with adapters is one on the weights of the policy."""
     reference_adapter: bool = False
     """Whether the reference has an adapter, because the policy starts from one."""
+    merge_adapters: str = "never"
+    """Value of the setting `rollout.merge_adapters`; `MemoryPlan` replaces "auto" by "always" or "never"."""
     base_bits: int = 0
     """Bits per frozen weight within the layers; 0: those of `dtype`. Not built yet."""
     config: RunConfig = field(default_factory=RunConfig, repr=False)
@@ -108,6 +110,7 @@ class Workload:
             optimizer_state=memory.optimizer_state,
             gradient_checkpointing=memory.gradient_checkpointing,
             adapter=config.adapter.rank,
+            merge_adapters=rollout.merge_adapters if config.adapter.rank else "never",
             reward_adapter=reward_adapter,
             reference_adapter=reference_adapter or (config.adapter.rank > 0 and ppo.reference == "frozen_copy"),
             budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),

@@ -244,9 +244,9 @@ def head_bytes(policy: ActorCritic) -> int:
 def phase_bytes(policy: ActorCritic, generator: Generator, optimizer: Optimizer) -> dict[str, int]:
     """Return the arena bytes of each phase.
 
-    generate: keys and values. score: logits. train: gradients plus the larger of logits and optimizer state in transit,
-    because the state of a step arrives after its gradients are complete, unless it is copied while they are computed.
+    generate: keys, values and merged weights. score: logits. train: gradients plus the larger of logits and optimizer state in
+    transit, because the state of a step arrives after its gradients are complete, unless it is copied while they are computed.
     """
     head = room_for((head_bytes(policy),), torch.uint8)
     gradients = gradient_bytes(p for group in optimizer.param_groups for p in group["params"])
-    return {"generate": generator.cache_bytes, "score": head, "train": gradients + max(head, optimizer.transit_bytes)}
+    return {"generate": generator.phase_bytes, "score": head, "train": gradients + max(head, optimizer.transit_bytes)}

@@ -51,10 +51,16 @@ class RunPlan:
     """Resident memory before any weight was read, in 10^6 bytes, on the CPU, where measured peaks include it; else 0."""
 
     def within(self, config: RunConfig) -> RunConfig:
-        """Return `config` with `rollout.batch_size` limited to the plan's slots; without a plan, to `ppo.rollout_batch`."""
-        most = config.ppo.rollout_batch if self.plan is None else self.plan.slots
-        slots = min(config.rollout.batch_size, most)
-        return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, batch_size=slots))
+        """Return `config` with `rollout.batch_size` limited to the plan's slots, and without "auto" for merged adapters.
+
+        Without a plan the limit is `ppo.rollout_batch`, and adapters are not merged.
+        """
+        most, merge = config.ppo.rollout_batch, config.rollout.merge_adapters
+        if self.plan is not None:
+            most = self.plan.slots
+            merge = self.plan.workload.merge_adapters if config.adapter.rank else merge
+        changes = {"batch_size": min(config.rollout.batch_size, most), "merge_adapters": merge}
+        return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **changes))
 
     @property
     def kv_bytes(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_engine.config import RolloutConfig
 from rlhf_engine.model import LanguageModel, Outputs
 from rlhf_engine.model.pretrained import like, load_tokenizer, max_positions
+from rlhf_engine.model.roles import POLICY
 from rlhf_engine.rollout.decode import make_decoder
 from rlhf_engine.rollout.decode.protocol import Act, Allocate, Decoder, new_memory, prompt_width
 from rlhf_engine.rollout.rollout import Rollout
@@ -83,12 +85,23 @@ class Generator:
         policy.limit_positions(self.columns)
         self.decoder = make_decoder(policy, config, self.columns, kv_bytes) if decoder is None else decoder
         self.decoder.check()
+        self.merges = config.merge_adapters == "always"
+        if self.merges and policy.adapters is None:
+            raise ValueError(
+                "rollout.merge_adapters: got 'always' for a model without adapters, expected 'auto' or 'never'"
+            )
         self._state: tuple[RolloutState, ActiveSlots, Act] | None = None
 
     @property
     def cache_bytes(self) -> int:
         """Upper bound of the bytes of keys and values."""
         return self.decoder.cache_bytes
+
+    @property
+    def phase_bytes(self) -> int:
+        """Upper bound of the bytes that `generate` allocates: keys and values, and merged weights."""
+        adapters = self.policy.adapters
+        return self.cache_bytes + (adapters.merged_bytes(POLICY) if self.merges and adapters is not None else 0)
 
     def metrics(self) -> dict[str, float]:
         """Return the decoder's counts of the last rollout, and the number of ids that are not sampled."""
@@ -104,15 +117,21 @@ class Generator:
     ) -> Rollout:
         """Return one response per prompt. `on_finished` is called with the number of sequences that ended in a step.
 
-        `allocate` provides the memory of keys and values, at most `cache_bytes`. No reference to it is kept after the call.
+        `allocate` provides the memory of keys, values and merged weights, at most `phase_bytes`. No reference to it is kept
+        after the call.
         """
         prompts = self._check(prompts, sequence)
-        try:
-            self.decoder.open(len(prompts), allocate)
-            with self.policy.products():  # round the weights once for all steps
-                return self._generate(prompts, sequence, on_finished)
-        finally:
-            self.decoder.close()
+        with self._merged(allocate):
+            try:
+                self.decoder.open(len(prompts), allocate)
+                with self.policy.products():  # round the weights once for all steps
+                    return self._generate(prompts, sequence, on_finished)
+            finally:
+                self.decoder.close()
+
+    def _merged(self, allocate: Allocate) -> AbstractContextManager[None]:
+        adapters = self.policy.adapters
+        return adapters.merged(POLICY, allocate) if self.merges and adapters is not None else nullcontext()
 
     def _generate(
         self, prompts: list[Tensor], sequence: Tensor, on_finished: Callable[[int], object] | None
