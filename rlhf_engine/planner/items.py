@@ -21,7 +21,7 @@ from rlhf_engine.rollout.decode.protocol import MIN_ROWS, kv_bytes, prompt_width
 from rlhf_engine.rollout.decode.slots import slot_columns, slots_per_step
 from rlhf_engine.rollout.decode.states import CacheShape
 from rlhf_engine.rollout.rollout import rollout_bytes
-from rlhf_engine.supervised.reward_model import SCORED_TOGETHER
+from rlhf_engine.supervised.reward_model import rows_scored_together
 from rlhf_kernels import head_workspace_bytes
 
 Items = dict[str, int]
@@ -226,7 +226,7 @@ def score(w: Workload) -> dict[str, Items]:
     }
     if w.reward is not None:
         shape = w.reward
-        batch = pass_of(w, shape, min(SCORED_TOGETHER, w.rollout_batch), w.length + 1)
+        batch = pass_of(w, shape, min(rows_scored_together(w.length + 1), w.rollout_batch), w.length + 1)
         moments["reward model"] = held | kept | rounded(shape) | {"score_workspace": batch.forward_room()}
     if w.value == "backbone":
         shape = w.reward or w.policy

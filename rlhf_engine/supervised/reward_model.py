@@ -35,8 +35,8 @@ from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.build import OptimizerState
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
-SCORED_TOGETHER = 64
-"""Maximum number of sequences in one forward pass of `score_examples`."""
+_SCORED_ROWS, _SCORED_TOKENS = 64, 8192
+"""Maximum number of sequences, and of tokens with padding, in one forward pass of `score_examples`."""
 
 
 @dataclass(frozen=True)
@@ -261,15 +261,21 @@ def centre_on_demonstrations(model: RewardModel, demonstrations: Sequence[Exampl
 
 
 @torch.no_grad()
-def score_examples(
-    model: RewardModel, examples: Sequence[Example], pad_id: int, chunk: int = SCORED_TOGETHER
-) -> Tensor:
+def rows_scored_together(longest: int) -> int:
+    """Return the number of sequences in one forward pass of `score_examples`, of which the longest has `longest` tokens."""
+    return max(1, min(_SCORED_ROWS, _SCORED_TOKENS // longest))
+
+
+def score_examples(model: RewardModel, examples: Sequence[Example], pad_id: int) -> Tensor:
     """Return the scores of prompts with responses, [len(examples)] float32 on the CPU, in the order of `examples`."""
-    scores = torch.empty(len(examples))
-    for indices in length_batches(lengths_of(examples), chunk):
-        batch = pad_sequences([examples[i] for i in indices], pad_id)
-        lengths = batch.attention_mask.sum(1)
-        scores[indices] = model(batch.ids.to(model.device), lengths.to(model.device)).cpu()
+    scores, lengths = torch.empty(len(examples)), lengths_of(examples)
+    for similar in length_batches(lengths, _SCORED_ROWS):
+        count = rows_scored_together(int(lengths[similar].max()))
+        for start in range(0, len(similar), count):
+            indices = similar[start : start + count]
+            batch = pad_sequences([examples[i] for i in indices], pad_id)
+            sizes = batch.attention_mask.sum(1)
+            scores[indices] = model(batch.ids.to(model.device), sizes.to(model.device)).cpu()
     return scores
 
 

@@ -35,6 +35,20 @@ def test_the_score_is_read_at_the_last_token_with_any_padding():
         assert float(score) == pytest.approx(float((hidden @ model.head.weight).detach()), rel=1e-5, abs=1e-5)
 
 
+def test_long_responses_are_scored_in_passes_of_a_limited_number_of_tokens(monkeypatch):
+    """Rows times width is at most the limit, unless a single row is longer; every score stays in its place."""
+    model = RewardModel.from_causal_lm(tiny(), seed=1)
+    examples = [Example(PROMPT, tuple(range(3, 3 + length))) for length in (12, 1, 5, 30, 2, 9, 4)]
+    whole, shapes = score_examples(model, examples, pad_id=0), []
+    monkeypatch.setattr("rlhf_engine.supervised.reward_model._SCORED_TOKENS", 24)
+    forward = RewardModel.forward
+    monkeypatch.setattr(
+        RewardModel, "forward", lambda self, ids, *rest: shapes.append(tuple(ids.shape)) or forward(self, ids, *rest)
+    )
+    torch.testing.assert_close(score_examples(model, examples, pad_id=0), whole, rtol=1e-5, atol=1e-5)
+    assert all(rows == 1 or rows * width <= 24 for rows, width in shapes) and max(width for _, width in shapes) == 32
+
+
 def test_scoring_in_chunks_keeps_the_order():
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     batch = rank_batch([(ANSWERS, [(0, 1)])], pad_id=0).batch
