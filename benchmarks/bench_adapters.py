@@ -2,7 +2,7 @@
 
 Setup: a Llama of 47 million parameters (random weights), 32 prompts of 32 tokens, 64 response tokens each (no response ends
 earlier), one epoch of one minibatch in passes of 8 sequences, float32. Full fine-tuning has a frozen copy as reference and a
-reward model of its own; with adapters the reference is the policy without its adapter, and the reward model is an adapter
+separate reward model; with adapters the reference is the policy without its adapter, and the reward model is an adapter
 and a head. Values are a head on the policy's trunk. Memory is the peak resident set above that after the imports, in a
 process that returns freed blocks at once, as with `memory.budget`.
 
