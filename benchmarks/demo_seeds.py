@@ -63,7 +63,7 @@ def _numbers(report: dict) -> dict:
 def _table(reports: list[dict]) -> str:
     best = next(name for name in reports[0]["win_rates"] if name.startswith("SFT, best of "))
     lines = [
-        f"| seed | {_PPO} over SFT | {best} | {_SELF} | KL to SFT, nats a sequence |",
+        f"| seed | {_PPO} over SFT | {best} | {_SELF} | KL to SFT, nats per sequence |",
         "|---|---|---|---|---|",
     ]
     for report in reports:
