@@ -260,12 +260,12 @@ def centre_on_demonstrations(model: RewardModel, demonstrations: Sequence[Exampl
     return mean
 
 
-@torch.no_grad()
 def rows_scored_together(longest: int) -> int:
     """Return the number of sequences in one forward pass of `score_examples`, of which the longest has `longest` tokens."""
     return max(1, min(_SCORED_ROWS, _SCORED_TOKENS // longest))
 
 
+@torch.no_grad()
 def score_examples(model: RewardModel, examples: Sequence[Example], pad_id: int) -> Tensor:
     """Return the scores of prompts with responses, [len(examples)] float32 on the CPU, in the order of `examples`."""
     scores, lengths = torch.empty(len(examples)), lengths_of(examples)

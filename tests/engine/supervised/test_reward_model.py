@@ -40,6 +40,7 @@ def test_long_responses_are_scored_in_passes_of_a_limited_number_of_tokens(monke
     model = RewardModel.from_causal_lm(tiny(), seed=1)
     examples = [Example(PROMPT, tuple(range(3, 3 + length))) for length in (12, 1, 5, 30, 2, 9, 4)]
     whole, shapes = score_examples(model, examples, pad_id=0), []
+    assert not whole.requires_grad
     monkeypatch.setattr("rlhf_engine.supervised.reward_model._SCORED_TOKENS", 24)
     forward = RewardModel.forward
     monkeypatch.setattr(
