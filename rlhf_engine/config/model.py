@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_engine.config.schema import Section
+from rlhf_engine.config.schema import Count, Section
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,7 @@ class ModelConfig(Section):
     """Add the balancing loss of experts to the losses of SFT and PPO if the model's config asks for it, as transformers
     does (output_router_logits, router_aux_loss_coef). The metric is `router_aux_loss`. The step of objective trpo and
     PPO-ptx do not have it."""
+    train_layers: Count | None = None
+    """Number of layers at the top of the model that are trained, with the final norm and the output layer. The
+    embedding, an output layer that is tied to it, and the layers below are frozen. With adapter.rank, only these layers
+    have adapters. If None, all layers are trained."""

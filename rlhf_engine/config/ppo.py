@@ -100,10 +100,12 @@ class PPOConfig(Section):
     kl_horizon: Count = 10_000
     """Number of sequences over which adaptive control corrects a relative error of the KL in full. The default is
     OpenAI's value."""
-    reference: Literal["auto", "adapter_off", "frozen_copy"] = "auto"
+    reference: Literal["auto", "adapter_off", "hydra", "frozen_copy"] = "auto"
     """Policy relative to which the KL is measured, always the one that the run starts from. frozen_copy is a copy of
     its weights. adapter_off is the policy without the adapter that is trained, which needs adapter.rank and no copy.
-    auto is adapter_off with adapter.rank, otherwise frozen_copy."""
+    hydra needs model.train_layers: the frozen layers below run once per rollout for policy and reference, and their
+    output is stored. auto is adapter_off with adapter.rank, otherwise hydra with model.train_layers, otherwise
+    frozen_copy."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """Estimator of the KL in the reward."""
     gamma: Share = 1.0

@@ -24,6 +24,7 @@ from rlhf_engine.model.heads import OutputHead, ValueHead, check_head
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import POLICY, Outputs, ValueFunction, Want
 from rlhf_engine.model.rope import limit_positions
+from rlhf_engine.model.top_layers import TopLayers, starting_from, states_below, top_of, trained_tensors
 from rlhf_engine.model.trunk import (
     adapters_of,
     check_causal,
@@ -111,12 +112,20 @@ class LanguageModel(nn.Module):
         """The adapters of the roles, of which a call uses one; None if the weights of the model itself are trained."""
         return adapters_of(self.model)
 
+    @property
+    def top(self) -> TopLayers | None:
+        """The layers that are trained, if those below are frozen; None if all are trained."""
+        return top_of(self.trunk)
+
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the tensors that a checkpoint holds: all, or with `adapters` only the policy's and the value's."""
-        if self.adapters is None:
+        """Iterate over the tensors of a checkpoint: all, or the value's and those of the policy's adapter or top layers."""
+        if self.adapters is not None:
+            kept = {id(tensor) for tensor in self.adapters.tensors(POLICY).values()}
+        elif self.top is not None:
+            kept = {id(tensor) for _, tensor in trained_tensors(self.model)}
+        else:
             yield from self.named_parameters()
             return
-        kept = {id(tensor) for tensor in self.adapters.tensors(POLICY).values()}
         kept |= set() if self.value is None else {id(tensor) for tensor in self.value.parameters()}
         yield from ((name, tensor) for name, tensor in self.named_parameters() if id(tensor) in kept)
 
@@ -223,6 +232,11 @@ class LanguageModel(nn.Module):
         """Use the rotary embeddings of a run whose longest sequence has `longest` tokens, in every pass (see `rope`)."""
         limit_positions(self.trunk, longest)
 
+    @torch.no_grad()
+    def states_below(self, batch: TokenBatch) -> Tensor:  # (B, S, H)
+        """Return the input of the first trained layer for every token of a batch, as `TokenBatch.states` needs it."""
+        return states_below(self.trunk, lambda: self._states(batch))
+
     def products(self) -> AbstractContextManager[None]:
         """Compute matrix products in `compute_dtype` inside the context; weights are rounded once for all passes in it."""
         return products(self.compute_dtype, self.device)
@@ -236,17 +250,18 @@ class LanguageModel(nn.Module):
         positions, mask = batch.position_ids, batch.attention_mask
         if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -batch.input_ids.shape[1] :]
-        hidden = last_hidden(
-            self.trunk,
-            batch.input_ids,
-            compute_dtype=self.compute_dtype,
-            cu_inputs=batch.cu_inputs,
-            router_logits=router_logits,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=batch.cache,
-            use_cache=batch.cache is not None,
-        ).flatten(0, 1)
+        with nullcontext() if batch.states is None else starting_from(self.trunk, batch.states):
+            hidden = last_hidden(
+                self.trunk,
+                batch.input_ids,
+                compute_dtype=self.compute_dtype,
+                cu_inputs=batch.cu_inputs,
+                router_logits=router_logits,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=batch.cache,
+                use_cache=batch.cache is not None,
+            ).flatten(0, 1)
         return hidden if batch.rows is None else hidden.index_select(0, batch.rows)
 
     def _logits(
@@ -344,9 +359,9 @@ def frozen_copy(policy: ActorCritic) -> ActorCritic:
 
 
 def _frozen(policy: Model, *, without: ValueFunction | None) -> Model:
-    """Return a deep copy without gradients. With adapters, the copy shares the weights that are never trained."""
+    """Return a deep copy without gradients, which shares the weights that are frozen below or under what is trained."""
     memo: dict[int, object] = {} if without is None else {id(without): None}
-    if policy.adapters is not None:
+    if policy.adapters is not None or policy.top is not None:
         memo |= {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
     return copy.deepcopy(policy, memo).requires_grad_(False)
 
@@ -361,6 +376,9 @@ class FrozenCopy:
     def packs(self) -> bool:
         """Whether micro-batches with a token budget are packed without padding."""
         return self.model.packs
+
+    def shared_states(self, batch: TokenBatch) -> None:
+        """Return None: a copy shares no computation with the policy."""
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32

@@ -33,6 +33,7 @@ class TokenBatch:
     attention_mask: Tensor | Mapping[str, Tensor | None] | None = None  # (B, S), or masks prepared for transformers
     position_ids: Tensor | None = None  # (B, S); None: counted from the mask, or from column 0
     real: Tensor | None = None  # (B, S), bool, False on padding; None: no padding, or nothing reads it
+    states: Tensor | None = None  # (B, S, H), input of the first trained layer, where the pass begins; None: at the tokens
     cache: Cache | None = None  # keys and values of earlier tokens, updated in place
 
 
@@ -72,6 +73,19 @@ def token_batch(
         cu_inputs=cu_inputs,
         real=None if packed else real,
     )
+
+
+def input_places(
+    lengths: Tensor,  # (M,), inputs of each sequence
+    sequences: Tensor,  # (B,), indices of the sequences to use
+    *,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor]:  # (B, S) or (1, N), int64 and bool
+    """Return the index of each input of `token_batch` among the inputs of all M sequences, and whether it is no padding."""
+    starts, ours = lengths.cumsum(0) - lengths, lengths[sequences]
+    column = torch.arange(int(ours.max()), device=lengths.device)
+    places, real = starts[sequences][:, None] + torch.minimum(column, ours[:, None] - 1), column < ours[:, None]
+    return (places[real][None], real[real][None]) if packed else (places, real)
 
 
 def cumulated(lengths: Tensor) -> Tensor:  # (B,) -> (B + 1,), int32

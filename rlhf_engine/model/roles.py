@@ -119,6 +119,10 @@ class Reference(Protocol):
         """Whether micro-batches with a token budget are packed without padding."""
         ...
 
+    def shared_states(self, batch: TokenBatch) -> Tensor | None:  # (B, S, H)
+        """Return the `states` of a batch from which passes of both policy and reference begin; None: at the tokens."""
+        ...
+
     def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
         """Return the log-probs of a batch's actions, without a gradient."""
         ...

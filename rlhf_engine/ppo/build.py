@@ -15,7 +15,7 @@ from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
-from rlhf_engine.model.references import AdapterOff
+from rlhf_engine.model.references import AdapterOff, Hydra
 from rlhf_engine.optim.adamw import Optimizer, Resident
 from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.callbacks import Callback, TextMetrics
@@ -131,10 +131,12 @@ def make_reference(policy: ActorCritic, kind: str) -> Reference:
     """Return the reference `kind`, a value of `ppo.reference`, of a policy that no update has changed.
 
     Raises:
-        ValueError: the policy has no adapters, and `kind` is adapter_off.
+        ValueError: the policy does not allow the kind: adapter_off needs adapters, and hydra frozen lower layers.
     """
     if kind == "adapter_off" or (kind == "auto" and policy.adapters is not None):
         return AdapterOff(policy)
+    if kind == "hydra" or (kind == "auto" and policy.top is not None):
+        return Hydra(policy)
     return FrozenCopy(policy)
 
 

@@ -85,11 +85,13 @@ def score(
 ) -> Scored:
     """Score every response (see `score_answers`) and compute the log-probs of the old policy and of the reference.
 
+    If policy and reference share their lower layers, these run here, and all passes of the update begin with their output.
     Forward passes of the policy and the reference run inside `transients()`, which provides their memory.
     """
     scale = scale or ScoreScale(config.score_scale)
     rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
     size = microbatch_size(config)
+    rollout = rollout.starting_from(reference, **size, transients=transients)
     with transients():
         ref_logprobs = reference_logprobs(reference, rollout, temperature=temperature, **size)
         old_logprobs, old_values = rollout.logprobs, rollout.values

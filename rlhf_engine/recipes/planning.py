@@ -16,6 +16,24 @@ from rlhf_engine.planner.report import refuse
 PLAN = "plan.json"
 
 
+def check_reference(config: RunConfig) -> None:
+    """Raise ValueError for a reference that the policy does not allow: what it shares with the policy must not change."""
+    kind, rank, top = config.ppo.reference, config.adapter.rank, config.model.train_layers
+    others = ["adapter_off"] * (rank > 0) + ["hydra"] * (top is not None) + ["frozen_copy"]
+    expected = " or ".join(repr(name) for name in others)
+    if kind == "adapter_off" and not rank:
+        raise ValueError(
+            f"ppo.reference: got 'adapter_off' with adapter.rank 0, expected {expected}: without an adapter, the weights of "
+            "the policy change; set adapter.rank to train an adapter"
+        )
+    if kind == "hydra" and top is None:
+        changed = "every layer has an adapter" if rank else "every layer changes"
+        raise ValueError(
+            f"ppo.reference: got 'hydra' without model.train_layers, expected {expected}: {changed}, so the policy shares no "
+            "lower layers with its reference; set model.train_layers to train only the top layers"
+        )
+
+
 def workload_of(config: RunConfig, model: str | None = None) -> Workload:
     """Return the workload of `rlhf ppo`; `model` is a folder or a preset that replaces `model.path`.
 
@@ -25,6 +43,7 @@ def workload_of(config: RunConfig, model: str | None = None) -> Workload:
     Raises:
         ValueError: there is no model, or a `config.json` cannot be read.
     """
+    check_reference(config)
     path = model or config.model.path
     if path is None:
         raise ValueError("model.path is not set; set it to a folder, or pass --model with a folder or a size")

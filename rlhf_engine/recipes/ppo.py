@@ -40,7 +40,7 @@ from rlhf_engine.recipes.loading import (
     plot,
     truncated,
 )
-from rlhf_engine.recipes.planning import RunPlan, plan_run
+from rlhf_engine.recipes.planning import RunPlan, check_reference, plan_run
 from rlhf_engine.recipes.session import TrainingSession, check_start, exclusive, load_newest
 from rlhf_engine.recipes.training_use import skipped_sft
 from rlhf_engine.recipes.trial import check_disk, try_output, try_reward
@@ -72,7 +72,7 @@ def run_ppo(
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
     earlier_responses(Path(config.output_dir) / SAMPLES, after=0)
     notice(*skipped_sft(config))
-    _check_reference(config)
+    check_reference(config)
     config = dated(config)
     function = None
     if config.reward.function is not None:
@@ -117,15 +117,6 @@ def run_ppo(
     try_reward(trainer, codec.eos_id)
     loaded = load_newest(Path(config.output_dir) / "ppo", trainer, config, data) if resume else None
     return _train(config, trainer, codec, data, plan, loaded, overwrite=overwrite)
-
-
-def _check_reference(config: RunConfig) -> None:
-    """Raise ValueError for a reference that the policy does not allow: without an adapter all its weights change."""
-    if config.ppo.reference == "adapter_off" and not config.adapter.rank:
-        raise ValueError(
-            "ppo.reference: got 'adapter_off' with adapter.rank 0, expected 'frozen_copy': without an adapter, the weights of "
-            "the policy change; set adapter.rank to train an adapter"
-        )
 
 
 def _check_prompts(config: RunConfig, function: Callable[..., object] | None) -> tuple[str, ...]:

@@ -6,13 +6,14 @@ B sequences, P prompt width, T response width, N actions of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_engine.model.layout import TokenBatch, token_batch, token_cuts
+from rlhf_engine.model.layout import TokenBatch, input_places, token_batch, token_cuts
 from rlhf_engine.model.roles import Policy, Reference, Want
 from rlhf_engine.rollout.stopping import LENGTH
 
@@ -41,6 +42,9 @@ class Rollout:
     sampling_logprobs: Tensor  # (B, T), float32, under the renormalized kept set that was sampled from
     values: Tensor  # (B, T), float32, V of the state before the action
     stop_reason: Tensor  # (B,), int64, index in `STOP_REASONS` of the reason why the response ended
+    states: Tensor | None = (
+        None  # (inputs of all sequences, H), input of the first trained layer, sequence after sequence
+    )
 
     @property
     def ended(self) -> Tensor:  # (B,), bool
@@ -65,12 +69,25 @@ class Rollout:
 
     def take(self, sequences: Tensor) -> Rollout:
         """Return a rollout with only these sequences."""
-        return Rollout(**{item.name: getattr(self, item.name)[sequences] for item in fields(self)})
+        rows = {item.name: getattr(self, item.name)[sequences] for item in fields(self) if item.name != "states"}
+        if self.states is None:
+            return Rollout(**rows)
+        places, _ = input_places(self.input_lengths, sequences, packed=True)
+        return Rollout(**rows, states=self.states[places[0]])
+
+    @property
+    def input_lengths(self) -> Tensor:  # (B,)
+        """Number of inputs of a forward pass per sequence: all tokens but the last action."""
+        return self.prompt_lengths + self.response_lengths - 1
 
     def batch(self, sequences: Tensor, *, packed: bool = False) -> TokenBatch:
         """Return the input of a forward pass over these sequences."""
         tokens = (self.prompt_ids, self.prompt_lengths, self.response_ids, self.response_lengths)
-        return token_batch(*tokens, sequences, packed=packed)
+        batch = token_batch(*tokens, sequences, packed=packed)
+        if self.states is None:
+            return batch
+        places, _ = input_places(self.input_lengths, sequences, packed=packed)
+        return replace(batch, states=self.states[places])
 
     def by_length(
         self, sequences: Tensor, microbatch: int, microbatch_tokens: int | None = None, *, packed: bool = False
@@ -97,6 +114,32 @@ class Rollout:
         packed = packed and microbatch_tokens is not None
         for members in self.by_length(sequences, microbatch, microbatch_tokens, packed=packed):
             yield self.batch(members, packed=packed)
+
+    @torch.no_grad()
+    def starting_from(
+        self,
+        reference: Reference,
+        microbatch: int,
+        microbatch_tokens: int | None = None,
+        transients: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Rollout:
+        """Return the rollout with the states that the policy shares with its reference, or this one if they share none.
+
+        They are computed once, in micro-batches as those of `batches`, and later passes begin with them. Each pass runs inside
+        `transients()`, and the states are stored outside.
+        """
+        packed, states = reference.packs and microbatch_tokens is not None, None
+        everyone = torch.arange(len(self), device=self.mask.device)
+        for members in self.by_length(everyone, microbatch, microbatch_tokens, packed=packed):
+            with transients():
+                found = reference.shared_states(self.batch(members, packed=packed))
+            if found is None:
+                return self
+            if states is None:
+                states = found.new_empty(int(self.input_lengths.sum()), found.shape[-1])
+            places, real = input_places(self.input_lengths, members, packed=packed)
+            states[places[real]] = found[real]
+        return replace(self, states=states)
 
 
 def _unpadded(ids: Tensor, lengths: Tensor) -> list[list[int]]:
