@@ -1,10 +1,10 @@
 """Checkpoints of all trainers: safetensors and JSON, written to a new folder, synced, read back and renamed.
 
 A checkpoint folder is complete or absent. It holds the model and its tokenizer as `from_pretrained` of transformers reads
-them, or only the trained adapter as peft reads it, `optimizer.safetensors`, `trainer.json`, the run's `config.yaml` and the
-stage's lines of `metrics.jsonl`. PPO adds `value_head.safetensors` or the folder `value_model`, and `ema` for averaged
-weights. Random numbers need no state, because they are functions of the seed and the counters in `trainer.json`.
-`manifest.json` has a checksum of every file.
+them, or only the trained adapter as peft reads it, or only the trained top layers; `optimizer.safetensors`, `trainer.json`, the
+run's `config.yaml` and the stage's lines of `metrics.jsonl`. PPO adds `value_head.safetensors` or the folder `value_model`, and
+`ema` for averaged weights. Random numbers need no state, because they are functions of the seed and the counters in
+`trainer.json`. `manifest.json` has a checksum of every file.
 
 The newest checkpoint of a stage is in its folder, such as OUTPUT_DIR/ppo. Earlier ones that `checkpoint.keep` or
 `checkpoint.best` keeps are in OUTPUT_DIR/checkpoints, such as `ppo-12` after 12 updates; `resume` loads the newest that is
@@ -244,8 +244,9 @@ def has_manifest(folder: Path) -> bool:
 
 
 def _load(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str]) -> None:
-    adapter = "adapter_config.json"
-    require(folder, adapter if (folder / adapter).is_file() else "config.json", OPTIMIZER, TRAINER, CONFIG)
+    parts = ("adapter_config.json", "rlhf_top_layers.json")
+    model = next((name for name in parts if (folder / name).is_file()), "config.json")
+    require(folder, model, OPTIMIZER, TRAINER, CONFIG)
     constants = trainer.constants()
     kinds = {name: type(value) for name, value in trainer.state().items()}
     kinds.pop("planned_steps", None)  # checkpoints of earlier versions have none

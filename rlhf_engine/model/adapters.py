@@ -25,6 +25,7 @@ from rlhf_engine.model.adapter_files import Base, StoredAdapter, read_adapter, w
 from rlhf_engine.model.merging import merged_bytes, sums_in_place
 from rlhf_engine.model.pretrained import base_folder
 from rlhf_engine.model.roles import POLICY
+from rlhf_engine.model.top_layers import in_top, top_of_model
 from rlhf_engine.model.trunk import ADAPTERS, adapters_of
 
 
@@ -65,8 +66,11 @@ class Adapters:
     ) -> Self:
         """Add a new adapter of the policy to `model`, which is trained from here on, and return the model's adapters.
 
-        `base` is the folder of the model, which is needed to save the adapter.
+        `base` is the folder of the model, which is needed to save the adapter. After `train_top`, only the top layers have
+        adapters, of all roles.
         """
+        if top_of_model(model) is not None:
+            settings = replace(settings, targets=tuple(_top_targets(model, settings.targets)))
         adapters = cls(model, settings, Base.of(base) if isinstance(base, str | Path) else base)
         adapters.add(POLICY, seed, trained=True)
         adapters.make_default(POLICY)
@@ -179,9 +183,10 @@ class Adapters:
             got, expected = getattr(settings, key), getattr(self.settings_of[POLICY], key)
             if got != expected:
                 raise ValueError(f"adapter.{key}: got {got}, expected {expected}, that of the adapter in {source}")
-        if target_layers(self.model, settings.targets) != self.places[POLICY]:
+        if _top_targets(self.model, settings.targets) != self.places[POLICY]:
             got, expected = (", ".join(names) for names in (settings.targets, self._shortest_targets(POLICY)))
-            raise ValueError(f"adapter.targets: got {got}, expected {expected}, those of the adapter in {source}")
+            where = "" if top_of_model(self.model) is None else " in the layers of model.train_layers"
+            raise ValueError(f"adapter.targets: got {got}{where}, expected {expected}, those of the adapter in {source}")
 
     # ---- sampling ----
 
@@ -332,6 +337,21 @@ def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
                 f"adapter.targets: got the output layer {name}, which shares its weight with the embedding; leave it out"
             )
     return [name for name in linear if name in chosen]
+
+
+def _top_targets(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Return those names of `target_layers` that are in the trained layers.
+
+    Raises:
+        ValueError: as `target_layers`, or a target matches none of them.
+    """
+    for target in targets:
+        if not in_top(model, target_layers(model, (target,))):
+            raise ValueError(
+                f"adapter.targets: got {target!r}, which matches no layer that model.train_layers leaves trained; raise "
+                "model.train_layers, or leave the target out"
+            )
+    return in_top(model, target_layers(model, targets))
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -28,6 +28,9 @@ Loaded = TypeVar("Loaded")
 ADAPTER = "adapter_config.json"
 """File that marks the folder of an adapter in peft's format."""
 
+TOP_RECORD = "rlhf_top_layers.json"
+"""File that marks a folder with only the trained top layers of a model."""
+
 _NO_ATTENTION = ("does not support an attention implementation", "does not support Flash Attention", "FlashAttention")
 """Parts of transformers' messages for an attention implementation that a model does not have or that is not installed."""
 
@@ -239,24 +242,29 @@ def is_adapter(folder: str | Path) -> bool:
     return path.is_file() and "peft_type" in read_json(path)
 
 
+def is_top(folder: str | Path) -> bool:
+    """Return whether a folder holds only the trained top layers of a model, as a checkpoint of an unfinished run does."""
+    return (Path(folder) / TOP_RECORD).is_file()
+
+
 def base_folder(folder: str | Path) -> Path:
-    """Return the folder of the model that an adapter's folder names; return the folder of a model unchanged.
+    """Return the folder of the model that an adapter's or top layers' folder names; return a model's folder unchanged.
 
     Raises:
-        ValueError: the adapter does not name a folder that exists.
+        ValueError: the folder does not name a folder of a model that exists.
     """
-    if not is_adapter(folder):
+    if is_top(folder):
+        path, key, part = Path(folder) / TOP_RECORD, "base", "the top layers belong"
+    elif is_adapter(folder):
+        path, key, part = Path(folder) / ADAPTER, "base_model_name_or_path", "the adapter belongs"
+    else:
         return Path(folder)
-    path = Path(folder) / ADAPTER
-    named = read_json(path).get("base_model_name_or_path")
+    named = read_json(path).get(key)
     found = Path(str(named))
     if not named or not found.is_dir():
         raise ValueError(
-            f"{path}: base_model_name_or_path: got {named!r}, expected the folder of the model that the adapter belongs to; "
-            "correct the path"
+            f"{path}: {key}: got {named!r}, expected the folder of the model that {part} to; correct the path"
         )
     if is_adapter(found):
-        raise ValueError(
-            f"{path}: base_model_name_or_path: got {named!r}, which is an adapter; expected the folder of a model"
-        )
+        raise ValueError(f"{path}: {key}: got {named!r}, which is an adapter; expected the folder of a model")
     return found

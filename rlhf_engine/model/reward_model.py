@@ -6,7 +6,7 @@ Shapes: B sequences, S tokens, H hidden.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -24,6 +24,7 @@ from rlhf_engine.model.pretrained import (
     ADAPTER,
     base_folder,
     is_adapter,
+    is_top,
     like,
     load_head,
     load_pretrained,
@@ -31,6 +32,8 @@ from rlhf_engine.model.pretrained import (
 )
 from rlhf_engine.model.roles import POLICY, REWARD
 from rlhf_engine.model.rope import limit_positions
+from rlhf_engine.model.top_files import read_top, write_top
+from rlhf_engine.model.top_layers import top_of, trained_tensors
 from rlhf_engine.model.trunk import (
     adapters_of,
     check_packing,
@@ -193,13 +196,26 @@ class RewardModel(nn.Module):
         """Subtract `mean` from all scores, so that scores with that mean get mean 0."""
         self.head.bias.sub_(mean)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the trunk in transformers' format or the adapter in peft's, and the head next to it (safetensors and JSON)."""
-        folder = Path(folder)
-        if self.adapters is None:
-            write_pretrained(folder, self.trunk)
-        else:
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the tensors of a checkpoint: all parameters, or those of the head and of the trained top layers."""
+        if self.adapters is not None or top_of(self.trunk) is None:
+            return self.named_parameters()
+        kept = {id(tensor) for _, tensor in trained_tensors(self.trunk)} | {id(one) for one in self.head.parameters()}
+        return ((name, tensor) for name, tensor in self.named_parameters() if id(tensor) in kept)
+
+    def save(self, folder: str | Path, *, complete: bool = True) -> None:
+        """Write the trunk in transformers' format or the adapter in peft's, and the head next to it (safetensors and JSON).
+
+        Unless `complete`, a trunk of which only the top layers are trained is stored without the layers below, if the folder
+        of those is known.
+        """
+        folder, top = Path(folder), top_of(self.trunk)
+        if self.adapters is not None:
             self.adapters.save(folder, self.name)
+        elif not complete and top is not None and top.base is not None:
+            write_top(folder, trained_tensors(self.trunk), top.base)
+        else:
+            write_pretrained(folder, self.trunk)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
         info: dict[str, object] = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
         if self.skipped_id is not None:
@@ -295,9 +311,12 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: a file is missing or broken, or an adapter belongs to a different model.
         """
-        if self.adapters is None:
+        if self.adapters is None and not is_top(folder):
             return dict(type(self).load(folder, **like(self.trunk)).named_parameters())
         head, _ = self._read_head(folder)
+        if self.adapters is None:
+            found = {f"trunk.{key}": tensor for key, tensor in read_top(folder).items()}
+            return found | {f"head.{key}": tensor for key, tensor in head.named_parameters()}
         own = {f"own.{_key(key)}": tensor for key, tensor in self.adapters.read(folder).tensors.items()}
         return own | {f"head.{key}": tensor for key, tensor in head.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""A policy as a folder: the causal LM in transformers' format or its adapter in peft's, and the value function."""
+"""A policy as a folder: the causal LM in transformers' format, its adapter in peft's, or its top layers; and the values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from rlhf_engine.model.actor_critic import ActorCritic, LanguageModel
 from rlhf_engine.model.heads import VALUE_HEAD
 from rlhf_engine.model.pretrained import (
     ADAPTER,
+    TOP_RECORD,
     base_folder,
     is_adapter,
+    is_top,
     like,
     load_head,
     load_pretrained,
@@ -24,6 +26,8 @@ from rlhf_engine.model.pretrained import (
 )
 from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
 from rlhf_engine.model.roles import POLICY, VALUE, ValueFunction
+from rlhf_engine.model.top_files import read_top, write_top
+from rlhf_engine.model.top_layers import trained_tensors
 from rlhf_engine.model.trunk import adapters_of, output_layer
 
 
@@ -38,8 +42,8 @@ def load_policy(
 ) -> ActorCritic:
     """Read any Hugging Face causal LM as a policy. The value head starts at zero if the folder has no value function.
 
-    An adapter is read together with the model to which it belongs. `trust_remote_code` allows Python code from the folder
-    to run.
+    An adapter, or the top layers in the checkpoint of an unfinished run, are read together with the model to which they
+    belong. `trust_remote_code` allows Python code from the folder to run.
 
     Raises:
         ValueError: a file or a weight is missing or broken, or an adapter's model has changed. The message names the folder.
@@ -56,13 +60,20 @@ def load_policy(
 
 
 def load_causal_lm(folder: Path, **where: Any) -> PreTrainedModel:
-    """Return the causal LM of a folder, or of the base of an adapter's folder with the adapter; `where`: see `load_pretrained`.
+    """Return the causal LM of a folder, or of the base of a folder with its adapter or top layers.
 
-    The adapter is active and requires gradients; the other weights do not.
+    `where`: see `load_pretrained`. An adapter is active and requires gradients; the other weights do not.
 
     Raises:
-        ValueError: as `load_pretrained` and `read_adapter`.
+        ValueError: as `load_pretrained`, `read_adapter` and `read_top`.
     """
+    if is_top(folder):
+        tensors, model = read_top(folder), load_pretrained(AutoModelForCausalLM, base_folder(folder), **where)
+        weights = dict(model.named_parameters())
+        if unknown := sorted(tensors.keys() - weights.keys()):
+            raise ValueError(f"{folder}: got the weight {unknown[0]}, which {type(model).__name__} does not have")
+        copy_tensors(folder, tensors, ((name, weights[name]) for name in tensors))
+        return model
     if not is_adapter(folder):
         return load_pretrained(AutoModelForCausalLM, folder, **where)
     from rlhf_engine.model.adapters import Adapters, read_adapter
@@ -83,24 +94,33 @@ def _load_value_model(folder: Path, model: PreTrainedModel, where: dict[str, Any
     return RewardModel.load(folder, **where)
 
 
-def save_policy(folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def save_policy(
+    folder: Path, policy: ActorCritic, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = True
+) -> None:
     """Write a policy into an existing folder that `load_policy` can read.
 
     It holds the model as `AutoModelForCausalLM.from_pretrained` reads it, or only the adapter of the policy, in peft's
-    format. The value function and the tokenizer are in the same folder.
+    format. The value function and the tokenizer are in the same folder. Unless `complete`, a policy of which only the top
+    layers are trained is stored without the layers below, if the folder of those is known.
 
     Raises:
         ValueError: the model has adapters that this engine did not add.
     """
-    save_language_model(folder, policy, tokenizer)
+    save_language_model(folder, policy, tokenizer, complete=complete)
     if policy.value is not None:
         policy.value.save_value(folder)
 
 
-def save_language_model(folder: Path, policy: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the model or the adapter, as `save_policy` does."""
+def save_language_model(
+    folder: Path, policy: LanguageModel, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = True
+) -> None:
+    """Write the model, the adapter or the top layers, as `save_policy` does."""
     if policy.adapters is not None:
         policy.adapters.save(folder, POLICY)
+        write_pretrained(folder, None, tokenizer)
+        return
+    if not complete and policy.top is not None and policy.top.base is not None:
+        write_top(folder, trained_tensors(policy.model), policy.top.base)
         write_pretrained(folder, None, tokenizer)
         return
     adapted = [name for name, module in policy.model.named_modules() if hasattr(module, "base_layer")]
@@ -114,8 +134,8 @@ def save_language_model(folder: Path, policy: LanguageModel, tokenizer: PreTrain
 
 def check_saved(folder: Path, policy: LanguageModel) -> None:
     """Raise ValueError unless a folder has the files that `save_policy` writes for `policy`."""
-    model = "config.json" if policy.adapters is None else ADAPTER
-    require(folder, model, *([] if policy.value is None else [policy.value.saved_as]))
+    whole = TOP_RECORD if policy.top is not None and is_top(folder) else "config.json"
+    require(folder, whole if policy.adapters is None else ADAPTER, *([] if policy.value is None else [policy.value.saved_as]))
 
 
 def copy_weights(folder: Path, policy: LanguageModel) -> None:
@@ -131,6 +151,9 @@ def saved_tensors(folder: Path, policy: LanguageModel, **where: Any) -> Mapping[
     Raises:
         ValueError: a file is missing or broken, or an adapter belongs to a different model.
     """
+    if policy.adapters is None and is_top(folder):
+        found = {f"model.{name}": tensor for name, tensor in read_top(folder).items()}
+        return found | _saved_value(folder, policy)
     if policy.adapters is None:
         where = like(policy.model) | where
         if policy.value is None:
@@ -142,15 +165,20 @@ def saved_tensors(folder: Path, policy: LanguageModel, **where: Any) -> Mapping[
     found = {
         names[id(ours[key])]: tensor for key, tensor in policy.adapters.read(folder).tensors.items() if key in ours
     }
+    return found | _saved_value(folder, policy)
+
+
+def _saved_value(folder: Path, policy: LanguageModel) -> dict[str, Tensor]:
+    """Return the tensors of the value function that `save_policy` wrote, by their names in `policy`."""
     value: Any = policy.value  # a module
     if value is None:
-        return found
+        return {}
     if (folder / VALUE_MODEL).is_dir():
         theirs = value.saved_tensors(folder / VALUE_MODEL)
     else:
         theirs = dict(load_head(folder / VALUE_HEAD, output_layer(policy.model).weight.shape[1]).named_parameters())
-    own = dict(value.named_parameters())
-    return found | {names[id(own[key])]: tensor for key, tensor in theirs.items() if key in own}
+    names, own = {id(tensor): name for name, tensor in policy.named_parameters()}, dict(value.named_parameters())
+    return {names[id(own[key])]: tensor for key, tensor in theirs.items() if key in own}
 
 
 @torch.no_grad()

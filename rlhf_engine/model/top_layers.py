@@ -49,6 +49,11 @@ def top_of(trunk: nn.Module) -> TopLayers | None:
     return trunk.__dict__.get(_TOP)
 
 
+def top_of_model(model: PreTrainedModel) -> TopLayers | None:
+    """Return the trained layers of a causal LM; None if all are trained."""
+    return top_of(_trunk(model))
+
+
 def check_layers(count: int, layers: int, whose: object) -> None:
     """Raise ValueError unless a model with `layers` layers has `count` to train."""
     if count > layers:
@@ -141,7 +146,7 @@ def _layers_of(trunk: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 @torch.no_grad()
 def _probe(trunk: PreTrainedModel, layers: nn.ModuleList) -> tuple[list[nn.Module], tuple[int | None, ...]]:
-    """Run a pass over two tokens; return the modules with weights that run only after the last layer, and the forms of the
+    """Run a pass over five tokens; return the modules with weights that run only after the last layer, and the forms of the
     layers' outputs (see `TopLayers.outputs`)."""
     inside = {id(module) for module in layers.modules()}
     before: dict[nn.Module, None] = {}
@@ -164,7 +169,7 @@ def _probe(trunk: PreTrainedModel, layers: nn.ModuleList) -> tuple[list[nn.Modul
     for number, layer in enumerate(layers):
         handles.append(layer.register_forward_hook(ended(number)))
     try:
-        last_hidden(trunk, _ids(trunk)[:1, :2], compute_dtype=None, use_cache=False)
+        last_hidden(trunk, _ids(trunk)[:1, :5], compute_dtype=None, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,13 +13,14 @@ AVERAGE_DTYPE = torch.float32
 class WeightAverage:
     """`average <- decay * average + (1 - decay) * weights` after every optimizer step, starting from the initial weights.
 
-    It needs the memory of a second copy of the weights, in float32 for weights of any dtype; with adapters, of theirs only.
+    It needs the memory of a second copy of the weights, in float32 for weights of any dtype; with adapters or trained top
+    layers, of theirs only.
     """
 
     def __init__(self, policy: ActorCritic, decay: float) -> None:
         self.decay, self.policy = decay, policy
         self.model = frozen_copy(policy)
-        if policy.adapters is None:
+        if policy.adapters is None and policy.top is None:
             self.model.to(AVERAGE_DTYPE)
         for _, average in self.model.stored():  # frozen weights are shared with the policy, so they keep their dtype
             average.data = average.data.to(AVERAGE_DTYPE)

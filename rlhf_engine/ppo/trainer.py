@@ -195,12 +195,19 @@ class PPOTrainer:
         """Return the reference's tensors."""
         return {"reference": self.reference.weights()}
 
-    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the policy and its value function, and the averaged weights as a model in the subfolder `ema`."""
-        save_policy(folder, self.policy, tokenizer)
+    def write_model(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool | None = None
+    ) -> None:
+        """Write the policy and its value function, and the averaged weights as a model in the subfolder `ema`.
+
+        Unless `complete`, frozen layers below the trained ones are left out; None: complete after the last update.
+        """
+        if complete is None:
+            complete = self.stopped or self.updates_done >= self.config.updates
+        save_policy(folder, self.policy, tokenizer, complete=complete)
         if self.update_rule.average is not None:
             (folder / EMA).mkdir()
-            save_policy(folder / EMA, self.update_rule.average.model, tokenizer)
+            save_policy(folder / EMA, self.update_rule.average.model, tokenizer, complete=complete)
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         """Load a checkpoint.

@@ -17,16 +17,17 @@ from rlhf_engine.config import RunConfig, save_config
 from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, RecordCodec
 from rlhf_engine.data.chat import READS_DATE, ChatTemplate
 from rlhf_engine.data.loading import Reading
-from rlhf_engine.files import read_json, with_new_file, with_new_folder, write_json
+from rlhf_engine.files import read_json, read_model_config, with_new_file, with_new_folder, write_json
 from rlhf_engine.manifest import write_manifest
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.model.adapter_files import Base
 from rlhf_engine.model.adapters import Adapters, import_peft
-from rlhf_engine.model.pretrained import is_adapter, load_tokenizer, max_positions
+from rlhf_engine.model.pretrained import base_folder, is_adapter, is_top, load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import POLICY, REFERENCE, REWARD
 from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.saving import load_causal_lm
+from rlhf_engine.model.top_layers import check_layers, train_top
 from rlhf_engine.model.trunk import adapters_of, input_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.plots import PANELS, plot_stage
@@ -79,17 +80,43 @@ def check_peft(config: RunConfig) -> None:
         import_peft()
 
 
+def check_start_model(config: RunConfig) -> None:
+    """Check `model.path` against what is trained of it, before any weight is read.
+
+    Raises:
+        ValueError: it has fewer layers than `model.train_layers`, or weights that would be frozen are not in a complete model.
+    """
+    count, folder = config.model.train_layers, Path(given(config.model.path, "model.path"))
+    if is_top(folder) and (count is not None or config.adapter.rank):
+        raise ValueError(
+            f"model.path: got {folder}, the checkpoint of an unfinished run with only its top layers, expected a complete model, "
+            "in which the frozen weights are; run rlhf merge on it first, or resume that run"
+        )
+    if count is None:
+        return
+    if is_adapter(folder) and not config.adapter.rank:
+        raise ValueError(
+            f"model.path: got the adapter {folder} with model.train_layers {count} and adapter.rank 0, expected a model: the "
+            "frozen layers must be those of a folder; run rlhf merge first, or set adapter.rank to train the adapter"
+        )
+    base = base_folder(folder)
+    if (base / "config.json").is_file():  # loading reports a missing one in more detail
+        found = read_model_config(base, trust_remote_code=config.model.trust_remote_code).get_text_config()
+        check_layers(count, found.num_hidden_layers, folder)
+
+
 def _start(config: RunConfig, folder: Path, *, reference: bool) -> PreTrainedModel:
-    settings = config.adapter
+    settings, count = config.adapter, config.model.train_layers
+    check_start_model(config)
     check_peft(config)
-    if not is_adapter(folder):
-        model = load_causal_lm(folder, **placement(config))
+    model = load_causal_lm(folder, **placement(config))
+    if count is not None:
+        train_top(model, count, Base.of(base_folder(folder)))
+    adapters = adapters_of(model)
+    if adapters is None:
         if settings.rank:
             Adapters.start(model, settings, config.seed, Base.of(folder))
         return model
-    model = load_causal_lm(folder, **placement(config))
-    adapters = adapters_of(model)
-    assert adapters is not None
     if not settings.rank:
         adapters.merge(POLICY)
         return model
@@ -108,7 +135,7 @@ def _with_codec(
         model = load(folder)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     except ValueError as error:
-        own = str(error).startswith(("device: ", "adapter."))  # names a setting
+        own = str(error).startswith(("device: ", "adapter.", "model.path: ", "model.train_layers: "))  # names a setting
         raise ValueError(str(error) if own else f"model.path: {error}") from None
     _check_vocabulary(model, tokenizer, folder)
     limit_positions(model, longest_sequence(config))

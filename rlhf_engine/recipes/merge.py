@@ -1,4 +1,4 @@
-"""The command `rlhf merge`: from an adapter to a model that needs no adapter."""
+"""The command `rlhf merge`: from an adapter, or the top layers of an unfinished run, to a complete model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from rlhf_engine.files import read_json, with_new_folder
 from rlhf_engine.model.heads import VALUE_HEAD
-from rlhf_engine.model.pretrained import base_folder, is_adapter, load_tokenizer, write_pretrained
+from rlhf_engine.model.pretrained import base_folder, is_adapter, is_top, load_tokenizer, write_pretrained
 from rlhf_engine.model.reward_model import HEAD_FILE, VALUE_MODEL, RewardModel
 from rlhf_engine.model.roles import POLICY
 from rlhf_engine.model.saving import load_causal_lm
@@ -21,19 +21,19 @@ _AVERAGE = "ema"
 def merge_adapter(source: Path, target: Path, dtype: str | None = None, *, trust_remote_code: bool = False) -> None:
     """Write the model of an adapter's folder, with the adapter added to its weights, to a new folder.
 
-    A reward model stays one. A value function and averaged weights next to the adapter are written too. The sums are computed
-    in float32 and rounded once.
+    The folder may also be a checkpoint with only the top layers, to which those below are added. A reward model stays one. A
+    value function and averaged weights in the folder are written too. The sums are computed in float32 and rounded once.
 
     Args:
-        source: folder of an adapter.
+        source: folder of an adapter or of top layers.
         target: folder to write.
         dtype: dtype of the weights, such as bfloat16; None is that of the model to which the adapter belongs.
         trust_remote_code: whether Python code from the folder of the model may run.
 
     Raises:
-        ValueError: `source` is no adapter, `target` exists, or a file is missing or broken.
+        ValueError: `source` is neither, `target` exists, or a file is missing or broken.
     """
-    if not is_adapter(source):
+    if not (is_adapter(source) or (is_top(source) and not (source / HEAD_FILE).is_file())):
         raise ValueError(f"{source}: got no adapter (adapter_config.json), expected the folder of one")
     if target.exists():
         raise ValueError(f"{target}: exists already; give a new folder")
@@ -47,13 +47,13 @@ def _write(source: Path, new: Path, dtype: torch.dtype, *, trust_remote_code: bo
     else:
         model = load_causal_lm(source, trust_remote_code=trust_remote_code)
         adapters = adapters_of(model)
-        assert adapters is not None
-        adapters.merge(POLICY)
+        if adapters is not None:
+            adapters.merge(POLICY)
         write_pretrained(new, model.to(dtype))  # pyright: ignore[reportArgumentType]  # a decorator hides `self`
     if (source / VALUE_HEAD).is_file():
         shutil.copyfile(source / VALUE_HEAD, new / VALUE_HEAD)
     for name in (VALUE_MODEL, _AVERAGE):
-        if is_adapter(source / name):
+        if is_adapter(source / name) or is_top(source / name):
             (new / name).mkdir()
             _write(source / name, new / name, dtype, trust_remote_code=trust_remote_code)
         elif (source / name).is_dir():

@@ -31,6 +31,7 @@ from rlhf_engine.recipes.loading import (
     check_peft,
     check_records,
     check_room,
+    check_start_model,
     computing,
     dated,
     encode_records,
@@ -73,6 +74,7 @@ def run_ppo(
     earlier_responses(Path(config.output_dir) / SAMPLES, after=0)
     notice(*skipped_sft(config))
     check_reference(config)
+    check_start_model(config)
     config = dated(config)
     function = None
     if config.reward.function is not None:

@@ -133,7 +133,7 @@ def _write_centred(
         shift = centre_on_demonstrations(trainer.model, examples, codec.pad_id)
         report = {"history": [dataclasses.asdict(found) for found in trainer.history], "bias_shift": shift}
         report |= truncated(codec)
-        save_result(folder, lambda new: trainer.write_model(new, codec.tokenizer), report, config)
+        save_result(folder, lambda new: trainer.write_model(new, codec.tokenizer, complete=True), report, config)
     finally:
         with torch.no_grad():
             bias.copy_(before)

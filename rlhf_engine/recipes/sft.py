@@ -69,7 +69,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     def write_result() -> FitReport:
         report = trainer.finish()
         saved = dataclasses.asdict(report) | truncated(codec)
-        save_result(folder, lambda new: trainer.write_model(new, codec.tokenizer), saved, config)
+        save_result(folder, lambda new: trainer.write_model(new, codec.tokenizer, complete=True), saved, config)
         return report
 
     report = run_session(

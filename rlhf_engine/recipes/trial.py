@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +26,13 @@ from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.pretrained import load_tokenizer, write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.saving import save_language_model, saved_tensors
+from rlhf_engine.model.top_layers import top_of, trained_tensors
 from rlhf_engine.optim.build import state_bytes
 from rlhf_engine.planner.report import size
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.rollout import EOS, Rollout
+from rlhf_engine.supervised.reward_model import RewardTrainer
+from rlhf_engine.supervised.sft import SFTTrainer
 from rlhf_engine.supervised.trainer import SupervisedTrainer
 
 WHOLE_BYTES = 2**30
@@ -51,22 +54,15 @@ def try_output(
     """
 
     def write(folder: Path) -> None:
-        trainer.write_model(folder, tokenizer)
+        trainer.write_model(folder, tokenizer, complete=True)
 
-    if isinstance(trainer, PPOTrainer):
-        policy = trainer.policy
-        _try(
-            dict(policy.stored()),
-            write,
-            lambda folder: saved_tensors(folder, policy, device="cpu"),
-            policy.model,
-            tokenizer,
-            config,
-        )
-    else:
-        trunk = trainer.model.trunk if isinstance(trainer.model, RewardModel) else trainer.model
-        weights = dict(trainer.weights())
-        _try(weights, write, trainer.saved_tensors, cast("PreTrainedModel", trunk), tokenizer, config)
+    model = _model_of(trainer)
+
+    def read(folder: Path) -> Mapping[str, Tensor]:
+        return saved_tensors(folder, model, device="cpu") if isinstance(model, LanguageModel) else model.saved_tensors(folder)
+
+    weights = dict(model.named_parameters() if model.adapters is None else model.stored())
+    _try(weights, write, read, _written(model), tokenizer, config)
 
 
 def try_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
@@ -133,7 +129,10 @@ def check_disk(trainer: Checkpointable, config: RunConfig, *replaced: Path) -> N
     if trainer.stage == "sft":
         checkpoint += model  # the weights of the lowest validation loss
     copies = 1 if section.checkpoint_every == 0 else 2
-    needed = copies * checkpoint if trainer.stage == "ppo" else max(copies * checkpoint, checkpoint + model)
+    frozen = _frozen_bytes(trainer)
+    needed = copies * checkpoint + frozen
+    if trainer.stage != "ppo":
+        needed = max(copies * checkpoint, checkpoint + model + frozen)
     place = existing_folder(config.output_dir)
     kept = sum(path.stat().st_size for folder in replaced for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(place).free + kept
@@ -185,6 +184,32 @@ def existing_folder(output_dir: str | Path) -> Path:
             f"output_dir: {found} is not a folder, so {wanted} cannot be created; set a different output_dir"
         )
     return found
+
+
+def _model_of(trainer: Checkpointable) -> LanguageModel | RewardModel:
+    """Return the model that a trainer trains."""
+    if isinstance(trainer, PPOTrainer):
+        return trainer.policy
+    if isinstance(trainer, SFTTrainer):
+        return trainer.actor
+    assert isinstance(trainer, RewardTrainer)
+    return trainer.model
+
+
+def _written(model: LanguageModel | RewardModel) -> PreTrainedModel:
+    """Return the part of a model that transformers writes."""
+    return model.model if isinstance(model, LanguageModel) else model.trunk
+
+
+def _frozen_bytes(trainer: Checkpointable) -> int:
+    """Return the bytes of frozen layers that the result of a run has, and its checkpoints do not have."""
+    model = _model_of(trainer)
+    top, written = top_of(model.trunk), _written(model)
+    if model.adapters is not None or top is None or top.base is None:
+        return 0
+    kept = {id(weight) for _, weight in trained_tensors(written)}
+    copies = 2 if isinstance(trainer, PPOTrainer) and trainer.update_rule.average is not None else 1
+    return copies * sum(weight.nbytes for weight in written.parameters() if id(weight) not in kept)
 
 
 def _small_weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Legend: B completions, P pairs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -214,9 +214,18 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         """Return the counter and all evaluations."""
         return super().state() | {"history": [asdict(found) for found in self.history]}
 
-    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the current model in the format of `RewardModel.load`."""
-        self.model.save(folder)
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the model's tensors that a checkpoint holds."""
+        return self.model.stored()
+
+    def write_model(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False
+    ) -> None:
+        """Write the current model in the format of `RewardModel.load`.
+
+        Unless `complete`, frozen layers below the trained ones are left out.
+        """
+        self.model.save(folder, complete=complete)
         write_pretrained(folder, None, tokenizer)
 
     def saved_tensors(self, folder: Path) -> Mapping[str, Tensor]:

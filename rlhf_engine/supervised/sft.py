@@ -221,9 +221,14 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         best = {f"{_BEST}{name}": weight for name, weight in self.minimum.weights.items()}
         return super().tensors() | best
 
-    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Write the current model in the format of `AutoModelForCausalLM`, or the adapter in that of peft."""
-        save_language_model(folder, self.actor, tokenizer)
+    def write_model(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False
+    ) -> None:
+        """Write the current model in the format of `AutoModelForCausalLM`, or the adapter in that of peft.
+
+        Unless `complete`, frozen layers below the trained ones are left out.
+        """
+        save_language_model(folder, self.actor, tokenizer, complete=complete)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the model's tensors that a checkpoint holds."""
