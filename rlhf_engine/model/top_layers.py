@@ -41,7 +41,7 @@ class TopLayers:
     base: Base | None
     """The folder with the frozen weights. With it a checkpoint holds only the trained ones."""
     outputs: tuple[int | None, ...]
-    """Length of the tuple that each layer returns; None if a layer returns a tensor."""
+    """Length of the tuple or list that each layer returns; None if a layer returns a tensor."""
 
 
 def top_of(trunk: nn.Module) -> TopLayers | None:
@@ -67,9 +67,12 @@ def train_top(model: PreTrainedModel, count: int, base: Base | None = None) -> N
     in the top layers only. `base` is the folder of the model.
 
     Raises:
-        ValueError: the model has fewer layers; its layers cannot be found; or a trained layer shares a weight with the rest.
+        ValueError: the model has fewer layers, or its top layers are trained already; its layers cannot be found; or a trained
+            layer shares a weight with the rest.
     """
     trunk = trunk_of(model)
+    if top_of(trunk) is not None:
+        raise ValueError(f"model: got a {type(model).__name__} of which only the top layers are trained already")
     name, layers = _layers_of(trunk)
     check_layers(count, len(layers), type(model).__name__)
     lower = len(layers) - count
@@ -80,18 +83,20 @@ def train_top(model: PreTrainedModel, count: int, base: Base | None = None) -> N
     output = model.get_output_embeddings()
     if output is not None and not _shares(output, trunk):
         ours |= {id(weight): weight for weight in output.parameters()}
-    inside = {id(module) for one in top for module in one.modules()}
-    for place, module in trunk.named_modules():
-        shared = [key for key, weight in module.named_parameters(recurse=False) if id(weight) in ours]
-        if shared and id(module) not in inside:
+    listed = {id(module) for one in (layers, *after) for module in one.modules()}
+    below = [module for one in layers[:lower] for module in one.modules()]
+    below += [module for module in trunk.modules() if id(module) not in listed]
+    for module in below:
+        shared = next((key for key, weight in module.named_parameters(recurse=False) if id(weight) in ours), None)
+        if shared is not None:
             raise ValueError(
                 f"model.train_layers: got {count}, but the top layers of {type(model).__name__} share the weight "
-                f"{place}.{shared[0]} with layers below, which are frozen; set model.train_layers to null"
+                f"{names[module]}.{shared} with those below, which are frozen; set model.train_layers to null"
             )
-    if adapters_of(model) is None:
-        for weight in model.parameters():
-            weight.requires_grad_(id(weight) in ours)
-    trained = frozenset(key for key, weight in trunk.named_parameters() if id(weight) in ours)
+    for weight in model.parameters():
+        if id(weight) not in ours and adapters_of(model) is None:
+            weight.requires_grad_(False)
+    trained = frozenset(key for key, weight in trunk.named_parameters() if id(weight) in ours and weight.requires_grad)
     places = tuple(names[module] for module in after)
     trunk.__dict__[_TOP] = TopLayers(name, lower, places, trained, base, outputs)
 
@@ -159,7 +164,7 @@ def _probe(trunk: PreTrainedModel, layers: nn.ModuleList) -> tuple[list[nn.Modul
 
     def ended(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            forms[number] = len(output) if isinstance(output, tuple) else None
+            forms[number] = len(output) if isinstance(output, tuple | list) else None
 
         return hook
 
@@ -254,12 +259,13 @@ def check_split(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> No
     """
     ids, advice = _ids(trunk), "set ppo.reference to frozen_copy"
 
-    def run() -> Tensor:
+    def run(ids: Tensor = ids) -> Tensor:
         return last_hidden(trunk, ids, compute_dtype=compute_dtype, use_cache=False)
 
     what = f"ppo.reference: got 'hydra' for {type(trunk).__name__}, whose top layers"
     with foreign_errors(f"{what} cannot run without those below; {advice}"):
         whole, states = run(), states_below(trunk, run)
+        run(ids.flip(1))  # what a layer kept of the tokens is replaced
         if states.shape[:-1] == ids.shape:
             with starting_from(trunk, states):
                 again = run()
