@@ -36,6 +36,8 @@ class Pass:
     """Tokens of all sequences if their lengths differ; None: `rows * columns`."""
     rank: int = 0
     """Rank of the adapters of every matrix, which is then frozen; 0: none."""
+    trained: int | None = None
+    """Number of top layers that are trained or have adapters, while the rest is frozen; None: all."""
 
     @property
     def tokens(self) -> int:
@@ -92,6 +94,10 @@ class Pass:
         # Its input in float32, and normalised, which only the gradient of its weight reads.
         return (FLOAT + (0 if self.rank else w)) * H + FLOAT
 
+    def _norm_input(self) -> int:
+        """Return the bytes per token that a norm saves only for the gradient of its input."""
+        return FLOAT * self.shape.hidden + FLOAT if self.shape.gated else 0
+
     def saved(self, *, checkpointed: bool) -> int:
         """Return the bytes that the whole trunk saves for its backward pass.
 
@@ -100,10 +106,13 @@ class Pass:
         """
         layer = self.tokens * self.shape.hidden * self.weight_bytes if checkpointed else self.saved_by_layer()
         angles = 2 * self.columns * self.shape.head_dim * self.weight_bytes if self.shape.gated else self.columns * IDS
-        if self.rank:  # nothing before the first adapter has a gradient: no embedding, no position, and no first norm
-            before = 0 if checkpointed else self.tokens * self._last_norm()
+        layers = self.shape.layers if self.trained is None else self.trained
+        if self.rank or self.trained is not None:
+            # Nothing before the first trained layer has a gradient: no embedding and no position. Its first norm saves
+            # what the gradient of its weight needs, or nothing with adapters.
+            before = 0 if checkpointed else self.tokens * (self._last_norm() if self.rank else self._norm_input())
             angles -= 0 if self.shape.gated else angles
-            return self.shape.layers * layer + self.tokens * self._last_norm() - before + angles
+            return layers * layer + self.tokens * self._last_norm() - before + angles
         return self.shape.layers * layer + self.tokens * (self._last_norm() + IDS) + angles
 
     def forward_room(self) -> int:

@@ -6,6 +6,8 @@ A phase is as large as its largest moment. Sizes and rules of other modules are 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 from rlhf_engine.memory.arena import SUM_DTYPE
 from rlhf_engine.optim.eight_bit import moment_bytes
@@ -44,20 +46,20 @@ def persistent(w: Workload) -> Items:
     head = 0 if w.value == "backbone" else (policy.hidden + 1) * FLOAT
     items = {"policy": _frozen(w, policy, policy.parameters) + head}
     if w.adapter:
-        items["policy"] += adapter_numbers(w, policy) * size
+        items["policy"] += policy_trained(w) * size
         if w.reference_adapter:
-            items["reference"] = adapter_numbers(w, policy) * size
+            items["reference"] = policy_trained(w) * size
     else:
-        items["reference"] = policy.parameters * size
+        items["reference"] = policy_trained(w) * size
     if w.value == "backbone":
         shape = w.reward or policy
-        shared = adapter_numbers(w, shape) * size + _scalar_head(shape)
+        shared = _value_adapter(w) * size + _scalar_head(shape)
         items["value_model"] = shared if w.adapter else _scalar_model(w, shape)
     if w.reward is not None:
-        shared = adapter_numbers(w, policy) * size + _scalar_head(policy)
+        shared = policy_trained(w) * size + _scalar_head(policy)
         items["reward_model"] = shared if w.adapter and w.reward_adapter else _scalar_model(w, w.reward)
     if w.average:
-        items["average"] = (adapter_numbers(w, policy) if w.adapter else policy.parameters) * AVERAGE_DTYPE.itemsize
+        items["average"] = policy_trained(w) * AVERAGE_DTYPE.itemsize
     if w.optimizer_state != "host" or w.device == "cpu":
         items |= {"optimizer_state": optimizer_state(w)} | _masters(w)
     return items | {"context": CONTEXT["cpu" if w.device == "cpu" else "cuda"]}
@@ -88,10 +90,27 @@ def _frozen(w: Workload, shape: ModelShape, numbers: int) -> int:
     return (numbers - inside) * w.weight_bytes + inside * w.base_bits // 8 + _SCALE * (inside // _SCALED)
 
 
-def adapter_numbers(w: Workload, shape: ModelShape) -> int:
+def adapter_numbers(w: Workload, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the number of weights of one adapter: two low-rank matrices for each matrix within the layers."""
-    shapes = [shape for shape in shape.trunk().values() if len(shape) == 3]
-    return sum(layers * w.adapter * (rows + columns) for layers, rows, columns in shapes)
+    inside = [shape for shape in shapes.values() if len(shape) == 3]
+    return sum(layers * w.adapter * (rows + columns) for layers, rows, columns in inside)
+
+
+def policy_shapes(w: Workload) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of the policy's weights that are trained, or that have adapters."""
+    return w.policy.trunk() | w.policy.head() if w.train_layers is None else w.policy.top(w.train_layers)
+
+
+def policy_trained(w: Workload) -> int:
+    """Return the number of trained weights of the policy, without a value function."""
+    shapes = policy_shapes(w)
+    return adapter_numbers(w, shapes) if w.adapter else sum(map(math.prod, shapes.values()))
+
+
+def _value_adapter(w: Workload) -> int:
+    """Return the number of weights of the adapter of a value function; a separate reward model has it in all layers."""
+    own = w.reward is not None and not w.reward_adapter
+    return adapter_numbers(w, (w.reward or w.policy).trunk()) if own else adapter_numbers(w, policy_shapes(w))
 
 
 def _scalar_head(shape: ModelShape) -> int:
@@ -107,15 +126,15 @@ def trained(w: Workload) -> int:
     shape = (w.reward or w.policy) if w.value == "backbone" else w.policy
     own = shape.hidden + 1
     if w.value == "backbone":
-        own += adapter_numbers(w, shape) if w.adapter else shape.trunk_parameters
-    return (adapter_numbers(w, w.policy) if w.adapter else w.policy.parameters) + own
+        own += _value_adapter(w) if w.adapter else shape.trunk_parameters
+    return policy_trained(w) + own
 
 
 def optimizer_state(w: Workload) -> int:
     """Return the bytes of AdamW's two moments, in float32 or in 8 bits."""
     if w.optimizer_state != "8bit" or w.adapter:
         return 2 * FLOAT * trained(w)
-    shapes = [w.policy.trunk() | w.policy.head()]
+    shapes = [policy_shapes(w)]
     if w.value == "backbone":
         shapes.append((w.reward or w.policy).trunk())
     state = 0
@@ -123,6 +142,12 @@ def optimizer_state(w: Workload) -> int:
         count, numbers = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
         state += 2 * count * moment_bytes(math.prod(numbers))
     return state
+
+
+def stored_states(w: Workload) -> Items:
+    """Return the bytes of the output of the policy's frozen layers, if it is stored, for all inputs of a rollout batch."""
+    inputs = w.rollout_batch * (w.length - 1)
+    return {"states": inputs * w.policy.hidden * w.weight_bytes} if w.shares_states else {}
 
 
 def rollout(w: Workload, *, scored: bool) -> int:
@@ -178,7 +203,7 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
     if w.autocast:
         held["rounded_weights"] = rounded_weights(w, policy)
     if w.merge_adapters == "always":
-        held["merged_weights"] = policy.layer_matrices * w.weight_bytes
+        held["merged_weights"] = policy.layer_matrices * w.top_layers // policy.layers * w.weight_bytes
     logits = rows * policy.vocab * 2 * FLOAT
     width = prompt_width(w.prompt)
     # Shorter prompts can fill the token budget of a pass better than the longest ones, whose width may not divide it.
@@ -207,7 +232,7 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
 
 def score(w: Workload) -> dict[str, Items]:
     """Return the moments of scoring, in which the reference, the reward model and the value model run in turn."""
-    held = {"rollout": rollout(w, scored=True)}
+    held = {"rollout": rollout(w, scored=True)} | stored_states(w)
     tokens, count = w.pass_tokens(w.rollout_batch), w.pass_actions(w.rollout_batch)
     reading = _inputs(w, w.policy, tokens)
     actions = count * w.policy.hidden * w.compute_bytes
@@ -244,18 +269,21 @@ def train(w: Workload) -> dict[str, Items]:
         tokens = min(w.pretraining, w.train_rows) * (w.length - 1)
         pretraining = _micro_batch(w, tokens, tokens, values=False)
         moments |= {f"pretraining, {name}": items for name, items in pretraining.items()}
-    return moments | {"optimizer step": {"rollout": rollout(w, scored=True)} | gradients(w) | in_transit(w)}
+    kept = {"rollout": rollout(w, scored=True)} | stored_states(w)
+    return moments | {"optimizer step": kept | gradients(w) | in_transit(w)}
 
 
 def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dict[str, Items]:
     policy, checkpointed = w.policy, w.gradient_checkpointing
-    passes = [_inputs(w, policy, tokens)] + [_inputs(w, w.reward or policy, tokens)] * values
+    passes = [replace(_inputs(w, policy, tokens), trained=w.train_layers)]
+    passes += [_inputs(w, w.reward or policy, tokens)] * values
     hidden = actions * policy.hidden
-    weight = 0 if w.adapter else policy.vocab * policy.hidden
+    frozen = w.train_layers is not None
+    weight = 0 if w.adapter or (frozen and policy.tied) else policy.vocab * policy.hidden
     block = {"head_workspace": head_block(w, actions, gradient=True)}
     kept = block if w.device == "cpu" else {}
     summed = gradients(w)  # reserved in the arena from the first forward pass on
-    held = {"rollout": rollout(w, scored=True)}
+    held = {"rollout": rollout(w, scored=True)} | stored_states(w)
     if w.device != "cpu":  # a stream copies the first buckets in while gradients are computed
         held |= in_transit(w)
     if w.autocast:
@@ -266,7 +294,7 @@ def _micro_batch(w: Workload, tokens: int, actions: int, *, values: bool) -> dic
     waiting = {"head_gradients": weight * FLOAT} if policy.tied else {}
     room = max(one.backward_room(checkpointed=checkpointed) for one in passes)
     # The embedding's gradient is computed in the weights' dtype and exists at the same time as its float32 sum.
-    embedding = weight * (FLOAT + (w.weight_bytes if w.weight_bytes < FLOAT else 0))
+    embedding = 0 if frozen else weight * (FLOAT + (w.weight_bytes if w.weight_bytes < FLOAT else 0))
     begins, ends = {"backward_workspace": room}, {"backward_workspace": embedding}
     return {
         "forward": held | saved | of_head | block | summed,

@@ -40,6 +40,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Architectures whose layers are known, and their properties that are not in the config."""
 
+_OUTSIDE = ("embedding", "place", "norm", "norm_bias")
+"""Weights of `ModelShape.trunk` outside the layers."""
 
 UNLIMITED = 2**31
 """Positions of a model whose config does not limit them."""
@@ -116,6 +118,12 @@ class ModelShape:
             outside = {"embedding": (self.vocab, H), "norm": (H,)}
         layers = {name: (L, *shape) for name, shape in matrices.items()}
         return outside | layers | {name: (L, size) for name, size in vectors.items()}
+
+    def top(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the top `count` layers, the last norm and an untied head, which `train_top` trains."""
+        layers = {name: (count, *shape[1:]) for name, shape in self.trunk().items() if name not in _OUTSIDE}
+        norm = {name: shape for name, shape in self.trunk().items() if name.startswith("norm") and name in _OUTSIDE}
+        return layers | norm | self.head()
 
     def head(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of the language-model head; empty if it is tied."""
@@ -296,6 +304,14 @@ class RecurrentShape(ModelShape):
             inside = parameter.dim() == 2 and parameter is not embedding
             shapes[name] = (1, *parameter.shape) if inside else tuple(x for x in parameter.shape if x > 1) or (1,)
         return shapes
+
+
+    def top(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Raise UnknownMemoryError: layers of different kinds have different sizes, which are not counted one by one."""
+        raise UnknownMemoryError(
+            f"model.train_layers: got {count} with the recurrent model_type {self.model_type!r}, of which the plan knows only "
+            "the whole; unset memory.budget to run without a plan"
+        )
 
 
 def _check_sizes(sizes: dict[str, int | None], source: str) -> None:

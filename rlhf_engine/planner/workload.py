@@ -9,6 +9,7 @@ import torch
 
 from rlhf_engine.config import RolloutConfig, RunConfig
 from rlhf_engine.config.memory import byte_count
+from rlhf_engine.model.top_layers import check_layers
 from rlhf_engine.planner.model_shape import ModelShape, RecurrentShape, UnknownMemoryError
 from rlhf_engine.rollout.decode import is_paged
 
@@ -55,6 +56,8 @@ class Workload:
     """Whether the reference has an adapter, because the policy starts from one."""
     merge_adapters: str = "never"
     """Value of the setting `rollout.merge_adapters`; `MemoryPlan` replaces "auto" by "always" or "never"."""
+    train_layers: int | None = None
+    """Number of the policy's top layers that are trained or have adapters; None: all."""
     base_bits: int = 0
     """Bits per frozen weight within the layers; 0: those of `dtype`. Not built yet."""
     config: RunConfig = field(default_factory=RunConfig, repr=False)
@@ -73,14 +76,17 @@ class Workload:
         """Return the workload of `rlhf ppo`; the adapters are those of the fields with the same names.
 
         Raises:
-            ValueError: the longest sequence exceeds the context of a model.
-            UnknownMemoryError: the objective is TRPO, whose memory the plan does not know.
+            ValueError: the longest sequence exceeds the context of a model, or the model has fewer layers than are trained.
+            UnknownMemoryError: the objective is TRPO, or only the top layers of a recurrent model are trained.
         """
         ppo, rollout, memory = config.ppo, config.rollout, config.memory
         if ppo.objective == "trpo":
             raise UnknownMemoryError(
                 "ppo.objective: got 'trpo', whose memory the plan does not know; set a different objective"
             )
+        if config.model.train_layers is not None:
+            check_layers(config.model.train_layers, policy.layers, "the model")
+            policy.top(config.model.train_layers)
         # A response that reaches its maximum length is scored with an EOS token appended.
         room = policy.positions if reward is None else min(policy.positions, reward.positions - 1)
         if rollout.max_prompt_tokens + rollout.max_response_tokens > room:
@@ -111,6 +117,7 @@ class Workload:
             gradient_checkpointing=memory.gradient_checkpointing,
             adapter=config.adapter.rank,
             merge_adapters=rollout.merge_adapters if config.adapter.rank else "never",
+            train_layers=config.model.train_layers,
             reward_adapter=reward_adapter,
             reference_adapter=reference_adapter or (config.adapter.rank > 0 and ppo.reference == "frozen_copy"),
             budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),
@@ -141,6 +148,17 @@ class Workload:
     def autocast(self) -> bool:
         """Whether products use rounded copies of the weights."""
         return self.compute_bytes < self.weight_bytes
+
+    @property
+    def top_layers(self) -> int:
+        """Number of the policy's layers that are trained or have adapters."""
+        return self.policy.layers if self.train_layers is None else self.train_layers
+
+    @property
+    def shares_states(self) -> bool:
+        """Whether the output of the policy's frozen layers is stored for the reference and the passes of training."""
+        kind = self.config.ppo.reference
+        return self.top_layers < self.policy.layers and (kind == "hydra" or (kind == "auto" and not self.adapter))
 
     @property
     def paged(self) -> bool:

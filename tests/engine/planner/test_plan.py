@@ -6,15 +6,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from rlhf_engine.config import AdapterConfig, OptimConfig
+from rlhf_engine.config import AdapterConfig, ModelConfig, OptimConfig, PPOConfig, RunConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead, upcast
 from rlhf_engine.model.adapters import Adapters
+from rlhf_engine.model.references import Hydra
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import POLICY, REFERENCE, REWARD, VALUE
+from rlhf_engine.model.top_layers import train_top
 from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.optim.eight_bit import EightBitAdamW, moment_bytes
 from rlhf_engine.optim.offload import StagedAdamW, most_in_transit
-from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner import MemoryPlan, ModelShape, UnknownMemoryError, Workload
 from rlhf_engine.planner.activations import Pass
 from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.planner.strategies import fitting, smallest
@@ -210,6 +212,32 @@ def test_activations_of_adapters_are_what_autograd_saves(monkeypatch, family, dt
     assert bytes_ == Pass(shape, 3, 20, False, *sizes, None, 4).saved(checkpointed=False)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_activations_of_top_layers_are_what_autograd_saves(monkeypatch, family, dtype, rank):
+    monkeypatch.setattr(upcast, "has_products", lambda dtype, device: True)
+    layers = {"n_layer": 4} if family == "gpt2" else {"num_hidden_layers": 4}
+    model = make(family, **layers).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    shape, found = ModelShape.from_config(model.config), {}
+    train_top(model, 2)
+    if rank:
+        Adapters.start(model, AdapterConfig(rank=rank), seed=0)
+    policy = ActorCritic(model, compute_dtype=torch.bfloat16 if dtype == "autocast" else None)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights and {20, 60} & set(x.shape):
+            found[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden_of(policy, torch.randint(3, 61, (3, 20)))
+    bytes_ = sum(x.untyped_storage().nbytes() for x in found.values())
+    sizes = {"float32": (4, 4), "bfloat16": (2, 2), "autocast": (4, 2)}[dtype]
+    assert bytes_ == Pass(shape, 3, 20, False, *sizes, None, rank, 2).saved(checkpointed=False)
+
+
 def test_checkpointed_layers_save_only_their_inputs():
     model = make("llama", num_hidden_layers=5)
     policy, found = ActorCritic(model, gradient_checkpointing=True), {}
@@ -285,6 +313,62 @@ def test_four_roles_with_adapters_have_the_planned_size(family, dtype):
     assert plan.persistent.get("master_weights", 0) == (4 * trained if dtype == "bfloat16" else 0)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "gpt2", "gpt2_tied"])
+def test_trained_top_layers_have_the_planned_size(family, dtype, rank):
+    layers = {"n_layer": 4} if family.startswith("gpt2") else {"num_hidden_layers": 4}
+    model = make(family, **layers).to(getattr(torch, dtype))
+    shape = ModelShape.from_config(model.config)
+    train_top(model, 1)
+    if rank:
+        Adapters.start(model, AdapterConfig(rank=rank), seed=0)
+    policy = ActorCritic(model)
+    reference = Hydra(policy)
+    config = RunConfig(ppo=PPOConfig(reference="hydra"))
+    run = replace(RUN, policy=shape, reward=None, dtype=dtype, adapter=rank, train_layers=1, average=True, config=config)
+    plan = MemoryPlan.of(run)
+    stored = list(policy.stored())
+    language = sum(p.numel() for name, p in stored if name.startswith("model."))
+    assert plan.persistent["policy"] == sum(p.nbytes for p in policy.parameters())
+    assert plan.persistent.get("reference", 0) == sum(p.nbytes for p in reference.frozen.values())
+    assert rank or plan.persistent["reference"] == language * shape_bytes(dtype)
+    assert plan.persistent["average"] == 4 * language
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert trained == sum(p.numel() for _, p in stored)
+    assert plan.persistent["optimizer_state"] == 8 * trained and plan.phases["train"]["gradients"] == 4 * trained
+    rollout = make_rollout().starting_from(reference, 3)
+    per_input = rollout.states.nbytes // len(rollout.states)
+    inputs = run.rollout_batch * (run.length - 1)
+    assert plan.phases["score"]["states"] == plan.phases["train"]["states"] == inputs * per_input
+    copied = MemoryPlan.of(replace(run, config=RunConfig(ppo=PPOConfig(reference="frozen_copy"))))
+    assert "states" not in copied.phases["score"].items
+    if not rank:
+        shared = {p.data_ptr() for p in policy.parameters()}
+        own = [p for p in FrozenCopy(policy).model.parameters() if p.data_ptr() not in shared]
+        assert copied.persistent["reference"] == sum(p.nbytes for p in own)
+
+
+def shape_bytes(dtype):
+    return getattr(torch, dtype).itemsize
+
+
+def test_8_bit_state_of_top_layers_counts_their_matrices_only():
+    run = replace(RUN, policy=ModelShape.of("qwen2.5-0.5b"), reward=None, optimizer_state="8bit")
+    whole, top = (MemoryPlan.of(replace(run, train_layers=count)).persistent["optimizer_state"] for count in (None, 6))
+    layer = run.policy.layer_matrices / run.policy.layers
+    assert top == pytest.approx(2 * (6 * layer), rel=0.05) and whole > 3 * top
+
+
+def test_a_plan_for_the_top_layers_of_what_the_plan_does_not_know():
+    config = RunConfig(model=ModelConfig(train_layers=30))
+    with pytest.raises(ValueError, match=r"model\.train_layers: got 30, expected at most 24, the number of layers of"):
+        Workload.of(config, ModelShape.of("qwen2.5-0.5b"), None)
+    shape = ModelShape.from_config(AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=61))
+    with pytest.raises(UnknownMemoryError, match=r"model\.train_layers: got 1 with the recurrent model_type 'mamba'"):
+        Workload.of(RunConfig(model=ModelConfig(train_layers=1)), shape, None)
+
+
 @pytest.mark.parametrize("cache", ["slots", "paged"])
 def test_eager_attention_rounds_up_the_number_of_slots_but_not_of_pages(cache):
     model = make("mistral")
@@ -298,7 +382,7 @@ def test_eager_attention_rounds_up_the_number_of_slots_but_not_of_pages(cache):
 
 def test_a_rollout_and_its_experience_have_the_planned_size():
     rollout = make_rollout()
-    held = [getattr(rollout, item.name) for item in fields(rollout)]
+    held = [getattr(rollout, item.name) for item in fields(rollout) if item.name != "states"]
     tokens, actions = rollout.prompt_ids.numel() + rollout.response_ids.numel(), rollout.mask.numel()
     assert rollout_bytes(tokens, actions) == sum(tensor.nbytes for tensor in held if tensor.dim() == 2)
     assert rollout_bytes(tokens, actions, sampling=True) == rollout_bytes(tokens, actions) + rollout.response_ids.nbytes
