@@ -22,6 +22,7 @@ from benchmarks.harness import MB, Check, Row, Session, Worker, alternate_worker
 from rlhf_engine.config import RunConfig
 from rlhf_engine.memory.malloc import return_freed_blocks
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.top_layers import train_top
 from rlhf_engine.planner import MemoryPlan, ModelShape
 from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.ptx import PretrainStream
@@ -42,14 +43,15 @@ def _model(model_type: str, vocab: int, hidden: int, intermediate: int, layers: 
 
 
 def _run(prompt: int, response: int, batch: int, microbatch: int, **rest: Any) -> dict:
-    """Return the settings of a run with one rollout of `batch` sequences, decoded together, in one minibatch."""
+    """Return the settings of a run with one rollout of `batch` sequences in one minibatch, decoded together without `slots`."""
     attention, dtype = rest.pop("attention", "sdpa"), rest.pop("dtype", "float32")
     state, checkpointed = rest.pop("state", "resident"), rest.pop("checkpointed", False)
     memory = {"optimizer_state": state, "gradient_checkpointing": checkpointed}
     ppo = {"updates": 9, "rollout_batch": batch, "minibatch": batch, "microbatch": microbatch}
-    rollout = {"max_prompt_tokens": prompt, "max_response_tokens": response, "batch_size": batch}
+    rollout = {"max_prompt_tokens": prompt, "max_response_tokens": response, "batch_size": rest.pop("slots", batch)}
     rollout["cache"] = rest.pop("cache", "slots")
-    sections = {"model": {"attention": attention}, "memory": memory, "rollout": rollout, "ppo": ppo | rest}
+    model = {"attention": attention, "train_layers": rest.pop("train_layers", None)}
+    sections = {"model": model, "memory": memory, "rollout": rollout, "ppo": ppo | rest}
     return {"dtype": dtype} | sections
 
 
@@ -100,6 +102,11 @@ CASES: dict[str, tuple[dict, dict, int]] = {
         _run(12, 4, 16, 16, state="host", dtype="bfloat16", microbatch_tokens=60, ema_decay=0.99),
         1,
     ),
+    "not fitted: the top 2 of 12 layers, with the states below stored": (
+        _model("llama", 80_000, 256, 512, 12, 4, tie_word_embeddings=False),
+        _run(508, 4, 256, 16, train_layers=2, ppo_epochs=2, reference="hydra", slots=16),
+        1,
+    ),
 }
 """Name -> (fields of config.json, settings of the run, number of updates)."""
 
@@ -119,13 +126,15 @@ def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
     with torch.device(config.device):
         model = AutoModelForCausalLM.from_config(shape, **made).eval()
     reward_model = RewardModel.from_causal_lm(model, seed=1)
+    if config.model.train_layers is not None:
+        train_top(model, config.model.train_layers)
     policy, rollout, vocab = make_policy(config, model, reward_model), config.rollout, shape.vocab_size
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
     text = torch.randint(0, vocab, (config.ppo.minibatch, length))
     return build_trainer(
         policy,
         None,
-        reward_function(reward_model, SimpleNamespace(eos_id=1, pad_id=0)),
+        reward_function(reward_model, SimpleNamespace(eos_id=1, pad_id=0, content=tuple)),
         lambda first, count: list(torch.randint(0, vocab, (count, rollout.max_prompt_tokens))),
         config,
         # An end token outside the vocabulary is never sampled.

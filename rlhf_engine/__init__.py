@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rlhf_engine.model.heads import ValueHead as ValueHead
     from rlhf_engine.model.pretrained import load_tokenizer as load_tokenizer
     from rlhf_engine.model.references import AdapterOff as AdapterOff
+    from rlhf_engine.model.references import Hydra as Hydra
     from rlhf_engine.model.reward_model import RewardModel as RewardModel
     from rlhf_engine.model.roles import Policy as Policy
     from rlhf_engine.model.roles import Reference as Reference
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from rlhf_engine.model.roles import ValueFunction as ValueFunction
     from rlhf_engine.model.saving import load_policy as load_policy
     from rlhf_engine.model.saving import save_policy as save_policy
+    from rlhf_engine.model.top_layers import train_top as train_top
     from rlhf_engine.ppo.build import build_trainer as build_trainer
     from rlhf_engine.ppo.build import make_generator as make_generator
     from rlhf_engine.ppo.callbacks import Callback as Callback
@@ -93,6 +95,7 @@ __getattr__, __dir__, __all__ = exports(
         "load_tokenizer": "model.pretrained",
         "RewardModel": "model.reward_model",
         "AdapterOff": "model.references",
+        "Hydra": "model.references",
         "FrozenCopy": "model.actor_critic",
         "Policy": "model.roles",
         "Reference": "model.roles",
@@ -100,6 +103,7 @@ __getattr__, __dir__, __all__ = exports(
         "ValueFunction": "model.roles",
         "load_policy": "model.saving",
         "save_policy": "model.saving",
+        "train_top": "model.top_layers",
         "build_trainer": "ppo.build",
         "make_generator": "ppo.build",
         "Callback": "ppo.callbacks",

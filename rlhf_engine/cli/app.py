@@ -128,7 +128,7 @@ def ppo(
 
 @app.command()
 def merge(
-    source: Annotated[Path, typer.Argument(help="Folder of an adapter, such as OUTPUT_DIR/ppo.")],
+    source: Annotated[Path, typer.Argument(help="Folder of an adapter or of top layers, such as OUTPUT_DIR/ppo.")],
     output: Annotated[Path, typer.Argument(help="New folder for the model.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: that of the model under the adapter.")
@@ -137,7 +137,7 @@ def merge(
         bool, typer.Option("--trust-remote-code", help="Let Python code from the folder of the model run.")
     ] = False,
 ) -> None:
-    """Add an adapter to the weights of its model; write a model that loads without peft, with its value function or head."""
+    """Add an adapter, or the top layers of an unfinished run, to its model; write a complete one, with its values or head."""
     quiet()
     from rlhf_engine.recipes.merge import merge_adapter
 

@@ -24,7 +24,6 @@ from rlhf_engine.model.heads import OutputHead, ValueHead, check_head
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import POLICY, Outputs, ValueFunction, Want
 from rlhf_engine.model.rope import limit_positions
-from rlhf_engine.model.top_layers import TopLayers, starting_from, states_below, top_of, trained_tensors
 from rlhf_engine.model.trunk import (
     adapters_of,
     check_causal,
@@ -34,6 +33,7 @@ from rlhf_engine.model.trunk import (
     output_layer,
     packs,
     products,
+    top_of,
     trunk_of,
 )
 from rlhf_engine.model.upcast import upcast_products
@@ -41,6 +41,7 @@ from rlhf_kernels import PPOLoss, TokenLogprobs
 
 if TYPE_CHECKING:
     from rlhf_engine.model.adapters import Adapters
+    from rlhf_engine.model.top_layers import TopLayers
 
 Model = TypeVar("Model", bound="LanguageModel")
 
@@ -122,7 +123,7 @@ class LanguageModel(nn.Module):
         if self.adapters is not None:
             kept = {id(tensor) for tensor in self.adapters.tensors(POLICY).values()}
         elif self.top is not None:
-            kept = {id(tensor) for _, tensor in trained_tensors(self.model)}
+            kept = {id(tensor) for _, tensor in self.top.trained_tensors(self.model)}
         else:
             yield from self.named_parameters()
             return
@@ -235,7 +236,8 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def states_below(self, batch: TokenBatch) -> Tensor:  # (B, S, H)
         """Return the input of the first trained layer for every token of a batch, as `TokenBatch.states` needs it."""
-        return states_below(self.trunk, lambda: self._states(batch))
+        assert self.top is not None
+        return self.top.states_below(self.trunk, lambda: self._states(batch))
 
     def products(self) -> AbstractContextManager[None]:
         """Compute matrix products in `compute_dtype` inside the context; weights are rounded once for all passes in it."""
@@ -250,7 +252,9 @@ class LanguageModel(nn.Module):
         positions, mask = batch.position_ids, batch.attention_mask
         if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -batch.input_ids.shape[1] :]
-        with nullcontext() if batch.states is None else starting_from(self.trunk, batch.states):
+        top = self.top
+        assert batch.states is None or top is not None
+        with top.starting_from(self.trunk, batch.states) if top and batch.states is not None else nullcontext():
             hidden = last_hidden(
                 self.trunk,
                 batch.input_ids,

@@ -186,7 +186,9 @@ class Adapters:
         if _top_targets(self.model, settings.targets) != self.places[POLICY]:
             got, expected = (", ".join(names) for names in (settings.targets, self._shortest_targets(POLICY)))
             where = "" if top_of_model(self.model) is None else " in the layers of model.train_layers"
-            raise ValueError(f"adapter.targets: got {got}{where}, expected {expected}, those of the adapter in {source}")
+            raise ValueError(
+                f"adapter.targets: got {got}{where}, expected {expected}, those of the adapter in {source}"
+            )
 
     # ---- sampling ----
 

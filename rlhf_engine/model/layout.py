@@ -33,7 +33,9 @@ class TokenBatch:
     attention_mask: Tensor | Mapping[str, Tensor | None] | None = None  # (B, S), or masks prepared for transformers
     position_ids: Tensor | None = None  # (B, S); None: counted from the mask, or from column 0
     real: Tensor | None = None  # (B, S), bool, False on padding; None: no padding, or nothing reads it
-    states: Tensor | None = None  # (B, S, H), input of the first trained layer, where the pass begins; None: at the tokens
+    states: Tensor | None = (
+        None  # (B, S, H), input of the first trained layer, where the pass begins; None: at the tokens
+    )
     cache: Cache | None = None  # keys and values of earlier tokens, updated in place
 
 

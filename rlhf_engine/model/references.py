@@ -11,7 +11,6 @@ from torch.func import functional_call
 from rlhf_engine.model.actor_critic import LanguageModel
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import REFERENCE
-from rlhf_engine.model.top_layers import check_split, trained_tensors
 
 
 class AdapterOff:
@@ -74,13 +73,15 @@ class Hydra:
                 "ppo.reference: got 'hydra' with the balancing loss of experts, which reads the routers of all layers; set "
                 "ppo.reference to frozen_copy or model.router_aux_loss to false"
             )
-        check_split(policy.trunk, policy.compute_dtype)
-        self.policy, self.lower = policy, policy.top.lower
+        top = policy.top
+        top.check_split(policy.trunk, policy.compute_dtype)
+        self.policy, self.lower = policy, top.lower
         self.adapter_off = None if policy.adapters is None else AdapterOff(policy)
         self.frozen: dict[str, Tensor] = {}
         """Copies of the trained weights by their names in the policy; none with adapters."""
         if self.adapter_off is None:
-            self.frozen = {f"model.{name}": weight.detach().clone() for name, weight in trained_tensors(policy.model)}
+            trained = top.trained_tensors(policy.model)
+            self.frozen = {f"model.{name}": weight.detach().clone() for name, weight in trained}
 
     @property
     def packs(self) -> bool:

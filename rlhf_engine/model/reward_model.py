@@ -32,8 +32,6 @@ from rlhf_engine.model.pretrained import (
 )
 from rlhf_engine.model.roles import POLICY, REWARD
 from rlhf_engine.model.rope import limit_positions
-from rlhf_engine.model.top_files import read_top, write_top
-from rlhf_engine.model.top_layers import top_of, trained_tensors
 from rlhf_engine.model.trunk import (
     adapters_of,
     check_packing,
@@ -42,6 +40,7 @@ from rlhf_engine.model.trunk import (
     last_hidden,
     output_layer,
     packs,
+    top_of,
     trunk_of,
 )
 from rlhf_engine.model.upcast import upcast_products
@@ -198,9 +197,12 @@ class RewardModel(nn.Module):
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the tensors of a checkpoint: all parameters, or those of the head and of the trained top layers."""
-        if self.adapters is not None or top_of(self.trunk) is None:
+        top = top_of(self.trunk)
+        if self.adapters is not None or top is None:
             return self.named_parameters()
-        kept = {id(tensor) for _, tensor in trained_tensors(self.trunk)} | {id(one) for one in self.head.parameters()}
+        kept = {id(tensor) for _, tensor in top.trained_tensors(self.trunk)} | {
+            id(one) for one in self.head.parameters()
+        }
         return ((name, tensor) for name, tensor in self.named_parameters() if id(tensor) in kept)
 
     def save(self, folder: str | Path, *, complete: bool = True) -> None:
@@ -213,7 +215,9 @@ class RewardModel(nn.Module):
         if self.adapters is not None:
             self.adapters.save(folder, self.name)
         elif not complete and top is not None and top.base is not None:
-            write_top(folder, trained_tensors(self.trunk), top.base)
+            from rlhf_engine.model.top_files import write_top
+
+            write_top(folder, top.trained_tensors(self.trunk), top.base)
         else:
             write_pretrained(folder, self.trunk)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
@@ -315,6 +319,8 @@ class RewardModel(nn.Module):
             return dict(type(self).load(folder, **like(self.trunk)).named_parameters())
         head, _ = self._read_head(folder)
         if self.adapters is None:
+            from rlhf_engine.model.top_files import read_top
+
             found = {f"trunk.{key}": tensor for key, tensor in read_top(folder).items()}
             return found | {f"head.{key}": tensor for key, tensor in head.named_parameters()}
         own = {f"own.{_key(key)}": tensor for key, tensor in self.adapters.read(folder).tensors.items()}

@@ -26,8 +26,6 @@ from rlhf_engine.model.pretrained import (
 )
 from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
 from rlhf_engine.model.roles import POLICY, VALUE, ValueFunction
-from rlhf_engine.model.top_files import read_top, write_top
-from rlhf_engine.model.top_layers import trained_tensors
 from rlhf_engine.model.trunk import adapters_of, output_layer
 
 
@@ -68,6 +66,8 @@ def load_causal_lm(folder: Path, **where: Any) -> PreTrainedModel:
         ValueError: as `load_pretrained`, `read_adapter` and `read_top`.
     """
     if is_top(folder):
+        from rlhf_engine.model.top_files import read_top
+
         tensors, model = read_top(folder), load_pretrained(AutoModelForCausalLM, base_folder(folder), **where)
         weights = dict(model.named_parameters())
         if unknown := sorted(tensors.keys() - weights.keys()):
@@ -120,7 +120,9 @@ def save_language_model(
         write_pretrained(folder, None, tokenizer)
         return
     if not complete and policy.top is not None and policy.top.base is not None:
-        write_top(folder, trained_tensors(policy.model), policy.top.base)
+        from rlhf_engine.model.top_files import write_top
+
+        write_top(folder, policy.top.trained_tensors(policy.model), policy.top.base)
         write_pretrained(folder, None, tokenizer)
         return
     adapted = [name for name, module in policy.model.named_modules() if hasattr(module, "base_layer")]
@@ -135,7 +137,11 @@ def save_language_model(
 def check_saved(folder: Path, policy: LanguageModel) -> None:
     """Raise ValueError unless a folder has the files that `save_policy` writes for `policy`."""
     whole = TOP_RECORD if policy.top is not None and is_top(folder) else "config.json"
-    require(folder, whole if policy.adapters is None else ADAPTER, *([] if policy.value is None else [policy.value.saved_as]))
+    require(
+        folder,
+        whole if policy.adapters is None else ADAPTER,
+        *([] if policy.value is None else [policy.value.saved_as]),
+    )
 
 
 def copy_weights(folder: Path, policy: LanguageModel) -> None:
@@ -152,6 +158,8 @@ def saved_tensors(folder: Path, policy: LanguageModel, **where: Any) -> Mapping[
         ValueError: a file is missing or broken, or an adapter belongs to a different model.
     """
     if policy.adapters is None and is_top(folder):
+        from rlhf_engine.model.top_files import read_top
+
         found = {f"model.{name}": tensor for name, tensor in read_top(folder).items()}
         return found | _saved_value(folder, policy)
     if policy.adapters is None:

@@ -1,7 +1,7 @@
 """A folder with the trained top layers of a model, and the fingerprint of the model that has the layers below.
 
-A checkpoint of a run that trains only the top layers is such a folder, so that it does not repeat the frozen weights. The result
-of a finished run is a complete model.
+A checkpoint of a run that trains only the top layers is such a folder, so that it does not repeat the frozen weights. The
+result of a finished run is a complete model.
 """
 
 from __future__ import annotations

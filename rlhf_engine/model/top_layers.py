@@ -17,13 +17,34 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_engine.errors import foreign_errors
-from rlhf_engine.model.trunk import adapters_of, input_layer, last_hidden, trunk_of
+from rlhf_engine.model.trunk import TOP, adapters_of, input_layer, last_hidden, top_of, trunk_of
 
 if TYPE_CHECKING:
     from rlhf_engine.model.adapter_files import Base
 
-_TOP = "rlhf_top_layers"
-"""Attribute of a trunk that refers to its `TopLayers`."""
+
+class _InPlaceOf(nn.Module):
+    """A module in place of a layer, which is skipped; other attributes are those of the layer."""
+
+    seen: Tensor
+    """The hidden states that the layer would have read."""
+
+    def __init__(self, layer: nn.Module, length: int | None, states: Tensor | None = None) -> None:
+        super().__init__()
+        # Not registered as a submodule: code that iterates over the layers of a trunk must not find a skipped one.
+        self.__dict__["layer"], self.length, self.states = layer, length, states
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Keep the hidden states that the layer would read, and return them or `states` in the form of its output."""
+        self.seen = inputs[0] if inputs else options["hidden_states"]
+        hidden = self.seen if self.states is None else self.states
+        return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
 
 
 @dataclass(frozen=True)
@@ -43,10 +64,69 @@ class TopLayers:
     outputs: tuple[int | None, ...]
     """Length of the tuple or list that each layer returns; None if a layer returns a tensor."""
 
+    def trained_tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over the trained weights of a causal LM or its trunk; those of a copy have the same names."""
+        trunk = _trunk(model)
+        kept = {id(weight) for name, weight in trunk.named_parameters() if name in self.trained}
+        output = model.get_output_embeddings()
+        if output is not None and not _shares(output, trunk):
+            kept |= {id(weight) for weight in output.parameters()}
+        return ((name, weight) for name, weight in model.named_parameters() if id(weight) in kept)
 
-def top_of(trunk: nn.Module) -> TopLayers | None:
-    """Return the trained layers of a trunk; None if all are trained."""
-    return trunk.__dict__.get(_TOP)
+    # ---- passes over a part of the trunk ----
+
+    @contextmanager
+    def starting_from(self, trunk: nn.Module, states: Tensor) -> Iterator[None]:  # (B, S, H)
+        """Let passes inside the context begin with the first trained layer, whose input is `states`."""
+        with self._replaced(trunk, range(self.lower), states):
+            yield
+
+    @torch.no_grad()
+    def states_below(self, trunk: nn.Module, run: Callable[[], object]) -> Tensor:  # (B, S, H)
+        """Return the input of the first trained layer in the pass `run()` of the trunk, which skips the trained layers."""
+        with self._replaced(trunk, range(self.lower, len(self.outputs))) as stand_ins:
+            run()
+        return stand_ins[0].seen
+
+    @torch.no_grad()
+    def check_split(self, trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
+        """Compare a pass over the whole trunk with one below the trained layers followed by one from there on.
+
+        Raises:
+            ValueError: the bits differ, for example because a trained layer reads keys of a frozen one.
+        """
+        ids, advice = _ids(trunk), "set ppo.reference to frozen_copy"
+
+        def run(ids: Tensor = ids) -> Tensor:
+            return last_hidden(trunk, ids, compute_dtype=compute_dtype, use_cache=False)
+
+        what = f"ppo.reference: got 'hydra' for {type(trunk).__name__}, whose top layers"
+        with foreign_errors(f"{what} cannot run without those below; {advice}"):
+            whole, states = run(), self.states_below(trunk, run)
+            run(ids.flip(1))  # what a layer kept of the tokens is replaced
+            again = None
+            if states.shape[:-1] == ids.shape:
+                with self.starting_from(trunk, states):
+                    again = run()
+        if again is None or not torch.equal(whole, again):
+            raise ValueError(f"{what} read more than one vector per token from those below; {advice}")
+
+    @contextmanager
+    def _replaced(self, trunk: nn.Module, span: range, states: Tensor | None = None) -> Iterator[list[_InPlaceOf]]:
+        """Skip the layers of `span` inside the context; the first of them returns `states`, if they are given."""
+        layers = cast("nn.ModuleList", trunk.get_submodule(self.layers))
+        kept = {number: layers[number] for number in span}
+        stand_ins = [
+            _InPlaceOf(layer, self.outputs[number], states if number == span.start else None)
+            for number, layer in kept.items()
+        ]
+        try:
+            for number, stand_in in zip(span, stand_ins, strict=True):
+                layers[number] = stand_in
+            yield stand_ins
+        finally:
+            for number, layer in kept.items():
+                layers[number] = layer
 
 
 def top_of_model(model: PreTrainedModel) -> TopLayers | None:
@@ -98,19 +178,7 @@ def train_top(model: PreTrainedModel, count: int, base: Base | None = None) -> N
             weight.requires_grad_(False)
     trained = frozenset(key for key, weight in trunk.named_parameters() if id(weight) in ours and weight.requires_grad)
     places = tuple(names[module] for module in after)
-    trunk.__dict__[_TOP] = TopLayers(name, lower, places, trained, base, outputs)
-
-
-def trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over the weights, of a causal LM or a trunk, that `train_top` leaves trained; copies have the same names."""
-    trunk = _trunk(model)
-    top = top_of(trunk)
-    assert top is not None
-    kept = {id(weight) for name, weight in trunk.named_parameters() if name in top.trained}
-    output = None if trunk is model else model.get_output_embeddings()
-    if output is not None and not _shares(output, trunk):
-        kept |= {id(weight) for weight in output.parameters()}
-    return ((name, weight) for name, weight in model.named_parameters() if id(weight) in kept)
+    trunk.__dict__[TOP] = TopLayers(name, lower, places, trained, base, outputs)
 
 
 def in_top(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
@@ -151,8 +219,7 @@ def _layers_of(trunk: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 @torch.no_grad()
 def _probe(trunk: PreTrainedModel, layers: nn.ModuleList) -> tuple[list[nn.Module], tuple[int | None, ...]]:
-    """Run a pass over five tokens; return the modules with weights that run only after the last layer, and the forms of the
-    layers' outputs (see `TopLayers.outputs`)."""
+    """Return the modules with weights that run only after the last layer, and `TopLayers.outputs`, from a short pass."""
     inside = {id(module) for module in layers.modules()}
     before: dict[nn.Module, None] = {}
     after: dict[nn.Module, None] = {}
@@ -186,88 +253,8 @@ def _ids(trunk: PreTrainedModel) -> Tensor:  # (2, 8)
     return torch.stack([ids, ids.flip(0)])
 
 
-# ---- passes over a part of the trunk ----
-
-
-class _InPlaceOf(nn.Module):
-    """A module in place of a layer, which is skipped; other attributes are those of the layer."""
-
-    def __init__(self, layer: nn.Module, length: int | None, states: Tensor | None = None) -> None:
-        super().__init__()
-        # Not registered as a submodule: whatever visits the layers of a trunk must not find this one.
-        self.__dict__["layer"], self.length, self.states = layer, length, states
-        self.__dict__["seen"] = None
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Keep the hidden states that the layer would read, and return them or `states` in the form of its output."""
-        self.__dict__["seen"] = inputs[0] if inputs else options["hidden_states"]
-        hidden = self.__dict__["seen"] if self.states is None else self.states
-        return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["layer"], name)
-
-
-@contextmanager
-def _replaced(trunk: nn.Module, span: range, states: Tensor | None = None) -> Iterator[list[_InPlaceOf]]:
-    """Skip the layers of `span` inside the context; the first of them returns `states`, if they are given."""
-    top = top_of(trunk)
-    assert top is not None
-    layers = cast("nn.ModuleList", trunk.get_submodule(top.layers))
-    kept = {number: layers[number] for number in span}
-    stand_ins = [
-        _InPlaceOf(layer, top.outputs[number], states if number == span.start else None)
-        for number, layer in kept.items()
-    ]
-    try:
-        for number, stand_in in zip(span, stand_ins, strict=True):
-            layers[number] = stand_in
-        yield stand_ins
-    finally:
-        for number, layer in kept.items():
-            layers[number] = layer
-
-
-@contextmanager
-def starting_from(trunk: nn.Module, states: Tensor) -> Iterator[None]:  # (B, S, H)
-    """Let passes inside the context begin with the first trained layer, whose input is `states`."""
-    top = top_of(trunk)
-    assert top is not None
-    with _replaced(trunk, range(top.lower), states):
-        yield
-
-
-@torch.no_grad()
-def states_below(trunk: nn.Module, run: Callable[[], object]) -> Tensor:  # (B, S, H)
-    """Return the input of the first trained layer in the pass `run()` of a trunk, which skips that layer and those after it."""
-    top = top_of(trunk)
-    assert top is not None
-    with _replaced(trunk, range(top.lower, len(top.outputs))) as stand_ins:
-        run()
-    return stand_ins[0].__dict__["seen"]
-
-
-@torch.no_grad()
-def check_split(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
-    """Compare a pass over the whole trunk with one below the trained layers followed by one from there on.
-
-    Raises:
-        ValueError: the bits differ, for example because a trained layer reads keys of a frozen one.
-    """
-    ids, advice = _ids(trunk), "set ppo.reference to frozen_copy"
-
-    def run(ids: Tensor = ids) -> Tensor:
-        return last_hidden(trunk, ids, compute_dtype=compute_dtype, use_cache=False)
-
-    what = f"ppo.reference: got 'hydra' for {type(trunk).__name__}, whose top layers"
-    with foreign_errors(f"{what} cannot run without those below; {advice}"):
-        whole, states = run(), states_below(trunk, run)
-        run(ids.flip(1))  # what a layer kept of the tokens is replaced
-        if states.shape[:-1] == ids.shape:
-            with starting_from(trunk, states):
-                again = run()
-    if states.shape[:-1] != ids.shape or not torch.equal(whole, again):
-        raise ValueError(f"{what} read more than one vector per token from those below; {advice}")
+def train_all(model: nn.Module) -> None:
+    """Let all weights of a copy of a model's trunk require gradients again."""
+    model.requires_grad_(True)
+    for module in model.modules():
+        module.__dict__.pop(TOP, None)

@@ -22,9 +22,13 @@ from rlhf_engine.model.upcast import UpcastAttention, product_dtype, upcasts, we
 
 if TYPE_CHECKING:
     from rlhf_engine.model.adapters import Adapters
+    from rlhf_engine.model.top_layers import TopLayers
 
 ADAPTERS = "rlhf_adapters"
 """Attribute of a model that refers to its `Adapters`."""
+
+TOP = "rlhf_top_layers"
+"""Attribute of a trunk that refers to its `TopLayers`."""
 
 PACKED = "rlhf_packed"
 _VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
@@ -324,12 +328,17 @@ def _recomputed(config: PreTrainedConfig, run: partial, *inputs: Tensor) -> Any:
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-# ---- adapters ----
+# ---- adapters, trained layers ----
 
 
 def adapters_of(model: nn.Module) -> Adapters | None:
     """Return the adapters of a model; None if it has none."""
     return model.__dict__.get(ADAPTERS)
+
+
+def top_of(trunk: nn.Module) -> TopLayers | None:
+    """Return the trained layers of a trunk; None if all are trained."""
+    return trunk.__dict__.get(TOP)
 
 
 def held_adapters(module: nn.Module) -> list[tuple[Any, list[str], bool]]:

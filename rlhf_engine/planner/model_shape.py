@@ -305,7 +305,6 @@ class RecurrentShape(ModelShape):
             shapes[name] = (1, *parameter.shape) if inside else tuple(x for x in parameter.shape if x > 1) or (1,)
         return shapes
 
-
     def top(self, count: int) -> dict[str, tuple[int, ...]]:
         """Raise UnknownMemoryError: layers of different kinds have different sizes, which are not counted one by one."""
         raise UnknownMemoryError(

@@ -89,8 +89,8 @@ def check_start_model(config: RunConfig) -> None:
     count, folder = config.model.train_layers, Path(given(config.model.path, "model.path"))
     if is_top(folder) and (count is not None or config.adapter.rank):
         raise ValueError(
-            f"model.path: got {folder}, the checkpoint of an unfinished run with only its top layers, expected a complete model, "
-            "in which the frozen weights are; run rlhf merge on it first, or resume that run"
+            f"model.path: got {folder}, the checkpoint of an unfinished run with only its top layers, expected a complete "
+            "model, which has the frozen weights; run rlhf merge on it first, or resume that run"
         )
     if count is None:
         return

@@ -21,6 +21,7 @@ from rlhf_engine.model.adapters import Adapters
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import POLICY, VALUE
+from rlhf_engine.model.top_layers import train_all
 from rlhf_engine.model.trunk import adapters_of, input_layer, output_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import build_trainer
@@ -241,6 +242,8 @@ def _value_model(config: RunConfig, model: PreTrainedModel, start: RewardModel |
         if start is not None:
             return copy.deepcopy(start)
         value_model = RewardModel.from_causal_lm(model, config.seed)
+        if config.model.train_layers is not None:
+            train_all(value_model)
         nn.init.zeros_(value_model.head.weight)
         return value_model
     if start is None:

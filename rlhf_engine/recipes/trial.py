@@ -26,7 +26,7 @@ from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.pretrained import load_tokenizer, write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.saving import save_language_model, saved_tensors
-from rlhf_engine.model.top_layers import top_of, trained_tensors
+from rlhf_engine.model.trunk import top_of
 from rlhf_engine.optim.build import state_bytes
 from rlhf_engine.planner.report import size
 from rlhf_engine.ppo.trainer import PPOTrainer
@@ -59,7 +59,11 @@ def try_output(
     model = _model_of(trainer)
 
     def read(folder: Path) -> Mapping[str, Tensor]:
-        return saved_tensors(folder, model, device="cpu") if isinstance(model, LanguageModel) else model.saved_tensors(folder)
+        return (
+            saved_tensors(folder, model, device="cpu")
+            if isinstance(model, LanguageModel)
+            else model.saved_tensors(folder)
+        )
 
     weights = dict(model.named_parameters() if model.adapters is None else model.stored())
     _try(weights, write, read, _written(model), tokenizer, config)
@@ -207,7 +211,7 @@ def _frozen_bytes(trainer: Checkpointable) -> int:
     top, written = top_of(model.trunk), _written(model)
     if model.adapters is not None or top is None or top.base is None:
         return 0
-    kept = {id(weight) for _, weight in trained_tensors(written)}
+    kept = {id(weight) for _, weight in top.trained_tensors(written)}
     copies = 2 if isinstance(trainer, PPOTrainer) and trainer.update_rule.average is not None else 1
     return copies * sum(weight.nbytes for weight in written.parameters() if id(weight) not in kept)
 

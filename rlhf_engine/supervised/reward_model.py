@@ -218,9 +218,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         """Iterate over the model's tensors that a checkpoint holds."""
         return self.model.stored()
 
-    def write_model(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False
-    ) -> None:
+    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False) -> None:
         """Write the current model in the format of `RewardModel.load`.
 
         Unless `complete`, frozen layers below the trained ones are left out.

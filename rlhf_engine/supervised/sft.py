@@ -221,9 +221,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         best = {f"{_BEST}{name}": weight for name, weight in self.minimum.weights.items()}
         return super().tensors() | best
 
-    def write_model(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False
-    ) -> None:
+    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False) -> None:
         """Write the current model in the format of `AutoModelForCausalLM`, or the adapter in that of peft.
 
         Unless `complete`, frozen layers below the trained ones are left out.

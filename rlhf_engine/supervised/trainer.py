@@ -171,9 +171,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         return {}
 
     @abstractmethod
-    def write_model(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False
-    ) -> None:
+    def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool = False) -> None:
         """Write the model after `done` steps: with `complete` as a result, otherwise without layers that are frozen."""
 
     def load(self, folder: Path, state: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

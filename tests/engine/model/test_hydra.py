@@ -13,7 +13,8 @@ from rlhf_engine.model.adapters import Adapters
 from rlhf_engine.model.layout import input_places
 from rlhf_engine.model.references import Hydra
 from rlhf_engine.model.roles import POLICY
-from rlhf_engine.model.top_layers import check_split, top_of, train_top
+from rlhf_engine.model.top_layers import train_top
+from rlhf_engine.model.trunk import top_of
 from rlhf_engine.optim.ema import WeightAverage
 from tests.engine.helpers.adapted_models import moved
 from tests.engine.helpers.rollouts import gradients, make_rollout
@@ -98,7 +99,9 @@ def test_adapters_are_in_the_top_layers_only():
 def test_a_target_below_the_top_layers_is_refused():
     model = deep()
     train_top(model, 2)
-    with pytest.raises(ValueError, match=r"adapter\.targets: got 'layers\.0\.mlp\.up_proj', which matches no layer that"):
+    with pytest.raises(
+        ValueError, match=r"adapter\.targets: got 'layers\.0\.mlp\.up_proj', which matches no layer that"
+    ):
         Adapters.start(model, AdapterConfig(rank=2, targets=("q_proj", "layers.0.mlp.up_proj")), seed=0)
 
 
@@ -115,7 +118,9 @@ def test_copies_share_the_frozen_weights_and_averages_keep_their_dtype():
 
 
 def test_more_layers_than_the_model_has_and_a_second_call_are_refused():
-    with pytest.raises(ValueError, match=r"model\.train_layers: got 5, expected at most 4, the number of layers of Llama"):
+    with pytest.raises(
+        ValueError, match=r"model\.train_layers: got 5, expected at most 4, the number of layers of Llama"
+    ):
         train_top(deep(), 5)
     model = deep()
     train_top(model, 4)
@@ -263,7 +268,9 @@ def test_the_gradient_of_an_update_differs_by_rounding_only():
 def test_hydra_has_the_bits_of_a_frozen_copy_before_and_after_the_policy_changes(family, rank):
     policy = top_policy(family, rank=rank)
     if rank:  # the starting policy is the model without an adapter
-        policy.adapters.copy(POLICY, {k: torch.zeros_like(t) for k, t in policy.adapters.tensors(POLICY).items()}, "test")
+        policy.adapters.copy(
+            POLICY, {k: torch.zeros_like(t) for k, t in policy.adapters.tensors(POLICY).items()}, "test"
+        )
     reference, expected = Hydra(policy), FrozenCopy(policy)
     rollout = make_rollout().starting_from(reference, 3)
     for _ in "12":
@@ -323,7 +330,9 @@ def test_hydra_needs_frozen_layers():
 def test_models_whose_layers_read_more_than_the_output_of_the_last_are_refused(family, message):
     model = build(family)
     train_top(model, model.config.get_text_config().num_hidden_layers // 2)
-    with pytest.raises(ValueError, match=f"ppo.reference: got 'hydra' for .*{message}.*set ppo.reference to frozen_copy"):
+    with pytest.raises(
+        ValueError, match=f"ppo.reference: got 'hydra' for .*{message}.*set ppo.reference to frozen_copy"
+    ):
         Hydra(LanguageModel(model))
 
 
@@ -335,7 +344,7 @@ def test_layers_that_depend_on_more_than_their_input_are_refused():
     first.register_forward_hook(lambda module, inputs, output: kept.update(own=output))
     last.register_forward_hook(lambda module, inputs, output: output + kept.pop("own", 0.0))
     with pytest.raises(ValueError, match="whose top layers read more than one vector per token from those below"):
-        check_split(model.model, None)
+        top_of(model.model).check_split(model.model, None)
 
 
 def test_the_balancing_loss_of_experts_is_refused():

@@ -326,7 +326,9 @@ def test_trained_top_layers_have_the_planned_size(family, dtype, rank):
     policy = ActorCritic(model)
     reference = Hydra(policy)
     config = RunConfig(ppo=PPOConfig(reference="hydra"))
-    run = replace(RUN, policy=shape, reward=None, dtype=dtype, adapter=rank, train_layers=1, average=True, config=config)
+    run = replace(
+        RUN, policy=shape, reward=None, dtype=dtype, adapter=rank, train_layers=1, average=True, config=config
+    )
     plan = MemoryPlan.of(run)
     stored = list(policy.stored())
     language = sum(p.numel() for name, p in stored if name.startswith("model."))

@@ -111,7 +111,9 @@ def calls_after_sampling(trainer):
         return rollout
 
     trainer.collect = collected
-    handle = trainer.policy.trunk.layers[0].register_forward_hook(lambda m, i, output: counted.append(output[..., 0].numel()))
+    handle = trainer.policy.trunk.layers[0].register_forward_hook(
+        lambda m, i, output: counted.append(output[..., 0].numel())
+    )
     try:
         trainer.step()
     finally:
@@ -123,7 +125,13 @@ def calls_after_sampling(trainer):
 @pytest.mark.parametrize("kind", ["top", "lora_top"])
 def test_the_frozen_layers_run_once_per_rollout(kind, old):
     """One pass for each of the 4 micro-batches of scoring, and none in the 2 epochs of 4 micro-batches."""
-    settings = {"old_logprobs": old, "ppo_epochs": 2, "old_kl_target": 0.1, "objective": "kl_penalty", "old_kl_coef": 0.1}
+    settings = {
+        "old_logprobs": old,
+        "ppo_epochs": 2,
+        "old_kl_target": 0.1,
+        "objective": "kl_penalty",
+        "old_kl_coef": 0.1,
+    }
     trainer = make_trainer(model=model_of(kind), reference="hydra", **settings)
     counted = calls_after_sampling(trainer)
     assert len(counted) == 4

@@ -60,7 +60,11 @@ def changed(before, after, prefix=""):
 
 def test_every_result_is_a_complete_model_of_which_only_the_top_layers_have_changed(stages):
     out = stages / "out"
-    for before, place in ((stages / "base", out / "sft"), (out / "sft", out / "ppo"), (out / "sft", out / "ppo" / "ema")):
+    for before, place in (
+        (stages / "base", out / "sft"),
+        (out / "sft", out / "ppo"),
+        (out / "sft", out / "ppo" / "ema"),
+    ):
         assert not PARTIAL & names(place)
         model = AutoModelForCausalLM.from_pretrained(place)
         expected = {name for name, _ in model.named_parameters() if name.startswith(TRAINED)}
@@ -94,9 +98,13 @@ def test_a_checkpoint_holds_the_trained_weights_and_names_those_below(stages, tm
 @pytest.mark.parametrize("command", ["sft", "rm", "ppo"])
 def test_a_run_that_continues_from_a_checkpoint_ends_with_the_same_bits(stages, tmp_path, capsys, command, monkeypatch):
     out, new = stages / "out", tmp_path / "new"
-    sets = {"sft": [TOP], "rm": [TOP, f"model.path={out / 'sft'}"], "ppo": [*ppo_sets(out), "ppo.ema_decay=0.9"]}[command]
+    sets = {"sft": [TOP], "rm": [TOP, f"model.path={out / 'sft'}"], "ppo": [*ppo_sets(out), "ppo.ema_decay=0.9"]}[
+        command
+    ]
     sets = [*sets, f"output_dir={new}"]
-    place, first = (new / "ppo", out / "checkpoints" / "ppo-1") if command == "ppo" else (new / f"{command}.checkpoint", None)
+    place, first = (
+        (new / "ppo", out / "checkpoints" / "ppo-1") if command == "ppo" else (new / f"{command}.checkpoint", None)
+    )
     if first is None:
         section = {"sft": "sft", "rm": "reward"}[command]
         sets.append(f"{section}.checkpoint_every=1")
@@ -188,3 +196,19 @@ def test_adapters_in_the_top_layers_are_trained_by_every_stage(stages, tmp_path,
     for place in (out / "sft", out / "rm", out / "ppo", out / "ppo" / "value_model"):
         tensors = load_file(place / "adapter_model.safetensors")
         assert len(tensors) == 14 and all(".layers.1." in name for name in tensors), place
+
+
+@pytest.mark.parametrize("init", ["zero", "reward_model"])
+def test_a_value_function_with_its_own_trunk_trains_all_of_its_layers(stages, tmp_path, capsys, init):
+    out = stages / "out"
+    sets = [*ppo_sets(out), "ppo.value_model=backbone", f"ppo.value_init={init}", f"output_dir={tmp_path}"]
+    run(capsys, stages, "ppo", *sets, "checkpoint.keep=2")
+    before = {"zero": (out / "sft", "model."), "reward_model": (out / "rm", "")}[init]
+    moved = changed(before[0], tmp_path / "ppo" / "value_model", prefix=before[1])
+    assert any(name.startswith("layers.0.") for name in moved) and "embed_tokens.weight" in moved
+    first = tmp_path / "checkpoints" / "ppo-1"
+    assert names(first) >= PARTIAL and "model.safetensors" in names(first / "value_model")
+    shutil.move(tmp_path / "ppo", tmp_path / "theirs")
+    shutil.copytree(first, tmp_path / "ppo")
+    run(capsys, stages, "ppo", *sets, options=["--resume"])
+    assert same_weights(tmp_path / "ppo", tmp_path / "theirs")
