@@ -70,8 +70,9 @@ class Hydra:
             )
         if policy.balance is not None:
             raise ValueError(
-                "ppo.reference: got 'hydra' with the balancing loss of experts, which reads the routers of all layers; set "
-                "ppo.reference to frozen_copy or model.router_aux_loss to false"
+                "ppo.reference: got 'hydra', or 'auto' with model.train_layers, for a model with the balancing loss of "
+                "experts, which reads the routers of all layers; set ppo.reference to frozen_copy or model.router_aux_loss to "
+                "false"
             )
         top = policy.top
         top.check_split(policy.trunk, policy.compute_dtype)

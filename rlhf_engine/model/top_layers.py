@@ -100,7 +100,7 @@ class TopLayers:
         def run(ids: Tensor = ids) -> Tensor:
             return last_hidden(trunk, ids, compute_dtype=compute_dtype, use_cache=False)
 
-        what = f"ppo.reference: got 'hydra' for {type(trunk).__name__}, whose top layers"
+        what = f"ppo.reference: got 'hydra', or 'auto' with model.train_layers, for {type(trunk).__name__}, whose top layers"
         with foreign_errors(f"{what} cannot run without those below; {advice}"):
             whole, states = run(), self.states_below(trunk, run)
             run(ids.flip(1))  # what a layer kept of the tokens is replaced

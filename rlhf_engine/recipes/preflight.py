@@ -12,7 +12,16 @@ from rlhf_engine.evaluate import read_documents
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.ppo.trpo import check_attention
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, prefix_of
-from rlhf_engine.recipes.loading import Item, check_room, check_trained_records, encode_records, given, load_model
+from rlhf_engine.recipes.loading import (
+    Item,
+    check_room,
+    check_start_model,
+    check_trained_records,
+    encode_records,
+    given,
+    load_model,
+)
+from rlhf_engine.recipes.planning import check_reference
 from rlhf_engine.recipes.ppo import pretrain_stream
 from rlhf_engine.recipes.trial import try_model
 from rlhf_engine.supervised.reward_model import encode_comparison
@@ -24,6 +33,8 @@ _TRIED = ("Yes.", "I do not know.")
 def check_rounds(config: RunConfig) -> None:
     """Raise ValueError for a missing or misplaced setting, or for a file or a judge that a round could not read."""
     _check_given(config)
+    check_reference(config)
+    check_start_model(config)
     if config.ppo.objective == "trpo":
         check_attention(config.model.attention)
     for split in ("train", config.eval.split):

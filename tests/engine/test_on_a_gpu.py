@@ -7,9 +7,11 @@ import torch
 
 from rlhf_engine.config import MemoryConfig, RolloutConfig
 from rlhf_engine.memory import PoolArena
+from rlhf_engine.model import FrozenCopy
+from rlhf_engine.model.top_layers import train_top
 from rlhf_engine.rollout import Generator, recompute
 from tests.engine.helpers.sampling import make_actor, make_prompts
-from tests.engine.helpers.tiny_models import FAMILIES
+from tests.engine.helpers.tiny_models import FAMILIES, tiny
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
 pytestmark = pytest.mark.gpu
@@ -137,3 +139,21 @@ def test_a_trainer_continues_after_a_failed_update():
     assert all(torch.equal(weights[name], found) for name, found in weights_of(trainer).items())
     trainer.step()
     assert trainer.updates_done == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hydra_runs_the_frozen_layers_once_for_packed_micro_batches_too(dtype):
+    """With bfloat16, micro-batches with a budget of tokens are packed. A copy of the starting policy has the same bits."""
+    model = tiny(initializer_range=0.1, num_hidden_layers=4).to(CUDA, dtype)
+    train_top(model, 2)
+    trainer = make_trainer(model=model, reference="hydra", device=CUDA, microbatch_tokens=60)
+    assert trainer.policy.packs == (dtype == torch.bfloat16)
+    start = FrozenCopy(trainer.policy)
+    for _ in "12":
+        assert trainer.step()["logprob_deviation"] < (1e-3 if dtype == torch.float32 else 0.3)
+    rollout = trainer.collect()
+    stored = rollout.starting_from(trainer.reference, 4, 60)
+    everyone, packed = torch.arange(len(rollout), device=CUDA), trainer.policy.packs
+    for plain, split in zip(*(one.batches(everyone, 4, 60, packed=packed) for one in (rollout, stored)), strict=True):
+        expected = start.logprobs(plain, temperature=1.0)
+        assert torch.equal(trainer.reference.logprobs(split, temperature=1.0), expected)

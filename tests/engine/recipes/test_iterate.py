@@ -209,6 +209,8 @@ def test_s21_mistakes_are_reported_in_one_line(run, capsys, override, message):
         (["ppo.ptx_coef=1"], "data.pretrain is not set; give a file of pretraining text"),
         (["ppo.ptx_coef=1", "data.pretrain=nowhere.txt"], "data.pretrain: nowhere.txt: no such file"),
         (["iterate.judge=nowhere"], "iterate.judge: nowhere: no such folder"),
+        (["model.train_layers=3"], "model.train_layers: got 3, expected at most 2, the number of layers of"),
+        (["ppo.reference=hydra"], "ppo.reference: got 'hydra' without model.train_layers, expected 'frozen_copy'"),
         (["eval.judge=nowhere"], "eval.judge: nowhere: no such folder"),
         (["eval.judge=judge_by_length.py:nothing"], "eval.judge: 'nothing' in judge_by_length.py is not defined"),
         (["eval.text=nowhere.txt"], "nowhere.txt: no such file"),
