@@ -103,8 +103,8 @@ CASES: dict[str, tuple[dict, dict, int]] = {
         1,
     ),
     "not fitted: the top 2 of 12 layers, with the states below stored": (
-        _model("llama", 80_000, 256, 512, 12, 4, tie_word_embeddings=False),
-        _run(508, 4, 256, 16, train_layers=2, ppo_epochs=2, reference="hydra", slots=16),
+        _model("llama", 80_000, 256, 256, 12, 4, tie_word_embeddings=False),
+        _run(252, 4, 512, 32, train_layers=2, ppo_epochs=2, reference="hydra", slots=16),
         1,
     ),
 }
