@@ -42,6 +42,8 @@ def workload_words(w: Workload) -> str:
     """Return a description of the planned workload in one line."""
     batch = f"{w.microbatch} sequences" if w.microbatch_tokens is None else f"{w.microbatch_tokens} tokens"
     numbers = w.dtype if not w.autocast else f"{w.dtype}, products in {w.compute_dtype}"
+    if w.train_layers is not None:
+        numbers += f", the top {w.train_layers} of {w.policy.layers} layers trained"
     return (
         f"{w.policy.parameters / 1e9:.3g}e9 weights in {numbers}, value {w.value}, {w.prompt} + {w.response} tokens, rollout "
         f"batch {w.rollout_batch}, minibatch {w.minibatch}, micro-batch {batch}, {w.slots} decoded together, optimizer state "

@@ -19,6 +19,7 @@ from rlhf_engine.optim.offload import StagedAdamW, most_in_transit
 from rlhf_engine.planner import MemoryPlan, ModelShape, UnknownMemoryError, Workload
 from rlhf_engine.planner.activations import Pass
 from rlhf_engine.planner.presets import PRESETS
+from rlhf_engine.planner.report import workload_words
 from rlhf_engine.planner.strategies import fitting, smallest
 from rlhf_engine.ppo.experience import experience_bytes
 from rlhf_engine.rollout.decode.paged import PagedDecoder, kv_bytes_of
@@ -353,6 +354,11 @@ def test_trained_top_layers_have_the_planned_size(family, dtype, rank):
 
 def shape_bytes(dtype):
     return getattr(torch, dtype).itemsize
+
+
+def test_a_plan_names_the_trained_layers():
+    assert "float32, the top 1 of 2 layers trained, value" in workload_words(replace(RUN, train_layers=1))
+    assert "trained" not in workload_words(RUN)
 
 
 def test_8_bit_state_of_top_layers_counts_their_matrices_only():
