@@ -22,6 +22,8 @@ from rlhf_engine.errors import foreign_errors
 from rlhf_engine.files import read_json, read_model_config, read_tensors, remote_code_off, require
 from rlhf_engine.model.checkpoint_kind import check_language_model, refuse_quantised
 from rlhf_engine.model.heads import ValueHead
+from rlhf_engine.model.quantised import QuantError, check_device, quant_of
+from rlhf_engine.model.quantised_loading import finish, finite, quantising
 
 Loaded = TypeVar("Loaded")
 
@@ -49,16 +51,20 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    quant: str = "none",
 ) -> PreTrainedModel:
     """Return the model of class `kind` (`AutoModelForCausalLM`, `AutoModel`) from a folder's safetensors, in evaluation mode.
 
     A tied weight is stored once and does not count as missing. Weights within the trunk that the model does not use are not
-    read, and a log line names the first. `trust_remote_code` allows Python code from the folder to run.
+    read, and a log line names the first. `trust_remote_code` allows Python code from the folder to run. `quant` is the format
+    of the linear layers in the trunk (`model.quant`), in which they are frozen.
 
     Raises:
         ValueError: a file or a weight is missing or broken, a shape is wrong, the weights are quantised, or the folder holds a
-            model of a different kind. The message names the folder and the file or weight.
+            model of a different kind. The message names the folder and the file or weight. Or `quant` needs a package that is
+            not installed, or cannot store a weight.
     """
+    check_device(quant, device)
     folder = Path(folder)
     weights = weight_files(folder)
     require(folder, "config.json", *weights)
@@ -74,26 +80,29 @@ def load_pretrained(
     what = f"{folder}: transformers {transformers.__version__} cannot load the model"
 
     def load(name: str | None) -> tuple[Any, dict[str, Any]]:
-        return kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=name,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            # Return mismatched shapes in `found`, which are raised below, instead of printing a table.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quantising(quant) as quantised:
+            return kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=name,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                # Return mismatched shapes in `found`, which are raised below, instead of printing a table.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **quantised,
+            )
 
     try:
         with (
             remote_code_off(folder / "config.json", trust_remote_code),
-            foreign_errors(what, SafetensorError, _NoAttentionError),
+            foreign_errors(what, SafetensorError, _NoAttentionError, QuantError),
         ):
             model, found = _with_attention(_with_softcap(attention, config), load)
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights are not a whole safetensors file: {error}") from None
+    broken = None if quant == "none" else finish(model, found)
     if found["mismatched_keys"]:
         name, stored, expected = sorted(found["mismatched_keys"])[0]
         raise ValueError(
@@ -102,7 +111,7 @@ def load_pretrained(
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"{folder}: the weight {missing[0]} is missing ({len(missing)} missing in all)")
-    broken = next((name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())), None)
+    broken = broken or next((name for name, weight in model.named_parameters() if not finite(weight)), None)
     if broken is not None:
         raise ValueError(
             f"{folder}: the weight {broken} is not finite; the checkpoint is of a run that diverged, or broken"
@@ -118,6 +127,7 @@ def like(model: PreTrainedModel) -> dict[str, Any]:
         "attention": model.config.get_text_config()._attn_implementation,
         "dtype": model.dtype,
         "device": model.device,
+        "quant": quant_of(model),
         # Code from a model's folder is imported as a module of this package. It was trusted when `model` was loaded.
         "trust_remote_code": any(
             type(one).__module__.startswith("transformers_modules.") for one in (model, model.config)

@@ -71,7 +71,8 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of a product with the factor `x`: autocast's if that is on, otherwise the factor's."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class UpcastLinear(nn.Linear):
