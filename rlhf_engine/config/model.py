@@ -19,6 +19,10 @@ class ModelConfig(Section):
     """Attention implementation of transformers for scoring, training and prefill; flash_attention_2 needs a GPU and the
     package flash-attn. A model that has no sdpa in transformers, such as Gemma 2 or gpt-oss, uses eager, with a line
     in the log. Decode steps use the attention of the engine, except with eager."""
+    quant: Literal["none", "int8", "nf4", "fp8"] = "none"
+    """Format of the linear layers within the model's layers, which are then frozen: int8 or fp8 with one scale per output
+    (torchao), or nf4 with one per 64 weights (bitsandbytes); `pip install 'rlhf-kernels[quant]'`. Other weights keep
+    `dtype`. Training needs `adapter.rank` above 0. A reward model or a judge is quantised in the same way."""
     trust_remote_code: bool = False
     """Whether Python code in a model's folder may run (auto_map in its config.json or tokenizer_config.json). Such code
     can do anything that the user who starts the run can do, so read it first. If False, a model or tokenizer that needs

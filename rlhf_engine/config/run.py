@@ -80,6 +80,14 @@ class RunConfig(Section):
         """Return the optimizer settings of every stage by the name of its section."""
         return {"sft": self.sft.optim, "reward": self.reward.optim, "ppo": self.ppo.optim}
 
+    def check_training(self) -> None:
+        """Raise ValueError for settings with which no stage can train; other commands allow them."""
+        if self.model.quant != "none" and not self.adapter.rank:
+            raise ValueError(
+                f"model.quant: got {self.model.quant!r} with adapter.rank 0, expected 'none': quantised weights cannot be "
+                "trained; set adapter.rank to train an adapter on them"
+            )
+
     def check(self) -> None:
         """Raise ValueError for options of different sections that contradict each other or that nothing reads.
 

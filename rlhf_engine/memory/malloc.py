@@ -28,3 +28,9 @@ def return_freed_blocks() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_FROM))
+
+
+def return_free_pages() -> None:
+    """Return the pages that are free now to the system, once. Does nothing where the C library is not glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -107,6 +107,12 @@ def check_base(folder: Path, base: Base) -> None:
         )
 
 
+def trained_on(folder: str | Path) -> str | None:
+    """Return the `model.quant` that the adapter in a folder was trained with; None if it is of a different program."""
+    record = Path(folder) / RECORD
+    return str(read_json(record).get("quant", "none")) if record.is_file() else None
+
+
 def write_adapter(
     folder: Path,
     settings: AdapterConfig,
@@ -114,8 +120,12 @@ def write_adapter(
     base: Base,
     *,
     fan_in_fan_out: bool,
+    quant: str = "none",
 ) -> None:
-    """Write an adapter into an existing folder in peft's format; the targets of `settings` are names of layers."""
+    """Write an adapter into an existing folder in peft's format; the targets of `settings` are names of layers.
+
+    `quant` is the format of the weights that it was trained on, for `trained_on`.
+    """
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -132,7 +142,7 @@ def write_adapter(
     (folder / ADAPTER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stored = {_PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / RECORD, {"base": base.folder, "base_fingerprint": base.fingerprint})
+    write_json(folder / RECORD, {"base": base.folder, "base_fingerprint": base.fingerprint, "quant": quant})
 
 
 def _settings(path: Path, content: dict[str, Any]) -> AdapterConfig:

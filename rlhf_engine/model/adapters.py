@@ -24,6 +24,7 @@ from rlhf_engine.config import AdapterConfig
 from rlhf_engine.model.adapter_files import Base, StoredAdapter, read_adapter, write_adapter
 from rlhf_engine.model.merging import merged_bytes, sums_in_place
 from rlhf_engine.model.pretrained import base_folder
+from rlhf_engine.model.quantised import quant_of
 from rlhf_engine.model.roles import POLICY
 from rlhf_engine.model.top_layers import in_top, top_of_model
 from rlhf_engine.model.trunk import ADAPTERS, adapters_of
@@ -160,7 +161,15 @@ class Adapters:
         """Add an adapter to the weights for good, remove all adapters from the model, and let all weights require gradients.
 
         The sum is rounded once to the dtype of the weights.
+
+        Raises:
+            ValueError: the weights are quantised.
         """
+        if (quant := quant_of(self.model)) != "none":
+            raise ValueError(
+                f"model.quant: got {quant!r}, expected 'none' to merge an adapter: quantised weights cannot be changed; "
+                "`rlhf merge` adds it to the weights of the model's folder"
+            )
         for place in dict.fromkeys(place for places in self.places.values() for place in places):
             layer: Any = self.model.get_submodule(place)
             if place in self.places[name]:
@@ -228,7 +237,8 @@ class Adapters:
         if self.base is None:
             raise ValueError("adapters: the folder of their model is not known; pass it to Adapters.start as base")
         settings = replace(self.settings_of[name], targets=self._shortest_targets(name))
-        write_adapter(folder, settings, self.tensors(name), self.base, fan_in_fan_out=self._transposed(name))
+        transposed, quant = self._transposed(name), quant_of(self.model)
+        write_adapter(folder, settings, self.tensors(name), self.base, fan_in_fan_out=transposed, quant=quant)
 
     def has_base(self, folder: str | Path) -> bool:
         """Return whether the adapter in a folder belongs to this model."""
@@ -255,11 +265,13 @@ class Adapters:
             target_modules=list(self.places[name]),
             use_rslora=settings.rslora,
             lora_dropout=0.0,
-            fan_in_fan_out=self._transposed(name),
+            fan_in_fan_out=isinstance(_linear_layers(self.model)[self.places[name][0]], Conv1D),
         )
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             import_peft().inject_adapter_in_model(lora, self.model, name)
+        for tensor in self.tensors(name).values():
+            tensor.data = tensor.data.to(self.model.dtype)  # peft takes the dtype of the codes where they are quantised
         self._scale_rate(name)
         everywhere = dict.fromkeys(place for places in self.places.values() for place in places)
         self.layers = [self.model.get_submodule(place) for place in everywhere]
@@ -300,7 +312,8 @@ class Adapters:
 
     def _transposed(self, name: str) -> bool:
         """Return whether the layers of an adapter store W as (I, O), as those of GPT-2 do."""
-        return isinstance(_linear_layers(self.model)[self.places[name][0]], Conv1D)
+        layer = _linear_layers(self.model)[self.places[name][0]]
+        return isinstance(layer, Conv1D) or getattr(layer, "fan_in_fan_out", False)
 
 
 def check_same_base(found: StoredAdapter, base: Base) -> None:

@@ -26,7 +26,7 @@ from rlhf_engine.model.upcast import product_dtype, upcasts
 BLOCK = 64
 """Weights of NF4 that share a scale."""
 _AT_A_TIME = 2**18
-"""Weights that are quantised to NF4 at a time; bitsandbytes needs 12 bytes of workspace for each."""
+"""Weights that are quantised at a time; the packages need about 16 bytes of workspace for each."""
 _SMALLEST = 1e-12
 """Lower bound of a row's largest weight in fp8; torchao would divide a row of zeros by 0."""
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -45,7 +45,7 @@ class Format:
     load: Callable[[], Any]
     """Import the package and return its module with the functions."""
     quantise: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-    """Return codes and scales of a float32 weight (O, I); the first argument is the module."""
+    """Return codes and scales of some float32 rows; the first argument is the module. A row has one scale, or is a block."""
     dequantise: Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Tensor]
     """Return the weight of a shape (O, I) in a dtype from its codes and scales."""
     code_bits: int
@@ -65,20 +65,19 @@ def _load_bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
-def _int8(torchao: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-    found = torchao.Int8Tensor.from_hp(weight, granularity=torchao.PerRow())
+def _int8(torchao: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    found = torchao.Int8Tensor.from_hp(rows, granularity=torchao.PerRow())
     return found.qdata, found.scale
 
 
-def _fp8(torchao: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-    found = torchao.Float8Tensor.from_hp(weight, granularity=torchao.PerRow(), hp_value_lb=_SMALLEST)
+def _fp8(torchao: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    found = torchao.Float8Tensor.from_hp(rows, granularity=torchao.PerRow(), hp_value_lb=_SMALLEST)
     return found.qdata, found.scale
 
 
-def _nf4(functional: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-    settings = {"blocksize": BLOCK, "compress_statistics": False, "quant_type": "nf4"}
-    parts = [functional.quantize_4bit(part, **settings) for part in weight.reshape(-1).split(_AT_A_TIME)]
-    return torch.cat([codes for codes, _ in parts]), torch.cat([state.absmax for _, state in parts])
+def _nf4(functional: Any, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    codes, state = functional.quantize_4bit(blocks, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+    return codes, state.absmax
 
 
 def _from_rows(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -159,8 +158,12 @@ class QuantisedLinear(nn.Linear):
     def store(self, weight: Tensor, package: Any) -> None:
         """Quantise `weight`, which has the shape of the source's. `package` is that of `import_quant`."""
         weight = weight.t() if self.fan_in_fan_out else weight
-        codes, scales = FORMATS[self.quant].quantise(package, weight.float().contiguous())
-        integers = (one.contiguous().view(torch.uint8) for one in (codes, scales))
+        rows = weight.reshape(-1, BLOCK) if self.quant == "nf4" else weight
+        parts = [
+            FORMATS[self.quant].quantise(package, part.float().contiguous())
+            for part in rows.split(max(1, _AT_A_TIME // rows.shape[1]))
+        ]
+        integers = (torch.cat(list(ones)).contiguous().view(torch.uint8) for ones in zip(*parts, strict=True))
         self.weight, self.scale = (nn.Parameter(one, requires_grad=False) for one in integers)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:  # (O, I)
@@ -219,6 +222,15 @@ class _Product(torch.autograd.Function):
 def quant_of(model: nn.Module) -> str:
     """Return the format of a model's quantised layers; "none" if there are none."""
     return next((one.quant for one in model.modules() if isinstance(one, QuantisedLinear)), "none")
+
+
+def refuse_quantised_layers(model: nn.Module) -> None:
+    """Raise ValueError if a model has quantised layers and would be written whole or trained whole."""
+    if (quant := quant_of(model)) != "none":
+        raise QuantError(
+            f"model.quant: got {quant!r}, expected 'none' for a model without adapters: quantised weights cannot be saved; "
+            "train an adapter (adapter.rank), or load the model with model.quant=none"
+        )
 
 
 def quantise_layers(model: PreTrainedModel, quant: str) -> None:

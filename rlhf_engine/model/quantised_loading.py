@@ -16,6 +16,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rlhf_engine.memory.malloc import return_free_pages
 from rlhf_engine.model.quantised import QuantisedLinear, import_quant, quantise_layers
 
 _METHOD = "rlhf"
@@ -110,6 +111,7 @@ class _Quantise(ConversionOps):
         layer = _owner(model, name)
         assert layer is not None
         expected = layer.weight.shape
+        return_free_pages()  # of the weight before, whose holes between codes fit no later weight
         if weight.shape != expected:
             self.quantiser.mismatched.append((name, weight.shape, expected))
         elif not finite(weight):

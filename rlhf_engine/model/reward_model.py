@@ -30,6 +30,7 @@ from rlhf_engine.model.pretrained import (
     load_pretrained,
     write_pretrained,
 )
+from rlhf_engine.model.quantised import refuse_quantised_layers
 from rlhf_engine.model.roles import POLICY, REWARD
 from rlhf_engine.model.rope import limit_positions
 from rlhf_engine.model.trunk import (
@@ -219,6 +220,7 @@ class RewardModel(nn.Module):
 
             write_top(folder, top.trained_tensors(self.trunk), top.base)
         else:
+            refuse_quantised_layers(self.trunk)
             write_pretrained(folder, self.trunk)
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
         info: dict[str, object] = {"kind": "reward_model", "hidden_size": self.head.weight.numel()}
@@ -235,13 +237,15 @@ class RewardModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
+        quant: str = "none",
     ) -> Self:
         """Read what `save` wrote, or a sequence classifier of transformers with one label, which TRL and others save.
 
         An adapter is read together with the model to which it belongs.
 
         A classifier's score is transformers' own: that of the linear layer `score` at the last token that is not the config's
-        pad_token_id. `trust_remote_code` allows Python code from the folder to run.
+        pad_token_id. `trust_remote_code` allows Python code from the folder to run. `quant` is the format of the linear
+        layers in the trunk (`model.quant`), in which they are frozen.
 
         Raises:
             ValueError: a file or a weight is missing or broken, or the classifier has several labels or computes its score
@@ -249,6 +253,7 @@ class RewardModel(nn.Module):
         """
         folder = Path(folder)
         where = {"attention": attention, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        where["quant"] = quant
         if not (folder / _INFO_FILE).is_file() and _is_classifier(folder):
             return cls._of_classifier(folder, where)
         if is_adapter(folder):

@@ -24,6 +24,7 @@ from rlhf_engine.model.pretrained import (
     load_pretrained,
     write_pretrained,
 )
+from rlhf_engine.model.quantised import refuse_quantised_layers
 from rlhf_engine.model.reward_model import VALUE_MODEL, RewardModel
 from rlhf_engine.model.roles import POLICY, VALUE, ValueFunction
 from rlhf_engine.model.trunk import adapters_of, output_layer
@@ -36,18 +37,21 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    quant: str = "none",
     backend: str = "auto",
 ) -> ActorCritic:
     """Read any Hugging Face causal LM as a policy. The value head starts at zero if the folder has no value function.
 
     An adapter, or the top layers in the checkpoint of an unfinished run, are read together with the model to which they
-    belong. `trust_remote_code` allows Python code from the folder to run.
+    belong. `trust_remote_code` allows Python code from the folder to run. `quant` is the format of the linear layers in the
+    trunk (`model.quant`), in which they are frozen.
 
     Raises:
         ValueError: a file or a weight is missing or broken, or an adapter's model has changed. The message names the folder.
     """
     folder = Path(folder)
     where = {"attention": attention, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    where["quant"] = quant
     model = load_causal_lm(folder, **where)
     value: ValueFunction | None = None
     if (folder / VALUE_MODEL).is_dir():
@@ -104,7 +108,7 @@ def save_policy(
     layers are trained is stored without the layers below, if the folder of those is known.
 
     Raises:
-        ValueError: the model has adapters that this engine did not add.
+        ValueError: the model has adapters that this engine did not add, or quantised layers without adapters.
     """
     save_language_model(folder, policy, tokenizer, complete=complete)
     if policy.value is not None:
@@ -131,6 +135,7 @@ def save_language_model(
             f"policy: the model has adapters (at {adapted[0]}), which a checkpoint cannot store; save them with the "
             "PeftModel's save_pretrained, or call its merge_and_unload first"
         )
+    refuse_quantised_layers(policy.model)
     write_pretrained(folder, policy.model, tokenizer)
 
 

@@ -85,6 +85,7 @@ def run_iterate(config: RunConfig, say: Callable[[str], object] = print, *, resu
         ValueError: a round could not read one of its inputs (see `check_rounds`), and nothing is written; or a setting
             differs from the value that a finished step has read.
     """
+    config.check_training()
     config = dated(config)
     root = Path(config.output_dir)
     if resume and not (root / _STATE).is_file():

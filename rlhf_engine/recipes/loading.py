@@ -20,9 +20,10 @@ from rlhf_engine.data.loading import Reading
 from rlhf_engine.files import read_json, read_model_config, with_new_file, with_new_folder, write_json
 from rlhf_engine.manifest import write_manifest
 from rlhf_engine.metrics import MetricsWriter, read_metrics
-from rlhf_engine.model.adapter_files import Base
+from rlhf_engine.model.adapter_files import Base, trained_on
 from rlhf_engine.model.adapters import Adapters, import_peft
 from rlhf_engine.model.pretrained import base_folder, is_adapter, is_top, load_tokenizer, max_positions
+from rlhf_engine.model.quantised import import_quant
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import POLICY, REFERENCE, REWARD
 from rlhf_engine.model.rope import limit_positions
@@ -74,10 +75,16 @@ def load_start(config: RunConfig, *, reference: bool = False) -> tuple[PreTraine
     return _with_codec(config, lambda folder: _start(config, folder, reference=reference), strict=True)
 
 
-def check_peft(config: RunConfig) -> None:
-    """Import peft if the run has adapters, before anything is loaded; raise ValueError if it is not installed."""
+def check_packages(config: RunConfig) -> None:
+    """Import the packages of adapters and of quantised weights if the run has them, before anything is loaded.
+
+    Raises:
+        ValueError: a package is not installed, or the weights are quantised and there is no adapter to train.
+    """
+    config.check_training()
     if config.adapter.rank or is_adapter(given(config.model.path, "model.path")):
         import_peft()
+    import_quant(config.model.quant)
 
 
 def check_start_model(config: RunConfig) -> None:
@@ -108,7 +115,7 @@ def check_start_model(config: RunConfig) -> None:
 def _start(config: RunConfig, folder: Path, *, reference: bool) -> PreTrainedModel:
     settings, count = config.adapter, config.model.train_layers
     check_start_model(config)
-    check_peft(config)
+    check_packages(config)
     model = load_causal_lm(folder, **placement(config))
     if count is not None:
         train_top(model, count, Base.of(base_folder(folder)))
@@ -135,8 +142,10 @@ def _with_codec(
         model = load(folder)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     except ValueError as error:
-        own = str(error).startswith(("device: ", "adapter.", "model.path: ", "model.train_layers: "))  # names a setting
+        # An error that names a setting.
+        own = str(error).startswith(("device: ", "adapter.", "model.path: ", "model.train_layers: ", "model.quant"))
         raise ValueError(str(error) if own else f"model.path: {error}") from None
+    _notice_quant(config, "model.path", folder)
     _check_vocabulary(model, tokenizer, folder)
     limit_positions(model, longest_sequence(config))
     data = config.data
@@ -219,8 +228,19 @@ def load_reward_model(config: RunConfig, policy: PreTrainedModel | None = None) 
         model = model.computing(**computing(config))
     except ValueError as error:
         raise ValueError(f"reward.path: {error}") from None
+    _notice_quant(config, "reward.path", folder)
     model.limit_positions(longest_sequence(config))
     return model
+
+
+def _notice_quant(config: RunConfig, key: str, folder: str | Path) -> None:
+    """Log a notice if the adapter in a folder was trained on weights of a different format."""
+    before = trained_on(folder) if is_adapter(folder) else None
+    if before not in (None, config.model.quant):
+        notice(
+            f"{key}: the adapter in {folder} was trained with model.quant={before} and is used with "
+            f"model.quant={config.model.quant}, so that its outputs differ"
+        )
 
 
 def save_result(folder: Path, write_model: Callable[[Path], None], report: dict[str, Any], config: RunConfig) -> None:
@@ -301,6 +321,7 @@ def placement(config: RunConfig) -> dict[str, Any]:
         raise ValueError(f"device: got {config.device!r}, which torch cannot use here: {reason}") from None
     return {
         "attention": config.model.attention,
+        "quant": config.model.quant,
         "dtype": getattr(torch, config.dtype),
         "device": config.device,
         "trust_remote_code": config.model.trust_remote_code,

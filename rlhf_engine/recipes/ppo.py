@@ -29,7 +29,7 @@ from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses, ea
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.loading import (
-    check_peft,
+    check_packages,
     check_records,
     check_room,
     check_start_model,
@@ -76,12 +76,13 @@ def run_ppo(
     notice(*skipped_sft(config))
     check_reference(config)
     check_start_model(config)
+    config.check_training()
     config = dated(config)
     function = None
     if config.reward.function is not None:
         function = import_function(config.reward.function, "reward.function")
     columns = _check_prompts(config, function)
-    check_peft(config)  # its modules count as memory before the run
+    check_packages(config)  # their modules count as memory before the run
     plan = plan_run(config)
     model, codec = load_start(config, reference=True)
     reward_model = load_reward_model(config, model) if function is None else None

@@ -49,7 +49,8 @@ def check_rounds(config: RunConfig) -> None:
     check_room(
         config, None if positions is None else positions - 1, f"the positions of {config.model.path} less one for EOS"
     )
-    try_model(model, codec.tokenizer, config)
+    if config.model.quant == "none":  # otherwise the stages write adapters, and try that themselves
+        try_model(model, codec.tokenizer, config)
     del model
     path = given(config.data.prompts, "data.prompts")
     _check_all(path, read_prompts(path, "train"), lambda one: codec.encode_prompt(one.prompt))

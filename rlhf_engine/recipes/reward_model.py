@@ -55,6 +55,7 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
     """
     folder, unfinished = stage_folders(config, "rm")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
+    config.check_training()
     config = dated(config)
     if resume and (report := finished_report(config, "rm")) is not None:
         return tuple(RankingEvaluation.from_json(found) for found in report["history"])

@@ -48,6 +48,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     """
     folder, unfinished = stage_folders(config, "sft")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
+    config.check_training()
     config = dated(config)
     if resume and (report := finished_report(config, "sft")) is not None:
         return FitReport.from_json(report)
