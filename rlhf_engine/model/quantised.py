@@ -86,7 +86,7 @@ def _from_rows(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: tor
 
 
 def _from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    # As one row, because bitsandbytes has no CPU kernel for rows of an odd length.
+    # As one row: the CPU kernel of bitsandbytes 0.50 reads wrong scales if a row ends within a block.
     return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", [math.prod(shape)], dtype).view(shape)
 
 
