@@ -33,8 +33,8 @@ def read_config(config: Path | None, overrides: list[str] | None) -> RunConfig:
 def quiet() -> None:
     """Turn off the progress bars and tables that transformers prints while it loads; our own checks report errors in one line.
 
-    Print our notices on stderr. transformers imports torchao and peft imports bitsandbytes if they are installed, which log warnings
-    about kernels for other machines; they are hidden too.
+    Print our notices on stderr. transformers imports torchao and peft imports bitsandbytes if they are installed, which log
+    warnings about kernels for other machines; they are hidden too.
     """
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -265,8 +265,8 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Co
         for key, weight in module.named_parameters(recurse=False):
             if weight.dim() == 3 and not isinstance(module, nn.Conv1d):
                 raise QuantError(
-                    f"model.quant: the weight {name}.{key} of {type(model).__name__} has 3 dimensions, as experts in one tensor "
-                    "have, which cannot be quantised; set model.quant=none"
+                    f"model.quant: the weight {name}.{key} of {type(model).__name__} has 3 dimensions, as experts in one "
+                    "tensor have, which cannot be quantised; set model.quant=none"
                 )
 
 
@@ -275,8 +275,8 @@ def _check_size(name: str, module: nn.Linear | Conv1D, quant: str) -> None:
     if quant == "nf4" and numbers % BLOCK:
         shape = tuple(module.weight.shape)
         raise QuantError(
-            f"model.quant: the weight {name}.weight of shape {shape} has {numbers} elements, expected a multiple of {BLOCK} for "
-            "'nf4'; set model.quant=int8"
+            f"model.quant: the weight {name}.weight of shape {shape} has {numbers} elements, expected a multiple of {BLOCK} "
+            "for 'nf4'; set model.quant=int8"
         )
 
 
@@ -287,5 +287,6 @@ def check_device(quant: str, device: torch.device | str) -> None:
         return
     layer = QuantisedLinear(nn.Linear(BLOCK, 1, bias=False), quant)
     layer.store(torch.ones(1, BLOCK), package)
-    with foreign_errors(f"model.quant: got {quant!r}, which cannot be used on the device {str(device)!r}; set model.quant=none"):
+    what = f"model.quant: got {quant!r}, which cannot be used on the device {str(device)!r}; set model.quant=none"
+    with foreign_errors(what):
         layer.to(device).dequantised(torch.float32).sum().item()

@@ -44,7 +44,11 @@ def quantising(quant: str) -> Iterator[dict[str, Any]]:
 
 
 def finish(model: PreTrainedModel, found: dict[str, Any]) -> str | None:
-    """Remove the traces of transformers' quantiser, add its mismatched weights to `found`, and return a weight that is not finite."""
+    """Remove the traces of transformers' quantiser from a model, and add its mismatched weights to `found`.
+
+    Returns:
+        The name of a weight that is not finite, or None.
+    """
     quantiser: Any = model.hf_quantizer
     found["mismatched_keys"] = [*found["mismatched_keys"], *quantiser.mismatched]
     quantiser.remove_quantization_config(model)

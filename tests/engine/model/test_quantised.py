@@ -259,7 +259,11 @@ NAN, SMALL = float("nan"), torch.zeros(4, 4)
     ("name", "edit", "message"),
     [
         (UP, lambda all_, name: all_.pop(name), rf"the weight {UP} is missing \(1 missing in all\)"),
-        (UP, lambda all_, name: all_.update({name: SMALL}), rf"got shape \(4, 4\) for the weight {UP}, expected \(48, 32\)"),
+        (
+            UP,
+            lambda all_, name: all_.update({name: SMALL}),
+            rf"got shape \(4, 4\) for the weight {UP}, expected \(48, 32\)",
+        ),
         (UP, lambda all_, name: all_[name].__setitem__((0, 0), NAN), f"the weight {UP} is not finite"),
         ("model.norm.weight", lambda all_, name: all_[name].__setitem__(0, NAN), "model.norm.weight is not finite"),
         ("extra.weight", lambda all_, name: all_.update({name: SMALL}), "the weight extra.weight is no part of"),
@@ -286,7 +290,9 @@ def test_experts_in_one_tensor_are_refused(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = MixtralConfig(**sizes, vocab_size=61, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.quant: the weight model\.layers\.0\.mlp\.experts\.gate_up_proj of Mixtral"):
+    with pytest.raises(
+        ValueError, match=r"model\.quant: the weight model\.layers\.0\.mlp\.experts\.gate_up_proj of Mixtral"
+    ):
         load_pretrained(AutoModelForCausalLM, tmp_path, quant="int8")
 
 
@@ -303,7 +309,9 @@ def test_without_the_package_the_extra_is_named_before_anything_is_read(tmp_path
     package = FORMATS[quant].package
     for name in [one for one in sys.modules if one.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=rf"model\.quant: '{quant}' needs {package}.*pip install 'rlhf-kernels\[quant\]'"):
+    with pytest.raises(
+        ValueError, match=rf"model\.quant: '{quant}' needs {package}.*pip install 'rlhf-kernels\[quant\]'"
+    ):
         load_policy(tmp_path / "nothing", quant=quant)
 
 
