@@ -30,9 +30,6 @@ def plan(
             "--gpu-memory", help="Memory of a GPU to plan for instead of memory.budget, such as 24GiB; repeatable."
         ),
     ] = None,
-    planned: Annotated[
-        bool, typer.Option("--planned", help="Also try methods that are not built yet: 4-bit weights.")
-    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
 ) -> None:
     """Print the bytes of every item in every phase of `rlhf ppo`, whether they fit, and settings that fit. Needs no GPU."""
@@ -56,13 +53,13 @@ def plan(
     typer.echo(f"{workload_words(whole.workload)}\n\n{items_table(whole)}\n\n{verdict(whole)}")
     for one in workloads:
         if one.budget is not None:
-            typer.echo(f"\n{verdict(MemoryPlan.of(one))}\n{strategies_words(one, planned=planned)}")
+            typer.echo(f"\n{verdict(MemoryPlan.of(one))}\n{strategies_words(one)}")
     if output is not None:
-        _write(output, whole, workloads, planned=planned)
+        _write(output, whole, workloads)
         typer.echo(f"\nnumbers and plot: {output / 'plan.json'}, {output / 'plan.png'}")
 
 
-def _write(output: Path, whole: MemoryPlan, workloads: list[Workload], *, planned: bool) -> None:
+def _write(output: Path, whole: MemoryPlan, workloads: list[Workload]) -> None:
     """Write plan.json with the plan of the config, and plan.png with that plan and the fastest plan for each budget."""
     from rlhf_engine.files import write_json
     from rlhf_engine.planner.report import size
@@ -74,9 +71,8 @@ def _write(output: Path, whole: MemoryPlan, workloads: list[Workload], *, planne
     panels: dict[str, tuple[MemoryPlan, int | None]] = {"as it is": (whole, None)}
     for workload in workloads:
         if workload.budget is not None:
-            found = fitting(workload) or (planned and fitting(workload, planned=True)) or [smallest(workload)]
+            found = fitting(workload) or [smallest(workload)]
             note = "" if found[0].plan.fits else "DOES NOT FIT: "
-            note = note if found[0].built else "NOT BUILT YET: "
             panels[f"{size(workload.budget)}, {note}{found[0].words}"] = (found[0].plan, workload.budget)
     plot_memory(
         {

@@ -71,8 +71,9 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of a product with the factor `x`: autocast's if that is on, otherwise the factor's."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    kind = x.device.type  # such as meta, which has no autocast
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 class UpcastLinear(nn.Linear):

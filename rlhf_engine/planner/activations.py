@@ -36,6 +36,8 @@ class Pass:
     """Tokens of all sequences if their lengths differ; None: `rows * columns`."""
     rank: int = 0
     """Rank of the adapters of every matrix, which is then frozen; 0: none."""
+    dequantised: int = 0
+    """Bytes of the largest matrix of a layer that is dequantised for its product; 0 if none is quantised."""
     trained: int | None = None
     """Number of top layers that are trained or have adapters, while the rest is frozen; None: all."""
 
@@ -126,7 +128,7 @@ class Pass:
         attention = (
             self.tokens * (2 * s.query_width + 2 * s.key_width + repeated) * c + 2 * self.scores(FLOAT) + self.mask
         )
-        return stream + max(feed_forward, attention)
+        return stream + max(feed_forward, attention) + self.dequantised
 
     def backward_room(self, *, checkpointed: bool) -> int:
         """Return the peak bytes in use in the last layer's backward pass, in addition to the saved activations.
@@ -141,7 +143,7 @@ class Pass:
         product += self.tokens * s.intermediate * c if self.rank else s.largest_layer_matrix * FLOAT
         attention = 2 * self.scores(FLOAT) - self.tokens * 4 * s.intermediate * c
         again = self.saved_by_layer() if checkpointed else 0
-        return again + max(product, attention) + self.tokens * s.hidden * self.weight_bytes
+        return again + max(product, attention) + self.tokens * s.hidden * self.weight_bytes + self.dequantised
 
 
 @dataclass(frozen=True)

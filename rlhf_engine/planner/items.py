@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rlhf_engine.memory.arena import SUM_DTYPE
+from rlhf_engine.model.quantised import quantised_bytes
 from rlhf_engine.optim.eight_bit import moment_bytes
 from rlhf_engine.optim.ema import AVERAGE_DTYPE
 from rlhf_engine.optim.offload import HALF, most_in_transit
@@ -36,8 +37,6 @@ measured with a model of 0.2 million weights.
 """
 STATE_COPIES = 6
 """Temporaries of a recurrent state in the step that updates it: decay, input, products and sums, by estimate."""
-_SCALE, _SCALED = 2, 64
-"""Bytes of a scale of quantised frozen weights, and the number of weights that share it. Not built yet."""
 
 
 def persistent(w: Workload) -> Items:
@@ -83,11 +82,11 @@ def gradients(w: Workload) -> Items:
 
 
 def _frozen(w: Workload, shape: ModelShape, numbers: int) -> int:
-    """Return the bytes of a model's weights; with `base_bits`, weights within layers are quantised and have scales."""
-    if not w.base_bits:
+    """Return the bytes of a model's `numbers` weights, of which those within layers may be quantised."""
+    if w.quant == "none":
         return numbers * w.weight_bytes
-    inside = shape.layer_matrices
-    return (numbers - inside) * w.weight_bytes + inside * w.base_bits // 8 + _SCALE * (inside // _SCALED)
+    inside = [layers * quantised_bytes(w.quant, rows, columns) for layers, rows, columns in shape.matrices()]
+    return (numbers - shape.layer_matrices) * w.weight_bytes + sum(inside)
 
 
 def adapter_numbers(w: Workload, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -212,7 +211,7 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
         tokens = width  # every prompt has a separate pass
     reading = pass_of(w, policy, -(-tokens // width), width)
     prefill = {}
-    decoding = rows * columns
+    decoding = rows * columns + dequantised(w, policy)
     if w.paged or w.eager or w.device != "cpu":
         decoding += 2 * rows * policy.heads * columns * w.compute_bytes
     if w.paged and w.device == "cpu":
@@ -307,17 +306,31 @@ def _inputs(w: Workload, shape: ModelShape, tokens: int) -> Pass:
     """Return a pass over `tokens` inputs, of sequences of at most the maximum length."""
     columns = w.length - 1
     rows = -(-tokens // columns)
-    return pass_through(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes, tokens, w.adapter)
+    return _pass(w, shape, rows, columns, tokens)
 
 
 def pass_of(w: Workload, shape: ModelShape, rows: int, columns: int) -> Pass:
     """Return a pass over `rows` sequences of `columns` tokens."""
-    return pass_through(shape, rows, columns, w.eager, w.weight_bytes, w.compute_bytes, None, w.adapter)
+    return _pass(w, shape, rows, columns, None)
+
+
+def _pass(w: Workload, shape: ModelShape, rows: int, columns: int, tokens: int | None) -> Pass:
+    sizes = (rows, columns, w.eager, w.weight_bytes, w.compute_bytes, tokens, w.adapter, dequantised(w, shape))
+    return pass_through(shape, *sizes)
 
 
 def rounded_weights(w: Workload, shape: ModelShape) -> int:
-    """Return the bytes of the rounded matrices that autocast keeps of a trained model, including the head's."""
-    return w.compute_bytes * (shape.layer_matrices + shape.vocab * shape.hidden)
+    """Return the bytes of the rounded matrices that autocast keeps of a trained model, including the head's.
+
+    Quantised matrices are dequantised in each product, and are not kept.
+    """
+    inside = shape.layer_matrices if w.quant == "none" else 0
+    return w.compute_bytes * (inside + shape.vocab * shape.hidden)
+
+
+def dequantised(w: Workload, shape: ModelShape) -> int:
+    """Return the bytes of the largest quantised matrix of a layer in the dtype of its product; 0 if none is quantised."""
+    return 0 if w.quant == "none" else shape.largest_layer_matrix * w.factor_bytes
 
 
 def head_block(w: Workload, actions: int, *, gradient: bool) -> int:

@@ -148,7 +148,11 @@ class ModelShape:
     @property
     def layer_matrices(self) -> int:
         """Elements of all matrices within layers, which autocast copies."""
-        return _numbers(shape for shape in self.trunk().values() if len(shape) == 3)
+        return _numbers(self.matrices())
+
+    def matrices(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the matrices within layers, which begin with their number."""
+        return [shape for shape in self.trunk().values() if len(shape) == 3]
 
     @classmethod
     def of(cls, model: str, key: str = "model") -> ModelShape:

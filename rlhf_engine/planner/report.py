@@ -42,6 +42,7 @@ def workload_words(w: Workload) -> str:
     """Return a description of the planned workload in one line."""
     batch = f"{w.microbatch} sequences" if w.microbatch_tokens is None else f"{w.microbatch_tokens} tokens"
     numbers = w.dtype if not w.autocast else f"{w.dtype}, products in {w.compute_dtype}"
+    numbers = numbers if w.quant == "none" else f"{w.quant} and {numbers}"
     if w.train_layers is not None:
         numbers += f", the top {w.train_layers} of {w.policy.layers} layers trained"
     return (
@@ -69,29 +70,17 @@ def verdict(plan: MemoryPlan) -> str:
     return f"{words}\n{pool}; largest micro-batch {plan.largest_microbatch()} of {w.minibatch} sequences"
 
 
-def strategies_words(workload: Workload, *, planned: bool = False) -> str:
-    """Return the strategies that fit the workload's budget, fastest first by estimate; the smallest peak if none fits.
-
-    With `planned`, strategies that need parts that are not built yet follow under a separate heading.
-    """
+def strategies_words(workload: Workload) -> str:
+    """Return the strategies that fit the workload's budget, fastest first by estimate; the smallest peak if none fits."""
     fits = fitting(workload)
-    lines = _listed("what fits, fastest first by estimate:", fits)
     if not fits:
         least = smallest(workload)
-        lines = [f"no strategy that was tried fits; the smallest peak is {size(least.plan.peak)} with {least.words}"]
-    if planned:
-        found = [one for one in fitting(workload, planned=True) if not one.built]
-        lines += _listed("what would fit with parts that are NOT BUILT YET:", found)
-        least = smallest(workload, planned=True)
-        if not fits and not found and not least.built:
-            lines.append(
-                f"nor with parts that are NOT BUILT YET; the smallest peak is {size(least.plan.peak)} with {least.words}"
-            )
-    return "\n".join(lines)
+        return f"no strategy that was tried fits; the smallest peak is {size(least.plan.peak)} with {least.words}"
+    return "\n".join(_listed("what fits, fastest first by estimate:", fits))
 
 
 def _listed(heading: str, found: Sequence[Strategy]) -> list[str]:
-    return [heading] * bool(found) + [f"  {size(one.plan.peak):>10}  {one.words}" for one in found[:_LISTED]]
+    return [heading] + [f"  {size(one.plan.peak):>10}  {one.words}" for one in found[:_LISTED]]
 
 
 def refuse(plan: MemoryPlan) -> None:

@@ -2,8 +2,8 @@
 
 The order is an estimate from counted work, not from timings. Half-precision matrix products save time. 8-bit state
 costs a little. State in host memory crosses the bus twice per optimizer step. Gradient checkpointing repeats a forward
-pass. Every halving of the micro-batch, of the slots or of their keys and values costs a little. Adapters come last, because
-they change what is trained.
+pass. Every halving of the micro-batch, of the slots or of their keys and values costs a little. Quantised weights are
+dequantised in every pass. Adapters, which those need, come last, because they change what is trained.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_engine.config import RunConfig
 from rlhf_engine.planner.items import kv_cache
+from rlhf_engine.planner.model_shape import RecurrentShape
 from rlhf_engine.planner.plan import MemoryPlan
 from rlhf_engine.planner.workload import Workload
 
@@ -28,7 +29,8 @@ _COSTS: dict[tuple[str, Any], float] = {
     ("optimizer_state", "host"): 0.10,
     ("gradient_checkpointing", True): 0.25,
     ("adapter", 16): -0.10,
-    ("base_bits", 4): 0.20,
+    ("quant", "int8"): 0.15,
+    ("quant", "nf4"): 0.20,
 }
 """Share of an update's time that each other change adds, by estimate."""
 _HALVING = 0.03
@@ -40,6 +42,7 @@ _SETTINGS = {
     "optimizer_state": "memory.optimizer_state",
     "gradient_checkpointing": "memory.gradient_checkpointing",
     "adapter": "adapter.rank",
+    "quant": "model.quant",
     "microbatch": "ppo.microbatch",
     "microbatch_tokens": "ppo.microbatch_tokens",
     "slots": "rollout.batch_size",
@@ -60,21 +63,13 @@ class Strategy:
 
     @property
     def words(self) -> str:
-        """The change as settings of a config, or in words for 4-bit weights, which have no setting yet."""
-        shown = {name: value for name, value in self.changes.items() if name in _SETTINGS}
-        four_bit = "base_bits" in self.changes
-        if four_bit:
-            shown.pop("adapter", None)
-        named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in shown.items()]
-        if four_bit:
-            named.insert(0, f"LoRA of rank {self.plan.workload.adapter} on {self.changes['base_bits']}-bit weights")
+        """The change as settings of a config."""
+        named = [f"{_SETTINGS[name]}={str(value).lower()}" for name, value in self.changes.items()]
         return ", ".join(named) or "as it is"
 
     @property
-    def built(self) -> bool:
-        """Whether the engine supports these settings today."""
-        if self.plan.workload.base_bits:
-            return False
+    def valid(self) -> bool:
+        """Whether a config may have these settings."""
         workload = self.plan.workload
         tree: dict[str, Any] = workload.config.to_dict() | {"device": workload.device}
         for name, setting in _SETTINGS.items():
@@ -88,13 +83,12 @@ class Strategy:
         return True
 
 
-def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
+def fitting(workload: Workload) -> list[Strategy]:
     """Return the strategies that fit the workload's budget, fastest first, and those with adapters after all others.
 
-    A strategy is left out if a faster one needs only a subset of its switches. With `planned`, strategies that the
-    engine does not support yet are included.
+    A strategy is left out if a faster one needs only a subset of its switches.
     """
-    fits = [one for one in _tried(workload, planned=planned) if one.plan.fits and one.plan.slots]
+    fits = [one for one in _tried(workload) if one.plan.fits and one.plan.slots]
     fits.sort(key=lambda one: ("adapter" in one.changes, one.cost, len(one.changes)))
     kept: list[Strategy] = []
     for one in fits:
@@ -104,16 +98,16 @@ def fitting(workload: Workload, *, planned: bool = False) -> list[Strategy]:
     return kept
 
 
-def smallest(workload: Workload, *, planned: bool = False) -> Strategy:
+def smallest(workload: Workload) -> Strategy:
     """Return the strategy with the smallest peak, whether it fits or not."""
-    return min(_tried(workload, planned=planned), key=lambda one: one.plan.peak)
+    return min(_tried(workload), key=lambda one: one.plan.peak)
 
 
 def _switches(strategy: Strategy) -> set[tuple[str, Any]]:
     return {(name, value) for name, value in strategy.changes.items() if name not in _SIZED}
 
 
-def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
+def _tried(workload: Workload) -> Iterator[Strategy]:
     """Yield every combination of changes, each with the largest micro-batch and the most slots that fit.
 
     If not even a micro-batch of one sequence or one slot fits, it is planned with one.
@@ -124,9 +118,8 @@ def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
         "optimizer_state": ["resident", "8bit"] + ["host"] * (workload.device != "cpu"),
         "gradient_checkpointing": [False, True],
         "adapter": [0, 16] if workload.adapter == 0 else [workload.adapter],
+        "quant": ["none", "int8", "nf4"],
     }
-    if planned:
-        choices |= {"base_bits": [0, 4]}
     for name, values in choices.items():
         if (now := getattr(workload, name)) not in values:
             values.append(now)
@@ -139,14 +132,16 @@ def _tried(workload: Workload, *, planned: bool) -> Iterator[Strategy]:
             cost += _HALF_SAVES[workload.device if workload.device in _HALF_SAVES else "cuda"]
         if math.isfinite(cost):
             tried = _sized(workload, changes, cost)
-            if planned or tried.built:
+            if tried.valid:
                 yield tried
 
 
 def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
     changed = replace(workload, **changes)
     rounds_twice = changes.get("compute_dtype") == "bfloat16" and changed.dtype == "bfloat16"
-    return not rounds_twice and not (changed.base_bits and not changed.adapter)
+    recurrent = any(isinstance(shape, RecurrentShape) for shape in (changed.policy, changed.reward))
+    quantises = changed.adapter > 0 and not recurrent
+    return not rounds_twice and (quantises or changed.quant == "none")
 
 
 def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy:

@@ -10,6 +10,7 @@ import torch
 from rlhf_engine.config import RolloutConfig, RunConfig
 from rlhf_engine.config.memory import byte_count
 from rlhf_engine.model.top_layers import check_layers
+from rlhf_engine.model.upcast import upcasts
 from rlhf_engine.planner.model_shape import ModelShape, RecurrentShape, UnknownMemoryError
 from rlhf_engine.rollout.decode import is_paged
 
@@ -58,8 +59,8 @@ class Workload:
     """Value of the setting `rollout.merge_adapters`; `MemoryPlan` replaces "auto" by "always" or "never"."""
     train_layers: int | None = None
     """Number of the policy's top layers that are trained or have adapters; None: all."""
-    base_bits: int = 0
-    """Bits per frozen weight within the layers; 0: those of `dtype`. Not built yet."""
+    quant: str = "none"
+    """Value of the setting `model.quant`."""
     config: RunConfig = field(default_factory=RunConfig, repr=False)
     """Config of the run. Settings that do not affect memory may still exclude a strategy."""
 
@@ -76,9 +77,11 @@ class Workload:
         """Return the workload of `rlhf ppo`; the adapters are those of the fields with the same names.
 
         Raises:
-            ValueError: the longest sequence exceeds the context of a model, or the model has fewer layers than are trained.
-            UnknownMemoryError: the objective is TRPO, or only the top layers of a recurrent model are trained.
+            ValueError: the longest sequence exceeds the context of a model, the model has fewer layers than are trained, or the
+                weights are quantised and no adapter is trained.
+            UnknownMemoryError: the objective is TRPO, or a recurrent model is quantised or only its top layers are trained.
         """
+        config.check_training()
         ppo, rollout, memory = config.ppo, config.rollout, config.memory
         if ppo.objective == "trpo":
             raise UnknownMemoryError(
@@ -87,6 +90,11 @@ class Workload:
         if config.model.train_layers is not None:
             check_layers(config.model.train_layers, policy.layers, "the model")
             policy.top(config.model.train_layers)
+        if config.model.quant != "none" and any(isinstance(one, RecurrentShape) for one in (policy, reward)):
+            raise UnknownMemoryError(
+                f"model.quant: got {config.model.quant!r} for a model with recurrent states, whose memory the plan does not know; "
+                "unset memory.budget to run without a plan"
+            )
         # A response that reaches its maximum length is scored with an EOS token appended.
         room = policy.positions if reward is None else min(policy.positions, reward.positions - 1)
         if rollout.max_prompt_tokens + rollout.max_response_tokens > room:
@@ -118,6 +126,7 @@ class Workload:
             adapter=config.adapter.rank,
             merge_adapters=rollout.merge_adapters if config.adapter.rank else "never",
             train_layers=config.model.train_layers,
+            quant=config.model.quant,
             reward_adapter=reward_adapter,
             reference_adapter=reference_adapter or (config.adapter.rank > 0 and ppo.reference == "frozen_copy"),
             budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),
@@ -159,6 +168,11 @@ class Workload:
         """Whether the output of the policy's frozen layers is stored for the reference and the passes of training."""
         kind = self.config.ppo.reference
         return self.top_layers < self.policy.layers and (kind == "hydra" or (kind == "auto" and not self.adapter))
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of one element of a dequantised weight."""
+        return torch.float32.itemsize if upcasts(self.product_dtype, self.device) else self.compute_bytes
 
     @property
     def paged(self) -> bool:

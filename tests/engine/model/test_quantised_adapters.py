@@ -201,7 +201,7 @@ def test_a_reward_adapter_scores_on_the_policys_trunk_as_on_its_own(tmp_path):
     lengths = torch.tensor([15, 9])
     assert torch.equal(own(IDS, lengths), shared(IDS, lengths)) and shared.trunk is policy.trunk
     assert len(layers(own.trunk)) == 14
-    other, theirs = with_adapter(tmp_path / "other", "nf4", seed=3)  # a policy on different weights
+    _, theirs = with_adapter(tmp_path / "other", "nf4", seed=3)  # a policy on different weights
     with pytest.raises(ValueError, match="whose weights differ"):
         RewardModel.adding(theirs, REWARD, place)
 

@@ -89,9 +89,9 @@ def test_tried_strategies_are_compatible_with_the_rest_of_the_config():
         for form in ("corrected", "raw"):
             config = load_config(None, ["device=cuda", f"ppo.optim.eps_form={form}", *sets])
             workload = replace(Workload.of(config, shape, shape), budget=12 * 2**30)
-            found[form] = {one.plan.workload.optimizer_state for one in _tried(workload, planned=False)}
+            found[form] = {one.plan.workload.optimizer_state for one in _tried(workload)}
         return found
 
     assert states() == {"corrected": {"resident", "8bit", "host"}, "raw": {"resident", "host"}}
     on_cpu = replace(RUN, optimizer_state="host", budget=2**30)  # on a CPU it is tried only as the current value
-    assert "host" in {one.plan.workload.optimizer_state for one in _tried(on_cpu, planned=False)}
+    assert "host" in {one.plan.workload.optimizer_state for one in _tried(on_cpu)}

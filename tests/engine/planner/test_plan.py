@@ -4,11 +4,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Config
 
 from rlhf_engine.config import AdapterConfig, ModelConfig, OptimConfig, PPOConfig, RunConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead, upcast
 from rlhf_engine.model.adapters import Adapters
+from rlhf_engine.model.pretrained import load_pretrained
 from rlhf_engine.model.references import Hydra
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import POLICY, REFERENCE, REWARD, VALUE
@@ -28,6 +29,7 @@ from rlhf_engine.rollout.rollout import rollout_bytes
 from rlhf_kernels import rollout_advantages
 from tests.engine.helpers.passes import hidden_of
 from tests.engine.helpers.plans import RUN, SMALL
+from tests.engine.helpers.quantised_models import QUANTS
 from tests.engine.helpers.rollouts import make_rollout
 from tests.engine.helpers.tiny_models import tiny
 
@@ -377,6 +379,42 @@ def test_a_plan_for_the_top_layers_of_what_the_plan_does_not_know():
         Workload.of(RunConfig(model=ModelConfig(train_layers=1)), shape, None)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_quantised_roles_have_the_planned_size(tmp_path, quant, family, dtype):
+    make(family).save_pretrained(tmp_path)
+    kinds = {"quant": quant, "dtype": getattr(torch, dtype)}
+    model = load_pretrained(AutoModelForCausalLM, tmp_path, **kinds)
+    shape, one = ModelShape.from_config(model.config), sum(p.nbytes for p in model.parameters())
+    adapters = Adapters.start(model, AdapterConfig(rank=2), seed=0)
+    reward = load_pretrained(AutoModel, tmp_path, **kinds)  # a reward model with its own trunk
+    small, head = sum(p.nbytes for p in adapters.tensors(POLICY).values()), 4 * (shape.hidden + 1)
+    settings = {"adapter": 2, "quant": quant, "dtype": dtype, "value": "none"}
+    plan = MemoryPlan.of(replace(RUN, policy=shape, reward=shape, **settings))
+    assert plan.persistent["policy"] == one + small + head
+    assert plan.persistent["reward_model"] == sum(p.nbytes for p in reward.parameters()) + head
+    assert "reference" not in plan.persistent
+
+
+def test_a_quantised_matrix_is_dequantised_in_every_phase_and_no_rounded_copy_is_kept():
+    """The largest matrix of a layer has 4 x 6 elements, in the dtype of the product."""
+    plain = replace(RUN, adapter=2, reward_adapter=True)
+    for dtype, compute, size in (("float32", "float32", 4), ("bfloat16", "float32", 2), ("float32", "bfloat16", 2)):
+        kinds = {"dtype": dtype, "compute_dtype": compute, "device": "cuda"}
+        before, after = (MemoryPlan.of(replace(plain, quant=one, **kinds)).phases for one in ("none", "int8"))
+        rounded = 2 * 240 if compute == "bfloat16" else 0
+        for phase, moment, item in (
+            ("generate", "decode", "decode_workspace"),
+            ("score", "reference", "score_workspace"),
+            ("train", "backward begins", "backward_workspace"),
+        ):
+            ours, theirs = (phases[phase].moments[moment] for phases in (after, before))
+            assert ours[item] == theirs[item] + 24 * size, (moment, dtype)
+            kept = theirs.get("rounded_weights", 0)
+            assert ours.get("rounded_weights", 0) == (kept - rounded if kept else 0), moment
+
+
 @pytest.mark.parametrize("cache", ["slots", "paged"])
 def test_eager_attention_rounds_up_the_number_of_slots_but_not_of_pages(cache):
     model = make("mistral")
@@ -496,7 +534,7 @@ def test_strategies_fit_and_the_fastest_is_first():
     shape = ModelShape.of("qwen2.5-1.5b")
     workload = Workload(shape, shape, 512, 512, 64, 64, 16, 64, device="cuda", budget=60 * 2**30)
     assert not MemoryPlan.of(workload).fits
-    found = fitting(workload, planned=True)
+    found = fitting(workload)
     order = [
         ("adapter" in one.changes, one.cost) for one in found
     ]  # adapters change what is trained, so they come last
@@ -505,13 +543,16 @@ def test_strategies_fit_and_the_fastest_is_first():
         again = MemoryPlan.of(replace(workload, **one.changes))
         assert again.fits and again.slots and again.peak == one.plan.peak, one.words
         for name in one.changes:
-            fewer = {key: value for key, value in one.changes.items() if key != name}
+            without = (name, "quant") if name == "adapter" else (name,)  # quantised weights need an adapter
+            fewer = {key: value for key, value in one.changes.items() if key not in without}
             assert name in ("dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (one.words, name)
-    built = fitting(workload)
-    assert built and all(one.built for one in built) and not any("base_bits" in one.changes for one in built)
+    assert all(one.valid for one in found) and not any("quant" in one.changes for one in found)
+    tight = fitting(replace(workload, budget=10 * 2**30))
     assert "adapter.rank=16" in fitting(replace(workload, budget=20 * 2**30))[-1].words
+    assert tight and all("adapter.rank=16, model.quant=" in one.words for one in tight)
     assert fitting(replace(workload, budget=2**30)) == []
-    assert smallest(workload).plan.peak == min(one.plan.peak for one in (smallest(workload), *built))
+    assert smallest(workload).plan.peak == min(one.plan.peak for one in (smallest(workload), *found))
+    assert "model.quant=nf4" in smallest(workload).words
 
 
 def test_a_micro_batch_of_tokens_is_planned_with_sequences_of_maximum_length():
