@@ -10,20 +10,26 @@ a layer's pages are read on the CPU.
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch._dynamo  # the first call of a custom op would import it during an update
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.harness import MB, Check, Row, Session, Worker, alternate_workers, report
 from rlhf_engine.config import RunConfig
 from rlhf_engine.memory.malloc import return_freed_blocks
+from rlhf_engine.model import ValueHead
+from rlhf_engine.model.adapters import Adapters, import_peft
+from rlhf_engine.model.pretrained import load_pretrained
+from rlhf_engine.model.quantised import import_quant
 from rlhf_engine.model.reward_model import RewardModel
+from rlhf_engine.model.roles import REWARD
 from rlhf_engine.model.top_layers import train_top
-from rlhf_engine.planner import MemoryPlan, ModelShape
+from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
 from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.trainer import PPOTrainer
@@ -46,12 +52,13 @@ def _run(prompt: int, response: int, batch: int, microbatch: int, **rest: Any) -
     """Return the settings of a run with one rollout of `batch` sequences in one minibatch, decoded together without `slots`."""
     attention, dtype = rest.pop("attention", "sdpa"), rest.pop("dtype", "float32")
     state, checkpointed = rest.pop("state", "resident"), rest.pop("checkpointed", False)
+    quant, rank = rest.pop("quant", "none"), rest.pop("rank", 0)
     memory = {"optimizer_state": state, "gradient_checkpointing": checkpointed}
     ppo = {"updates": 9, "rollout_batch": batch, "minibatch": batch, "microbatch": microbatch}
     rollout = {"max_prompt_tokens": prompt, "max_response_tokens": response, "batch_size": rest.pop("slots", batch)}
     rollout["cache"] = rest.pop("cache", "slots")
-    model = {"attention": attention, "train_layers": rest.pop("train_layers", None)}
-    sections = {"model": model, "memory": memory, "rollout": rollout, "ppo": ppo | rest}
+    model = {"attention": attention, "quant": quant, "train_layers": rest.pop("train_layers", None)}
+    sections = {"model": model, "adapter": {"rank": rank}, "memory": memory, "rollout": rollout, "ppo": ppo | rest}
     return {"dtype": dtype} | sections
 
 
@@ -107,25 +114,47 @@ CASES: dict[str, tuple[dict, dict, int]] = {
         _run(252, 4, 512, 32, train_layers=2, ppo_epochs=2, reference="hydra", slots=16),
         1,
     ),
+    "int8 weights, adapters of three roles": (
+        _model("llama", 16_000, 1536, 4096, 24, 12, tie_word_embeddings=False),
+        _run(28, 4, 8, 2, quant="int8", rank=16, value_model="backbone"),
+        2,
+    ),
 }
 """Name -> (fields of config.json, settings of the run, number of updates)."""
 
 
 def make_plan(fields: dict, settings: dict) -> MemoryPlan:
     """Return the plan of a case whose reward model has the size of its policy."""
-    shape = ModelShape.from_fields(fields)
-    return MemoryPlan.of_run(RunConfig.from_dict(settings), shape, shape)
+    shape, config = ModelShape.from_fields(fields), RunConfig.from_dict(settings)
+    return MemoryPlan.of(Workload.of(config, shape, shape, reward_adapter=config.adapter.rank > 0))
 
 
-def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
+def make_model(fields: dict, config: RunConfig, folder: str | None) -> PreTrainedModel:
+    """Return a model with random weights, which are read from `folder` if they are quantised."""
+    if folder is not None:
+        where = {"attention": config.model.attention, "dtype": getattr(torch, config.dtype), "device": config.device}
+        return load_pretrained(AutoModelForCausalLM, folder, quant=config.model.quant, **where)
+    made = {"attn_implementation": config.model.attention, "dtype": getattr(torch, config.dtype)}
+    with torch.device(config.device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), **made).eval()
+
+
+def make_reward_model(model: PreTrainedModel, config: RunConfig) -> RewardModel:
+    """Return a reward model of the size of the policy, or an adapter on it."""
+    if not config.adapter.rank:
+        return RewardModel.from_causal_lm(model, seed=1)
+    adapters = Adapters.start(model, config.adapter, seed=0)
+    adapters.add(REWARD, 1, trained=False)
+    return RewardModel.sharing(adapters, REWARD, ValueHead(model.config.hidden_size))
+
+
+def make_trainer(fields: dict, settings: dict, folder: str | None = None) -> PPOTrainer:
     """Return the trainer that `rlhf ppo` builds from these settings, with random weights and prompts."""
     config = RunConfig.from_dict(settings)
     torch.manual_seed(0)
     shape = AutoConfig.for_model(**fields)
-    made = {"attn_implementation": config.model.attention, "dtype": getattr(torch, config.dtype)}
-    with torch.device(config.device):
-        model = AutoModelForCausalLM.from_config(shape, **made).eval()
-    reward_model = RewardModel.from_causal_lm(model, seed=1)
+    model = make_model(fields, config, folder)
+    reward_model = make_reward_model(model, config)
     if config.model.train_layers is not None:
         train_top(model, config.model.train_layers)
     policy, rollout, vocab = make_policy(config, model, reward_model), config.rollout, shape.vocab_size
@@ -143,11 +172,15 @@ def make_trainer(fields: dict, settings: dict) -> PPOTrainer:
     )
 
 
-def worker(session: Session, *, fields: dict, settings: dict, updates: int) -> None:
+def worker(session: Session, *, fields: dict, settings: dict, updates: int, folder: str | None = None) -> None:
     """Run one case: create its models, then run all of its updates as one step of the session."""
     return_freed_blocks()  # as `rlhf ppo` does on the CPU if `memory.budget` is set
+    config = RunConfig.from_dict(settings)
+    import_quant(config.model.quant)
+    if config.adapter.rank:
+        import_peft()
     session.baseline()
-    trainer = make_trainer(fields, settings)
+    trainer = make_trainer(fields, settings, folder)
     session.ready()
     while session.begin():
         logs = [trainer.step() for _ in range(updates)]
@@ -157,12 +190,28 @@ def worker(session: Session, *, fields: dict, settings: dict, updates: int) -> N
         )
 
 
+def save_model(fields: dict, folder: str) -> None:
+    """Write a model in bfloat16, whose weights repeat a million random numbers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    numbers = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    for weight in model.parameters():
+        weight.data.copy_(numbers.repeat(-(-weight.numel() // len(numbers)))[: weight.numel()].view(weight.shape))
+    model.save_pretrained(folder)
+
+
 def measure(name: str) -> Row:
     """Measure the peak of a case; the note of the row has the planned peak."""
     fields, settings, updates = CASES[name]
     case = {"fields": fields, "settings": settings, "updates": updates}
-    one = Worker(name, "benchmarks.bench_memory_plan:worker", case, start_limit=900, step_limit=2400)
-    (row,) = alternate_workers([one], rounds=1, warmup=0)
+    with tempfile.TemporaryDirectory() as folder:
+        if settings["model"]["quant"] != "none":
+            save_model(fields, folder)
+            case["folder"] = folder
+        one = Worker(name, "benchmarks.bench_memory_plan:worker", case, start_limit=900, step_limit=2400)
+        (row,) = alternate_workers([one], rounds=1, warmup=0)
     plan = make_plan(fields, settings)
     row.note = f"planned {plan.peak / MB:.0f} MB, {plan.largest}: {plan.phases[plan.largest].moment}"
     print(f"{name}: measured {row.extra_mb or 0:.0f} MB, {row.note} {row.error or ''}", flush=True)
