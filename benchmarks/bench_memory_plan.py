@@ -116,8 +116,13 @@ CASES: dict[str, tuple[dict, dict, int]] = {
     ),
     "int8 weights, adapters of three roles": (
         _model("llama", 16_000, 1536, 4096, 24, 12, tie_word_embeddings=False),
-        _run(28, 4, 8, 2, quant="int8", rank=16, value_model="backbone"),
-        2,
+        _run(28, 4, 4, 2, quant="int8", rank=16, value_model="backbone", ppo_epochs=2),
+        1,
+    ),
+    "not fitted: Qwen3, NF4 weights, bfloat16, checkpointed": (
+        _model("qwen3", 30_000, 1536, 6144, 36, 24, head_dim=64, tie_word_embeddings=True),
+        _run(12, 4, 4, 2, quant="nf4", rank=8, dtype="bfloat16", checkpointed=True, ppo_epochs=2),
+        1,
     ),
 }
 """Name -> (fields of config.json, settings of the run, number of updates)."""

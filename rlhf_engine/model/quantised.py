@@ -263,7 +263,7 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Co
                 yield name, module
             continue
         for key, weight in module.named_parameters(recurse=False):
-            if weight.dim() == 3 and not isinstance(module, nn.Conv1d):
+            if weight.dim() == 3 and min(weight.shape[1:]) > 1 and not isinstance(module, nn.Conv1d):
                 raise QuantError(
                     f"model.quant: the weight {name}.{key} of {type(model).__name__} has 3 dimensions, as experts in one "
                     "tensor have, which cannot be quantised; set model.quant=none"

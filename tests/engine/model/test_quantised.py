@@ -17,7 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_engine.config import RunConfig
 from rlhf_engine.model import ActorCritic, quantised_loading, upcast
 from rlhf_engine.model.pretrained import like, load_pretrained
-from rlhf_engine.model.quantised import FORMATS, QuantisedLinear, import_quant, quant_of, quantised_bytes
+from rlhf_engine.model.quantised import (
+    FORMATS,
+    QuantisedLinear,
+    import_quant,
+    quant_of,
+    quantise_layers,
+    quantised_bytes,
+)
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.saving import load_policy, save_policy
 from tests.engine.helpers.quantised_models import QUANTS, layers, quantised
@@ -167,6 +174,9 @@ def test_products_and_gradients_are_as_exact_as_those_of_the_dequantised_weight(
     assert errors(x.grad, gradient) <= 2 * errors(eager_gradient, gradient) + 2 * eps * float(gradient.abs().max())
     torch.testing.assert_close(layer.bias.grad.float(), slope.float().sum((0, 1)), rtol=1e-2, atol=1e-2)
     assert layer.weight.grad is None and layer.scale.grad is None
+    if how == "upcast":  # the weight is not rounded to bfloat16 first
+        wide = nn.functional.linear(rounded.float(), layer.dequantised(torch.float32), layer.bias.float())
+        assert torch.equal(y, wide.bfloat16())
 
 
 @pytest.mark.parametrize("quant", ["int8", "fp8"])
@@ -346,3 +356,10 @@ def test_a_model_that_is_quantised_already_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(ValueError, match="got weights quantised with awq"):
         load_pretrained(AutoModelForCausalLM, tmp_path, quant="int8")
+
+
+def test_routers_keep_their_dtype():
+    model = tiny()
+    model.model.layers[0].mlp.gate = nn.Linear(32, 4)
+    quantise_layers(model, "int8")
+    assert type(model.model.layers[0].mlp.gate) is nn.Linear and len(layers(model)) == 14
