@@ -25,8 +25,8 @@ test: build lint
 # Load, save and sample with the oldest releases that pyproject.toml allows; the installed ones of the other packages stay.
 test-oldest: $(OLDEST)/.built
 	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engine/model/test_pretrained.py \
-		tests/engine/model/test_classifiers.py tests/engine/rollout/test_decoders.py tests/engine/recipes/test_trial.py \
-		tests/engine/ppo/test_longer_run.py
+		tests/engine/model/test_classifiers.py tests/engine/model/test_quantised.py tests/engine/rollout/test_decoders.py \
+		tests/engine/recipes/test_trial.py tests/engine/ppo/test_longer_run.py
 
 $(OLDEST)/.built: build constraints-oldest.txt
 	rm -rf $(OLDEST)

@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rlhf_engine.memory.malloc import return_free_pages
 from rlhf_engine.model.quantised import QuantisedLinear, import_quant, quantise_layers
 
-_METHOD = "rlhf"
+_METHOD: Any = "rlhf"  # transformers types its own methods only
 
 
 @contextmanager
@@ -31,16 +32,17 @@ def quantising(quant: str) -> Iterator[dict[str, Any]]:
     if quant == "none":
         yield {}
         return
-    before = modeling_utils.safe_open
+    transformers: Any = modeling_utils
+    before = transformers.safe_open
 
     def opened(*place: Any, **settings: Any) -> Any:
         return before(*place, **settings | {"backend": "pread"})
 
-    modeling_utils.safe_open = opened
+    transformers.safe_open = opened
     try:
-        yield {"quantization_config": QuantConfig(quant)}
+        yield {"quantization_config": QuantConfig(quant)}  # pyright: ignore[reportArgumentType]  # a decorator hides the class
     finally:
-        modeling_utils.safe_open = before
+        transformers.safe_open = before
 
 
 def finish(model: PreTrainedModel, found: dict[str, Any]) -> str | None:
@@ -63,7 +65,7 @@ class QuantConfig(QuantizationConfigMixin):
     """The format of the weights, as transformers passes it to its quantiser."""
 
     def __init__(self, quant: str = "none", **unused: object) -> None:
-        self.quant_method = _METHOD  # pyright: ignore[reportAttributeAccessIssue]  # transformers types its own methods
+        self.quant_method = _METHOD
         self.quant = quant
 
 
@@ -73,14 +75,15 @@ class Quantiser(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **settings: Any) -> None:
         super().__init__(quantization_config, **settings)
-        self.package = import_quant(quantization_config.quant)
+        self.quant: str = quantization_config.quant
+        self.package = import_quant(self.quant)
         self.mismatched: list[tuple[str, Any, Any]] = []
         """Weights with a wrong shape: name, shape in the file, and shape of the model."""
         self.broken: list[str] = []
         """Weights that are not finite."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        quantise_layers(model, self.quantization_config.quant)
+        quantise_layers(model, self.quant)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a parameter is the weight of a quantised layer."""
@@ -103,7 +106,7 @@ class Quantiser(HfQuantizer):
 class _Quantise(ConversionOps):
     """Quantise one weight as soon as it is read."""
 
-    def __init__(self, quantiser: Quantiser) -> None:
+    def __init__(self, quantiser: Any) -> None:  # a `Quantiser`, whose type the decorator hides
         self.quantiser = quantiser
 
     def convert(self, input_dict: dict[str, Any], *unused: Any, model: Any = None, **settings: Any) -> dict[str, Any]:

@@ -92,8 +92,8 @@ class Workload:
             policy.top(config.model.train_layers)
         if config.model.quant != "none" and any(isinstance(one, RecurrentShape) for one in (policy, reward)):
             raise UnknownMemoryError(
-                f"model.quant: got {config.model.quant!r} for a model with recurrent states, whose memory the plan does not know; "
-                "unset memory.budget to run without a plan"
+                f"model.quant: got {config.model.quant!r} for a model with recurrent states, whose memory the plan does not "
+                "know; unset memory.budget to run without a plan"
             )
         # A response that reaches its maximum length is scored with an EOS token appended.
         room = policy.positions if reward is None else min(policy.positions, reward.positions - 1)

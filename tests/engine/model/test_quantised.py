@@ -46,7 +46,7 @@ def theirs(weight, quant, dtype):
 
 
 def layer_of(quant, rows=48, columns=96, *, bias=False, seed=0):
-    """Return a quantised layer and the weight that it was made from."""
+    """Return a quantised layer and its original weight."""
     torch.manual_seed(seed)
     source = nn.Linear(columns, rows, bias=bias)
     weight = source.weight.detach().clone()
@@ -198,7 +198,7 @@ def test_nothing_is_saved_for_the_backward_pass(quant):
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_passes_with_and_without_gradients_have_the_same_bits(quant):
-    """Also those of a row, whatever the rows around it, from 16 rows on: sampling and training compare log-probs."""
+    """Also those of a row with any rows around it, from 16 rows on: sampling and training compare log-probs."""
     layer, _ = layer_of(quant)
     x = torch.randn(64, 96)
     with torch.no_grad():

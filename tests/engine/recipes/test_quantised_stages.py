@@ -23,7 +23,7 @@ def start(capsys, folder, command, *sets, options=()):
 
 
 def run(capsys, folder, command, *sets, options=()):
-    code, out, err = start(capsys, folder, command, *sets, options=options)
+    code, _, err = start(capsys, folder, command, *sets, options=options)
     assert code == 0, err
     return err
 
@@ -124,11 +124,14 @@ def test_generate_eval_and_merge_read_the_result_in_any_format(nf4, tmp_path, ca
         assert code == 0 and (tmp_path / "merged" / "model.safetensors").is_file(), err
 
 
-def test_ppo_from_an_adapter_of_another_format_gives_a_notice(nf4, tmp_path, capsys):
+def test_ppo_from_an_adapter_of_a_different_format_gives_a_notice(nf4, tmp_path, capsys):
     out = nf4 / "out"
     err = run(capsys, nf4, "ppo", *ppo_sets(out, "int8"), f"output_dir={tmp_path}", "ppo.updates=1")
     for key, stage in (("model.path", "sft"), ("reward.path", "rm")):
-        assert f"{key}: the adapter in {out / stage} was trained with model.quant=nf4 and is used with model.quant=int8" in err
+        assert (
+            f"{key}: the adapter in {out / stage} was trained with model.quant=nf4 and is used with model.quant=int8"
+            in err
+        )
     assert trained_on(tmp_path / "ppo") == "int8"
 
 
@@ -144,7 +147,9 @@ def test_iterate_trains_on_quantised_weights(nf4, tmp_path, capsys, monkeypatch)
 def test_a_reward_model_on_other_weights_is_quantised_too(nf4, tmp_path, capsys):
     """S22: values get an adapter on the trunk of the reward model."""
     new_model(tmp_path / "small", seed=3, num_hidden_layers=1)
-    run(capsys, nf4, "rm", RANK, "model.quant=nf4", f"model.path={tmp_path / 'small'}", f"output_dir={tmp_path / 'out'}")
+    run(
+        capsys, nf4, "rm", RANK, "model.quant=nf4", f"model.path={tmp_path / 'small'}", f"output_dir={tmp_path / 'out'}"
+    )
     sets = [one for one in ppo_sets(nf4 / "out", "nf4") if not one.startswith("reward.path")]
     run(capsys, nf4, "ppo", *sets, f"reward.path={tmp_path / 'out' / 'rm'}", f"output_dir={tmp_path / 'new'}")
     assert trained_on(tmp_path / "new" / "ppo" / "value_model") == "nf4"
@@ -153,7 +158,7 @@ def test_a_reward_model_on_other_weights_is_quantised_too(nf4, tmp_path, capsys)
 # ---- refused ----
 
 
-def test_a_run_is_not_resumed_with_another_format(nf4, tmp_path, capsys):
+def test_a_run_is_not_resumed_with_a_different_format(nf4, tmp_path, capsys):
     shutil.copytree(nf4 / "out", tmp_path / "out")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for command, sets in (("sft", [RANK, "model.quant=int8"]), ("ppo", ppo_sets(tmp_path / "out", "int8"))):
@@ -169,7 +174,9 @@ def test_training_without_a_rank_names_both_settings(nf4, tmp_path, capsys, comm
     """Also from an adapter, which would be merged into the weights."""
     sets = ["model.quant=nf4", f"model.path={nf4 / 'out' / 'sft'}", f"reward.path={nf4 / 'out' / 'rm'}"]
     code, _, err = start(capsys, nf4, command, *sets, f"output_dir={tmp_path / 'new'}")
-    message = "model.quant: got 'nf4' with adapter.rank 0, expected 'none': quantised weights cannot be trained; set adapter"
+    message = (
+        "model.quant: got 'nf4' with adapter.rank 0, expected 'none': quantised weights cannot be trained; set adapter"
+    )
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "new" / command).exists()
 
@@ -184,7 +191,10 @@ def test_without_the_package_the_extra_is_named(nf4, tmp_path, capsys, monkeypat
     sets = [RANK, f"model.quant={quant}", f"model.path={nf4 / 'out' / 'sft'}", f"reward.path={nf4 / 'out' / 'rm'}"]
     code, _, err = start(capsys, nf4, command, *sets, f"output_dir={tmp_path / 'new'}", options=options)
     assert code == 2 and err.count("\n") == 1, err
-    assert f"model.quant: '{quant}' needs {package}, which cannot be imported; run pip install 'rlhf-kernels[quant]'" in err
+    assert (
+        f"model.quant: '{quant}' needs {package}, which cannot be imported; run pip install 'rlhf-kernels[quant]'"
+        in err
+    )
 
 
 def test_a_model_that_cannot_be_quantised_is_refused(nf4, tmp_path, capsys):
@@ -194,7 +204,10 @@ def test_a_model_that_cannot_be_quantised_is_refused(nf4, tmp_path, capsys):
     model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **experts, vocab_size=300))
     model.save_pretrained(tmp_path / "experts")
     new_model(tmp_path / "odd", intermediate_size=45)
-    for name, part in (("experts", "gate_up_proj of MixtralForCausalLM has 3 dim"), ("odd", "gate_proj.weight of shape")):
+    for name, part in (
+        ("experts", "gate_up_proj of MixtralForCausalLM has 3 dim"),
+        ("odd", "gate_proj.weight of shape"),
+    ):
         sets = [RANK, "model.quant=nf4", f"model.path={tmp_path / name}", f"output_dir={tmp_path / 'new'}"]
         code, _, err = start(capsys, nf4, "sft", *sets)
         assert code == 2 and err.startswith("rlhf: model.quant: the weight model.layers.0.mlp.") and part in err, err
