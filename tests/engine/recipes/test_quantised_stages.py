@@ -10,8 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from rlhf_engine.config import RunConfig
 from rlhf_engine.model.adapter_files import Base, trained_on
 from rlhf_engine.model.quantised import FORMATS
+from rlhf_engine.recipes.loading import check_packages
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
 
 QUANTS = ("nf4", "int8")
@@ -195,6 +197,14 @@ def test_without_the_package_the_extra_is_named(nf4, tmp_path, capsys, monkeypat
         f"model.quant: '{quant}' needs {package}, which cannot be imported; run pip install 'rlhf-kernels[quant]'"
         in err
     )
+
+
+def test_the_package_is_imported_before_the_plan(nf4, monkeypatch):
+    """Its memory is in use before the first weight is read, and the plan does not count it."""
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    sections = {"model": {"path": str(nf4 / "base"), "quant": "int8"}, "adapter": {"rank": 2}}
+    with pytest.raises(ValueError, match="needs torchao, which cannot be imported"):
+        check_packages(RunConfig.from_dict(sections))
 
 
 def test_a_model_that_cannot_be_quantised_is_refused(nf4, tmp_path, capsys):
