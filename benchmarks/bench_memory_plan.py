@@ -124,6 +124,11 @@ CASES: dict[str, tuple[dict, dict, int]] = {
         _run(12, 4, 4, 2, quant="nf4", rank=8, dtype="bfloat16", checkpointed=True, ppo_epochs=2),
         1,
     ),
+    "not fitted: GPT-2, fp8 weights, pages, a budget of tokens": (
+        _model("gpt2", 50_257, 1280, 0, 36, 20),
+        _run(12, 4, 16, 16, quant="fp8", rank=4, cache="paged", microbatch_tokens=64, ppo_epochs=2),
+        1,
+    ),
 }
 """Name -> (fields of config.json, settings of the run, number of updates)."""
 

@@ -54,7 +54,7 @@ class RolloutConfig(Section):
     merge_adapters: Literal["auto", "always", "never"] = "auto"
     """Add the adapter of the policy to a copy of the weights before each rollout, so that a step of sampling costs as
     much as without adapters. The copy uses memory of the phase generate. In half precision its rounding makes sampling
-    differ from what is trained (metric logprob_deviation). auto does it in `rlhf ppo` if the weights are in float32 and
+    differ from what is trained (metric logprob_deviation). auto does it in `rlhf ppo` if all weights are in float32 and
     the memory plan shows that the copy fits without fewer sequences or a higher peak."""
     prefill_tokens: Count = 4096
     """Maximum prompt tokens per forward pass, padding included; a longer prompt is processed in a separate pass."""

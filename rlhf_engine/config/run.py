@@ -114,6 +114,11 @@ class RunConfig(Section):
                 f"{raw[0]}.optim.eps_form: got 'raw', expected 'corrected' with memory.optimizer_state '8bit': torchao would "
                 "compile the step again for every value of epsilon"
             )
+        if self.model.quant != "none" and self.rollout.merge_adapters == "always":
+            raise ValueError(
+                f"rollout.merge_adapters: got 'always' with model.quant {self.model.quant!r}, expected 'auto' or 'never': an "
+                "adapter cannot be added to quantised weights"
+            )
         if not self.output_dir.strip():
             raise ValueError(f"output_dir: got {self.output_dir!r}, expected the path of a folder")
         if self.compute_dtype == "bfloat16" and self.ppo.objective == "trpo":

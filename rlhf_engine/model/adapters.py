@@ -267,11 +267,10 @@ class Adapters:
             lora_dropout=0.0,
             fan_in_fan_out=isinstance(_linear_layers(self.model)[self.places[name][0]], Conv1D),
         )
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # peft creates the matrices in torch's dtype, and converts them to that of the layer unless the layer is quantised.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _default_dtype(self.model.dtype):
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             import_peft().inject_adapter_in_model(lora, self.model, name)
-        for tensor in self.tensors(name).values():
-            tensor.data = tensor.data.to(self.model.dtype)  # peft takes the dtype of the codes where they are quantised
         self._scale_rate(name)
         everywhere = dict.fromkeys(place for places in self.places.values() for place in places)
         self.layers = [self.model.get_submodule(place) for place in everywhere]
@@ -314,6 +313,17 @@ class Adapters:
         """Return whether the layers of an adapter store W as (I, O), as those of GPT-2 do."""
         layer = _linear_layers(self.model)[self.places[name][0]]
         return isinstance(layer, Conv1D) or getattr(layer, "fan_in_fan_out", False)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Create tensors without a dtype in `dtype` inside the context."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_same_base(found: StoredAdapter, base: Base) -> None:

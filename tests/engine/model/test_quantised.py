@@ -350,6 +350,15 @@ def test_training_needs_an_adapter():
     RunConfig.from_dict({"model": {"quant": "nf4"}, "adapter": {"rank": 2}}).check_training()
 
 
+def test_adapters_are_not_merged_for_sampling():
+    sections = {"model": {"quant": "nf4"}, "adapter": {"rank": 2}}
+    with pytest.raises(
+        ValueError, match=r"rollout\.merge_adapters: got 'always' with model\.quant 'nf4', expected 'auto'"
+    ):
+        RunConfig.from_dict(sections | {"rollout": {"merge_adapters": "always"}})
+    RunConfig.from_dict(sections | {"rollout": {"merge_adapters": "never"}})
+
+
 def test_a_model_that_is_quantised_already_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 from transformers import RwkvConfig
 
+from benchmarks.families.recurrent import DENSE
 from rlhf_engine.config import RunConfig, load_config
-from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
+from rlhf_engine.planner import MemoryPlan, ModelShape, UnknownMemoryError, Workload
 from rlhf_engine.planner.report import refuse
 from rlhf_engine.planner.strategies import _tried
 from tests.engine.helpers.plans import RUN, SMALL
+from tests.engine.helpers.recurrent_models import config_of
 
 
 def test_an_unknown_architecture_names_the_fields_it_needs(tmp_path):
@@ -93,5 +95,22 @@ def test_tried_strategies_are_compatible_with_the_rest_of_the_config():
         return found
 
     assert states() == {"corrected": {"resident", "8bit", "host"}, "raw": {"resident", "host"}}
+    always = load_config(None, ["device=cuda", "adapter.rank=4", "rollout.merge_adapters=always"])
+    tried = list(_tried(replace(Workload.of(always, shape, shape), budget=12 * 2**30)))
+    assert tried and {one.plan.workload.quant for one in tried} == {"none"}
     on_cpu = replace(RUN, optimizer_state="host", budget=2**30)  # on a CPU it is tried only as the current value
     assert "host" in {one.plan.workload.optimizer_state for one in _tried(on_cpu)}
+
+
+def test_quantised_strategies_have_adapters_and_known_layers():
+    tried = list(_tried(replace(RUN, budget=2**30)))
+    quantised = [one.plan.workload for one in tried if one.plan.workload.quant != "none"]
+    assert {one.quant for one in quantised} == {"int8", "nf4"} and all(one.adapter for one in quantised)
+    recurrent = ModelShape.from_config(config_of("mamba2", DENSE["mamba2"]))
+    tried = list(_tried(replace(RUN, policy=recurrent, reward=None, budget=2**30)))
+    assert tried and {one.plan.workload.quant for one in tried} == {"none"}
+    config = load_config(None, ["model.quant=int8", "adapter.rank=2"])
+    with pytest.raises(UnknownMemoryError, match=r"model\.quant: got 'int8' for a model with recurrent states"):
+        Workload.of(config, recurrent, None)
+    with pytest.raises(ValueError, match=r"model\.quant: got 'int8' with adapter\.rank 0"):
+        Workload.of(load_config(None, ["model.quant=int8"]), ModelShape.of("qwen2.5-0.5b"), None)

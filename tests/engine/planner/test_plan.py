@@ -397,6 +397,19 @@ def test_quantised_roles_have_the_planned_size(tmp_path, quant, family, dtype):
     assert "reference" not in plan.persistent
 
 
+def test_the_memory_of_a_process_on_the_cpu_grows_with_adapters_and_half_precision(monkeypatch):
+    """14 matrices have adapters. Without instructions for half precision no kernels are compiled."""
+    plain, adapted = RUN, replace(RUN, adapter=2, reward_adapter=True)
+    for products in (True, False):
+        monkeypatch.setattr(upcast, "has_products", lambda dtype, device, products=products: products)
+        half = 46 * 2**20 if products else 0
+        for run, more in ((plain, 0), (adapted, 7 * 2**20 + 14 * 64 * 2**10)):
+            for dtype, kernels in (("float32", 0), ("bfloat16", half)):
+                context = MemoryPlan.of(replace(run, dtype=dtype)).persistent["context"]
+                assert context == 28 * 2**20 + more + kernels, (dtype, products)
+    assert MemoryPlan.of(replace(adapted, device="cuda")).persistent["context"] == 600 * 2**20
+
+
 def test_a_quantised_matrix_is_dequantised_in_every_phase_and_no_rounded_copy_is_kept():
     """The largest matrix of a layer has 4 x 6 elements, in the dtype of the product."""
     plain = replace(RUN, adapter=2, reward_adapter=True)
@@ -547,7 +560,7 @@ def test_strategies_fit_and_the_fastest_is_first():
             fewer = {key: value for key, value in one.changes.items() if key not in without}
             assert name in ("dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (one.words, name)
     assert all(one.valid for one in found) and not any("quant" in one.changes for one in found)
-    tight = fitting(replace(workload, budget=10 * 2**30))
+    tight = fitting(replace(workload, budget=6 * 2**30))
     assert "adapter.rank=16" in fitting(replace(workload, budget=20 * 2**30))[-1].words
     assert tight and all("adapter.rank=16, model.quant=" in one.words for one in tight)
     assert fitting(replace(workload, budget=2**30)) == []

@@ -111,6 +111,7 @@ def test_auto_merges_where_the_plan_has_memory_to_spare():
     separate = MemoryPlan.of(replace(run, merge_adapters="never"))
     assert free.peak == separate.peak  # training needs more than sampling
     assert MemoryPlan.of(replace(run, dtype="bfloat16")).workload.merge_adapters == "never"
+    assert MemoryPlan.of(replace(run, quant="int8")).workload.merge_adapters == "never"
     many = replace(run, rollout_batch=64, slots=64, microbatch=1)
     assert MemoryPlan.of(many).phases.keys() and MemoryPlan.of(many).workload.merge_adapters == "never"
     room = MemoryPlan.of(replace(many, merge_adapters="always")).peak
