@@ -14,7 +14,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from docs import _architecture, _kernels, _reference, _results
+from docs import _architecture, _kernels, _plans, _reference, _results
 from rlhf_engine.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +30,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "demo seeds": _results.seeds,
     "ptx coefficients": _results.ptx,
     "figure": _results.figure,
+    "what fits at a glance": _plans.glance,
+    "what fits": _plans.settings,
     "arguments of the losses": _kernels.arguments,
     "options of the objective": _kernels.options,
     "configuration": _reference.configuration,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_engine.config import AdapterConfig
 from rlhf_engine.model.adapter_files import Base, StoredAdapter, read_adapter, write_adapter
+from rlhf_engine.model.adapter_targets import linear_layers, target_layers, top_targets
 from rlhf_engine.model.merging import merged_bytes, sums_in_place
 from rlhf_engine.model.pretrained import base_folder
 from rlhf_engine.model.quantised import quant_of
 from rlhf_engine.model.roles import POLICY
-from rlhf_engine.model.top_layers import in_top, top_of_model
+from rlhf_engine.model.top_layers import top_of_model
 from rlhf_engine.model.trunk import ADAPTERS, adapters_of
 
 
@@ -71,7 +72,7 @@ class Adapters:
         adapters, of all roles.
         """
         if top_of_model(model) is not None:
-            settings = replace(settings, targets=tuple(_top_targets(model, settings.targets)))
+            settings = replace(settings, targets=tuple(top_targets(model, settings.targets)))
         adapters = cls(model, settings, Base.of(base) if isinstance(base, str | Path) else base)
         adapters.add(POLICY, seed, trained=True)
         adapters.make_default(POLICY)
@@ -192,7 +193,7 @@ class Adapters:
             got, expected = getattr(settings, key), getattr(self.settings_of[POLICY], key)
             if got != expected:
                 raise ValueError(f"adapter.{key}: got {got}, expected {expected}, that of the adapter in {source}")
-        if _top_targets(self.model, settings.targets) != self.places[POLICY]:
+        if top_targets(self.model, settings.targets) != self.places[POLICY]:
             got, expected = (", ".join(names) for names in (settings.targets, self._shortest_targets(POLICY)))
             where = "" if top_of_model(self.model) is None else " in the layers of model.train_layers"
             raise ValueError(
@@ -265,7 +266,7 @@ class Adapters:
             target_modules=list(self.places[name]),
             use_rslora=settings.rslora,
             lora_dropout=0.0,
-            fan_in_fan_out=isinstance(_linear_layers(self.model)[self.places[name][0]], Conv1D),
+            fan_in_fan_out=isinstance(linear_layers(self.model)[self.places[name][0]], Conv1D),
         )
         # peft creates the matrices in torch's dtype, and converts them to that of the layer unless the layer is quantised.
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _default_dtype(self.model.dtype):
@@ -306,12 +307,12 @@ class Adapters:
         """Return the last parts of the layers' names, or the whole names if other linear layers end in the same way."""
         places = self.places[name]
         ends = tuple(sorted({place.rpartition(".")[2] for place in places}))
-        same = [one for one in _linear_layers(self.model) if one.rpartition(".")[2] in ends]
+        same = [one for one in linear_layers(self.model) if one.rpartition(".")[2] in ends]
         return ends if sorted(same) == sorted(places) else tuple(sorted(places))
 
     def _transposed(self, name: str) -> bool:
         """Return whether the layers of an adapter store W as (I, O), as those of GPT-2 do."""
-        layer = _linear_layers(self.model)[self.places[name][0]]
+        layer = linear_layers(self.model)[self.places[name][0]]
         return isinstance(layer, Conv1D) or getattr(layer, "fan_in_fan_out", False)
 
 
@@ -332,60 +333,6 @@ def check_same_base(found: StoredAdapter, base: Base) -> None:
         raise ValueError(
             f"{found.folder}: got an adapter of {found.base.folder}, expected one of {base.folder}, whose weights differ"
         )
-
-
-def target_layers(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """Return the full names of the linear layers that end in one of `targets`.
-
-    Raises:
-        ValueError: a target matches no linear layer, or the output layer shares its weight with the embedding. The message
-            lists the names that exist.
-    """
-    linear = _linear_layers(model)
-    output = getattr(model.get_output_embeddings(), "base_layer", model.get_output_embeddings())
-    if tuple(targets) == ("all-linear",):
-        return [name for name, module in linear.items() if module is not output]
-    chosen: dict[str, None] = {}
-    for target in targets:
-        found = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not found:
-            ends = sorted({name.rpartition(".")[2] for name in linear})
-            raise ValueError(
-                f"adapter.targets: got {target!r}, which matches no linear layer of {type(model).__name__}; it has "
-                f"{', '.join(ends)}"
-            )
-        chosen |= dict.fromkeys(found)
-    tied = output is not None and output.weight is model.get_input_embeddings().weight
-    for name in chosen:
-        if tied and linear[name] is output:
-            raise ValueError(
-                f"adapter.targets: got the output layer {name}, which shares its weight with the embedding; leave it out"
-            )
-    return [name for name in linear if name in chosen]
-
-
-def _top_targets(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """Return those names of `target_layers` that are in the trained layers.
-
-    Raises:
-        ValueError: as `target_layers`, or a target matches none of them.
-    """
-    for target in targets:
-        if not in_top(model, target_layers(model, (target,))):
-            raise ValueError(
-                f"adapter.targets: got {target!r}, which matches no layer that model.train_layers leaves trained; raise "
-                "model.train_layers, or leave the target out"
-            )
-    return in_top(model, target_layers(model, targets))
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers by name; one with adapters has the name that it had without."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name:
-            found[name.removesuffix(".base_layer")] = module
-    return found
 
 
 def import_peft() -> Any:

@@ -238,7 +238,7 @@ def test_activations_of_top_layers_are_what_autograd_saves(monkeypatch, family, 
         hidden_of(policy, torch.randint(3, 61, (3, 20)))
     bytes_ = sum(x.untyped_storage().nbytes() for x in found.values())
     sizes = {"float32": (4, 4), "bfloat16": (2, 2), "autocast": (4, 2)}[dtype]
-    assert bytes_ == Pass(shape, 3, 20, False, *sizes, None, rank, 2).saved(checkpointed=False)
+    assert bytes_ == Pass(shape, 3, 20, False, *sizes, None, rank, trained=2).saved(checkpointed=False)
 
 
 def test_checkpointed_layers_save_only_their_inputs():
