@@ -28,7 +28,10 @@ from .ops import (
     sample_tokens,
     token_logprobs,
 )
-from .ops.head import has_products, head_workspace_bytes
+from .ops.head import head_workspace_bytes
+from .ops.head_inputs import LowRank
+from .ops.products import has_products
+from .ops.quantised_weight import QuantisedWeight
 from .output_layer import HeadArguments, head_arguments
 
 __all__ = [
@@ -36,8 +39,10 @@ __all__ = [
     "Advantages",
     "FusedHead",
     "HeadArguments",
+    "LowRank",
     "PPOLoss",
     "PPOOptions",
+    "QuantisedWeight",
     "RolloutAdvantages",
     "SampledTokens",
     "TokenLogprobs",

@@ -314,3 +314,15 @@ def flat_fields(record: type) -> list[tuple[str, Any]]:
 def names_of(record: type) -> tuple[str, ...]:
     """Return the names of the flattened fields of a NamedTuple."""
     return tuple(name for name, _ in flat_fields(record))
+
+
+def tensors_apart(flat: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Return the tensors, and all values with None instead of tensors; autograd stores tensors separately."""
+    flat = tuple(flat)
+    return [x for x in flat if isinstance(x, Tensor)], [None if isinstance(x, Tensor) else (x,) for x in flat]
+
+
+def tensors_back(tensors: Iterable[Tensor], rest: list[Any]) -> tuple[Any, ...]:
+    """Return the flat values again, the inverse of `tensors_apart`."""
+    following = iter(tensors)
+    return tuple(next(following) if x is None else x[0] for x in rest)

@@ -57,12 +57,15 @@ def mask(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], what:
     tensor(name, x, like=like, expected=expected, what=what, dtypes=BOOL)
 
 
-def floating(name: str, x: Tensor, *, dims: tuple[int, ...], what: str) -> None:
-    """Check that `x` is a floating point tensor with one of `dims` dimensions."""
+def floating(
+    name: str, x: Tensor, *, dims: tuple[int, ...], what: str, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """Check that `x` is a floating point tensor, or has one of `dtypes`, with one of `dims` dimensions."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor of shape {what}")
-    if x.dtype not in FLOATS:
-        raise ValueError(f"{name}: got dtype {x.dtype}, expected a floating point tensor")
+    if x.dtype not in dtypes:
+        expected = "a floating point tensor" if dtypes is FLOATS else " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: got dtype {x.dtype}, expected {expected}")
     if x.dim() not in dims:
         raise ValueError(f"{name}: got shape {shape(x)}, expected {what}")
 

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from .._options import PPOArguments
 from ..backend import OnePassKernels, define_record, kernels, refuse
-from ..launch_args import METRICS, LogitRows, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
+from ..launch_args import (
+    METRICS,
+    LogitRows,
+    PPOLoss,
+    RowStats,
+    Transform,
+    flatten,
+    names_of,
+    tensors_apart,
+    tensors_back,
+    unflatten,
+)
 from . import checks
 from .objective import ObjectiveTerms, as_loss
 from .token_logprobs import as_rows, overwritable
@@ -131,7 +142,7 @@ class OnePass(torch.autograd.Function):
             torch.autograd.graph.increment_version(inputs.logits)
         ctx.inplace, ctx.needs = inputs.inplace, inputs.needs
         kept = inputs._replace(logits=None if inputs.inplace else inputs.logits, values=None)
-        tensors, ctx.rest = _tensors_apart(flatten(kept))
+        tensors, ctx.rest = tensors_apart(flatten(kept))
         ctx.save_for_backward(gradient, stats, coefficients, value_slope, *tensors)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -150,7 +161,7 @@ class OnePass(torch.autograd.Function):
                 refuse(ctx)  # create_graph=True: the gradients are constants
             checks.first_backward(ctx, "logits_ppo_loss")
         gradient, stats, coefficients, value_slope, *tensors = ctx.saved_tensors
-        inputs = unflatten(Inputs, _tensors_back(tensors, ctx.rest))
+        inputs = unflatten(Inputs, tensors_back(tensors, ctx.rest))
         if ctx.inplace:
             inputs = inputs._replace(logits=gradient)
         of_logits, of_values = ctx.needs
@@ -159,17 +170,6 @@ class OnePass(torch.autograd.Function):
         if of_values:
             gradients["values"] = value_slope * grad_loss
         return tuple(gradients.values())
-
-
-def _tensors_apart(flat: tuple[Any, ...]) -> tuple[list[Tensor], list[Any]]:
-    """Return the tensors, and all values with None instead of tensors; autograd stores tensors separately."""
-    return [x for x in flat if isinstance(x, Tensor)], [None if isinstance(x, Tensor) else (x,) for x in flat]
-
-
-def _tensors_back(tensors: list[Tensor], rest: list[Any]) -> tuple[Any, ...]:
-    """Return the flat values again, the inverse of `_tensors_apart`."""
-    following = iter(tensors)
-    return tuple(next(following) if x is None else x[0] for x in rest)
 
 
 def _scaled(x: Inputs, gradient: Tensor, stats: Tensor, coefficients: Tensor, upstream: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ and two products compute the gradients of the hidden states and of the weight wh
 On CPU, and on a GPU with `compact`, the loop gathers the unmasked rows and computes backward products only for rows
 that have a gradient. On a GPU without `compact` all rows are in the products, and the other rows are zeros.
 
-Legend: N tokens, M rows in the loop, V vocabulary, H hidden.
+Legend: N tokens, M rows in the loop, V vocabulary, H hidden, R rank of the low-rank term.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import cast, overload
+from typing import NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from torch import Tensor
 from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from ..backend import Kernels
 from ..launch_args import LogitRows, PpoRows, RowStats, Transform
+from . import products
+from .products import Head, product
 
 MIN_CHUNK = 16
 """Minimum rows of a chunk. CPU matrix libraries sum in a different order for fewer rows, so shorter chunks are padded."""
@@ -31,58 +32,6 @@ GPU_LOGITS_BYTES = 2**30
 
 Each chunk reads and writes the float32 sum of the weight's gradient. For chunks of 1024 rows and a vocabulary of 128k
 this takes half as long as the chunk's product."""
-
-_PART = 1024
-"""Rows, columns or terms of a product that are converted to float32 at a time."""
-
-
-_ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-
-
-@cache
-def has_products(dtype: torch.dtype, device: str) -> bool:
-    """Return whether torch multiplies `dtype` matrices on a device of type `device` at least as fast as float32 matrices.
-
-    False for half precision on a processor without instructions for it, or with a torch that was built without oneDNN:
-    products in half precision then take several times as long as in float32.
-    """
-    if device != "cpu" or dtype not in _ASKED:
-        return True
-    asked = getattr(torch.ops.mkldnn, _ASKED[dtype], None) if torch.backends.mkldnn.is_available() else None
-    return asked is not None and bool(asked())
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Compute `out = a @ b`, or `out += a @ b`, without rounding to half precision if `out` is float32."""
-    if a.dtype in (torch.bfloat16, torch.float16) and not has_products(a.dtype, a.device.type):
-        _product_in_float32(a, b, out, add=add)
-    elif out.dtype == a.dtype:
-        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    elif a.is_cuda and add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # the Triton interpreter runs on CPU, where torch has no product of half-precision factors with a float32 result
-        product(a.float(), b.float(), out, add=add)
-
-
-def _product_in_float32(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    """Compute `product` with float32 sums, rounded once. The longest dimension is converted to float32 in parts."""
-    (rows, terms), columns = a.shape, b.shape[1]
-    if terms >= max(rows, columns):
-        total = out.float() if add else a.new_zeros(rows, columns, dtype=torch.float32)
-        for part_a, part_b in zip(a.split(_PART, 1), b.split(_PART), strict=True):
-            total.addmm_(part_a.float(), part_b.float())
-        out.copy_(total)
-        return
-    if rows > max(columns, _PART):  # out.T = b.T @ a.T
-        a, b, out = b.t(), a.t(), out.t()
-    a = a.float()
-    for part_b, part_out in zip(b.split(_PART, 1), out.split(_PART, 1), strict=True):
-        # In place, because autocast would cast the factors of an out-of-place product.
-        total = part_out.float() if add else a.new_zeros(part_out.shape)
-        part_out.copy_(total.addmm_(a, part_b.float()))
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -154,35 +103,11 @@ def head_workspace_bytes(
 
 
 @dataclass(frozen=True)
-class Head:
-    """The weights of the output layer `hidden @ weight.T + bias`."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-
-    def logits(self, hidden: Tensor, out: Tensor, pad_to: int) -> Tensor:
-        """Return the logits of `hidden` (m, H) in the first m rows of `out`, padding the product to `pad_to` rows."""
-        rows = len(hidden)
-        if rows < pad_to:
-            hidden = torch.cat([hidden, hidden.new_zeros(pad_to - rows, hidden.shape[1])])
-        z = out[: len(hidden)]
-        if self.bias is not None and not has_products(hidden.dtype, hidden.device.type):
-            z.copy_(self.bias)
-            product(hidden, self.weight.t(), z, add=True)
-        elif self.bias is not None and z.dtype == hidden.dtype:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=z)
-        else:
-            product(hidden, self.weight.t(), z)
-            if self.bias is not None:
-                z += self.bias
-        return z[:rows]
-
-
-@dataclass(frozen=True)
 class HeadRows:
     """The rows of the head's products: the unmasked rows, gathered, or all N rows with a mask."""
 
     hidden: Tensor  # (M, H), contiguous
+    states: Tensor | None  # (M, R), the rows of the low-rank term
     ids: Tensor  # (M,), int64
     transform: Transform
     index: Tensor | None  # (M,), index of each row among the N; None: all rows in order
@@ -190,22 +115,36 @@ class HeadRows:
 
     @classmethod
     def of(
-        cls, hidden: Tensor, ids: Tensor, transform: Transform, keep: Tensor | None, *, gather: bool = True
+        cls,
+        hidden: Tensor,
+        states: Tensor | None,
+        ids: Tensor,
+        transform: Transform,
+        keep: Tensor | None,
+        *,
+        gather: bool = True,
     ) -> "HeadRows":
         """Return the rows where `keep` (N,) is True. With `gather` on a GPU, the host waits for their number."""
         if keep is None or (gather and bool(keep.all())):
-            return cls(hidden.contiguous(), ids.contiguous(), transform, None)
+            states = None if states is None else states.contiguous()
+            return cls(hidden.contiguous(), states, ids.contiguous(), transform, None)
         if not gather:
             # Masked rows may be NaN, and 0 * NaN in a product would be NaN.
             hidden = torch.where(keep[:, None], hidden, 0)
-            return cls(hidden, ids.contiguous(), transform, None, keep.contiguous())
+            states = None if states is None else torch.where(keep[:, None], states, 0)
+            return cls(hidden, states, ids.contiguous(), transform, None, keep.contiguous())
         index = keep.nonzero().squeeze(1)
-        return cls(hidden[index], ids[index], transform.rows(index), index)
+        states = None if states is None else states[index]
+        return cls(hidden[index], states, ids[index], transform.rows(index), index)
 
     def chunks(self, size: int) -> Iterator[slice]:
         """Yield slices of at most `size` rows that cover all rows."""
         for start in range(0, len(self.ids), size):
             yield slice(start, min(start + size, len(self.ids)))
+
+    def logits(self, head: Head, rows: slice, out: Tensor, pad_to: int) -> Tensor:
+        """Return the logits of `rows`, see `Head.logits`."""
+        return head.logits(self.hidden[rows], None if self.states is None else self.states[rows], out, pad_to)
 
     def logit_rows(self, logits: Tensor, rows: slice) -> LogitRows:
         """Return the logits of `rows` with their ids, transform and mask, as the kernels expect them."""
@@ -228,60 +167,99 @@ class HeadRows:
         return x if self.index is None else x.new_zeros(*x.shape[:-1], n).index_copy_(-1, self.index, x)
 
 
-Results = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Gradients of hidden states (N, H), weight (V, H) and bias (V,); None if not needed."""
+class Needs(NamedTuple):
+    """Whether each input of the head needs a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    states: bool
+    low_weight: bool
+
+
+class Results(NamedTuple):
+    """Gradients of the head's inputs, in float32 except that of the weight; None if not needed."""
+
+    hidden: Tensor | None  # (N, H)
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+    states: Tensor | None  # (N, R)
+    low_weight: Tensor | None  # (V, R)
 
 
 class HeadGradients:
     """Gradients of the head's inputs, summed over chunks and not divided by the loss's denominator."""
 
-    def __init__(
-        self, kernels: Kernels, head: Head, n: int, rows: HeadRows, plan: Plan, needs: tuple[bool, bool, bool]
-    ):
+    def __init__(self, kernels: Kernels, head: Head, n: int, rows: HeadRows, plan: Plan, needs: Needs):
         self.kernels: Kernels = kernels
         self.head: Head = head
         self.rows: HeadRows = rows
         self.wide: bool = plan.wide
-        weight = head.weight
+        device, low = rows.hidden.device, head.low_weight
         # Rows without a gradient are never written, so they must be zero at the start.
-        self.hidden: Tensor | None = torch.zeros(n, weight.shape[1], device=weight.device) if needs[0] else None
-        self.weight: Tensor | None = _native.empty(weight.shape, plan.sum_dtype, weight.device) if needs[1] else None
-        self.bias: Tensor | None = torch.zeros(len(weight), device=weight.device) if needs[2] else None
+        self.hidden: Tensor | None = torch.zeros(n, head.width, device=device) if needs.hidden else None
+        self.weight: Tensor | None = None
+        if needs.weight:
+            self.weight = _native.empty((head.vocabulary, head.width), plan.sum_dtype, device)
+        self.bias: Tensor | None = torch.zeros(head.vocabulary, device=device) if needs.bias else None
+        self.states: Tensor | None = None
+        self.low_weight: Tensor | None = None
+        if low is not None:
+            self.states = torch.zeros(n, low.shape[1], device=device) if needs.states else None
+            self.low_weight = torch.zeros(low.shape, device=device) if needs.low_weight else None
         self.first: bool = True
 
     def add_rows(self, dlogits: Tensor, rows: Tensor | slice) -> None:
-        """Add the part of `rows`, m of the M rows, to the gradients of hidden states and bias, from `dlogits` (m, V)."""
-        if self.hidden is not None and isinstance(rows, slice) and self.rows.index is None and self.wide:
+        """Add the part of `rows`, m of the M rows, to all gradients except the weight's, from `dlogits` (m, V)."""
+        whole = isinstance(self.head.weight, Tensor) and isinstance(rows, slice)
+        if self.hidden is not None and whole and self.rows.index is None and self.wide:
             product(dlogits, self.head.weight, self.hidden[rows])
         elif self.hidden is not None:
-            target = rows if self.rows.index is None else self.rows.index[rows]
-            dtype = torch.float32 if self.wide else dlogits.dtype
-            part = torch.empty(len(dlogits), self.hidden.shape[1], dtype=dtype, device=dlogits.device)
-            product(dlogits, self.head.weight, part)
-            self.hidden[target] = part.float()
+            self.hidden[self._target(rows)] = self.head.hidden_gradient(dlogits, self._dtype(dlogits)).float()
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=torch.float32)
+        low = self.head.low_weight
+        if self.states is not None:
+            assert low is not None
+            part = torch.empty(len(dlogits), low.shape[1], dtype=self._dtype(dlogits), device=dlogits.device)
+            product(dlogits, low, part)
+            self.states[self._target(rows)] = part.float()
+        if self.low_weight is not None:
+            assert self.rows.states is not None
+            self._add_outer(self.low_weight, dlogits, self.rows.states[rows], first=False)
 
     def add_weight(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Add the part of `rows`, m of the M rows, to the gradient of the weight, from `dlogits` (m, V)."""
         assert self.weight is not None
-        transposed, hidden = dlogits.t(), self.rows.hidden[rows]
-        apart = not has_products(dlogits.dtype, dlogits.device.type)
-        if self.wide or self.weight.dtype == dlogits.dtype or apart:
-            product(transposed, hidden, self.weight, add=not self.first)
-        else:
-            if dlogits.dtype == torch.float16:
-                hidden = hidden.float()
-            for block in _blocks(len(self.weight), 8192):
-                part = torch.mm(transposed[block].to(hidden.dtype), hidden)
-                self.kernels.accumulate(self.weight[block], part, first=self.first)
+        self._add_outer(self.weight, dlogits, self.rows.hidden[rows], first=self.first)
         self.first = False
 
     def results(self) -> Results:
         """Return the gradients. The weight's gradient is zero if no rows were added."""
         if self.first and self.weight is not None:
             self.weight.zero_()
-        return self.hidden, self.weight, self.bias
+        return Results(self.hidden, self.weight, self.bias, self.states, self.low_weight)
+
+    def _dtype(self, dlogits: Tensor) -> torch.dtype:
+        """Return the dtype of the products with `dlogits`, which the CPU's library rounds to its factors' dtype."""
+        return torch.float32 if self.wide else dlogits.dtype
+
+    def _target(self, rows: Tensor | slice) -> Tensor | slice:
+        """Return the indices of `rows` among the N rows."""
+        return rows if self.rows.index is None else self.rows.index[rows]
+
+    def _add_outer(self, total: Tensor, dlogits: Tensor, factor: Tensor, *, first: bool) -> None:
+        """Compute `total += dlogits.T @ factor`, or set `total` to it if `first`."""
+        transposed = dlogits.t()
+        apart = not products.has_products(dlogits.dtype, dlogits.device.type)
+        if self.wide or total.dtype == dlogits.dtype or apart:
+            product(transposed, factor, total, add=not first)
+            return
+        if dlogits.dtype == torch.float16:
+            factor = factor.float()
+        for block in _blocks(len(total), 8192):
+            part = torch.mm(transposed[block].to(factor.dtype), factor)
+            self.kernels.accumulate(total[block], part, first=first)
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:
@@ -291,7 +269,7 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
 
 def _buffer(head: Head, rows: HeadRows, plan: Plan, *, keep: bool) -> Tensor:
     """Return memory for the logits of a chunk if `keep`, else of a step."""
-    shape = (plan.rows(len(rows.ids), keep=keep), len(head.weight))
+    shape = (plan.rows(len(rows.ids), keep=keep), head.vocabulary)
     return _native.WORKSPACE.take(shape, plan.logits_dtype, rows.hidden.device)
 
 
@@ -301,7 +279,7 @@ def head_stats(kernels: Kernels, head: Head, rows: HeadRows, plan: Plan) -> RowS
     buffer = _buffer(head, rows, plan, keep=False)
     for chunk in rows.chunks(plan.step):
         part = RowStats.empty(chunk.stop - chunk.start, rows.hidden.device)
-        logits = head.logits(rows.hidden[chunk], buffer, plan.pad_to)
+        logits = rows.logits(head, chunk, buffer, plan.pad_to)
         kernels.token_logprobs_forward(rows.logit_rows(logits, chunk), part)
         stats.buffer[:, chunk] = part.buffer
     return stats
@@ -317,12 +295,12 @@ def head_gradients(
     rows: HeadRows,
     n: int,
     plan: Plan,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     epilogue: Epilogue,
 ) -> Results:
     """Return the gradients of one pass over the rows, which computes logits, `epilogue` and backward products."""
     gradients = HeadGradients(kernels, head, n, rows, plan, needs)
-    buffer = _buffer(head, rows, plan, keep=needs[1])
+    buffer = _buffer(head, rows, plan, keep=needs.weight)
     dlogits = front_of(buffer, rows.hidden.dtype)
     held: list[Tensor | slice] = []  # the rows whose gradients are stored at the front of the buffer
     filled = 0
@@ -331,7 +309,7 @@ def head_gradients(
         if held and filled + max(size, plan.pad_to) > len(buffer):
             gradients.add_weight(dlogits[:filled], _joined(held))
             held, filled = [], 0
-        logits = head.logits(rows.hidden[chunk], buffer[filled:], plan.pad_to)
+        logits = rows.logits(head, chunk, buffer[filled:], plan.pad_to)
         gradient = dlogits[filled : filled + size]
         active = epilogue(rows.logit_rows(logits, chunk), chunk, gradient)
         front, kept = chunk, size
@@ -340,7 +318,7 @@ def head_gradients(
             kept = len(front)
         if kept:
             gradients.add_rows(gradient[:kept], front)
-            if needs[1]:
+            if needs.weight:
                 held.append(front)
                 filled += kept
     if held:
@@ -361,7 +339,7 @@ def _joined(held: list[Tensor | slice]) -> Tensor | slice:
 
 
 def ppo_pass(
-    kernels: Kernels, head: Head, rows: HeadRows, ppo: PpoRows, n: int, plan: Plan, needs: tuple[bool, bool, bool]
+    kernels: Kernels, head: Head, rows: HeadRows, ppo: PpoRows, n: int, plan: Plan, needs: Needs
 ) -> tuple[RowStats, Results]:
     """Return statistics and gradients of one pass, for an objective whose gradient in a row depends on that row only."""
     stats = RowStats.empty(len(rows.ids), rows.hidden.device)
@@ -386,7 +364,7 @@ def given_pass(
     grad_entropy: Tensor | None,  # (M,)
     n: int,
     plan: Plan,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> Results:
     """Return the gradients for given upstream gradients of log-probs and entropies; the logits are computed again."""
 

@@ -13,9 +13,10 @@ from .._options import PPOOptions
 from ..backend import Kernels, define_record, kernels, refuse, resolve
 from ..launch_args import METRICS, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
-from .head import Head, HeadRows, Plan, given_pass, head_stats, ppo_pass
-from .linear_token_logprobs import check_head, gradient_dtype, under_autocast
+from .head import HeadRows, Needs, Plan, given_pass, head_stats, ppo_pass
+from .head_inputs import HeadInputs, LowRank, Storage, check_head, dense, gradient_dtype, under_autocast
 from .objective import Denominators, ObjectiveTerms, as_loss
+from .quantised_weight import QuantisedWeight
 
 VALUE_ROWS = 1024
 """Number of hidden states that the value head casts to float32 at a time."""
@@ -23,13 +24,14 @@ VALUE_ROWS = 1024
 
 def linear_ppo_loss(
     hidden: Tensor,  # (B, T, H) or (N, H), differentiable
-    weight: Tensor,  # (V, H), differentiable
+    weight: Tensor | QuantisedWeight,  # (V, H), differentiable
     ids: Tensor,  # (B, T) or (N,)
     old_logprobs: Tensor,  # (B, T) or (N,)
     advantages: Tensor,  # (B, T) or (N,)
     mask: Tensor,  # (B, T) or (N,), bool
     *,
     bias: Tensor | None = None,  # (V,), differentiable
+    low_rank: LowRank | None = None,  # (..., R) and (V, R), differentiable
     value_weight: Tensor | None = None,  # (H,), differentiable
     value_bias: Tensor | None = None,  # (), differentiable
     temperature: float | Tensor = 1.0,
@@ -42,11 +44,15 @@ def linear_ppo_loss(
 ) -> PPOLoss:
     """Return the PPO loss of a policy head and an optional value head, without [N, V] logits.
 
-        logits = hidden @ weight.T + bias,   values = hidden @ value_weight + value_bias
+        logits = hidden @ weight.T + low_rank.states @ low_rank.weight.T + bias
+        values = hidden @ value_weight + value_bias
 
     The loss is that of `logits_ppo_loss(logits, ids, ...)`, which includes the value term if there are values.
     `options` are the options of `ppo_loss` except `entropy`, which this op computes. Pass the option `values` for a
     separate value model; it excludes `value_weight`.
+
+    `low_rank` is the term of an adapter on the output layer; `LowRank.lora` computes it from A and B. A
+    `QuantisedWeight` is dequantised a tile of rows at a time, and has no gradient.
 
     The forward pass computes logits and gradients chunk by chunk, and backward scales the gradients in place. A second
     backward of one loss therefore raises RuntimeError. Under activation checkpointing this call gives the same
@@ -68,8 +74,8 @@ def linear_ppo_loss(
     """
     temperature = checks.constant(temperature)
     args = objective.parse("linear_ppo_loss", options)
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
-    check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
+    hidden, weight, bias, low_rank = under_autocast(hidden, weight, bias, low_rank)
+    check_head(hidden, weight, ids, bias, low_rank, temperature, softcap, logit_scale, mask, chunk_tokens)
     computed = {"value_head": value_weight is not None, "computes_entropy": True}
     objective.check(args, ids, old_logprobs, advantages, mask, name="ids", **computed)
     check_value_head(hidden, value_weight, value_bias)
@@ -81,12 +87,13 @@ def linear_ppo_loss(
 
         return reference.linear_ppo_loss(
             hidden,
-            weight,
+            dense(weight, hidden.dtype),
             ids.long(),
             old_logprobs,
             advantages,
             mask,
             bias=bias,
+            low_rank=low_rank,
             value_weight=value_weight,
             value_bias=value_bias,
             temperature=temperature,
@@ -95,10 +102,11 @@ def linear_ppo_loss(
             **objective.as_options(args),
         )
     values = None if args.values is None else args.values.float().reshape(-1)
-    leaves = Leaves(hidden.reshape(-1, hidden.shape[-1]), weight, bias, value_weight, value_bias, values)
+    leaves = Leaves(HeadInputs.of(hidden, weight, bias, low_rank), value_weight, value_bias, values)
     inputs = Inputs(
         leaves,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves],
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in flatten(leaves)],
+        Storage.of(weight),
         ids.reshape(-1).long(),
         Transform.of(temperature, softcap, logit_scale),
         chunk_tokens,
@@ -138,12 +146,13 @@ def check_value_head(hidden: Tensor, value_weight: Tensor | None, value_bias: Te
 class Leaves(NamedTuple):
     """The differentiable inputs."""
 
-    hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
+    head: HeadInputs
     value_weight: Tensor | None  # (H,)
     value_bias: Tensor | None  # ()
     values: Tensor | None  # (N,)
+
+
+LEAVES = names_of(Leaves)
 
 
 class Inputs(NamedTuple):
@@ -151,6 +160,7 @@ class Inputs(NamedTuple):
 
     leaves: Leaves
     needs: list[bool]  # whether each of the leaves needs a gradient
+    storage: Storage
     ids: Tensor  # (N,)
     transform: Transform
     chunk_tokens: int | None
@@ -162,26 +172,26 @@ class Inputs(NamedTuple):
 
     def needed(self) -> dict[str, bool]:
         """Return whether each of the leaves needs a gradient, by name."""
-        return dict(zip(Leaves._fields, self.needs, strict=True))
+        return dict(zip(LEAVES, self.needs, strict=True))
 
     def plan(self) -> Plan:
         """Return the plan of the loop over chunks."""
-        dtype, vocab = self.leaves.hidden.dtype, len(self.leaves.weight)
+        dtype, vocab = self.leaves.head.hidden.dtype, self.storage.vocabulary
         return Plan.of(self.ids.numel(), vocab, dtype, self.backend, self.chunk_tokens, self.compact)
 
 
 NAMES = names_of(Inputs)
 
 
-def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     leaves, terms, needs, values = x.leaves, x.terms, x.needed(), x.leaves.values
-    hidden, n, launch, plan = leaves.hidden, len(x.ids), kernels(x.backend), x.plan()
-    rows = HeadRows.of(hidden, x.ids, x.transform, terms.mask, gather=plan.compact)
+    hidden, n, launch, plan = leaves.head.hidden, len(x.ids), kernels(x.backend), x.plan()
+    rows = HeadRows.of(hidden, leaves.head.states, x.ids, x.transform, terms.mask, gather=plan.compact)
     if leaves.value_weight is not None:
         values = value_forward(hidden, leaves.value_weight, leaves.value_bias, terms.value_mask)
-    head = Head(leaves.weight, leaves.bias)
+    head = x.storage.head(leaves.head)
     targets = [None if y is None else y.contiguous() for y in (values, x.old_values, x.returns)]
-    needs_head = (needs["hidden"], needs["weight"], needs["bias"])
+    needs_head = Needs(*(needs[name] for name in Needs._fields))
     if terms.sequence_level:
         stats = head_stats(launch, head, rows, plan)
         slope, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
@@ -190,12 +200,13 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     else:
         stats, results = ppo_pass(launch, head, rows, terms.ppo, n, plan, needs_head)
         _, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
-    gradients = (*results, *_value_backward(leaves, value_slope, results[0], terms, needs))
-    d_hidden, d_weight, d_bias, d_value_weight, d_value_bias, d_values = (
+    gradients = (*results, *_value_backward(leaves, value_slope, results.hidden, terms, needs))
+    d_hidden, d_weight, d_bias, d_states, d_low_weight, d_value_weight, d_value_bias, d_values = (
         hidden.new_empty(0) if g is None else g for g in gradients
     )
+    of_head = d_hidden, d_weight, d_bias, d_states, d_low_weight
     loss = terms.loss(sums, valued=values is not None)
-    return loss, terms.metrics(sums), d_hidden, d_weight, d_bias, d_value_weight, d_value_bias, d_values
+    return loss, terms.metrics(sums), *of_head, d_value_weight, d_value_bias, d_values
 
 
 def _objective(
@@ -228,7 +239,7 @@ def _value_backward(
     `d_hidden` is divided by the policy's denominator in backward, so the value head's gradient is multiplied by it
     here.
     """
-    hidden, weight, d = leaves.hidden, leaves.value_weight, terms.denominators
+    hidden, weight, d = leaves.head.hidden, leaves.value_weight, terms.denominators
     slope = slope * (terms.vf_coef / d.value)
     if weight is None:
         return None, None, slope if needs["values"] else None
@@ -243,10 +254,10 @@ def _value_backward(
 
 
 def _fake(x: Inputs) -> tuple[Tensor, ...]:
-    hidden, f32, needs = x.leaves.hidden, torch.float32, x.needed()
+    hidden, f32, needs = x.leaves.head.hidden, torch.float32, x.needed()
     gradients = [
         hidden.new_empty(leaf.shape if needs[name] else (0,), dtype=x.plan().sum_dtype if name == "weight" else f32)
-        for name, leaf in x.leaves._asdict().items()
+        for name, leaf in zip(LEAVES, flatten(x.leaves), strict=True)
     ]
     return hidden.new_empty((), dtype=f32), hidden.new_empty(len(METRICS), dtype=f32), *gradients
 
@@ -261,7 +272,8 @@ class LinearPpoLoss(torch.autograd.Function):
         loss, metrics, *gradients = _op(*flat)
         ctx.needs, ctx.backend = inputs.needs, inputs.backend
         ctx.save_for_backward(inputs.terms.stacked_denominators, *gradients)
-        ctx.dtypes = [None if x is None else gradient_dtype(x) for x in inputs.leaves]
+        leaves = zip(flatten(inputs.leaves), inputs.needs, strict=True)
+        ctx.dtypes = [gradient_dtype(x) if needed else None for x, needed in leaves]
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -280,9 +292,9 @@ class LinearPpoLoss(torch.autograd.Function):
             checks.first_backward(ctx, "linear_ppo_loss")
         denominators, *gradients = ctx.saved_tensors
         of_head = grad_loss / Denominators(*denominators).policy  # HeadGradients does not divide by the denominator
-        for name, gradient, dtype, needed in zip(Leaves._fields, gradients, ctx.dtypes, ctx.needs, strict=True):
+        for name, gradient, dtype, needed in zip(LEAVES, gradients, ctx.dtypes, ctx.needs, strict=True):
             if needed:
-                scale = of_head if name in ("hidden", "weight", "bias") else grad_loss
+                scale = of_head if name in HeadInputs._fields else grad_loss
                 results[name] = scaled(gradient, scale, dtype, ctx.backend)
         return tuple(results.values())
 

@@ -6,17 +6,29 @@ import torch
 from torch import Tensor
 
 from ..backend import define_record, kernels, refuse, resolve
-from ..launch_args import RowStats, TokenLogprobs, Transform, flatten, names_of, unflatten
+from ..launch_args import (
+    RowStats,
+    TokenLogprobs,
+    Transform,
+    flatten,
+    names_of,
+    tensors_apart,
+    tensors_back,
+    unflatten,
+)
 from . import checks
-from .head import Head, HeadRows, Plan, given_pass, head_stats
+from .head import HeadRows, Needs, Plan, given_pass, head_stats
+from .head_inputs import HeadInputs, LowRank, Storage, check_head, dense, gradient_dtype, under_autocast
+from .quantised_weight import QuantisedWeight
 
 
 def linear_token_logprobs(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | QuantisedWeight,  # (V, H)
     ids: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
+    low_rank: LowRank | None = None,  # (..., R) and (V, R)
     temperature: float | Tensor = 1.0,  # or (...)
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -27,10 +39,11 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """Return log-probs and entropies of `ids` from hidden states, without [N, V] logits.
 
-        logits = hidden @ weight.T + bias
+        logits = hidden @ weight.T + low_rank.states @ low_rank.weight.T + bias
 
     The results are those of `token_logprobs(logits, ids, ...)`, in float32 and of the shape of `ids`. They are
-    differentiable in `hidden`, `weight` and `bias`.
+    differentiable in `hidden`, `weight`, `bias`, and both parts of `low_rank`, which is the term of an adapter. A
+    `QuantisedWeight` is dequantised a tile of rows at a time, and has no gradient.
 
     The logits are computed in chunks of `chunk_tokens` rows (None: chosen from the sizes), and again in backward. On
     CPU the chunks have the rows with a True mask only. On a GPU they have all rows, because the host would have to wait
@@ -40,17 +53,18 @@ def linear_token_logprobs(
         ValueError: a shape, dtype, device or range that does not fit; on CPU also an id outside [0, V) with a True mask.
     """
     temperature = checks.constant(temperature)
-    hidden, weight, bias = under_autocast(hidden, weight, bias)
-    check_head(hidden, weight, ids, bias, temperature, softcap, logit_scale, mask, chunk_tokens)
+    hidden, weight, bias, low_rank = under_autocast(hidden, weight, bias, low_rank)
+    check_head(hidden, weight, ids, bias, low_rank, temperature, softcap, logit_scale, mask, chunk_tokens)
     chosen = resolve("linear_token_logprobs", backend, hidden, len(weight))
     if chosen == "reference":
         from .. import reference
 
         return reference.linear_token_logprobs(
             hidden,
-            weight,
+            dense(weight, hidden.dtype),
             ids.long(),
             bias=bias,
+            low_rank=low_rank,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
@@ -58,9 +72,8 @@ def linear_token_logprobs(
             entropy=entropy,
         )
     inputs = Inputs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
+        HeadInputs.of(hidden, weight, bias, low_rank),
+        Storage.of(weight),
         ids.reshape(-1).long(),
         None if mask is None else mask.reshape(-1),
         Transform.of(temperature, softcap, logit_scale),
@@ -74,9 +87,8 @@ def linear_token_logprobs(
 class Inputs(NamedTuple):
     """The arguments of the registered op."""
 
-    hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
+    head: HeadInputs
+    storage: Storage
     ids: Tensor  # (N,)
     mask: Tensor | None  # (N,)
     transform: Transform
@@ -85,12 +97,13 @@ class Inputs(NamedTuple):
 
     def plan(self) -> Plan:
         """Return the plan of the loop over chunks."""
-        n, vocab = self.ids.numel(), len(self.weight)
-        return Plan.of(n, vocab, self.hidden.dtype, self.backend, self.chunk_tokens, None)
+        n, vocab = self.ids.numel(), self.storage.vocabulary
+        return Plan.of(n, vocab, self.head.hidden.dtype, self.backend, self.chunk_tokens, None)
 
     def rows(self, keep: Tensor | None) -> HeadRows:
         """Return the rows where `keep` (N,) is True, gathered if the plan is compact."""
-        return HeadRows.of(self.hidden, self.ids, self.transform, keep, gather=self.plan().compact)
+        hidden, states = self.head.hidden, self.head.states
+        return HeadRows.of(hidden, states, self.ids, self.transform, keep, gather=self.plan().compact)
 
 
 class GradientInputs(NamedTuple):
@@ -100,70 +113,27 @@ class GradientInputs(NamedTuple):
     grad_entropy: Tensor | None  # (N,)
     stats: Tensor  # (4, N)
     inputs: Inputs
-    needs: list[bool]  # whether hidden, weight and bias need a gradient
+    needs: list[bool]  # whether each of `HeadInputs` needs a gradient
     unrounded: list[bool]  # whether each of these gradients is float32
 
 
 NAMES = names_of(Inputs)
-DIFFERENTIABLE = ("hidden", "weight", "bias")
-
-
-def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the head's inputs in autocast's dtype if autocast is enabled, as `torch.nn.functional.linear` does.
-
-    float64 stays float64.
-    """
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    mask: Tensor | None,
-    chunk_tokens: int | None,
-) -> None:
-    """Check the arguments of `linear_token_logprobs`, which `linear_ppo_loss` also has."""
-    checks.floating("hidden", hidden, dims=tuple(range(1, 8)), what="[..., H]")
-    rows, h = hidden.shape[:-1], hidden.shape[-1]
-    checks.floating("weight", weight, dims=(2,), what="[V, H]")
-    v = weight.shape[0]
-    checks.tensor("weight", weight, like=hidden, expected=(v, h), what="[V, H]", dtypes=(hidden.dtype,))
-    if v == 0 or h == 0:
-        raise ValueError(f"weight: got shape {checks.shape(weight)}, expected V >= 1 and H >= 1")
-    if bias is not None:
-        checks.tensor("bias", bias, like=hidden, expected=(v,), what="[V]", dtypes=(hidden.dtype,))
-    if mask is not None:
-        checks.mask("mask", mask, like=hidden, expected=rows, what="the shape of ids")
-    checks.ids(ids, like=hidden, expected=rows, vocabulary=v, where=mask)
-    checks.temperature(temperature, like=hidden, expected=rows)
-    checks.number("softcap", softcap, above=0, optional=True)
-    checks.number("logit_scale", logit_scale, above=0)
-    checks.number("chunk_tokens", chunk_tokens, least=1, optional=True, integer=True)
 
 
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.rows(x.mask)
-    stats = head_stats(kernels(x.backend), Head(x.weight, x.bias), rows, x.plan())
+    stats = head_stats(kernels(x.backend), x.storage.head(x.head), rows, x.plan())
     buffer = rows.spread(stats.buffer, x.ids.numel())
     return buffer[0].clone(), buffer[1].clone(), buffer
 
 
 def _fake(x: Inputs) -> tuple[Tensor, ...]:
     n = x.ids.numel()
-    return tuple(x.hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
+    return tuple(x.head.hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (4, n)))
 
 
-def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, n = x.inputs.hidden, x.inputs.ids.numel()
+def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, n = x.inputs.head.hidden, x.inputs.ids.numel()
     g, h = (None if y is None else y.float() for y in (x.grad_logprobs, x.grad_entropy))
     live = cast(Tensor, sum(y.abs() for y in (g, h) if y is not None)) != 0  # at least one is given
     keep = live if x.inputs.mask is None else live & x.inputs.mask
@@ -174,37 +144,30 @@ def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor]:
     largest = torch.where(largest > 0, largest, 1).float()
     g, h = (None if y is None else rows.take(y) / largest for y in (g, h))
     kept = RowStats(x.stats if rows.index is None else x.stats[:, rows.index])
-    launch, head = kernels(x.inputs.backend), Head(x.inputs.weight, x.inputs.bias)
-    needs = (x.needs[0], x.needs[1], x.needs[2])
-    results = given_pass(launch, head, rows, kept, g, h, n, x.inputs.plan(), needs)
-    d_hidden, d_weight, d_bias = (
+    launch, head = kernels(x.inputs.backend), x.inputs.storage.head(x.inputs.head)
+    results = given_pass(launch, head, rows, kept, g, h, n, x.inputs.plan(), Needs(*x.needs))
+    d_hidden, d_weight, d_bias, d_states, d_low_weight = (
         hidden.new_empty(0) if y is None else launch.scale_cast(y, largest, torch.float32 if wide else hidden.dtype)
         for y, wide in zip(results, x.unrounded, strict=True)
     )
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_weight, d_bias, d_states, d_low_weight
 
 
 def _fake_backward(x: GradientInputs) -> tuple[Tensor, ...]:
-    hidden = x.inputs.hidden
-    wanted = zip((hidden, x.inputs.weight, x.inputs.bias), x.needs, x.unrounded, strict=True)
+    hidden = x.inputs.head.hidden
+    wanted = zip(x.inputs.head, x.needs, x.unrounded, strict=True)
     return tuple(
         hidden.new_empty(y.shape if needed and y is not None else (0,), dtype=torch.float32 if wide else hidden.dtype)
         for y, needed, wide in wanted
     )
 
 
-def gradient_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of the gradient of `x`: `x.grad_dtype` if set, which is not known in a compiled graph."""
-    return (x.grad_dtype if checks.is_eager(x) and x.is_leaf else None) or x.dtype
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x = unflatten(Inputs, inputs)
     _, _, stats = output
-    ctx.unrounded = [y is not None and gradient_dtype(y) is torch.float32 for y in (x.hidden, x.weight, x.bias)]
-    ctx.save_for_backward(stats, x.hidden, x.weight, x.bias, x.ids, x.mask, x.transform.temperatures)
-    empty = dict.fromkeys(("hidden", "weight", "bias", "ids", "mask"))
-    ctx.scalars = x._replace(**empty, transform=x.transform._replace(temperatures=None))
+    ctx.unrounded = [y is not None and gradient_dtype(y) is torch.float32 for y in x.head]
+    tensors, ctx.rest = tensors_apart(inputs)
+    ctx.save_for_backward(stats, *tensors)
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
@@ -214,14 +177,13 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     gradients: dict[str, Tensor | None] = dict.fromkeys(NAMES)
     needed = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
-    needs = [needed[name] for name in DIFFERENTIABLE]
+    needs = [needed[name] for name in HeadInputs._fields]
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return tuple(gradients.values())
-    stats, hidden, weight, bias, ids, mask, temperatures = ctx.saved_tensors
-    transform = ctx.scalars.transform._replace(temperatures=temperatures)
-    inputs = ctx.scalars._replace(hidden=hidden, weight=weight, bias=bias, ids=ids, mask=mask, transform=transform)
+    stats, *tensors = ctx.saved_tensors
+    inputs = unflatten(Inputs, tensors_back(tensors, ctx.rest))
     results = _backward_op(*flatten(GradientInputs(grad_logprobs, grad_entropy, stats, inputs, needs, ctx.unrounded)))
-    gradients |= {name: g for name, g, need in zip(DIFFERENTIABLE, results, needs, strict=True) if need}
+    gradients |= {name: g for name, g, need in zip(HeadInputs._fields, results, needs, strict=True) if need}
     return tuple(gradients.values())
 
 

@@ -9,7 +9,7 @@ from .._options import Objective, PPOOptions
 from ..launch_args import METRICS, PPOLoss
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
-from .token_logprobs import token_logprobs
+from .token_logprobs import linear_logits, token_logprobs
 
 
 class SurrogateOptions(TypedDict, total=False):
@@ -260,6 +260,7 @@ def linear_ppo_loss(
     mask: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     value_weight: Tensor | None = None,
     value_bias: Tensor | None = None,
     temperature: float | Tensor,
@@ -267,13 +268,13 @@ def linear_ppo_loss(
     logit_scale: float,
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
-    """Return `logits_ppo_loss` of `hidden @ weight.T + bias`, with values from the same hidden states."""
+    """Return `logits_ppo_loss` of `linear_logits(...)`, with values from the same hidden states."""
     if value_weight is not None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         given = options.get("value_mask")
         value_mask = mask if given is None else given
         seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may be NaN
         options["values"] = seen.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
-    logits = torch.nn.functional.linear(torch.where(mask[..., None], hidden, 0), weight, bias)
+    logits = linear_logits(hidden, weight, bias, low_rank, mask)
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     return logits_ppo_loss(logits, ids, old_logprobs, advantages, mask, **transform, **options)

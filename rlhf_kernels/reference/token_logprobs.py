@@ -49,21 +49,36 @@ def token_logprobs(
     return TokenLogprobs(taken, h)
 
 
+def linear_logits(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None,  # (..., R) and (V, R)
+    mask: Tensor | None,  # (...), bool
+) -> Tensor:  # (..., V)
+    """Return `hidden @ weight.T + bias`, plus `low_rank[0] @ low_rank[1].T`."""
+
+    def unmasked(x: Tensor) -> Tensor:
+        return x if mask is None else torch.where(mask[..., None], x, 0)  # masked rows may be NaN
+
+    logits = torch.nn.functional.linear(unmasked(hidden), weight, bias)
+    return logits if low_rank is None else logits + unmasked(low_rank[0]) @ low_rank[1].T
+
+
 def linear_token_logprobs(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)
     ids: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R) and (V, R)
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,  # (...), bool
     entropy: bool = False,
 ) -> TokenLogprobs:
-    """Return `token_logprobs` of `hidden @ weight.T + bias`."""
-    if mask is not None:
-        hidden = torch.where(mask[..., None], hidden, 0)
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    """Return `token_logprobs` of `linear_logits(...)`."""
+    logits = linear_logits(hidden, weight, bias, low_rank, mask)
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     return token_logprobs(logits, ids, **transform, mask=mask, entropy=entropy)

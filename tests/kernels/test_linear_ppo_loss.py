@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_kernels import METRICS, has_products, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
 from rlhf_kernels._options import PPOArguments
 from rlhf_kernels.launch_args import Transform, flatten
-from rlhf_kernels.ops import head
+from rlhf_kernels.ops import products as matrix_products
+from rlhf_kernels.ops.head_inputs import HeadInputs, Storage
 from rlhf_kernels.ops.linear_ppo_loss import Inputs, Leaves
 from rlhf_kernels.ops.objective import ObjectiveTerms
 
@@ -419,10 +420,12 @@ def test_opcheck():
     n, v, h = 9, 37, 8
     args = PPOArguments(returns=torch.randn(n), entropy_coef=0.1)
     terms = ObjectiveTerms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
-    leaves = Leaves(torch.randn(n, h), torch.randn(v, h), torch.randn(v), torch.randn(h), torch.randn(()), None)
+    of_head = HeadInputs(*(torch.randn(shape) for shape in ((n, h), (v, h), (v,), (n, 3), (v, 3))))
+    leaves = Leaves(of_head, torch.randn(h), torch.randn(()), None)
     inputs = Inputs(
         leaves=leaves,
-        needs=[True] * 5 + [False],
+        needs=[True] * 7 + [False],
+        storage=Storage.of(of_head.weight),
         ids=torch.randint(0, v, (n,)),
         transform=Transform(),
         chunk_tokens=None,
@@ -468,7 +471,7 @@ def test_invalid_compact_raises(compact):
 @pytest.mark.parametrize("add", [False, True])
 def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtype, add):
     """Products are float32 sums of the rounded factors, rounded once, for any longest dimension."""
-    monkeypatch.setattr(head, "has_products", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(matrix_products, "has_products", lambda dtype, device: dtype == torch.float32)
     rows, terms, columns = shape
     a, b = torch.randn(rows, terms).to(dtype), torch.randn(columns, terms).to(dtype).t()
     for out in (
@@ -478,7 +481,7 @@ def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtyp
     ):
         exact = a.double() @ b.double() + (out.double() if add else 0.0)
         with torch.autocast("cpu", torch.bfloat16):  # autocast would round float32 factors again
-            head.product(a, b, out, add=add)
+            matrix_products.product(a, b, out, add=add)
         bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * (a.double().abs() @ b.double().abs() + 1.0)
         assert bool(((out.double() - exact).abs() <= bound).all())
 
@@ -497,7 +500,7 @@ def test_same_loss_without_half_precision_products(monkeypatch):
     monkeypatch.setattr(torch, "mm", noted(torch.mm))
     monkeypatch.setattr(torch, "addmm", noted(torch.addmm))
     for has in (True, False):
-        monkeypatch.setattr(head, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
+        monkeypatch.setattr(matrix_products, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
         seen.clear()
         result = linear_ppo_loss(**x, **options)
         found.append([result.loss.detach(), *differentiate(result.loss, x).values()])

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from rlhf_kernels import linear_token_logprobs, reference
+from rlhf_kernels.launch_args import Transform, flatten
+from rlhf_kernels.ops.head_inputs import HeadInputs, Storage
+from rlhf_kernels.ops.linear_token_logprobs import Inputs
 
 from .helpers.bounds import check_error
 from .helpers.compiled import compile_whole
@@ -97,10 +100,11 @@ def test_empty_and_all_masked():
 
 
 def test_opcheck():
-    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((9, 8), (37, 8), (37,))]
+    shapes = ((9, 8), (37, 8), (37,), (9, 3), (37, 3))
+    of_head = HeadInputs(*(torch.randn(*shape, requires_grad=True) for shape in shapes))
     ids, mask = torch.randint(0, 37, (9,)), torch.rand(9) > 0.3
-    arguments = (*leaves, ids, mask, None, 1.0, 3.0, 1.0, None, "cpu")
-    result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_token_logprobs, arguments)
+    inputs = Inputs(of_head, Storage.of(of_head.weight), ids, mask, Transform(softcap=3.0), None, "cpu")
+    result = torch.library.opcheck(torch.ops.rlhf_kernels.linear_token_logprobs, flatten(inputs))
     assert set(result.values()) == {"SUCCESS"}
 
 
