@@ -2,31 +2,23 @@
 # torch does not declare the types of the hooks of a state dict.
 """The output layer of a language model: log-probs and the PPO loss from hidden states, without [N, V] logits.
 
-Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden, R rank of all active adapters.
+Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ._options import PPOOptions
 from .launch_args import PPOLoss, TokenLogprobs, Transform
+from .operands import Matrices, check_symmetric, is_lora, is_quantised, is_wrapper, operands
 from .ops import checks, linear_ppo_loss, linear_token_logprobs
 from .output_layer import CausalLM, transform_of
-
-
-class Matrices(NamedTuple):
-    """The operands of the head's product `hidden @ weight.T + bias`."""
-
-    hidden: Tensor  # (..., H + R)
-    weight: Tensor  # (V, H + R)
-    bias: Tensor | None  # (V,)
 
 
 class FusedHead(nn.Module):
@@ -38,8 +30,9 @@ class FusedHead(nn.Module):
     registers the layer itself keeps the head in a plain attribute (`model.__dict__`), so that no parameter is registered
     twice.
 
-    The active adapters of a LoRA layer are applied with their dropout and scale. LoRA variants (DoRA, a bias in B)
-    raise ValueError. With `float32=True` the product is computed in float32, also under autocast, for half-precision
+    The active adapters of a LoRA layer are applied with their dropout and scale, without a copy of the weight. LoRA
+    variants (DoRA, a bias in B) raise ValueError. The layer, or the one inside the adapter, may be quantised: NF4 of
+    bitsandbytes, or torchao's int8 weights with one scale per row; see `QuantisedWeight`. With `float32=True` the product is computed in float32, also under autocast, for half-precision
     hidden states and weights. `FusedHead.replacing(layer)` returns a head that can replace the layer inside a model;
     `integrations.head.fuse_head` installs it.
     """
@@ -66,6 +59,7 @@ class FusedHead(nn.Module):
             raise ValueError(f"layer: got {type(layer).__name__}, expected torch.nn.Linear or peft's layer around one")
         checks.number("softcap", softcap, above=0, optional=True)
         checks.number("logit_scale", logit_scale, above=0)
+        check_symmetric(getattr(layer, "base_layer", layer))
         self.layer = layer
         self.softcap, self.logit_scale, self.backend, self.float32 = softcap, logit_scale, backend, float32
         self._wanted: _Wanted | None = None
@@ -92,7 +86,7 @@ class FusedHead(nn.Module):
         Outside `taking`, its `forward` returns what the layer returns; the model applies softcap and scale.
         """
         head = cls(layer, softcap=softcap, logit_scale=logit_scale, backend=backend, float32=float32)
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and not is_quantised(layer):
             head.layer = None
             head.weight, head.bias = layer.weight, layer.bias
         return head
@@ -116,13 +110,14 @@ class FusedHead(nn.Module):
         chunk_tokens: int | None = None,
     ) -> TokenLogprobs:
         """Return the log-probs of `ids`, and the entropy if `entropy=True`; see `linear_token_logprobs`."""
-        hidden, weight, bias = self.matrices(hidden)
+        hidden, weight, bias, low_rank = self.matrices(hidden, mask)
         with self._precision(hidden):
             return linear_token_logprobs(
                 hidden,
                 weight,
                 ids,
                 bias=bias,
+                low_rank=low_rank,
                 temperature=temperature,
                 mask=mask,
                 entropy=entropy,
@@ -146,11 +141,7 @@ class FusedHead(nn.Module):
         **options: Unpack[PPOOptions],
     ) -> PPOLoss:
         """Return the PPO loss of the policy head and the optional value head; see `linear_ppo_loss`."""
-        width = hidden.shape[-1]
-        hidden, weight, bias = self.matrices(hidden)
-        added = hidden.shape[-1] - width
-        if value_weight is not None and added:
-            value_weight = torch.cat([value_weight, value_weight.new_zeros(added)])  # adapters do not change the value
+        hidden, weight, bias, low_rank = self.matrices(hidden, mask)
         with self._precision(hidden):
             return linear_ppo_loss(
                 hidden,
@@ -160,6 +151,7 @@ class FusedHead(nn.Module):
                 advantages,
                 mask,
                 bias=bias,
+                low_rank=low_rank,
                 value_weight=value_weight,
                 value_bias=value_bias,
                 temperature=temperature,
@@ -169,16 +161,17 @@ class FusedHead(nn.Module):
                 **options,
             )
 
-    def matrices(self, hidden: Tensor) -> Matrices:  # (..., H)
-        """Return the matrices of the product: for LoRA `[h, s A h]` and `[W, B]`, which need no [N, V] tensor; and the bias.
+    def matrices(self, hidden: Tensor, mask: Tensor | None = None) -> Matrices:  # (..., H), (...)
+        """Return the operands of the product, with `(s A h, B)` as low-rank term for LoRA.
+
+        Hidden states may be NaN where `mask` is False.
 
         Raises:
-            ValueError: the weight is sharded, the adapters are both merged and disabled, or an adapter is a LoRA variant.
+            ValueError: the weight is sharded or in an unknown format, the adapters are both merged and disabled, or an
+                adapter is a LoRA variant.
         """
-        found = operands(self if self.layer is None else self.layer, hidden)
-        if not self.float32:
-            return found
-        return Matrices(found.hidden.float(), found.weight.float(), None if found.bias is None else found.bias.float())
+        found = operands(self if self.layer is None else self.layer, hidden, mask)
+        return found.float() if self.float32 else found
 
     @contextmanager
     def taking(
@@ -236,9 +229,9 @@ class FusedHead(nn.Module):
     def _product(self, hidden: Tensor) -> Tensor:
         if self.float32:
             with self._precision(hidden):
-                return F.linear(*self.matrices(hidden))
+                return self.matrices(hidden).product()
         if self.layer is None:
-            return F.linear(hidden, self.weight, self.bias)
+            return nn.functional.linear(hidden, self.weight, self.bias)
         if self.installed_in(self.layer) is self:
             return type(self.layer).forward(self.layer, hidden)
         return self.layer(hidden)
@@ -287,82 +280,6 @@ class _Wanted:
 
     def _transformed(self) -> bool:
         return self.head.softcap is not None or self.head.logit_scale != 1.0
-
-
-def is_lora(layer: nn.Module) -> bool:
-    """Return whether `layer` is a LoRA layer around a linear layer."""
-    return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
-
-
-def is_wrapper(layer: nn.Module) -> bool:
-    """Return whether `layer` is peft's wrapper of a linear layer under `modules_to_save` or `trainable_token_indices`."""
-    trained = hasattr(layer, "modules_to_save") or hasattr(layer, "token_adapter")
-    return trained and isinstance(getattr(layer, "original_module", None), nn.Linear)
-
-
-def operands(layer: Any, hidden: Tensor) -> Matrices:  # hidden: (..., H)
-    """Return the matrices whose product is the layer's result; the layer's active adapters count.
-
-    For LoRA they are `[h, s A h]` and `[W, B]`, whose product is `W h + s B A h`, where s is an adapter's scale. An
-    adapter therefore needs no [N, V] tensor.
-
-    Raises:
-        ValueError: the weight is sharded, the adapters are both merged and disabled, or an adapter is a LoRA variant.
-    """
-    if is_lora(layer):
-        return Matrices(*_widened(layer, hidden, _whole(layer.base_layer.weight)), layer.base_layer.bias)
-    if hasattr(layer, "modules_to_save"):
-        layer = _saved(layer)
-    elif hasattr(layer, "token_adapter"):
-        return Matrices(hidden, _with_trained_tokens(layer.token_adapter), layer.original_module.bias)
-    return Matrices(hidden, _whole(layer.weight), layer.bias)
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """Return `weight`; raise ValueError if it is sharded."""
-    if hasattr(weight, "placements") or not weight.numel():
-        raise ValueError(
-            "head: got a sharded weight; run the head inside the model's forward, which gathers the weight"
-        )
-    return weight
-
-
-def _applies(adapter: Any) -> bool:
-    """Return whether active adapters have to be added to the weight."""
-    if adapter.disable_adapters and adapter.merged:
-        raise ValueError("head: the adapters are merged and disabled; unmerge them first")
-    return not (adapter.disable_adapters or adapter.merged)
-
-
-def _widened(layer: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if not _applies(layer):
-        return hidden, weight
-    columns, rows = [hidden], [weight]
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        a, b = layer.lora_A[name], layer.lora_B[name]
-        if getattr(layer, "lora_variant", {}).get(name) is not None or b.bias is not None:
-            raise ValueError(f"head: got a variant of LoRA in adapter {name!r}, expected plain A and B without a bias")
-        low = a(layer.lora_dropout[name](hidden.to(a.weight.dtype))) * layer.scaling[name]
-        columns.append(low.to(hidden.dtype))
-        rows.append(_whole(b.weight).to(weight.dtype))
-    return torch.cat(columns, -1), torch.cat(rows, 1)
-
-
-def _saved(wrapper: Any) -> nn.Module:
-    """Return the layer that a wrapper under `modules_to_save` uses: the active adapter's copy, or the original."""
-    names = wrapper.active_adapters
-    if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
-        return wrapper.original_module
-    return wrapper.modules_to_save[names[0]]
-
-
-def _with_trained_tokens(adapter: Any) -> Tensor:
-    """Return the weight with the rows of the active adapters in `trainable_token_indices`."""
-    if not _applies(adapter) or not adapter.active_adapters:
-        return _whole(adapter.base_layer.weight)
-    return adapter.get_merged_weights(adapter.active_adapters)
 
 
 def _without_layer(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:

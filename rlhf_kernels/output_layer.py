@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .launch_args import Transform
+from .operands import stored_weight
+from .ops.quantised_weight import QuantisedWeight
 
 
 class HeadTransform(TypedDict):
@@ -23,7 +25,7 @@ class HeadTransform(TypedDict):
 class HeadArguments(HeadTransform):
     """The arguments of `linear_ppo_loss` and `linear_token_logprobs` that describe a model's output layer."""
 
-    weight: Tensor  # (V, H)
+    weight: Tensor | QuantisedWeight  # (V, H)
     bias: Tensor | None  # (V,)
 
 
@@ -47,7 +49,7 @@ def head_arguments(model: nn.Module) -> HeadArguments:
         loss, metrics = linear_ppo_loss(hidden, ids=ids[:, 1:], ..., **head)
 
     Softcap and scale are read from the config. The function runs the model on two tokens to check that its logits are
-    `softcap * tanh(logit_scale * (h W^T + b) / softcap)` with these values. Weight and bias are the model's parameters.
+    `softcap * tanh(logit_scale * (h W^T + b) / softcap)` with these values. Weight and bias are the model's parameters, or a `QuantisedWeight`.
 
     Raises:
         ValueError: the logits are different ones, or the output layer has adapters, whose product needs other hidden
@@ -61,7 +63,7 @@ def head_arguments(model: nn.Module) -> HeadArguments:
         )
     if not transforms_alike(model, layer, transform):
         raise ValueError(why_unlike(transform))
-    return {"weight": layer.weight, "bias": layer.bias, **transform}
+    return {"weight": stored_weight(layer), "bias": layer.bias, **transform}
 
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

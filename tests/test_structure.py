@@ -27,9 +27,10 @@ KERNEL_LAYERS = {
     "reference": ("launch_args", "_options"),
     "backend": ("_native", "launch_args"),
     "ops": ("reference", "backend", "_native", "launch_args", "_options"),
-    "output_layer": ("launch_args",),
-    "modules": ("output_layer", "ops", "launch_args", "_options"),
-    "integrations": ("modules", "output_layer", "ops", "launch_args", "_options"),
+    "operands": ("ops",),
+    "output_layer": ("operands", "ops", "launch_args"),
+    "modules": ("output_layer", "operands", "ops", "launch_args", "_options"),
+    "integrations": ("modules", "output_layer", "operands", "ops", "launch_args", "_options"),
     "info": ("ops", "backend", "_native"),
 }
 

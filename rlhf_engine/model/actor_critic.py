@@ -273,7 +273,7 @@ class LanguageModel(nn.Module):
     ) -> Tensor:  # (N, V)
         with self.products():
             if project is not None:
-                return self.head.masked(self.head.transform(project(*self.head.matrices(hidden))))
+                return self.head.masked(self.head.transform(self.head.matrices(hidden).product(project)))
             return self.head.logits(hidden)
 
     def _logprobs(self, hidden: Tensor, batch: TokenBatch, temperature: float, *, entropy: bool) -> TokenLogprobs:

@@ -64,15 +64,14 @@ class OutputHead(FusedHead):
         finally:
             self.excluded = kept
 
-    def matrices(self, hidden: Tensor) -> Any:  # (..., H)
+    def matrices(self, hidden: Tensor, mask: Tensor | None = None) -> Any:  # (..., H), (...)
         """Return `FusedHead.matrices`, whose product gives excluded ids a logit of minus infinity, or leaves them out."""
-        found = super().matrices(hidden)
+        found = super().matrices(hidden, mask)
         if self.excluded is None:
             return found
         if self.softcap is not None:
-            rows = self._rows() - len(self.excluded)
-            return found._replace(weight=found.weight[:rows], bias=None if found.bias is None else found.bias[:rows])
-        bias = self._bias(found.weight)
+            return found.first(self._rows() - len(self.excluded))
+        bias = self._bias(found.hidden)
         return found._replace(bias=bias if found.bias is None else found.bias + bias)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
@@ -91,12 +90,12 @@ class OutputHead(FusedHead):
         layer: Any = self if self.layer is None else getattr(self.layer, "base_layer", self.layer)
         return layer.weight.shape[0]
 
-    def _bias(self, weight: Tensor) -> Tensor:  # (V,)
+    def _bias(self, hidden: Tensor) -> Tensor:  # (V,)
         def make(excluded: Tensor) -> Tensor:
-            bias = torch.zeros(self._rows(), dtype=weight.dtype, device=weight.device)
-            return bias.index_fill_(0, excluded.to(weight.device), _EXCLUDED)
+            bias = torch.zeros(self._rows(), dtype=hidden.dtype, device=hidden.device)
+            return bias.index_fill_(0, excluded.to(hidden.device), _EXCLUDED)
 
-        return self._cached(("bias", weight.device, weight.dtype), make)
+        return self._cached(("bias", hidden.device, hidden.dtype), make)
 
     def _cached(self, key: object, make: Any) -> Tensor:
         # A CUDA graph reads these tensors, so they are created once.
@@ -175,7 +174,7 @@ def check_head(policy: LanguageModel) -> None:
     vocabulary = policy.lm_weight.shape[0]
     ids = torch.arange(1, 9, device=policy.device).remainder(vocabulary)[None]
     hidden = policy._states(TokenBatch(input_ids=ids))[None]
-    product = nn.functional.linear(*policy.head.matrices(hidden)).float()
+    product = policy.head.matrices(hidden).product().float()
     gain = _PROBE_LOGIT / max(float(policy.head.transform(product).abs().max()), 1e-6)
 
     def blow_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
