@@ -23,10 +23,11 @@ class Lora(nn.Module):
         vocabulary, hidden = base.weight.shape
         self.lora_A = nn.ModuleDict({name: nn.Linear(hidden, 3, bias=False) for name in "ab"})
         self.lora_B = nn.ModuleDict({name: nn.Linear(3, vocabulary, bias=False) for name in "ab"})
-        self.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in "ab"})
+        self.lora_dropout = nn.ModuleDict({"a": nn.Dropout(0.5), "b": nn.Identity()})
 
     def forward(self, x):
-        added = [self.lora_B[n](self.lora_A[n](x)) * self.scaling[n] for n in self.active_adapters]
+        low = {n: self.lora_A[n](self.lora_dropout[n](x)) for n in self.active_adapters}
+        added = [self.lora_B[n](low[n]) * self.scaling[n] for n in self.active_adapters]
         return self.base_layer(x) + (0 if self.disable_adapters else sum(added))
 
 
@@ -72,11 +73,13 @@ def test_active_adapters_are_applied(active):
     leaves = {k: leaves[k].clone().requires_grad_() for k in ("hidden", "value_weight", "value_bias")} | trained
     options = {"returns": extra["returns"], "entropy_coef": 0.02, "vf_coef": 0.5}
     value = {k: leaves[k] for k in ("value_weight", "value_bias")}
+    torch.manual_seed(1)  # of the dropout
     got = head.ppo_loss(leaves["hidden"], **constants, **value, **options)
     gradients = differentiate(got.loss, leaves)
     for x in leaves.values():
         x.grad = None
     values = leaves["hidden"] @ leaves["value_weight"] + leaves["value_bias"]
+    torch.manual_seed(1)
     first = {"logits": layer(leaves["hidden"]), "temperature": 1.0, "softcap": 3.0, "logit_scale": 1.0}
     expected = reference.logits_ppo_loss(**first, **constants, values=values, **options)
     torch.testing.assert_close(got.loss, expected.loss)
@@ -84,6 +87,37 @@ def test_active_adapters_are_applied(active):
         torch.testing.assert_close(gradients[name], gradient, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
         used = not name.startswith("lora") or name.split(".")[1] in active
         assert bool(gradient.abs().max() > 0) == used, name
+
+
+def test_an_adapter_makes_no_copy_of_the_weight():
+    """The weight of the product is the parameter, and B is a parameter for one adapter in the dtype of the hidden states."""
+    leaves, _, _ = make(1)
+    layer = Lora(linear(leaves))
+    found = FusedHead(layer).matrices(leaves["hidden"])
+    assert found.weight is layer.base_layer.weight and found.hidden is leaves["hidden"]
+    assert found.low_rank.weight.data_ptr() == layer.lora_B["a"].weight.data_ptr()
+    layer.active_adapters = ["b", "a"]
+    found = FusedHead(layer).matrices(leaves["hidden"])
+    assert found.low_rank.weight.shape == (203, 6) and found.low_rank.states.shape == (4, 40, 6)
+    first = found.first(7)
+    torch.testing.assert_close(first.product(), found.product()[..., :7])
+
+
+def test_hidden_states_of_masked_rows_may_be_nan_for_an_adapter():
+    """No gradient is NaN, and the value head reads rows that only its mask includes."""
+    leaves, constants, extra = make(1)
+    mask = constants["mask"]
+    value_mask = mask.clone()
+    value_mask[:, :9] = True
+    hidden = leaves["hidden"].masked_fill(~(mask | value_mask)[..., None], torch.nan)
+    layer, results = Lora(linear(leaves)).eval(), []
+    for states in (hidden.nan_to_num(), hidden):
+        layer.zero_grad()
+        options = {"value_weight": leaves["value_weight"], "value_mask": value_mask, "returns": extra["returns"]}
+        found = FusedHead(layer).ppo_loss(states, **constants, **options)
+        found.loss.backward()
+        results.append((found.loss, found.metrics["value_loss"], layer.lora_A["a"].weight.grad.clone()))
+    assert all(torch.equal(a, b) and b.isfinite().all() for a, b in zip(*results, strict=True))
 
 
 class Owner(nn.Module):
