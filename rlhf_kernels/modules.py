@@ -32,8 +32,9 @@ class FusedHead(nn.Module):
 
     The active adapters of a LoRA layer are applied with their dropout and scale, without a copy of the weight. LoRA
     variants (DoRA, a bias in B) raise ValueError. The layer, or the one inside the adapter, may be quantised: NF4 of
-    bitsandbytes, or torchao's int8 weights with one scale per row; see `QuantisedWeight`. With `float32=True` the product is computed in float32, also under autocast, for half-precision
-    hidden states and weights. `FusedHead.replacing(layer)` returns a head that can replace the layer inside a model;
+    bitsandbytes, or torchao's int8 weights with one scale per row; see `QuantisedWeight`. With `float32=True` the product
+    is computed in float32, also under autocast, for half-precision hidden states and weights.
+    `FusedHead.replacing(layer)` returns a head that can replace the layer inside a model;
     `integrations.head.fuse_head` installs it.
     """
 

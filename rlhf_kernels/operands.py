@@ -141,7 +141,9 @@ def _with_trained_tokens(adapter: Any) -> Tensor:
 def is_quantised(layer: Any) -> bool:
     """Return whether the weight of a linear layer is not stored in floating point."""
     weight = layer.weight
-    return getattr(weight, "quant_state", None) is not None or hasattr(weight, "qdata") or not weight.is_floating_point()
+    return (
+        getattr(weight, "quant_state", None) is not None or hasattr(weight, "qdata") or not weight.is_floating_point()
+    )
 
 
 def stored_weight(layer: Any) -> Tensor | QuantisedWeight:

@@ -49,7 +49,8 @@ def head_arguments(model: nn.Module) -> HeadArguments:
         loss, metrics = linear_ppo_loss(hidden, ids=ids[:, 1:], ..., **head)
 
     Softcap and scale are read from the config. The function runs the model on two tokens to check that its logits are
-    `softcap * tanh(logit_scale * (h W^T + b) / softcap)` with these values. Weight and bias are the model's parameters, or a `QuantisedWeight`.
+    `softcap * tanh(logit_scale * (h W^T + b) / softcap)` with these values. Weight and bias are the model's parameters,
+    or a `QuantisedWeight` for an output layer of bitsandbytes (NF4) or torchao (int8).
 
     Raises:
         ValueError: the logits are different ones, or the output layer has adapters, whose product needs other hidden

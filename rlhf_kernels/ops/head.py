@@ -33,6 +33,7 @@ GPU_LOGITS_BYTES = 2**30
 Each chunk reads and writes the float32 sum of the weight's gradient. For chunks of 1024 rows and a vocabulary of 128k
 this takes half as long as the chunk's product."""
 
+
 @dataclass(frozen=True)
 class Plan:
     """The number of rows per chunk and per step, and the dtypes of the logits and of the gradient sums.
@@ -211,9 +212,9 @@ class HeadGradients:
 
     def add_rows(self, dlogits: Tensor, rows: Tensor | slice) -> None:
         """Add the part of `rows`, m of the M rows, to all gradients except the weight's, from `dlogits` (m, V)."""
-        whole = isinstance(self.head.weight, Tensor) and isinstance(rows, slice)
-        if self.hidden is not None and whole and self.rows.index is None and self.wide:
-            product(dlogits, self.head.weight, self.hidden[rows])
+        weight, in_place = self.head.weight, isinstance(rows, slice) and self.rows.index is None and self.wide
+        if self.hidden is not None and in_place and isinstance(weight, Tensor):
+            product(dlogits, weight, self.hidden[rows])
         elif self.hidden is not None:
             self.hidden[self._target(rows)] = self.head.hidden_gradient(dlogits, self._dtype(dlogits)).float()
         if self.bias is not None:

@@ -66,7 +66,7 @@ def under_autocast(
 ) -> tuple[Tensor, Tensor | QuantisedWeight, Tensor | None, LowRank | None]:
     """Return the head's inputs in autocast's dtype if autocast is enabled, as `torch.nn.functional.linear` does.
 
-    float64 stays float64. A quantised weight has no dtype of its own.
+    float64 stays float64, and a quantised weight is not changed.
     """
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:

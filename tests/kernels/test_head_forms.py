@@ -1,4 +1,4 @@
-"""The fused head with an adapter and with int8 and NF4 weights: outputs and gradients against float64, products, bits, memory."""
+"""The fused head with an adapter and with int8 and NF4 weights: against float64, products, bits, memory, mistakes."""
 
 import pytest
 import torch
@@ -8,7 +8,17 @@ from rlhf_kernels import METRICS, LowRank, QuantisedWeight, linear_ppo_loss, lin
 
 from .helpers.bounds import check_error
 from .helpers.compiled import compile_whole
-from .helpers.head_forms import DRAWS, FORMS, check_forms, form_of, int8_of, logprobs_form, low_rank, nf4_of, small_tiles
+from .helpers.head_forms import (
+    DRAWS,
+    FORMS,
+    check_forms,
+    form_of,
+    int8_of,
+    logprobs_form,
+    low_rank,
+    nf4_of,
+    small_tiles,
+)
 from .helpers.head_loss import OPTIONS, chosen_of, run
 from .helpers.heads import differentiate, make, widen
 

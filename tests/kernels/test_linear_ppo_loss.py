@@ -500,7 +500,9 @@ def test_same_loss_without_half_precision_products(monkeypatch):
     monkeypatch.setattr(torch, "mm", noted(torch.mm))
     monkeypatch.setattr(torch, "addmm", noted(torch.addmm))
     for has in (True, False):
-        monkeypatch.setattr(matrix_products, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
+        monkeypatch.setattr(
+            matrix_products, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32
+        )
         seen.clear()
         result = linear_ppo_loss(**x, **options)
         found.append([result.loss.detach(), *differentiate(result.loss, x).values()])

@@ -145,7 +145,7 @@ def test_head_arguments_of_a_quantised_layer(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_in_float32(monkeypatch, kind):
     monkeypatch.setattr("rlhf_kernels.ops.quantised_weight.TILE_BYTES", 50 * 128 * 4)
-    made, weight = model(kind, torch.bfloat16)
+    made, _ = model(kind, torch.bfloat16)
     hidden, ids = batch(dtype=torch.bfloat16)
     head = FusedHead(made.lm_head, float32=True)
     exact = hidden.float() @ stored_weight(made.lm_head).dequantised().T
@@ -154,7 +154,7 @@ def test_a_product_in_float32(monkeypatch, kind):
     torch.testing.assert_close(head.logprobs(hidden, ids).logprobs, expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- layers that are refused; objects with the attributes that are read stand for the packages' ----
+# ---- layers that are refused, as objects with the attributes that are read ----
 
 
 def int8_tensor(**changes) -> types.SimpleNamespace:
@@ -185,7 +185,9 @@ def int8_tensor(**changes) -> types.SimpleNamespace:
 )
 def test_other_formats_are_refused(weight, message):
     layer = types.SimpleNamespace(weight=weight, bias=None)
-    with pytest.raises(ValueError, match=f"^head: got {message}.*, expected a floating point weight, NF4 of bitsandbytes"):
+    with pytest.raises(
+        ValueError, match=f"^head: got {message}.*, expected a floating point weight, NF4 of bitsandbytes"
+    ):
         operands(layer, torch.zeros(2, 4))
 
 

@@ -1,4 +1,4 @@
-"""Forms of the output layer: with a LoRA adapter, int8, NF4. Each is a fused loss, its eager form, and its float64 definition."""
+"""Forms of the output layer: with a LoRA adapter, int8, NF4. Each has a fused loss, an eager one and a definition."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -69,7 +69,9 @@ def check_forms(draws: Sequence[Form], options_of: Callable[[Form], dict], dtype
         result, gradients = run(function, form.leaves, form.constants, options_of(form) | extra, kind)
         assert all(gradients[name].dtype == kind for name in gradients)
         metrics = {name: x for name, x in result.metrics.items() if name not in COUNTED}
-        return {"loss": result.loss, **metrics} | {f"gradient of {k}": x for k, x in gradients.items() if k not in frozen}
+        return {"loss": result.loss, **metrics} | {
+            f"gradient of {k}": x for k, x in gradients.items() if k not in frozen
+        }
 
     def stacked(way, kind, extra=None):
         found = [results(form, getattr(form, way), kind, extra or {}) for form in draws]
