@@ -6,13 +6,13 @@ Legend: m rows, V vocabulary, H hidden, R rank of the low-rank term.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .quantised_weight import QuantisedWeight
+from .quantised_weight import QuantisedWeight, Scratch
 
 _PART = 1024
 """Rows, columns or terms of a product that are converted to float32 at a time."""
@@ -73,6 +73,8 @@ class Head:
     weight: Tensor | QuantisedWeight  # (V, H)
     bias: Tensor | None  # (V,)
     low_weight: Tensor | None = None  # (V, R)
+    scratch: list[Scratch] = field(default_factory=list[Scratch])
+    """Memory for a tile of a quantised weight, after the first product."""
 
     @property
     def vocabulary(self) -> int:
@@ -112,7 +114,9 @@ class Head:
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows of the weight in `dtype` and their place."""
         if isinstance(self.weight, QuantisedWeight):
-            yield from self.weight.tiles(dtype)
+            if not self.scratch:  # new memory for each tile would take as long as dequantising it
+                self.scratch.append(self.weight.scratch_of(dtype))
+            yield from self.weight.tiles(dtype, self.scratch[0])
         else:
             yield slice(0, len(self.weight)), self.weight
 

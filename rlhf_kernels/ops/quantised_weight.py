@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from . import checks
 
 NF4 = (
@@ -103,23 +105,43 @@ class QuantisedWeight:
 
     def rows(self, begin: int, end: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dequantised rows from `begin` to `end`, exclusive, in `dtype`."""
-        if not self.block:
-            rows = self.values[begin:end].float()
-            return rows.mul_(self.scales[begin:end, None].float()).to(dtype)
-        hidden, block = self.shape[1], self.block
-        first, last = begin * hidden // block, -(-end * hidden // block)  # blocks that the rows touch
-        codes = self.values[first * block // 2 : last * block // 2].int()
-        blocks = _pairs(self.device).index_select(0, codes).view(-1, block)
-        blocks.mul_(self.scales[first:last, None].float())
-        offset = begin * hidden - first * block
-        return blocks.view(-1)[offset : offset + (end - begin) * hidden].view(-1, hidden).to(dtype)
+        return self._write(begin, end, Scratch.of(self, end - begin, dtype))
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the places of consecutive rows, at most `TILE_BYTES` and at least one row each, and their values in `dtype`."""
-        size = max(1, TILE_BYTES // (4 * self.shape[1]))
+    def tiles(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the places of consecutive rows, at most `TILE_BYTES` and at least one row each, and their values in `dtype`.
+
+        With `scratch`, from `scratch_of`, the values are valid until the next step of any iterator with the same memory.
+        """
+        size = self._tile_rows()
         for begin in range(0, len(self), size):
             place = slice(begin, min(begin + size, len(self)))
-            yield place, self.rows(place.start, place.stop, dtype)
+            if scratch is None:
+                yield place, self.rows(place.start, place.stop, dtype)
+            else:
+                yield place, self._write(place.start, place.stop, scratch)
+
+    def scratch_of(self, dtype: torch.dtype) -> Scratch:
+        """Return the memory for one tile in `dtype`."""
+        return Scratch.of(self, min(self._tile_rows(), len(self)), dtype)
+
+    def _tile_rows(self) -> int:
+        return max(1, TILE_BYTES // (4 * self.shape[1]))
+
+    def _write(self, begin: int, end: int, scratch: Scratch) -> Tensor:
+        hidden, block = self.shape[1], self.block
+        if not block:
+            wide = scratch.wide[: (end - begin) * hidden].view(-1, hidden).copy_(self.values[begin:end])
+            wide.mul_(self.scales[begin:end, None])
+        else:
+            first, last = begin * hidden // block, -(-end * hidden // block)  # blocks that the rows touch
+            count = (last - first) * block
+            codes = scratch.codes[: count // 2].copy_(self.values[first * block // 2 : last * block // 2])
+            blocks = scratch.wide[:count]
+            torch.index_select(_pairs(self.device), 0, codes, out=blocks.view(torch.int64))
+            blocks.view(-1, block).mul_(self.scales[first:last, None])
+            offset = begin * hidden - first * block
+            wide = blocks[offset : offset + (end - begin) * hidden].view(-1, hidden)
+        return wide if scratch.rows is None else scratch.rows[: end - begin].copy_(wide)
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the whole weight (V, H) in `dtype`."""
@@ -130,8 +152,31 @@ class QuantisedWeight:
         return replace(self, shape=(rows, self.shape[1]))
 
 
+class Scratch(NamedTuple):
+    """The memory in which rows are dequantised."""
+
+    codes: Tensor  # int32, for the bytes of NF4 codes
+    wide: Tensor  # float32
+    rows: Tensor | None  # (rows, H), in the dtype of the result; None: it is float32
+
+    @classmethod
+    def of(cls, weight: QuantisedWeight, rows: int, dtype: torch.dtype) -> Scratch:
+        """Return uninitialised memory for `rows` rows of `weight` in `dtype`."""
+        hidden, device = weight.shape[1], weight.device
+        count = rows * hidden + 2 * weight.block  # the first and the last block may begin or end within a row
+        codes = torch.empty(count // 2 if weight.block else 0, dtype=torch.int32, device=device)
+        wide = _native.empty((count,), torch.float32, device)
+        return cls(
+            codes, wide, None if dtype == torch.float32 else torch.empty(rows, hidden, dtype=dtype, device=device)
+        )
+
+
 @cache
-def _pairs(device: torch.device) -> Tensor:  # (256, 2)
-    """Return the two values of each byte of NF4 codes. Cached, because a copy to the device synchronizes with it."""
+def _pairs(device: torch.device) -> Tensor:  # (256,), int64
+    """Return the two float32 values of each byte of NF4 codes, as one number, which a CPU looks up faster than two.
+
+    Cached, because a copy to the device synchronizes with it.
+    """
     table = torch.tensor(NF4)
-    return torch.stack((table.repeat_interleave(16), table.repeat(16)), 1).to(device)
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)
+    return pairs.view(torch.int64).flatten().to(device)
