@@ -261,6 +261,18 @@ def test_masked_hidden_states_may_be_nan(form, backend):
     assert all(torch.equal(gradients[k], clean_gradients[k]) for k in gradients)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_states_of_the_low_rank_term_may_be_nan(backend):
+    made = form_of("lora", 15, torch.float32, backend, t=10)
+    hidden, weight, a, b = (made.leaves[k] for k in ("hidden", "weight", "lora_a", "lora_b"))
+    mask, results = made.constants["mask"], []
+    for states in (hidden @ a.T, (hidden @ a.T).masked_fill(~mask[..., None], torch.nan)):
+        term = LowRank(states.requires_grad_(), b.clone().requires_grad_())
+        loss = linear_ppo_loss(hidden, weight, **made.constants, low_rank=term, backend=backend).loss
+        results.append((loss, *torch.autograd.grad(loss, term)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_an_empty_mask_gives_zeros(form):
     made = form_of(form, 14)
