@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness import Check, Row, Session, Worker, alternate_workers, ratio, report
 from rlhf_kernels import LowRank, QuantisedWeight, linear_ppo_loss
-from rlhf_kernels.ops.quantised_weight import NF4
+from rlhf_kernels.ops.weights import NF4
 
 NAME = "head_adapter"
 FULL = {"n": 2048, "h": 1024, "v": 32768, "r": 16}

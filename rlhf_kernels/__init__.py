@@ -29,9 +29,7 @@ from .ops import (
     token_logprobs,
 )
 from .ops.head import head_workspace_bytes
-from .ops.head_inputs import LowRank
-from .ops.products import has_products
-from .ops.quantised_weight import QuantisedWeight
+from .ops.weights import LowRank, QuantisedWeight, has_products
 from .output_layer import HeadArguments, head_arguments
 
 __all__ = [

@@ -1,24 +1,64 @@
-# pyright: reportUnknownMemberType=false
-# torch does not declare the types of the hooks of a state dict.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of the hooks of a state dict, nor this module those of peft.
 """The output layer of a language model: log-probs and the PPO loss from hidden states, without [N, V] logits.
 
-Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden.
+Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden, R rank of all active adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ._options import PPOOptions
 from .launch_args import PPOLoss, TokenLogprobs, Transform
-from .operands import Matrices, check_symmetric, is_lora, is_quantised, is_wrapper, operands
 from .ops import checks, linear_ppo_loss, linear_token_logprobs
-from .output_layer import CausalLM, transform_of
+from .ops.weights import LowRank, QuantisedWeight, unmasked
+from .output_layer import CausalLM, WantedTokens, check_symmetric, stored_weight, transform_of
+
+
+class Matrices(NamedTuple):
+    """The operands of the head's product `hidden @ weight.T + bias + low_rank.states @ low_rank.weight.T`."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor | QuantisedWeight  # (V, H)
+    bias: Tensor | None  # (V,)
+    low_rank: LowRank | None  # (..., R) and (V, R)
+
+    def product(self, project: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear) -> Tensor:  # (..., V)
+        """Return the product; `project` computes `hidden @ weight.T + bias` unless the weight is quantised."""
+        hidden, weight, bias, low_rank = self
+        if isinstance(weight, QuantisedWeight):
+            logits = torch.cat([F.linear(hidden, rows) for _, rows in weight.tiles(hidden.dtype)], -1)
+            logits = logits if bias is None else logits + bias
+        else:
+            logits = project(hidden, weight, bias)
+        return logits if low_rank is None else logits + F.linear(*low_rank)
+
+    def first(self, rows: int) -> Matrices:
+        """Return the operands for the first `rows` ids."""
+        weight, low = self.weight, self.low_rank
+        return Matrices(
+            self.hidden,
+            weight[:rows] if isinstance(weight, Tensor) else weight.first(rows),
+            None if self.bias is None else self.bias[:rows],
+            None if low is None else low._replace(weight=low.weight[:rows]),
+        )
+
+    def float(self) -> Matrices:
+        """Return the operands in float32."""
+        hidden, weight, bias, low = self
+        return Matrices(
+            hidden.float(),
+            weight.float() if isinstance(weight, Tensor) else weight,
+            None if bias is None else bias.float(),
+            None if low is None else LowRank(low.states.float(), low.weight.float()),
+        )
 
 
 class FusedHead(nn.Module):
@@ -63,7 +103,7 @@ class FusedHead(nn.Module):
         check_symmetric(getattr(layer, "base_layer", layer))
         self.layer = layer
         self.softcap, self.logit_scale, self.backend, self.float32 = softcap, logit_scale, backend, float32
-        self._wanted: _Wanted | None = None
+        self._wanted: WantedTokens | None = None
         self.register_state_dict_post_hook(_without_layer)
         self.register_load_state_dict_pre_hook(_with_layer)
 
@@ -177,7 +217,7 @@ class FusedHead(nn.Module):
     @contextmanager
     def taking(
         self, ids: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None, shifted: bool = False
-    ) -> Generator[_Wanted, None, None]:
+    ) -> Generator[WantedTokens, None, None]:
         """Return a context in which the model that contains this `replacing` head outputs (B, K, 2) instead of logits.
 
             with head.taking(ids) as wanted:
@@ -198,7 +238,7 @@ class FusedHead(nn.Module):
             raise RuntimeError(
                 "taking: the head already scores other tokens; leave that `taking` context before you open a new one"
             )
-        self._wanted = _Wanted(self, ids, temperature, mask, shifted)
+        self._wanted = WantedTokens(self, ids, temperature, mask, shifted)
         try:
             yield self._wanted
         finally:
@@ -232,7 +272,7 @@ class FusedHead(nn.Module):
             with self._precision(hidden):
                 return self.matrices(hidden).product()
         if self.layer is None:
-            return nn.functional.linear(hidden, self.weight, self.bias)
+            return F.linear(hidden, self.weight, self.bias)
         if self.installed_in(self.layer) is self:
             return type(self.layer).forward(self.layer, hidden)
         return self.layer(hidden)
@@ -244,43 +284,96 @@ class FusedHead(nn.Module):
         return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
 
 
-class _Wanted:
-    """The tokens whose log-probs a model's forward returns instead of logits."""
+def is_lora(layer: nn.Module) -> bool:
+    """Return whether `layer` is a LoRA layer around a linear layer."""
+    return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
 
-    def __init__(self, head: FusedHead, ids: Tensor, temperature: float, mask: Tensor | None, shifted: bool):
-        self.head, self.ids, self.temperature, self.mask, self.shifted = head, ids, temperature, mask, shifted
-        self.values: Tensor | None = None  # (B, K, 2), detached
 
-    def outputs(self, hidden: Tensor) -> Tensor:  # (B, T, H) -> (B, K, 2)
-        """Return log-probs and entropies, or zeros with their gradient if the model transforms its logits.
+def is_wrapper(layer: nn.Module) -> bool:
+    """Return whether `layer` is peft's wrapper of a linear layer under `modules_to_save` or `trainable_token_indices`."""
+    trained = hasattr(layer, "modules_to_save") or hasattr(layer, "token_adapter")
+    return trained and isinstance(getattr(layer, "original_module", None), nn.Linear)
 
-        The model's transform f has f(0) = 0 and f'(0) = logit_scale. Its effect on zeros is therefore known, and
-        `result` reverts it.
-        """
-        k, t = self.ids.shape[1], hidden.shape[1]
-        if k > t - (not self.shifted):
-            raise ValueError(
-                f"ids: got {k} tokens for {t} positions, expected fewer: the state at a position predicts the token after it"
-            )
-        hidden = hidden[:, t - k :] if self.shifted else hidden[:, t - k - 1 : t - 1]
-        taken = self.head.logprobs(hidden, self.ids, temperature=self.temperature, mask=self.mask, entropy=True)
-        assert taken.entropy is not None
-        exact = torch.stack((taken.logprobs, taken.entropy), -1)
-        if not self._transformed():
-            return exact
-        self.values = exact.detach()
-        return exact - self.values
 
-    def result(self, logits: Tensor) -> TokenLogprobs:  # (B, K, 2)
-        """Return log-probs and entropies (B, K) from the `logits` that the model returned."""
-        if self._transformed():
-            if self.values is None:
-                raise RuntimeError("taking: the head has not run; call the model once inside the `taking` context")
-            logits = self.values + logits / self.head.logit_scale
-        return TokenLogprobs(*logits.unbind(-1))
+def operands(layer: Any, hidden: Tensor, mask: Tensor | None = None) -> Matrices:  # hidden: (..., H), mask: (...)
+    """Return the operands whose product is the layer's result; the layer's active adapters count.
 
-    def _transformed(self) -> bool:
-        return self.head.softcap is not None or self.head.logit_scale != 1.0
+    For LoRA the low-rank term is `s A h` and `B`, where s is an adapter's scale; several adapters are concatenated along
+    R. Hidden states may be NaN where `mask` is False.
+
+    Raises:
+        ValueError: the weight is sharded or in an unknown format, the adapters are both merged and disabled, or an
+            adapter is a LoRA variant.
+    """
+    if is_lora(layer):
+        base = layer.base_layer
+        return Matrices(hidden, _weight(base), base.bias, _low_rank(layer, hidden, mask))
+    if hasattr(layer, "modules_to_save"):
+        layer = _saved(layer)
+    elif hasattr(layer, "token_adapter"):
+        return Matrices(hidden, _with_trained_tokens(layer.token_adapter), layer.original_module.bias, None)
+    return Matrices(hidden, _weight(layer), layer.bias, None)
+
+
+def is_quantised(layer: Any) -> bool:
+    """Return whether the weight of a linear layer is not stored in floating point."""
+    weight = layer.weight
+    return (
+        getattr(weight, "quant_state", None) is not None or hasattr(weight, "qdata") or not weight.is_floating_point()
+    )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return `weight`; raise ValueError if it is sharded."""
+    if hasattr(weight, "placements") or not weight.numel():
+        raise ValueError(
+            "head: got a sharded weight; run the head inside the model's forward, which gathers the weight"
+        )
+    return weight
+
+
+def _weight(layer: Any) -> Tensor | QuantisedWeight:
+    """Return the weight of a linear layer."""
+    weight = _whole(layer.weight)
+    return stored_weight(layer) if is_quantised(layer) else weight
+
+
+def _applies(adapter: Any) -> bool:
+    """Return whether active adapters have to be added to the weight."""
+    if adapter.disable_adapters and adapter.merged:
+        raise ValueError("head: the adapters are merged and disabled; unmerge them first")
+    return not (adapter.disable_adapters or adapter.merged)
+
+
+def _low_rank(layer: Any, hidden: Tensor, mask: Tensor | None) -> LowRank | None:
+    names = [name for name in layer.active_adapters if name in layer.lora_A] if _applies(layer) else []
+    states: list[Tensor] = []
+    weights: list[Tensor] = []
+    for name in names:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        if getattr(layer, "lora_variant", {}).get(name) is not None or b.bias is not None:
+            raise ValueError(f"head: got a variant of LoRA in adapter {name!r}, expected plain A and B without a bias")
+        low = a(layer.lora_dropout[name](unmasked(hidden, mask).to(a.weight.dtype))) * layer.scaling[name]
+        states.append(low.to(hidden.dtype))
+        weights.append(_whole(b.weight).to(hidden.dtype))
+    if not names:
+        return None
+    return LowRank(states[0], weights[0]) if len(names) == 1 else LowRank(torch.cat(states, -1), torch.cat(weights, 1))
+
+
+def _saved(wrapper: Any) -> nn.Module:
+    """Return the layer that a wrapper under `modules_to_save` uses: the active adapter's copy, or the original."""
+    names = wrapper.active_adapters
+    if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
+        return wrapper.original_module
+    return wrapper.modules_to_save[names[0]]
+
+
+def _with_trained_tokens(adapter: Any) -> Tensor:
+    """Return the weight with the rows of the active adapters in `trainable_token_indices`."""
+    if not _applies(adapter) or not adapter.active_adapters:
+        return _whole(adapter.base_layer.weight)
+    return adapter.get_merged_weights(adapter.active_adapters)
 
 
 def _without_layer(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:

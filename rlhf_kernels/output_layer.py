@@ -1,6 +1,8 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# The attributes of layers of bitsandbytes and torchao, which this module does not import.
 """The output layer of a Hugging Face causal LM: its weight and bias, and how the model transforms its result.
 
-Legend: V vocabulary, H hidden.
+Legend: B sequences, T positions, K tokens to score, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ from typing import Any, Protocol, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from .launch_args import Transform
-from .operands import stored_weight
-from .ops.quantised_weight import QuantisedWeight
+from .launch_args import TokenLogprobs, Transform
+from .ops.weights import QuantisedWeight
 
 
 class HeadTransform(TypedDict):
@@ -137,3 +138,117 @@ def run_two_tokens(model: nn.Module, layer: nn.Module) -> Tensor:
     """Return the model's logits of two tokens, on the device of its output layer."""
     ids = torch.tensor([[0, 1]], device=next(layer.parameters()).device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+# ---- quantised layers ----
+
+
+def stored_weight(layer: Any) -> Tensor | QuantisedWeight:
+    """Return the weight of a linear layer: the parameter, or the 4-bit weight of bitsandbytes or the int8 one of torchao.
+
+    Raises:
+        ValueError: the weight is quantised in a different way.
+    """
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return _of_bitsandbytes(weight, state)
+    if hasattr(weight, "qdata"):
+        return _of_torchao(weight)
+    if not weight.is_floating_point():
+        raise _unknown(f"{type(layer).__name__} with a weight of {weight.dtype}")
+    return weight
+
+
+def _unknown(got: str) -> ValueError:
+    return ValueError(
+        f"head: got {got}, expected a floating point weight, NF4 of bitsandbytes, or int8 weights of torchao with one scale "
+        "per row; leave the output layer out of the quantisation"
+    )
+
+
+def _of_bitsandbytes(weight: Any, state: Any) -> QuantisedWeight:
+    """Return the weight of a `Linear4bit`: two codes per byte in row-major order, with one absmax per block.
+
+    With nested statistics, `absmax` holds codes of a second quantisation.
+    """
+    if state.quant_type != "nf4":
+        raise _unknown(f"bitsandbytes' {state.quant_type!r}")
+    packed, absmax, (v, h) = weight.data.reshape(-1).view(torch.uint8), state.absmax, state.shape
+    if state.nested:
+        second = state.state2
+        scales = second.absmax.repeat_interleave(second.blocksize)[: absmax.numel()]
+        absmax = second.code.index_select(0, absmax.int()) * scales + state.offset
+    if getattr(state, "packing_format_for_cpu", False):
+        packed, absmax = _row_major(packed, v, h), absmax.t().reshape(-1)
+    return QuantisedWeight.nf4(packed, absmax, v, h, block=state.blocksize)
+
+
+def _row_major(packed: Tensor, v: int, h: int) -> Tensor:
+    """Return the codes in row-major order from the layout of bitsandbytes for CPUs with AVX512-BF16.
+
+    There, 32 rows are stored together: for each pair of columns, 32 bytes whose low halves are the codes of the first 16
+    rows and whose high halves are those of the last 16.
+    """
+    columns = packed.view(v // 32, h // 2, 32)
+    codes = torch.cat((columns & 15, columns >> 4), -1).view(v // 32, h // 2, 32, 2)
+    return (codes[..., 0] << 4 | codes[..., 1]).transpose(1, 2).reshape(-1)
+
+
+def _of_torchao(weight: Any) -> QuantisedWeight:
+    """Return the weight of torchao's `Int8WeightOnlyConfig`, with one scale per row."""
+    values, scale = weight.qdata, weight.scale
+    if values.dtype != torch.int8 or values.dim() != 2 or scale.numel() != len(values):
+        raise _unknown(f"{type(weight).__name__} with {values.dtype} and scales of shape {tuple(scale.shape)}")
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+        raise _unknown(f"{type(weight).__name__} that quantises or scales its input")
+    return QuantisedWeight.int8(values, scale.reshape(-1))
+
+
+def check_symmetric(layer: Any) -> None:
+    """Raise ValueError for an int8 weight of torchao with zero points. This reads the tensor's values."""
+    zero = getattr(getattr(layer, "weight", None), "zero_point", None)
+    if zero is not None and bool(zero.any()):
+        raise _unknown("an int8 weight with zero points")
+
+
+# ---- tokens that a model scores in its forward ----
+
+
+class WantedTokens:
+    """The tokens whose log-probs a model's forward returns instead of logits; `head` is the model's `FusedHead`."""
+
+    def __init__(self, head: Any, ids: Tensor, temperature: float, mask: Tensor | None, shifted: bool):
+        self.head, self.ids, self.temperature, self.mask, self.shifted = head, ids, temperature, mask, shifted
+        self.values: Tensor | None = None  # (B, K, 2), detached
+
+    def outputs(self, hidden: Tensor) -> Tensor:  # (B, T, H) -> (B, K, 2)
+        """Return log-probs and entropies, or zeros with their gradient if the model transforms its logits.
+
+        The model's transform f has f(0) = 0 and f'(0) = logit_scale. Its effect on zeros is therefore known, and
+        `result` reverts it.
+        """
+        k, t = self.ids.shape[1], hidden.shape[1]
+        if k > t - (not self.shifted):
+            raise ValueError(
+                f"ids: got {k} tokens for {t} positions, expected fewer: the state at a position predicts the token after it"
+            )
+        hidden = hidden[:, t - k :] if self.shifted else hidden[:, t - k - 1 : t - 1]
+        taken = self.head.logprobs(hidden, self.ids, temperature=self.temperature, mask=self.mask, entropy=True)
+        assert taken.entropy is not None
+        exact = torch.stack((taken.logprobs, taken.entropy), -1)
+        if not self._transformed():
+            return exact
+        self.values = exact.detach()
+        return exact - self.values
+
+    def result(self, logits: Tensor) -> TokenLogprobs:  # (B, K, 2)
+        """Return log-probs and entropies (B, K) from the `logits` that the model returned."""
+        if self._transformed():
+            if self.values is None:
+                raise RuntimeError("taking: the head has not run; call the model once inside the `taking` context")
+            logits = self.values + logits / self.head.logit_scale
+        return TokenLogprobs(*logits.unbind(-1))
+
+    def _transformed(self) -> bool:
+        return self.head.softcap is not None or self.head.logit_scale != 1.0

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..launch_args import TokenLogprobs
-from ..modules import FusedHead
-from ..operands import is_wrapper
+from ..modules import FusedHead, is_wrapper
 from ..ops import checks
 from ..output_layer import CausalLM, run_two_tokens, transform_of, transforms_alike, why_unlike
 

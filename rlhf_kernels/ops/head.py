@@ -21,8 +21,8 @@ from torch import Tensor
 from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from ..backend import Kernels
 from ..launch_args import LogitRows, PpoRows, RowStats, Transform
-from . import products
-from .products import Head, product
+from . import weights
+from .weights import Head, product
 
 MIN_CHUNK = 16
 """Minimum rows of a chunk. CPU matrix libraries sum in a different order for fewer rows, so shorter chunks are padded."""
@@ -252,7 +252,7 @@ class HeadGradients:
     def _add_outer(self, total: Tensor, dlogits: Tensor, factor: Tensor, *, first: bool) -> None:
         """Compute `total += dlogits.T @ factor`, or set `total` to it if `first`."""
         transposed = dlogits.t()
-        apart = not products.has_products(dlogits.dtype, dlogits.device.type)
+        apart = not weights.has_products(dlogits.dtype, dlogits.device.type)
         if self.wide or total.dtype == dlogits.dtype or apart:
             product(transposed, factor, total, add=not first)
             return

@@ -14,9 +14,9 @@ from ..backend import Kernels, define_record, kernels, refuse, resolve
 from ..launch_args import METRICS, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
 from .head import HeadRows, Needs, Plan, given_pass, head_stats, ppo_pass
-from .head_inputs import HeadInputs, LowRank, Storage, check_head, dense, gradient_dtype, under_autocast
+from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, under_autocast
 from .objective import Denominators, ObjectiveTerms, as_loss
-from .quantised_weight import QuantisedWeight
+from .weights import LowRank, QuantisedWeight
 
 VALUE_ROWS = 1024
 """Number of hidden states that the value head casts to float32 at a time."""

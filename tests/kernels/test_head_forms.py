@@ -191,7 +191,7 @@ def largest_block(run) -> int:
 @pytest.mark.parametrize("form", FORMS)
 def test_no_tensor_has_the_size_of_the_frozen_weight(monkeypatch, form, dtype):
     """Neither the loss nor the log-probs, nor their gradients, allocate V x H elements, not even of one byte each."""
-    monkeypatch.setattr("rlhf_kernels.ops.quantised_weight.TILE_BYTES", 2**16)
+    monkeypatch.setattr("rlhf_kernels.ops.weights.TILE_BYTES", 2**16)
     v, h = 2048, 512
     g = torch.Generator().manual_seed(0)
     weight = 0.1 * torch.randn(v, h, generator=g)

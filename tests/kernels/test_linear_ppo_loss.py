@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_kernels import METRICS, has_products, linear_ppo_loss, linear_token_logprobs, ppo_loss, reference
 from rlhf_kernels._options import PPOArguments
 from rlhf_kernels.launch_args import Transform, flatten
-from rlhf_kernels.ops import products as matrix_products
-from rlhf_kernels.ops.head_inputs import HeadInputs, Storage
+from rlhf_kernels.ops import weights as matrices
 from rlhf_kernels.ops.linear_ppo_loss import Inputs, Leaves
+from rlhf_kernels.ops.linear_token_logprobs import HeadInputs, Storage
 from rlhf_kernels.ops.objective import ObjectiveTerms
 
 from .helpers.head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
@@ -471,7 +471,7 @@ def test_invalid_compact_raises(compact):
 @pytest.mark.parametrize("add", [False, True])
 def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtype, add):
     """Products are float32 sums of the rounded factors, rounded once, for any longest dimension."""
-    monkeypatch.setattr(matrix_products, "has_products", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(matrices, "has_products", lambda dtype, device: dtype == torch.float32)
     rows, terms, columns = shape
     a, b = torch.randn(rows, terms).to(dtype), torch.randn(columns, terms).to(dtype).t()
     for out in (
@@ -481,7 +481,7 @@ def test_products_of_a_processor_without_half_precision(monkeypatch, shape, dtyp
     ):
         exact = a.double() @ b.double() + (out.double() if add else 0.0)
         with torch.autocast("cpu", torch.bfloat16):  # autocast would round float32 factors again
-            matrix_products.product(a, b, out, add=add)
+            matrices.product(a, b, out, add=add)
         bound = torch.finfo(out.dtype).eps * exact.abs() + 1e-6 * (a.double().abs() @ b.double().abs() + 1.0)
         assert bool(((out.double() - exact).abs() <= bound).all())
 
@@ -500,9 +500,7 @@ def test_same_loss_without_half_precision_products(monkeypatch):
     monkeypatch.setattr(torch, "mm", noted(torch.mm))
     monkeypatch.setattr(torch, "addmm", noted(torch.addmm))
     for has in (True, False):
-        monkeypatch.setattr(
-            matrix_products, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32
-        )
+        monkeypatch.setattr(matrices, "has_products", lambda dtype, device, has=has: has or dtype == torch.float32)
         seen.clear()
         result = linear_ppo_loss(**x, **options)
         found.append([result.loss.detach(), *differentiate(result.loss, x).values()])

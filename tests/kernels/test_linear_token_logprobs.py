@@ -5,8 +5,7 @@ import torch
 
 from rlhf_kernels import linear_token_logprobs, reference
 from rlhf_kernels.launch_args import Transform, flatten
-from rlhf_kernels.ops.head_inputs import HeadInputs, Storage
-from rlhf_kernels.ops.linear_token_logprobs import Inputs
+from rlhf_kernels.ops.linear_token_logprobs import HeadInputs, Inputs, Storage
 
 from .helpers.bounds import check_error
 from .helpers.compiled import compile_whole

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import LowRank, QuantisedWeight, linear_ppo_loss, linear_token_logprobs, reference
-from rlhf_kernels.ops.quantised_weight import NF4
+from rlhf_kernels.ops.weights import NF4
 
 from .bounds import check_error
 from .gpu import to_device
@@ -163,4 +163,4 @@ def logprobs_form(form: str, seed: int, dtype=torch.float32, backend: str = "cpu
 
 def small_tiles(monkeypatch) -> None:
     """Dequantise 37 rows of 24 hidden units at a time, so that tiles do not divide the vocabulary."""
-    monkeypatch.setattr("rlhf_kernels.ops.quantised_weight.TILE_BYTES", 37 * 24 * 4)
+    monkeypatch.setattr("rlhf_kernels.ops.weights.TILE_BYTES", 37 * 24 * 4)

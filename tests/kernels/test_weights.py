@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_kernels import QuantisedWeight, linear_ppo_loss
-from rlhf_kernels.ops.quantised_weight import NF4
+from rlhf_kernels.ops.weights import NF4
 
 from .helpers.head_forms import int8_of, nf4_of, small_tiles
 from .helpers.heads import make
@@ -69,7 +69,7 @@ def test_tiles_cover_the_weight(monkeypatch, of):
     places, rows = zip(*weight.tiles(torch.bfloat16), strict=True)
     assert [(p.start, p.stop) for p in places] == [(0, 37), (37, 74), (74, 111), (111, 148), (148, 185), (185, 200)]
     assert torch.equal(torch.cat(rows), weight.dequantised(torch.bfloat16))
-    monkeypatch.setattr("rlhf_kernels.ops.quantised_weight.TILE_BYTES", 1)
+    monkeypatch.setattr("rlhf_kernels.ops.weights.TILE_BYTES", 1)
     assert len(list(weight.tiles(torch.float32))) == 200  # at least one row per tile
 
 

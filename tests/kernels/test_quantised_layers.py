@@ -1,4 +1,4 @@
-"""The operands that are read from an output layer: layers of bitsandbytes and torchao, with and without a peft adapter."""
+"""Output layers of bitsandbytes and torchao in `FusedHead` and `head_arguments`, with and without a peft adapter."""
 
 import types
 
@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_kernels import FusedHead, QuantisedWeight, head_arguments, reference
 from rlhf_kernels.integrations.head import fuse_head, token_logprobs_of
-from rlhf_kernels.operands import operands, stored_weight
+from rlhf_kernels.modules import operands
+from rlhf_kernels.output_layer import stored_weight
 
 SIZES = {
     "vocab_size": 192,
@@ -144,7 +145,7 @@ def test_head_arguments_of_a_quantised_layer(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_in_float32(monkeypatch, kind):
-    monkeypatch.setattr("rlhf_kernels.ops.quantised_weight.TILE_BYTES", 50 * 128 * 4)
+    monkeypatch.setattr("rlhf_kernels.ops.weights.TILE_BYTES", 50 * 128 * 4)
     made, _ = model(kind, torch.bfloat16)
     hidden, ids = batch(dtype=torch.bfloat16)
     head = FusedHead(made.lm_head, float32=True)
