@@ -51,5 +51,7 @@ def settings() -> str:
     for model in MODELS:
         for gpu in GPUS:
             one = _fastest(model, gpu)
-            rows.append((model, gpu, "nothing fits", "") if one is None else (model, gpu, f"`{one.words}`", size(one.plan.peak)))
+            rows.append(
+                (model, gpu, "nothing fits", "") if one is None else (model, gpu, f"`{one.words}`", size(one.plan.peak))
+            )
     return table(("model", "GPU", "settings", "planned peak"), rows)
