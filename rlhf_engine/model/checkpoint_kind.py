@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -74,6 +75,11 @@ def check_language_model(
     if unexpected:
         first = min(unexpected)
         logger.warning("%s: %d weights are not used by %s, the first is %s", folder, len(unexpected), loaded, first)
+
+
+def finite(weight: Tensor) -> bool:
+    """Return whether all elements of a weight are finite, without a second tensor of its size."""
+    return weight.numel() == 0 or all(bool(bound.isfinite()) for bound in weight.aminmax())
 
 
 def _predicts_tokens(architecture: str) -> bool:

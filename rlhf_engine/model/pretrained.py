@@ -20,10 +20,9 @@ from transformers import (
 
 from rlhf_engine.errors import foreign_errors
 from rlhf_engine.files import read_json, read_model_config, read_tensors, remote_code_off, require
-from rlhf_engine.model.checkpoint_kind import check_language_model, refuse_quantised
+from rlhf_engine.model.checkpoint_kind import check_language_model, finite, refuse_quantised
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.quantised import QuantError, check_device, quant_of
-from rlhf_engine.model.quantised_loading import finish, finite, quantising
 
 Loaded = TypeVar("Loaded")
 
@@ -64,6 +63,8 @@ def load_pretrained(
             model of a different kind. The message names the folder and the file or weight. Or `quant` needs a package that is
             not installed, or cannot store a weight.
     """
+    from rlhf_engine.model.quantised_loading import finish, quantising  # adds a quantiser to those of transformers
+
     check_device(quant, device)
     folder = Path(folder)
     weights = weight_files(folder)

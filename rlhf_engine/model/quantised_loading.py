@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rlhf_engine.memory.malloc import return_free_pages
+from rlhf_engine.model.checkpoint_kind import finite
 from rlhf_engine.model.quantised import QuantisedLinear, import_quant, quantise_layers
 
 _METHOD: Any = "rlhf"  # transformers types its own methods only
@@ -135,8 +136,3 @@ def _owner(model: nn.Module, name: str) -> QuantisedLinear | None:
         return None
     module = model.get_submodule(place)
     return module if isinstance(module, QuantisedLinear) else None
-
-
-def finite(weight: Tensor) -> bool:
-    """Return whether all elements of a weight are finite, without a second tensor of its size."""
-    return weight.numel() == 0 or all(bool(bound.isfinite()) for bound in weight.aminmax())

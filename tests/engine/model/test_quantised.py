@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, modeling_utils
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.model import ActorCritic, quantised_loading, upcast
+from rlhf_engine.model import ActorCritic, upcast
+from rlhf_engine.model.checkpoint_kind import finite
 from rlhf_engine.model.pretrained import like, load_pretrained
 from rlhf_engine.model.quantised import (
     FORMATS,
@@ -288,9 +289,9 @@ def test_broken_weights_are_named(tmp_path, quant, name, edit, message):
 
 def test_finite_reads_every_element():
     weight = torch.zeros(3, 3)
-    assert quantised_loading.finite(weight) and quantised_loading.finite(torch.empty(0))
+    assert finite(weight) and finite(torch.empty(0))
     for value in (NAN, float("inf"), -float("inf")):
-        assert not quantised_loading.finite(torch.cat([weight.flatten(), torch.tensor([value])]))
+        assert not finite(torch.cat([weight.flatten(), torch.tensor([value])]))
 
 
 # ---- refused ----
