@@ -115,7 +115,13 @@ _MAY_CHANGE: Mapping[str, frozenset[str]] = {
 The contents of the files and models at those paths must not change: a checkpoint has their fingerprints.
 """
 
-_SAME = {"memory.optimizer_state": ("resident", "host")}
+_PARTS = ("adapter_config.json", "rlhf_top_layers.json")
+"""Files in the folder of an adapter or of top layers, which has no config.json of a model."""
+
+_SAME = {
+    "memory.optimizer_state": ("resident", "host"),
+    "rollout.merge_adapters": ("auto", "always", "never"),  # the trainer compares whether adapters are merged
+}
 """Values of a key that a resumed run may exchange, because they give the same numbers."""
 
 
@@ -244,12 +250,12 @@ def has_manifest(folder: Path) -> bool:
 
 
 def _load(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mapping[str, str]) -> None:
-    parts = ("adapter_config.json", "rlhf_top_layers.json")
-    model = next((name for name in parts if (folder / name).is_file()), "config.json")
+    model = next((name for name in _PARTS if (folder / name).is_file()), "config.json")
     require(folder, model, OPTIMIZER, TRAINER, CONFIG)
     constants = trainer.constants()
     kinds = {name: type(value) for name, value in trainer.state().items()}
-    kinds.pop("planned_steps", None)  # checkpoints of earlier versions have none
+    for name in ("planned_steps", "merges"):  # checkpoints of earlier versions have none
+        kinds.pop(name, None)
     kinds |= {"seed": int, "optimizer_tensors": int, "data": dict} | dict.fromkeys(constants, str)
     state = _read_state(folder / TRAINER, kinds)
     # Old PPO checkpoints have no stage.

@@ -63,6 +63,7 @@ def head_arguments(model: nn.Module) -> HeadArguments:
             f"model: its output layer is {type(layer).__name__}, expected torch.nn.Linear; use FusedHead.of(model), which "
             "applies adapters"
         )
+    check_symmetric(layer)
     if not transforms_alike(model, layer, transform):
         raise ValueError(why_unlike(transform))
     return {"weight": stored_weight(layer), "bias": layer.bias, **transform}

@@ -54,8 +54,9 @@ class RolloutConfig(Section):
     merge_adapters: Literal["auto", "always", "never"] = "auto"
     """Add the adapter of the policy to a copy of the weights before each rollout, so that a step of sampling costs as
     much as without adapters. The copy uses memory of the phase generate. In half precision its rounding makes sampling
-    differ from what is trained (metric logprob_deviation). auto does it in `rlhf ppo` if all weights are in float32 and
-    the memory plan shows that the copy fits without fewer sequences or a higher peak."""
+    differ from what is trained (metric logprob_deviation). auto does it in `rlhf ppo` if all products are in float32
+    and the memory plan shows that the copy fits without fewer sequences, at the same peak or within memory.budget.
+    Models without adapters are sampled as they are by `rlhf generate` and `rlhf eval`."""
     prefill_tokens: Count = 4096
     """Maximum prompt tokens per forward pass, padding included; a longer prompt is processed in a separate pass."""
     check_sequences: WholeNumber = 4

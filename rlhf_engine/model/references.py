@@ -10,7 +10,8 @@ from torch.func import functional_call
 
 from rlhf_engine.model.actor_critic import LanguageModel
 from rlhf_engine.model.layout import TokenBatch
-from rlhf_engine.model.roles import REFERENCE
+from rlhf_engine.model.roles import POLICY, REFERENCE
+from rlhf_engine.model.top_layers import in_top
 
 
 class AdapterOff:
@@ -75,6 +76,12 @@ class Hydra:
                 "false"
             )
         top = policy.top
+        for name, places in ({} if policy.adapters is None else policy.adapters.places).items():
+            if name in (POLICY, REFERENCE) and in_top(policy.model, places) != places:
+                raise ValueError(
+                    f"policy: got the adapter {name!r} in layers below the trained ones, expected it in the top layers only; "
+                    "call train_top before Adapters.start"
+                )
         top.check_split(policy.trunk, policy.compute_dtype)
         self.policy, self.lower = policy, top.lower
         self.adapter_off = None if policy.adapters is None else AdapterOff(policy)

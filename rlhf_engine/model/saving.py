@@ -72,6 +72,11 @@ def load_causal_lm(folder: Path, **where: Any) -> PreTrainedModel:
     if is_top(folder):
         from rlhf_engine.model.top_files import read_top
 
+        if where.get("quant", "none") != "none":
+            raise ValueError(
+                f"model.quant: got {where['quant']!r}, expected 'none' for {folder}, the checkpoint of an unfinished run with "
+                "only its top layers; run rlhf merge on it first"
+            )
         tensors, model = read_top(folder), load_pretrained(AutoModelForCausalLM, base_folder(folder), **where)
         weights = dict(model.named_parameters())
         if unknown := sorted(tensors.keys() - weights.keys()):
@@ -168,7 +173,8 @@ def saved_tensors(folder: Path, policy: LanguageModel, **where: Any) -> Mapping[
         found = {f"model.{name}": tensor for name, tensor in read_top(folder).items()}
         return found | _saved_value(folder, policy)
     if policy.adapters is None:
-        where = like(policy.model) | where
+        # An average is wider than the frozen weights that it shares with the policy.
+        where = like(policy.model) | {"dtype": next(policy.stored())[1].dtype} | where
         if policy.value is None:
             model = load_pretrained(AutoModelForCausalLM, folder, **where)
             return {f"model.{name}": tensor for name, tensor in model.named_parameters()}
@@ -207,4 +213,5 @@ def copy_tensors(folder: Path, saved: Mapping[str, Tensor], ours: Iterable[tuple
         if saved[name].shape != tensor.shape:
             got = tuple(saved[name].shape)
             raise ValueError(f"{folder}: got shape {got} for {name}, expected shape {tuple(tensor.shape)}")
+        assert tensor.is_floating_point(), name  # a copy into integer codes would truncate
         tensor.copy_(saved[name])

@@ -143,8 +143,8 @@ def check_layers(count: int, layers: int, whose: object) -> None:
 def train_top(model: PreTrainedModel, count: int, base: Base | None = None) -> None:
     """Train only the top `count` layers of a causal LM, the modules after them, and an output layer that is not tied.
 
-    The other weights no longer require gradients. If the model has adapters, or gets them later, adapters are trained instead,
-    in the top layers only. `base` is the folder of the model.
+    The other weights no longer require gradients. If the model gets adapters later, these are trained instead, in the top
+    layers only; adapters that it has already stay where they are. `base` is the folder of the model.
 
     Raises:
         ValueError: the model has fewer layers, or its top layers are trained already; its layers cannot be found; or a trained

@@ -66,12 +66,12 @@ class MemoryPlan:
     def of(cls, workload: Workload) -> Self:
         """Return the plan with as many slots, and then as many bytes of keys and values, as fit the budget.
 
-        If `workload.merge_adapters` is "auto", adapters are merged for sampling if all weights are in float32 and the plan has
+        If `workload.merge_adapters` is "auto", adapters are merged for sampling if all products are in float32 and the plan has
         neither fewer slots nor fewer bytes of keys and values with the merged weights, and its peak is not higher or fits.
         """
         if workload.merge_adapters == "auto":
             separate = cls._of(replace(workload, merge_adapters="never"))
-            if workload.weight_dtype != torch.float32 or workload.quant != "none":
+            if workload.product_dtype != torch.float32 or workload.quant != "none":
                 return separate
             merged = cls._of(replace(workload, merge_adapters="always"))
             same = merged.slots == separate.slots and merged.kv_bytes == separate.kv_bytes

@@ -15,6 +15,7 @@ from rlhf_engine.data.tokenize import Codec
 from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
+from rlhf_engine.model.quantised import refuse_quantised_layers
 from rlhf_engine.model.references import AdapterOff, Hydra
 from rlhf_engine.optim.adamw import Optimizer, Resident
 from rlhf_engine.optim.build import build_optimizer
@@ -98,6 +99,8 @@ def build_trainer(
         optimizer = build_optimizer(policy, config.ppo.optim, config.memory.optimizer_state)
     elif not isinstance(optimizer, Optimizer):
         optimizer = Resident(optimizer)
+    if policy.adapters is None:
+        refuse_quantised_layers(policy.model)
     _check_parameters(policy, optimizer)
     if arena is None:
         arena = open_arena(policy.device, phase_bytes(policy, generator, optimizer), head_bytes(policy))

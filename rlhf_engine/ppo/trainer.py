@@ -165,10 +165,21 @@ class PPOTrainer:
 
     def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
-        return {name: getattr(self, name) for name in _NUMBERS} | self.update_rule.state() | self.scale.state()
+        numbers = {name: getattr(self, name) for name in _NUMBERS} | {"merges": self.generator.merges}
+        return numbers | self.update_rule.state() | self.scale.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned.
+
+        Raises:
+            ValueError: the run that saved it samples from merged weights and this one does not, or the reverse.
+        """
+        if state.get("merges", self.generator.merges) != self.generator.merges:
+            before, now = ("with" if merges else "without" for merges in (state["merges"], self.generator.merges))
+            raise ValueError(
+                f"rollout.merge_adapters: the checkpoint is of a run {before} merged adapters, and this run is planned {now}; "
+                f"set it to {'always' if state['merges'] else 'never'}"
+            )
         for name in _NUMBERS:
             setattr(self, name, state[name])
         self.update_rule.load_state(state)

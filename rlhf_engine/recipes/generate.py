@@ -28,7 +28,18 @@ from rlhf_engine.recipes.partial import PartialFile
 from rlhf_engine.rollout import STOP_REASONS, Generator
 
 _NOT_READ = (
-    *("output_dir", "model.path", "adapter", "sft", "reward", "ppo", "eval", "iterate", "checkpoint"),
+    *(
+        "output_dir",
+        "model.path",
+        "model.train_layers",
+        "adapter",
+        "sft",
+        "reward",
+        "ppo",
+        "eval",
+        "iterate",
+        "checkpoint",
+    ),
     *(f"data.{name}" for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene")),
 )
 """Keys and sections of the config on which the answers to a file of prompts do not depend."""
@@ -73,6 +84,8 @@ class Answerer:
         self.codec: Codec = replace(codec, prompt_template=prefix + codec.prompt_template)
         self.batch_size = config.rollout.batch_size
         self.actor = LanguageModel(model, backend=config.backend, **computing(config, learns=False))
+        if self.actor.adapters is None:  # the other model of a comparison may have some
+            config = replace(config, rollout=replace(config.rollout, merge_adapters="never"))
         self.generator: Generator = make_generator(self.actor, self.codec, config, seed)
 
     def answer(

@@ -79,11 +79,16 @@ def check_packages(config: RunConfig) -> None:
     """Import the packages of adapters and of quantised weights if the run has them, before anything is loaded.
 
     Raises:
-        ValueError: a package is not installed, or the weights are quantised and there is no adapter to train.
+        ValueError: a package is not installed, the weights are quantised and there is no adapter to train, or there is none to
+            merge.
     """
     config.check_training()
     if config.adapter.rank or is_adapter(given(config.model.path, "model.path")):
         import_peft()
+    elif config.rollout.merge_adapters == "always":
+        raise ValueError(
+            "rollout.merge_adapters: got 'always' with adapter.rank 0 and a model without adapters, expected 'auto' or 'never'"
+        )
     import_quant(config.model.quant)
 
 

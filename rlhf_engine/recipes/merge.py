@@ -34,6 +34,10 @@ def merge_adapter(source: Path, target: Path, dtype: str | None = None, *, trust
         ValueError: `source` is neither, `target` exists, or a file is missing or broken.
     """
     if not (is_adapter(source) or (is_top(source) and not (source / HEAD_FILE).is_file())):
+        if is_top(source):
+            raise ValueError(
+                f"{source}: got the checkpoint of an unfinished reward model; finish it with rlhf rm --resume"
+            )
         raise ValueError(f"{source}: got no adapter (adapter_config.json), expected the folder of one")
     if target.exists():
         raise ValueError(f"{target}: exists already; give a new folder")

@@ -14,6 +14,7 @@ from rlhf_engine.ppo.trpo import check_attention
 from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, prefix_of
 from rlhf_engine.recipes.loading import (
     Item,
+    check_packages,
     check_room,
     check_start_model,
     check_trained_records,
@@ -35,6 +36,7 @@ def check_rounds(config: RunConfig) -> None:
     _check_given(config)
     check_reference(config)
     check_start_model(config)
+    check_packages(config)
     if config.ppo.objective == "trpo":
         check_attention(config.model.attention)
     for split in ("train", config.eval.split):

@@ -196,5 +196,8 @@ def test_zero_points_are_refused():
     layer = nn.Linear(4, 6)
     layer.__dict__["weight"] = int8_tensor(zero_point=torch.ones(6, 1, dtype=torch.int8))
     del layer._parameters["weight"]
-    with pytest.raises(ValueError, match="head: got an int8 weight with zero points, expected"):
-        FusedHead(layer)
+    model = nn.Module()
+    model.get_output_embeddings = lambda: layer
+    for read in (lambda: FusedHead(layer), lambda: head_arguments(model)):
+        with pytest.raises(ValueError, match="head: got an int8 weight with zero points, expected"):
+            read()

@@ -13,6 +13,7 @@ from rlhf_engine.model.adapters import Adapters
 from rlhf_engine.model.layout import input_places
 from rlhf_engine.model.references import Hydra
 from rlhf_engine.model.roles import POLICY
+from rlhf_engine.model.saving import copy_weights, save_policy
 from rlhf_engine.model.top_layers import train_top
 from rlhf_engine.model.trunk import top_of
 from rlhf_engine.optim.ema import WeightAverage
@@ -367,3 +368,28 @@ def test_a_copy_of_a_policy_runs_by_itself():
     states = policy.states_below(batch)
     assert torch.equal(other.states_below(batch), states)
     assert not torch.equal(other(batch, ("logprobs",)).logprobs, policy(batch, ("logprobs",)).logprobs)
+
+
+def test_adapters_below_the_top_layers_are_refused():
+    """Their output would be part of the states that policy and reference share."""
+    model = tiny("llama", num_hidden_layers=3)
+    Adapters.start(model, AdapterConfig(rank=2), seed=0)
+    train_top(model, 1)
+    with pytest.raises(
+        ValueError, match="got the adapter 'policy' in layers below the trained ones, expected it in the top"
+    ):
+        Hydra(ActorCritic(model))
+
+
+def test_an_average_of_top_layers_is_loaded_from_a_complete_folder_with_its_bits(tmp_path):
+    """The frozen weights that it shares with the policy are in half precision, the average is not."""
+    model = tiny("llama", num_hidden_layers=3).to(torch.bfloat16)
+    train_top(model, 1)
+    average = WeightAverage(ActorCritic(model), 0.5).model
+    with torch.no_grad():
+        for _, tensor in average.stored():
+            tensor.add_(1e-4)  # below the rounding of bfloat16
+    expected = {name: tensor.clone() for name, tensor in average.stored()}
+    save_policy(tmp_path, average, None)
+    copy_weights(tmp_path, average)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in average.stored())

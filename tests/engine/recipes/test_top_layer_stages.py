@@ -212,3 +212,26 @@ def test_a_value_function_with_its_own_trunk_trains_all_of_its_layers(stages, tm
     shutil.copytree(first, tmp_path / "ppo")
     run(capsys, stages, "ppo", *sets, options=["--resume"])
     assert same_weights(tmp_path / "ppo", tmp_path / "theirs")
+
+
+def test_a_partial_checkpoint_is_not_quantised(stages, capsys):
+    """Its float weights would be copied into integer codes."""
+    out = stages / "out"
+    partial = next(
+        path for path in sorted((out / "checkpoints").iterdir()) if (path / "top_layers.safetensors").is_file()
+    )
+    options = ("--prompts", stages / "prompts.jsonl", "--output", stages / "quantised.jsonl")
+    code, _, err = start(capsys, stages, "generate", f"model.path={partial}", "model.quant=int8", options=options)
+    assert code == 2 and "model.quant: got 'int8', expected 'none' for" in err and "run rlhf merge on it first" in err
+
+
+def test_merging_without_an_adapter_is_refused_before_anything_is_loaded(stages, capsys):
+    code, _, err = start(
+        capsys,
+        stages,
+        "ppo",
+        *ppo_sets(stages / "out"),
+        f"output_dir={stages / 'other'}",
+        "rollout.merge_adapters=always",
+    )
+    assert code == 2 and "rollout.merge_adapters: got 'always' with adapter.rank 0 and a model without adapters" in err

@@ -98,6 +98,24 @@ def test_a_run_keeps_merged_weights_in_the_arena():
     assert losses[0][1]["kl"] == pytest.approx(losses[1][1]["kl"], rel=1e-3)
 
 
+def test_a_run_goes_on_merged_or_separate_as_it_began():
+    """`auto` depends on settings that a resumed run may change, and the bits of samples depend on what it chose."""
+    merged, separate = (
+        make_trainer(model=adapted(change=False)[0], rollout=replace(ROLLOUT, merge_adapters=merge))
+        for merge in ("always", "never")
+    )
+    with pytest.raises(
+        ValueError, match="of a run with merged adapters, and this run is planned without; set it to always"
+    ):
+        separate.load_state(merged.state())
+    with pytest.raises(
+        ValueError, match="of a run without merged adapters, and this run is planned with; set it to never"
+    ):
+        merged.load_state(separate.state())
+    old = {name: value for name, value in merged.state().items() if name != "merges"}
+    separate.load_state(old)  # a checkpoint of an earlier version
+
+
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match=r"rollout\.merge_adapters: got 'always' for a model without adapters"):
         sampler(tiny(), merge_adapters="always")
@@ -110,7 +128,8 @@ def test_auto_merges_where_the_plan_has_memory_to_spare():
     assert free.phases["generate"]["merged_weights"] == 4 * run.policy.layer_matrices
     separate = MemoryPlan.of(replace(run, merge_adapters="never"))
     assert free.peak == separate.peak  # training needs more than sampling
-    assert MemoryPlan.of(replace(run, dtype="bfloat16")).workload.merge_adapters == "never"
+    for half in ({"dtype": "bfloat16"}, {"compute_dtype": "bfloat16"}, {"quant": "int8"}):
+        assert MemoryPlan.of(replace(run, **half)).workload.merge_adapters == "never", half
     assert MemoryPlan.of(replace(run, quant="int8")).workload.merge_adapters == "never"
     many = replace(run, rollout_batch=64, slots=64, microbatch=1)
     assert MemoryPlan.of(many).phases.keys() and MemoryPlan.of(many).workload.merge_adapters == "never"
