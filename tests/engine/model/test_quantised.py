@@ -208,6 +208,15 @@ def test_passes_with_and_without_gradients_have_the_same_bits(quant):
     assert torch.equal(layer(x[:16]), expected[:16])
 
 
+@pytest.mark.parametrize("quant", QUANTS)
+@torch.no_grad()
+def test_a_layer_is_traced_whole(quant):
+    """Decode steps on a GPU compile the layers of the trunk."""
+    layer, _ = layer_of(quant)
+    x = torch.randn(16, 96)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
 # ---- loading ----
 
 
