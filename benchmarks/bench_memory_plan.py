@@ -2,11 +2,11 @@
 
 Measured: the peak resident set above the resident set after the imports, so models and optimizer are included. Planned:
 `MemoryPlan.peak`, the persistent memory plus the largest phase. Every response has the maximum length. Each case needs 2 GB
-or more (1 GB with quantised weights), and the cases differ in what dominates their memory. The planner was not fitted to the cases that are named "not
-fitted": they were chosen without it, and later changes to the planner follow the engine's code. Three of them showed
-what the planner had omitted: the gradient of a bfloat16 embedding in addition to its float32 sum, the tensor into which a
-layer's pages are read on the CPU, and, with NF4 weights, kernels for bfloat16 and the modules of adapters. The case with fp8
-weights was chosen after the last.
+or more (1 GB with quantised weights), and the cases differ in what dominates their memory. The planner was not fitted to the
+cases that are named "not fitted": they were chosen without it, and later changes to the planner follow the engine's code.
+Three of them showed what the planner had omitted: the gradient of a bfloat16 embedding in addition to its float32 sum, the
+tensor into which a layer's pages are read on the CPU, and, with NF4 weights, kernels for bfloat16 and the modules of
+adapters. The case with fp8 weights was chosen after the last.
 """
 
 from __future__ import annotations
