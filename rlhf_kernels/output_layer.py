@@ -220,7 +220,11 @@ class WantedTokens:
     """The tokens whose log-probs a model's forward returns instead of logits; `head` is the model's `FusedHead`."""
 
     def __init__(self, head: Any, ids: Tensor, temperature: float, mask: Tensor | None, shifted: bool):
-        self.head, self.ids, self.temperature, self.mask, self.shifted = head, ids, temperature, mask, shifted
+        self.head: Any = head
+        self.ids: Tensor = ids
+        self.temperature: float = temperature
+        self.mask: Tensor | None = mask
+        self.shifted: bool = shifted
         self.values: Tensor | None = None  # (B, K, 2), detached
 
     def outputs(self, hidden: Tensor) -> Tensor:  # (B, T, H) -> (B, K, 2)

@@ -63,7 +63,7 @@ def _write(output: Path, whole: MemoryPlan, workloads: list[Workload]) -> None:
     """Write plan.json with the plan of the config, and plan.png with that plan and the fastest plan for each budget."""
     from rlhf_engine.files import write_json
     from rlhf_engine.planner.report import size
-    from rlhf_engine.planner.strategies import fitting, smallest
+    from rlhf_engine.planner.strategies import fitting_or_smallest
     from rlhf_engine.plots import plot_memory
 
     output.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,8 @@ def _write(output: Path, whole: MemoryPlan, workloads: list[Workload]) -> None:
     panels: dict[str, tuple[MemoryPlan, int | None]] = {"as it is": (whole, None)}
     for workload in workloads:
         if workload.budget is not None:
-            found = fitting(workload) or [smallest(workload)]
+            fits, least = fitting_or_smallest(workload)
+            found = fits or [least]
             note = "" if found[0].plan.fits else "DOES NOT FIT: "
             panels[f"{size(workload.budget)}, {note}{found[0].words}"] = (found[0].plan, workload.budget)
     plot_memory(

@@ -11,6 +11,7 @@ import difflib
 import math
 import types
 from dataclasses import Field, dataclass, fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 
@@ -56,6 +57,12 @@ Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
 PositiveShare = Annotated[float, Range(above=0.0, at_most=1.0)]
 
 
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    """Return the types of a section's fields; evaluating the annotations takes most of the time of a construction."""
+    return get_type_hints(section, include_extras=True)
+
+
 class Section:
     """Base of every config section; checks and converts the fields on construction."""
 
@@ -63,7 +70,7 @@ class Section:
         __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
+        hints = _hints(type(self))
         for item in fields(self):
             value = convert(hints[item.name], getattr(self, item.name), item.name)
             object.__setattr__(self, item.name, value)
@@ -84,7 +91,7 @@ class Section:
         """
         if not isinstance(given, dict):
             raise ValueError(f"{key or 'config'}: got {_describe(given)}, expected a mapping of keys to values")
-        hints = get_type_hints(cls, include_extras=True)
+        hints = _hints(cls)
         known = [item.name for item in fields(cls)]
         values = {}
         for name, value in given.items():
@@ -103,7 +110,7 @@ class Section:
     def keys(cls, prefix: str = "") -> list[str]:
         """Return the dotted keys of all fields and nested sections."""
         found: list[str] = []
-        for name, hint in get_type_hints(cls, include_extras=True).items():
+        for name, hint in _hints(cls).items():
             if name in cls.__dataclass_fields__:
                 nested = isinstance(hint, type) and issubclass(hint, Section)
                 found += [prefix + name, *(hint.keys(f"{prefix}{name}.") if nested else ())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf_engine.planner.plan import PHASES, MemoryPlan
-from rlhf_engine.planner.strategies import Strategy, fitting, smallest
+from rlhf_engine.planner.strategies import Strategy, fitting_or_smallest
 from rlhf_engine.planner.workload import Workload
 
 GIB = 2**30
@@ -72,9 +72,8 @@ def verdict(plan: MemoryPlan) -> str:
 
 def strategies_words(workload: Workload) -> str:
     """Return the strategies that fit the workload's budget, fastest first by estimate; the smallest peak if none fits."""
-    fits = fitting(workload)
+    fits, least = fitting_or_smallest(workload)
     if not fits:
-        least = smallest(workload)
         return f"no strategy that was tried fits; the smallest peak is {size(least.plan.peak)} with {least.words}"
     return "\n".join(_listed("what fits, fastest first by estimate:", fits))
 
@@ -96,11 +95,10 @@ def refuse(plan: MemoryPlan) -> None:
     if plan.slots == 0:
         short += f" and leaves no room for the keys and values of one sequence of {w.length} tokens,"
     # Only the fastest strategy, so that the message is one line.
-    found = fitting(w)
+    found, least = fitting_or_smallest(w)
     if found:
         way = f"{found[0].words} would fit ({size(found[0].plan.peak)})"
     else:
-        least = smallest(w)
         way = f"no strategy that was tried fits, the smallest peak is {size(least.plan.peak)} with {least.words}"
     need = f"for the planned peak of {size(plan.peak)} ({plan.largest}, {plan.phases[plan.largest].moment})"
     raise ValueError(f"memory.budget: got {size(w.budget)}, which is {short} {need}; {way}")

@@ -9,7 +9,7 @@ dequantised in every pass. Adapters, which those need, come last, because they c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -88,7 +88,22 @@ def fitting(workload: Workload) -> list[Strategy]:
 
     A strategy is left out if a faster one needs only a subset of its switches.
     """
-    fits = [one for one in _tried(workload) if one.plan.fits and one.plan.slots]
+    return _fitting(_tried(workload))
+
+
+def smallest(workload: Workload) -> Strategy:
+    """Return the strategy with the smallest peak, whether it fits or not."""
+    return _smallest(_tried(workload))
+
+
+def fitting_or_smallest(workload: Workload) -> tuple[list[Strategy], Strategy]:
+    """Return `fitting` and `smallest`, with every strategy planned once."""
+    tried = list(_tried(workload))
+    return _fitting(tried), _smallest(tried)
+
+
+def _fitting(tried: Iterable[Strategy]) -> list[Strategy]:
+    fits = [one for one in tried if one.plan.fits and one.plan.slots]
     fits.sort(key=lambda one: ("adapter" in one.changes, one.cost, len(one.changes)))
     kept: list[Strategy] = []
     for one in fits:
@@ -98,9 +113,8 @@ def fitting(workload: Workload) -> list[Strategy]:
     return kept
 
 
-def smallest(workload: Workload) -> Strategy:
-    """Return the strategy with the smallest peak, whether it fits or not."""
-    return min(_tried(workload), key=lambda one: one.plan.peak)
+def _smallest(tried: Iterable[Strategy]) -> Strategy:
+    return min(tried, key=lambda one: one.plan.peak)
 
 
 def _switches(strategy: Strategy) -> set[tuple[str, Any]]:
