@@ -77,6 +77,7 @@ _CPU_FILES = {
     "ppo_step": "One PPO update",
     "rollout": "Sampling",
     "memory_plan": "Planned and measured memory",
+    "adapters": "PPO updates with adapters and with full fine-tuning",
     "hygiene": "Prompt hygiene",
 }
 
