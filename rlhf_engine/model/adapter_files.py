@@ -97,13 +97,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     return StoredAdapter(folder, settings, tensors, base)
 
 
-def check_base(folder: Path, base: Base) -> None:
-    """Raise ValueError unless the adapter in a folder was trained on `base`."""
-    expected = read_json(folder / RECORD).get("base_fingerprint")
+def check_base(folder: Path, base: Base, record: str = RECORD, what: str = "the adapter belongs") -> None:
+    """Raise ValueError unless what a folder holds, with its fingerprint in the file `record`, was trained on `base`."""
+    expected = read_json(folder / record).get("base_fingerprint")
     if expected != base.fingerprint:
         raise ValueError(
-            f"{folder}: the adapter belongs to other weights than those of {base.folder}: their SHA-256 is "
-            f"{base.fingerprint[:16]}..., expected {str(expected)[:16]}... ({RECORD}); restore the model that it was trained on"
+            f"{folder}: {what} to other weights than those of {base.folder}: their SHA-256 is "
+            f"{base.fingerprint[:16]}..., expected {str(expected)[:16]}... ({record}); restore the model that it was trained on"
         )
 
 

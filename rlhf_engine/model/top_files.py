@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_engine.files import read_json, read_tensors, require, write_json
-from rlhf_engine.model.adapter_files import Base
+from rlhf_engine.files import read_tensors, require, write_json
+from rlhf_engine.model.adapter_files import Base, check_base
 from rlhf_engine.model.pretrained import TOP_RECORD, base_folder
 
 TOP_WEIGHTS = "top_layers.safetensors"
@@ -33,11 +33,5 @@ def read_top(folder: Path) -> Mapping[str, Tensor]:
         ValueError: a file is missing or broken, or the weights of the model below have changed since.
     """
     require(folder, TOP_WEIGHTS, TOP_RECORD)
-    base, expected = Base.of(base_folder(folder)), read_json(folder / TOP_RECORD).get("base_fingerprint")
-    if expected != base.fingerprint:
-        raise ValueError(
-            f"{folder}: the top layers belong to other weights than those of {base.folder}: their SHA-256 is "
-            f"{base.fingerprint[:16]}..., expected {str(expected)[:16]}... ({TOP_RECORD}); restore the model that they were "
-            "trained on"
-        )
+    check_base(folder, Base.of(base_folder(folder)), TOP_RECORD, "the top layers belong")
     return read_tensors(folder / TOP_WEIGHTS)

@@ -65,3 +65,15 @@ def rlhf(capsys, command, *arguments, sets=()):
         main([command, *map(str, arguments), *options])
     shown = capsys.readouterr()
     return exit_.value.code or 0, shown.out, shown.err
+
+
+def start(capsys, folder, command, *sets, options=()):
+    """Run a command with the config of `new_run`; return its exit code, output and errors."""
+    return rlhf(capsys, command, "--config", folder / "run.yaml", *options, sets=sets)
+
+
+def run(capsys, folder, command, *sets, options=()):
+    """Run a command as `start` does, which must succeed; return its output."""
+    code, out, err = start(capsys, folder, command, *sets, options=options)
+    assert code == 0, err
+    return out

@@ -12,21 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.saving import load_policy
-from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
+from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf, run, start
 
 RANK = "adapter.rank=2"
 PEFT = {"adapter_config.json", "adapter_model.safetensors", "rlhf_adapter.json"}
 IDS = torch.arange(3, 15)[None]
-
-
-def start(capsys, folder, command, *sets, options=()):
-    return rlhf(capsys, command, "--config", folder / "run.yaml", *options, sets=sets)
-
-
-def run(capsys, folder, command, *sets, options=()):
-    code, out, err = start(capsys, folder, command, *sets, options=options)
-    assert code == 0, err
-    return out
 
 
 @pytest.fixture(scope="module")

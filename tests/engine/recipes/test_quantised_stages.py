@@ -14,14 +14,10 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.model.adapter_files import Base, trained_on
 from rlhf_engine.model.quantised import FORMATS
 from rlhf_engine.recipes.loading import check_packages
-from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
+from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf, start
 
 QUANTS = ("nf4", "int8")
 RANK = "adapter.rank=4"
-
-
-def start(capsys, folder, command, *sets, options=()):
-    return rlhf(capsys, command, "--config", folder / "run.yaml", *options, sets=sets)
 
 
 def run(capsys, folder, command, *sets, options=()):

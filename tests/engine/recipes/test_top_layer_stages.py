@@ -8,22 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_engine.model.reward_model import RewardModel
-from tests.engine.helpers.cli_run import new_model, new_run, rlhf
+from tests.engine.helpers.cli_run import new_model, new_run, rlhf, run, start
 
 TOP = "model.train_layers=1"
 TRAINED = ("model.layers.1.", "model.norm.", "lm_head.")
 """Beginnings of the names of the weights that are trained of an untied model with two layers."""
 PARTIAL = {"top_layers.safetensors", "rlhf_top_layers.json"}
-
-
-def start(capsys, folder, command, *sets, options=()):
-    return rlhf(capsys, command, "--config", folder / "run.yaml", *options, sets=sets)
-
-
-def run(capsys, folder, command, *sets, options=()):
-    code, out, err = start(capsys, folder, command, *sets, options=options)
-    assert code == 0, err
-    return out
 
 
 def names(folder):
