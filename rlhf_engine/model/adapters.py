@@ -275,6 +275,9 @@ class Adapters:
         self._scale_rate(name)
         everywhere = dict.fromkeys(place for places in self.places.values() for place in places)
         self.layers = [self.model.get_submodule(place) for place in everywhere]
+        from rlhf_engine.model.low_rank import fuse_products  # it imports peft
+
+        fuse_products(self.layers)
 
     def _scale_rate(self, name: str) -> None:
         for tensor in self.tensors(name).values():
