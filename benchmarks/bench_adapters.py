@@ -1,7 +1,7 @@
 """PPO updates of a 48M-parameter model with adapters of rank 16 and with full fine-tuning, in alternation.
 
 Setup: a Llama of 47 million parameters (random weights), 32 prompts of 32 tokens, 64 response tokens each (no response ends
-earlier), one epoch of one minibatch in passes of 8 sequences, float32. Full fine-tuning has a frozen copy as reference and a
+earlier), 4 epochs of one minibatch as in `ppo_step`, in passes of 4 sequences, float32. Full fine-tuning has a frozen copy as reference and a
 separate reward model; with adapters the reference is the policy without its adapter, and the reward model is an adapter
 and a head. Values are a head on the policy's trunk. Memory is the peak resident set above that after the imports, in a
 process that returns freed blocks at once, as with `memory.budget`.
@@ -12,18 +12,22 @@ The last case has four roles with adapters, values by a separate one, and counts
 from __future__ import annotations
 
 from dataclasses import replace
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch._dynamo  # the first call of a custom op would import it during an update
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.harness import MB, Check, Session, Worker, alternate_workers, ratio, report
 from rlhf_engine.config import AdapterConfig, PPOConfig, RolloutConfig, RunConfig
 from rlhf_engine.memory.malloc import return_freed_blocks
 from rlhf_engine.model.adapters import Adapters, import_peft
 from rlhf_engine.model.heads import ValueHead
+from rlhf_engine.model.pretrained import load_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.model.roles import REWARD
+from rlhf_engine.model.top_layers import train_top
 from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.ppo import make_policy
@@ -46,18 +50,34 @@ CASES = {
     "rank 16, merged weights in sampling": {"rank": 16, "merge": "always"},
 }
 """Name -> rank of the adapters, and `rollout.merge_adapters`."""
-SEQUENCES, PROMPT, RESPONSE = 32, 32, 64
+SEQUENCES, PROMPT, RESPONSE, EPOCHS, PASS = 32, 32, 64, 4, 4
 
 
-def make_config(rank: int, merge: str, value_model: str = "head") -> RunConfig:
+def make_config(rank: int, merge: str, **ppo: Any) -> RunConfig:
     rollout = RolloutConfig(
         max_prompt_tokens=PROMPT, max_response_tokens=RESPONSE, batch_size=SEQUENCES, merge_adapters=merge
     )
-    ppo = PPOConfig(updates=10_000, rollout_batch=SEQUENCES, minibatch=SEQUENCES, microbatch=8, value_model=value_model)
-    return replace(RunConfig(), adapter=AdapterConfig(rank=rank), rollout=rollout, ppo=ppo)
+    sizes = {"rollout_batch": SEQUENCES, "minibatch": SEQUENCES, "microbatch": PASS, "ppo_epochs": EPOCHS}
+    return replace(
+        RunConfig(),
+        adapter=AdapterConfig(rank=rank),
+        rollout=rollout,
+        ppo=PPOConfig(**{"updates": 10_000} | sizes | ppo),
+    )
 
 
-def make_reward_model(model: LlamaForCausalLM, rank: int) -> RewardModel:
+def make_model(sizes: dict, config: RunConfig) -> PreTrainedModel:
+    """Return a language model with random weights, quantised as `config` says."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    if config.model.quant == "none":
+        return model
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_pretrained(AutoModelForCausalLM, folder, quant=config.model.quant, dtype=torch.float32)
+
+
+def make_reward_model(model: PreTrainedModel, rank: int) -> RewardModel:
     """Return a reward model with its own weights, or with `rank` an adapter and a head on the weights of `model`."""
     if not rank:
         return RewardModel.from_causal_lm(model, seed=1)
@@ -69,9 +89,10 @@ def make_reward_model(model: LlamaForCausalLM, rank: int) -> RewardModel:
 
 def make_trainer(model: dict, config: RunConfig) -> PPOTrainer:
     """Return the trainer of a case, with random weights and prompts."""
-    torch.manual_seed(0)
-    language_model = LlamaForCausalLM(LlamaConfig(**model)).eval()
+    language_model = make_model(model, config)
     reward_model = make_reward_model(language_model, config.adapter.rank)
+    if config.model.train_layers is not None:
+        train_top(language_model, config.model.train_layers)
     policy = make_policy(config, language_model, reward_model)
     vocab = model["vocab_size"]
 
@@ -107,7 +128,7 @@ def worker(session: Session, *, model: dict, rank: int, merge: str) -> None:
 
 def persistent_bytes(model: dict) -> tuple[int, int]:
     """Return the bytes that persist with four roles after an update, and those of one set of weights and what is trained."""
-    trainer = make_trainer(model, make_config(16, "never", "backbone"))
+    trainer = make_trainer(model, make_config(16, "never", value_model="backbone"))
     trainer.step()
     optimizer = trainer.update_rule.optimizer
     trained = [p for p in trainer.policy.parameters() if p.requires_grad]
@@ -137,7 +158,10 @@ def main(*, quick: bool = False) -> None:
     checks.append(
         Check("persistent bytes of four roles / one set of weights, adapters and their state", found / least, 1.1)
     )
-    title = f"PPO updates with adapters, {SEQUENCES} x ({PROMPT}+{RESPONSE}) tokens; four roles persist in {found / MB:.0f} MB"
+    title = (
+        f"PPO updates with adapters, {SEQUENCES} x ({PROMPT}+{RESPONSE}) tokens, {EPOCHS} epochs in passes of {PASS} sequences; "
+        f"four roles persist in {found / MB:.0f} MB"
+    )
     report(NAME, title, [full, separate, merged], checks=checks)
 
 

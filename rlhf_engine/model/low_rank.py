@@ -72,9 +72,7 @@ class _Product(torch.autograd.Function):
     """The product above, with gradients for x, A and B of any order."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         y, u = _multiply(x, weight, bias, a, b, scale)
         ctx.scale = scale
         ctx.save_for_backward(x, weight, a, b, u)

@@ -51,9 +51,7 @@ def persistent(w: Workload) -> Items:
     items = {"policy": _frozen(w, policy, policy.parameters) + head}
     if w.adapter:
         items["policy"] += policy_trained(w) * size
-        if w.reference_adapter:
-            items["reference"] = policy_trained(w) * size
-    else:
+    if w.copies_reference:
         items["reference"] = policy_trained(w) * size
     if w.value == "backbone":
         shape = w.reward or policy

@@ -71,15 +71,22 @@ def verdict(plan: MemoryPlan) -> str:
 
 
 def strategies_words(workload: Workload) -> str:
-    """Return the strategies that fit the workload's budget, fastest first by estimate; the smallest peak if none fits."""
+    """Return the fastest strategies that fit the workload's budget, by estimate; the smallest peak if none fits.
+
+    The first with adapters and the first with top layers are listed in any case.
+    """
     fits, least = fitting_or_smallest(workload)
     if not fits:
         return f"no strategy that was tried fits; the smallest peak is {size(least.plan.peak)} with {least.words}"
-    return "\n".join(_listed("what fits, fastest first by estimate:", fits))
+    shown = fits[:_LISTED]
+    shown += [one for kind in (1, 2) for one in _first_of(kind, fits) if one not in shown]
+    return "\n".join(
+        ["what fits, fastest first by estimate:", *(f"  {size(one.plan.peak):>10}  {one.words}" for one in shown)]
+    )
 
 
-def _listed(heading: str, found: Sequence[Strategy]) -> list[str]:
-    return [heading] + [f"  {size(one.plan.peak):>10}  {one.words}" for one in found[:_LISTED]]
+def _first_of(kind: int, fits: Sequence[Strategy]) -> list[Strategy]:
+    return [one for one in fits if one.kind == kind][:1]
 
 
 def refuse(plan: MemoryPlan) -> None:

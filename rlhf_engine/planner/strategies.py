@@ -1,9 +1,8 @@
 """Settings with which a run would fit: every combination is tried, and those that fit are listed fastest first.
 
-The order is an estimate from counted work, not from timings. Half-precision matrix products save time. 8-bit state
-costs a little. State in host memory crosses the bus twice per optimizer step. Gradient checkpointing repeats a forward
-pass. Every halving of the micro-batch, of the slots or of their keys and values costs a little. Quantised weights are
-dequantised in every pass. Adapters, which those need, come last, because they change what is trained.
+The order is an estimate from counted work (`work.update_time`), not from timings. Every halving of the micro-batch or of the
+keys and values costs a little more. Adapters, which quantised weights need, and then top layers come last, because they
+change what is trained.
 """
 
 from __future__ import annotations
@@ -18,30 +17,20 @@ from rlhf_engine.config import RunConfig
 from rlhf_engine.planner.items import kv_cache
 from rlhf_engine.planner.model_shape import RecurrentShape
 from rlhf_engine.planner.plan import MemoryPlan
+from rlhf_engine.planner.work import update_time
 from rlhf_engine.planner.workload import Workload
 
-_HALF_SAVES = {"cuda": -0.40, "cpu": 0.30}
-"""Share of an update's time that half-precision products add; positive for processors without instructions for them."""
-_COSTS: dict[tuple[str, Any], float] = {
-    ("compute_dtype", "bfloat16"): 0.0,
-    ("dtype", "bfloat16"): 0.01,  # master weights are rounded once per step
-    ("optimizer_state", "8bit"): 0.02,
-    ("optimizer_state", "host"): 0.10,
-    ("gradient_checkpointing", True): 0.25,
-    ("adapter", 16): -0.10,
-    ("quant", "int8"): 0.15,
-    ("quant", "nf4"): 0.20,
-}
-"""Share of an update's time that each other change adds, by estimate."""
 _HALVING = 0.03
-"""Share of an update's time that a halving of the micro-batch, the slots or their keys and values adds, by estimate."""
+"""Share of an update's time that a halving of the micro-batch or of the keys and values adds, by estimate."""
 
 _SETTINGS = {
     "dtype": "dtype",
     "compute_dtype": "compute_dtype",
     "optimizer_state": "memory.optimizer_state",
     "gradient_checkpointing": "memory.gradient_checkpointing",
+    "train_layers": "model.train_layers",
     "adapter": "adapter.rank",
+    "reference": "ppo.reference",
     "quant": "model.quant",
     "microbatch": "ppo.microbatch",
     "microbatch_tokens": "ppo.microbatch_tokens",
@@ -68,6 +57,11 @@ class Strategy:
         return ", ".join(named) or "as it is"
 
     @property
+    def kind(self) -> int:
+        """What is trained: 0 as configured, 1 adapters instead, 2 only the top layers instead."""
+        return 1 if "adapter" in self.changes else 2 if "train_layers" in self.changes else 0
+
+    @property
     def valid(self) -> bool:
         """Whether a config may have these settings."""
         workload = self.plan.workload
@@ -84,7 +78,7 @@ class Strategy:
 
 
 def fitting(workload: Workload) -> list[Strategy]:
-    """Return the strategies that fit the workload's budget, fastest first, and those with adapters after all others.
+    """Return the strategies that fit the workload's budget, fastest first, and those that train less after all others.
 
     A strategy is left out if a faster one needs only a subset of its switches.
     """
@@ -104,7 +98,7 @@ def fitting_or_smallest(workload: Workload) -> tuple[list[Strategy], Strategy]:
 
 def _fitting(tried: Iterable[Strategy]) -> list[Strategy]:
     fits = [one for one in tried if one.plan.fits and one.plan.slots]
-    fits.sort(key=lambda one: ("adapter" in one.changes, one.cost, len(one.changes)))
+    fits.sort(key=lambda one: (one.kind, one.cost, len(one.changes)))
     kept: list[Strategy] = []
     for one in fits:
         switches = _switches(one)
@@ -126,40 +120,37 @@ def _tried(workload: Workload) -> Iterator[Strategy]:
 
     If not even a micro-batch of one sequence or one slot fits, it is planned with one.
     """
+    recurrent = any(isinstance(shape, RecurrentShape) for shape in (workload.policy, workload.reward))
+    layers, whole = workload.policy.layers, workload.adapter == 0 and workload.train_layers is None
     choices: dict[str, list[Any]] = {
         "dtype": ["float32", "bfloat16"],
         "compute_dtype": ["float32", "bfloat16"],
         "optimizer_state": ["resident", "8bit"] + ["host"] * (workload.device != "cpu"),
         "gradient_checkpointing": [False, True],
+        "train_layers": [None, max(1, layers // 4)] if whole and not recurrent else [workload.train_layers],
         "adapter": [0, 16] if workload.adapter == 0 else [workload.adapter],
-        "quant": ["none", "int8", "nf4"],
+        "quant": ["none"] if recurrent else ["none", "int8", "nf4"],
+        # A copy needs more memory than what is chosen automatically, and is not faster.
+        "reference": ["auto"],
     }
     for name, values in choices.items():
         if (now := getattr(workload, name)) not in values:
             values.append(now)
     for values in product(*choices.values()):
         changes = {name: value for name, value in zip(choices, values, strict=True) if value != getattr(workload, name)}
-        if not _sensible(workload, changes):
-            continue
-        cost = sum(_COSTS.get(one, math.inf) for one in changes.items())
-        if any(value == "bfloat16" for value in changes.values()):
-            cost += _HALF_SAVES[workload.device if workload.device in _HALF_SAVES else "cuda"]
-        if math.isfinite(cost):
-            tried = _sized(workload, changes, cost)
-            if tried.valid:
-                yield tried
+        if _sensible(workload, changes) and (tried := _sized(workload, changes)).valid:
+            yield tried
 
 
 def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
     changed = replace(workload, **changes)
     rounds_twice = changes.get("compute_dtype") == "bfloat16" and changed.dtype == "bfloat16"
-    recurrent = any(isinstance(shape, RecurrentShape) for shape in (changed.policy, changed.reward))
-    quantises = changed.adapter > 0 and not recurrent
-    return not rounds_twice and (quantises or changed.quant == "none")
+    trains_less_twice = "adapter" in changes and "train_layers" in changes
+    return not rounds_twice and not trains_less_twice and (changed.adapter > 0 or changed.quant == "none")
 
 
-def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy:
-    changed = replace(workload, **changes)
+def _sized(workload: Workload, changes: dict[str, Any]) -> Strategy:
+    changed, halvings = replace(workload, **changes), 0.0
     plan = MemoryPlan.of(changed)
     rows = max(1, min(changed.train_rows, plan.largest_microbatch()))
     changes = dict(changes)
@@ -167,11 +158,11 @@ def _sized(workload: Workload, changes: dict[str, Any], cost: float) -> Strategy
         tokens = changed.microbatch_tokens is not None
         smaller = {"microbatch_tokens": rows * (changed.length - 1)} if tokens else {"microbatch": rows}
         changes |= smaller
-        cost += _HALVING * math.log2(changed.train_rows / rows)
+        halvings += math.log2(changed.train_rows / rows)
         plan = MemoryPlan.of(replace(changed, **smaller))
     if 0 < plan.slots < workload.slots:
         changes["slots"] = plan.slots
-        cost += _HALVING * math.log2(workload.slots / plan.slots)
     if plan.slots:
-        cost += _HALVING * math.log2(kv_cache(changed, plan.slots) / plan.kv_bytes)
-    return Strategy(plan, changes, cost)
+        halvings += math.log2(kv_cache(changed, plan.slots) / plan.kv_bytes)
+    after = replace(plan.workload, slots=max(1, plan.slots))
+    return Strategy(plan, changes, update_time(after) / update_time(workload) - 1 + _HALVING * halvings)

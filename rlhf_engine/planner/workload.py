@@ -55,6 +55,8 @@ class Workload:
     """Whether the reward model of a run with adapters is one on the weights of the policy."""
     reference_adapter: bool = False
     """Whether the reference has an adapter, because the policy starts from one."""
+    reference: str = "auto"
+    """Value of the setting `ppo.reference`."""
     merge_adapters: str = "never"
     """Value of the setting `rollout.merge_adapters`; `MemoryPlan` replaces "auto" by "always" or "never"."""
     train_layers: int | None = None
@@ -128,7 +130,8 @@ class Workload:
             train_layers=config.model.train_layers,
             quant=config.model.quant,
             reward_adapter=reward_adapter,
-            reference_adapter=reference_adapter or (config.adapter.rank > 0 and ppo.reference == "frozen_copy"),
+            reference_adapter=reference_adapter,
+            reference=ppo.reference,
             budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),
             config=config,
         )
@@ -166,8 +169,13 @@ class Workload:
     @property
     def shares_states(self) -> bool:
         """Whether the output of the policy's frozen layers is stored for the reference and the passes of training."""
-        kind = self.config.ppo.reference
-        return self.top_layers < self.policy.layers and (kind == "hydra" or (kind == "auto" and not self.adapter))
+        shared = self.reference == "hydra" or (self.reference == "auto" and not self.adapter)
+        return self.top_layers < self.policy.layers and shared
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference has its own copy of what the policy trains."""
+        return not self.adapter or self.reference_adapter or self.reference == "frozen_copy"
 
     @property
     def factor_bytes(self) -> int:

@@ -30,7 +30,10 @@ def outputs(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     trained = {name: one for name, one in layer.named_parameters() if one.requires_grad}
     y = layer(x)
-    return {"y": y, **dict(zip(("x", *trained), torch.autograd.grad(y.sin().sum(), (x, *trained.values())), strict=True))}
+    return {
+        "y": y,
+        **dict(zip(("x", *trained), torch.autograd.grad(y.sin().sum(), (x, *trained.values())), strict=True)),
+    }
 
 
 @pytest.mark.parametrize("bias", [True, False])

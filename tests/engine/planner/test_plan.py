@@ -328,9 +328,8 @@ def test_trained_top_layers_have_the_planned_size(family, dtype, rank):
         Adapters.start(model, AdapterConfig(rank=rank), seed=0)
     policy = ActorCritic(model)
     reference = Hydra(policy)
-    config = RunConfig(ppo=PPOConfig(reference="hydra"))
     run = replace(
-        RUN, policy=shape, reward=None, dtype=dtype, adapter=rank, train_layers=1, average=True, config=config
+        RUN, policy=shape, reward=None, dtype=dtype, adapter=rank, train_layers=1, average=True, reference="hydra"
     )
     plan = MemoryPlan.of(run)
     stored = list(policy.stored())
@@ -346,7 +345,7 @@ def test_trained_top_layers_have_the_planned_size(family, dtype, rank):
     per_input = rollout.states.nbytes // len(rollout.states)
     inputs = run.rollout_batch * (run.length - 1)
     assert plan.phases["score"]["states"] == plan.phases["train"]["states"] == inputs * per_input
-    copied = MemoryPlan.of(replace(run, config=RunConfig(ppo=PPOConfig(reference="frozen_copy"))))
+    copied = MemoryPlan.of(replace(run, reference="frozen_copy"))
     assert "states" not in copied.phases["score"].items
     if not rank:
         shared = {p.data_ptr() for p in policy.parameters()}
@@ -548,9 +547,7 @@ def test_strategies_fit_and_the_fastest_is_first():
     workload = Workload(shape, shape, 512, 512, 64, 64, 16, 64, device="cuda", budget=60 * 2**30)
     assert not MemoryPlan.of(workload).fits
     found = fitting(workload)
-    order = [
-        ("adapter" in one.changes, one.cost) for one in found
-    ]  # adapters change what is trained, so they come last
+    order = [(one.kind, one.cost) for one in found]  # what changes the trained weights comes last
     assert found and order == sorted(order)
     for one in found:
         again = MemoryPlan.of(replace(workload, **one.changes))
@@ -558,11 +555,13 @@ def test_strategies_fit_and_the_fastest_is_first():
         for name in one.changes:
             without = (name, "quant") if name == "adapter" else (name,)  # quantised weights need an adapter
             fewer = {key: value for key, value in one.changes.items() if key not in without}
-            assert name in ("dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (one.words, name)
+            assert name in ("dtype", "compute_dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (one.words, name)
     assert all(one.valid for one in found) and not any("quant" in one.changes for one in found)
     tight = fitting(replace(workload, budget=6 * 2**30))
-    assert "adapter.rank=16" in fitting(replace(workload, budget=20 * 2**30))[-1].words
-    assert tight and all("adapter.rank=16, model.quant=" in one.words for one in tight)
+    by_kind = [[one.words for one in tight if one.kind == kind] for kind in range(3)]
+    assert not by_kind[0] and by_kind[1] and all("adapter.rank=16, model.quant=" in words for words in by_kind[1])
+    kinds = [one.kind for one in fitting(replace(workload, budget=20 * 2**30))]
+    assert kinds == sorted(kinds) and {1, 2} <= set(kinds)
     assert fitting(replace(workload, budget=2**30)) == []
     assert smallest(workload).plan.peak == min(one.plan.peak for one in (smallest(workload), *found))
     assert "model.quant=nf4" in smallest(workload).words

@@ -1,0 +1,132 @@
+"""An estimate of the time of one PPO update, to order strategies: counted matrix products, conversions and transfers.
+
+    update = generate + score + ppo_epochs x (train + optimizer steps)
+
+The unit is the time of one weight times one token in a large product in float32. What is bound by memory bandwidth, such as
+a decode step with few rows, counts as a number of tokens per weight that depends on the device. Attention, activations and
+Python are not counted. `python -m benchmarks step_time` compares the estimate with measured updates on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rlhf_engine.planner import items
+from rlhf_engine.planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Costs of a device in tokens per weight, and the speed of its half-precision products."""
+
+    read: float
+    """Reading a float32 weight from memory."""
+    half: float
+    """Time of a half-precision product in units of a float32 product."""
+    dequantise: dict[str, float]
+    """Dequantising a weight, by the format."""
+    optimizer: dict[str, float]
+    """AdamW's step, by the kind of its state."""
+
+
+MACHINES = {
+    # Single products and conversions on 2 cores with AVX-512: 24 ps per weight and token, `half` without half-precision
+    # instructions.
+    "cpu": Machine(
+        read=7,
+        half=1.3,
+        dequantise={"int8": 4, "nf4": 12, "fp8": 100},
+        optimizer={"resident": 60, "8bit": 240, "host": 60},
+    ),
+    # From the data sheet of an H200, not measured: 67 TFLOP/s in float32, 4.8 TB/s, and 50 GB/s to host memory.
+    "cuda": Machine(
+        read=30,
+        half=0.1,
+        dequantise={"int8": 30, "nf4": 30, "fp8": 30},
+        optimizer={"resident": 200, "8bit": 300, "host": 20_000},
+    ),
+}
+LOW_RANK = 2.0
+"""Time of a product with the matrices of an adapter in units of a large product with as many weights."""
+
+
+def update_time(w: Workload) -> float:
+    """Return the estimated time of one update."""
+    epochs, steps = w.config.ppo.ppo_epochs, math.ceil(w.rollout_batch / w.minibatch)
+    return _generate(w) + _score(w) + epochs * (_train(w) + steps * _optimizer(w))
+
+
+def _machine(w: Workload) -> Machine:
+    return MACHINES.get(w.device, MACHINES["cuda"])
+
+
+def _per_token(w: Workload) -> float:
+    return _machine(w).half if w.compute_bytes < 4 else 1.0
+
+
+def _dequantise(w: Workload) -> float:
+    """Return the time per weight and pass of dequantising the layers."""
+    return 0.0 if w.quant == "none" else _machine(w).dequantise[w.quant]
+
+
+def _adapter(w: Workload) -> float:
+    """Return the weights of the policy's adapter, in weights of large products."""
+    return LOW_RANK * items.adapter_numbers(w, items.policy_shapes(w)) if w.adapter else 0.0
+
+
+def _head(w: Workload) -> int:
+    return w.policy.vocab * w.policy.hidden
+
+
+def _top(w: Workload) -> float:
+    """Return the share of the layers that are trained or have adapters."""
+    return w.top_layers / w.policy.layers
+
+
+def _generate(w: Workload) -> float:
+    """Return the time of prompts and of decode steps, which have one row per slot and read every weight."""
+    layers, slots = w.policy.layer_matrices, max(1, w.slots)
+    adapter = 0.0 if w.merge_adapters == "always" else _adapter(w)
+    prompts = w.rollout_batch * w.prompt * (layers + adapter) * _per_token(w)
+    steps = w.response * max(1.0, w.rollout_batch / slots)
+    row = max(slots * _per_token(w), _machine(w).read * w.weight_bytes / 4)
+    return prompts + steps * ((layers + adapter + _head(w)) * row + layers * _dequantise(w))
+
+
+def _score(w: Workload) -> float:
+    """Return the time of a pass each of the reference, the reward model and a value model."""
+    tokens, actions = w.rollout_batch * w.length, w.rollout_batch * w.response
+    passes = math.ceil(w.rollout_batch / max(1, w.train_rows))
+
+    def whole(weights: float) -> float:
+        return weights * (tokens * _per_token(w) + passes * _dequantise(w))
+
+    policy = w.policy.layer_matrices
+    reference = whole(policy) + actions * _head(w) * _per_token(w)
+    others = [w.reward] * (w.reward is not None) + [w.reward or w.policy] * (w.value == "backbone")
+    roles = sum(whole(one.layer_matrices) + tokens * _adapter(w) * _per_token(w) for one in others if one is not None)
+    return reference + roles
+
+
+def _train(w: Workload) -> float:
+    """Return the time of one epoch: forward passes, and products for the gradients of inputs and of trained weights."""
+    tokens, actions = w.rollout_batch * w.length, w.rollout_batch * w.response
+    passes = math.ceil(w.rollout_batch / max(1, w.train_rows))
+    top, layers = _top(w), w.policy.layer_matrices
+    # Layers below the trained ones have no backward pass, and no second forward pass if their output is stored.
+    forward = (top if w.shares_states else 1.0) + top * w.gradient_checkpointing
+    products = forward + top * (1 if w.adapter else 2)
+    frozen_head = w.adapter or (w.train_layers is not None and w.policy.tied)
+    head = _head(w) * actions * (2 if frozen_head else 3)
+    low_rank = _adapter(w) * tokens * (3 + w.gradient_checkpointing)
+    time = (layers * products * tokens + head + low_rank) * _per_token(w)
+    time += layers * passes * (forward + top) * _dequantise(w)
+    if w.value == "backbone":
+        shape = w.reward or w.policy
+        time += shape.layer_matrices * tokens * (2 if w.adapter else 3) * _per_token(w)
+    return time
+
+
+def _optimizer(w: Workload) -> float:
+    return items.trained(w) * _machine(w).optimizer[w.optimizer_state]
