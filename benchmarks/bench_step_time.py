@@ -66,7 +66,9 @@ def main(*, quick: bool = False) -> None:
     """Time all cases in alternation and compare the ratios."""
     model = SMALL | {"num_hidden_layers": 4} if quick else MODEL
     workers = [
-        Worker(name, "benchmarks.bench_step_time:worker", {"model": model, "case": case}, start_limit=300, step_limit=300)
+        Worker(
+            name, "benchmarks.bench_step_time:worker", {"model": model, "case": case}, start_limit=300, step_limit=300
+        )
         for name, case in CASES.items()
     ]
     rows = alternate_workers(workers, rounds=1 if quick else 4, slow=60)

@@ -44,6 +44,9 @@ class MemoryConfig(Section):
     """Storage of the optimizer's moments and of the float32 masters of bfloat16 weights. resident: on the device, in
     float32. host: in host memory, copied to the device while gradients are computed; on a CPU this saves nothing. 8bit:
     on the device with moments in 8 bits and masters in float32 (needs torchao)."""
+    reference: Literal["device", "host"] = "device"
+    """Storage of the layers of a frozen reference (ppo.reference frozen_copy). host: in host memory; while a layer
+    computes, the next one is copied to the device. On a CPU this saves nothing."""
     gradient_checkpointing: bool = False
     """Store only the input of each layer in the forward pass, and recompute the layer in the backward pass."""
 

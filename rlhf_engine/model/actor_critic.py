@@ -359,36 +359,16 @@ def _trunk_name(model: PreTrainedModel) -> str:
 def frozen_copy(policy: ActorCritic) -> ActorCritic:
     """Return a deep copy of a policy that requires no gradients; a value function with its own trunk is left out."""
     value = policy.value
-    return _frozen(policy, without=None if value is None or value.shares_trunk else value)
+    return frozen(policy, without=None if value is None or value.shares_trunk else value)
 
 
-def _frozen(policy: Model, *, without: ValueFunction | None) -> Model:
-    """Return a deep copy without gradients, which shares the weights that are frozen below or under what is trained."""
+def frozen(policy: Model, *, without: ValueFunction | None, copies: Mapping[int, nn.Parameter] | None = None) -> Model:
+    """Return a deep copy without gradients, which shares the weights that are frozen below or under what is trained.
+
+    `copies` has weights by the `id` of those that they replace in the copy.
+    """
     memo: dict[int, object] = {} if without is None else {id(without): None}
+    memo |= copies or {}
     if policy.adapters is not None or policy.top is not None:
         memo |= {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
     return copy.deepcopy(policy, memo).requires_grad_(False)
-
-
-class FrozenCopy:
-    """A reference with a copy of the policy's weights at construction."""
-
-    def __init__(self, policy: LanguageModel) -> None:
-        self.model = _frozen(policy, without=policy.value)
-
-    @property
-    def packs(self) -> bool:
-        """Whether micro-batches with a token budget are packed without padding."""
-        return self.model.packs
-
-    def shared_states(self, batch: TokenBatch) -> None:
-        """Return None: a copy shares no computation with the policy."""
-
-    @torch.no_grad()
-    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
-        """Return the log-probs of a batch's actions."""
-        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the names and tensors of the language model."""
-        return self.model.model.named_parameters()

@@ -269,7 +269,7 @@ def checkpoint_layers(trunk: PreTrainedModel) -> None:
     Raises:
         ValueError: no layer of the trunk is a `GradientCheckpointingLayer` of transformers.
     """
-    layers = list(_outermost(trunk))
+    layers = list(outermost_layers(trunk))
     if not layers:
         raise ValueError(
             f"memory.gradient_checkpointing: got True, expected False for {type(trunk).__name__}, whose layers transformers "
@@ -286,13 +286,13 @@ def layers_of(trunk: nn.Module) -> Iterator[GradientCheckpointingLayer]:
     return (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
-def _outermost(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+def outermost_layers(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
     """Iterate over the layers that transformers can recompute and that are not part of one: those are recomputed with it."""
     for child in module.children():
         if isinstance(child, GradientCheckpointingLayer):
             yield child
         else:
-            yield from _outermost(child)
+            yield from outermost_layers(child)
 
 
 @contextmanager

@@ -11,12 +11,13 @@ from dataclasses import replace
 
 from rlhf_engine.memory.arena import SUM_DTYPE
 from rlhf_engine.model.quantised import quantised_bytes
+from rlhf_engine.model.streamed import layer_bytes
 from rlhf_engine.model.upcast import upcasts
 from rlhf_engine.optim.eight_bit import moment_bytes
 from rlhf_engine.optim.ema import AVERAGE_DTYPE
 from rlhf_engine.optim.offload import HALF, most_in_transit
 from rlhf_engine.planner.activations import FLOAT, Pass, pass_through
-from rlhf_engine.planner.model_shape import ModelShape, RecurrentShape
+from rlhf_engine.planner.model_shape import OUTSIDE, ModelShape, RecurrentShape
 from rlhf_engine.planner.workload import Workload
 from rlhf_engine.ppo.experience import experience_bytes
 from rlhf_engine.rollout.decode.cpu import reorders
@@ -53,6 +54,8 @@ def persistent(w: Workload) -> Items:
         items["policy"] += policy_trained(w) * size
     if w.copies_reference:
         items["reference"] = policy_trained(w) * size
+    if w.reference_memory == "host":
+        items |= _streamed_reference(w)
     if w.value == "backbone":
         shape = w.reward or policy
         shared = _value_adapter(w) * size + _scalar_head(shape)
@@ -65,6 +68,16 @@ def persistent(w: Workload) -> Items:
     if w.optimizer_state != "host" or w.device == "cpu":
         items |= {"optimizer_state": optimizer_state(w)} | _masters(w)
     return items | {"context": _context(w)}
+
+
+def _streamed_reference(w: Workload) -> Items:
+    """Return the bytes of a reference with its layers in host memory: the rest of it, and two layers in transit."""
+    size, layers = w.weight_bytes, w.policy.layers
+    inside = [math.prod(shape) // layers for name, shape in w.policy.trunk().items() if name not in OUTSIDE]
+    host = layers * layer_bytes([(count, size) for count in inside])
+    transit = 2 * layer_bytes([(count, size) for count in inside])
+    rest = (w.policy.parameters - layers * sum(inside)) * size
+    return {"reference": rest + (host if w.device == "cpu" else 0), "layers_in_transit": transit}
 
 
 def _context(w: Workload) -> int:

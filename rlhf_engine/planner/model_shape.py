@@ -40,7 +40,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Architectures whose layers are known, and their properties that are not in the config."""
 
-_OUTSIDE = ("embedding", "place", "norm", "norm_bias")
+OUTSIDE = ("embedding", "place", "norm", "norm_bias")
 """Weights of `ModelShape.trunk` outside the layers."""
 
 UNLIMITED = 2**31
@@ -121,8 +121,8 @@ class ModelShape:
 
     def top(self, count: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the top `count` layers, the last norm and an untied head, which `train_top` trains."""
-        layers = {name: (count, *shape[1:]) for name, shape in self.trunk().items() if name not in _OUTSIDE}
-        norm = {name: shape for name, shape in self.trunk().items() if name.startswith("norm") and name in _OUTSIDE}
+        layers = {name: (count, *shape[1:]) for name, shape in self.trunk().items() if name not in OUTSIDE}
+        norm = {name: shape for name, shape in self.trunk().items() if name.startswith("norm") and name in OUTSIDE}
         return layers | norm | self.head()
 
     def head(self) -> dict[str, tuple[int, ...]]:

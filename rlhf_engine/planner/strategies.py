@@ -31,6 +31,7 @@ _SETTINGS = {
     "train_layers": "model.train_layers",
     "adapter": "adapter.rank",
     "reference": "ppo.reference",
+    "reference_memory": "memory.reference",
     "quant": "model.quant",
     "microbatch": "ppo.microbatch",
     "microbatch_tokens": "ppo.microbatch_tokens",
@@ -132,6 +133,7 @@ def _tried(workload: Workload) -> Iterator[Strategy]:
         "quant": ["none"] if recurrent else ["none", "int8", "nf4"],
         # A copy needs more memory than what is chosen automatically, and is not faster.
         "reference": ["auto"],
+        "reference_memory": ["device", "host"] if whole and not recurrent and workload.device != "cpu" else ["device"],
     }
     for name, values in choices.items():
         if (now := getattr(workload, name)) not in values:
@@ -145,8 +147,15 @@ def _tried(workload: Workload) -> Iterator[Strategy]:
 def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
     changed = replace(workload, **changes)
     rounds_twice = changes.get("compute_dtype") == "bfloat16" and changed.dtype == "bfloat16"
-    trains_less_twice = "adapter" in changes and "train_layers" in changes
-    return not rounds_twice and not trains_less_twice and (changed.adapter > 0 or changed.quant == "none")
+    trains_less = changed.adapter > 0, changed.train_layers is not None
+    streams = changed.reference_memory == "host"
+    if (
+        rounds_twice
+        or (all(trains_less) and changes.keys() & {"adapter", "train_layers"})
+        or (streams and any(trains_less))
+    ):
+        return False
+    return changed.adapter > 0 or changed.quant == "none"
 
 
 def _sized(workload: Workload, changes: dict[str, Any]) -> Strategy:

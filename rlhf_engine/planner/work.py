@@ -22,6 +22,8 @@ class Machine:
 
     read: float
     """Reading a float32 weight from memory."""
+    from_host: float
+    """Copying a float32 weight from host memory."""
     half: float
     """Time of a half-precision product in units of a float32 product."""
     dequantise: dict[str, float]
@@ -35,6 +37,7 @@ MACHINES = {
     # instructions.
     "cpu": Machine(
         read=7,
+        from_host=7,
         half=1.3,
         dequantise={"int8": 4, "nf4": 12, "fp8": 100},
         optimizer={"resident": 60, "8bit": 240, "host": 60},
@@ -42,6 +45,7 @@ MACHINES = {
     # From the data sheet of an H200, not measured: 67 TFLOP/s in float32, 4.8 TB/s, and 50 GB/s to host memory.
     "cuda": Machine(
         read=30,
+        from_host=2_600,
         half=0.1,
         dequantise={"int8": 30, "nf4": 30, "fp8": 30},
         optimizer={"resident": 200, "8bit": 300, "host": 20_000},
@@ -103,7 +107,12 @@ def _score(w: Workload) -> float:
         return weights * (tokens * _per_token(w) + passes * _dequantise(w))
 
     policy = w.policy.layer_matrices
-    reference = whole(policy) + actions * _head(w) * _per_token(w)
+    reference = actions * _head(w) * _per_token(w)
+    if w.reference_memory == "host":
+        # Copies run while the device computes.
+        reference += max(whole(policy), policy * passes * _machine(w).from_host * w.weight_bytes / 4)
+    else:
+        reference += whole(policy)
     others = [w.reward] * (w.reward is not None) + [w.reward or w.policy] * (w.value == "backbone")
     roles = sum(whole(one.layer_matrices) + tokens * _adapter(w) * _per_token(w) for one in others if one is not None)
     return reference + roles

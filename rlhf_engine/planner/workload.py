@@ -57,6 +57,8 @@ class Workload:
     """Whether the reference has an adapter, because the policy starts from one."""
     reference: str = "auto"
     """Value of the setting `ppo.reference`."""
+    reference_memory: str = "device"
+    """Value of the setting `memory.reference`."""
     merge_adapters: str = "never"
     """Value of the setting `rollout.merge_adapters`; `MemoryPlan` replaces "auto" by "always" or "never"."""
     train_layers: int | None = None
@@ -97,6 +99,11 @@ class Workload:
                 f"model.quant: got {config.model.quant!r} for a model with recurrent states, whose memory the plan does not "
                 "know; unset memory.budget to run without a plan"
             )
+        if memory.reference == "host" and isinstance(policy, RecurrentShape):
+            raise UnknownMemoryError(
+                "memory.reference: got 'host' for a model with recurrent states, whose memory the plan does not know; set it "
+                "to device, or unset memory.budget to run without a plan"
+            )
         # A response that reaches its maximum length is scored with an EOS token appended.
         room = policy.positions if reward is None else min(policy.positions, reward.positions - 1)
         if rollout.max_prompt_tokens + rollout.max_response_tokens > room:
@@ -132,6 +139,7 @@ class Workload:
             reward_adapter=reward_adapter,
             reference_adapter=reference_adapter,
             reference=ppo.reference,
+            reference_memory=memory.reference,
             budget=None if memory.budget is None else byte_count(memory.budget, "memory.budget"),
             config=config,
         )

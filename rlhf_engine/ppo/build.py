@@ -118,7 +118,9 @@ def build_trainer(
     )
     return PPOTrainer(
         policy,
-        make_reference(policy, config.ppo.reference) if reference is None else reference,
+        make_reference(policy, config.ppo.reference, host=config.memory.reference == "host")
+        if reference is None
+        else reference,
         generator,
         prompts if callable(prompts) else prompt_stream(prompts, config, policy.lm_weight.shape[0]),
         reward,
@@ -130,17 +132,24 @@ def build_trainer(
     )
 
 
-def make_reference(policy: ActorCritic, kind: str) -> Reference:
+def make_reference(policy: ActorCritic, kind: str, *, host: bool = False) -> Reference:
     """Return the reference `kind`, a value of `ppo.reference`, of a policy that no update has changed.
 
+    With `host`, the layers of a frozen copy are in host memory.
+
     Raises:
-        ValueError: the policy does not allow the kind: adapter_off needs adapters, and hydra frozen lower layers.
+        ValueError: the policy does not allow the kind: adapter_off needs adapters, and hydra frozen lower layers; or `host` is
+            set and the policy has frozen layers, which its reference shares.
     """
+    if host and (policy.adapters is not None or policy.top is not None):
+        raise ValueError(
+            "memory.reference: got 'host' for a policy with frozen layers, which its reference shares; expected 'device'"
+        )
     if kind == "adapter_off" or (kind == "auto" and policy.adapters is not None):
         return AdapterOff(policy)
     if kind == "hydra" or (kind == "auto" and policy.top is not None):
         return Hydra(policy)
-    return FrozenCopy(policy)
+    return FrozenCopy(policy, host=host)
 
 
 def make_generator(

@@ -21,6 +21,12 @@ def check_reference(config: RunConfig) -> None:
     kind, rank, top = config.ppo.reference, config.adapter.rank, config.model.train_layers
     others = ["adapter_off"] * (rank > 0) + ["hydra"] * (top is not None) + ["frozen_copy"]
     expected = " or ".join(repr(name) for name in others)
+    if config.memory.reference == "host" and (rank or top is not None):
+        shared = "adapter.rank" if rank else "model.train_layers"
+        raise ValueError(
+            f"memory.reference: got 'host' with {shared}, expected 'device': the reference shares the frozen layers of the policy; "
+            "leave memory.reference out"
+        )
     if kind == "adapter_off" and not rank:
         raise ValueError(
             f"ppo.reference: got 'adapter_off' with adapter.rank 0, expected {expected}: without an adapter, the weights of "

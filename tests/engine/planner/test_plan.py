@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3Config
 
-from rlhf_engine.config import AdapterConfig, ModelConfig, OptimConfig, PPOConfig, RunConfig
+from rlhf_engine.config import AdapterConfig, ModelConfig, OptimConfig, RunConfig
 from rlhf_engine.model import ActorCritic, FrozenCopy, ValueHead, upcast
 from rlhf_engine.model.adapters import Adapters
 from rlhf_engine.model.pretrained import load_pretrained
@@ -555,7 +555,10 @@ def test_strategies_fit_and_the_fastest_is_first():
         for name in one.changes:
             without = (name, "quant") if name == "adapter" else (name,)  # quantised weights need an adapter
             fewer = {key: value for key, value in one.changes.items() if key not in without}
-            assert name in ("dtype", "compute_dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (one.words, name)
+            assert name in ("dtype", "compute_dtype", "slots") or not MemoryPlan.of(replace(workload, **fewer)).fits, (
+                one.words,
+                name,
+            )
     assert all(one.valid for one in found) and not any("quant" in one.changes for one in found)
     tight = fitting(replace(workload, budget=6 * 2**30))
     by_kind = [[one.words for one in tight if one.kind == kind] for kind in range(3)]

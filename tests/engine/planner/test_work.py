@@ -28,9 +28,7 @@ def test_full_fine_tuning_by_hand():
 
 
 def test_every_epoch_trains_once_more():
-    two, three = (
-        update_time(replace(RUN, config=RunConfig(ppo=PPOConfig(ppo_epochs=epochs)))) for epochs in (2, 3)
-    )
+    two, three = (update_time(replace(RUN, config=RunConfig(ppo=PPOConfig(ppo_epochs=epochs)))) for epochs in (2, 3))
     once = update_time(RUN)
     assert three - two == pytest.approx(two - once, rel=1e-9) and two > once
 
