@@ -1,10 +1,10 @@
 """PPO updates of a 48M-parameter model with adapters of rank 16 and with full fine-tuning, in alternation.
 
 Setup: a Llama of 47 million parameters (random weights), 32 prompts of 32 tokens, 64 response tokens each (no response ends
-earlier), 4 epochs of one minibatch as in `ppo_step`, in passes of 4 sequences, float32. Full fine-tuning has a frozen copy as reference and a
-separate reward model; with adapters the reference is the policy without its adapter, and the reward model is an adapter
-and a head. Values are a head on the policy's trunk. Memory is the peak resident set above that after the imports, in a
-process that returns freed blocks at once, as with `memory.budget`.
+earlier), 4 epochs of one minibatch as in `ppo_step`, in passes of 4 sequences, float32. Full fine-tuning has a frozen copy as
+reference and a separate reward model; with adapters the reference is the policy without its adapter, and the reward model is
+an adapter and a head. Values are a head on the policy's trunk. Memory is the peak resident set above that after the imports,
+in a process that returns freed blocks at once, as with `memory.budget`.
 
 The last case has four roles with adapters, values by a separate one, and counts the bytes of all tensors that persist.
 """
@@ -159,7 +159,7 @@ def main(*, quick: bool = False) -> None:
         Check("persistent bytes of four roles / one set of weights, adapters and their state", found / least, 1.1)
     )
     title = (
-        f"PPO updates with adapters, {SEQUENCES} x ({PROMPT}+{RESPONSE}) tokens, {EPOCHS} epochs in passes of {PASS} sequences; "
+        f"PPO updates, {SEQUENCES} x ({PROMPT}+{RESPONSE}) tokens, {EPOCHS} epochs in passes of {PASS} sequences; "
         f"four roles persist in {found / MB:.0f} MB"
     )
     report(NAME, title, [full, separate, merged], checks=checks)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch._dynamo  # the first call of a custom op would import it during an update
 from transformers import LlamaConfig
 
 from benchmarks.bench_adapters import MODEL, SMALL, make_config, make_trainer

@@ -116,11 +116,11 @@ def build_trainer(
         pretrain=pretrain,
         values_only=trpo,
     )
+    if reference is None:
+        reference = make_reference(policy, config.ppo.reference, host=config.memory.reference == "host")
     return PPOTrainer(
         policy,
-        make_reference(policy, config.ppo.reference, host=config.memory.reference == "host")
-        if reference is None
-        else reference,
+        reference,
         generator,
         prompts if callable(prompts) else prompt_stream(prompts, config, policy.lm_weight.shape[0]),
         reward,

@@ -24,8 +24,8 @@ def check_reference(config: RunConfig) -> None:
     if config.memory.reference == "host" and (rank or top is not None):
         shared = "adapter.rank" if rank else "model.train_layers"
         raise ValueError(
-            f"memory.reference: got 'host' with {shared}, expected 'device': the reference shares the frozen layers of the policy; "
-            "leave memory.reference out"
+            f"memory.reference: got 'host' with {shared}, expected 'device': the reference shares the frozen layers of the "
+            "policy; leave memory.reference out"
         )
     if kind == "adapter_off" and not rank:
         raise ValueError(
