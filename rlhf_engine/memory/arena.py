@@ -33,6 +33,11 @@ ALIGNMENT = 64
 """Alignment of torch's CPU tensors, in bytes."""
 
 
+def has_streams(device: torch.device) -> bool:
+    """Return whether copies to a device can run while it computes."""
+    return device.type == "cuda"
+
+
 def room_for(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Return the bytes that a tensor takes in an arena, alignment included."""
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT

@@ -372,3 +372,27 @@ def frozen(policy: Model, *, without: ValueFunction | None, copies: Mapping[int,
     if policy.adapters is not None or policy.top is not None:
         memo |= {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
     return copy.deepcopy(policy, memo).requires_grad_(False)
+
+
+class FrozenCopy:
+    """A reference with a copy of the policy's weights at construction."""
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.model = frozen(policy, without=policy.value)
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches with a token budget are packed without padding."""
+        return self.model.packs
+
+    def shared_states(self, batch: TokenBatch) -> None:
+        """Return None: a copy shares no computation with the policy."""
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
+        """Return the log-probs of a batch's actions."""
+        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the names and tensors of the language model."""
+        return self.model.model.named_parameters()

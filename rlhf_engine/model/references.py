@@ -1,4 +1,4 @@
-"""References: a frozen copy, and those that share weights with the policy, without its adapter or its trained top layers."""
+"""References that share weights with the policy: the policy without the adapter or the updates of its top layers."""
 
 from __future__ import annotations
 
@@ -8,52 +8,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from rlhf_engine.model.actor_critic import LanguageModel, frozen
+from rlhf_engine.model.actor_critic import LanguageModel
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import POLICY, REFERENCE
-from rlhf_engine.model.streamed import LayerStream, to_host
 from rlhf_engine.model.top_layers import in_top
-from rlhf_engine.model.trunk import outermost_layers
-from rlhf_engine.optim.offload import has_streams
-
-
-class FrozenCopy:
-    """A reference with a copy of the policy's weights at construction.
-
-    With `host`, the weights of its layers are in host memory and are copied to the device while the layer before computes.
-    """
-
-    def __init__(self, policy: LanguageModel, *, host: bool = False) -> None:
-        if not host:
-            self.model = frozen(policy, without=policy.value)
-            return
-        parts = [to_host(layer, pinned=has_streams(policy.device)) for layer in outermost_layers(policy.trunk)]
-        if not parts:
-            raise ValueError(
-                f"memory.reference: got 'host', expected 'device': {type(policy.model).__name__} has no layers that can be "
-                "copied one at a time"
-            )
-        copies = {key: weight for _, weights in parts for key, weight in weights.items()}
-        self.model = frozen(policy, without=policy.value, copies=copies)
-        layers = list(outermost_layers(self.model.trunk))
-        self.stream = LayerStream(layers, [vector for vector, _ in parts], policy.device)
-
-    @property
-    def packs(self) -> bool:
-        """Whether micro-batches with a token budget are packed without padding."""
-        return self.model.packs
-
-    def shared_states(self, batch: TokenBatch) -> None:
-        """Return None: a copy shares no computation with the policy."""
-
-    @torch.no_grad()
-    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
-        """Return the log-probs of a batch's actions."""
-        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the names and tensors of the language model."""
-        return self.model.model.named_parameters()
 
 
 class AdapterOff:

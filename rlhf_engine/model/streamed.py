@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, cuda, nn
 
-from rlhf_engine.optim.offload import has_streams
+from rlhf_engine.memory.arena import has_streams
+from rlhf_engine.model.actor_critic import FrozenCopy, LanguageModel, frozen
+from rlhf_engine.model.trunk import outermost_layers
 
 _ALIGNED = 256
 """Multiple of bytes at which a weight begins in a layer's vector."""
@@ -37,6 +39,30 @@ def to_host(layer: nn.Module, *, pinned: bool) -> tuple[Tensor, dict[int, nn.Par
         part.copy_(weight.detach())
         copies[id(weight)] = nn.Parameter(part, requires_grad=False)
     return vector, copies
+
+
+class StreamedCopy(FrozenCopy):
+    """A frozen copy of the policy with its layers in host memory; embedding, last norm and output layer are on the device.
+
+    Raises:
+        ValueError: the model has no layers that can be copied one at a time, or layers that the policy does not train.
+    """
+
+    def __init__(self, policy: LanguageModel) -> None:
+        if policy.adapters is not None or policy.top is not None:
+            raise ValueError(
+                "memory.reference: got 'host' for a policy with frozen layers, which its reference shares; expected 'device'"
+            )
+        parts = [to_host(layer, pinned=has_streams(policy.device)) for layer in outermost_layers(policy.trunk)]
+        if not parts:
+            raise ValueError(
+                f"memory.reference: got 'host', expected 'device': {type(policy.model).__name__} has no layers that can be "
+                "copied one at a time"
+            )
+        copies = {key: weight for _, weights in parts for key, weight in weights.items()}
+        self.model = frozen(policy, without=policy.value, copies=copies)
+        layers = list(outermost_layers(self.model.trunk))
+        self.stream = LayerStream(layers, [vector for vector, _ in parts], policy.device)
 
 
 class LayerStream:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, cuda, nn
 from torch.optim.adamw import adamw
 
-from rlhf_engine.memory.arena import room_for
+from rlhf_engine.memory.arena import has_streams, room_for
 from rlhf_engine.optim.adamw import HALF, Take
 
 BUCKET_BYTES = 64 * 2**20
@@ -71,11 +71,6 @@ def buckets(groups: Sequence[dict[str, Any]], most: int, each: Callable[[nn.Para
                 blocks[-1].append(Piece(parameter, group, start, start + room))
                 start, left = start + room, left - room * size
     return blocks
-
-
-def has_streams(device: torch.device) -> bool:
-    """Return whether copies to a device can run while it computes."""
-    return device.type == "cuda"
 
 
 class StagedAdamW(torch.optim.AdamW):

@@ -20,6 +20,8 @@ from rlhf_engine.planner.plan import MemoryPlan
 from rlhf_engine.planner.work import update_time
 from rlhf_engine.planner.workload import Workload
 
+_SWITCH = 0.02
+"""Share of an update's time that each change of a switch adds, by estimate, for overhead that is not counted."""
 _HALVING = 0.03
 """Share of an update's time that a halving of the micro-batch or of the keys and values adds, by estimate."""
 
@@ -159,7 +161,7 @@ def _sensible(workload: Workload, changes: dict[str, Any]) -> bool:
 
 
 def _sized(workload: Workload, changes: dict[str, Any]) -> Strategy:
-    changed, halvings = replace(workload, **changes), 0.0
+    changed, switches, halvings = replace(workload, **changes), len(changes), 0.0
     plan = MemoryPlan.of(changed)
     rows = max(1, min(changed.train_rows, plan.largest_microbatch()))
     changes = dict(changes)
@@ -174,4 +176,5 @@ def _sized(workload: Workload, changes: dict[str, Any]) -> Strategy:
     if plan.slots:
         halvings += math.log2(kv_cache(changed, plan.slots) / plan.kv_bytes)
     after = replace(plan.workload, slots=max(1, plan.slots))
-    return Strategy(plan, changes, update_time(after) / update_time(workload) - 1 + _HALVING * halvings)
+    overhead = 1 + _SWITCH * switches + _HALVING * halvings
+    return Strategy(plan, changes, overhead * update_time(after) / update_time(workload) - 1)

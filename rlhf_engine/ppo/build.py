@@ -17,6 +17,7 @@ from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
 from rlhf_engine.model.quantised import refuse_quantised_layers
 from rlhf_engine.model.references import AdapterOff, Hydra
+from rlhf_engine.model.streamed import StreamedCopy
 from rlhf_engine.optim.adamw import Optimizer, Resident
 from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.callbacks import Callback, TextMetrics
@@ -141,15 +142,17 @@ def make_reference(policy: ActorCritic, kind: str, *, host: bool = False) -> Ref
         ValueError: the policy does not allow the kind: adapter_off needs adapters, and hydra frozen lower layers; or `host` is
             set and the policy has frozen layers, which its reference shares.
     """
-    if host and (policy.adapters is not None or policy.top is not None):
-        raise ValueError(
-            "memory.reference: got 'host' for a policy with frozen layers, which its reference shares; expected 'device'"
-        )
+    if host:
+        if kind not in ("auto", "frozen_copy"):
+            raise ValueError(
+                f"memory.reference: got 'host' with ppo.reference {kind!r}, which has no copy; expected 'device'"
+            )
+        return StreamedCopy(policy)
     if kind == "adapter_off" or (kind == "auto" and policy.adapters is not None):
         return AdapterOff(policy)
     if kind == "hydra" or (kind == "auto" and policy.top is not None):
         return Hydra(policy)
-    return FrozenCopy(policy, host=host)
+    return FrozenCopy(policy)
 
 
 def make_generator(

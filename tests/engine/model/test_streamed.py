@@ -12,7 +12,7 @@ from rlhf_engine.config import MemoryConfig, load_config
 from rlhf_engine.model import ActorCritic, FrozenCopy, streamed
 from rlhf_engine.model.adapters import Adapters
 from rlhf_engine.model.layout import TokenBatch
-from rlhf_engine.model.streamed import LayerStream, to_host
+from rlhf_engine.model.streamed import LayerStream, StreamedCopy, to_host
 from rlhf_engine.model.top_layers import train_top
 from rlhf_engine.model.trunk import outermost_layers
 from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
@@ -41,7 +41,7 @@ def make_batch(seed: int) -> TokenBatch:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_have_the_bits_of_a_copy_on_the_device(family: str, layers: int, dtype: torch.dtype) -> None:
     policy = policy_of(family, layers, dtype)
-    host, device = FrozenCopy(policy, host=True), FrozenCopy(policy)
+    host, device = StreamedCopy(policy), FrozenCopy(policy)
     with torch.no_grad():
         for weight in policy.parameters():
             weight.add_(1)
@@ -54,7 +54,7 @@ def test_log_probs_have_the_bits_of_a_copy_on_the_device(family: str, layers: in
 
 
 def test_weights_are_in_the_device_vectors_during_a_call_only() -> None:
-    copied = FrozenCopy(policy_of(), host=True)
+    copied = StreamedCopy(policy_of())
     stream, layers = copied.stream, list(outermost_layers(copied.model.trunk))
     places: list[int] = []
 
@@ -160,7 +160,7 @@ def test_any_order_of_calls_and_a_failed_call_leave_the_right_weights() -> None:
 def test_updates_have_the_bits_of_those_with_a_copy_on_the_device() -> None:
     host, device = (make_trainer(memory=MemoryConfig(reference=place)) for place in ("host", "device"))
     logs = [[trainer.step() for _ in range(2)] for trainer in (host, device)]
-    assert isinstance(host.reference, FrozenCopy) and hasattr(host.reference, "stream")
+    assert type(host.reference) is StreamedCopy
     for ours, theirs in zip(*logs, strict=True):
         assert all(ours[key] == theirs[key] for key in ("kl", "reward", "policy_loss") if key in theirs)
     theirs = weights_of(device)
@@ -173,7 +173,7 @@ def test_the_plan_counts_its_bytes(family: str, dtype: str) -> None:
     policy = policy_of(family, 3, getattr(torch, dtype))
     shape = ModelShape.from_config(policy.model.config)
     run = Workload(shape, None, 4, 4, 4, 4, 2, 4, dtype=dtype, reference_memory="host", device="cuda")
-    copied = FrozenCopy(policy, host=True)
+    copied = StreamedCopy(policy)
     layers = [weight for layer in outermost_layers(copied.model.trunk) for weight in layer.parameters()]
     inside = {id(weight) for weight in layers}
     rest = sum(weight.nbytes for _, weight in copied.weights() if id(weight) not in inside)
@@ -200,6 +200,10 @@ def test_a_reference_that_shares_layers_is_refused(change: str) -> None:
         Adapters.start(model, SETTINGS, 0)
     else:
         train_top(model, 1)
+    with pytest.raises(
+        ValueError, match=r"memory\.reference: got 'host' with ppo\.reference 'hydra', which has no copy"
+    ):
+        make_reference(ActorCritic(model), "hydra", host=True)
     for kind in ("auto", "frozen_copy"):
         with pytest.raises(ValueError, match=r"memory\.reference: got 'host' for a policy with frozen layers"):
             make_reference(ActorCritic(model), kind, host=True)
@@ -209,8 +213,8 @@ def test_a_reference_that_shares_layers_is_refused(change: str) -> None:
 
 
 def test_a_model_without_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_engine.model.references.outermost_layers", lambda trunk: [])
+    monkeypatch.setattr(streamed, "outermost_layers", lambda trunk: [])
     with pytest.raises(
         ValueError, match=r"memory\.reference: got 'host', expected 'device': LlamaForCausalLM has no layers"
     ):
-        FrozenCopy(policy_of(), host=True)
+        StreamedCopy(policy_of())
