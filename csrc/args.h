@@ -2,6 +2,7 @@
 // comment has "or null". Legend: B sequences, N tokens, V vocabulary.
 #pragma once
 #include "math/common.h"
+#include "math/importance.h"
 #include "math/ppo.h"
 
 namespace rlhf {
@@ -118,6 +119,19 @@ struct RolloutArgs {
     bool whiten_rewards, whiten_advantages;
     float* rewards;  // (N) out
     float* kl;       // (N) out
+};
+
+struct ImportanceArgs {
+    int64_t n;
+    Sequences sequences;
+    ImportanceRule rule;
+    const float* logprobs;          // (N)
+    const float* sampler_logprobs;  // (N)
+    const uint8_t* mask;            // (N)
+    const float* advantages;        // (N) or null: tokens are rejected whatever their advantage
+    float* weights;                 // (N) out
+    uint8_t* kept;                  // (N) out
+    float* metrics;                 // (kNumImportanceMetrics) out
 };
 
 struct SampleArgs {

@@ -132,6 +132,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("gae", [](const GaeArgs& a) { RLHF_CPU(gae(a)); }, unlocked);
     m.def("rollout_advantages",
           [](const RolloutArgs& a) { RLHF_CPU(rollout_advantages(a)); }, unlocked);
+    m.def("importance_weights", [](const ImportanceArgs& a) { RLHF_CPU(importance_weights(a)); }, unlocked);
+    m.def("top_entropy_mask",
+          [](Address entropy, Address mask, int64_t n, double share, Address kept, Address metrics) {
+              RLHF_CPU(top_entropy_mask(at<float>(entropy), at<uint8_t>(mask), n, share, at<uint8_t>(kept), at<float>(metrics)));
+          }, unlocked);
     m.def("sample_tokens",
           [](Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, float temperature, Address temperatures,
              int64_t top_k, double top_p, double min_p, int64_t seed, Address sequence, Address position, Address ids,

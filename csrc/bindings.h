@@ -78,6 +78,18 @@ static inline void bind_arguments(pybind11::module_& m) {
              py::kw_only(), arg("gae"), arg("scores"), arg("logprobs"), arg("ref_logprobs"), arg("score_index"),
              arg("kl_estimator"), arg("kl_coef"), arg("score_clip"), arg("whiten_rewards"), arg("whiten_advantages"),
              arg("rewards"), arg("kl"));
+    py::class_<ImportanceArgs>(m, "ImportanceArgs", py::module_local())
+        .def(py::init([](int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, int level, int action, int statistic,
+                         float low, float high, Address logprobs, Address sampler_logprobs, Address mask, Address advantages,
+                         Address weights, Address kept, Address metrics) {
+                 const ImportanceRule rule{ImportanceLevel(level), ImportanceAction(action), Statistic(statistic), low, high};
+                 return ImportanceArgs{n, {sequences, length, at<const int32_t>(cu_seqlens)}, rule, at<const float>(logprobs),
+                                       at<const float>(sampler_logprobs), at<const uint8_t>(mask), at<const float>(advantages),
+                                       at<float>(weights), at<uint8_t>(kept), at<float>(metrics)};
+             }),
+             py::kw_only(), arg("n"), arg("sequences"), arg("length"), arg("cu_seqlens"), arg("level"), arg("action"),
+             arg("statistic"), arg("low"), arg("high"), arg("logprobs"), arg("sampler_logprobs"), arg("mask"), arg("advantages"),
+             arg("weights"), arg("kept"), arg("metrics"));
 }
 
 }  // namespace rlhf

@@ -74,6 +74,28 @@ class RolloutArgs:
         kl: int,
     ) -> None: ...
 
+class ImportanceArgs:
+    def __init__(
+        self,
+        *,
+        n: int,
+        sequences: int,
+        length: int,
+        cu_seqlens: int,
+        level: int,
+        action: int,
+        statistic: int,
+        low: float,
+        high: float,
+        logprobs: int,
+        sampler_logprobs: int,
+        mask: int,
+        advantages: int,
+        weights: int,
+        kept: int,
+        metrics: int,
+    ) -> None: ...
+
 def isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
 def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
@@ -109,6 +131,8 @@ def accumulate(sum: int, part: int, dtype: int, n: int, first: bool, /) -> None:
 def scale_cast(x: int, source: int, out: int, to: int, n: int, scale: float, /) -> None: ...
 def gae(a: GaeArgs, /) -> None: ...
 def rollout_advantages(a: RolloutArgs, /) -> None: ...
+def importance_weights(a: ImportanceArgs, /) -> None: ...
+def top_entropy_mask(entropy: int, mask: int, n: int, share: float, kept: int, metrics: int, /) -> None: ...
 def sample_tokens(
     *,
     logits: int,

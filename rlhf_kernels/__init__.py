@@ -3,12 +3,15 @@
 from ._native import lend_workspace, release_workspace
 from ._options import PPOOptions
 from .launch_args import (
+    IMPORTANCE_METRICS,
     METRICS,
     Advantages,
+    ImportanceWeights,
     PPOLoss,
     RolloutAdvantages,
     SampledTokens,
     TokenLogprobs,
+    TokenSelection,
     explained_variance,
 )
 from .modules import FusedHead
@@ -16,27 +19,32 @@ from .ops import (
     decode_attention,
     gae,
     group_advantages,
+    importance_weights,
     kl_penalty,
     linear_ppo_loss,
     linear_token_logprobs,
     logits_ppo_loss,
     masked_mean,
     masked_whiten,
+    off_policy_sequence_mask,
     paged_attention,
     ppo_loss,
     rollout_advantages,
     sample_tokens,
     token_logprobs,
+    top_entropy_mask,
 )
 from .ops.head import head_workspace_bytes
 from .ops.weights import LowRank, QuantisedWeight, has_products
 from .output_layer import HeadArguments, head_arguments
 
 __all__ = [
+    "IMPORTANCE_METRICS",
     "METRICS",
     "Advantages",
     "FusedHead",
     "HeadArguments",
+    "ImportanceWeights",
     "LowRank",
     "PPOLoss",
     "PPOOptions",
@@ -44,6 +52,7 @@ __all__ = [
     "RolloutAdvantages",
     "SampledTokens",
     "TokenLogprobs",
+    "TokenSelection",
     "decode_attention",
     "explained_variance",
     "gae",
@@ -51,6 +60,7 @@ __all__ = [
     "has_products",
     "head_arguments",
     "head_workspace_bytes",
+    "importance_weights",
     "kl_penalty",
     "lend_workspace",
     "linear_ppo_loss",
@@ -58,10 +68,12 @@ __all__ = [
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",
+    "off_policy_sequence_mask",
     "paged_attention",
     "ppo_loss",
     "release_workspace",
     "rollout_advantages",
     "sample_tokens",
     "token_logprobs",
+    "top_entropy_mask",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import address, floats
-from .launch_args import LogitRows, PpoRows, RowStats, Sequences
+from .launch_args import ENTROPY_METRICS, IMPORTANCE_METRICS, LogitRows, PpoRows, RowStats, Sequences
 
 
 def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
@@ -200,6 +200,27 @@ def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, es
     tensors = map(address, (grad, logprobs, ref_logprobs))
     _native.extension().kl_penalty_backward(*tensors, out.numel(), estimator, address(out))
     return out
+
+
+def importance_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, advantages: Tensor | None, sequences: Sequences, level: int,
+    action: int, statistic: int, low: float, high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return weights, mask and metrics; the values of `cu_seqlens` are checked."""
+    sequences.check(logprobs.numel())
+    out = torch.empty_like(logprobs), torch.empty_like(mask), torch.empty(len(IMPORTANCE_METRICS))
+    rule = {"level": level, "action": action, "statistic": statistic, "low": low, "high": high}
+    tokens = logprobs, sampler_logprobs, mask, advantages
+    _native.extension().importance_weights(_native.importance_args(*tokens, sequences, out, **rule))
+    return out
+
+
+def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return the mask of the tokens that remain, and the metrics."""
+    kept, metrics = torch.empty_like(mask), torch.empty(len(ENTROPY_METRICS))
+    tensors = address(entropy), address(mask)
+    _native.extension().top_entropy_mask(*tensors, mask.numel(), share, address(kept), address(metrics))
+    return kept, metrics
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch  # must be imported before _C, see above
 from torch import Tensor
 
-from .launch_args import SUMS, LogitRows, PpoRows
+from .launch_args import SUMS, LogitRows, PpoRows, Sequences
 
 if TYPE_CHECKING:
     import rlhf_kernels._C as native
@@ -170,6 +170,31 @@ def rollout_args(
         score_clip=score_clip,
         whiten_rewards=whiten_rewards,
         whiten_advantages=whiten_advantages,
+    )
+
+
+def importance_args(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    mask: Tensor,
+    advantages: Tensor | None,
+    sequences: Sequences,
+    out: tuple[Tensor, Tensor, Tensor],
+    **rule: float,
+) -> "native.ImportanceArgs":
+    """Return the extension's arguments of `importance_weights`; the caller keeps the tensors alive."""
+    assert _C is not None
+    return _C.ImportanceArgs(
+        n=logprobs.numel(),
+        sequences=sequences.count,
+        length=sequences.length,
+        cu_seqlens=address(sequences.cu_seqlens),
+        logprobs=floats(logprobs),
+        sampler_logprobs=floats(sampler_logprobs),
+        mask=address(mask),
+        advantages=floats(advantages),
+        **dict(zip(("weights", "kept", "metrics"), map(address, out), strict=True)),
+        **rule,
     )
 
 

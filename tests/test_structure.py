@@ -20,12 +20,13 @@ KERNEL_LAYERS = {
     "launch_args": ("_options",),
     "_C": (),  # compiled
     "_native": ("_C", "launch_args"),
+    "protocols": ("launch_args",),
     "_cpu": ("_native", "launch_args"),
     "_cuda": ("_C", "_native", "launch_args"),  # _C: types only
     "_triton": ("_native", "launch_args", "_options"),
     "_varlen": (),
     "reference": ("launch_args", "_options"),
-    "backend": ("_native", "launch_args"),
+    "backend": ("_native", "launch_args", "protocols"),
     "ops": ("reference", "backend", "_native", "launch_args", "_options"),
     "output_layer": ("ops", "launch_args"),
     "modules": ("output_layer", "ops", "launch_args", "_options"),
@@ -159,8 +160,10 @@ OPS = (
     "decode_attention",
     "kl_penalty",
     "group_advantages",
+    "importance_weights",
     "masked",
     "token_logprobs",
+    "top_entropy_mask",
     "ppo_loss",
 )
 COMPOSED = (

@@ -7,6 +7,7 @@ a GPU or breaks a compiled graph.
 """
 
 import math
+from difflib import get_close_matches
 from typing import Any, TypedDict, overload
 
 import torch
@@ -71,9 +72,11 @@ def floating(
 
 
 def choice(name: str, x: str, options: tuple[str, ...]) -> None:
-    """Check that `x` is one of `options`."""
+    """Check that `x` is one of `options`; the message names the nearest one."""
     if x not in options:
-        raise ValueError(f"{name}: got {x!r}, expected one of {options}")
+        near = get_close_matches(x, options, 1) if isinstance(x, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: got {x!r}, expected one of {options}{hint}")
 
 
 SYMBOLS = (torch.SymInt, torch.SymFloat)
