@@ -14,7 +14,8 @@ double threshold_of(float* found, int64_t n, double share) {
     for (int64_t i = 0; i < n; i++) {
         if (found[i] != found[i]) return kNaN;  // NaN has no order
     }
-    const double last = double(n - 1), place = last - share * last;
+    const volatile double above_it = share * double(n - 1);  // volatile: a fused product would not be rounded to a whole place
+    const double place = double(n - 1) - above_it;
     const int64_t low = int64_t(place);
     std::nth_element(found, found + low, found + n);
     const double below = found[low], above = low + 1 < n ? *std::min_element(found + low + 1, found + n) : below;

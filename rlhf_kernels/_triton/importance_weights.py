@@ -113,15 +113,17 @@ def _of_sequence(logprobs, sampler_logprobs, mask, begin, end, LEVEL: tl.constex
         kl += tl.where(on, _kl(d, STATISTIC), 0).to(tl.float64)
         count += on.to(tl.float64)
     actions = tl.sum(count)
-    divisor = tl.where((LEVEL == _GEOMETRIC) & (actions > 0), actions, 1)
+    divisor = tl.maximum(actions, 1) if LEVEL == _GEOMETRIC else 1
     return (tl.sum(log_ratio) / divisor).to(tl.float32), (tl.sum(kl) / divisor).to(tl.float32), actions
 
 
 @triton.jit
 def _rejects(advantages, at, on, outside, ACTION: tl.constexpr):
     """Return which tokens are rejected; with advantages, only those with a negative one."""
-    rejected = outside & on & (ACTION == _MASK)
-    if advantages is not None:
+    rejected = outside & on
+    if ACTION != _MASK:
+        rejected = rejected & (at < 0)  # none
+    elif advantages is not None:
         rejected = rejected & (tl.load(advantages + at, on, other=0) < 0)
     return rejected
 
@@ -143,8 +145,8 @@ def _kernel(
         log_ratio, kl, actions = _of_sequence(logprobs, sampler_logprobs, mask, begin, end, LEVEL, STATISTIC)
         same = tl.zeros([_TILE], tl.float32)
         ratio, weight, below, above, outside = _unit(log_ratio + same, kl + same, low, high, ACTION, STATISTIC)
-        counted = tl.where(outside & (ACTION == _MASK), 0, weight)
-        first = (tl.arange(0, _TILE) == 0) & (actions > 0)
+        counted = tl.where(outside, 0, weight) if ACTION == _MASK else weight
+        first = tl.where(tl.arange(0, _TILE) == 0, actions, 0) > 0
         _store_units(parts, i, segments, ratio, counted, below, above, first)
     rejections, k1, k3 = tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float64)
     tokens, apart = tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float32)
