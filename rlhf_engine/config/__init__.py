@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rlhf_engine.config.memory import byte_count as byte_count
     from rlhf_engine.config.model import ModelConfig as ModelConfig
     from rlhf_engine.config.optim import OptimConfig as OptimConfig
+    from rlhf_engine.config.ppo import ImportanceConfig as ImportanceConfig
     from rlhf_engine.config.ppo import PPOConfig as PPOConfig
     from rlhf_engine.config.ppo import TRPOConfig as TRPOConfig
     from rlhf_engine.config.reward import RewardConfig as RewardConfig
@@ -49,6 +50,7 @@ __getattr__, __dir__, __all__ = exports(
         "byte_count": "memory",
         "ModelConfig": "model",
         "OptimConfig": "optim",
+        "ImportanceConfig": "ppo",
         "PPOConfig": "ppo",
         "TRPOConfig": "ppo",
         "RewardConfig": "reward",

@@ -128,8 +128,10 @@ class RunConfig(Section):
             )
         rollout = self.rollout
         filtered = (rollout.top_k, rollout.top_p, rollout.min_p) != (None,) * 3 or rollout.repetition_penalty != 1.0
-        if self.ppo.importance_cap is not None and self.ppo.old_logprobs == "sampled" and not filtered:
-            raise ValueError(
-                f"ppo.importance_cap: got {self.ppo.importance_cap}, expected None: without rollout.top_k, top_p, min_p or "
-                "repetition_penalty every weight is 1, unless ppo.old_logprobs is 'rescored'"
-            )
+        corrected = {"importance_cap": self.ppo.importance_cap, "importance.level": self.ppo.importance.level}
+        for name, unused in (("importance_cap", None), ("importance.level", "none")):
+            if corrected[name] != unused and self.ppo.old_logprobs == "sampled" and not filtered:
+                raise ValueError(
+                    f"ppo.{name}: got {corrected[name]}, expected {unused}: without rollout.top_k, top_p, min_p or "
+                    "repetition_penalty every weight is 1, unless ppo.old_logprobs is 'rescored'"
+                )

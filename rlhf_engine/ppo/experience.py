@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from rlhf_engine.config import PPOConfig
+from rlhf_engine.config import ImportanceConfig, PPOConfig
 from rlhf_engine.model import Policy, Reference
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
 from rlhf_engine.rollout import Rollout, recompute, reference_logprobs
-from rlhf_kernels import rollout_advantages
+from rlhf_kernels import importance_weights, rollout_advantages
 
 
 def experience_bytes(actions: int) -> int:
@@ -47,6 +47,7 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     weights: Tensor | None
+    kept: Tensor | None = None  # (B, T), bool: the actions of the policy term; None: all
 
 
 class Step(NamedTuple):
@@ -130,9 +131,7 @@ def advantages(
         whiten_advantages=config.whiten_advantages and config.whiten_scope == "batch",
         backend=backend,
     )
-    weights = None
-    if config.importance_cap is not None:
-        weights = (scored.old_logprobs - rollout.sampling_logprobs).exp().clamp(max=config.importance_cap)
+    weights, kept, mismatch = correction(scored, config, backend)
     if config.discount_gradient:
         discounts = gradient_discounts(rollout.mask, config.gamma)
         weights = discounts if weights is None else weights * discounts
@@ -149,8 +148,26 @@ def advantages(
         "response_length": lengths.mean(),
         "ended": rollout.ended.float().mean(),
     }
-    experience = Experience(rollout, scored.old_logprobs, scored.old_values, result.advantages, result.returns, weights)
-    return experience, {name: float(value) for name, value in log.items()}
+    tokens = scored.old_logprobs, scored.old_values, result.advantages, result.returns
+    return Experience(rollout, *tokens, weights, kept), {name: float(value) for name, value in (log | mismatch).items()}
+
+
+def correction(
+    scored: Scored, config: PPOConfig, backend: str = "auto"
+) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+    """Return the weights of `importance` or `importance_cap`, the actions that it keeps, and the metrics to log.
+
+    The weights are None without a correction, and the actions None unless it masks some.
+    """
+    rule, rollout = config.importance, scored.rollout
+    if config.importance_cap is not None:
+        rule = ImportanceConfig(level="token", high=config.importance_cap)
+    if rule.level == "none":
+        return None, None, {}
+    tokens = scored.old_logprobs, rollout.sampling_logprobs, rollout.mask
+    found = importance_weights(*tokens, **{item.name: getattr(rule, item.name) for item in fields(rule)}, backend=backend)
+    metrics = {f"importance_{name}": value for name, value in found.metrics.items() if name != "num_tokens"}
+    return found.weights, found.mask if rule.action == "mask" else None, metrics
 
 
 def gradient_discounts(mask: Tensor, gamma: float) -> Tensor:  # (B, T) -> (B, T)

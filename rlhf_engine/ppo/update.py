@@ -193,7 +193,8 @@ def minibatch_backward(
     options that replace those of the config.
     """
     rollout, totals = experience.rollout, MetricSum()
-    num_tokens, scaled = int(rollout.response_lengths[sequences].sum()), experience.advantages
+    kept, scaled = rollout.mask if experience.kept is None else experience.kept, experience.advantages
+    num_tokens, num_kept = int(rollout.mask[sequences].sum()), int(kept[sequences].sum())
     if config.whiten_advantages and config.whiten_scope == "minibatch":
         scaled = torch.zeros_like(scaled)
         scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
@@ -206,11 +207,12 @@ def minibatch_backward(
         loss = loss_options(config) | {
             "old_logprobs": actions(experience.old_logprobs),
             "advantages": actions(scaled),
-            "mask": torch.ones_like(batch.ids, dtype=torch.bool),
+            "mask": actions(kept),
+            "value_mask": None if experience.kept is None else torch.ones_like(batch.ids, dtype=torch.bool),
             "old_values": actions(experience.old_values),
             "returns": actions(experience.returns),
             "weights": None if experience.weights is None else actions(experience.weights),
-            "num_tokens": num_tokens,
+            "num_tokens": num_kept,
             "num_value_tokens": num_tokens,
             "num_sequences": len(sequences),
             "cu_seqlens": batch.cu_seqlens,
