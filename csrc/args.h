@@ -4,6 +4,7 @@
 #include "math/common.h"
 #include "math/importance.h"
 #include "math/ppo.h"
+#include "math/topk.h"
 
 namespace rlhf {
 
@@ -132,6 +133,18 @@ struct ImportanceArgs {
     float* weights;                 // (N) out
     uint8_t* kept;                  // (N) out
     float* metrics;                 // (kNumImportanceMetrics) out
+};
+
+// Rows of a chunk of logits with the tokens that a teacher lists for each; the ids of `x` are not read.
+struct TopkArgs {
+    LogitRows x;
+    int64_t k;
+    const int64_t* ids;       // (N, K)
+    const float* logprobs;    // (N, K), -inf: the entry is unused
+    const float* row_weight;  // (N) or null: 1
+    TopkRule rule;
+    float* found;     // (3, N) out: divergence, the student's mass, the teacher's mass
+    uint8_t* active;  // (N) out: the gradient is not 0, and has replaced the logits
 };
 
 struct SampleArgs {

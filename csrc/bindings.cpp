@@ -133,6 +133,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("rollout_advantages",
           [](const RolloutArgs& a) { RLHF_CPU(rollout_advantages(a)); }, unlocked);
     m.def("importance_weights", [](const ImportanceArgs& a) { RLHF_CPU(importance_weights(a)); }, unlocked);
+    m.def("topk_epilogue", [](const TopkArgs& a) { RLHF_CPU(topk_epilogue(a)); }, unlocked);
     m.def("top_entropy_mask",
           [](Address entropy, Address mask, int64_t n, double share, Address kept, Address metrics) {
               RLHF_CPU(top_entropy_mask(at<float>(entropy), at<uint8_t>(mask), n, share, at<uint8_t>(kept), at<float>(metrics)));

@@ -78,6 +78,14 @@ static inline void bind_arguments(pybind11::module_& m) {
              py::kw_only(), arg("gae"), arg("scores"), arg("logprobs"), arg("ref_logprobs"), arg("score_index"),
              arg("kl_estimator"), arg("kl_coef"), arg("score_clip"), arg("whiten_rewards"), arg("whiten_advantages"),
              arg("rewards"), arg("kl"));
+    py::class_<TopkArgs>(m, "TopkArgs", py::module_local())
+        .def(py::init([](const LogitRows& x, int64_t k, Address ids, Address logprobs, Address row_weight, int direction, bool lump,
+                         double beta, Address found, Address active) {
+                 return TopkArgs{x, k, at<const int64_t>(ids), at<const float>(logprobs), at<const float>(row_weight),
+                                 {Direction(direction), lump, beta}, at<float>(found), at<uint8_t>(active)};
+             }),
+             py::kw_only(), arg("x"), arg("k"), arg("ids"), arg("logprobs"), arg("row_weight"), arg("direction"), arg("lump"),
+             arg("beta"), arg("found"), arg("active"));
     py::class_<ImportanceArgs>(m, "ImportanceArgs", py::module_local())
         .def(py::init([](int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, int level, int action, int statistic,
                          float low, float high, Address logprobs, Address sampler_logprobs, Address mask, Address advantages,

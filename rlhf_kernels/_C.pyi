@@ -74,6 +74,22 @@ class RolloutArgs:
         kl: int,
     ) -> None: ...
 
+class TopkArgs:
+    def __init__(
+        self,
+        *,
+        x: LogitRows,
+        k: int,
+        ids: int,
+        logprobs: int,
+        row_weight: int,
+        direction: int,
+        lump: bool,
+        beta: float,
+        found: int,
+        active: int,
+    ) -> None: ...
+
 class ImportanceArgs:
     def __init__(
         self,
@@ -132,6 +148,7 @@ def scale_cast(x: int, source: int, out: int, to: int, n: int, scale: float, /) 
 def gae(a: GaeArgs, /) -> None: ...
 def rollout_advantages(a: RolloutArgs, /) -> None: ...
 def importance_weights(a: ImportanceArgs, /) -> None: ...
+def topk_epilogue(a: TopkArgs, /) -> None: ...
 def top_entropy_mask(entropy: int, mask: int, n: int, share: float, kept: int, metrics: int, /) -> None: ...
 def sample_tokens(
     *,

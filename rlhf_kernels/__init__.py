@@ -3,15 +3,12 @@
 from ._native import lend_workspace, release_workspace
 from ._options import PPOOptions
 from .launch_args import (
-    IMPORTANCE_METRICS,
     METRICS,
     Advantages,
-    ImportanceWeights,
     PPOLoss,
     RolloutAdvantages,
     SampledTokens,
     TokenLogprobs,
-    TokenSelection,
     explained_variance,
 )
 from .modules import FusedHead
@@ -23,6 +20,7 @@ from .ops import (
     kl_penalty,
     linear_ppo_loss,
     linear_token_logprobs,
+    linear_topk_kl,
     logits_ppo_loss,
     masked_mean,
     masked_whiten,
@@ -37,6 +35,7 @@ from .ops import (
 from .ops.head import head_workspace_bytes
 from .ops.weights import LowRank, QuantisedWeight, has_products
 from .output_layer import HeadArguments, head_arguments
+from .token_args import IMPORTANCE_METRICS, ImportanceWeights, TokenSelection, TopkKL
 
 __all__ = [
     "IMPORTANCE_METRICS",
@@ -53,6 +52,7 @@ __all__ = [
     "SampledTokens",
     "TokenLogprobs",
     "TokenSelection",
+    "TopkKL",
     "decode_attention",
     "explained_variance",
     "gae",
@@ -65,6 +65,7 @@ __all__ = [
     "lend_workspace",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "linear_topk_kl",
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from . import _native
 from ._native import address, floats
-from .launch_args import ENTROPY_METRICS, IMPORTANCE_METRICS, LogitRows, PpoRows, RowStats, Sequences
+from .launch_args import LogitRows, PpoRows, RowStats, Sequences
+from .token_args import ENTROPY_METRICS, IMPORTANCE_METRICS, TopkRows
 
 
 def token_logprobs_forward(x: LogitRows, stats: RowStats) -> None:
@@ -221,6 +222,27 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> tuple[Tenso
     tensors = address(entropy), address(mask)
     _native.extension().top_entropy_mask(*tensors, mask.numel(), share, address(kept), address(metrics))
     return kept, metrics
+
+
+def topk_epilogue(x: LogitRows, topk: TopkRows, found: Tensor, out: Tensor) -> Tensor:
+    """Compute `found`, overwrite the logits with their gradient, and return which rows have one."""
+    assert out.data_ptr() == x.logits.data_ptr() and out.dtype == x.logits.dtype, (
+        "the gradient must overwrite the logits"
+    )
+    active = torch.empty(len(topk.ids), dtype=torch.bool)
+    extension = _native.extension()
+    args = extension.TopkArgs(
+        x=_native.logit_rows(x),
+        k=topk.ids.shape[1],
+        ids=address(topk.ids),
+        logprobs=floats(topk.logprobs),
+        row_weight=floats(topk.row_weight),
+        **topk.rule._asdict(),
+        found=floats(found),
+        active=address(active),
+    )
+    extension.topk_epilogue(args)
+    return active
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

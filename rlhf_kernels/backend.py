@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _native
 from .launch_args import LogitRows, PpoRows, RowStats, Sequences, flat_fields, unflatten
-from .protocols import SelectionKernels
+from .token_args import TokenKernels
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 VARLEN = "varlen"
@@ -38,7 +38,7 @@ MIN_TRITON = (3, 5)
 _MIN_TRITON = ".".join(map(str, MIN_TRITON))
 
 
-class Kernels(SelectionKernels, Protocol):
+class Kernels(TokenKernels, Protocol):
     """The launchers of a backend. Tensors are contiguous, float32 and on one device, except where a method states otherwise.
 
     N tokens, V vocabulary, B sequences, T positions. With `cu_seqlens`, (B + 1,) int32, tokens are packed (N,), else (B, T).

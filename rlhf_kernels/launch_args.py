@@ -265,48 +265,6 @@ METRICS = (
 take the maximum of `ratio_max`. `explained_variance` reads the last five."""
 
 
-IMPORTANCE_LEVELS = ("token", "sequence", "geometric")
-IMPORTANCE_ACTIONS = ("truncate", "mask", "clip")
-IMPORTANCE_STATISTICS = ("ratio", "k1", "k2", "k3")
-"""The choices of `importance_weights`; the kernels receive the index (csrc/math/importance.h)."""
-LOG_RATIO_BOUND = 20.0
-"""Log-ratios of `importance_weights` are limited to ± this number before they are exponentiated."""
-
-IMPORTANCE_METRICS = (
-    "ess",
-    "chi2",
-    "mismatch_kl",
-    "mismatch_k3",
-    "mismatch_max",
-    "rejected_share",
-    "below_share",
-    "above_share",
-    "weight_mean",
-    "weight_max",
-    "num_tokens",
-)
-"""Keys of `ImportanceWeights.metrics`, in the order of `importance_metrics` in csrc/math/importance.h."""
-
-
-ENTROPY_METRICS = ("entropy_threshold", "rejected_share", "num_tokens")
-"""Keys of the metrics of `top_entropy_mask`, in the order of the kernels."""
-
-
-class ImportanceWeights(NamedTuple):
-    """Weight of each token, the tokens that remain, and metrics as float32 scalars (see `IMPORTANCE_METRICS`)."""
-
-    weights: Tensor  # (B, T) or (N,), float32, 0 where the mask is False
-    mask: Tensor  # (B, T) or (N,), bool
-    metrics: dict[str, Tensor]
-
-
-class TokenSelection(NamedTuple):
-    """The tokens of a mask that remain, and metrics as float32 scalars."""
-
-    mask: Tensor  # (B, T) or (N,), bool
-    metrics: dict[str, Tensor]
-
-
 def explained_variance(metrics: dict[str, Tensor]) -> Tensor:
     """Return `1 - Var(returns - values) / Var(returns)` from (summed) metrics of `ppo_loss`; NaN for constant returns."""
     n = metrics["num_value_tokens"]

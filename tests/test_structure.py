@@ -18,16 +18,16 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 KERNEL_LAYERS = {
     "_options": (),
     "launch_args": ("_options",),
+    "token_args": ("launch_args",),
     "_C": (),  # compiled
-    "_native": ("_C", "launch_args"),
-    "protocols": ("launch_args",),
-    "_cpu": ("_native", "launch_args"),
-    "_cuda": ("_C", "_native", "launch_args"),  # _C: types only
-    "_triton": ("_native", "launch_args", "_options"),
+    "_native": ("_C", "launch_args", "token_args"),
+    "_cpu": ("_native", "launch_args", "token_args"),
+    "_cuda": ("_C", "_native", "launch_args", "token_args"),  # _C: types only
+    "_triton": ("_native", "launch_args", "_options", "token_args"),
     "_varlen": (),
-    "reference": ("launch_args", "_options"),
-    "backend": ("_native", "launch_args", "protocols"),
-    "ops": ("reference", "backend", "_native", "launch_args", "_options"),
+    "reference": ("launch_args", "_options", "token_args"),
+    "backend": ("_native", "launch_args", "token_args"),
+    "ops": ("reference", "backend", "_native", "launch_args", "_options", "token_args"),
     "output_layer": ("ops", "launch_args"),
     "modules": ("output_layer", "ops", "launch_args", "_options"),
     "integrations": ("modules", "output_layer", "ops", "launch_args", "_options"),

@@ -14,6 +14,7 @@
     void rollout_advantages(const RolloutArgs& a);                                                                  \
     void importance_weights(const ImportanceArgs& a);                                                               \
     void top_entropy_mask(const float* entropy, const uint8_t* mask, int64_t n, double share, uint8_t* kept, float* metrics); \
+    void topk_epilogue(const TopkArgs& a);                                                                          \
     void sample_tokens(const SampleArgs& a);                                                                        \
     void decode_attention(const AttentionArgs& a);                                                                  \
     void kl_penalty(const float* logprobs, const float* ref, int64_t n, KlEstimator estimator, float* out);         \

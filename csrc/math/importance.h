@@ -5,7 +5,7 @@
 
 namespace rlhf {
 
-// The choices of rlhf_kernels/launch_args.py, in the same order.
+// The choices of rlhf_kernels/token_args.py, in the same order.
 enum class ImportanceLevel : int { token = 0, sequence = 1, geometric = 2 };
 enum class ImportanceAction : int { truncate = 0, mask = 1, clip = 2 };
 enum class Statistic : int { ratio = 0, k1 = 1, k2 = 2, k3 = 3 };
@@ -72,7 +72,7 @@ RLHF_HD void add_importance_sums(const double* part, double* sum) {
     for (int k = kWeightMax; k < kNumImportanceSums; k++) sum[k] = part[k] > sum[k] || part[k] != part[k] ? part[k] : sum[k];
 }
 
-// Write the metrics in the order of launch_args.IMPORTANCE_METRICS. Without tokens all are 0.
+// Write the metrics in the order of token_args.IMPORTANCE_METRICS. Without tokens all are 0.
 RLHF_HD void importance_metrics(const double* sum, float* out) {
     const double units = sum[kUnits] > 0 ? sum[kUnits] : 1, tokens = sum[kImportanceTokens] > 0 ? sum[kImportanceTokens] : 1;
     // The effective sample size (Kish 1965) as a share of the units; 0 if all weights are 0.

@@ -15,14 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_args import (
-    IMPORTANCE_ACTIONS,
-    IMPORTANCE_LEVELS,
-    IMPORTANCE_METRICS,
-    IMPORTANCE_STATISTICS,
-    LOG_RATIO_BOUND,
-    Sequences,
-)
+from ..launch_args import Sequences
+from ..token_args import IMPORTANCE_ACTIONS, IMPORTANCE_LEVELS, IMPORTANCE_METRICS, IMPORTANCE_STATISTICS, LOG_RATIO_BOUND
 from .math import exp, expm1_minus_x, kl_value
 from .scan import span
 

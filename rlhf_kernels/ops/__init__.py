@@ -7,6 +7,7 @@ from .importance_weights import importance_weights, off_policy_sequence_mask
 from .kl_penalty import kl_penalty
 from .linear_ppo_loss import linear_ppo_loss
 from .linear_token_logprobs import linear_token_logprobs
+from .linear_topk_kl import linear_topk_kl
 from .logits_ppo_loss import logits_ppo_loss
 from .masked import masked_mean, masked_whiten
 from .paged_attention import paged_attention
@@ -24,6 +25,7 @@ __all__ = [
     "kl_penalty",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "linear_topk_kl",
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",

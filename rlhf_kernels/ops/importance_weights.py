@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from ..backend import define, kernels, resolve
-from ..launch_args import (
+from ..launch_args import Sequences
+from ..token_args import (
     IMPORTANCE_ACTIONS,
     IMPORTANCE_LEVELS,
     IMPORTANCE_METRICS,
     IMPORTANCE_STATISTICS,
     ImportanceWeights,
-    Sequences,
     TokenSelection,
 )
 from . import checks

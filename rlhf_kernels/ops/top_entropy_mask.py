@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import define, kernels, resolve
-from ..launch_args import ENTROPY_METRICS, TokenSelection
+from ..token_args import ENTROPY_METRICS, TokenSelection
 from . import checks
 
 

@@ -9,6 +9,7 @@ from .gae import gae
 from .group_advantages import group_advantages
 from .importance_weights import importance_weights, off_policy_sequence_mask
 from .kl_penalty import kl_penalty
+from .linear_topk_kl import linear_topk_kl
 from .masked import masked_mean, masked_whiten
 from .paged_attention import paged_attention
 from .ppo_loss import linear_ppo_loss, logits_ppo_loss, ppo_loss
@@ -25,6 +26,7 @@ __all__ = [
     "kl_penalty",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "linear_topk_kl",
     "logits_ppo_loss",
     "masked_mean",
     "masked_whiten",

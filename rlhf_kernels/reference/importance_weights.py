@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..launch_args import IMPORTANCE_METRICS, LOG_RATIO_BOUND, ImportanceWeights, TokenSelection
+from ..token_args import IMPORTANCE_METRICS, LOG_RATIO_BOUND, ImportanceWeights, TokenSelection
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..launch_args import ENTROPY_METRICS, TokenSelection
+from ..token_args import ENTROPY_METRICS, TokenSelection
 
 
 def top_entropy_mask(
