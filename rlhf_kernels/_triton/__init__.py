@@ -4,6 +4,7 @@ from .compaction import compact_rows
 from .elementwise import accumulate, group_advantages, kl_penalty, kl_penalty_backward, scale_cast
 from .gae import gae
 from .importance_weights import importance_weights
+from .linear_topk_kl import topk_epilogue
 from .masked import masked_mean, masked_whiten
 from .paged_attention import paged_attention
 from .ppo_loss import ppo_loss
@@ -30,5 +31,6 @@ __all__ = [
     "scale_cast",
     "token_logprobs_backward",
     "token_logprobs_forward",
+    "topk_epilogue",
     "top_entropy_mask",
 ]
