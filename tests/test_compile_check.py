@@ -195,8 +195,9 @@ def test_every_kernel_is_reached_and_none_is_compiled_twice(tmp_path):
         "import importlib, json\n"
         "from benchmarks.gpu.compilation import Findings, record\n"
         "from benchmarks.gpu.specimens import specimens\n"
+        "from benchmarks.gpu.token_specimens import selection_specimens\n"
         "found = Findings()\n"
-        f"record(importlib.import_module({compile_check.PACKAGE!r}), specimens(), found)\n"
+        f"record(importlib.import_module({compile_check.PACKAGE!r}), specimens() | selection_specimens(), found)\n"
         "print(json.dumps([found.problems, len(found.forms['cuda'])]))\n"
     )
     done = run_compiled("-c", program, path=tmp_path)

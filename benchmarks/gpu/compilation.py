@@ -14,6 +14,7 @@ from triton.backends import backends
 from benchmarks.gpu.recorder import BINDING, Form, Recording, kernels_of, recording
 from benchmarks.gpu.resources import Usage, cuda_sources, cuda_usage, triton_usage, why_no_nvcc
 from benchmarks.gpu.specimens import SIZES, Call, specimens
+from benchmarks.gpu.token_specimens import selection_specimens
 
 PROCESSES = 2
 REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -36,7 +37,7 @@ def check(
 ) -> Findings:
     """Record, compile and list problems; if `calls` is None, use the specimens of rlhf_kernels."""
     findings = Findings()
-    record(package, specimens() if calls is None else calls, findings)
+    record(package, specimens() | selection_specimens() if calls is None else calls, findings)
     compile_triton(architectures, findings)
     compile_cuda(architectures, findings)
     findings.problems += [_problem(usage) for usage in findings.usages if not usage.clean]
