@@ -129,7 +129,7 @@ struct ImportanceArgs {
     const float* logprobs;          // (N)
     const float* sampler_logprobs;  // (N)
     const uint8_t* mask;            // (N)
-    const float* advantages;        // (N) or null: tokens are rejected whatever their advantage
+    const float* advantages;        // (N) or null: tokens are rejected with any advantage
     float* weights;                 // (N) out
     uint8_t* kept;                  // (N) out
     float* metrics;                 // (kNumImportanceMetrics) out

@@ -94,7 +94,7 @@ class TopkRows:
 
 
 class TokenKernels(Protocol):
-    """A part of `backend.Kernels`. Tensors are contiguous, float32 and on one device, except where a method states otherwise."""
+    """A part of `backend.Kernels`. Tensors are contiguous, float32 and on one device, unless a method states otherwise."""
 
     def importance_weights(
         self, logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, advantages: Tensor | None, sequences: Sequences,

@@ -17,7 +17,7 @@ constexpr double kTailFloor = 1e-7;  // smallest probability of the tokens that 
 
 struct TopkTerm {
     double value;
-    double slope;  // d value / d log q, for a change of log q alone
+    double slope;  // d value / d log q, for a change of log q only
 };
 
 // x * y, where 0 * inf is 0: a token of probability 0 adds nothing.

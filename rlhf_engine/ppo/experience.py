@@ -165,7 +165,9 @@ def correction(
     if rule.level == "none":
         return None, None, {}
     tokens = scored.old_logprobs, rollout.sampling_logprobs, rollout.mask
-    found = importance_weights(*tokens, **{item.name: getattr(rule, item.name) for item in fields(rule)}, backend=backend)
+    found = importance_weights(
+        *tokens, **{item.name: getattr(rule, item.name) for item in fields(rule)}, backend=backend
+    )
     metrics = {f"importance_{name}": value for name, value in found.metrics.items() if name != "num_tokens"}
     return found.weights, found.mask if rule.action == "mask" else None, metrics
 

@@ -31,6 +31,6 @@ __all__ = [
     "scale_cast",
     "token_logprobs_backward",
     "token_logprobs_forward",
-    "topk_epilogue",
     "top_entropy_mask",
+    "topk_epilogue",
 ]

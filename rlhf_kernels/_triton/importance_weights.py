@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_args import Sequences
-from ..token_args import IMPORTANCE_ACTIONS, IMPORTANCE_LEVELS, IMPORTANCE_METRICS, IMPORTANCE_STATISTICS, LOG_RATIO_BOUND
+from ..token_args import (
+    IMPORTANCE_ACTIONS,
+    IMPORTANCE_LEVELS,
+    IMPORTANCE_METRICS,
+    IMPORTANCE_STATISTICS,
+    LOG_RATIO_BOUND,
+)
 from .math import exp, expm1_minus_x, kl_value
 from .scan import span
 
@@ -28,7 +34,8 @@ _LIMIT, _TILE = tl.constexpr(LOG_RATIO_BOUND), tl.constexpr(TILE)
 
 # Rows of the partial sums: over units (tokens or sequences), over tokens, and maxima.
 (
-    _WEIGHT, _WEIGHT_SQ, _CHI2, _BELOW, _ABOVE, _UNITS, _REJECTED, _MISMATCH_KL, _MISMATCH_K3, _TOKENS, _WEIGHT_MAX, _MISMATCH_MAX,
+    _WEIGHT, _WEIGHT_SQ, _CHI2, _BELOW, _ABOVE, _UNITS, _REJECTED, _MISMATCH_KL, _MISMATCH_K3, _TOKENS, _WEIGHT_MAX,
+    _MISMATCH_MAX,
 ) = map(tl.constexpr, range(12))  # fmt: skip
 NUM_SUMS = 12
 

@@ -97,8 +97,8 @@ def off_policy_sequence_mask(
 
     where the sum is over the n actions of the token's sequence and A are `advantages`. Pass the log-probs of the
     current policy: the mean then measures both the sampler's mismatch and the updates since. `metrics` are those of
-    `importance_weights` named in `OFF_POLICY_METRICS`; `above_share` is the share of sequences above the bound, whatever
-    their advantages. There is no gradient.
+    `importance_weights` named in `OFF_POLICY_METRICS`; `above_share` is the share of sequences above the bound, with any
+    advantages. There is no gradient.
 
     Source: DeepSeek-AI 2025 (DeepSeek-V3.2), eq. 9.
 
@@ -135,7 +135,9 @@ def check_rule(action: str, metric: str, low: float | None, high: float | None) 
             "action='mask'"
         )
     if action == "truncate" and low is not None:
-        raise ValueError(f"low: got {low} with action='truncate', which has no lower bound; use action='clip' or 'mask'")
+        raise ValueError(
+            f"low: got {low} with action='truncate', which has no lower bound; use action='clip' or 'mask'"
+        )
     if action != "truncate" and low is None and high is None:
         raise ValueError(f"low and high are not set, but action={action!r} needs at least one of them")
     if low is not None and high is not None and low > high:
@@ -152,7 +154,8 @@ def _weights(
     backend: str,
 ) -> ImportanceWeights:
     level, action, metric, low, high = rule
-    logprobs, sampler_logprobs, advantages = (checks.wide(x) for x in (logprobs, sampler_logprobs, advantages))
+    logprobs, sampler_logprobs = checks.wide(logprobs), checks.wide(sampler_logprobs)
+    advantages = checks.wide(advantages)
     chosen = resolve("importance_weights", backend, logprobs)
     if chosen == "reference":
         from .. import reference

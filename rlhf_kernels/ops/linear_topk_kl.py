@@ -150,7 +150,9 @@ def _check(
     checks.integers("teacher_ids", teacher_ids, like=hidden, expected=(*rows, k), what="K ids per token")
     if not 0 < k <= v:
         raise ValueError(f"teacher_ids: got K = {k} ids per token, expected 1 to {v}, the vocabulary of weight")
-    checks.tensor("teacher_logprobs", teacher_logprobs, like=hidden, expected=(*rows, k), what="the shape of teacher_ids")
+    checks.tensor(
+        "teacher_logprobs", teacher_logprobs, like=hidden, expected=(*rows, k), what="the shape of teacher_ids"
+    )
     checks.mask("mask", mask, like=hidden, expected=rows, what="the token shape of hidden")
     if weights is not None:
         checks.tensor("weights", weights, like=hidden, expected=rows, what="the token shape of hidden")

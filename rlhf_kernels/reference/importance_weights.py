@@ -21,7 +21,7 @@ def importance_weights(
     advantages: Tensor | None = None,
     cu_seqlens: Tensor | None = None,  # (B + 1,)
 ) -> ImportanceWeights:
-    """Return `exp(log-ratio)` at the level, bounded or masked. With `advantages`, only tokens with a negative one are masked."""
+    """Return `exp(log-ratio)` at the level, bounded or masked. With `advantages`, only negative ones are masked."""
     on = mask.reshape(-1)
     d = torch.where(on, (logprobs - sampler_logprobs).reshape(-1), 0)
     limited = d.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)

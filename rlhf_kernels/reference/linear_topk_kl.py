@@ -27,7 +27,7 @@ def linear_topk_kl(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> TopkKL:
-    """Return the mean divergence of the softmax of `linear_logits(...)` from the teacher's probabilities of the listed tokens."""
+    """Return the mean divergence of the softmax of `linear_logits(...)` from the teacher's probabilities."""
     logits = linear_logits(hidden, weight, bias, low_rank, mask)
     if isinstance(temperature, Tensor):
         temperature = torch.where(mask, temperature, 1)
@@ -40,8 +40,8 @@ def linear_topk_kl(
     masses = [torch.where(used, x.exp(), 0).sum(-1) for x in (student, teacher)]
     kl = torch.where(used, _term(student, teacher, direction, beta), 0).sum(-1)
     if tail == "lump":
-        others = (torch.log((1 - mass).clamp(min=TAIL_FLOOR)) for mass in masses)
-        kl = kl + torch.where(mask, _term(*others, direction, beta), 0)
+        s, t = (torch.log((1 - mass).clamp(min=TAIL_FLOOR)) for mass in masses)
+        kl = kl + torch.where(mask, _term(s, t, direction, beta), 0)
     factor = torch.ones_like(kl) if weights is None else torch.where(mask, weights, 0)
     count = torch.as_tensor(mask.sum() if num_tokens is None else num_tokens, device=kl.device)
     loss = (factor * kl).sum() / torch.where(count > 0, count, 1)

@@ -12,7 +12,7 @@ def top_entropy_mask(
     *,
     entropy_quantile: float,
 ) -> TokenSelection:
-    """Return the tokens whose entropy is at least the (1 - entropy_quantile)-quantile of the True tokens, interpolated linearly."""
+    """Return the tokens whose entropy is at least the (1 - entropy_quantile)-quantile of the True tokens."""
     found = torch.where(mask, entropy.double(), torch.inf).flatten().sort().values  # NaN is last, after the padding
     last = (mask.sum() - 1).clamp(min=0)
     place = last - entropy_quantile * last.double()

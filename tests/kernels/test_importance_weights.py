@@ -70,7 +70,7 @@ def test_by_hand(isa, backend, options, weights, kept):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bounds_are_inclusive(isa, backend):
-    """A ratio of exactly 1 lies within [1, 1]."""
+    """A ratio of exactly 1 is within [1, 1]."""
     x = torch.tensor([[-0.5, -2.0]])
     got = importance_weights(x, x, torch.tensor([[True, True]]), action="mask", low=1, high=1, backend=backend)
     assert got.mask.all() and got.metrics["rejected_share"] == 0
@@ -237,7 +237,7 @@ def test_rejected_rows_are_free_in_the_fused_head(products, by, level):
 @pytest.mark.parametrize("by", ["weights", "mask"])
 @pytest.mark.parametrize("head", [False, True])
 def test_bounds_that_exclude_everything(products, by, head):
-    """The weights are 0, the metric says so, and loss and gradients are 0."""
+    """The weights are 0, the metrics report it, and loss and gradients are 0."""
     leaves, constants, _ = make(6)
     hidden, weight = (leaves[k].requires_grad_() for k in ("hidden", "weight"))
     logprobs = linear_token_logprobs(hidden, weight, constants["ids"]).logprobs
@@ -331,7 +331,8 @@ def call(function=importance_weights, **change):
         (r"cu_seqlens: got \[0, 5\]", {k: torch.zeros(6) for k in ("logprobs", "sampler_logprobs")}
             | {"mask": torch.zeros(6).bool(), "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}),
         (r"logprobs: got shape \(6\), expected \[B, T\], or \[N\] together with cu_seqlens",
-            {k: torch.zeros(6) for k in ("logprobs", "sampler_logprobs")} | {"mask": torch.zeros(6).bool(), "level": "sequence"}),
+            {k: torch.zeros(6) for k in ("logprobs", "sampler_logprobs")}
+            | {"mask": torch.zeros(6).bool(), "level": "sequence"}),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(message, change):

@@ -95,7 +95,7 @@ def test_an_unused_entry_changes_nothing(isa, backend, options):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_id_that_is_listed_twice_counts_twice(isa, backend):
-    """p = 1/2 and 1/4 for id 1: the sum is that of two tokens with q = 1/4, and so is the gradient."""
+    """The teacher has 1/2 and 1/4 for id 1: the sum is that of two tokens with q = 1/4, and so is the gradient."""
     got, found = by_hand(backend, [1, 1], [0.5, 0.25])
     assert got.loss.item() == pytest.approx(0.5 * LOG2, rel=1e-6)
     assert got.student_mass.item() == pytest.approx(0.5)
@@ -213,7 +213,8 @@ def test_no_tokens(backend):
 def test_packed_and_padded_have_the_same_bits():
     leaves, constants, _ = make(7)
     padded = linear_topk_kl(**leaves, **constants)
-    flat = linear_topk_kl(**leaves | {"hidden": leaves["hidden"].flatten(0, 1)}, **{k: x.flatten(0, 1) for k, x in constants.items()})
+    constants = {name: x.flatten(0, 1) for name, x in constants.items()}
+    flat = linear_topk_kl(**leaves | {"hidden": leaves["hidden"].flatten(0, 1)}, **constants)
     assert torch.equal(flat.loss, padded.loss) and torch.equal(flat.kl, padded.kl.flatten())
 
 

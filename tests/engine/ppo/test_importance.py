@@ -50,7 +50,13 @@ def test_masked_sequences_and_the_metrics():
     log, experience, _ = run_update(importance=rule)
     rollout = experience.rollout
     expected = importance_weights(
-        experience.old_logprobs, rollout.sampling_logprobs, rollout.mask, level="sequence", action="mask", low=0.1, high=0.9
+        experience.old_logprobs,
+        rollout.sampling_logprobs,
+        rollout.mask,
+        level="sequence",
+        action="mask",
+        low=0.1,
+        high=0.9,
     )
     assert torch.equal(experience.kept, expected.mask) and torch.equal(experience.weights, expected.weights)
     share = 1 - experience.kept.sum() / rollout.mask.sum()
