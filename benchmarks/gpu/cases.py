@@ -45,6 +45,13 @@ def cases(device: torch.device, backends: Callable[[str], Iterator[str]]) -> dic
     add("group_advantages", (), scores, groups, kind="grpo")
     add("masked_mean", (), tokens["values"], mask)
     add("masked_whiten", (), tokens["values"], mask)
+    sampled = tokens["logprobs"], tokens["ref"]
+    add("importance_weights", (), *sampled, mask, level="geometric", action="mask", low=0.5, high=2.0)
+    add("off_policy_sequence_mask", (), *sampled, tokens["advantages"], mask, max_kl=0.1)
+    add("top_entropy_mask", (), tokens["values"], mask, entropy_quantile=0.2)
+    listed = logits.log_softmax(-1).topk(7)
+    teacher = listed.indices, listed.values
+    add("linear_topk_kl", (hidden, weight), *teacher, mask, direction="reverse", tail="lump", softcap=20.0)
     add("sample_tokens", (), logits[:, 0], seed=3, top_k=40, top_p=0.9, min_p=0.01, **counters)
     pages = normal(2, 7, 4, 2, h)
     table = torch.randperm(7, generator=g)[:6].int().reshape(b, 2).to(device)
