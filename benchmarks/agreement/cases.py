@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from benchmarks.agreement import originals
+from benchmarks.agreement import originals, selection_cases
 from benchmarks.agreement.case import Case
 from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, verl
 
@@ -97,6 +97,7 @@ def verl_cases() -> Iterator[Case]:
         "against verl's eager functions",
         {"b": 32, "t": 128, "v": 64},
     )
+    yield from selection_cases.verl_cases()
 
 
 def _floats(f, rewards, values, mask, *rest):
@@ -262,6 +263,7 @@ def trl_cases() -> Iterator[Case]:
         call = lambda f, b, s=shift: f(b.values, b.mask.bool(), s)  # noqa: E731
         yield case("masked_whiten", whiten, call, ("values",), note, batches=REGULAR)
     yield from _trl_classic()
+    yield from selection_cases.trl_cases()
 
 
 def _trl_classic() -> Iterator[Case]:

@@ -37,7 +37,7 @@ def installed(module: str) -> ModuleType:
         raise Missing(f"{module}: {error}") from error
 
 
-def _package(name: str) -> Path:
+def package_folder(name: str) -> Path:
     """Return the folder of an installed package without importing the package."""
     spec = importlib.util.find_spec(name)
     if spec is None:
@@ -51,7 +51,7 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _definitions(path: Path, names: Iterable[str], namespace: dict) -> dict:
+def definitions(path: Path, names: Iterable[str], namespace: dict) -> dict:
     """Return functions and methods of a file, compiled from its text without its imports, decorators and annotations."""
     wanted = set(names)
     found = [
@@ -76,7 +76,7 @@ def trl_ppo() -> ModuleType:
 @cache
 def openrlhf(release: str = "") -> tuple[ModuleType, ModuleType]:
     """Load `openrlhf.models.loss` and `.utils` from their files: the package requires flash_attn, and utils deepspeed."""
-    root = SOURCES / f"openrlhf-{release}" / "openrlhf" if release else _package("openrlhf")
+    root = SOURCES / f"openrlhf-{release}" / "openrlhf" if release else package_folder("openrlhf")
     package = types.ModuleType(f"openrlhf_{release.replace('.', '_')}_models")
     package.__path__ = [str(_file(root / "models"))]
     sys.modules[package.__name__] = package
@@ -94,8 +94,8 @@ def openrlhf(release: str = "") -> tuple[ModuleType, ModuleType]:
 @cache
 def openrlhf_advantages() -> types.FunctionType:
     """Return `get_advantages_and_returns` of the experience maker, whose module requires Ray, vLLM and flash_attn."""
-    path = _package("openrlhf") / "trainer" / "ppo_utils" / "experience_maker.py"
-    method = _definitions(path, ["get_advantages_and_returns"], {"torch": torch})["get_advantages_and_returns"]
+    path = package_folder("openrlhf") / "trainer" / "ppo_utils" / "experience_maker.py"
+    method = definitions(path, ["get_advantages_and_returns"], {"torch": torch})["get_advantages_and_returns"]
     return lambda *args: method(None, *args)
 
 
@@ -108,7 +108,9 @@ def openrlhf_actor() -> type:
     entropy = getattr(utils.compute_entropy, "_torchdynamo_orig_callable", utils.compute_entropy)
     helpers = {"torch": torch, "log_probs_from_logits": utils.log_probs_from_logits, "compute_entropy": entropy}
     return type(
-        "Actor", (torch.nn.Module,), _definitions(_package("openrlhf") / "models" / "actor.py", ["forward"], helpers)
+        "Actor",
+        (torch.nn.Module,),
+        definitions(package_folder("openrlhf") / "models" / "actor.py", ["forward"], helpers),
     )
 
 
@@ -117,7 +119,7 @@ def deepspeed_chat() -> type:
     """Return `DeepSpeedPPOTrainer` with only the functions that are compared; its module requires deepspeed."""
     names = ("compute_rewards", "actor_loss_fn", "critic_loss_fn", "get_advantages_and_returns", "gather_log_probs")
     path = SOURCES / "DeepSpeed-Chat" / "dschat" / "rlhf" / "ppo_trainer.py"
-    return type("DeepSpeedPPOTrainer", (), _definitions(path, names, {"torch": torch, "F": F}))
+    return type("DeepSpeedPPOTrainer", (), definitions(path, names, {"torch": torch, "F": F}))
 
 
 @cache
@@ -126,6 +128,6 @@ def trl_classic() -> type:
     root = SOURCES / "trl-0.11.4" / "trl"
     helpers = ("masked_mean", "masked_var", "masked_whiten", "clip_by_value", "entropy_from_logits", "flatten_dict")
     namespace = {"torch": torch, "F": F, "Mapping": Mapping, "warnings": warnings}
-    _definitions(root / "core.py", helpers, namespace)
+    definitions(root / "core.py", helpers, namespace)
     names = ("compute_rewards", "compute_advantages", "loss", "_kl_penalty")
-    return type("PPOTrainer", (), _definitions(root / "trainer" / "ppo_trainer.py", names, namespace))
+    return type("PPOTrainer", (), definitions(root / "trainer" / "ppo_trainer.py", names, namespace))
