@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from . import _native
 from ._native import floats
-from .launch_args import LogitRows, PpoRows, RowStats
+from .launch_args import LogitRows, PpoRows, RowStats, Sequences
+from .token_args import IMPORTANCE_METRICS
 
 if TYPE_CHECKING:
     import rlhf_kernels._C as native
@@ -69,6 +71,22 @@ def rollout_advantages(
         workspace = _workspace(_native.extension().cuda_rollout_workspace(recursion), logprobs)
         _native.extension().cuda_rollout_advantages(args, workspace.data_ptr(), stream)
     return advantages, returns, rewards, kl
+
+
+def importance_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, advantages: Tensor | None, sequences: Sequences, level: int,
+    action: int, statistic: int, low: float, high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return weights, mask and metrics; invalid `cu_seqlens` are clamped, and a token of no sequence gets a NaN weight."""
+    sequences = replace(sequences, cu_seqlens=_inside(sequences.cu_seqlens, logprobs))
+    weights, kept = torch.full_like(logprobs, torch.nan), mask.clone()
+    out = weights, kept, torch.empty(len(IMPORTANCE_METRICS), dtype=torch.float32, device=logprobs.device)
+    rule = {"level": level, "action": action, "statistic": statistic, "low": low, "high": high}
+    args = _native.importance_args(logprobs, sampler_logprobs, mask, advantages, sequences, out, **rule)
+    with on_stream(logprobs) as stream:
+        workspace = _workspace(_native.extension().cuda_importance_workspace(args), logprobs)
+        _native.extension().cuda_importance_weights(args, workspace.data_ptr(), stream)
+    return out
 
 
 def logits_ppo_loss(

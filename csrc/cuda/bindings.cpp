@@ -28,6 +28,11 @@ void bind(py::module_& m) {
           [](const RolloutArgs& a, Address workspace, Address stream) {
               rollout_advantages(a, at<void>(workspace), at<void>(stream));
           }, unlocked);
+    m.def("cuda_importance_workspace", [](const ImportanceArgs& a) { return importance_workspace(a); });
+    m.def("cuda_importance_weights",
+          [](const ImportanceArgs& a, Address workspace, Address stream) {
+              importance_weights(a, at<void>(workspace), at<void>(stream));
+          }, unlocked);
     m.attr("CUDA_ROW_SHARED") = kRowShared;
     py::class_<LogitsPpoArgs>(m, "LogitsPpoArgs", py::module_local())
         .def(py::init(&logits_ppo_args), py::kw_only(), py::arg("x"), py::arg("ppo"), py::arg("stats"),

@@ -15,6 +15,9 @@ void gae(const GaeArgs& a, void* workspace, void* stream);
 size_t rollout_workspace(int64_t n, const Sequences& s);
 void rollout_advantages(const RolloutArgs& a, void* workspace, void* stream);
 
+size_t importance_workspace(const ImportanceArgs& a);
+void importance_weights(const ImportanceArgs& a, void* workspace, void* stream);
+
 // Arguments of the PPO objective on logits, whose kernel writes the gradient of each row for an upstream gradient of 1.
 struct LogitsPpoArgs {
     LogitRows x;
