@@ -52,6 +52,24 @@ _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("ppo.cliprange_high",), "clip_range_high epsilon_high clip_ratio_high eps_clip_high clip_higher"),
     (("ppo.dual_clip",), "clip_ratio_c delta"),
     (("ppo.cliprange_value",), "clip_range_value value_clip vf_clip cliprange_vf clip_range_vf vf_clip_param"),
+    (
+        ("ppo.importance.level",),
+        "vllm_importance_sampling_mode rollout_is is_correction_level tis_level rs_level rollout_rs",
+    ),
+    (
+        ("ppo.importance.action",),
+        "truncated_importance_sampling_type is_correction_mode is_correction_type tis_mode use_tis",
+    ),
+    (("ppo.importance.metric",), "is_correction_gating"),
+    (
+        ("ppo.importance.low",),
+        "vllm_importance_sampling_clip_min tis_lower_bound rs_lower_bound truncated_importance_sampling_ratio_min",
+    ),
+    (
+        ("ppo.importance.high",),
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_cap tis_upper_bound rs_upper_bound tis_imp_ratio_cap "
+        "rollout_is_threshold rollout_rs_threshold truncated_importance_sampling_ratio is_correction_threshold",
+    ),
     (("ppo.vf_coef",), "value_coef value_loss_coef vf_loss_coef critic_coef vf_coeff value_loss_weight"),
     (("ppo.value_warmup",), "critic_warmup freezing_actor_steps"),
     (("ppo.entropy_coef",), "ent_coef entropy_coeff entropy_bonus entropy_loss_coef entropy_beta"),

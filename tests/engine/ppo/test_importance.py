@@ -129,3 +129,18 @@ def test_settings_with_an_effect_are_accepted():
     rule = "ppo.importance={level: geometric, action: mask, metric: k1, low: -0.1, high: 0.1}"
     for more in ("ppo.old_logprobs=rescored", "rollout.top_p=0.9", "rollout.repetition_penalty=1.1"):
         assert load_config(None, [rule, more]).ppo.importance.low == -0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("vllm_importance_sampling_mode", "ppo.importance.level"),  # TRL
+        ("rollout_is_threshold", "ppo.importance.high"),  # verl
+        ("truncated_importance_sampling_ratio_min", "ppo.importance.low"),  # NeMo-RL
+        ("is_correction_mode", "ppo.importance.action"),  # OpenRLHF
+        ("tis_level", "ppo.importance.level"),  # slime
+    ],
+)
+def test_the_names_of_other_trainers_are_explained(name, ours):
+    with pytest.raises(ValueError, match=f"unknown key 'ppo.{name}'.*{ours}"):
+        load_config(None, [f"ppo.{name}=2"])
