@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from rlhf_engine.config.files import refuse_overrides as refuse_overrides
     from rlhf_engine.config.files import save_config as save_config
     from rlhf_engine.config.hygiene import HygieneConfig as HygieneConfig
+    from rlhf_engine.config.importance import ImportanceConfig as ImportanceConfig
     from rlhf_engine.config.iterate import IterateConfig as IterateConfig
     from rlhf_engine.config.memory import MemoryConfig as MemoryConfig
     from rlhf_engine.config.memory import byte_count as byte_count
     from rlhf_engine.config.model import ModelConfig as ModelConfig
     from rlhf_engine.config.optim import OptimConfig as OptimConfig
-    from rlhf_engine.config.ppo import ImportanceConfig as ImportanceConfig
     from rlhf_engine.config.ppo import PPOConfig as PPOConfig
     from rlhf_engine.config.ppo import TRPOConfig as TRPOConfig
     from rlhf_engine.config.reward import RewardConfig as RewardConfig
@@ -45,12 +45,12 @@ __getattr__, __dir__, __all__ = exports(
         "refuse_overrides": "files",
         "save_config": "files",
         "HygieneConfig": "hygiene",
+        "ImportanceConfig": "importance",
         "IterateConfig": "iterate",
         "MemoryConfig": "memory",
         "byte_count": "memory",
         "ModelConfig": "model",
         "OptimConfig": "optim",
-        "ImportanceConfig": "ppo",
         "PPOConfig": "ppo",
         "TRPOConfig": "ppo",
         "RewardConfig": "reward",
