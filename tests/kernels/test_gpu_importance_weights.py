@@ -99,7 +99,7 @@ def test_top_entropy():
         assert torch.equal(got.mask.cpu(), expected.mask)
         for name, value in got.metrics.items():
             assert float(value) == pytest.approx(float(expected.metrics[name]), rel=1e-6, abs=1e-7), name
-    x, mask = torch.tensor([1.0, math.nan], device=DEVICE), torch.ones(2, dtype=torch.bool, device=DEVICE)
+    x, mask = torch.tensor([1.0, math.nan, 2.0], device=DEVICE), torch.ones(3, dtype=torch.bool, device=DEVICE)
     assert not top_entropy_mask(x, mask, entropy_quantile=1.0, backend="triton").mask.any()
     empty = top_entropy_mask(x[:0], mask[:0], entropy_quantile=0.2, backend="triton")
     assert empty.mask.shape == (0,) and not any(empty.metrics.values())

@@ -73,8 +73,9 @@ def test_nothing_to_select_and_nan(isa, backend):
         assert got.mask.shape == shape and not got.mask.any()
         assert all(value == 0 for value in got.metrics.values())
     x, mask = torch.tensor([1.0, math.nan, 3.0]), torch.ones(3, dtype=torch.bool)
-    got = top_entropy_mask(x, mask, entropy_quantile=0.5, backend=backend)
-    assert not got.mask.any() and got.metrics["entropy_threshold"].isnan() and got.metrics["rejected_share"] == 1
+    for share in (0.5, 1.0):
+        got = top_entropy_mask(x, mask, entropy_quantile=share, backend=backend)
+        assert not got.mask.any() and got.metrics["entropy_threshold"].isnan() and got.metrics["rejected_share"] == 1
 
 
 def test_strides_and_half_precision(isa):
