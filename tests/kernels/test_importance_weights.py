@@ -319,7 +319,7 @@ def call(function=importance_weights, **change):
         ("logprobs: got list", {"logprobs": [0.0]}),
         ("mask: got dtype torch.float32", {"mask": torch.zeros(2, 3)}),
         ("low: got 3.0 with high=2.0, expected at most high", {"action": "clip", "low": 3.0}),
-        ("level: got 'sequnce', expected one of .*; did you mean 'sequence'?", {"level": "sequnce"}),
+        ("level: got 'sequences', expected one of .*; did you mean 'sequence'?", {"level": "sequences"}),
         ("action: got 'truncated', expected one of .*; did you mean 'truncate'?", {"action": "truncated"}),
         ("metric: got 'k4', expected one of", {"metric": "k4"}),
         ("metric: got 'k3' with action='truncate', expected 'ratio'", {"metric": "k3"}),
