@@ -34,7 +34,8 @@ class LowRankLinear(Linear):
         if len(names) != 1 or self.merged or options or not self._computes(names[0], x):
             return super().forward(x, *args, **options)
         (name,) = names
-        base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        layer: Any = self
+        base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
         if torch.is_grad_enabled():
             return _Product.apply(x, base.weight, base.bias, a, b, self.scaling[name])
         return _multiply(x, base.weight, base.bias, a, b, self.scaling[name])[0]
