@@ -67,7 +67,7 @@ def make_config(rank: int, merge: str, **ppo: Any) -> RunConfig:
 
 
 def make_model(sizes: dict, config: RunConfig) -> PreTrainedModel:
-    """Return a language model with random weights, quantised as `config` says."""
+    """Return a language model with random weights, quantised by `config.model.quant`."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     if config.model.quant == "none":
