@@ -2,7 +2,7 @@
 
 Measured: the peak resident set above the resident set after the imports, so models and optimizer are included. Planned:
 `MemoryPlan.peak`, the persistent memory plus the largest phase. Every response has the maximum length. Each case needs 2 GB
-or more (1 GB with quantised weights), and the cases differ in what dominates their memory. The planner was not fitted to the
+or more (1 GB with adapters), and the cases differ in what dominates their memory. The planner was not fitted to the
 cases that are named "not fitted": they were chosen without it, and later changes to the planner follow the engine's code.
 Three of them showed what the planner had omitted: the gradient of a bfloat16 embedding in addition to its float32 sum, the
 tensor into which a layer's pages are read on the CPU, and, with NF4 weights, kernels for bfloat16 and the modules of
@@ -57,7 +57,7 @@ def _run(prompt: int, response: int, batch: int, microbatch: int, **rest: Any) -
     memory = {"optimizer_state": state, "gradient_checkpointing": checkpointed}
     ppo = {"updates": 9, "rollout_batch": batch, "minibatch": batch, "microbatch": microbatch}
     rollout = {"max_prompt_tokens": prompt, "max_response_tokens": response, "batch_size": rest.pop("slots", batch)}
-    rollout["cache"] = rest.pop("cache", "slots")
+    rollout |= {"cache": rest.pop("cache", "slots"), "merge_adapters": rest.pop("merge", "never")}
     model = {"attention": attention, "quant": quant, "train_layers": rest.pop("train_layers", None)}
     sections = {"model": model, "adapter": {"rank": rank}, "memory": memory, "rollout": rollout, "ppo": ppo | rest}
     return {"dtype": dtype} | sections
@@ -113,6 +113,26 @@ CASES: dict[str, tuple[dict, dict, int]] = {
     "not fitted: the top 2 of 12 layers, with the states below stored": (
         _model("llama", 80_000, 256, 256, 12, 4, tie_word_embeddings=False),
         _run(252, 4, 512, 32, train_layers=2, ppo_epochs=2, reference="hydra", slots=16),
+        1,
+    ),
+    "not fitted: adapters of three roles, rank 32": (
+        _model("llama", 30_000, 1024, 2816, 18, 16, tie_word_embeddings=False),
+        _run(28, 4, 8, 4, rank=32, value_model="backbone", ppo_epochs=2),
+        1,
+    ),
+    "not fitted: adapters and activations, merged weights in sampling": (
+        _model("qwen2", 4000, 96, 320, 14, 6, tie_word_embeddings=True, num_key_value_heads=2),
+        _run(508, 4, 32, 32, rank=8, merge="always"),
+        1,
+    ),
+    "not fitted: adapters on GPT-2, rank 64, moving average": (
+        _model("gpt2", 50_257, 1024, 0, 20, 16),
+        _run(12, 4, 16, 16, rank=64, ema_decay=0.99),
+        2,
+    ),
+    "not fitted: adapters in the top 4 of 16 layers, states below stored": (
+        _model("qwen3", 60_000, 768, 2048, 16, 12, head_dim=64, tie_word_embeddings=False),
+        _run(124, 4, 512, 32, rank=16, train_layers=4, reference="hydra", slots=16),
         1,
     ),
     "int8 weights, adapters of three roles": (
