@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from torch import Tensor
 
-Objective = Literal["clip", "kl_penalty", "ratio", "policy_gradient"]
+Objective = Literal["clip", "kl_penalty", "ratio", "policy_gradient", "cispo", "sapo", "ipo", "dppo_tv", "dppo_kl"]
 KlEstimator = Literal["k1", "k2", "k3", "abs"]
 KlWeighting = Literal["none", "ratio"]
 RatioLevel = Literal["token", "sequence"]
@@ -23,8 +23,14 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 KL_ESTIMATORS: tuple[str, ...] = get_args(KlEstimator)
 KL_WEIGHTINGS: tuple[str, ...] = get_args(KlWeighting)
 """The kernels (csrc/math) receive a choice as its index in these tuples."""
-WITH_RATIO = ("clip", "kl_penalty", "ratio")
+WITH_RATIO: tuple[str, ...] = tuple(name for name in OBJECTIVES if name != "policy_gradient")
 """Objectives that depend on the ratio of new to old probabilities."""
+WITH_DIVERGENCE = ("ipo", "dppo_tv", "dppo_kl")
+"""Objectives that compare the probability of each token with its old probability."""
+WITH_LEVEL: tuple[str, ...] = tuple(name for name in WITH_RATIO if name not in WITH_DIVERGENCE)
+"""Objectives whose ratio can be the token's or the sequence's."""
+CLIPPED = ("clip", "cispo")
+"""Objectives that limit the ratio to a range."""
 
 
 class PPOOptions(TypedDict, total=False):
@@ -34,7 +40,7 @@ class PPOOptions(TypedDict, total=False):
     """
 
     objective: Objective
-    """Policy term: PPO's clipped surrogate, PPO's penalised one, TRPO's surrogate, the loss of REINFORCE and actor-critic."""
+    """Policy term; [Objectives](objectives.md) has the formula and the source of each."""
     cliprange: float
     """Lower bound of the ratio is 1 minus this number."""
     cliprange_high: float | None
@@ -45,6 +51,19 @@ class PPOOptions(TypedDict, total=False):
     """The log-ratio is limited to ± this number, and the gradient outside is 0. None: no limit."""
     old_kl_coef: float
     """Coefficient of KL(old policy || policy), which the objective adds to the loss."""
+    tau_pos: float
+    """Temperature of the gate for tokens with a positive advantage."""
+    tau_neg: float
+    """Temperature of the gate for the other tokens."""
+    divergence: float | None
+    """Largest divergence from the old probability; tokens above it have no policy gradient. For `dppo_tv` and `dppo_kl`, the
+    bound of tokens without a positive advantage. None: 0.1 for `ipo`, 0.2 for `dppo_tv`, 0.05 for `dppo_kl`."""
+    divergence_high: float | None
+    """The same for tokens with a positive advantage. None: `divergence`."""
+    ratio_limit: float | None
+    """Largest factor of the gradient that a ratio gives (truncated importance sampling). None: no limit."""
+    log_ratio_coef: float | None
+    """Coefficient of the squared log-ratio, which the objective adds to the loss. None: 0.001 for `ipo`, otherwise 0."""
     ratio_level: RatioLevel
     """`sequence`: the log-ratio of a token is the mean over the actions of its sequence (GSPO)."""
     weights: Tensor | None  # (B, T) or (N,)
@@ -93,7 +112,8 @@ class Scalar(NamedTuple):
     default: Any
     choices: tuple[str, ...] = ()  # the allowed values of a choice; the kernels receive the index
     limits: dict[str, Any] | None = None  # the range of a number: keywords of checks.number
-    off: float | str | None = None  # what the kernels receive for None: a number, or the value of the named option
+    # What the kernels receive for None: a number, the value of the named option, or a number per objective (others: 0).
+    off: float | str | dict[str, float] | None = None
     objectives: tuple[str, ...] = OBJECTIVES  # the objectives that read it
     needs: str = ""  # the option without which it has no effect
     kernel: bool = True  # whether the kernels receive it
@@ -111,12 +131,22 @@ class PPOArguments:
     """
 
     objective: str = _scalar("clip", choices=OBJECTIVES)
-    cliprange: float = _scalar(0.2, limits={"least": 0}, objectives=("clip",))
-    cliprange_high: float | None = _scalar(None, limits={"least": 0}, off="cliprange", objectives=("clip",))
+    cliprange: float = _scalar(0.2, limits={"least": 0}, objectives=CLIPPED)
+    cliprange_high: float | None = _scalar(None, limits={"least": 0}, off="cliprange", objectives=CLIPPED)
     dual_clip: float | None = _scalar(None, limits={"above": 1}, off=float("inf"), objectives=("clip",))
     log_ratio_clamp: float | None = _scalar(None, limits={"above": 0}, off=float("inf"), objectives=WITH_RATIO)
     old_kl_coef: float = _scalar(0.0, objectives=("kl_penalty",))
-    ratio_level: str = _scalar("token", choices=get_args(RatioLevel), objectives=WITH_RATIO, kernel=False)
+    tau_pos: float = _scalar(1.0, limits={"above": 0}, objectives=("sapo",))
+    tau_neg: float = _scalar(1.05, limits={"above": 0}, objectives=("sapo",))
+    divergence: float | None = _scalar(
+        None, limits={"least": 0}, off={"ipo": 0.1, "dppo_tv": 0.2, "dppo_kl": 0.05}, objectives=WITH_DIVERGENCE
+    )
+    divergence_high: float | None = _scalar(
+        None, limits={"least": 0}, off="divergence", objectives=("dppo_tv", "dppo_kl")
+    )
+    ratio_limit: float | None = _scalar(None, limits={"above": 0}, off=float("inf"), objectives=("dppo_tv", "dppo_kl"))
+    log_ratio_coef: float | None = _scalar(None, limits={"least": 0}, off={"ipo": 1e-3}, objectives=WITH_DIVERGENCE)
+    ratio_level: str = _scalar("token", choices=get_args(RatioLevel), objectives=WITH_LEVEL, kernel=False)
     weights: Tensor | None = None
     values: Tensor | None = None
     old_values: Tensor | None = None

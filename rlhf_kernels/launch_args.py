@@ -84,10 +84,26 @@ class RowStats:
 KERNEL_SCALARS = tuple(row for row in SCALARS if row.kernel)
 NUMBERS = tuple(row.name for row in KERNEL_SCALARS if not row.choices)
 CHOICES = tuple(row.name for row in KERNEL_SCALARS if row.choices)
+_ROWS = {row.name: row for row in SCALARS}
 
 
 KernelScalars = namedtuple("KernelScalars", [row.name for row in KERNEL_SCALARS])
 """One field per option that the kernels read: a number, or the index of a choice."""
+
+
+def _code(row: Scalar, args: PPOArguments) -> float:
+    """Return the value of an option as a number."""
+    value = getattr(args, row.name)
+    if row.choices:
+        return row.choices.index(value)
+    if value is not None:
+        return float(value)
+    if isinstance(row.off, str):
+        return _code(_ROWS[row.off], args)
+    if isinstance(row.off, dict):
+        return row.off.get(args.objective, 0.0)
+    assert row.off is not None, row.name
+    return row.off
 
 
 class PpoScalars(KernelScalars):
@@ -99,16 +115,7 @@ class PpoScalars(KernelScalars):
     def of(cls, args: PPOArguments) -> "PpoScalars":
         """Return the scalars for the options of one call."""
 
-        def value(row: Scalar) -> float:
-            x = getattr(args, row.name)
-            if row.choices:
-                return row.choices.index(x)
-            if x is None:
-                x = getattr(args, row.off) if isinstance(row.off, str) else row.off
-            assert x is not None, row.name
-            return float(x)
-
-        return cls(*map(value, KERNEL_SCALARS))
+        return cls(*(_code(row, args) for row in KERNEL_SCALARS))
 
     @classmethod
     def from_lists(cls, numbers: list[float], choices: list[int]) -> "PpoScalars":

@@ -29,7 +29,8 @@ float importance_of(const PpoLossArgs& a, int64_t t) { return a.ppo.weights ? a.
 // Return the objective of token t; `log_ratio` is the token's or its sequence's.
 ObjectiveTerm term_of(const PpoLossArgs& a, int64_t t, float log_ratio) {
     const float* ref = a.ppo.ref_logprobs ? a.ppo.ref_logprobs + t : nullptr;
-    return objective_term(log_ratio, a.logprobs[t], a.ppo.advantages[t], importance_of(a, t), ref, a.ppo.scalars);
+    return objective_term(log_ratio, a.logprobs[t], a.ppo.old_logprobs[t], a.ppo.advantages[t], importance_of(a, t), ref,
+                          a.ppo.scalars);
 }
 
 void add_policy(const PpoLossArgs& a, int64_t t, const ObjectiveTerm& term, double* sum) {

@@ -10,9 +10,7 @@ import triton.language as tl
 from .._options import KL_ESTIMATORS, KL_WEIGHTINGS, OBJECTIVES
 from ..launch_args import CHOICES, KernelScalars, PpoScalars
 
-CLIP, KL_PENALTY, POLICY_GRADIENT = (
-    tl.constexpr(OBJECTIVES.index(name)) for name in ("clip", "kl_penalty", "policy_gradient")
-)
+CLIP, KL_PENALTY, RATIO, POLICY_GRADIENT, CISPO, SAPO, IPO, DPPO_TV, DPPO_KL = map(tl.constexpr, range(len(OBJECTIVES)))
 BY_RATIO = tl.constexpr(KL_WEIGHTINGS.index("ratio"))
 K1, K2, K3 = (tl.constexpr(KL_ESTIMATORS.index(name)) for name in ("k1", "k2", "k3"))
 
@@ -156,13 +154,43 @@ def scalars_of(scalars: PpoScalars) -> KernelScalars:
 
 
 @triton.jit
-def surrogate(log_ratio, logprob, a, p):
-    """Return (loss, slope, ratio, live, clipped, dual clipped) of the policy term; `p` are the scalars.
+def bounded(x, low, high):
+    """Return `x` limited to [low, high]. A NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
 
-    The slope is d loss / d log-ratio, or d loss / d logprob for `policy_gradient`; live is d ratio / d log-ratio.
 
-    `clip` is PPO (2017) eq. 7 with separate limits (DAPO, eq. 10) and the dual clip (Ye et al. 2020, eq. 5); `kl_penalty` is
-    eq. 8 with the penalty estimated by k3 of old against new; `ratio` is TRPO's surrogate; `policy_gradient` is the plain one.
+@triton.jit
+def binary_kl(old_logprob, logprob):
+    """Return KL(old || new) of the choice between the sampled token and any other (DPPO, eq. 14).
+
+    1e-8 keeps it finite for a probability of 1.
+    """
+    old_rest, rest = -expm1(old_logprob), -expm1(logprob)
+    others = old_rest * tl.log((old_rest + 1e-8).to(tl.float64) / (rest + 1e-8)).to(tl.float32)
+    return exp(old_logprob) * (old_logprob - logprob) + others
+
+
+@triton.jit
+def is_outside(logprob, old_logprob, a, p):
+    """Return whether the token is outside the trust region of ipo or dppo."""
+    moved = exp(logprob) - exp(old_logprob)
+    if p.objective == IPO:
+        outside = tl.abs(moved) > p.divergence
+    else:
+        limit, away = tl.where(a > 0, p.divergence_high, p.divergence), tl.where(a > 0, moved, -moved)
+        if p.objective == DPPO_TV:
+            outside = away > limit
+        else:
+            outside = (away > 0) & (binary_kl(old_logprob, logprob) > limit)
+    return outside
+
+
+@triton.jit
+def surrogate(log_ratio, logprob, old_logprob, a, p):
+    """Return (loss, slope, own, ratio, live, clipped, dual clipped) of the policy term; `p` are the scalars.
+
+    The slope is d loss / d log-ratio; own is d loss / d logprob apart from the ratio; live is d ratio / d log-ratio.
+    docs/reference/objectives.md has the sources of the formulas.
     """
     # The gradient is 0 outside the clamp, but not at its limits. A NaN stays NaN.
     frozen = tl.abs(log_ratio) > p.log_ratio_clamp
@@ -171,46 +199,59 @@ def surrogate(log_ratio, logprob, a, p):
     live = tl.where(frozen, 0.0, ratio)
     clipped = ratio < 0  # all False
     dual_clipped = clipped
+    loss = -a * ratio
+    slope = tl.where(frozen, 0.0, loss)
+    own = tl.zeros_like(loss)
     if p.objective == POLICY_GRADIENT:
-        loss = -a * logprob
-        slope = -a
-    else:
-        loss = -a * ratio
-        slope = tl.where(frozen, 0.0, loss)
-        if p.objective == KL_PENALTY:
-            loss += p.old_kl_coef * expm1_minus_x(log_ratio)
-            slope += tl.where(frozen, 0.0, p.old_kl_coef * expm1(log_ratio))
-        elif p.objective == CLIP:
-            low, high = 1.0 - p.cliprange, 1.0 + p.cliprange_high
-            clip = -a * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-            clipped = clip > loss
-            loss = tl.where(clipped, clip, loss)
-            dual_clipped = (a < 0) & (-a * p.dual_clip < loss)
-            loss = tl.where(dual_clipped, -a * p.dual_clip, loss)
-            slope = tl.where(clipped | dual_clipped, 0.0, slope)
-    return loss, slope, ratio, live, clipped, dual_clipped
+        loss, slope, own = -a * logprob, own, -a
+    elif p.objective == KL_PENALTY:
+        loss += p.old_kl_coef * expm1_minus_x(log_ratio)
+        slope += tl.where(frozen, 0.0, p.old_kl_coef * expm1(log_ratio))
+    elif p.objective == CLIP:
+        clip = -a * bounded(ratio, 1.0 - p.cliprange, 1.0 + p.cliprange_high)
+        clipped = clip > loss
+        loss = tl.where(clipped, clip, loss)
+        dual_clipped = (a < 0) & (-a * p.dual_clip < loss)
+        loss = tl.where(dual_clipped, -a * p.dual_clip, loss)
+        slope = tl.where(clipped | dual_clipped, 0.0, slope)
+    elif p.objective == CISPO:
+        factor = bounded(ratio, 1.0 - p.cliprange, 1.0 + p.cliprange_high)
+        clipped = factor != ratio
+        loss, slope, own = -a * factor * logprob, own, -a * factor
+    elif p.objective == SAPO:
+        tau = tl.where(a > 0, p.tau_pos, p.tau_neg)
+        x = tau * (ratio - 1.0)
+        e = exp(-tl.abs(x))
+        loss = -a * tl.where(x < 0, e, 1.0) / (1.0 + e) * (4.0 / tau)
+        slope = -a * 4.0 * e / ((1.0 + e) * (1.0 + e)) * live
+    elif p.objective != RATIO:  # IPO, DPPO_TV, DPPO_KL
+        clipped = is_outside(logprob, old_logprob, a, p)
+        loss = tl.where(clipped, 0.0, -a * tl.where(ratio > p.ratio_limit, p.ratio_limit, ratio))
+        slope = tl.where(frozen, 0.0, loss + 2.0 * p.log_ratio_coef * log_ratio)
+        loss += p.log_ratio_coef * log_ratio * log_ratio
+    return loss, slope, own, ratio, live, clipped, dual_clipped
 
 
 @triton.jit
-def objective_term(log_ratio, logprob, a, importance, ref_logprob, p, HAS_REF: tl.constexpr):
+def objective_term(log_ratio, logprob, old_logprob, a, importance, ref_logprob, p, HAS_REF: tl.constexpr):
     """Return (loss, ratio, clipped, dual clipped, KL, KL term, ratio slope, own slope) of one token.
 
     Nothing is multiplied by the aggregation's weight. The policy loss is not yet multiplied by the importance weight, nor the
     KL term by kl_coef. The ratio slope is d L / d log-ratio, which a sequence-level ratio distributes over its sequence. The
     own slope is d L / d logprob apart from the ratio.
     """
-    loss, slope, ratio, live, clipped, dual_clipped = surrogate(log_ratio, logprob, a, p)
-    ratio_slope = importance * slope
-    kl, own_slope = tl.zeros_like(loss), tl.zeros_like(loss)
+    loss, slope, own, ratio, live, clipped, dual_clipped = surrogate(log_ratio, logprob, old_logprob, a, p)
+    ratio_slope, own_slope = importance * slope, importance * own
+    kl = tl.zeros_like(loss)
+    kl_term = kl
     if HAS_REF:
         apart = logprob - ref_logprob
         kl = kl_value(apart, p.kl_estimator)
-        own_slope = p.kl_coef * kl_slope(apart, p.kl_estimator)
-    kl_term = kl
-    if p.kl_weighting == BY_RATIO:  # DeepSeek-V3.2 (2025), "Unbiased KL Estimate": r KL
-        kl_term = ratio * kl
-        own_slope = ratio * own_slope
-        ratio_slope += p.kl_coef * kl * live
+        kl_term, of_kl = kl, kl_slope(apart, p.kl_estimator)
+        if p.kl_weighting == BY_RATIO:  # DeepSeek-V3.2 (2025), "Unbiased KL Estimate": r KL
+            kl_term, of_kl = ratio * kl, ratio * of_kl
+            ratio_slope += p.kl_coef * kl * live
+        own_slope += p.kl_coef * of_kl
     return loss, ratio, clipped, dual_clipped, kl, kl_term, ratio_slope, own_slope
 
 
@@ -218,9 +259,8 @@ def objective_term(log_ratio, logprob, a, importance, ref_logprob, p, HAS_REF: t
 def value_term(v, old_value, target, cliprange):
     """Return (loss, slope, clipped) of `1/2 max((v - R)^2, (clip(v, old ± range) - R)^2)`; the slope is d loss / d v."""
     error = v - target
-    low, high = old_value - cliprange, old_value + cliprange
-    bounded = tl.where(v < low, low, tl.where(v > high, high, v)) - target
+    limited = bounded(v, old_value - cliprange, old_value + cliprange) - target
     # A clipped v is outside the range, where the loss does not depend on it.
-    clipped = bounded * bounded > error * error
-    worst = tl.where(clipped, bounded, error)
+    clipped = limited * limited > error * error
+    worst = tl.where(clipped, limited, error)
     return 0.5 * worst * worst, tl.where(clipped, 0.0, error), clipped

@@ -89,10 +89,10 @@ def _sequence_ratio(
         live = at < end
         on = live & tl.load(mask + at, live, other=0)
         weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT).to(tl.float64)
-        logprob, advantage = tl.load(logprobs + at, on, other=0), tl.load(advantages + at, on, other=0)
+        logprob, old = tl.load(logprobs + at, on, other=0), tl.load(old_logprobs + at, on, other=0)
         _, _, _, _, _, _, slope, _ = objective_term(
-            mean + tl.zeros_like(logprob), logprob, advantage, _optional(weights, at, on, HAS_WEIGHTS),
-            _optional(ref_logprobs, at, on, HAS_REF), scalars, HAS_REF,
+            mean + tl.zeros_like(logprob), logprob, old, tl.load(advantages + at, on, other=0),
+            _optional(weights, at, on, HAS_WEIGHTS), _optional(ref_logprobs, at, on, HAS_REF), scalars, HAS_REF,
         )  # fmt: skip
         slopes += tl.where(on, weight * slope, 0)
     return mean, tl.sum(slopes) / actions
@@ -159,12 +159,12 @@ def _partials(
         at = start + tl.arange(0, _TILE)
         live = at < end
         on = live & tl.load(mask + at, live, other=0)
-        logprob, advantage = tl.load(logprobs + at, on, other=0), tl.load(advantages + at, on, other=0)
-        d = logprob - tl.load(old_logprobs + at, on, other=0)
+        logprob, old = tl.load(logprobs + at, on, other=0), tl.load(old_logprobs + at, on, other=0)
+        advantage, d = tl.load(advantages + at, on, other=0), logprob - old
         weight = _optional(row_weight, at, on, HAS_ROW_WEIGHT)
         importance = _optional(weights, at, on, HAS_WEIGHTS)
         loss, ratio, clipped, dual_clipped, kl, kl_term, ratio_slope, own_slope = objective_term(
-            mean + tl.zeros_like(d) if SEQUENCE_LEVEL else d, logprob, advantage, importance,
+            mean + tl.zeros_like(d) if SEQUENCE_LEVEL else d, logprob, old, advantage, importance,
             _optional(ref_logprobs, at, on, HAS_REF), scalars, HAS_REF,
         )  # fmt: skip
         wide = weight.to(tl.float64)

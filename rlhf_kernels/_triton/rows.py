@@ -230,8 +230,9 @@ def _ppo_kernel(
             importance = tl.load(weights + row)
         if ref_logprobs is not None:
             ref_logprob = tl.load(ref_logprobs + row)
+        old = tl.load(old_logprobs + row)
         _, _, _, _, _, _, ratio_slope, own_slope = objective_term(
-            logprob - tl.load(old_logprobs + row), logprob, tl.load(advantages + row), importance, ref_logprob, scalars,
+            logprob - old, logprob, old, tl.load(advantages + row), importance, ref_logprob, scalars,
             ref_logprobs is not None,
         )  # fmt: skip
         g = ratio_slope + own_slope

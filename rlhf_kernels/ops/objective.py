@@ -77,13 +77,11 @@ def _check_scalar(row: Scalar, value: Any) -> None:
 def _check_effect(row: Scalar, args: PPOArguments) -> None:
     """Raise ValueError for an option that the objective does not read, or that needs a second option which is not set."""
     value = getattr(args, row.name)
-    # An option such as `cliprange`, whose default is not off: its value does not show whether the caller set it.
-    always_on = not row.choices and row.default not in (None, 0)
-    if always_on or value in (None, 0, row.default):
+    if value in (None, 0, row.default):
         return
     if args.objective not in row.objectives:
-        readers = " and ".join(map(repr, row.objectives))
-        verb = "reads" if len(row.objectives) == 1 else "read"
+        *others, last = map(repr, row.objectives)
+        readers, verb = (f"{', '.join(others)} and {last}", "read") if others else (last, "reads")
         raise ValueError(f"{row.name}: got {value!r} with objective={args.objective!r}; only {readers} {verb} it")
     if row.needs and not getattr(args, row.needs):
         raise ValueError(f"{row.name}: got {value!r} with {row.needs}=0, where it has no effect; set {row.needs}")

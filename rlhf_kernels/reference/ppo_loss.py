@@ -1,26 +1,16 @@
 """The definitions of `ppo_loss`, `logits_ppo_loss` and `linear_ppo_loss` in eager PyTorch."""
 
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from .._options import Objective, PPOOptions
+from .._options import PPOOptions
 from ..launch_args import METRICS, PPOLoss
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
+from .surrogate import SurrogateOptions, surrogate
 from .token_logprobs import linear_logits, token_logprobs
-
-
-class SurrogateOptions(TypedDict, total=False):
-    """Keywords of `_surrogate`."""
-
-    objective: Objective
-    cliprange: float
-    cliprange_high: float | None
-    dual_clip: float | None
-    log_ratio_clamp: float | None
-    old_kl_coef: float
 
 
 def ppo_loss(
@@ -65,10 +55,10 @@ def ppo_loss(
     old, new, a = rows(old_logprobs.detach()), rows(logprobs), rows(advantages.detach())
     per_token = new - old
     log_ratio = _sequence_mean(per_token, mask, seq, b) if ratio_level == "sequence" else per_token
-    s = _surrogate(log_ratio, new, a, **surrogate_options)
+    s = surrogate(log_ratio, new, old, a, **surrogate_options)
     w = 1 if weights is None else rows(weights.detach())
     total = policy_loss = (torch.where(mask, s.loss * w, 0) * weight).sum()
-    ratio_slope, own_slope = s.slope * w, torch.zeros_like(new)
+    ratio_slope, own_slope = s.slope * w, s.own * w
     count = _count(mask.sum(), num_tokens)
 
     def mean(x: Tensor) -> Tensor:  # metrics are means over tokens for any aggregation
@@ -112,55 +102,6 @@ def ppo_loss(
         "num_tokens": mask.sum(),
     }
     return PPOLoss(total, {k: v.detach().float() for k, v in metrics.items()})
-
-
-class Surrogate(NamedTuple):
-    """The policy term of each token with its derivatives; all (N,)."""
-
-    loss: Tensor
-    slope: Tensor  # d loss / d log-ratio, for the metric `active_fraction`; autograd computes the gradient itself
-    ratio: Tensor
-    live: Tensor  # d ratio / d log-ratio: 0 outside the clamp
-    clipped: Tensor
-    dual_clipped: Tensor
-
-
-def _surrogate(
-    log_ratio: Tensor,
-    logprobs: Tensor,
-    a: Tensor,
-    *,
-    objective: str = "clip",
-    cliprange: float = 0.2,
-    cliprange_high: float | None = None,
-    dual_clip: float | None = None,
-    log_ratio_clamp: float | None = None,
-    old_kl_coef: float = 0.0,
-) -> Surrogate:
-    never = torch.zeros_like(a, dtype=torch.bool)
-    frozen = never
-    if log_ratio_clamp is not None:
-        frozen = log_ratio.abs() > log_ratio_clamp
-        log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    r = log_ratio.exp()
-    live = torch.where(frozen, 0, r.detach())
-    if objective == "policy_gradient":
-        return Surrogate(-a * logprobs, -a, r, live, never, never)
-    if objective == "ratio":
-        return Surrogate(-r * a, -live * a, r, live, never, never)
-    if objective == "kl_penalty":
-        old_kl = torch.expm1(log_ratio) - log_ratio
-        slope = -live * a + old_kl_coef * torch.where(frozen, 0, live - 1)
-        return Surrogate(-r * a + old_kl_coef * old_kl, slope, r, live, never, never)
-    high = cliprange if cliprange_high is None else cliprange_high
-    plain, clip = -a * r, -a * r.clamp(1 - cliprange, 1 + high)
-    clipped = clip > plain
-    loss = torch.where(clipped, clip, plain)
-    dual_clipped = never
-    if dual_clip is not None:
-        dual_clipped = (a < 0) & (-a * dual_clip < loss)
-        loss = torch.where(dual_clipped, -a * dual_clip, loss)
-    return Surrogate(loss, torch.where(clipped | dual_clipped, 0, -live * a), r, live, clipped, dual_clipped)
 
 
 def _kl_slope(d: Tensor, estimator: str) -> Tensor:

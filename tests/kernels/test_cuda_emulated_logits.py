@@ -149,6 +149,11 @@ def test_every_split_and_dtype(dtype, split, upstream):
         {"objective": "ratio", "aggregation": "seq_mean_token_sum"},
         {"aggregation": "token_sum", "num_tokens": 100},
         {"kl_coef": 0.1, "kl_weighting": "ratio", "log_ratio_clamp": 0.5},
+        {"objective": "cispo", "cliprange_high": 0.3},
+        {"objective": "sapo", "tau_pos": 2.0, "log_ratio_clamp": 0.5},
+        {"objective": "ipo", "divergence": 0.001},
+        {"objective": "dppo_tv", "divergence": 0.001, "ratio_limit": 1.2},
+        {"objective": "dppo_kl", "divergence": 0.0001, "log_ratio_coef": 0.1, "log_ratio_clamp": 0.4},
     ],
     ids=str,
 )

@@ -106,6 +106,23 @@ def test_all_clipped_rows_have_no_gradient(products):
     assert len(products) == 1
 
 
+@pytest.mark.parametrize("objective", ["ipo", "dppo_tv", "dppo_kl"])
+def test_rows_outside_the_trust_region_are_in_no_backward_product(products, objective):
+    leaves, constants, _ = make(6, b=8, t=40)
+    leaves = {k: leaves[k] for k in ("hidden", "weight")}
+    logprobs = linear_token_logprobs(**leaves, ids=constants["ids"]).logprobs
+    constants["old_logprobs"] = torch.where(torch.arange(40) % 4 > 0, logprobs - 3, logprobs)  # ratio e^3, or 1
+    constants["advantages"] = torch.ones_like(logprobs)
+    products.clear()
+    options = {"objective": objective, "divergence": 1e-6, "log_ratio_coef": 0.0}
+    result, gradients = run(linear_ppo_loss, leaves, constants, options, torch.float32)
+    inside = constants["mask"] & (torch.arange(40) % 4 == 0)
+    (into_hidden,) = (a[0] for a, b in products if b == tuple(leaves["weight"].shape))
+    assert into_hidden == int(inside.sum())
+    assert result.metrics["clipfrac"].item() == pytest.approx(1 - inside.sum().item() / constants["mask"].sum().item())
+    assert (gradients["hidden"][~inside] == 0).all() and (gradients["hidden"][inside] != 0).any(-1).all()
+
+
 def test_gradients_only_for_inputs_that_require_them(products):
     leaves, constants, _ = make(7)
     hidden, weight = leaves["hidden"].clone().requires_grad_(), leaves["weight"]

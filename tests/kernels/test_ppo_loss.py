@@ -12,7 +12,7 @@ from rlhf_kernels._options import PPOArguments
 from rlhf_kernels.launch_args import flatten
 from rlhf_kernels.ops.objective import ObjectiveTerms
 from rlhf_kernels.ops.ppo_loss import Inputs
-from rlhf_kernels.reference.ppo_loss import _surrogate as surrogate_of_the_definition
+from rlhf_kernels.reference.surrogate import surrogate as surrogate_of_the_definition
 
 from .helpers.bounds import check_error
 from .helpers.compiled import compile_whole
@@ -45,12 +45,62 @@ def one(logprob: float, old: float, advantage: float, **options):
         (2.0, 1.0, {"objective": "kl_penalty", "old_kl_coef": 0.5}, -2 + 0.5 * (1 - math.log(2)), -2 + 0.5),
         (2.0, 3.0, {"objective": "policy_gradient"}, -3 * math.log(2), -3.0),
         (1.1, 0.0, {}, 0.0, 0.0),
+        # -A sg(clip(r)) log π: log 2 = 0.69314718, log 0.5 = -0.69314718, and no token loses its gradient
+        (2.0, 3.0, {"objective": "cispo"}, -3 * 1.2 * 0.69314718, -3.6),
+        (2.0, -3.0, {"objective": "cispo"}, 3 * 1.2 * 0.69314718, 3.6),
+        (0.5, 3.0, {"objective": "cispo", "cliprange": 0.3}, 3 * 0.7 * 0.69314718, -2.1),
+        (2.0, 3.0, {"objective": "cispo", "cliprange": 1.0, "cliprange_high": 4.0}, -6 * 0.69314718, -6.0),
+        (4.0, 1.0, {"objective": "cispo", "log_ratio_clamp": math.log(1.1)}, -1.1 * 1.38629436, -1.1),
+        # -A 4 / tau sigmoid(tau (r - 1)): sigmoid(0) = 0.5, sigmoid(1) = 0.73105858, sigmoid(-0.525) = 0.37168381
+        (1.0, 3.0, {"objective": "sapo"}, -6.0, -3.0),
+        (2.0, 3.0, {"objective": "sapo"}, -12 * 0.73105858, -12 * 0.73105858 * 0.26894142 * 2),
+        (0.5, -3.0, {"objective": "sapo"}, 12 / 1.05 * 0.37168381, 12 * 0.37168381 * 0.62831619 * 0.5),
+        (1.5, -3.0, {"objective": "sapo", "tau_neg": 2.0}, 6 * 0.73105858, 12 * 0.73105858 * 0.26894142 * 1.5),
+        (4.0, 3.0, {"objective": "sapo", "log_ratio_clamp": math.log(2)}, -12 * 0.73105858, 0.0),
     ],
 )
 def test_surrogate_by_hand(isa, ratio, advantage, options, loss, slope):
     got_loss, got_slope, _ = one(math.log(ratio), 0.0, advantage, **options)
     assert got_loss == pytest.approx(loss, rel=1e-6, abs=1e-7)
     assert got_slope == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("probability", "old", "advantage", "options", "loss", "slope"),
+    [
+        # ipo: the token is rejected where the probability moved by more than 0.1, for either sign of A; log 2 = 0.69314718
+        (0.5, 0.25, 1.0, {"objective": "ipo"}, 1e-3 * 0.48045301, 2e-3 * 0.69314718),
+        (0.5, 0.25, -1.0, {"objective": "ipo"}, 1e-3 * 0.48045301, 2e-3 * 0.69314718),
+        (0.5, 0.25, -1.0, {"objective": "ipo", "log_ratio_coef": 0.0}, 0.0, 0.0),
+        (0.3, 0.25, 1.0, {"objective": "ipo"}, -1.2 + 1e-3 * 0.03324115, -1.2 + 2e-3 * 0.18232156),
+        (0.5, 0.25, 1.0, {"objective": "ipo", "divergence": 0.3, "log_ratio_coef": 0.0}, -2.0, -2.0),
+        # dppo_tv: rejected where the probability moved by more than 0.2 in the direction of A
+        (0.5, 0.25, 1.0, {"objective": "dppo_tv"}, 0.0, 0.0),
+        (0.5, 0.25, -1.0, {"objective": "dppo_tv"}, 2.0, 2.0),
+        (0.25, 0.5, -1.0, {"objective": "dppo_tv"}, 0.0, 0.0),
+        (0.25, 0.5, 1.0, {"objective": "dppo_tv"}, -0.5, -0.5),
+        (0.4, 0.25, 1.0, {"objective": "dppo_tv"}, -1.6, -1.6),
+        (0.4, 0.25, 1.0, {"objective": "dppo_tv", "divergence_high": 0.1}, 0.0, 0.0),
+        (0.25, 0.4, -1.0, {"objective": "dppo_tv", "divergence_high": 0.1}, 0.625, 0.625),
+        (0.25, 0.4, -1.0, {"objective": "dppo_tv", "divergence": 0.1}, 0.0, 0.0),
+        (0.4, 0.25, 1.0, {"objective": "dppo_tv", "ratio_limit": 1.5}, -1.5, -1.5),  # the gradient is not 0
+        (0.5, 0.25, 1.0, {"objective": "dppo_tv", "log_ratio_coef": 0.1}, 0.1 * 0.48045301, 0.2 * 0.69314718),
+        # dppo_kl: KL = 0.25 log(0.25 / 0.5) + 0.75 log(0.75 / 0.5) = 0.130812
+        (0.5, 0.25, 1.0, {"objective": "dppo_kl"}, 0.0, 0.0),
+        (0.5, 0.25, -1.0, {"objective": "dppo_kl"}, 2.0, 2.0),
+        (0.5, 0.25, 1.0, {"objective": "dppo_kl", "divergence": 0.1308}, 0.0, 0.0),
+        (0.5, 0.25, 1.0, {"objective": "dppo_kl", "divergence": 0.1309}, -2.0, -2.0),
+        (0.5, 0.25, 1.0, {"objective": "dppo_kl", "divergence_high": 0.1309}, -2.0, -2.0),
+        (0.3, 0.25, 1.0, {"objective": "dppo_kl"}, -1.2, -1.2),
+        (1.0, 0.5, 1.0, {"objective": "dppo_kl"}, 0.0, 0.0),  # a probability of 1
+    ],
+)
+def test_divergence_by_hand(isa, probability, old, advantage, options, loss, slope):
+    got_loss, got_slope, metrics = one(math.log(probability), math.log(old), advantage, **options)
+    assert got_loss == pytest.approx(loss, rel=1e-6, abs=1e-9)
+    assert got_slope == pytest.approx(slope, rel=1e-6, abs=1e-9)
+    rejected = loss >= 0 if advantage > 0 else slope < 0.1
+    assert metrics["clipfrac"].item() == rejected
 
 
 @pytest.mark.parametrize(
@@ -254,6 +304,19 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"old_logprobs": torch.zeros(2, 3, device="meta")}, "old_logprobs: got device meta, expected cpu"),
         ({"old_logprobs": torch.zeros(2, 3, dtype=torch.long)}, "old_logprobs: got dtype torch.int64"),
         ({"objective": "trust"}, "objective: got 'trust', expected one of"),
+        ({"objective": "cipso"}, "objective: got 'cipso', expected one of .*; did you mean 'cispo'?"),
+        (
+            {"cliprange": 0.3, "objective": "sapo"},
+            "cliprange: got 0.3 with objective='sapo'; only 'clip' and 'cispo' read it",
+        ),
+        ({"tau_pos": 2.0}, "tau_pos: got 2.0 with objective='clip'; only 'sapo' reads it"),
+        ({"tau_neg": 0.0, "objective": "sapo"}, "tau_neg: got 0.0, expected a number above 0"),
+        ({"divergence": 0.1}, "divergence: got 0.1 with objective='clip'; only 'ipo', 'dppo_tv' and 'dppo_kl' read it"),
+        ({"divergence_high": 0.1, "objective": "ipo"}, "divergence_high: got 0.1 with objective='ipo'"),
+        ({"divergence": -0.1, "objective": "ipo"}, "divergence: got -0.1, expected at least 0"),
+        ({"ratio_limit": 3.0, "objective": "ipo"}, "ratio_limit: got 3.0 with objective='ipo'"),
+        ({"log_ratio_coef": 0.1, "objective": "ratio"}, "log_ratio_coef: got 0.1 with objective='ratio'"),
+        ({"ratio_level": "sequence", "objective": "dppo_tv"}, "ratio_level: got 'sequence' with objective='dppo_tv'"),
         ({"aggregation": "mean"}, "aggregation: got 'mean'"),
         ({"cliprange": -0.1}, "cliprange: got -0.1, expected at least 0"),
         ({"dual_clip": 1.0}, "dual_clip: got 1.0, expected a number above 1"),
@@ -271,7 +334,7 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"kl_weighting": "ratio"}, "kl_weighting: got 'ratio' with kl_coef=0, where it has no effect; set kl_coef"),
         (
             {"kl_weighting": "ratio", "kl_coef": 0.1, "objective": "policy_gradient"},
-            "kl_weighting: got 'ratio' with objective='policy_gradient'; only 'clip' and 'kl_penalty' and 'ratio' read it",
+            "kl_weighting: got 'ratio' with objective='policy_gradient'; only 'clip', 'kl_penalty', 'ratio', .* read it",
         ),
         ({"values": torch.zeros(2, 3)}, "returns is not set, but the value loss needs it"),
         ({"returns": torch.zeros(2, 3)}, "returns is set but there are no value predictions"),

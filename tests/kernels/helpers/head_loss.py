@@ -28,6 +28,11 @@ OPTIONS = {
         "kl_coef": 0.05,
     },
     "weighted_kl": {"kl_coef": 0.1, "kl_weighting": "ratio", "log_ratio_clamp": 0.5},
+    "cispo": {"objective": "cispo", "cliprange_high": 0.5, "kl_coef": 0.1, "kl_weighting": "ratio"},
+    "sapo": {"objective": "sapo", "aggregation": "seq_mean_token_mean", "entropy_coef": 0.02},
+    "ipo": {"objective": "ipo", "divergence": 0.001},
+    "dppo_tv": {"objective": "dppo_tv", "divergence": 0.001, "ratio_limit": 1.2},
+    "dppo_kl": {"objective": "dppo_kl", "divergence": 0.0001, "divergence_high": 0.001, "log_ratio_clamp": 0.4},
     "softcap": {"softcap": 3.0, "logit_scale": 0.7, "entropy_coef": 0.02, "temperature": 0.8},
 }
 _TRANSFORM = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}

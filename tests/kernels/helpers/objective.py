@@ -51,4 +51,12 @@ OPTIONS = [
     {"aggregation": "seq_mean_token_mean", "num_sequences": torch.tensor(64)},
     {"kl_coef": 0.1, "kl_weighting": "ratio", "log_ratio_clamp": 0.5, "entropy_coef": 0.01},
     {"kl_coef": 0.1, "kl_weighting": "ratio", "ratio_level": "sequence", "aggregation": "seq_mean_token_mean"},
+    {"objective": "cispo", "cliprange": 0.1, "cliprange_high": 0.3, "entropy_coef": 0.01},
+    {"objective": "cispo", "ratio_level": "sequence", "cliprange": 0.01, "kl_coef": 0.1, "kl_weighting": "ratio"},
+    {"objective": "sapo", "tau_neg": 2.0, "kl_coef": 0.1, "kl_weighting": "ratio"},
+    {"objective": "sapo", "ratio_level": "sequence", "log_ratio_clamp": 0.05, "aggregation": "seq_mean_token_mean"},
+    {"objective": "ipo", "divergence": 0.03},
+    {"objective": "ipo", "log_ratio_coef": 0.2, "log_ratio_clamp": 0.3, "aggregation": "token_sum"},
+    {"objective": "dppo_tv", "divergence": 0.02, "divergence_high": 0.04, "ratio_limit": 1.1, "log_ratio_coef": 0.1},
+    {"objective": "dppo_kl", "divergence": 0.002, "log_ratio_clamp": 0.4, "aggregation": "seq_mean_token_sum"},
 ]
