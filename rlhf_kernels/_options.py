@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from torch import Tensor
 
-Objective = Literal["clip", "kl_penalty", "ratio", "policy_gradient", "cispo", "sapo", "ipo", "dppo_tv", "dppo_kl"]
+Objective = Literal[
+    "clip", "kl_penalty", "ratio", "policy_gradient", "cispo", "sapo", "ipo", "dppo_tv", "dppo_kl", "gspo_token", "gmpo"
+]  # fmt: skip
 KlEstimator = Literal["k1", "k2", "k3", "abs"]
 KlWeighting = Literal["none", "ratio"]
 RatioLevel = Literal["token", "sequence"]
@@ -27,9 +29,11 @@ WITH_RATIO: tuple[str, ...] = tuple(name for name in OBJECTIVES if name != "poli
 """Objectives that depend on the ratio of new to old probabilities."""
 WITH_DIVERGENCE = ("ipo", "dppo_tv", "dppo_kl")
 """Objectives that compare the probability of each token with its old probability."""
-WITH_LEVEL: tuple[str, ...] = tuple(name for name in WITH_RATIO if name not in WITH_DIVERGENCE)
+OF_SEQUENCES = ("gspo_token", "gmpo")
+"""Objectives whose ratio is always one number per sequence."""
+WITH_LEVEL: tuple[str, ...] = tuple(name for name in WITH_RATIO if name not in WITH_DIVERGENCE + OF_SEQUENCES)
 """Objectives whose ratio can be the token's or the sequence's."""
-CLIPPED = ("clip", "cispo")
+CLIPPED = ("clip", "cispo", "gspo_token", "gmpo")
 """Objectives that limit the ratio to a range."""
 
 
@@ -42,9 +46,10 @@ class PPOOptions(TypedDict, total=False):
     objective: Objective
     """Policy term; [Objectives](objectives.md) has the formula and the source of each."""
     cliprange: float
-    """Lower bound of the ratio is 1 minus this number."""
+    """Lower bound of the ratio is 1 minus this number; for `gmpo`, lower bound of the log-ratio is minus this number."""
     cliprange_high: float | None
-    """Upper bound of the ratio is 1 plus this number (clip-higher, DAPO). None: `cliprange`."""
+    """Upper bound of the ratio is 1 plus this number (clip-higher, DAPO); for `gmpo`, upper bound of the log-ratio is this
+    number. None: `cliprange`."""
     dual_clip: float | None
     """For a negative advantage A, the term is at most `-dual_clip * A`. None: no such limit."""
     log_ratio_clamp: float | None
@@ -133,7 +138,7 @@ class PPOArguments:
     objective: str = _scalar("clip", choices=OBJECTIVES)
     cliprange: float = _scalar(0.2, limits={"least": 0}, objectives=CLIPPED)
     cliprange_high: float | None = _scalar(None, limits={"least": 0}, off="cliprange", objectives=CLIPPED)
-    dual_clip: float | None = _scalar(None, limits={"above": 1}, off=float("inf"), objectives=("clip",))
+    dual_clip: float | None = _scalar(None, limits={"above": 1}, off=float("inf"), objectives=("clip", "gspo_token"))
     log_ratio_clamp: float | None = _scalar(None, limits={"above": 0}, off=float("inf"), objectives=WITH_RATIO)
     old_kl_coef: float = _scalar(0.0, objectives=("kl_penalty",))
     tau_pos: float = _scalar(1.0, limits={"above": 0}, objectives=("sapo",))
@@ -165,6 +170,11 @@ class PPOArguments:
     num_value_tokens: float | Tensor | None = None
     num_sequences: float | Tensor | None = None
     cu_seqlens: Tensor | None = None
+
+    @property
+    def sequence_level(self) -> bool:
+        """Whether the ratio is one number per sequence."""
+        return self.ratio_level == "sequence" or self.objective in OF_SEQUENCES
 
 
 def _row(option: Field[Any]) -> Scalar:

@@ -114,7 +114,6 @@ class PpoScalars(KernelScalars):
     @classmethod
     def of(cls, args: PPOArguments) -> "PpoScalars":
         """Return the scalars for the options of one call."""
-
         return cls(*(_code(row, args) for row in KERNEL_SCALARS))
 
     @classmethod

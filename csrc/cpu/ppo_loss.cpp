@@ -80,13 +80,18 @@ void by_token(const PpoLossArgs& a, Segment seg, double* sum) {
     }
 }
 
-// GSPO eq. 7: one log-ratio per sequence, the mean over its actions. Its derivative with respect to each log-prob is 1 / count.
+SequencePart part_of(const PpoLossArgs& a, int64_t t) {
+    return sequence_part(a.logprobs[t] - a.ppo.old_logprobs[t], a.ppo.advantages[t], a.ppo.scalars);
+}
+
+// GSPO eq. 7: one log-ratio per sequence, the mean over its actions. Its derivative with respect to each log-prob is 1 / count,
+// or 0 where the token is clipped.
 void by_sequence(const PpoLossArgs& a, Segment seg, double* sum) {
     double log_ratio = 0, count = 0, slope = 0;
     for (int64_t t = seg.begin; t < seg.end; t++) {
         a.slope[t] = 0.f;
         if (!a.mask[t]) continue;
-        log_ratio += a.logprobs[t] - a.ppo.old_logprobs[t];
+        log_ratio += part_of(a, t).log_ratio;
         count += 1;
     }
     const float mean = float(log_ratio / (count > 0 ? count : 1));
@@ -95,8 +100,10 @@ void by_sequence(const PpoLossArgs& a, Segment seg, double* sum) {
     }
     for (int64_t t = seg.begin; t < seg.end; t++) {
         if (!a.mask[t]) continue;
-        const ObjectiveTerm term = term_of(a, t, mean);
-        a.slope[t] = float(slope + weight_of(a, t) * term.own_slope);
+        ObjectiveTerm term = term_of(a, t, mean);
+        const bool clipped = part_of(a, t).clipped;
+        a.slope[t] = float((clipped ? 0 : slope) + weight_of(a, t) * term.own_slope);
+        term.policy.clipped = term.policy.clipped || clipped;
         add_policy(a, t, term, sum);
     }
 }

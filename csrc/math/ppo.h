@@ -5,7 +5,7 @@
 namespace rlhf {
 
 // The order of OBJECTIVES in rlhf_kernels/_options.py.
-enum class Objective : int { clip, kl_penalty, ratio, policy_gradient, cispo, sapo, ipo, dppo_tv, dppo_kl };
+enum class Objective : int { clip, kl_penalty, ratio, policy_gradient, cispo, sapo, ipo, dppo_tv, dppo_kl, gspo_token, gmpo };
 enum class KlWeighting : int { none = 0, ratio = 1 };
 
 // The options of rlhf_kernels/_options.py that the kernels receive, under the same names. A limit that is off is inf.
@@ -77,7 +77,8 @@ RLHF_HD bool is_outside(float logprob, float old_logprob, float a, const PpoScal
 
 // Return the policy term. clip: see clip_ratio. kl_penalty: PPO (2017) eq. 8 with the k3 estimate of KL(old || new). ratio: the
 // surrogate of TRPO. policy_gradient: the plain policy gradient. cispo: MiniMax-M1 (2025) eq. 4. sapo: SAPO (2025), section 3.
-// ipo: prime-rl. dppo_tv and dppo_kl: DPPO (2026) eq. 13 and 14.
+// ipo: prime-rl. dppo_tv and dppo_kl: DPPO (2026) eq. 13 and 14. gmpo: GMPO (2025), whose clip is in sequence_part. gspo_token:
+// GSPO (2025), GSPO-token; objective_term gives the slope of the sequence's ratio to the token.
 RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float old_logprob, float a, const PpoScalars& p) {
     SurrogateTerm s{0.f, 0.f, 0.f, 0.f, 0.f, false, false};
     // Outside the clamp the gradient is 0; at the limits it is not. NaN stays NaN.
@@ -88,8 +89,10 @@ RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float old_logpro
     s.loss = -a * s.ratio;
     s.slope = -a * s.live;
     switch (p.objective) {
-        case Objective::ratio: break;
-        case Objective::clip: clip_ratio(s, a, p); break;
+        case Objective::ratio:
+        case Objective::gmpo: break;
+        case Objective::clip:
+        case Objective::gspo_token: clip_ratio(s, a, p); break;
         case Objective::kl_penalty:
             s.loss += p.old_kl_coef * expm1_minus_x(log_ratio);
             if (!frozen) s.slope += p.old_kl_coef * expm1f(log_ratio);
@@ -125,6 +128,19 @@ RLHF_HD SurrogateTerm surrogate(float log_ratio, float logprob, float old_logpro
     return s;
 }
 
+// What a token contributes to the mean log-ratio of its sequence.
+struct SequencePart {
+    float log_ratio;
+    bool clipped;  // then the sequence's ratio does not depend on the token
+};
+
+// GMPO limits the log-ratio of each token from above if its advantage is positive, from below otherwise.
+RLHF_HD SequencePart sequence_part(float log_ratio, float a, const PpoScalars& p) {
+    if (p.objective != Objective::gmpo) return {log_ratio, false};
+    if (a > 0.f) return log_ratio > p.cliprange_high ? SequencePart{p.cliprange_high, true} : SequencePart{log_ratio, false};
+    return log_ratio < -p.cliprange ? SequencePart{-p.cliprange, true} : SequencePart{log_ratio, false};
+}
+
 // The policy term and the KL to the reference of one token, before the aggregation's weight.
 struct ObjectiveTerm {
     SurrogateTerm policy;  // before the importance weight
@@ -149,6 +165,10 @@ RLHF_HD ObjectiveTerm objective_term(float log_ratio, float logprob, float old_l
             t.ratio_slope += p.kl_coef * kl.value * t.policy.live;
         }
         t.own_slope += p.kl_coef * kl.slope * weight;
+    }
+    if (p.objective == Objective::gspo_token) {
+        t.own_slope += t.ratio_slope;
+        t.ratio_slope = 0.f;
     }
     return t;
 }

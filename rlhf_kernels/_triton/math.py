@@ -10,7 +10,9 @@ import triton.language as tl
 from .._options import KL_ESTIMATORS, KL_WEIGHTINGS, OBJECTIVES
 from ..launch_args import CHOICES, KernelScalars, PpoScalars
 
-CLIP, KL_PENALTY, RATIO, POLICY_GRADIENT, CISPO, SAPO, IPO, DPPO_TV, DPPO_KL = map(tl.constexpr, range(len(OBJECTIVES)))
+CLIP, KL_PENALTY, RATIO, POLICY_GRADIENT, CISPO, SAPO, IPO, DPPO_TV, DPPO_KL, GSPO_TOKEN, GMPO = map(
+    tl.constexpr, range(len(OBJECTIVES))
+)
 BY_RATIO = tl.constexpr(KL_WEIGHTINGS.index("ratio"))
 K1, K2, K3 = (tl.constexpr(KL_ESTIMATORS.index(name)) for name in ("k1", "k2", "k3"))
 
@@ -207,7 +209,7 @@ def surrogate(log_ratio, logprob, old_logprob, a, p):
     elif p.objective == KL_PENALTY:
         loss += p.old_kl_coef * expm1_minus_x(log_ratio)
         slope += tl.where(frozen, 0.0, p.old_kl_coef * expm1(log_ratio))
-    elif p.objective == CLIP:
+    elif p.objective == CLIP or p.objective == GSPO_TOKEN:
         clip = -a * bounded(ratio, 1.0 - p.cliprange, 1.0 + p.cliprange_high)
         clipped = clip > loss
         loss = tl.where(clipped, clip, loss)
@@ -224,12 +226,26 @@ def surrogate(log_ratio, logprob, old_logprob, a, p):
         e = exp(-tl.abs(x))
         loss = -a * tl.where(x < 0, e, 1.0) / (1.0 + e) * (4.0 / tau)
         slope = -a * 4.0 * e / ((1.0 + e) * (1.0 + e)) * live
-    elif p.objective != RATIO:  # IPO, DPPO_TV, DPPO_KL
+    elif p.objective != RATIO and p.objective != GMPO:  # IPO, DPPO_TV, DPPO_KL
         clipped = is_outside(logprob, old_logprob, a, p)
         loss = tl.where(clipped, 0.0, -a * tl.where(ratio > p.ratio_limit, p.ratio_limit, ratio))
         slope = tl.where(frozen, 0.0, loss + 2.0 * p.log_ratio_coef * log_ratio)
         loss += p.log_ratio_coef * log_ratio * log_ratio
     return loss, slope, own, ratio, live, clipped, dual_clipped
+
+
+@triton.jit
+def sequence_part(log_ratio, a, p):
+    """Return what a token contributes to the mean log-ratio of its sequence, and whether it is clipped.
+
+    GMPO limits the log-ratio of each token from above if its advantage is positive, from below otherwise. The sequence's ratio
+    does not depend on a clipped token.
+    """
+    clipped = log_ratio < log_ratio  # all False
+    if p.objective == GMPO:
+        clipped = tl.where(a > 0, log_ratio > p.cliprange_high, log_ratio < -p.cliprange)
+        log_ratio = tl.where(clipped, tl.where(a > 0, p.cliprange_high, -p.cliprange), log_ratio)
+    return log_ratio, clipped
 
 
 @triton.jit
@@ -252,6 +268,8 @@ def objective_term(log_ratio, logprob, old_logprob, a, importance, ref_logprob, 
             kl_term, of_kl = ratio * kl, ratio * of_kl
             ratio_slope += p.kl_coef * kl * live
         own_slope += p.kl_coef * of_kl
+    if p.objective == GSPO_TOKEN:  # the ratio is the sequence's, its gradient the token's
+        own_slope, ratio_slope = own_slope + ratio_slope, tl.zeros_like(loss)
     return loss, ratio, clipped, dual_clipped, kl, kl_term, ratio_slope, own_slope
 
 

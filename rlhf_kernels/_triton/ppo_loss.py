@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._native import NUM_SUMS
 from ..launch_args import SUMS, PpoRows, Sequences
-from .math import expm1_minus_x, objective_term, scalars_of, value_term
+from .math import expm1_minus_x, objective_term, scalars_of, sequence_part, value_term
 from .scan import registers
 
 # A thread has 2 tokens with about twenty live numbers each. Without a limit, ptxas spills a few to fit one more program.
@@ -79,7 +79,8 @@ def _sequence_ratio(
         live = at < end
         on = live & tl.load(mask + at, live, other=0)
         d = tl.load(logprobs + at, on, other=0) - tl.load(old_logprobs + at, on, other=0)
-        total += tl.where(on, d.to(tl.float64), 0)
+        part, _ = sequence_part(d, tl.load(advantages + at, on, other=0), scalars)
+        total += tl.where(on, part.to(tl.float64), 0)
         count += on.to(tl.float64)
     actions = tl.maximum(tl.sum(count), 1)
     mean = (tl.sum(total) / actions).to(tl.float32)
@@ -168,7 +169,11 @@ def _partials(
             _optional(ref_logprobs, at, on, HAS_REF), scalars, HAS_REF,
         )  # fmt: skip
         wide = weight.to(tl.float64)
-        slope = (spread if SEQUENCE_LEVEL else (weight * ratio_slope).to(tl.float64)) + wide * own_slope
+        through_ratio = (weight * ratio_slope).to(tl.float64)
+        if SEQUENCE_LEVEL:
+            _, apart = sequence_part(d, advantage, scalars)
+            through_ratio, clipped = tl.where(apart, 0.0, spread), clipped | apart
+        slope = through_ratio + wide * own_slope
         if HAS_REF:
             sums = _add(sums, _REF_KL, tl.where(on, kl, 0))
             sums = _add(sums, _REF_KL_TERM, tl.where(on, wide * kl_term, 0))

@@ -82,10 +82,9 @@ def fused_logits_ppo_loss(
 
 def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
     """Return why the gradient cannot be computed in the forward pass; empty if it can."""
-    if args.ratio_level != "token":
-        return (
-            f"got ratio_level={args.ratio_level!r}, expected 'token', because the kernel computes gradients row by row"
-        )
+    if args.sequence_level:
+        got = f"objective={args.objective!r}" if args.ratio_level == "token" else "ratio_level='sequence'"
+        return f"got {got}, expected a ratio per token, because the kernel computes gradients row by row"
     if inplace and logits.dtype == torch.float16:
         # Gradients that need a loss scale would underflow to 0 before it is applied, and the overwritten logits could not
         # be used to compute them again.

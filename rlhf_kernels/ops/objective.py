@@ -46,7 +46,7 @@ def check(
 
     `value_head` and `computes_entropy` state whether the op computes the values and the entropy itself.
     """
-    needs_sequences = args.ratio_level == "sequence" or args.aggregation.startswith("seq")
+    needs_sequences = args.sequence_level or args.aggregation.startswith("seq")
     checks.sequences(rows, args.cu_seqlens, name=name, needed=needs_sequences)
     like: checks.Like = {"like": rows, "expected": rows.shape, "what": f"the token shape of {name}"}
     checks.tensor("old_logprobs", old_logprobs, **like)
@@ -233,7 +233,7 @@ class ObjectiveTerms(NamedTuple):
             cu_seqlens=sequences.cu_seqlens,
             num_sequences=sequences.count,
             length=sequences.length,
-            sequence_level=args.ratio_level == "sequence",
+            sequence_level=args.sequence_level,
             vf_coef=float(args.vf_coef),
             numbers=scalars.numbers(),
             choices=scalars.choices(),

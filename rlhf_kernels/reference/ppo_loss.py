@@ -5,11 +5,11 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .._options import PPOOptions
+from .._options import OF_SEQUENCES, PPOOptions
 from ..launch_args import METRICS, PPOLoss
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
-from .surrogate import SurrogateOptions, surrogate
+from .surrogate import SurrogateOptions, sequence_parts, surrogate
 from .token_logprobs import linear_logits, token_logprobs
 
 
@@ -53,9 +53,15 @@ def ppo_loss(
 
     weight = _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, wide)
     old, new, a = rows(old_logprobs.detach()), rows(logprobs), rows(advantages.detach())
-    per_token = new - old
-    log_ratio = _sequence_mean(per_token, mask, seq, b) if ratio_level == "sequence" else per_token
+    log_ratio = per_token = new - old
+    objective = surrogate_options.get("objective", "clip")
+    parts, apart = sequence_parts(per_token, a, **surrogate_options)
+    if ratio_level == "sequence" or objective in OF_SEQUENCES:
+        log_ratio = _sequence_mean(parts, mask, seq, b)
+    if objective == "gspo_token":  # the value is the sequence's, the gradient the token's
+        log_ratio = log_ratio.detach() + (per_token - per_token.detach())
     s = surrogate(log_ratio, new, old, a, **surrogate_options)
+    s = s._replace(clipped=s.clipped | apart)
     w = 1 if weights is None else rows(weights.detach())
     total = policy_loss = (torch.where(mask, s.loss * w, 0) * weight).sum()
     ratio_slope, own_slope = s.slope * w, s.own * w
@@ -89,7 +95,9 @@ def ppo_loss(
         value_loss = (loss * value_weight).sum()
         total = total + vf_coef * value_loss
         metrics |= _value_metrics(value_loss, clipped, v, r, value_mask, _count(value_mask.sum(), num_value_tokens))
-    active = _token_slope(ratio_slope * weight, mask, seq, b, ratio_level) + own_slope * weight
+    through_ratio = ratio_slope * weight
+    if ratio_level == "sequence" or objective == "gmpo":
+        through_ratio = torch.where(apart, 0, _sequence_mean(torch.where(mask, through_ratio, 0), mask, seq, b))
     metrics |= {
         "policy_loss": policy_loss,
         "clipfrac": mean(s.clipped),
@@ -98,7 +106,7 @@ def ppo_loss(
         "kl_k3": mean(torch.expm1(per_token) - per_token),
         "ratio_mean": mean(s.ratio),
         "ratio_max": torch.where(mask, s.ratio, 0).amax() if mask.numel() else new.new_zeros(()),
-        "active_fraction": mean(active != 0),
+        "active_fraction": mean(through_ratio + own_slope * weight != 0),
         "num_tokens": mask.sum(),
     }
     return PPOLoss(total, {k: v.detach().float() for k, v in metrics.items()})
@@ -167,10 +175,6 @@ def _sequence_mean(x: Tensor, mask: Tensor, seq: Tensor, b: int) -> Tensor:
     """Return for each token the mean of `x` over the actions of its sequence."""
     lengths = x.new_zeros(b).index_add(0, seq, mask.to(x.dtype)).clamp(min=1)
     return (x.new_zeros(b).index_add(0, seq, x) / lengths)[seq]
-
-
-def _token_slope(slope: Tensor, mask: Tensor, seq: Tensor, b: int, ratio_level: str) -> Tensor:
-    return _sequence_mean(torch.where(mask, slope, 0), mask, seq, b) if ratio_level == "sequence" else slope
 
 
 def logits_ppo_loss(

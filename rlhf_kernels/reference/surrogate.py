@@ -69,7 +69,7 @@ def surrogate(
     live = torch.where(frozen, 0, r.detach())
     ratio = Surrogate(-r * a, -live * a, torch.zeros_like(a), r, live, never, never)
     high = cliprange if cliprange_high is None else cliprange_high
-    if objective == "ratio":
+    if objective in ("ratio", "gmpo"):
         return ratio
     if objective == "policy_gradient":
         return ratio._replace(loss=-a * logprobs, slope=torch.zeros_like(a), own=-a)
@@ -77,7 +77,7 @@ def surrogate(
         old_kl = torch.expm1(log_ratio) - log_ratio
         slope = ratio.slope + old_kl_coef * torch.where(frozen, 0, live - 1)
         return ratio._replace(loss=ratio.loss + old_kl_coef * old_kl, slope=slope)
-    if objective == "clip":
+    if objective in ("clip", "gspo_token"):
         return _clip(ratio, a, 1 - cliprange, 1 + high, dual_clip)
     if objective == "cispo":
         factor = r.detach().clamp(1 - cliprange, 1 + high)
@@ -97,6 +97,23 @@ def surrogate(
     policy = torch.where(outside, 0, -a * factor)
     slope = torch.where(frozen, 0, policy + 2 * coef * log_ratio).detach()
     return ratio._replace(loss=policy + coef * log_ratio.square(), slope=slope, clipped=outside)
+
+
+def sequence_parts(
+    log_ratio: Tensor,
+    a: Tensor,
+    *,
+    objective: str = "clip",
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Return what each token contributes to the mean log-ratio of its sequence, and which tokens GMPO clips."""
+    if objective != "gmpo":
+        return log_ratio, torch.zeros_like(a, dtype=torch.bool)
+    high = cliprange if cliprange_high is None else cliprange_high
+    clipped = torch.where(a > 0, log_ratio > high, log_ratio < -cliprange)
+    return torch.where(clipped, torch.full_like(a, -cliprange).masked_fill(a > 0, high), log_ratio), clipped
 
 
 def _clip(ratio: Surrogate, a: Tensor, low: float, high: float, dual_clip: float | None) -> Surrogate:

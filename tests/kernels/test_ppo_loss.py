@@ -104,6 +104,92 @@ def test_divergence_by_hand(isa, probability, old, advantage, options, loss, slo
 
 
 @pytest.mark.parametrize(
+    ("log_ratios", "advantages", "options", "loss", "slopes", "clipfrac"),
+    [
+        # The mean log-ratio is log 2. A > 0: -1.2 A and no gradient; A < 0: -2 A, with a gradient in its own token only.
+        ((math.log(4), 0.0), (1.0, -1.0), {"objective": "gspo_token"}, 0.4, (0.0, 1.0), 0.5),
+        # The same with GSPO: the gradient through the ratio is the mean over the tokens.
+        ((math.log(4), 0.0), (1.0, -1.0), {"ratio_level": "sequence"}, 0.4, (0.5, 0.5), 0.5),
+        ((math.log(4), 0.0), (1.0, -1.0), {"objective": "gspo_token", "dual_clip": 1.5}, 0.15, (0.0, 0.0), 0.5),
+        # Log-ratios in [-0.4, 0.4] on the side of A: mean(0.4, 0.2) = 0.3, and exp(0.3) = 1.34985881.
+        ((1.0, 0.2), (3.0, 3.0), {"objective": "gmpo", "cliprange": 0.4}, -3 * 1.34985881, (0, -1.5 * 1.34985881), 0.5),
+        # mean(-0.4, 0.2) = -0.1, and exp(-0.1) = 0.90483742
+        (
+            (-1.0, 0.2),
+            (-3.0, -3.0),
+            {"objective": "gmpo", "cliprange": 0.4},
+            3 * 0.90483742,
+            (0, 1.5 * 0.90483742),
+            0.5,
+        ),
+        # mean(1, 0.2) = 0.6, and exp(0.6) = 1.82211880: on the other side of A there is no limit.
+        ((1.0, 0.2), (-3.0, -3.0), {"objective": "gmpo", "cliprange": 0.4}, 3 * 1.8221188, (1.5 * 1.8221188,) * 2, 0.0),
+        # mean(0.7, -0.2) = 0.25, and exp(0.25) = 1.28402542
+        ((1.0, -0.2), (1.0, 1.0), {"objective": "gmpo", "cliprange_high": 0.7}, -1.28402542, (0, -0.64201271), 0.5),
+        (
+            (1.0, -1.0),
+            (1.0, -1.0),
+            {"objective": "gmpo", "cliprange": 0.4},
+            0.0,
+            (0.0, 0.0),
+            1.0,
+        ),  # each clipped, r = 1
+    ],
+)
+def test_sequence_objectives_by_hand(isa, log_ratios, advantages, options, loss, slopes, clipfrac):
+    """A sequence of two tokens, and a masked third one."""
+    x = torch.tensor([[*log_ratios, 5.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    advantages = torch.tensor([[*advantages, 7.0]])
+    result = ppo_loss(x, torch.zeros(1, 3), advantages, mask, aggregation="seq_mean_token_mean", **options)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(loss, rel=1e-6, abs=1e-7)
+    assert x.grad[0].tolist() == pytest.approx([*slopes, 0.0], rel=1e-6, abs=1e-7)
+    assert result.metrics["clipfrac"].item() == clipfrac
+
+
+def test_gspo_token_is_gspo_where_sequences_have_one_advantage():
+    inputs, constants = case(11)
+    constants["advantages"] = constants["advantages"][:, :1].expand(-1, 40).contiguous()
+    del constants["weights"]
+    shared = {"aggregation": "seq_mean_token_mean", "cliprange": 0.03}
+    gspo, gradients = run(ppo_loss, inputs, constants, shared | {"ratio_level": "sequence"})
+    token, token_gradients = run(ppo_loss, inputs, constants, shared | {"objective": "gspo_token"})
+    assert torch.equal(gspo.loss, token.loss) and gradients["logprobs"].count_nonzero() > 0
+    torch.testing.assert_close(token_gradients["logprobs"], gradients["logprobs"])
+
+
+@pytest.mark.parametrize("delta", [1.05, 1.2, 1.5, 3.0])
+def test_two_sided_clip_of_trl(delta):
+    """TRL's `delta` is `-min(min(r, delta) A, clip(r) A)`.
+
+    It is `dual_clip=delta` if delta is at least 1 + cliprange_high. Below, TRL limits the ratio to delta where A > 0 and to
+    1 + cliprange_high where A < 0.
+    """
+    g = torch.Generator().manual_seed(12)
+    x, advantages = torch.randn(1, 200, generator=g), torch.randn(1, 200, generator=g)
+    zero, mask, high = torch.zeros(1, 200), torch.ones(1, 200, dtype=torch.bool), 1.2
+
+    def two_sided(x):
+        r = x.exp()
+        return -torch.minimum(r.clamp(max=delta) * advantages, r.clamp(0.8, high) * advantages).mean()
+
+    def ours(**options):
+        return lambda x: ppo_loss(x, zero, advantages, mask, **options).loss
+
+    def values(loss):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf)
+        return torch.stack([value.detach().expand(1, 200), torch.autograd.grad(value, leaf)[0]])
+
+    expected = values(two_sided)
+    equal = values(ours(cliprange_high=min(delta, high) - 1, dual_clip=max(delta, high)))
+    torch.testing.assert_close(equal, expected, rtol=1e-6, atol=1e-8)
+    alone = values(ours(dual_clip=delta))
+    assert torch.allclose(alone, expected, rtol=1e-6, atol=1e-8) == (delta >= high)
+
+
+@pytest.mark.parametrize(
     ("estimator", "value", "slope"),
     [("k1", 0.5, 1.0), ("k2", 0.125, 0.5), ("k3", math.exp(-0.5) - 0.5, 1 - math.exp(-0.5)), ("abs", 0.5, 1.0)],
 )
@@ -307,7 +393,12 @@ def test_several_losses_in_one_backward_and_nothing_under_no_grad():
         ({"objective": "cipso"}, "objective: got 'cipso', expected one of .*; did you mean 'cispo'?"),
         (
             {"cliprange": 0.3, "objective": "sapo"},
-            "cliprange: got 0.3 with objective='sapo'; only 'clip' and 'cispo' read it",
+            "cliprange: got 0.3 with objective='sapo'; only 'clip', 'cispo', .* read it",
+        ),
+        ({"ratio_level": "sequence", "objective": "gmpo"}, "ratio_level: got 'sequence' with objective='gmpo'"),
+        (
+            {"dual_clip": 3.0, "objective": "gmpo"},
+            "dual_clip: got 3.0 with objective='gmpo'; only 'clip' and 'gspo_token'",
         ),
         ({"tau_pos": 2.0}, "tau_pos: got 2.0 with objective='clip'; only 'sapo' reads it"),
         ({"tau_neg": 0.0, "objective": "sapo"}, "tau_neg: got 0.0, expected a number above 0"),

@@ -33,6 +33,8 @@ OPTIONS = {
     "ipo": {"objective": "ipo", "divergence": 0.001},
     "dppo_tv": {"objective": "dppo_tv", "divergence": 0.001, "ratio_limit": 1.2},
     "dppo_kl": {"objective": "dppo_kl", "divergence": 0.0001, "divergence_high": 0.001, "log_ratio_clamp": 0.4},
+    "gspo_token": {"objective": "gspo_token", "kl_coef": 0.05, "aggregation": "seq_mean_token_mean"},
+    "gmpo": {"objective": "gmpo", "aggregation": "seq_mean_token_mean", "cliprange": 0.1},
     "softcap": {"softcap": 3.0, "logit_scale": 0.7, "entropy_coef": 0.02, "temperature": 0.8},
 }
 _TRANSFORM = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0}

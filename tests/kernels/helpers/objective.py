@@ -58,5 +58,9 @@ OPTIONS = [
     {"objective": "ipo", "divergence": 0.03},
     {"objective": "ipo", "log_ratio_coef": 0.2, "log_ratio_clamp": 0.3, "aggregation": "token_sum"},
     {"objective": "dppo_tv", "divergence": 0.02, "divergence_high": 0.04, "ratio_limit": 1.1, "log_ratio_coef": 0.1},
+    {"objective": "gspo_token", "cliprange": 0.01, "cliprange_high": 0.03, "dual_clip": 1.02, "entropy_coef": 0.01},
+    {"objective": "gspo_token", "aggregation": "seq_mean_token_mean", "kl_coef": 0.1, "kl_weighting": "ratio"},
+    {"objective": "gmpo", "aggregation": "seq_mean_token_mean", "cliprange": 0.1, "cliprange_high": 0.3},
+    {"objective": "gmpo", "kl_coef": 0.1, "kl_weighting": "ratio", "log_ratio_clamp": 0.1, "num_tokens": 900},
     {"objective": "dppo_kl", "divergence": 0.002, "log_ratio_clamp": 0.4, "aggregation": "seq_mean_token_sum"},
 ]
