@@ -8,6 +8,7 @@ options in docs/reference/kernels.md from this file.
 Legend: B sequences, T positions, N tokens.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -16,6 +17,8 @@ from torch import Tensor
 Objective = Literal[
     "clip", "kl_penalty", "ratio", "policy_gradient", "cispo", "sapo", "ipo", "dppo_tv", "dppo_kl", "gspo_token", "gmpo"
 ]  # fmt: skip
+ObjectiveFunction = Callable[..., Tensor]
+"""`f(logprobs, old_logprobs, advantages, **objective_inputs) -> loss of each token`, on tensors of shape (N,)."""
 KlEstimator = Literal["k1", "k2", "k3", "abs"]
 KlWeighting = Literal["none", "ratio"]
 RatioLevel = Literal["token", "sequence"]
@@ -33,6 +36,8 @@ OF_SEQUENCES = ("gspo_token", "gmpo")
 """Objectives whose ratio is always one number per sequence."""
 WITH_LEVEL: tuple[str, ...] = tuple(name for name in WITH_RATIO if name not in WITH_DIVERGENCE + OF_SEQUENCES)
 """Objectives whose ratio can be the token's or the sequence's."""
+FUNCTION = "a function"
+"""Stands for an `ObjectiveFunction` among the objectives that read an option."""
 CLIPPED = ("clip", "cispo", "gspo_token", "gmpo")
 """Objectives that limit the ratio to a range."""
 
@@ -43,8 +48,11 @@ class PPOOptions(TypedDict, total=False):
     `logits_ppo_loss` and `linear_ppo_loss` compute the entropy, so they raise ValueError if `entropy` is passed.
     """
 
-    objective: Objective
-    """Policy term; [Objectives](objectives.md) has the formula and the source of each."""
+    objective: Objective | ObjectiveFunction
+    """Policy term: a name, or a function of the log-probs. [Objectives](objectives.md) has the formula and the source of
+    each."""
+    objective_inputs: Mapping[str, Tensor] | None  # each (B, T) or (N,)
+    """Tensors with one entry per token that a function receives by name, flat, as constants."""
     cliprange: float
     """Lower bound of the ratio is 1 minus this number; for `gmpo`, lower bound of the log-ratio is minus this number."""
     cliprange_high: float | None
@@ -135,7 +143,8 @@ class PPOArguments:
     A field with `_scalar` is a row of `SCALARS`; the others are tensors and denominators.
     """
 
-    objective: str = _scalar("clip", choices=OBJECTIVES)
+    objective: str | ObjectiveFunction = _scalar("clip", choices=OBJECTIVES)
+    objective_inputs: Mapping[str, Tensor] | None = None
     cliprange: float = _scalar(0.2, limits={"least": 0}, objectives=CLIPPED)
     cliprange_high: float | None = _scalar(None, limits={"least": 0}, off="cliprange", objectives=CLIPPED)
     dual_clip: float | None = _scalar(None, limits={"above": 1}, off=float("inf"), objectives=("clip", "gspo_token"))
@@ -164,17 +173,12 @@ class PPOArguments:
     ref_logprobs: Tensor | None = None
     kl_coef: float = _scalar(0.0)
     kl_estimator: str = _scalar("k3", choices=KL_ESTIMATORS)
-    kl_weighting: str = _scalar("none", choices=KL_WEIGHTINGS, objectives=WITH_RATIO, needs="kl_coef")
+    kl_weighting: str = _scalar("none", choices=KL_WEIGHTINGS, objectives=(*WITH_RATIO, FUNCTION), needs="kl_coef")
     aggregation: str = _scalar("token_mean", choices=get_args(Aggregation), kernel=False)
     num_tokens: float | Tensor | None = None
     num_value_tokens: float | Tensor | None = None
     num_sequences: float | Tensor | None = None
     cu_seqlens: Tensor | None = None
-
-    @property
-    def sequence_level(self) -> bool:
-        """Whether the ratio is one number per sequence."""
-        return self.ratio_level == "sequence" or self.objective in OF_SEQUENCES
 
 
 def _row(option: Field[Any]) -> Scalar:

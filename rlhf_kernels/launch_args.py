@@ -101,7 +101,7 @@ def _code(row: Scalar, args: PPOArguments) -> float:
     if isinstance(row.off, str):
         return _code(_ROWS[row.off], args)
     if isinstance(row.off, dict):
-        return row.off.get(args.objective, 0.0)
+        return row.off.get(str(args.objective), 0.0)
     assert row.off is not None, row.name
     return row.off
 

@@ -22,7 +22,7 @@ from ..launch_args import (
     unflatten,
 )
 from . import checks
-from .objective import ObjectiveTerms, as_loss
+from .objective import ObjectiveTerms, as_loss, sequence_level
 from .token_logprobs import as_rows, overwritable
 
 
@@ -82,7 +82,11 @@ def fused_logits_ppo_loss(
 
 def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
     """Return why the gradient cannot be computed in the forward pass; empty if it can."""
-    if args.sequence_level:
+    if callable(args.objective):
+        return (
+            "got a function as objective, expected a name, because the kernel has the formulas of the named ones only"
+        )
+    if sequence_level(args):
         got = f"objective={args.objective!r}" if args.ratio_level == "token" else "ratio_level='sequence'"
         return f"got {got}, expected a ratio per token, because the kernel computes gradients row by row"
     if inplace and logits.dtype == torch.float16:

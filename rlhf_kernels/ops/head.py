@@ -160,8 +160,8 @@ class HeadRows:
     def take(self, x: Tensor | None) -> Tensor | None: ...
 
     def take(self, x: Tensor | None) -> Tensor | None:
-        """Return the entries of `x` (N,) for these rows, (M,)."""
-        return x if x is None or self.index is None else x[self.index]
+        """Return the entries of `x` (..., N) for these rows, (..., M)."""
+        return x if x is None or self.index is None else x[..., self.index]
 
     def spread(self, x: Tensor, n: int) -> Tensor:
         """Return `x` (..., M) as (..., N) with zeros for the other rows, the inverse of `take`."""

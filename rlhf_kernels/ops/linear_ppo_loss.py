@@ -13,10 +13,10 @@ from .._options import PPOOptions
 from ..backend import Kernels, define_record, kernels, refuse, resolve
 from ..launch_args import METRICS, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
-from .head import HeadRows, Needs, Plan, given_pass, head_stats, ppo_pass
-from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, under_autocast
+from .head import HeadRows, Needs, Plan, Results, given_pass, head_stats, ppo_pass
+from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, stats_of, under_autocast
 from .objective import Denominators, ObjectiveTerms, as_loss
-from .weights import LowRank, QuantisedWeight
+from .weights import Head, LowRank, QuantisedWeight
 
 VALUE_ROWS = 1024
 """Number of hidden states that the value head casts to float32 at a time."""
@@ -99,21 +99,27 @@ def linear_ppo_loss(
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
-            **objective.as_options(args),
+            **objective.as_options(args, mask),
         )
     values = None if args.values is None else args.values.float().reshape(-1)
     leaves = Leaves(HeadInputs.of(hidden, weight, bias, low_rank), value_weight, value_bias, values)
+    head = leaves.head, Storage.of(weight), ids.reshape(-1).long()
+    transform = Transform.of(temperature, softcap, logit_scale)
+    stats = logprobs = None
+    if callable(args.objective):
+        stats = stats_of(*head, mask.reshape(-1), transform, chunk_tokens, chosen)
+        logprobs = RowStats(stats).logprobs
     inputs = Inputs(
         leaves,
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in flatten(leaves)],
-        Storage.of(weight),
-        ids.reshape(-1).long(),
-        Transform.of(temperature, softcap, logit_scale),
+        *head[1:],
+        transform,
         chunk_tokens,
         check_compact(compact, hidden, chosen),
         checks.flat(args.old_values),
         checks.flat(args.returns),
-        ObjectiveTerms.of(args, old_logprobs, advantages, mask),
+        ObjectiveTerms.of(args, old_logprobs, advantages, mask, logprobs),
+        stats,
         chosen,
     )
     loss, metrics = LinearPpoLoss.apply(*flatten(inputs))
@@ -168,6 +174,7 @@ class Inputs(NamedTuple):
     old_values: Tensor | None  # (N,)
     returns: Tensor | None  # (N,)
     terms: ObjectiveTerms
+    stats: Tensor | None  # (4, N), the statistics of the rows if they are known already
     backend: str
 
     def needed(self) -> dict[str, bool]:
@@ -192,11 +199,10 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     head = x.storage.head(leaves.head)
     targets = [None if y is None else y.contiguous() for y in (values, x.old_values, x.returns)]
     needs_head = Needs(*(needs[name] for name in Needs._fields))
-    if terms.sequence_level:
-        stats = head_stats(launch, head, rows, plan)
-        slope, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
-        slopes = rows.take(slope), rows.take(terms.entropy_slope())
-        results = given_pass(launch, head, rows, stats, *slopes, n, plan, needs_head)
+    if terms.sequence_level or x.stats is not None:
+        stats = RowStats(rows.spread(head_stats(launch, head, rows, plan).buffer, n) if x.stats is None else x.stats)
+        slope, value_slope, sums = terms.sums(launch, stats.logprobs, stats.entropy, *targets)
+        results = _given_pass(x, launch, head, stats, slope, plan, needs_head)
     else:
         stats, results = ppo_pass(launch, head, rows, terms.ppo, n, plan, needs_head)
         _, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
@@ -207,6 +213,19 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     of_head = d_hidden, d_weight, d_bias, d_states, d_low_weight
     loss = terms.loss(sums, valued=values is not None)
     return loss, terms.metrics(sums), *of_head, d_value_weight, d_value_bias, d_values
+
+
+def _given_pass(
+    x: Inputs, kernels: Kernels, head: Head, stats: RowStats, slope: Tensor, plan: Plan, needs: Needs
+) -> Results:
+    """Return the gradients for the slopes of all N tokens; rows without a gradient are left out if the plan is compact."""
+    entropy_slope, keep = x.terms.entropy_slope(), x.terms.mask
+    if plan.compact:
+        keep = keep & (slope != 0 if entropy_slope is None else (slope != 0) | (entropy_slope != 0))
+    inputs = x.leaves.head
+    rows = HeadRows.of(inputs.hidden, inputs.states, x.ids, x.transform, keep, gather=plan.compact)
+    taken = RowStats(rows.take(stats.buffer)), rows.take(slope), rows.take(entropy_slope)
+    return given_pass(kernels, head, rows, *taken, len(x.ids), plan, needs)
 
 
 def _objective(

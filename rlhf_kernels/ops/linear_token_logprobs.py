@@ -86,6 +86,20 @@ def linear_token_logprobs(
     return TokenLogprobs(logprobs.view(ids.shape), h.view(ids.shape) if entropy else None)
 
 
+def stats_of(
+    head: "HeadInputs",
+    storage: "Storage",
+    ids: Tensor,  # (N,)
+    mask: Tensor,  # (N,)
+    transform: Transform,
+    chunk_tokens: int | None,
+    backend: str,
+) -> Tensor:
+    """Return the statistics of all rows (4, N), as constants, from checked arguments; see `RowStats`."""
+    with torch.no_grad():
+        return _op(*flatten(Inputs(head, storage, ids, mask, transform, chunk_tokens, backend)))[2]
+
+
 class HeadInputs(NamedTuple):
     """The inputs of the head that can need a gradient, flat."""
 

@@ -54,7 +54,7 @@ def logits_ppo_loss(
 
         of_logits = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
         return reference.logits_ppo_loss(
-            logits, ids.long(), old_logprobs, advantages, mask, **of_logits, **objective.as_options(args)
+            logits, ids.long(), old_logprobs, advantages, mask, **of_logits, **objective.as_options(args, mask)
         )
     transform = Transform.of(temperature, softcap, logit_scale)
     if chosen == "cuda":

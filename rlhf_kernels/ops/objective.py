@@ -3,6 +3,7 @@
 Legend: B sequences, T positions, N tokens.
 """
 
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,10 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._options import DENOMINATORS, OPTIONS, SCALARS, TOKEN_TENSORS, PPOArguments, PPOOptions, Scalar
+from .._options import (
+    DENOMINATORS,
+    FUNCTION,
+    OBJECTIVES,
+    OF_SEQUENCES,
+    OPTIONS,
+    SCALARS,
+    TOKEN_TENSORS,
+    PPOArguments,
+    PPOOptions,
+    Scalar,
+)
 from ..backend import Kernels
 from ..launch_args import METRICS, SUMS, PPOLoss, PpoRows, PpoScalars, Sequences
-from . import checks
+from . import checks, custom_objective
 
 
 def parse(caller: str, options: PPOOptions) -> PPOArguments:
@@ -26,9 +38,17 @@ def parse(caller: str, options: PPOOptions) -> PPOArguments:
     return PPOArguments(**options)
 
 
-def as_options(args: PPOArguments) -> dict[str, Any]:
+def sequence_level(args: PPOArguments) -> bool:
+    """Return whether the ratio is one number per sequence."""
+    return args.ratio_level == "sequence" or args.objective in OF_SEQUENCES
+
+
+def as_options(args: PPOArguments, mask: Tensor) -> dict[str, Any]:
     """Return all options by name, as keyword arguments of the reference."""
-    return {name: getattr(args, name) for name in OPTIONS}
+    options = {name: getattr(args, name) for name in OPTIONS}
+    if callable(args.objective):
+        options["objective"] = custom_objective.checked(args.objective, mask.reshape(-1))
+    return options
 
 
 def check(
@@ -46,7 +66,7 @@ def check(
 
     `value_head` and `computes_entropy` state whether the op computes the values and the entropy itself.
     """
-    needs_sequences = args.sequence_level or args.aggregation.startswith("seq")
+    needs_sequences = sequence_level(args) or args.aggregation.startswith("seq")
     checks.sequences(rows, args.cu_seqlens, name=name, needed=needs_sequences)
     like: checks.Like = {"like": rows, "expected": rows.shape, "what": f"the token shape of {name}"}
     checks.tensor("old_logprobs", old_logprobs, **like)
@@ -57,6 +77,8 @@ def check(
             checks.tensor(tensor, getattr(args, tensor), **like)
     if args.value_mask is not None:
         checks.mask("value_mask", args.value_mask, **like)
+    if args.objective_inputs is not None:
+        custom_objective.check_inputs(args.objective_inputs, like)
     for row in SCALARS:
         _check_scalar(row, getattr(args, row.name))
     for denominator in DENOMINATORS:
@@ -68,6 +90,8 @@ def check(
 
 
 def _check_scalar(row: Scalar, value: Any) -> None:
+    if row.name == "objective" and callable(value):
+        return
     if row.choices:
         checks.choice(row.name, value, row.choices)
     else:
@@ -79,15 +103,22 @@ def _check_effect(row: Scalar, args: PPOArguments) -> None:
     value = getattr(args, row.name)
     if value in (None, 0, row.default):
         return
-    if args.objective not in row.objectives:
-        *others, last = map(repr, row.objectives)
+    objective, got = args.objective, f"{args.objective!r}"
+    if callable(objective):
+        objective, got = FUNCTION, custom_objective.name_of(objective)
+    if row.objectives != OBJECTIVES and objective not in row.objectives:
+        *others, last = (name if name == FUNCTION else repr(name) for name in row.objectives)
         readers, verb = (f"{', '.join(others)} and {last}", "read") if others else (last, "reads")
-        raise ValueError(f"{row.name}: got {value!r} with objective={args.objective!r}; only {readers} {verb} it")
+        raise ValueError(f"{row.name}: got {value!r} with objective={got}; only {readers} {verb} it")
     if row.needs and not getattr(args, row.needs):
         raise ValueError(f"{row.name}: got {value!r} with {row.needs}=0, where it has no effect; set {row.needs}")
 
 
 def _check_combinations(args: PPOArguments, computes_entropy: bool) -> None:
+    if args.objective_inputs is not None and not callable(args.objective):
+        raise ValueError(
+            f"objective_inputs is set, but objective={args.objective!r} reads none; pass a function as objective"
+        )
     if args.kl_coef and args.ref_logprobs is None:
         raise ValueError(
             f"ref_logprobs is not set, but kl_coef={args.kl_coef} needs it; pass the reference model's log-probs"
@@ -183,6 +214,28 @@ def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
     return torch.full((), given if given > 0 else 1, dtype=torch.float32, device=mask.device)
 
 
+def _linearised(
+    args: PPOArguments,
+    logprobs: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    row_weight: Tensor | None,
+) -> tuple[PPOArguments, Tensor, Tensor]:
+    """Return the arguments of the objective `policy_gradient` with the derivatives of a custom objective, its advantages, and
+    the sum of the custom objective's policy term."""
+    assert callable(args.objective) and logprobs is not None
+    weight = row_weight
+    if args.weights is not None:
+        weights = checks.flat(args.weights)
+        weight = weights if row_weight is None else weights * row_weight
+    constants = logprobs.reshape(-1).float(), old_logprobs.float(), advantages.float(), mask
+    total, slope = custom_objective.evaluate(args.objective, args.objective_inputs or {}, *constants, weight)
+    if row_weight is not None:
+        slope = slope / row_weight  # the kernels multiply by it
+    return replace(args, objective="policy_gradient", weights=None), -slope, total
+
+
 class ObjectiveTerms(NamedTuple):
     """The options of one call as arguments of a registered op: flat tensors (N,), numbers, and choices as their index."""
 
@@ -202,9 +255,17 @@ class ObjectiveTerms(NamedTuple):
     vf_coef: float
     numbers: list[float]  # see PpoScalars
     choices: list[int]
+    custom_sum: Tensor | None  # (), float64: the sum of the policy term if the objective is a function
 
     @classmethod
-    def of(cls, args: PPOArguments, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> "ObjectiveTerms":
+    def of(
+        cls,
+        args: PPOArguments,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        logprobs: Tensor | None = None,  # needed if the objective is a function
+    ) -> "ObjectiveTerms":
         """Return the terms of a call from its checked arguments."""
         sequences = Sequences.of(mask, args.cu_seqlens)
         value_mask = mask if args.value_mask is None else args.value_mask
@@ -216,6 +277,11 @@ class ObjectiveTerms(NamedTuple):
             value_tokens = count(value_mask, args.num_value_tokens)
             value = Aggregation.of(args.aggregation, value_mask, sequences, value_tokens, args.num_sequences)
         one = torch.ones((), device=mask.device)
+        custom_sum = None
+        if callable(args.objective):
+            args, advantages, custom_sum = _linearised(
+                args, logprobs, old_logprobs, advantages, mask, policy.row_weight
+            )
         scalars = PpoScalars.of(args)
         return cls(
             old_logprobs=checks.flat(old_logprobs),
@@ -233,10 +299,11 @@ class ObjectiveTerms(NamedTuple):
             cu_seqlens=sequences.cu_seqlens,
             num_sequences=sequences.count,
             length=sequences.length,
-            sequence_level=args.sequence_level,
+            sequence_level=sequence_level(args),
             vf_coef=float(args.vf_coef),
             numbers=scalars.numbers(),
             choices=scalars.choices(),
+            custom_sum=custom_sum,
         )
 
     @property
@@ -265,7 +332,7 @@ class ObjectiveTerms(NamedTuple):
         returns: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return d loss / d log-prob and d value loss / d value, times their denominators, and the kernels' sums."""
-        return kernels.ppo_loss(
+        slope, value_slope, sums = kernels.ppo_loss(
             ppo=self.ppo,
             sequences=Sequences(self.num_sequences, self.length, self.cu_seqlens),
             sequence_level=self.sequence_level,
@@ -278,6 +345,9 @@ class ObjectiveTerms(NamedTuple):
             value_mask=self.value_mask,
             value_row_weight=self.value_row_weight,
         )
+        if self.custom_sum is not None:
+            sums[_PLACE["policy"]] = self.custom_sum
+        return slope, value_slope, sums
 
     def loss(self, sums: Tensor, *, valued: bool) -> Tensor:
         """Return the scalar loss from the kernels' sums; `valued` states whether there are value predictions.

@@ -77,7 +77,7 @@ def ppo_loss(
     if chosen == "reference":
         from .. import reference
 
-        return reference.ppo_loss(logprobs, old_logprobs, advantages, mask, **objective.as_options(args))
+        return reference.ppo_loss(logprobs, old_logprobs, advantages, mask, **objective.as_options(args, mask))
     return fused_ppo_loss(logprobs, args.entropy, args, old_logprobs, advantages, mask, chosen)
 
 
@@ -108,7 +108,7 @@ def fused_ppo_loss(
     """Return the loss, computed by compiled kernels from checked arguments."""
     logprobs = logprobs.float().reshape(-1)
     entropy, values = (None if x is None else x.float().reshape(-1) for x in (entropy, args.values))
-    terms = ObjectiveTerms.of(args, old_logprobs, advantages, mask)
+    terms = ObjectiveTerms.of(args, old_logprobs, advantages, mask, logprobs)
     targets = checks.flat(args.old_values), checks.flat(args.returns)
     loss, metrics = Fused.apply(*flatten(Inputs(logprobs, entropy, values, *targets, terms, backend)))
     return as_loss(loss, metrics)

@@ -1,15 +1,16 @@
 """The definitions of `ppo_loss`, `logits_ppo_loss` and `linear_ppo_loss` in eager PyTorch."""
 
+from collections.abc import Mapping
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from .._options import OF_SEQUENCES, PPOOptions
+from .._options import OF_SEQUENCES, ObjectiveFunction, PPOOptions
 from ..launch_args import METRICS, PPOLoss
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
-from .surrogate import SurrogateOptions, sequence_parts, surrogate
+from .surrogate import Surrogate, SurrogateOptions, sequence_parts, surrogate
 from .token_logprobs import linear_logits, token_logprobs
 
 
@@ -34,6 +35,7 @@ def ppo_loss(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     kl_weighting: str = "none",
+    objective_inputs: Mapping[str, Tensor] | None = None,
     aggregation: str = "token_mean",
     num_tokens: float | Tensor | None = None,
     num_value_tokens: float | Tensor | None = None,
@@ -53,18 +55,13 @@ def ppo_loss(
 
     weight = _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, wide)
     old, new, a = rows(old_logprobs.detach()), rows(logprobs), rows(advantages.detach())
-    log_ratio = per_token = new - old
-    objective = surrogate_options.get("objective", "clip")
-    parts, apart = sequence_parts(per_token, a, **surrogate_options)
-    if ratio_level == "sequence" or objective in OF_SEQUENCES:
-        log_ratio = _sequence_mean(parts, mask, seq, b)
-    if objective == "gspo_token":  # the value is the sequence's, the gradient the token's
-        log_ratio = log_ratio.detach() + (per_token - per_token.detach())
-    s = surrogate(log_ratio, new, old, a, **surrogate_options)
-    s = s._replace(clipped=s.clipped | apart)
-    w = 1 if weights is None else rows(weights.detach())
-    total = policy_loss = (torch.where(mask, s.loss * w, 0) * weight).sum()
+    w = weight if weights is None else weight * rows(weights.detach())
+    inputs = {k: torch.where(mask, x.detach().flatten(), 0) for k, x in (objective_inputs or {}).items()}
+    s, apart = _policy_term(new, old, a, mask, seq, b, ratio_level, inputs, surrogate_options)
+    total = policy_loss = (torch.where(mask, s.loss, 0) * w).sum()
     ratio_slope, own_slope = s.slope * w, s.own * w
+    if callable(objective := surrogate_options.get("objective")):
+        own_slope = _derivative(objective, new, old, a, inputs, w)
     count = _count(mask.sum(), num_tokens)
 
     def mean(x: Tensor) -> Tensor:  # metrics are means over tokens for any aggregation
@@ -75,17 +72,17 @@ def ppo_loss(
         h = rows(entropy)
         total = total - entropy_coef * (h * weight).sum()
         metrics["entropy"] = mean(h)
-        own_slope = own_slope + abs(entropy_coef)
+        own_slope = own_slope + abs(entropy_coef) * weight
     if ref_logprobs is not None:
         ref = rows(ref_logprobs.detach())
         kl = kl_penalty(new, ref, estimator=kl_estimator)
         metrics["ref_kl"] = mean(kl)
         kl_slope = _kl_slope(new - ref, kl_estimator)
         if kl_weighting == "ratio":
-            ratio_slope = ratio_slope + kl_coef * (kl * s.live).detach()
+            ratio_slope = ratio_slope + kl_coef * (kl * s.live).detach() * weight
             kl, kl_slope = kl * s.ratio, kl_slope * s.ratio.detach()
         total = total + kl_coef * (kl * weight).sum()
-        own_slope = own_slope + kl_coef * kl_slope
+        own_slope = own_slope + kl_coef * kl_slope * weight
     if values is not None:
         assert returns is not None
         value_weight = _token_weights(value_mask, seq, b, aggregation, num_value_tokens, num_sequences, wide)
@@ -95,21 +92,55 @@ def ppo_loss(
         value_loss = (loss * value_weight).sum()
         total = total + vf_coef * value_loss
         metrics |= _value_metrics(value_loss, clipped, v, r, value_mask, _count(value_mask.sum(), num_value_tokens))
-    through_ratio = ratio_slope * weight
     if ratio_level == "sequence" or objective == "gmpo":
-        through_ratio = torch.where(apart, 0, _sequence_mean(torch.where(mask, through_ratio, 0), mask, seq, b))
+        ratio_slope = torch.where(apart, 0, _sequence_mean(torch.where(mask, ratio_slope, 0), mask, seq, b))
     metrics |= {
         "policy_loss": policy_loss,
-        "clipfrac": mean(s.clipped),
+        "clipfrac": mean(s.clipped | apart),
         "dual_clipfrac": mean(s.dual_clipped),
-        "approx_kl": mean(-per_token),
-        "kl_k3": mean(torch.expm1(per_token) - per_token),
+        "approx_kl": mean(old - new),
+        "kl_k3": mean(torch.expm1(new - old) - (new - old)),
         "ratio_mean": mean(s.ratio),
         "ratio_max": torch.where(mask, s.ratio, 0).amax() if mask.numel() else new.new_zeros(()),
-        "active_fraction": mean(through_ratio + own_slope * weight != 0),
+        "active_fraction": mean(ratio_slope + own_slope != 0),
         "num_tokens": mask.sum(),
     }
     return PPOLoss(total, {k: v.detach().float() for k, v in metrics.items()})
+
+
+def _policy_term(
+    new: Tensor,
+    old: Tensor,
+    a: Tensor,
+    mask: Tensor,
+    seq: Tensor,
+    b: int,
+    ratio_level: str,
+    inputs: dict[str, Tensor],
+    options: SurrogateOptions,
+) -> tuple[Surrogate, Tensor]:
+    """Return the policy term of each token, and which tokens contribute a constant to their sequence's ratio."""
+    objective = options.get("objective", "clip")
+    log_ratio = per_token = new - old
+    parts, apart = sequence_parts(per_token, a, **options)
+    if ratio_level == "sequence" or objective in OF_SEQUENCES:
+        log_ratio = _sequence_mean(parts, mask, seq, b)
+    if objective == "gspo_token":  # the value is the sequence's, the gradient the token's
+        log_ratio = log_ratio.detach() + (per_token - per_token.detach())
+    if callable(objective):
+        s = surrogate(log_ratio, new, old, a, objective="ratio")
+        zero = torch.zeros_like(a)
+        return s._replace(loss=objective(new, old, a, **inputs), slope=zero, own=zero), apart
+    return surrogate(log_ratio, new, old, a, **options), apart
+
+
+def _derivative(
+    objective: ObjectiveFunction, new: Tensor, old: Tensor, a: Tensor, inputs: dict[str, Tensor], w: Tensor
+) -> Tensor:
+    """Return the derivative of the weighted sum of the losses that a function returns, by its log-probs."""
+    with torch.enable_grad():
+        leaf = new.detach().requires_grad_()
+        return torch.autograd.grad(objective(leaf, old, a, **inputs).to(w.dtype), leaf, w)[0]
 
 
 def _kl_slope(d: Tensor, estimator: str) -> Tensor:

@@ -5,13 +5,13 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from .._options import Objective
+from .._options import Objective, ObjectiveFunction
 
 
 class SurrogateOptions(TypedDict, total=False):
     """Keywords of `surrogate`."""
 
-    objective: Objective
+    objective: Objective | ObjectiveFunction
     cliprange: float
     cliprange_high: float | None
     dual_clip: float | None
@@ -103,7 +103,7 @@ def sequence_parts(
     log_ratio: Tensor,
     a: Tensor,
     *,
-    objective: str = "clip",
+    objective: str | ObjectiveFunction = "clip",
     cliprange: float = 0.2,
     cliprange_high: float | None = None,
     **_: object,

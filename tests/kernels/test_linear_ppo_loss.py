@@ -447,6 +447,7 @@ def test_opcheck():
         transform=Transform(),
         chunk_tokens=None,
         compact=False,
+        stats=None,
         old_values=None,
         returns=args.returns,
         terms=terms,

@@ -1,0 +1,117 @@
+"""A user's own objective: the loss of each token, and by autograd the coefficient of each row.
+
+The fused kernels then run the objective `policy_gradient`, whose loss is linear in the log-probs, with these coefficients. The
+head's gradient is the same for every objective with the same coefficients.
+
+Legend: N tokens.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._options import ObjectiveFunction
+from . import checks
+
+
+class Evaluated(NamedTuple):
+    """The policy term of a custom objective."""
+
+    total: Tensor  # (), float64: the weighted sum of the losses
+    coefficients: Tensor  # (N,), float32: d total / d log-prob; 0 where the mask is False
+
+
+def name_of(function: ObjectiveFunction) -> str:
+    """Return the name of the function in error messages."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_inputs(tensors: Mapping[str, Tensor], like: checks.Like) -> None:
+    """Check that `objective_inputs` maps names to tensors with one entry per token, of any dtype."""
+    if not isinstance(tensors, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"objective_inputs: got {type(tensors).__name__}, expected a dict of tensors")
+    for name, x in tensors.items():
+        given = (x.dtype,) if isinstance(x, Tensor) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
+        checks.tensor(f"objective_inputs[{name!r}]", x, **like, dtypes=given)
+
+
+def checked(function: ObjectiveFunction, mask: Tensor) -> ObjectiveFunction:
+    """Return `function` with checks of its result, for flat tensors; `mask` (N,) selects the tokens that count.
+
+    Its name is that of `function`.
+    """
+    name = name_of(function)
+
+    def call(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, **tensors: Tensor) -> Tensor:
+        loss = function(logprobs, old_logprobs, advantages, **tensors)
+        _check_loss(name, loss, logprobs, mask)
+        return loss
+
+    call.__name__ = name
+    return call
+
+
+def _check_loss(name: str, loss: Tensor, logprobs: Tensor, mask: Tensor) -> None:
+    expected = f"expected one loss per token, {checks.shape(logprobs)}"
+    if not isinstance(loss, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"objective: {name} returned {type(loss).__name__}, {expected}")
+    if loss.dim() == 0:
+        raise ValueError(
+            f"objective: {name} returned a scalar, {expected}; leave out the reduction, which is what aggregation does"
+        )
+    if loss.shape != logprobs.shape:
+        raise ValueError(f"objective: {name} returned shape {checks.shape(loss)}, {expected}")
+    if not loss.is_floating_point():
+        raise ValueError(f"objective: {name} returned {loss.dtype}, expected a floating point tensor")
+    if torch.is_grad_enabled() and logprobs.requires_grad and not loss.requires_grad:
+        raise ValueError(
+            f"objective: the result of {name} does not depend on logprobs; use its first argument, undetached"
+        )
+    _check_finite(f"{name} returned", loss, mask)
+
+
+def _check_finite(what: str, x: Tensor, mask: Tensor) -> None:
+    """Raise ValueError for a non-finite entry under the mask. On a GPU the host would wait, and NaN reaches the loss."""
+    if not checks.values_visible(x):
+        return
+    wrong = mask & ~x.isfinite()
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"objective: {what} {x[first].item()} for token {first}, expected finite numbers")
+
+
+@torch.compiler.disable
+def evaluate(
+    function: ObjectiveFunction,
+    tensors: Mapping[str, Tensor],
+    logprobs: Tensor,  # (N,), float32
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,  # (N,), float32; None: 1
+) -> Evaluated:
+    """Return the weighted sum of the losses and its derivatives.
+
+    The function receives flat tensors, with zeros where the mask is False: their values may be anything, and must not reach the
+    result through an operation over tokens.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+
+        def counted(x: Tensor) -> Tensor:
+            return torch.where(mask, x.detach().reshape(-1), torch.zeros((), dtype=x.dtype, device=x.device))
+
+        leaf = counted(logprobs).requires_grad_()
+        extra = {name: counted(x) for name, x in tensors.items()}
+        loss = checked(function, mask)(leaf, counted(old_logprobs), counted(advantages), **extra)
+        factor = mask.float() if weight is None else counted(weight)
+        loss = torch.where(mask, loss.float(), 0)
+        (slope,) = torch.autograd.grad(loss, leaf, factor, allow_unused=True)
+    if slope is None:
+        raise ValueError(
+            f"objective: the result of {name_of(function)} does not depend on logprobs; use its first argument"
+        )
+    slope = torch.where(mask, slope, 0)  # where the mask is False, an infinite derivative times 0 is NaN
+    _check_finite(f"{name_of(function)} has the derivative", slope, mask)
+    return Evaluated((loss.detach().double() * factor).sum(), slope)
