@@ -143,7 +143,7 @@ class PPOArguments:
     A field with `_scalar` is a row of `SCALARS`; the others are tensors and denominators.
     """
 
-    objective: str | ObjectiveFunction = _scalar("clip", choices=OBJECTIVES)
+    objective: str | ObjectiveFunction = _scalar("clip", choices=OBJECTIVES)  # noqa: RUF009  # a dataclass field
     objective_inputs: Mapping[str, Tensor] | None = None
     cliprange: float = _scalar(0.2, limits={"least": 0}, objectives=CLIPPED)
     cliprange_high: float | None = _scalar(None, limits={"least": 0}, off="cliprange", objectives=CLIPPED)

@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# torch does not declare the types of `Tensor.register_hook` and `torch.compiler.disable`.
 """A user's own objective: the loss of each token, and by autograd the coefficient of each row.
 
 The fused kernels then run the objective `policy_gradient`, whose loss is linear in the log-probs, with these coefficients. The
@@ -6,8 +8,8 @@ head's gradient is the same for every objective with the same coefficients.
 Legend: N tokens.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,18 +40,20 @@ def check_inputs(tensors: Mapping[str, Tensor], like: checks.Like) -> None:
 
 
 def checked(function: ObjectiveFunction, mask: Tensor) -> ObjectiveFunction:
-    """Return `function` with checks of its result, for flat tensors; `mask` (N,) selects the tokens that count.
-
-    Its name is that of `function`.
-    """
+    """Return `function` with checks of its result and derivative; `mask` (N,) selects the tokens that count."""
     name = name_of(function)
 
+    def check_slope(slope: Tensor) -> None:
+        _check_finite(f"{name} has the derivative", slope, mask)
+
     def call(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, **tensors: Tensor) -> Tensor:
+        if logprobs.requires_grad:
+            logprobs = logprobs.view_as(logprobs)
+            logprobs.register_hook(check_slope)
         loss = function(logprobs, old_logprobs, advantages, **tensors)
         _check_loss(name, loss, logprobs, mask)
         return loss
 
-    call.__name__ = name
     return call
 
 
@@ -82,8 +86,7 @@ def _check_finite(what: str, x: Tensor, mask: Tensor) -> None:
         raise ValueError(f"objective: {what} {x[first].item()} for token {first}, expected finite numbers")
 
 
-@torch.compiler.disable
-def evaluate(
+def _evaluate(
     function: ObjectiveFunction,
     tensors: Mapping[str, Tensor],
     logprobs: Tensor,  # (N,), float32
@@ -107,11 +110,15 @@ def evaluate(
         loss = checked(function, mask)(leaf, counted(old_logprobs), counted(advantages), **extra)
         factor = mask.float() if weight is None else counted(weight)
         loss = torch.where(mask, loss.float(), 0)
-        (slope,) = torch.autograd.grad(loss, leaf, factor, allow_unused=True)
+        slopes: tuple[Tensor | None, ...] = torch.autograd.grad(loss, leaf, factor, allow_unused=True)
+    slope = slopes[0]
     if slope is None:
         raise ValueError(
             f"objective: the result of {name_of(function)} does not depend on logprobs; use its first argument"
         )
-    slope = torch.where(mask, slope, 0)  # where the mask is False, an infinite derivative times 0 is NaN
-    _check_finite(f"{name_of(function)} has the derivative", slope, mask)
-    return Evaluated((loss.detach().double() * factor).sum(), slope)
+    # Where the mask is False, an infinite derivative times 0 is NaN.
+    return Evaluated((loss.detach().double() * factor).sum(), torch.where(mask, slope, 0))
+
+
+evaluate = cast(Callable[..., Evaluated], torch.compiler.disable(_evaluate))
+"""`_evaluate`, which a compiler runs eagerly: it cannot trace the derivative of a function within a graph."""

@@ -222,8 +222,7 @@ def _linearised(
     mask: Tensor,
     row_weight: Tensor | None,
 ) -> tuple[PPOArguments, Tensor, Tensor]:
-    """Return the arguments of the objective `policy_gradient` with the derivatives of a custom objective, its advantages, and
-    the sum of the custom objective's policy term."""
+    """Return the arguments and the advantages of `policy_gradient` with the derivatives of a custom objective, and its sum."""
     assert callable(args.objective) and logprobs is not None
     weight = row_weight
     if args.weights is not None:

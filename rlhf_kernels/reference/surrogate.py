@@ -46,7 +46,7 @@ def surrogate(
     old_logprobs: Tensor,
     a: Tensor,
     *,
-    objective: str = "clip",
+    objective: str | ObjectiveFunction = "clip",
     cliprange: float = 0.2,
     cliprange_high: float | None = None,
     dual_clip: float | None = None,
@@ -59,7 +59,8 @@ def surrogate(
     ratio_limit: float | None = None,
     log_ratio_coef: float | None = None,
 ) -> Surrogate:
-    """Return the policy term of an objective; the docstring of `ppo_loss` has the formulas."""
+    """Return the policy term of a named objective; the docstring of `ppo_loss` has the formulas."""
+    assert isinstance(objective, str)
     never = torch.zeros_like(a, dtype=torch.bool)
     frozen = never
     if log_ratio_clamp is not None:
