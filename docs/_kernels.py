@@ -11,7 +11,7 @@ from typing import Any
 
 from docs._tables import table
 from rlhf_kernels import PPOOptions, linear_ppo_loss, logits_ppo_loss, ppo_loss
-from rlhf_kernels._options import DENOMINATORS, OBJECTIVES, OPTIONS, SCALARS, PPOArguments, Scalar
+from rlhf_kernels._options import DENOMINATORS, FUNCTION, OBJECTIVES, OPTIONS, SCALARS, PPOArguments, Scalar
 
 LOSSES: tuple[Callable[..., Any], ...] = (ppo_loss, logits_ppo_loss, linear_ppo_loss)
 
@@ -81,7 +81,9 @@ def _type(annotation: Any) -> str:
 
 def _values(scalar: Scalar) -> str:
     if scalar.choices:
-        return ", ".join(f"`{choice!r}`" for choice in scalar.choices)
+        return ", ".join(f"`{choice!r}`" for choice in scalar.choices) + (
+            ", a function" if scalar.name == "objective" else ""
+        )
     words = {"least": "at least", "above": "above"}
     limits = ", ".join(f" {words[kind]} {limit:g}" for kind, limit in (scalar.limits or {}).items())
     return f"number{limits}" + (", or None" if scalar.off is not None else "")
@@ -94,7 +96,8 @@ def _tensor(name: str, shape: str) -> str:
 
 
 def _readers(scalar: Scalar) -> str:
-    return f" Read by {', '.join(f'`{objective}`' for objective in scalar.objectives)}."
+    names = (name if name == FUNCTION else f"`{name}`" for name in scalar.objectives)
+    return f" Read by {', '.join(names)}."
 
 
 def _docstrings(source: str) -> dict[str, str]:

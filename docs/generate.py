@@ -14,7 +14,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from docs import _architecture, _kernels, _plans, _reference, _results
+from docs import _architecture, _kernels, _objectives, _plans, _reference, _results
 from rlhf_engine.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +34,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "what fits": _plans.settings,
     "arguments of the losses": _kernels.arguments,
     "options of the objective": _kernels.options,
+    "objectives": _objectives.objectives,
     "configuration": _reference.configuration,
     "command line": _reference.command_line,
     "layers": _architecture.layers,

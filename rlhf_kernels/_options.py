@@ -37,7 +37,7 @@ OF_SEQUENCES = ("gspo_token", "gmpo")
 WITH_LEVEL: tuple[str, ...] = tuple(name for name in WITH_RATIO if name not in WITH_DIVERGENCE + OF_SEQUENCES)
 """Objectives whose ratio can be the token's or the sequence's."""
 FUNCTION = "a function"
-"""Stands for an `ObjectiveFunction` among the objectives that read an option."""
+"""Represents an `ObjectiveFunction` among the objectives that read an option."""
 CLIPPED = ("clip", "cispo", "gspo_token", "gmpo")
 """Objectives that limit the ratio to a range."""
 
@@ -61,7 +61,7 @@ class PPOOptions(TypedDict, total=False):
     dual_clip: float | None
     """For a negative advantage A, the term is at most `-dual_clip * A`. None: no such limit."""
     log_ratio_clamp: float | None
-    """The log-ratio is limited to ± this number, and the gradient outside is 0. None: no limit."""
+    """The log-ratio is limited to ± this number, and the gradient through the ratio is 0 outside. None: no limit."""
     old_kl_coef: float
     """Coefficient of KL(old policy || policy), which the objective adds to the loss."""
     tau_pos: float

@@ -110,8 +110,7 @@ def _evaluate(
         loss = checked(function, mask)(leaf, counted(old_logprobs), counted(advantages), **extra)
         factor = mask.float() if weight is None else counted(weight)
         loss = torch.where(mask, loss.float(), 0)
-        slopes: tuple[Tensor | None, ...] = torch.autograd.grad(loss, leaf, factor, allow_unused=True)
-    slope = slopes[0]
+        slope = cast(Tensor | None, torch.autograd.grad(loss, leaf, factor, allow_unused=True)[0])
     if slope is None:
         raise ValueError(
             f"objective: the result of {name_of(function)} does not depend on logprobs; use its first argument"

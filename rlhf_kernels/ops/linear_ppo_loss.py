@@ -59,7 +59,8 @@ def linear_ppo_loss(
     gradients and does its work twice; leave it outside of the checkpointed region.
 
     Masked rows need no matrix product. Rows whose derivatives of the loss by log-prob and entropy are exactly zero
-    (clipped, or with an advantage of 0) need no backward product. On CPU these rows are always left out of the
+    (clipped, or with an advantage of 0) need no backward product. With a ratio per sequence or a function as objective, a
+    pass for log-probs runs first. On CPU these rows are always left out of the
     products. On a GPU they are zeros in the products; `compact=True` leaves them out, but then the host waits for the
     device once per call and once per chunk, and the call cannot be captured in a CUDA graph. `chunk_tokens` is the
     number of rows per chunk (None: chosen from the sizes). `compact` and `chunk_tokens` change memory and time but no

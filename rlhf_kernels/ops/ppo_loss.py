@@ -33,10 +33,21 @@ def ppo_loss(
         kl_penalty:      -(r A - old_kl_coef KL(old || new)),  KL(old || new) = r - 1 - log r  (k3)
         ratio:           -r A                                  (the surrogate of TRPO)
         policy_gradient: -A log π                              (REINFORCE, actor-critic)
+        cispo:           -sg(clip(r, 1 - cliprange, 1 + cliprange_high)) A log π
+        sapo:            -4/τ sigmoid(τ (r - 1)) A,  τ = tau_pos if A > 0 else tau_neg
+        ipo:             -m r A + log_ratio_coef (log r)²,  m = [abs(π - π_old) <= divergence]
+        dppo_tv:         the same, m = [π - π_old <= divergence_high] if A > 0 else [π_old - π <= divergence]
+        dppo_kl:         the same, m = [π moved against A, or KL <= divergence_high if A > 0 else divergence]
+        gspo_token:      clip with r = sg(s) π / sg(π), where s is the sequence's ratio
+        gmpo:            -R A,  log R = mean over the sequence of (min(log r, cliprange_high) if A > 0
+                                                                   else max(log r, -cliprange))
+        a function:      f(logprobs, old_logprobs, advantages, **objective_inputs), flat tensors (N,)
 
-    where A are `advantages` and `r = exp(logprobs - old_logprobs)`. With `ratio_level="sequence"` the log-ratio of a
+    where A are `advantages`, `r = π / π_old = exp(logprobs - old_logprobs)`, sg is a constant, and KL is
+    `π_old log(π_old / π) + (1 - π_old) log((1 - π_old) / (1 - π))`. With `ratio_level="sequence"` the log-ratio of a
     token is the mean over the actions of its sequence. `log_ratio_clamp` limits the log-ratio to ± this number; the
-    gradient outside is 0. With `dual_clip` c, the clip term is at most -c A where A < 0.
+    gradient through r is 0 outside. With `dual_clip` c, the clip term is at most -c A where A < 0. `ratio_limit` replaces r in the
+    dppo term and in its gradient where r is larger.
 
     The value term is `1/2 max((v - R)², (clip(v, old_values ± cliprange_value) - R)²)`, where v are `values` and R
     `returns`. It is `1/2 (v - R)²` if `old_values` or `cliprange_value` is None.
@@ -57,17 +68,25 @@ def ppo_loss(
     losses and gradients of micro-batches add up to those of the full batch. If no entry of the mask is True, the loss
     is 0, not NaN.
 
-    Defaults: objective "clip", cliprange 0.2, cliprange_high equal to cliprange, cliprange_value 0.2, vf_coef 0.1,
+    A function returns the loss of each token, which depends on its first argument; docs/reference/objectives.md has its
+    conditions and an example.
+
+    Defaults: objective "clip", cliprange 0.2, cliprange_high equal to cliprange, cliprange_value 0.2, vf_coef 0.1, tau_pos
+    1, tau_neg 1.05, divergence 0.1 for ipo, 0.2 for dppo_tv and 0.05 for dppo_kl, log_ratio_coef 0.001 for ipo,
     kl_estimator "k3", kl_weighting "none", aggregation "token_mean", ratio_level "token". The other coefficients are 0,
     the other options None. An option that the objective does not read raises ValueError. `logprobs`, `values` and
     `entropy` are differentiable; all other tensors are constants. `METRICS` describes the metrics.
 
     Source: Schulman et al. 2017 (PPO) eq. 6, 7, 8, 9; Ye et al. 2020 (dual clip) eq. 5; Yu et al. 2025 (DAPO,
     clip-higher) eq. 10; Zheng et al. 2025 (GSPO, sequence ratios) eq. 7; Schulman et al. 2015 (TRPO) eq. 14; Williams
-    1992 (REINFORCE); DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1 "Unbiased KL Estimate" (ratio-weighted KL).
+    1992 (REINFORCE); DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1 "Unbiased KL Estimate" (ratio-weighted KL);
+    MiniMax-M1 2025 (CISPO) eq. 4, 5; Gao et al. 2025 (SAPO), section 3; prime-rl (IPO); Qi et al. 2026 (DPPO) eq. 13, 14;
+    Zheng et al. 2025 (GSPO-token), section 4.3; Zhao et al. 2025 (GMPO), section 3.
 
     Raises:
-        ValueError: a shape, dtype, device, range, choice or combination that does not fit, with the argument's name.
+        ValueError: a shape, dtype, device, range, choice or combination that does not fit, with the argument's name; a
+            result of a function that is a scalar, has the wrong shape, does not depend on its log-probs, or (on CPU) is
+            not finite, with the function's name.
         TypeError: an unknown option; the message names the nearest option.
     """
     args = objective.parse("ppo_loss", options)
