@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels._options import KL_ESTIMATORS, OBJECTIVES, SCALARS, PPOArguments
+from rlhf_kernels._options import KL_ESTIMATORS, OBJECTIVES, OF_SEQUENCES, SCALARS, WITH_LEVEL, PPOArguments
 from rlhf_kernels.backend import Kernels
 from rlhf_kernels.launch_args import LogitRows, PpoRows, PpoScalars, RowStats, Sequences, Transform
 
@@ -102,7 +103,8 @@ def row_specimens() -> dict[str, tuple[str, Call]]:
         found[f"token_logprobs_forward, {form}"] = "token_logprobs_forward", partial(forward, form)
         found[f"token_logprobs_backward, {form}"] = "token_logprobs_backward", partial(backward, form, form.every_flag)
         found[f"ppo_epilogue clip, {form}"] = "ppo_epilogue", partial(epilogue, form, "clip", "k3")
-    for objective, estimator in zip(OBJECTIVES[1:], ("k1", "k2", "abs"), strict=True):
+    of_tokens = (name for name in OBJECTIVES[1:] if name not in OF_SEQUENCES)
+    for objective, estimator in zip(of_tokens, cycle(("k1", "k2", "abs")), strict=False):
         form = replace(HEAD, every_flag=objective == "ratio", narrow=objective != "ratio")
         found[f"ppo_epilogue {objective}, {form}"] = "ppo_epilogue", partial(epilogue, form, objective, estimator)
     found["compact_rows"] = "compact_rows", compact
@@ -134,7 +136,8 @@ def scan_specimens() -> dict[str, tuple[str, Call]]:
 def token_specimens() -> dict[str, tuple[str, Call]]:
     found: dict[str, tuple[str, Call]] = {}
     for objective in OBJECTIVES:
-        for sequence_level in (False, True):
+        levels = (False, True) if objective in (*WITH_LEVEL, "policy_gradient") else (objective in OF_SEQUENCES,)
+        for sequence_level in levels:
             every_flag = sequence_level == (objective in ("clip", "ratio"))
             level = "sequence" if sequence_level else "token"
             name = f"ppo_loss {objective}, {level} ratios, {'every flag' if every_flag else 'no flag'}"
@@ -252,7 +255,7 @@ def ppo_loss(objective: str, sequence_level: bool, every_flag: bool, kernels: Ke
     packed = sequence_level and every_flag
     ends = layout_of(True, size)[1] if packed else None
     sequences = Sequences(size.b, 0 if packed else size.t, ends)
-    ppo = ppo_rows(objective, KL_ESTIMATORS[OBJECTIVES.index(objective)], every_flag, size)
+    ppo = ppo_rows(objective, KL_ESTIMATORS[OBJECTIVES.index(objective) % len(KL_ESTIMATORS)], every_flag, size)
     tokens, mask = torch.zeros(size.n), ones(size.n)
     optional = (tokens,) * 4 if every_flag else (None,) * 4
     kernels.ppo_loss(ppo, sequences, sequence_level, mask, tokens, *optional, mask, tokens if every_flag else None)

@@ -46,8 +46,8 @@ def ppo_loss(
     where A are `advantages`, `r = π / π_old = exp(logprobs - old_logprobs)`, sg is a constant, and KL is
     `π_old log(π_old / π) + (1 - π_old) log((1 - π_old) / (1 - π))`. With `ratio_level="sequence"` the log-ratio of a
     token is the mean over the actions of its sequence. `log_ratio_clamp` limits the log-ratio to ± this number; the
-    gradient through r is 0 outside. With `dual_clip` c, the clip term is at most -c A where A < 0. `ratio_limit` replaces r in the
-    dppo term and in its gradient where r is larger.
+    gradient through r is 0 outside. With `dual_clip` c, the clip term is at most -c A where A < 0. `ratio_limit`
+    replaces a larger r in the dppo term and in its gradient.
 
     The value term is `1/2 max((v - R)², (clip(v, old_values ± cliprange_value) - R)²)`, where v are `values` and R
     `returns`. It is `1/2 (v - R)²` if `old_values` or `cliprange_value` is None.
