@@ -138,14 +138,19 @@ class PPOConfig(Section):
     whiten_scope: Literal["batch", "minibatch"] = "batch"
     """Scope of the mean and variance for `whiten_advantages`: the rollout (batch), so that a token has the same
     advantage in every epoch, or the minibatch (OpenAI 2019)."""
-    objective: Literal["clip", "kl_penalty", "ratio", "policy_gradient", "trpo"] = "clip"
+    objective: Literal[
+        "clip", "kl_penalty", "ratio", "policy_gradient", "cispo", "sapo", "ipo", "dppo_tv", "dppo_kl", "gspo_token",
+        "gmpo", "trpo",
+    ] = "clip"  # fmt: skip
     """Policy objective: clip is PPO's clipped surrogate, kl_penalty PPO's KL-penalized surrogate, ratio the surrogate
-    without a bound, policy_gradient the log-prob times the advantage. trpo makes one constrained step per rollout,
-    after optimizer steps that train only the value function."""
+    without a bound, policy_gradient the log-prob times the advantage. docs/reference/objectives.md describes cispo, sapo,
+    ipo, dppo_tv, dppo_kl, gspo_token and gmpo. trpo makes one constrained step per rollout, after optimizer steps that
+    train only the value function."""
     trpo: TRPOConfig = field(default_factory=TRPOConfig)
     """The constrained step of objective "trpo"."""
     cliprange: Positive = 0.2
-    """epsilon of the clipped surrogate: the ratio is clipped to [1 - cliprange, 1 + cliprange_high]."""
+    """epsilon of the clipped surrogate: the ratio is clipped to [1 - cliprange, 1 + cliprange_high]; in objective
+    "gmpo", the log-ratio to [-cliprange, cliprange_high]."""
     cliprange_high: Positive | None = None
     """Upper epsilon of the clipped surrogate. If None, it equals `cliprange`."""
     dual_clip: Positive | None = None
@@ -155,6 +160,19 @@ class PPOConfig(Section):
     """Log-ratios are clamped to [-log_ratio_clamp, log_ratio_clamp]. If None, they are not clamped."""
     old_kl_coef: NonNegative = 0.0
     """Weight of KL(old || new) in objective "kl_penalty"; the initial value if `old_kl_target` is set."""
+    tau_pos: Positive = 1.0
+    """Temperature of the gate of objective "sapo" for tokens with a positive advantage."""
+    tau_neg: Positive = 1.05
+    """The same for the other tokens."""
+    divergence: NonNegative | None = None
+    """Largest divergence from the old probability of a token in objectives "ipo", "dppo_tv" and "dppo_kl"; tokens above
+    it have no policy gradient. If None, it is 0.1, 0.2 and 0.05."""
+    divergence_high: NonNegative | None = None
+    """The same for tokens with a positive advantage, in "dppo_tv" and "dppo_kl". If None, it equals `divergence`."""
+    ratio_limit: Positive | None = None
+    """Largest factor of the gradient that a ratio gives in "dppo_tv" and "dppo_kl". If None, there is no limit."""
+    log_ratio_coef: NonNegative | None = None
+    """Weight of the squared log-ratio in "ipo", "dppo_tv" and "dppo_kl". If None, it is 0.001 in "ipo", otherwise 0."""
     old_kl_target: Positive | None = None
     """Target of KL(old || new), in nats per token. After an update, its weight is doubled if the KL is above 1.5 times
     the target, and halved if it is below the target divided by 1.5 (PPO paper, eq. 8). This costs one more forward pass
@@ -261,20 +279,28 @@ class PPOConfig(Section):
 
     def _readers(self) -> tuple[tuple[str, object, str, bool], ...]:
         """Return tuples of an option, its value when unused, the setting that reads it, and whether that setting is active."""
-        clip, penalty = self.objective == "clip", self.objective == "kl_penalty"
+        penalty, limits = self.objective == "kl_penalty", self.objective in ("clip", "cispo", "gspo_token", "gmpo")
+        dppo = self.objective in ("dppo_tv", "dppo_kl")
+        leveled = self.objective in ("clip", "kl_penalty", "ratio", "cispo", "sapo")
         adaptive = self.kl_control == "adaptive"
         return (
             ("microbatch", 16, "microbatch_tokens None", self.microbatch_tokens is None),
             ("missing_eos_penalty", 0.0, "missing_eos_score None", self.missing_eos_score is None),
-            ("cliprange", 0.2, "objective 'clip'", clip),
-            ("cliprange_high", None, "objective 'clip'", clip),
-            ("dual_clip", None, "objective 'clip'", clip),
+            ("cliprange", 0.2, "objective 'clip', 'cispo', 'gspo_token' or 'gmpo'", limits),
+            ("cliprange_high", None, "objective 'clip', 'cispo', 'gspo_token' or 'gmpo'", limits),
+            ("dual_clip", None, "objective 'clip' or 'gspo_token'", self.objective in ("clip", "gspo_token")),
+            ("tau_pos", 1.0, "objective 'sapo'", self.objective == "sapo"),
+            ("tau_neg", 1.05, "objective 'sapo'", self.objective == "sapo"),
+            ("divergence", None, "objective 'ipo', 'dppo_tv' or 'dppo_kl'", dppo or self.objective == "ipo"),
+            ("divergence_high", None, "objective 'dppo_tv' or 'dppo_kl'", dppo),
+            ("ratio_limit", None, "objective 'dppo_tv' or 'dppo_kl'", dppo),
+            ("log_ratio_coef", None, "objective 'ipo', 'dppo_tv' or 'dppo_kl'", dppo or self.objective == "ipo"),
             ("old_kl_coef", 0.0, "objective 'kl_penalty'", penalty),
             ("trpo", TRPOConfig(), "objective 'trpo'", self.objective == "trpo"),
             ("entropy_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
             ("ptx_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
             ("aggregation", "token_mean", "an objective other than 'trpo'", self.objective != "trpo"),
-            ("ratio_level", "token", "an objective with a ratio", self.objective not in ("policy_gradient", "trpo")),
+            ("ratio_level", "token", "an objective with a ratio of tokens or sequences", leveled),
             ("importance_cap", None, "an objective other than 'trpo'", self.objective != "trpo"),
             ("importance", ImportanceConfig(), "an objective other than 'trpo'", self.objective != "trpo"),
             ("importance", ImportanceConfig(), "importance_cap None", self.importance_cap is None),

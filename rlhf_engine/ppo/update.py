@@ -241,8 +241,8 @@ def keep_value_gradients(policy: Policy) -> None:
 def loss_options(config: PPOConfig) -> dict[str, Any]:
     """Return the arguments of `linear_ppo_loss` that the config sets."""
     names = (
-        "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef ratio_level cliprange_value vf_coef "
-        "entropy_coef aggregation"
+        "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef tau_pos tau_neg divergence "
+        "divergence_high ratio_limit log_ratio_coef ratio_level cliprange_value vf_coef entropy_coef aggregation"
     )
     options = {name: getattr(config, name) for name in names.split()}
     # With TRPO the optimizer trains only the values, so only the value loss of this objective matters.

@@ -88,6 +88,15 @@ def test_overrides_apply_in_order_after_the_file(tmp_path):
         ("ppo: {kl_control: adaptive, kl_target: 6, kl_coef: 0}", ["kl_coef: got 0.0", "above 0"]),
         ("ppo: {kl_control: adaptive, kl_target: 6, kl_horizon: 100}", ["kl_horizon: got 100", "102.4"]),
         ("ppo: {objective: kl_penalty, old_kl_target: 0.01}", ["old_kl_coef: got 0.0", "old_kl_target"]),
+        (
+            "ppo: {objective: sapo, cliprange: 0.1}",
+            ["cliprange: got 0.1", "only objective 'clip', 'cispo', 'gspo_token'"],
+        ),
+        ("ppo: {objective: ipo, divergence_high: 0.1}", ["divergence_high: got 0.1", "only objective 'dppo_tv' or"]),
+        ("ppo: {tau_pos: 2}", ["tau_pos: got 2.0", "only objective 'sapo'"]),
+        ("ppo: {ratio_limit: 2}", ["ratio_limit: got 2.0", "only objective 'dppo_tv' or 'dppo_kl'"]),
+        ("ppo: {log_ratio_coef: 0.1}", ["log_ratio_coef: got 0.1", "only objective 'ipo', 'dppo_tv' or 'dppo_kl'"]),
+        ("ppo: {objective: gmpo, ratio_level: sequence}", ["ratio_level: got 'sequence'", "a ratio"]),
         ("ppo: {trpo: {max_kl: 0.1}}", ["trpo: got TRPOConfig(max_kl=0.1", "only objective 'trpo'"]),
         ("ppo: {objective: trpo, entropy_coef: 0.1}", ["entropy_coef: got 0.1", "other than 'trpo'"]),
         ("ppo: {objective: trpo, ptx_coef: 1}", ["ptx_coef: got 1.0", "other than 'trpo'"]),
@@ -145,6 +154,8 @@ def test_a_bad_override_is_refused(tmp_path, override, word):
 def test_an_objective_accepts_its_options():
     assert PPOConfig(cliprange_high=0.3, dual_clip=3.0).objective == "clip"
     assert PPOConfig(objective="kl_penalty", old_kl_coef=0.1).old_kl_coef == 0.1
+    assert PPOConfig(objective="dppo_kl", divergence=0.1, ratio_limit=3.0).divergence == 0.1
+    assert PPOConfig(objective="cispo", cliprange=1.0, cliprange_high=4.0, ratio_level="sequence").cliprange_high == 4.0
 
 
 def test_an_unused_option_may_have_its_default():
