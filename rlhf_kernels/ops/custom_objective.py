@@ -119,5 +119,5 @@ def _evaluate(
     return Evaluated((loss.detach().double() * factor).sum(), torch.where(mask, slope, 0))
 
 
-evaluate = cast(Callable[..., Evaluated], torch.compiler.disable(_evaluate))
+evaluate: Callable[..., Evaluated] = cast(Callable[..., Evaluated], torch.compiler.disable(_evaluate))
 """`_evaluate`, which a compiler runs eagerly: it cannot trace the derivative of a function within a graph."""

@@ -62,11 +62,12 @@ def test_clip_written_as_a_function_is_clip(options, backend):
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("options", SETTINGS[:2], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_clip_written_as_a_function_is_clip_in_the_head(flags, options, backend):
+@pytest.mark.parametrize(("backend", "compact"), [("auto", None), ("triton", None), ("triton", True)])
+def test_clip_written_as_a_function_is_clip_in_the_head(flags, options, backend, compact):
     leaves, constants, extra = map(to_device, make(0, t=20))
+    constants["advantages"][:, ::3] = 0
     options = options | {k: extra[k] for k in FLAGS[flags]} | {"ref_logprobs": extra["ref_logprobs"]}
-    loss = partial(linear_ppo_loss, backend=backend)
+    loss = partial(linear_ppo_loss, backend=backend, compact=compact)
     expected = run_head(loss, leaves, constants, options, torch.float32)
     got = run_head(loss, leaves, constants, options | {"objective": clip}, torch.float32)
     agree(got[0], expected[0], got[1], expected[1])

@@ -433,7 +433,8 @@ def test_unknown_option_names_the_nearest():
         linear_ppo_loss(leaves["hidden"], leaves["weight"], **constants, clip_range=0.1)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("known", [False, True])
+def test_opcheck(known):
     n, v, h = 9, 37, 8
     args = PPOArguments(returns=torch.randn(n), entropy_coef=0.1)
     terms = ObjectiveTerms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
@@ -447,7 +448,7 @@ def test_opcheck():
         transform=Transform(),
         chunk_tokens=None,
         compact=False,
-        stats=None,
+        stats=torch.randn(4, n) if known else None,
         old_values=None,
         returns=args.returns,
         terms=terms,
