@@ -9,7 +9,7 @@ from rlhf_kernels._options import PPOArguments
 from rlhf_kernels.launch_args import Transform, flatten
 from rlhf_kernels.ops import weights as matrices
 from rlhf_kernels.ops.linear_ppo_loss import Inputs, Leaves
-from rlhf_kernels.ops.linear_token_logprobs import HeadInputs, Storage
+from rlhf_kernels.ops.linear_token_logprobs import HeadInputs, Storage, stats_of
 from rlhf_kernels.ops.objective import ObjectiveTerms
 
 from .helpers.head_loss import FLAGS, OPTIONS, check_loss, chosen_of, reference_loss, run
@@ -440,15 +440,16 @@ def test_opcheck(known):
     terms = ObjectiveTerms.of(args, torch.randn(n) - 3, torch.randn(n), torch.rand(n) > 0.3)
     of_head = HeadInputs(*(torch.randn(shape) for shape in ((n, h), (v, h), (v,), (n, 3), (v, 3))))
     leaves = Leaves(of_head, torch.randn(h), torch.randn(()), None)
+    head = of_head, Storage.of(of_head.weight), torch.randint(0, v, (n,))
     inputs = Inputs(
         leaves=leaves,
         needs=[True] * 7 + [False],
-        storage=Storage.of(of_head.weight),
-        ids=torch.randint(0, v, (n,)),
+        storage=head[1],
+        ids=head[2],
         transform=Transform(),
         chunk_tokens=None,
         compact=False,
-        stats=torch.randn(4, n) if known else None,
+        stats=stats_of(*head, terms.mask, Transform(), None, "cpu") if known else None,
         old_values=None,
         returns=args.returns,
         terms=terms,
