@@ -22,7 +22,7 @@ class Evaluated(NamedTuple):
     """The policy term of a custom objective."""
 
     total: Tensor  # (), float64: the weighted sum of the losses
-    coefficients: Tensor  # (N,), float32: d total / d log-prob; 0 where the mask is False
+    coefficients: Tensor  # (N,), float32: d total / d log-prob; where the mask is False it is not used, and may be NaN
 
 
 def name_of(function: ObjectiveFunction) -> str:
@@ -115,8 +115,7 @@ def _evaluate(
         raise ValueError(
             f"objective: the result of {name_of(function)} does not depend on logprobs; use its first argument"
         )
-    # Where the mask is False, an infinite derivative times 0 is NaN.
-    return Evaluated((loss.detach().double() * factor).sum(), torch.where(mask, slope, 0))
+    return Evaluated((loss.detach().double() * factor).sum(), slope)
 
 
 evaluate: Callable[..., Evaluated] = cast(Callable[..., Evaluated], torch.compiler.disable(_evaluate))

@@ -34,6 +34,7 @@ def scaled(logprobs, old_logprobs, advantages, *, scale):
 
 SETTINGS = [
     {},
+    {"entropy_coef": 0.02},
     {"aggregation": "seq_mean_token_mean", "entropy_coef": 0.02, "kl_coef": 0.1, "kl_weighting": "ratio"},
     {"aggregation": "seq_mean_token_sum", "kl_coef": 0.1, "num_sequences": 7, "vf_coef": 0.5},
     {"aggregation": "token_sum", "num_tokens": 100},
@@ -61,7 +62,7 @@ def test_clip_written_as_a_function_is_clip(options, backend):
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("options", SETTINGS[:2], ids=str)
+@pytest.mark.parametrize("options", SETTINGS[:3], ids=str)
 @pytest.mark.parametrize(("backend", "compact"), [("auto", None), ("triton", None), ("triton", True)])
 def test_clip_written_as_a_function_is_clip_in_the_head(flags, options, backend, compact):
     leaves, constants, extra = map(to_device, make(0, t=20))
@@ -226,13 +227,18 @@ def test_compiles_with_a_break():
     """A compiler does not trace the function; the rest of the call is compiled."""
     inputs, constants = case(8)
     rest = {k: constants[k] for k in ("old_logprobs", "advantages", "mask")}
+    traced = []
+
+    def eager_clip(*tensors):
+        traced.append(torch.compiler.is_compiling())
+        return clip(*tensors)
 
     def loss(x):
-        return ppo_loss(x, **rest, objective=clip).loss
+        return ppo_loss(x, **rest, objective=eager_clip).loss
 
     x = inputs["logprobs"].requires_grad_()
     expected, got = loss(x), torch.compile(loss, backend="aot_eager")(x)
-    assert torch.equal(got, expected)
+    assert torch.equal(got, expected) and traced == [False, False]
     assert torch.equal(*(torch.autograd.grad(y, x)[0] for y in (expected, got)))
 
 
