@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.agreement import originals, selection_cases
 from benchmarks.agreement.case import Case
+from benchmarks.agreement.objectives import verl_objective_cases
 from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, verl
 
 CLIP = 0.2
@@ -98,6 +99,7 @@ def verl_cases() -> Iterator[Case]:
         {"b": 32, "t": 128, "v": 64},
     )
     yield from selection_cases.verl_cases()
+    yield from verl_objective_cases()
 
 
 def _floats(f, rewards, values, mask, *rest):
