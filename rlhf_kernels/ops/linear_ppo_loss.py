@@ -59,12 +59,12 @@ def linear_ppo_loss(
     gradients and does its work twice; leave it outside of the checkpointed region.
 
     Masked rows need no matrix product. Rows whose derivatives of the loss by log-prob and entropy are exactly zero
-    (clipped, or with an advantage of 0) need no backward product. With a ratio per sequence or a function as objective, a
-    pass for log-probs runs first. On CPU these rows are always left out of the
+    (clipped, or with an advantage of 0) need no backward product. On CPU these rows are always left out of the
     products. On a GPU they are zeros in the products; `compact=True` leaves them out, but then the host waits for the
     device once per call and once per chunk, and the call cannot be captured in a CUDA graph. `chunk_tokens` is the
     number of rows per chunk (None: chosen from the sizes). `compact` and `chunk_tokens` change memory and time but no
-    result; the reference backend computes all logits at once and ignores both.
+    result; the reference backend computes all logits at once and ignores both. A ratio per sequence, and a function as
+    objective, need a pass for the log-probs first.
 
     Source: as `ppo_loss`.
 
@@ -203,7 +203,7 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     if terms.sequence_level or x.stats is not None:
         stats = RowStats(rows.spread(head_stats(launch, head, rows, plan).buffer, n) if x.stats is None else x.stats)
         slope, value_slope, sums = terms.sums(launch, stats.logprobs, stats.entropy, *targets)
-        results = _given_pass(x, launch, head, stats, slope, plan, needs_head)
+        results = _given_pass(x, launch, head, rows, stats, slope, plan, needs_head)
     else:
         stats, results = ppo_pass(launch, head, rows, terms.ppo, n, plan, needs_head)
         _, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
@@ -217,14 +217,13 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 
 
 def _given_pass(
-    x: Inputs, kernels: Kernels, head: Head, stats: RowStats, slope: Tensor, plan: Plan, needs: Needs
+    x: Inputs, kernels: Kernels, head: Head, rows: HeadRows, stats: RowStats, slope: Tensor, plan: Plan, needs: Needs
 ) -> Results:
     """Return the gradients for the slopes of all N tokens; rows without a gradient are left out if the plan is compact."""
-    entropy_slope, keep = x.terms.entropy_slope(), x.terms.mask
+    entropy_slope, inputs = x.terms.entropy_slope(), x.leaves.head
     if plan.compact:
-        keep = keep & (slope != 0 if entropy_slope is None else (slope != 0) | (entropy_slope != 0))
-    inputs = x.leaves.head
-    rows = HeadRows.of(inputs.hidden, inputs.states, x.ids, x.transform, keep, gather=plan.compact)
+        active = slope != 0 if entropy_slope is None else (slope != 0) | (entropy_slope != 0)
+        rows = HeadRows.of(inputs.hidden, inputs.states, x.ids, x.transform, active & x.terms.mask)
     taken = RowStats(rows.take(stats.buffer)), rows.take(slope), rows.take(entropy_slope)
     return given_pass(kernels, head, rows, *taken, len(x.ids), plan, needs)
 

@@ -100,13 +100,15 @@ def _check_scalar(row: Scalar, value: Any) -> None:
 
 def _check_effect(row: Scalar, args: PPOArguments) -> None:
     """Raise ValueError for an option that the objective does not read, or that needs a second option which is not set."""
+    objective = FUNCTION if callable(args.objective) else args.objective
+    reads = row.objectives == OBJECTIVES or objective in row.objectives
+    if reads and not row.needs:
+        return
     value = getattr(args, row.name)
     if value in (None, 0, row.default):
         return
-    objective, got = args.objective, f"{args.objective!r}"
-    if callable(objective):
-        objective, got = FUNCTION, custom_objective.name_of(objective)
-    if row.objectives != OBJECTIVES and objective not in row.objectives:
+    if not reads:
+        got = custom_objective.name_of(args.objective) if callable(args.objective) else repr(args.objective)
         *others, last = (name if name == FUNCTION else repr(name) for name in row.objectives)
         readers, verb = (f"{', '.join(others)} and {last}", "read") if others else (last, "reads")
         raise ValueError(f"{row.name}: got {value!r} with objective={got}; only {readers} {verb} it")
