@@ -381,7 +381,9 @@ def test_compiles_as_one_graph():
 @pytest.mark.parametrize(
     ("dtype", "options", "message"),
     [
-        (torch.float32, {"ratio_level": "sequence"}, "got ratio_level='sequence', expected 'token'"),
+        (torch.float32, {"ratio_level": "sequence"}, "got ratio_level='sequence', expected a ratio per token"),
+        (torch.float32, {"objective": "gmpo"}, "got objective='gmpo', expected a ratio per token"),
+        (torch.float32, {"objective": lambda p, q, a: -a * p}, "got a function as objective, expected a name"),
         (torch.float16, {"inplace": True}, "got inplace=True with float16 logits, expected inplace=False"),
     ],
 )
