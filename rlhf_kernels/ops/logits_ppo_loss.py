@@ -35,8 +35,8 @@ def logits_ppo_loss(
     `entropy`, which this op computes. The loss is differentiable in `logits` and in the option `values`.
 
     `inplace=True` writes the gradient over `logits`, so that their values are lost. The CUDA kernel computes the
-    gradient in the forward pass. It does not support sequence-level ratios, nor `inplace=True` with float16 logits;
-    `backend="auto"` uses the Triton kernels for these.
+    gradient in the forward pass. It does not support sequence-level ratios, a function as objective, nor
+    `inplace=True` with float16 logits; `backend="auto"` uses the Triton kernels for these.
 
     Source: as `ppo_loss`.
 
