@@ -125,3 +125,10 @@ def test_registered_op_and_compile():
     kl_penalty(x, ref, estimator="k3").sum().backward()
     assert torch.equal(y, kl_penalty(x, ref, estimator="k3"))
     assert torch.equal(x.grad, expected)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(5, requires_grad=True)
+    (slope,) = torch.autograd.grad(kl_penalty(x, torch.randn(5), estimator="k3").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="rlhf_kernels differentiates once"):
+        slope.sum().backward()
