@@ -1,6 +1,8 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+# torch does not declare the type of `Function.apply`.
 """Estimators of KL(policy || reference) per token."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def kl_penalty(
     if not checks.is_eager(logprobs):
         return _op(logprobs, ref_logprobs, number, chosen)
     if torch.is_grad_enabled() and logprobs.requires_grad:
-        return _Penalty.apply(logprobs, ref_logprobs, number, chosen)
+        return cast(Tensor, _Penalty.apply(logprobs, ref_logprobs, number, chosen))
     return _run(logprobs, ref_logprobs, number, chosen)
 
 
@@ -96,4 +98,5 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled():  # the op refuses a second derivative
             return _differentiate(ctx, grad)
-        return _run_backward(grad, *ctx.saved_tensors, ctx.estimator, ctx.backend), None, None, None
+        logprobs, ref_logprobs = ctx.saved_tensors
+        return _run_backward(grad, logprobs, ref_logprobs, ctx.estimator, ctx.backend), None, None, None
