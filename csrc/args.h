@@ -103,6 +103,7 @@ struct GaeArgs {
     const uint8_t* mask;     // (N)
     const float* bootstrap;  // (B) or null: 0
     float gamma, lam;
+    const float* lams;  // (B) or null: `lam` in every sequence
     bool skip_holes;
     float* advantages;  // (N) out
     float* returns;     // (N) out

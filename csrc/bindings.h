@@ -59,14 +59,15 @@ static inline void bind_arguments(pybind11::module_& m) {
              arg("row_weight"));
     py::class_<GaeArgs>(m, "GaeArgs", py::module_local())
         .def(py::init([](int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, Address rewards, Address values,
-                         Address mask, Address bootstrap, float gamma, float lam, bool skip_holes, Address advantages,
-                         Address returns) {
+                         Address mask, Address bootstrap, float gamma, float lam, Address lams, bool skip_holes,
+                         Address advantages, Address returns) {
                  return GaeArgs{n, {sequences, length, at<const int32_t>(cu_seqlens)}, at<const float>(rewards),
                                 at<const float>(values), at<const uint8_t>(mask), at<const float>(bootstrap), gamma, lam,
-                                skip_holes, at<float>(advantages), at<float>(returns)};
+                                at<const float>(lams), skip_holes, at<float>(advantages), at<float>(returns)};
              }),
              py::kw_only(), arg("n"), arg("sequences"), arg("length"), arg("cu_seqlens"), arg("rewards"), arg("values"),
-             arg("mask"), arg("bootstrap"), arg("gamma"), arg("lam"), arg("skip_holes"), arg("advantages"), arg("returns"));
+             arg("mask"), arg("bootstrap"), arg("gamma"), arg("lam"), arg("lams"), arg("skip_holes"), arg("advantages"),
+             arg("returns"));
     py::class_<RolloutArgs>(m, "RolloutArgs", py::module_local())
         .def(py::init([](const GaeArgs& gae, Address scores, Address logprobs, Address ref_logprobs, Address score_index,
                          int kl_estimator, float kl_coef, float score_clip, bool whiten_rewards, bool whiten_advantages,

@@ -51,6 +51,7 @@ class GaeArgs:
         bootstrap: int,
         gamma: float,
         lam: float,
+        lams: int,
         skip_holes: bool,
         advantages: int,
         returns: int,

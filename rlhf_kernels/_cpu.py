@@ -107,8 +107,8 @@ def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
-    cu_seqlens: Tensor | None,
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, bootstrap: Tensor | None,
+    skip_holes: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return advantages and returns; the values of `cu_seqlens` are checked."""
     Sequences.of(rewards, cu_seqlens).check(rewards.numel())
@@ -120,8 +120,8 @@ def gae(
 
 def rollout_advantages(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
-    kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
-    skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
+    kl_estimator: int, gamma: float, lam: float | Tensor, score_clip: float, score_index: Tensor | None,
+    bootstrap: Tensor | None, skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return advantages, returns, rewards and KL; the values of `cu_seqlens` are checked."""
     Sequences.of(logprobs, cu_seqlens).check(logprobs.numel())

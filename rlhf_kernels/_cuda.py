@@ -39,8 +39,8 @@ def _inside(cu_seqlens: Tensor | None, tokens: Tensor) -> Tensor | None:
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
-    cu_seqlens: Tensor | None,
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, bootstrap: Tensor | None,
+    skip_holes: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return advantages and returns; invalid `cu_seqlens` are clamped."""
     cu_seqlens = _inside(cu_seqlens, rewards)
@@ -54,8 +54,8 @@ def gae(
 
 def rollout_advantages(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
-    kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
-    skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
+    kl_estimator: int, gamma: float, lam: float | Tensor, score_clip: float, score_index: Tensor | None,
+    bootstrap: Tensor | None, skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return advantages, returns, rewards and KL; invalid `cu_seqlens` are clamped."""
     cu_seqlens = _inside(cu_seqlens, logprobs)

@@ -117,8 +117,8 @@ def ppo_rows(x: PpoRows) -> "native.PpoRows":
 
 
 def gae_args(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
-    cu_seqlens: Tensor | None, advantages: Tensor, returns: Tensor,
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, bootstrap: Tensor | None,
+    skip_holes: bool, cu_seqlens: Tensor | None, advantages: Tensor, returns: Tensor,
 ) -> "native.GaeArgs":  # fmt: skip
     """Return the extension's arguments of GAE; the caller keeps the tensors alive."""
     assert _C is not None
@@ -133,7 +133,8 @@ def gae_args(
         mask=address(mask),
         bootstrap=address(bootstrap),
         gamma=gamma,
-        lam=lam,
+        lam=0.0 if isinstance(lam, Tensor) else lam,
+        lams=floats(lam) if isinstance(lam, Tensor) else 0,
         skip_holes=skip_holes,
         advantages=address(advantages),
         returns=address(returns),

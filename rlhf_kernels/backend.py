@@ -86,15 +86,15 @@ class Kernels(TokenKernels, Protocol):
         ...
 
     def gae(
-        self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None,
+        self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, bootstrap: Tensor | None,
         skip_holes: bool, cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return advantages and returns, in the shape of rewards; see ops/gae.py."""
+        """Return advantages and returns, in the shape of rewards; see ops/gae.py. A tensor `lam` is float32, one per sequence."""
         ...
 
     def rollout_advantages(
         self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
-        kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None,
+        kl_estimator: int, gamma: float, lam: float | Tensor, score_clip: float, score_index: Tensor | None,
         bootstrap: Tensor | None, skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip

@@ -83,12 +83,13 @@ Whitening reward_statistics(const RolloutArgs& a, Moments* parts) {
 
 void rollout_advantages(const RolloutArgs& a) {
     const GaeArgs& g = a.gae;
-    const Recursion r = recursion(g.gamma, g.lam);
+    const Recursion shared = recursion(g.gamma, g.lam);
     const size_t count = size_t(g.sequences.count);
     Moments* parts = new Moments[2 * count]();
     const Whitening reward_scale = a.whiten_rewards ? reward_statistics(a, parts + count) : Whitening{};
     for_each_sequence(a, [&](int64_t b, Span span) {
         const int64_t lands = score_token(a, b, span);
+        const Recursion r = g.lams ? recursion(g.gamma, g.lams[b]) : shared;
         Next next{0.f, g.bootstrap ? g.bootstrap[b] : 0.f};
         bool seen = false;
         for_each_chunk_backwards(span, [&](int64_t from, int n) {

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Long::threads, Long::resident)
     Held<Long> held;
     load_tile(a, rewards, scale, p, last, held, false);
     GaeSegment runs[Long::chunks];
-    scan_tile<Long>(held, recursion(a), runs, warps);
+    scan_tile<Long>(held, recursion(a, p.b), runs, warps);
     if (thread_id() != 0) return;
     GaeSegment total = warps[Long::warps - 1];
     for (int w = Long::warps - 2; w >= 0; w--) total = gae_join(warps[w], total);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Long::threads, Long::resident)
         const Whitening scale = rewards.scale<Long::threads>();
         Held<Long> held;
         load_tile(a, rewards, scale, p, last, held, true);
-        const Recursion r = recursion(a);
+        const Recursion r = recursion(a, p.b);
         GaeSegment runs[Long::chunks];
         scan_tile<Long>(held, r, runs, warps);
         GaeState state = after[blockIdx.x];

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(S::threads, S::resident) scan_rows(GaeArgs a, 
     __shared__ Moments sums[S::warps];
     const int64_t b = blockIdx.x;
     const Span span = span_of(a.sequences, b);
-    const Recursion r = recursion(a);
+    const Recursion r = recursion(a, b);
     const Whitening scale = rewards.template scale<S::threads>();
     GaeState after{0.f, 0.f};
     Moments moments{};

@@ -146,8 +146,9 @@ struct Recursion {
     bool skip;           // true: holes are skipped; false: holes are steps with reward 0 and value 0
 };
 
-static __device__ __forceinline__ Recursion recursion(const GaeArgs& a) {
-    return {a.gamma, float(double(a.gamma) * a.lam), a.skip_holes};
+static __device__ __forceinline__ Recursion recursion(const GaeArgs& a, int64_t b) {
+    const float lam = a.lams ? a.lams[b] : a.lam;
+    return {a.gamma, float(double(a.gamma) * lam), a.skip_holes};
 }
 
 // Return whether token i is a step. Without `skip` this includes masked tokens after the last action: there the state is 0, as

@@ -9,19 +9,21 @@ from torch import Tensor
 
 from ..launch_args import Sequences
 from . import scan
-from .scan import discounts, filled, gae_tile, last_action, load_tile, span, store_tile, tiles_of
+from .scan import discounts, discounts_of, filled, gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
 @triton.jit(do_not_specialize=["n", "length"])
 def _kernel(
     rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, n, length,
-    gamma, rest, decay, decay2, decay3, decay4, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
+    gamma, rest, decay, decay2, decay3, decay4, table, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     begin, length = span(cu_seqlens, n, length, sequence)
     after = 0.0
     if bootstrap is not None:
         after = gamma * tl.load(bootstrap + sequence)
+    if table is not None:
+        rest, decay, decay2, decay3, decay4 = discounts_of(table, sequence)
     seen = False
     tiles = tiles_of(length, BLOCK)
     first = (tiles - 1) * BLOCK
@@ -51,7 +53,7 @@ def gae(
     values: Tensor,  # (B, T) or (N,)
     mask: Tensor,  # (B, T) or (N,), bool
     gamma: float,
-    lam: float,
+    lam: float | Tensor,  # (B,) if a tensor, float32
     bootstrap: Tensor | None,  # (B,)
     skip_holes: bool,
     cu_seqlens: Tensor | None,  # (B + 1,), int32

@@ -16,7 +16,7 @@ from ..launch_args import Sequences
 from . import scan
 from .masked import moments, new_parts, statistics_of, store_moments, whiten, whitened
 from .math import K3, kl_value
-from .scan import discounts, gae_tile, last_action, load_tile, span, store_tile, tiles_of
+from .scan import discounts, discounts_of, gae_tile, last_action, load_tile, span, store_tile, tiles_of
 
 
 @triton.jit
@@ -74,7 +74,8 @@ def _reward_moments_kernel(
 def _kernel(
     scores, logprobs, ref_logprobs, values, mask, score_index, bootstrap, cu_seqlens, statistics,
     advantages, returns, rewards, kls, parts, n, length, kl_coef, score_clip,
-    gamma, rest, decay, decay2, decay3, decay4, KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
+    gamma, rest, decay, decay2, decay3, decay4, table,
+    KL: tl.constexpr, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute one sequence per program. `statistics` are for whitened rewards, `parts` for whitened advantages, else None."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -83,6 +84,8 @@ def _kernel(
     after = 0.0
     if bootstrap is not None:
         after = gamma * tl.load(bootstrap + sequence)
+    if table is not None:
+        rest, decay, decay2, decay3, decay4 = discounts_of(table, sequence)
     seen = False
     count, total, squares = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
     tiles = tiles_of(length, BLOCK)
@@ -122,7 +125,7 @@ def rollout_advantages(
     kl_coef: float,
     kl_estimator: int,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,  # (B,) if a tensor, float32
     score_clip: float,
     score_index: Tensor | None,  # (B,), int64
     bootstrap: Tensor | None,  # (B,)

@@ -18,6 +18,7 @@ whether the row is packed.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 def registers(most: int) -> dict[str, int]:
@@ -122,10 +123,26 @@ def _power(count, decay, decay2, decay3, decay4):
     return tl.where(count == 3, decay3, tl.where(count == 4, decay4, few))
 
 
-def discounts(gamma: float, lam: float) -> tuple[float, ...]:
-    """Return γ, γ - γλ and the powers 1 to 4 of γλ in float64; each is rounded once when it is passed to a kernel."""
-    gamma, decay = float(gamma), float(gamma * lam)
-    return gamma, gamma - decay, decay, decay**2, decay**3, decay**4
+def discounts(gamma: float, lam: float | Tensor) -> tuple[float | Tensor | None, ...]:
+    """Return γ, γ - γλ, the powers 1 to 4 of γλ, and None.
+
+    They are computed in float64, and each is rounded once when it is passed to a kernel. For one λ per sequence the last
+    result is the table (B, 5) of all but γ, float32, and the numbers that it replaces are 0.
+    """
+    gamma = float(gamma)
+    if isinstance(lam, Tensor):
+        decays = gamma * lam.double()
+        table = torch.stack((gamma - decays, decays, decays**2, decays**3, decays**4), 1).float()
+        return gamma, 0.0, 0.0, 0.0, 0.0, 0.0, table
+    decay = float(gamma * lam)
+    return gamma, gamma - decay, decay, decay**2, decay**3, decay**4, None
+
+
+@triton.jit
+def discounts_of(table, sequence):
+    """Load γ - γλ and the powers 1 to 4 of γλ of one sequence from the table of `discounts`."""
+    row = table + 5 * sequence
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
 
 
 @triton.jit

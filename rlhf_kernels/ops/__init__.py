@@ -1,7 +1,7 @@
 """The public functions. Each checks its arguments once and calls a backend."""
 
 from .decode_attention import decode_attention
-from .gae import gae
+from .gae import gae, length_adaptive_lam
 from .group_advantages import group_advantages
 from .importance_weights import importance_weights, off_policy_sequence_mask
 from .kl_penalty import kl_penalty
@@ -23,6 +23,7 @@ __all__ = [
     "group_advantages",
     "importance_weights",
     "kl_penalty",
+    "length_adaptive_lam",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "linear_topk_kl",

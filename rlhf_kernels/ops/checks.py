@@ -222,10 +222,27 @@ def integers(name: str, x: Tensor, *, like: Tensor, expected: tuple[int, ...], w
     tensor(name, x, like=like, expected=expected, what=what, dtypes=(torch.int64, torch.int32))
 
 
-def recursion(gamma: float, lam: float, bootstrap: Tensor | None, holes: str, like: Tensor, b: int) -> None:
+def recursion(
+    gamma: float,
+    lam: float | Tensor,
+    value_gamma: float | None,
+    value_lam: float | Tensor | None,
+    bootstrap: Tensor | None,
+    holes: str,
+    like: Tensor,
+    b: int,
+) -> None:
     """Check the arguments that `gae` and `rollout_advantages` share, for `b` sequences."""
     number("gamma", gamma, least=0, most=1)
-    number("lam", lam, least=0, most=1)
+    number("value_gamma", value_gamma, least=0, most=1, optional=True)
+    for name, x in (("lam", lam), ("value_lam", value_lam)):
+        if not isinstance(x, Tensor):
+            number(name, x, least=0, most=1, optional=name == "value_lam")
+            continue
+        tensor(name, x, like=like, expected=(b,), what="one value per sequence")
+        # `~` instead of the opposite comparison, which NaN would pass.
+        if values_visible(x) and bool((outside := ~((x >= 0) & (x <= 1))).any()):
+            raise ValueError(f"{name}: got {x[outside][0].item()} for a sequence, expected numbers from 0 to 1")
     choice("holes", holes, ("skip", "zero"))
     if bootstrap is not None:
         tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value per sequence")

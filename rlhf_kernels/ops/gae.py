@@ -14,7 +14,9 @@ def gae(
     mask: Tensor,  # (B, T) or (N,), bool
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,  # (B,) if a tensor
+    value_gamma: float | None = None,
+    value_lam: float | Tensor | None = None,  # (B,) if a tensor
     bootstrap: Tensor | None = None,  # (B,)
     holes: str = "skip",
     cu_seqlens: Tensor | None = None,  # (B + 1,), int32
@@ -30,7 +32,13 @@ def gae(
     the mask is False, and both results are 0 there. Results are float32, or float64 for float64 inputs. There is no
     gradient.
 
-    Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", eq. 16; PPO (2017) eq. 11-12.
+    λ is one number, or a tensor of one number per sequence, such as `length_adaptive_lam`. If `value_gamma` or
+    `value_lam` is not None, the returns use them instead of `gamma` and `lam` (decoupled GAE), from a second pass:
+
+        returns_t = A'_t + V_t,   A' = A of value_gamma and value_lam, where None is the policy's
+
+    Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", eq. 16; PPO (2017) eq. 11-12. Yuan et
+    al. 2025 (VC-PPO) and Yue et al. 2025 (VAPO), section 4.1, for decoupled GAE with `value_lam` 1.
 
     Raises:
         ValueError: a shape, dtype, device, range or choice that does not fit, with the argument's name.
@@ -40,26 +48,85 @@ def gae(
     like: checks.Like = {"like": rewards, "expected": rewards.shape, "what": "the shape of rewards"}
     checks.tensor("values", values, **like)
     checks.mask("mask", mask, **like)
-    checks.recursion(gamma, lam, bootstrap, holes, rewards, b)
+    checks.recursion(gamma, lam, value_gamma, value_lam, bootstrap, holes, rewards, b)
     chosen = resolve("gae", backend, rewards)
     if chosen == "reference":
         from .. import reference
 
-        rewards, values, bootstrap = checks.wide(rewards), checks.wide(values), checks.wide(bootstrap)
         return reference.gae(
-            rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
+            checks.wide(rewards),
+            checks.wide(values),
+            mask,
+            gamma=gamma,
+            lam=wide_lam(lam),
+            value_gamma=value_gamma,
+            value_lam=None if value_lam is None else wide_lam(value_lam),
+            bootstrap=checks.wide(bootstrap),
+            holes=holes,
+            cu_seqlens=cu_seqlens,
         )
-    return Advantages(*_op(rewards, values, mask, gamma, lam, bootstrap, holes == "skip", cu_seqlens, chosen))
+
+    def estimate(gamma: float, lam: float | Tensor) -> Advantages:
+        tokens = rewards, values, mask, gamma, *split_lam(lam), bootstrap
+        return Advantages(*_op(*tokens, holes == "skip", cu_seqlens, chosen))
+
+    policy = estimate(gamma, lam)
+    if value_gamma is None and value_lam is None:
+        return policy
+    value = estimate(gamma if value_gamma is None else value_gamma, lam if value_lam is None else value_lam)
+    return Advantages(policy.advantages, value.returns)
+
+
+def length_adaptive_lam(
+    mask: Tensor,  # (B, T) or (N,), bool
+    *,
+    alpha: float = 0.05,
+    cu_seqlens: Tensor | None = None,  # (B + 1,), int32
+) -> Tensor:  # (B,)
+    """Return the λ of each sequence that grows with the number l of its actions (True tokens), in float32.
+
+        λ = max(0, 1 - 1 / (alpha l))
+
+    so that the weights λ^k of the later steps sum to 1 / (1 - λ) = alpha l. The paper has no maximum; without it λ would be
+    negative for fewer than 1 / alpha actions, which are 20 by default. A sequence without an action has λ = 0.
+
+    Source: Yue et al. 2025 (VAPO), section 4.2; `alpha` is 0.05 there.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or `alpha` that is not a number above 0.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.dim() not in (1, 2):
+        found = f"{mask.dtype} of shape {checks.shape(mask)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask: got {found}, expected a bool tensor [B, T] or [N]")
+    checks.sequences(mask, cu_seqlens, name="mask")
+    checks.number("alpha", alpha, above=0)
+    if cu_seqlens is None:
+        lengths = mask.sum(1)
+    else:
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        lengths = before[cu_seqlens.long()].diff()
+    return (1 - 1 / (alpha * lengths.double())).clamp(min=0).float()
+
+
+def wide_lam(lam: float | Tensor) -> float | Tensor:
+    """Return λ for the eager definition."""
+    return checks.wide(lam) if isinstance(lam, Tensor) else lam
+
+
+def split_lam(lam: float | Tensor) -> tuple[float, Tensor | None]:
+    """Return λ as the two arguments of a registered op: a number, and the tensor that replaces it."""
+    return (0.0, lam) if isinstance(lam, Tensor) else (lam, None)
 
 
 def _run(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, skip_holes: bool,
-    cu_seqlens: Tensor | None, backend: str,
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, lams: Tensor | None,
+    bootstrap: Tensor | None, skip_holes: bool, cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = checks.dense(rewards), checks.dense(values), mask.contiguous()
     bootstrap = None if bootstrap is None else checks.dense(bootstrap)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    return kernels(backend).gae(*tensors, gamma, lam, bootstrap, skip_holes, cu_seqlens)
+    recursion = gamma, lam if lams is None else checks.dense(lams)
+    return kernels(backend).gae(*tensors, *recursion, bootstrap, skip_holes, cu_seqlens)
 
 
 def _fake(rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -67,8 +134,8 @@ def _fake(rewards: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 _op = define(
-    "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? bootstrap, bool skip_holes,"
-    " Tensor? cu_seqlens, str backend) -> (Tensor advantages, Tensor returns)",
+    "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? lams, Tensor? bootstrap,"
+    " bool skip_holes, Tensor? cu_seqlens, str backend) -> (Tensor advantages, Tensor returns)",
     run=_run,
     fake=_fake,
 )

@@ -7,6 +7,7 @@ from .._options import KL_ESTIMATORS
 from ..backend import define, kernels, resolve
 from ..launch_args import RolloutAdvantages
 from . import checks
+from .gae import gae, split_lam, wide_lam
 
 
 def rollout_advantages(
@@ -19,7 +20,9 @@ def rollout_advantages(
     kl_coef: float,
     kl_estimator: str = "k1",
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,  # (B,) if a tensor
+    value_gamma: float | None = None,
+    value_lam: float | Tensor | None = None,  # (B,) if a tensor
     score_clip: float | None = None,
     score_index: Tensor | None = None,  # (B,), int64
     bootstrap: Tensor | None = None,  # (B,)
@@ -38,8 +41,8 @@ def rollout_advantages(
     score is dropped if `score_index` is a masked token or if the sequence has no action.
 
     `whiten_rewards` divides the rewards by their standard deviation and keeps their mean. `whiten_advantages` gives the
-    advantages mean 0 and variance 1. Both use the unbiased variance over all True tokens. `gamma`, `lam`, `bootstrap`
-    and `holes` are those of `gae`. There is no gradient.
+    advantages mean 0 and variance 1. Both use the unbiased variance over all True tokens. `gamma`, `lam`, `value_gamma`,
+    `value_lam`, `bootstrap` and `holes` are those of `gae`. There is no gradient.
 
     Source: Ouyang et al. 2022 (InstructGPT), eq. 2 and section 3.5; Ziegler et al. 2019 for whitening.
 
@@ -58,7 +61,7 @@ def rollout_advantages(
     checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     checks.number("score_clip", score_clip, above=0, optional=True)
     checks.number("kl_coef", kl_coef)
-    checks.recursion(gamma, lam, bootstrap, holes, logprobs, b)
+    checks.recursion(gamma, lam, value_gamma, value_lam, bootstrap, holes, logprobs, b)
     chosen = resolve("rollout_advantages", backend, logprobs)
     if chosen == "reference":
         from .. import reference
@@ -72,7 +75,9 @@ def rollout_advantages(
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             gamma=gamma,
-            lam=lam,
+            lam=wide_lam(lam),
+            value_gamma=value_gamma,
+            value_lam=None if value_lam is None else wide_lam(value_lam),
             score_clip=score_clip,
             score_index=score_index,
             bootstrap=checks.wide(bootstrap),
@@ -85,10 +90,24 @@ def rollout_advantages(
     whiten = whiten_rewards, whiten_advantages
     # There is no gradient, so eager tensors do not need the dispatcher, which takes a sixth of the time of a small call.
     run = _run if checks.is_eager(logprobs) else _op
-    return RolloutAdvantages(
-        *run(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, lam, clip, score_index, bootstrap,
-             holes == "skip", *whiten, cu_seqlens, chosen)
+    result = RolloutAdvantages(
+        *run(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, *split_lam(lam), clip, score_index,
+             bootstrap, holes == "skip", *whiten, cu_seqlens, chosen)
     )  # fmt: skip
+    if value_gamma is None and value_lam is None:
+        return result
+    value = gae(
+        result.rewards,
+        values,
+        mask,
+        gamma=gamma if value_gamma is None else value_gamma,
+        lam=lam if value_lam is None else value_lam,
+        bootstrap=bootstrap,
+        holes=holes,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return result._replace(returns=value.returns)
 
 
 def check_score_index(index: Tensor, tokens: Tensor, b: int, cu_seqlens: Tensor | None) -> None:
@@ -103,8 +122,9 @@ def check_score_index(index: Tensor, tokens: Tensor, b: int, cu_seqlens: Tensor 
 
 def _run(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float,
-    kl_estimator: int, gamma: float, lam: float, score_clip: float, score_index: Tensor | None, bootstrap: Tensor | None,
-    skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None, backend: str,
+    kl_estimator: int, gamma: float, lam: float, lams: Tensor | None, score_clip: float, score_index: Tensor | None,
+    bootstrap: Tensor | None, skip_holes: bool, whiten_rewards: bool, whiten_advantages: bool, cu_seqlens: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return kernels(backend).rollout_advantages(
         scores=checks.dense(scores),
@@ -115,7 +135,7 @@ def _run(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
         gamma=gamma,
-        lam=lam,
+        lam=lam if lams is None else checks.dense(lams),
         score_clip=score_clip,
         score_index=None if score_index is None else score_index.long().contiguous(),
         bootstrap=None if bootstrap is None else checks.dense(bootstrap),
@@ -132,8 +152,8 @@ def _fake(scores: Tensor, logprobs: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 _op = define(
     "rollout_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, float kl_coef,"
-    " int kl_estimator, float gamma, float lam, float score_clip, Tensor? score_index, Tensor? bootstrap,"
-    " bool skip_holes, bool whiten_rewards, bool whiten_advantages, Tensor? cu_seqlens, str backend)"
+    " int kl_estimator, float gamma, float lam, Tensor? lams, float score_clip, Tensor? score_index,"
+    " Tensor? bootstrap, bool skip_holes, bool whiten_rewards, bool whiten_advantages, Tensor? cu_seqlens, str backend)"
     " -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)",
     run=_run,
     fake=_fake,

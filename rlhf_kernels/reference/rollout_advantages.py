@@ -20,7 +20,9 @@ def rollout_advantages(
     kl_coef: float,
     kl_estimator: str = "k1",
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,  # (B,) if a tensor
+    value_gamma: float | None = None,
+    value_lam: float | Tensor | None = None,
     score_clip: float | None = None,
     score_index: Tensor | None = None,  # (B,), position inside the sequence
     bootstrap: Tensor | None = None,  # (B,)
@@ -45,7 +47,16 @@ def rollout_advantages(
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(
-        rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, holes=holes, cu_seqlens=cu_seqlens
+        rewards,
+        values,
+        mask,
+        gamma=gamma,
+        lam=lam,
+        value_gamma=value_gamma,
+        value_lam=value_lam,
+        bootstrap=bootstrap,
+        holes=holes,
+        cu_seqlens=cu_seqlens,
     )
     if whiten_advantages:
         advantages = masked_whiten(advantages, mask)

@@ -54,6 +54,18 @@ def test_gae_in_tiles(mask, holes, bootstrap):
     check_gae(*batch(2, 2 * TILE + 5, mask), gamma=0.999, lam=0.99, holes=holes, bootstrap=bootstrap)
 
 
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+@pytest.mark.parametrize("t", [33, 700, 2 * TILE + 5])
+def test_lambda_per_sequence(holes, t):
+    rewards, values, m = batch(3, t, "holes")
+    lam, bootstrap = torch.tensor([0.95, 0.0, 1.0]), torch.tensor([3.0, -2.0, 1.0])
+    got = check_gae(rewards, values, m, gamma=0.999, lam=lam, holes=holes, bootstrap=bootstrap)
+    for i in range(3) if t < TILE else ():  # a batch of one long sequence has other tiles
+        row = slice(i, i + 1)
+        one = run_gae(rewards[row], values[row], m[row], 0.999, lam[i].item(), bootstrap[row], holes)
+        assert all(torch.equal(x[row], y) for x, y in zip(got, one, strict=True))
+
+
 @pytest.mark.parametrize("ends", [[0, 8], [-9, 4, 4], [2, 1 << 30], [3, 1, 2, -4], [0, 9 * TILE, 3 * TILE]])
 @pytest.mark.parametrize("tokens", [4, 2 * TILE + 4])
 def test_invalid_cu_seqlens_read_nothing_out_of_bounds(ends, tokens):
@@ -155,6 +167,13 @@ def test_rollout(mask, b, t, kl_estimator):
 def test_rollout_in_tiles(mask, whiten_rewards):
     data = rollout(2, 2 * TILE + 3, mask)
     check_rollout(data, kl_coef=0.1, holes="zero", whiten_rewards=whiten_rewards, bootstrap=torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize("t", [33, 2 * TILE + 3])
+def test_rollout_with_lambda_per_sequence(t):
+    check_rollout(
+        rollout(3, t, "holes"), kl_coef=0.1, gamma=0.99, lam=torch.tensor([0.95, 0.0, 1.0]), whiten_rewards=True
+    )
 
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])

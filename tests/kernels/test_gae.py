@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_kernels import gae, reference
+from rlhf_kernels import gae, length_adaptive_lam, reference
 
 from .helpers.advantages import INF, MASKS, NAN, batch
 from .helpers.bounds import check_error
@@ -124,6 +124,95 @@ def test_empty(backend, b, t):
     assert none.advantages.shape == (0,)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("options", "advantages", "returns"),
+    [
+        # δ = 1.5, .5, .5; λ = .5 for the advantages. With λ = 1 the returns are the sums of the rewards.
+        ({"lam": 0.5, "value_lam": 1.0}, [1.875, 0.75, 0.5], [3.0, 2.0, 2.0]),
+        ({"lam": 0.5, "value_lam": 0.0}, [1.875, 0.75, 0.5], [2.0, 1.5, 2.0]),
+        # γ = .5 of the returns: δ = 1, -.25, .5, and γλ = .25 or 0
+        ({"lam": 0.5, "value_gamma": 0.5}, [1.875, 0.75, 0.5], [1.46875, 0.875, 2.0]),
+        ({"lam": 0.5, "value_gamma": 0.5, "value_lam": 0.0}, [1.875, 0.75, 0.5], [1.5, 0.75, 2.0]),
+        ({"lam": torch.tensor([0.0])}, [1.5, 0.5, 0.5], [2.0, 1.5, 2.0]),
+        ({"lam": torch.tensor([0.5]), "value_lam": torch.tensor([1.0])}, [1.875, 0.75, 0.5], [3.0, 2.0, 2.0]),
+    ],
+)
+def test_lambda_of_policy_and_value_by_hand(isa, backend, options, advantages, returns):
+    rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[0.5, 1.0, 1.5]])
+    got = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), **options, backend=backend)
+    assert got.advantages.tolist() == [advantages]
+    assert got.returns.tolist() == [returns]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_lambda_per_sequence(isa, mask, holes):
+    """A row has the bits of its λ as a number, padded and packed, and agrees with the float64 definition."""
+    b, t = 5, 1100
+    rewards, values, m = batch(b, t, mask)
+    lam, bootstrap = torch.tensor([0.95, 0.0, 1.0, 0.5, 0.999]), torch.randn(b)
+    options = {"gamma": 0.99, "holes": holes}
+    got = gae(rewards, values, m, lam=lam, bootstrap=bootstrap, **options)
+    for i in range(b):
+        one = gae(
+            rewards[i : i + 1],
+            values[i : i + 1],
+            m[i : i + 1],
+            lam=lam[i].item(),
+            bootstrap=bootstrap[i : i + 1],
+            **options,
+        )
+        assert all(torch.equal(x[i : i + 1], y) for x, y in zip(got, one, strict=True))
+    cu = torch.arange(b + 1, dtype=torch.int32) * t
+    flat = (x.flatten() for x in (rewards, values, m))
+    packed = gae(*flat, lam=lam, bootstrap=bootstrap, cu_seqlens=cu, **options)
+    assert all(torch.equal(x, y.flatten()) for x, y in zip(packed, got, strict=True))
+    eager = reference.gae(rewards, values, m, lam=lam, bootstrap=bootstrap, **options)
+    exact = reference.gae(
+        rewards.double(), values.double(), m, lam=lam.double(), bootstrap=bootstrap.double(), **options
+    )
+    for name in got._fields:
+        check_error(name, getattr(got, name), getattr(eager, name), getattr(exact, name))
+
+
+def test_decoupled_is_two_passes(isa):
+    rewards, values, m = batch(3, 70, "holes")
+    lam = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+    got = gae(rewards, values, m, gamma=0.9, lam=lam, value_lam=1.0, value_gamma=0.99)
+    assert torch.equal(got.advantages, gae(rewards, values, m, gamma=0.9, lam=lam.float()).advantages)
+    assert torch.equal(got.returns, gae(rewards, values, m, gamma=0.99, lam=1.0).returns)
+
+
+def test_length_adaptive_lam_by_hand():
+    """1 - 1 / (.05 * 40) = .5 and 1 - 1 / (.05 * 200) = .9; 20 actions give 0, and fewer would give less."""
+    lengths = [40, 200, 20, 5, 0]
+    mask = torch.arange(230) < torch.tensor(lengths)[:, None]
+    mask[1] = torch.arange(230) % 23 != 0
+    mask[1, -20:] = False
+    assert mask[1].sum() == 200  # holes are not counted
+    expected = torch.tensor([0.5, 0.9, 0.0, 0.0, 0.0])
+    assert torch.equal(length_adaptive_lam(mask), expected)
+    assert torch.equal(length_adaptive_lam(mask, alpha=0.1), torch.tensor([0.75, 0.95, 0.5, 0.0, 0.0]))
+    cu = torch.arange(6, dtype=torch.int32) * 230
+    assert torch.equal(length_adaptive_lam(mask.flatten(), cu_seqlens=cu), expected)
+    assert length_adaptive_lam(mask[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "options"),
+    [
+        ("mask", torch.ones(2, 3), {}),
+        ("mask", torch.ones(3, dtype=torch.bool), {}),
+        ("alpha", torch.ones(2, 3, dtype=torch.bool), {"alpha": 0.0}),
+        ("cu_seqlens", torch.ones(3, dtype=torch.bool), {"cu_seqlens": torch.tensor([0, 2], dtype=torch.int32)}),
+    ],
+)
+def test_mistakes_of_length_adaptive_lam_are_named(name, mask, options):
+    with pytest.raises(ValueError, match=f"^{name}: got .*"):
+        length_adaptive_lam(mask, **options)
+
+
 def test_no_gradient():
     rewards, values, m = batch(2, 9, "all")
     for backend in ("reference", "cpu"):
@@ -138,7 +227,9 @@ BAD = {
     "mask": [{"mask": torch.ones(2, 3)}, {"mask": torch.ones(3, 2, dtype=torch.bool)}],
     "bootstrap": [{"bootstrap": torch.zeros(3)}],
     "gamma": [{"gamma": 1.5}, {"gamma": -0.1}, {"gamma": NAN}],
-    "lam": [{"lam": 2}],
+    "lam": [{"lam": 2}, {"lam": torch.zeros(3)}, {"lam": torch.tensor([0.5, NAN])}, {"lam": torch.ones(2).long()}],
+    "value_gamma": [{"value_gamma": -1.0}, {"value_gamma": torch.ones(2)}],
+    "value_lam": [{"value_lam": 1.01}, {"value_lam": torch.ones(2, 1)}, {"value_lam": torch.tensor([0.5, 1.5])}],
     "holes": [{"holes": "none"}],
     "backend": [{"backend": "cuda9"}],
 }
@@ -176,9 +267,11 @@ def test_registered_op():
     rewards, values, m = batch(3, 20, "holes")
     rewards, values = rewards.nan_to_num(), torch.where(m, values, 0)
     op = torch.ops.rlhf_kernels.gae.default
-    torch.library.opcheck(op, (rewards, values, m, 1.0, 0.95, torch.randn(3), True, None, "cpu"))
+    torch.library.opcheck(op, (rewards, values, m, 1.0, 0.95, None, torch.randn(3), True, None, "cpu"))
     cu = torch.tensor([0, 5, 5, 60], dtype=torch.int32)
-    torch.library.opcheck(op, (rewards.flatten(), values.flatten(), m.flatten(), 1.0, 0.95, None, False, cu, "cpu"))
+    torch.library.opcheck(
+        op, (rewards.flatten(), values.flatten(), m.flatten(), 1.0, 0.0, torch.rand(3), None, False, cu, "cpu")
+    )
 
 
 def test_compiles_as_one_graph_for_every_length():

@@ -109,6 +109,25 @@ def test_packed_gives_the_bits_of_padded(small_tiles, mask, holes):
         assert not y[~inside].any()
 
 
+@pytest.mark.parametrize("mask", ["all", "holes"])
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_lambda_per_sequence(small_tiles, mask, holes):
+    """A row has the bits of its λ as a number, and decoupled returns those of a second pass."""
+    rewards, values, m = batch(4, 50, mask)
+    lam, options = torch.tensor([0.95, 0.0, 1.0, 0.5]), {"gamma": 0.99, "holes": holes}
+    got = run(rewards, values, m, lam=lam, value_lam=1.0, **options)
+    for i in range(4):
+        row = slice(i, i + 1)
+        one = run(rewards[row], values[row], m[row], lam=lam[i].item(), **options)
+        assert torch.equal(got.advantages[row], one.advantages)
+    assert torch.equal(got.returns, run(rewards, values, m, lam=1.0, **options).returns)
+    packed = run(
+        *(x.flatten() for x in (rewards, values, m)), lam=lam, value_lam=1.0, **options,
+        cu_seqlens=torch.arange(5, dtype=torch.int32) * 50,
+    )  # fmt: skip
+    assert all(torch.equal(x, y.flatten()) for x, y in zip(packed, got, strict=True))
+
+
 def test_bits_do_not_depend_on_other_rows_padding_or_repetition(small_tiles):
     rewards, values, m = batch(4, 45, "holes")
     whole = run(rewards, values, m)

@@ -53,6 +53,19 @@ def test_invalid_cu_seqlens_do_not_read_outside_the_tokens(ends, monkeypatch):
     check_invalid_cu_seqlens(kernels("triton").rollout_advantages, arguments, ends, monkeypatch)
 
 
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_lambda_of_policy_and_value(monkeypatch, holes):
+    """Multiples of 1/2 with γ = 1/2 and λ in 0, 1/2 and 1: no operation rounds."""
+    set_tile(monkeypatch, 4)
+    data = exact_data()
+    lam = torch.arange(len(data["mask"])) % 3 / 2
+    options = {"kl_coef": 0.5, "gamma": 0.5, "lam": lam, "holes": holes, "whiten_advantages": False}
+    for value in ({}, {"value_lam": 1.0}, {"value_lam": 1 - lam, "value_gamma": 1.0}):
+        got, expected = run(data, **options, **value), reference.rollout_advantages(**data, **options, **value)
+        for name in got._fields:
+            assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
 @pytest.mark.parametrize("tile", [4, 8])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "abs"])
 @pytest.mark.parametrize("index", [None, 2])

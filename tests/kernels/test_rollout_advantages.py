@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rlhf_kernels import reference, rollout_advantages
+from rlhf_kernels import gae, reference, rollout_advantages
 
 from .helpers.advantages import INF, MASKS, NAN, double, rollout
 from .helpers.bounds import check_error
@@ -214,10 +214,43 @@ def test_kernel_checks_cu_seqlens_in_a_compiled_graph():
         compiled(torch.tensor([0, 50_000_000], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_lambda_of_policy_and_value_by_hand(isa, backend):
+    """Rewards -.25, -.125, 1.25 give δ = -.5, -.875, 1.75; λ = .5 for the advantages and 1 for the returns."""
+    for lam in (0.5, torch.tensor([0.5])):
+        got = by_hand(score_clip=1.0, lam=lam, value_lam=1.0, backend=backend)
+        assert got.advantages.tolist() == [[-0.5, 0.0, 1.75]]
+        assert got.returns.tolist() == [[0.875, 1.125, 1.25]]  # sums of the rewards
+    got = by_hand(score_clip=1.0, lam=1.0, value_lam=torch.tensor([0.5]), backend=backend)
+    assert got.returns.tolist() == [[0.0, 0.25, 1.25]]
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_lambda_per_sequence_is_that_of_gae(isa, whiten_rewards, backend):
+    d, b, t = rollout(4, 1100, "holes"), 4, 1100
+    lam, options = torch.tensor([0.95, 0.0, 1.0, 0.5]), {"gamma": 0.99, "value_gamma": 1.0, "value_lam": 0.9}
+    shared = {"kl_coef": 0.1, "whiten_advantages": False, "whiten_rewards": whiten_rewards, "backend": backend}
+    got = rollout_advantages(**d, lam=lam, **options, **shared)
+    expected = gae(got.rewards, d["values"], d["mask"], lam=lam, **options, backend=backend)
+    assert torch.equal(got.advantages, expected.advantages)
+    assert torch.equal(got.returns, expected.returns)
+    cu = torch.arange(b + 1, dtype=torch.int32) * t
+    tokens = {name: x if name == "scores" else x.flatten() for name, x in d.items()}
+    packed = rollout_advantages(**tokens, lam=lam, **options, **shared, cu_seqlens=cu)
+    assert all(torch.equal(x, y.flatten()) for x, y in zip(packed, got, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lam", "value_lam", "value_gamma"])
+def test_invalid_lambda_is_named(name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        by_hand(**{name: 1.5 if name == "value_gamma" else torch.tensor([1.5])})
+
+
 def test_registered_op():
     d = {k: torch.nan_to_num(v) for k, v in rollout(3, 20, "holes").items()}
     tensors = (d["scores"], d["logprobs"], d["ref_logprobs"], d["values"], d["mask"].bool())
-    scalars = (0.1, 2, 1.0, 0.95, INF)
+    scalars = (0.1, 2, 1.0, 0.95, None, INF)
     op = torch.ops.rlhf_kernels.rollout_advantages.default
     torch.library.opcheck(op, (*tensors, *scalars, torch.zeros(3).long(), None, True, True, True, None, "cpu"))
 
