@@ -89,7 +89,7 @@ class Kernels(TokenKernels, Protocol):
         self, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, bootstrap: Tensor | None,
         skip_holes: bool, cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return advantages and returns, in the shape of rewards; see ops/gae.py. A tensor `lam` is float32, one per sequence."""
+        """Return advantages and returns, in the shape of rewards; see ops/gae.py. A tensor `lam` is float32, (B,)."""
         ...
 
     def rollout_advantages(

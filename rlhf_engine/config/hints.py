@@ -75,6 +75,8 @@ _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("ppo.entropy_coef",), "ent_coef entropy_coeff entropy_bonus entropy_loss_coef entropy_beta"),
     (("ppo.ptx_coef",), "ptx_weight pretrain_coef ptx_loss_coef"),
     (("ppo.lam",), "lambda lambd gae_lambda gae_lam"),
+    (("ppo.lam_alpha",), "length_adaptive_gae_alpha length_adaptive_gae adaptive_lam length_adaptive_lam"),
+    (("ppo.value_lam",), "decoupled_gae lam_critic critic_lam lambda_critic critic_lambda critic_lambd value_lambda"),
     (("ppo.gamma",), "discount discount_factor"),
     (("ppo.score_clip",), "reward_clip clip_reward reward_clip_range cliprange_reward"),
     (("ppo.score_scale",), "reward_scale normalize_reward use_score_scaling use_score_norm scale_reward scale_rewards"),

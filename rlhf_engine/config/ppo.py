@@ -113,6 +113,12 @@ class PPOConfig(Section):
     """Discount factor of rewards, per token."""
     lam: Share = 0.95
     """lambda of generalized advantage estimation."""
+    lam_alpha: Positive | None = None
+    """alpha of a lambda that grows with the number l of tokens of a response, `1 - 1 / (alpha l)` and at least 0, in
+    place of `lam` (VAPO, whose value is 0.05). If None, `lam` is the lambda of every response."""
+    value_lam: Share | None = None
+    """lambda of the returns, the targets of the value function. VAPO's value is 1, which makes them the sums of the
+    rewards. If None, it is the lambda of the advantages."""
     discount_gradient: bool = False
     """Weight the policy term of token t by gamma^t, as in the policy-gradient theorem for the discounted return from
     the start. Few implementations do this."""
@@ -314,6 +320,9 @@ class PPOConfig(Section):
             ("kl_horizon", 10_000, "kl_control 'adaptive'", adaptive),
             ("whiten_scope", "batch", "whiten_advantages", self.whiten_advantages),
             ("value_model", "head", "baseline 'value'", self.baseline == "value"),
+            ("lam", 0.95, "lam_alpha None", self.lam_alpha is None),
+            ("value_lam", None, "baseline 'value'", self.baseline == "value"),
+            ("value_lam", None, "vf_coef above 0", self.vf_coef > 0),
             ("value_init", "reward_model", "baseline 'value'", self.baseline == "value"),
             ("value_warmup", 0, "baseline 'value'", self.baseline == "value"),
             ("value_warmup", 0, "vf_coef above 0", self.vf_coef > 0),

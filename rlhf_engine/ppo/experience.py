@@ -14,7 +14,7 @@ from rlhf_engine.config import ImportanceConfig, PPOConfig
 from rlhf_engine.model import Policy, Reference
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
 from rlhf_engine.rollout import Rollout, recompute, reference_logprobs
-from rlhf_kernels import importance_weights, rollout_advantages
+from rlhf_kernels import importance_weights, length_adaptive_lam, rollout_advantages
 
 
 def experience_bytes(actions: int) -> int:
@@ -125,7 +125,8 @@ def advantages(
         kl_coef=kl_coef,
         kl_estimator=config.kl_estimator,
         gamma=config.gamma,
-        lam=config.lam,
+        lam=config.lam if config.lam_alpha is None else length_adaptive_lam(rollout.mask, alpha=config.lam_alpha),
+        value_lam=config.value_lam,
         score_clip=config.score_clip,
         whiten_rewards=config.whiten_rewards,
         whiten_advantages=config.whiten_advantages and config.whiten_scope == "batch",

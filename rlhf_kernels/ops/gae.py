@@ -90,7 +90,7 @@ def length_adaptive_lam(
     so that the weights λ^k of the later steps sum to 1 / (1 - λ) = alpha l. The paper has no maximum; without it λ would be
     negative for fewer than 1 / alpha actions, which are 20 by default. A sequence without an action has λ = 0.
 
-    Source: Yue et al. 2025 (VAPO), section 4.2; `alpha` is 0.05 there.
+    Source: Yue et al. 2025 (VAPO), section 4.2, eq. 5; `alpha` is 0.05 there (section 5.1).
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or `alpha` that is not a number above 0.
