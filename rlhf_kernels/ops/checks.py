@@ -248,6 +248,24 @@ def recursion(
         tensor("bootstrap", bootstrap, like=like, expected=(b,), what="one value per sequence")
 
 
+@overload
+def wide_lam(lam: float | Tensor) -> float | Tensor: ...
+
+
+@overload
+def wide_lam(lam: float | Tensor | None) -> float | Tensor | None: ...
+
+
+def wide_lam(lam: float | Tensor | None) -> float | Tensor | None:
+    """Return the λ of GAE as its eager definition expects it."""
+    return wide(lam) if isinstance(lam, Tensor) else lam
+
+
+def split_lam(lam: float | Tensor) -> tuple[float, Tensor | None]:
+    """Return the λ of GAE as the two arguments of a registered op: a number, and the tensor that replaces it."""
+    return (0.0, lam) if isinstance(lam, Tensor) else (lam, None)
+
+
 def dense(x: Tensor) -> Tensor:
     """Return `x` in float32 and contiguous, as the kernels expect it."""
     if x.dtype is torch.float32 and x.is_contiguous():

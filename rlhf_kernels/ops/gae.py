@@ -58,16 +58,16 @@ def gae(
             checks.wide(values),
             mask,
             gamma=gamma,
-            lam=wide_lam(lam),
+            lam=checks.wide_lam(lam),
             value_gamma=value_gamma,
-            value_lam=None if value_lam is None else wide_lam(value_lam),
+            value_lam=checks.wide_lam(value_lam),
             bootstrap=checks.wide(bootstrap),
             holes=holes,
             cu_seqlens=cu_seqlens,
         )
 
     def estimate(gamma: float, lam: float | Tensor) -> Advantages:
-        tokens = rewards, values, mask, gamma, *split_lam(lam), bootstrap
+        tokens = rewards, values, mask, gamma, *checks.split_lam(lam), bootstrap
         return Advantages(*_op(*tokens, holes == "skip", cu_seqlens, chosen))
 
     policy = estimate(gamma, lam)
@@ -95,9 +95,7 @@ def length_adaptive_lam(
     Raises:
         ValueError: a shape, dtype or device that does not fit, or `alpha` that is not a number above 0.
     """
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.dim() not in (1, 2):
-        found = f"{mask.dtype} of shape {checks.shape(mask)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask: got {found}, expected a bool tensor [B, T] or [N]")
+    checks.floating("mask", mask, dims=(1, 2), what="[B, T] or [N]", dtypes=checks.BOOL)
     checks.sequences(mask, cu_seqlens, name="mask")
     checks.number("alpha", alpha, above=0)
     if cu_seqlens is None:
@@ -106,16 +104,6 @@ def length_adaptive_lam(
         before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
         lengths = before[cu_seqlens.long()].diff()
     return (1 - 1 / (alpha * lengths.double())).clamp(min=0).float()
-
-
-def wide_lam(lam: float | Tensor) -> float | Tensor:
-    """Return λ for the eager definition."""
-    return checks.wide(lam) if isinstance(lam, Tensor) else lam
-
-
-def split_lam(lam: float | Tensor) -> tuple[float, Tensor | None]:
-    """Return λ as the two arguments of a registered op: a number, and the tensor that replaces it."""
-    return (0.0, lam) if isinstance(lam, Tensor) else (lam, None)
 
 
 def _run(

@@ -7,7 +7,7 @@ from .._options import KL_ESTIMATORS
 from ..backend import define, kernels, resolve
 from ..launch_args import RolloutAdvantages
 from . import checks
-from .gae import gae, split_lam, wide_lam
+from .gae import gae
 
 
 def rollout_advantages(
@@ -75,9 +75,9 @@ def rollout_advantages(
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             gamma=gamma,
-            lam=wide_lam(lam),
+            lam=checks.wide_lam(lam),
             value_gamma=value_gamma,
-            value_lam=None if value_lam is None else wide_lam(value_lam),
+            value_lam=checks.wide_lam(value_lam),
             score_clip=score_clip,
             score_index=score_index,
             bootstrap=checks.wide(bootstrap),
@@ -91,7 +91,7 @@ def rollout_advantages(
     # There is no gradient, so eager tensors do not need the dispatcher, which takes a sixth of the time of a small call.
     run = _run if checks.is_eager(logprobs) else _op
     result = RolloutAdvantages(
-        *run(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, *split_lam(lam), clip, score_index,
+        *run(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, *checks.split_lam(lam), clip, score_index,
              bootstrap, holes == "skip", *whiten, cu_seqlens, chosen)
     )  # fmt: skip
     if value_gamma is None and value_lam is None:
