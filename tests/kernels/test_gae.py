@@ -287,3 +287,13 @@ def test_compiles_as_one_graph_for_every_length():
         expected = gae(rewards, values, m, bootstrap=rewards[:, 0])
         assert all(map(torch.equal, compiled(rewards, values, m), expected))
     assert len(graphs) <= 2  # one for the first length and one for all others
+
+
+def test_lambda_of_the_length_compiles():
+    rewards, values, m = batch(3, 60, "right padding")
+
+    def estimate(rewards, values, m):
+        return gae(rewards, values, m, lam=length_adaptive_lam(m), value_lam=1.0)
+
+    compiled = torch.compile(estimate, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(rewards, values, m), estimate(rewards, values, m)))
