@@ -13,42 +13,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._options import Aggregation, PPOOptions
 from ..ops import checks, gae, group_advantages, linear_token_logprobs, masked_whiten, ppo_loss
 from ..ops import kl_penalty as estimate_kl
-from .conventions import (
-    AggregationOptions,
-    counted,
-    local_fraction,
-    mean,
-    refuse,
-    release,
-    value_loss,
-    whiten_everywhere,
+from .conventions import counted, mean, refuse, release, value_loss, whiten_everywhere
+from .verl_losses import (
+    LOSSES,
+    aggregation_of,
+    compute_policy_loss_cispo,
+    compute_policy_loss_clip_cov,
+    compute_policy_loss_dppo_kl,
+    compute_policy_loss_dppo_tv,
+    compute_policy_loss_dro,
+    compute_policy_loss_geo_mean,
+    compute_policy_loss_gpg,
+    compute_policy_loss_gspo,
+    compute_policy_loss_kl_cov,
+    compute_policy_loss_sapo,
+    compute_policy_loss_vanilla,
+    nothing_true,
+    policy_loss_of,
 )
 
-KNOWN = {"0.9": "0.9"}
+__all__ = [
+    "LOSSES",
+    "compute_gae_advantage_return",
+    "compute_grpo_outcome_advantage",
+    "compute_policy_loss",
+    "compute_policy_loss_cispo",
+    "compute_policy_loss_clip_cov",
+    "compute_policy_loss_dppo_kl",
+    "compute_policy_loss_dppo_tv",
+    "compute_policy_loss_dro",
+    "compute_policy_loss_geo_mean",
+    "compute_policy_loss_gpg",
+    "compute_policy_loss_gspo",
+    "compute_policy_loss_kl_cov",
+    "compute_policy_loss_sapo",
+    "compute_policy_loss_vanilla",
+    "compute_value_loss",
+    "kl_penalty",
+    "linear_cross_entropy",
+    "register",
+]
 
-_AGGREGATIONS: dict[str, Aggregation] = {
-    "token-mean": "token_mean",
-    "token-sum": "token_sum",
-    "seq-mean-token-sum": "seq_mean_token_sum",
-    "seq-mean-token-sum-norm": "seq_mean_token_sum",
-    "seq-mean-token-mean": "seq_mean_token_mean",
-}
+KNOWN = {"0.9": "0.9", "0.10": "0.10"}
 _ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
 
-def register(name: str = "rlhf_kernels", *, version: str | None = None) -> None:
-    """Register `compute_policy_loss_vanilla` in verl under `name`, the value to set `actor.policy_loss.loss_mode` to.
+def register(name: str = "rlhf_kernels", *, loss: str = "vanilla", version: str | None = None) -> None:
+    """Register a policy loss in verl under `name`, the value to set `actor.policy_loss.loss_mode` to.
+
+    `loss` is verl's name of the loss. With `name` equal to it, the loss replaces verl's own.
 
     Raises:
-        ValueError: the release `version` (None: the installed release) is not known.
+        ValueError: the release `version` (None: the installed release) is not known, or the loss is not supported.
     """
+    chosen = policy_loss_of(loss)
     release("verl", version, KNOWN)
     from verl.trainer.ppo.core_algos import register_policy_loss  # pyright: ignore[reportMissingImports]  # a peer
 
-    register_policy_loss(name)(compute_policy_loss_vanilla)
+    register_policy_loss(name)(chosen)
 
 
 def compute_gae_advantage_return(
@@ -132,75 +156,14 @@ def compute_policy_loss(
     if low is None or high is None:
         raise ValueError("cliprange is not set; pass it, or both cliprange_low and cliprange_high")
     mask = counted("response_mask", response_mask, log_prob, from_start=not faithful)
-    aggregation, factor = _aggregation(mask, loss_agg_mode)
-    return _policy_loss(
-        old_log_prob, log_prob, advantages, mask, low, high, clip_ratio_c, None, aggregation, factor, faithful
-    )
-
-
-def compute_policy_loss_vanilla(
-    old_log_prob: Tensor,  # (B, T)
-    log_prob: Tensor,  # (B, T), differentiable
-    advantages: Tensor,  # (B, T)
-    response_mask: Tensor,  # (B, T)
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,  # (B, T)
-    *,
-    faithful: bool = False,
-) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss and the metrics that verl logs.
-
-    `config` is verl's ActorConfig, which has the global counts in `global_batch_info`. The metrics are Python numbers,
-    as in verl. On a GPU they cost one synchronization per call (three in verl).
-    """
-    if config is None:
-        raise ValueError("config is not set; pass verl's ActorConfig")
-    clip, dual_clip = config.clip_ratio, config.get("clip_ratio_c", 3.0)
-    low = clip if config.clip_ratio_low is None else config.clip_ratio_low
-    high = clip if config.clip_ratio_high is None else config.clip_ratio_high
-    mask = counted("response_mask", response_mask, log_prob, from_start=not faithful)
-    aggregation, factor = _aggregation(mask, loss_agg_mode, **config.global_batch_info)
-    loss, *metrics = _policy_loss(
-        old_log_prob,
-        log_prob,
-        advantages,
-        mask,
-        low,
-        high,
-        dual_clip,
-        rollout_is_weights,
-        aggregation,
-        factor,
-        faithful,
-    )
-    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-    return loss, dict(zip(names, torch.stack(metrics).tolist(), strict=True))
-
-
-def _policy_loss(
-    old: Tensor, new: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, dual_clip: float,
-    weights: Tensor | None, aggregation: AggregationOptions, factor: float, faithful: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options: PPOOptions = {
-        "cliprange": low,
-        "cliprange_high": high,
-        "dual_clip": dual_clip,
-        "log_ratio_clamp": 20.0,
-        "weights": weights,
-        **aggregation,
-    }
-    loss, metrics = ppo_loss(new, old, advantages, mask, **options)
-    kl = mean((old - new.detach()).clamp(-20, 20), mask)
-    given = aggregation.get("num_tokens")
-    clipped, dual_clipped = (local_fraction(metrics[name], given, mask) for name in ("clipfrac", "dual_clipfrac"))
-    return _nothing_true(loss, aggregation, mask, faithful) * factor, clipped, kl, dual_clipped
-
-
-def _nothing_true(loss: Tensor, aggregation: AggregationOptions, mask: Tensor, faithful: bool) -> Tensor:
-    """Return the loss, or NaN as in verl if `faithful`, the mask is empty and there is no global count."""
-    own = aggregation["aggregation"] != "token_sum" and not {"num_tokens", "num_sequences"} & set(aggregation)
-    return loss / mask.any() if faithful and own else loss
+    aggregation, factor = aggregation_of(mask, loss_agg_mode)
+    loss, metrics = ppo_loss(
+        log_prob, old_log_prob, advantages, mask, cliprange=low, cliprange_high=high, dual_clip=clip_ratio_c,
+        log_ratio_clamp=20.0, **aggregation,
+    )  # fmt: skip
+    kl = mean((old_log_prob - log_prob.detach()).clamp(-20, 20), mask)
+    loss = nothing_true(loss, aggregation, mask, faithful) * factor
+    return loss, metrics["clipfrac"], kl, metrics["dual_clipfrac"]
 
 
 def compute_value_loss(
@@ -224,35 +187,9 @@ def compute_value_loss(
     """
     mask = counted("response_mask", response_mask, vpreds, from_start=not faithful)
     numbers = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    aggregation, factor = _aggregation(mask, loss_agg_mode, *numbers)
+    aggregation, factor = aggregation_of(mask, loss_agg_mode, *numbers)
     loss, clipfrac = value_loss(vpreds, values, returns, mask, cliprange_value, **aggregation)
-    return _nothing_true(loss, aggregation, mask, faithful) * factor, clipfrac
-
-
-def _aggregation(
-    mask: Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> tuple[AggregationOptions, float]:
-    """Return verl's `agg_loss` as options of `ppo_loss` and a factor."""
-    checks.choice("loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))
-    options: AggregationOptions = {"aggregation": _AGGREGATIONS[loss_agg_mode]}
-    if loss_agg_mode == "token-sum":
-        return options, dp_size
-    name, count = (
-        ("num_tokens", batch_num_tokens) if loss_agg_mode == "token-mean" else ("num_sequences", global_batch_size)
-    )
-    if count is not None:
-        options[name] = count
-    elif dp_size > 1:
-        peers = {"num_tokens": "batch_num_tokens", "num_sequences": "global_batch_size"}[name]
-        raise ValueError(f"{peers} is not set, but dp_size={dp_size} needs it; pass the count of the global batch")
-    if loss_agg_mode == "seq-mean-token-sum-norm":
-        return options, dp_size / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
-    return options, dp_size
+    return nothing_true(loss, aggregation, mask, faithful) * factor, clipfrac
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
