@@ -175,16 +175,23 @@ IMPORTANCE = {
     "icepop": truncation("icepop", 1.1, 0.9),
     "seq-mask-tis": truncation("seq-mask-tis", 1.05, 0.98),
 }
-CASES = [
-    *((name, OBJECTIVES[name]) for name in OBJECTIVES),
-    *((f"KL {name}, {level}", KLS[name] | {"token_level_loss": level == "token"}) for name in KLS for level in ("token", "row")),
-    *((f"{a}, {b}", OBJECTIVES[a] | IMPORTANCE[b]) for a, b in itertools.product(("clip", "sequence means", "GSPO"), IMPORTANCE)
-      if (a, b) != ("GSPO", "seq-mask-tis")),
-]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [c[1] for c in CASES], ids=[c[0] for c in CASES])
-def test_loss_gradient_and_metrics(options):
+def cases():
+    yield from OBJECTIVES.items()
+    for name, level in itertools.product(KLS, ("token", "row")):
+        yield f"KL {name}, {level}", KLS[name] | {"token_level_loss": level == "token"}
+    for name, rule in itertools.product(("clip", "sequence means", "GSPO"), IMPORTANCE):
+        if (name, rule) != ("GSPO", "seq-mask-tis"):
+            yield f"{name}, {rule}", OBJECTIVES[name] | IMPORTANCE[rule]
+
+
+CASES = dict(cases())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_gradient_and_metrics(name):
+    options = CASES[name]
     new, data = batch()
     new = new.requires_grad_()
     loss, metrics = ClippedPGLossFn(ClippedPGLossConfig(**options))(
@@ -198,8 +205,8 @@ def test_loss_gradient_and_metrics(options):
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
     torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=1e-6 * slope.abs().max().item())
     expected = formula.metrics() if options.get("reference_policy_kl_type", "k3") == "k3" else {}
-    for name, x in expected.items():
-        assert metrics[name] == pytest.approx(x.item(), rel=2e-6, abs=1e-7), name
+    for key, x in expected.items():
+        assert metrics[key] == pytest.approx(x.item(), rel=2e-6, abs=1e-7), key
     assert metrics["loss"] == loss.item()
     kl = 0.0 if formula.c.use_kl_in_reward else formula.kl().item()
     assert metrics["kl_penalty"] == pytest.approx(kl, rel=1e-5)
@@ -209,7 +216,7 @@ def test_loss_gradient_and_metrics(options):
 
 
 def test_two_tokens_by_hand():
-    """Ratio 2 with A = 1 is clipped at 1.2, ratio 2 with A = -1 is not: the loss is (-1.2 + 2) / 2. The first entry is no token."""
+    """A ratio of 2 is clipped at 1.2 for A = 1, not for A = -1: the loss is (-1.2 + 2) / 2. The first entry is no token."""
     new = torch.full((1, 2), math.log(0.5), requires_grad=True)
     old = torch.full((1, 3), math.log(0.25))
     data = {
