@@ -35,7 +35,7 @@ KERNEL_LAYERS = {
 }
 
 # Packages that an adapter may import only inside functions, because the adapter must be importable without them.
-PEERS = ("trl", "openrlhf", "verl", "deepspeed", "peft")
+PEERS = ("trl", "openrlhf", "verl", "nemo_rl", "torchtune", "deepspeed", "peft")
 
 # From low to high: a module or package of the engine may import only from itself and from those before it.
 ENGINE_LAYERS = (

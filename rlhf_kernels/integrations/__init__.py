@@ -1,4 +1,6 @@
-"""Adapters with the names and signatures of other PPO libraries ("peers"): `trl`, `openrlhf`, `verl`, `deepspeed_chat`.
+"""Adapters with the names and signatures of other PPO libraries ("peers").
+
+`trl`, `openrlhf`, `verl`, `nemo_rl`, `torchtune` and `deepspeed_chat`.
 
 A user passes or calls these objects; nothing is patched at import. `head` is the fused head for any of the peers. No
 peer needs to be installed.
