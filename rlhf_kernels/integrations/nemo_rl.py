@@ -178,9 +178,8 @@ class ClippedPGLossMixin:
         }
         weights, outside = _importance(c, x)
         options = _objective(c)
-        old = x.new.detach() if c.force_on_policy_ratio else x.prev
         used = weights if c.use_importance_sampling_correction else None
-        loss, _ = ppo_loss(x.new, old, x.advantages, x.mask, weights=used, **options, **aggregation)
+        loss, _ = ppo_loss(x.new, x.prev, x.advantages, x.mask, weights=used, **options, **aggregation)
         zero = loss.new_zeros(())
         kl = zero if x.reference is None else _kl(c, x, x.reference, aggregation)
         nll = zero
