@@ -56,7 +56,7 @@ __all__ = [
     "register",
 ]
 
-KNOWN = {"0.9": "0.9", "0.10": "0.10"}
+KNOWN = {"0.9": "0.9"}
 _ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
 

@@ -25,6 +25,7 @@ _AGGREGATIONS: dict[str, Aggregation] = {
     "seq-mean-token-sum-norm": "seq_mean_token_sum",
     "seq-mean-token-mean": "seq_mean_token_mean",
 }
+BY_SEQUENCE = "seq-mean-token-mean"
 CLIPFRAC, KL, LOWER = "actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -122,8 +123,8 @@ class Call:
         return nothing_true(loss, aggregation, self.mask, self.faithful) * factor, clipped, dual
 
 
-def _registered(mode: str) -> Callable[[Callable[[Call], Result]], PolicyLoss]:
-    """Add a function of a `Call` to `LOSSES`, with verl's signature."""
+def _registered(mode: str, aggregation: str = "token-mean") -> Callable[[Callable[[Call], Result]], PolicyLoss]:
+    """Add a function of a `Call` to `LOSSES`, with verl's signature and its default of `loss_agg_mode`."""
 
     def decorate(formula: Callable[[Call], Result]) -> PolicyLoss:
         def policy_loss(
@@ -131,7 +132,7 @@ def _registered(mode: str) -> Callable[[Callable[[Call], Result]], PolicyLoss]:
             log_prob: Tensor,
             advantages: Tensor,
             response_mask: Tensor,
-            loss_agg_mode: str = "token-mean",
+            loss_agg_mode: str = aggregation,
             config: Any = None,
             rollout_is_weights: Tensor | None = None,
             *,
@@ -192,15 +193,14 @@ def _dppo(x: Call, objective: PPOOptions) -> Result:
     return value.detach() + (slope - slope.detach()), {CLIPFRAC: clipped} | x.kl(20) | {LOWER: lower}
 
 
-@_registered("gspo")
+@_registered("gspo", BY_SEQUENCE)
 def compute_policy_loss_gspo(x: Call) -> Result:
-    """Return the clipped loss of sequence ratios (GSPO-token); `loss_agg_mode` is not read, as in verl.
+    """Return the clipped loss of sequence ratios (GSPO-token); verl 0.9.0 does not read `loss_agg_mode`.
 
     verl limits the log-ratio of a sequence to 10 from above. That matters only where A < 0, where it is a dual clip at e^10.
     """
     low, high = x.low_high()
     loss, clipped, _ = x.loss(
-        mode="seq-mean-token-mean",
         objective="gspo_token",
         cliprange=low,
         cliprange_high=high,
@@ -210,11 +210,11 @@ def compute_policy_loss_gspo(x: Call) -> Result:
     return loss, {CLIPFRAC: clipped} | x.kl() | {LOWER: torch.zeros_like(clipped)}
 
 
-@_registered("sapo")
+@_registered("sapo", BY_SEQUENCE)
 def compute_policy_loss_sapo(x: Call) -> Result:
     """Return the loss of SAPO with `tau_pos` and `tau_neg`; `loss_agg_mode` is not read, as in verl."""
     taus: PPOOptions = {"tau_pos": float(x.config.tau_pos), "tau_neg": float(x.config.tau_neg)}
-    loss, *_ = x.loss(mode="seq-mean-token-mean", objective="sapo", log_ratio_clamp=20.0, **taus)
+    loss, *_ = x.loss(mode=BY_SEQUENCE, objective="sapo", log_ratio_clamp=20.0, **taus)
     zero = loss.new_zeros(())
     return loss, {CLIPFRAC: zero} | x.kl(20) | {LOWER: zero}
 

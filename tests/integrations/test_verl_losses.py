@@ -149,7 +149,7 @@ FORMULAS = {
     "cispo": cispo,
 }
 BY_SEQUENCE = ("gspo", "sapo")
-"""Losses that are aggregated by sequence, whatever `loss_agg_mode` is."""
+"""Losses that are aggregated by sequence if `loss_agg_mode` is not passed; for `sapo` also if it is."""
 
 
 def settings(name: str, **changes) -> ActorConfig:
@@ -246,6 +246,20 @@ def test_gspo_limits_the_ratio_of_a_sequence_at_e_to_the_10():
     )
     loss.backward()
     assert loss.item() == pytest.approx(math.exp(10)) and not new.grad.any()
+
+
+def test_aggregation_of_losses_by_sequence():
+    """Log-probs are the old ones, and A is 1 in a response of one token, 4 in one of three. `gspo` can average over tokens."""
+    zero = torch.zeros(2, 3)
+    mask, a = torch.tensor([[1.0, 0, 0], [1, 1, 1]]), torch.tensor([[1.0], [4]]).expand(2, 3)
+    for name, by_token in (("gspo", -13 / 4), ("sapo", None)):
+        loss = verl.LOSSES[name]
+        tau = {"tau_pos": 1.0}  # the gate of a ratio of 1 is then 2
+        scale = 2 if name == "sapo" else 1
+        by_row = pytest.approx(-2.5 * scale)
+        assert loss(zero, zero, a, mask, config=config(**tau))[0].item() == by_row
+        passed = loss(zero, zero, a, mask, "token-mean", config(**tau))[0].item()
+        assert passed == (by_row if by_token is None else pytest.approx(by_token))
 
 
 def test_geo_mean_counts_sequences_without_an_action():
