@@ -83,14 +83,14 @@ test-peers: $(PEERS)/.built
 	PYTHONPATH=$(PEERS)/sources/trl-current $(PEERS)/bin/python -m pytest tests/integrations/peers/test_trl_grpo.py
 	$(PEERS)/bin/python -m benchmarks.peer_agreement
 
-# verl and OpenRLHF are installed with --no-deps: they require older releases, and GPU libraries that the compared functions do
-# not use.
+# verl, OpenRLHF and torchtune are installed with --no-deps: they require older releases, and libraries that the compared
+# functions do not use.
 $(PEERS)/.built: $(SOURCES) benchmarks/constraints-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --constraint benchmarks/constraints-peers.txt \
 		--editable . pytest transformers trl liger-kernel cut-cross-entropy peft \
 		ray tensordict omegaconf orjson codetiming hydra-core
-	$(PEERS)/bin/python -m pip install --quiet --no-deps --constraint benchmarks/constraints-peers.txt verl openrlhf
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --constraint benchmarks/constraints-peers.txt verl openrlhf torchtune
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/openrlhf-0.11.0 openrlhf==0.11.0
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/openrlhf-0.7.5 openrlhf==0.7.5
 	$(PEERS)/bin/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)/sources/trl-0.11.4 trl==0.11.4

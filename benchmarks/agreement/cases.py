@@ -12,6 +12,8 @@ import torch
 from benchmarks.agreement import originals, selection_cases
 from benchmarks.agreement.case import Case
 from benchmarks.agreement.objectives import verl_objective_cases
+from benchmarks.agreement.torchtune_cases import torchtune_cases
+from benchmarks.agreement.verl_losses import verl_loss_cases
 from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, verl
 
 CLIP = 0.2
@@ -100,6 +102,7 @@ def verl_cases() -> Iterator[Case]:
     )
     yield from selection_cases.verl_cases()
     yield from verl_objective_cases()
+    yield from verl_loss_cases()
 
 
 def _floats(f, rewards, values, mask, *rest):
@@ -338,5 +341,6 @@ PEERS = {
     "verl": verl_cases,
     "OpenRLHF": openrlhf_cases,
     "TRL": trl_cases,
+    "torchtune": torchtune_cases,
     "DeepSpeed-Chat": deepspeed_chat_cases,
 }

@@ -115,6 +115,26 @@ def openrlhf_actor() -> type:
 
 
 @cache
+def torchtune() -> tuple[type, types.FunctionType]:
+    """Return `PPOLoss` and `estimate_advantages` from their files: the package requires torchao and a tokenizer library."""
+    folder = package_folder("torchtune") / "rlhf"
+    names = ("masked_mean", "masked_var", "whiten", "estimate_advantages")
+    functions = definitions(folder / "rewards.py", names, {"torch": torch})
+    methods = definitions(
+        folder / "loss" / "ppo.py", ["forward"], {"torch": torch, "rlhf": types.SimpleNamespace(**functions)}
+    )
+
+    class PPOLoss(torch.nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            vars(self).update(options)
+
+        forward = methods["forward"]
+
+    return PPOLoss, functions["estimate_advantages"]
+
+
+@cache
 def deepspeed_chat() -> type:
     """Return `DeepSpeedPPOTrainer` with only the functions that are compared; its module requires deepspeed."""
     names = ("compute_rewards", "actor_loss_fn", "critic_loss_fn", "get_advantages_and_returns", "gather_log_probs")
