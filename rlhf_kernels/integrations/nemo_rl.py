@@ -177,9 +177,9 @@ class ClippedPGLossMixin:
             "num_sequences": global_valid_seqs,
         }
         weights, outside = _importance(c, x)
-        options = _objective(c)
         used = weights if c.use_importance_sampling_correction else None
-        loss, _ = ppo_loss(x.new, x.prev, x.advantages, x.mask, weights=used, **options, **aggregation)
+        options: PPOOptions = {"weights": used, **_objective(c), **aggregation}
+        loss, _ = ppo_loss(x.new, x.prev, x.advantages, x.mask, **options)
         zero = loss.new_zeros(())
         kl = zero if x.reference is None else _kl(c, x, x.reference, aggregation)
         nll = zero

@@ -28,7 +28,8 @@ class GRPOMixin:
     It replaces only the method that returns log-probs and entropies. All features of TRL that use them still work:
     token and sequence ratios, clip-higher, `delta`, importance weights and every loss type. Heads with a softcap or a
     logit scale, with LoRA, in `modules_to_save` or with `trainable_token_indices` are supported, and so is
-    `cast_lm_head_to_fp32`. Images and MoE balancing losses are not, and raise ValueError.
+    `cast_lm_head_to_fp32`. Images, MoE balancing losses and,
+    in TRL 1.12, `use_liger_kernel` are not, and raise ValueError.
     """
 
     # Attributes of the trainer.
@@ -40,6 +41,10 @@ class GRPOMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         release("trl", None, KNOWN)
         super().__init__(*args, **kwargs)
+        if getattr(self, "use_liger_kernel", False):  # TRL 1.16 has no such attribute and no loss of Liger's
+            raise ValueError(
+                "args.use_liger_kernel: got True, with which the loss of TRL 1.12 does not call this mixin; set it to False"
+            )
         self._fuse(self.model)  # before FSDP wraps it, in train()
 
     def _fuse(self, model: nn.Module) -> FusedHead:

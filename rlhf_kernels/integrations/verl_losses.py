@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# torch does not declare the types of `Tensor.tolist`.
 """The policy losses that verl registers, with verl's signature, names of options and metrics.
 
 `LOSSES` has them by verl's `loss_mode`; `verl.register` registers one. B sequences, T positions. r is the ratio of new to
@@ -70,7 +72,7 @@ def policy_loss_of(loss_mode: str) -> PolicyLoss:
     """Return the policy loss with verl's name `loss_mode`.
 
     Raises:
-        ValueError: the loss is not supported; the message says what to do instead.
+        ValueError: the loss is not supported, with what to do instead.
     """
     if loss_mode in NOT_SERVED:
         raise ValueError(
@@ -188,7 +190,8 @@ def _dppo(x: Call, objective: PPOOptions) -> Result:
     logprobs = x.new.detach()
     value, *_ = x.loss(**options | {"weights": logprobs if x.weights is None else x.weights * logprobs})
     limited = x.mask & (x.moved.clamp(-20, 20).exp() > limit)  # of these, those that are in the trust region count
-    rejected = ppo_loss(logprobs, x.old, x.advantages, limited, num_tokens=x.mask.sum(), **options).metrics["clipfrac"]
+    options["num_tokens"] = x.mask.sum()
+    rejected = ppo_loss(logprobs, x.old, x.advantages, limited, **options).metrics["clipfrac"]
     lower = mean(limited.float(), x.mask) - rejected
     return value.detach() + (slope - slope.detach()), {CLIPFRAC: clipped} | x.kl(20) | {LOWER: lower}
 
@@ -213,8 +216,8 @@ def compute_policy_loss_gspo(x: Call) -> Result:
 @_registered("sapo", BY_SEQUENCE)
 def compute_policy_loss_sapo(x: Call) -> Result:
     """Return the loss of SAPO with `tau_pos` and `tau_neg`; `loss_agg_mode` is not read, as in verl."""
-    taus: PPOOptions = {"tau_pos": float(x.config.tau_pos), "tau_neg": float(x.config.tau_neg)}
-    loss, *_ = x.loss(mode=BY_SEQUENCE, objective="sapo", log_ratio_clamp=20.0, **taus)
+    positive, negative = float(x.config.tau_pos), float(x.config.tau_neg)
+    loss, *_ = x.loss(mode=BY_SEQUENCE, objective="sapo", tau_pos=positive, tau_neg=negative, log_ratio_clamp=20.0)
     zero = loss.new_zeros(())
     return loss, {CLIPFRAC: zero} | x.kl(20) | {LOWER: zero}
 

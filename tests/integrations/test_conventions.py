@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_kernels import reference
-from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, verl
+from rlhf_kernels.integrations import deepspeed_chat, openrlhf, trl, trl_grpo, verl
 
 T = 8
 # An example with five actions in eight positions, score 1, gamma 1, lambda .95, and these values of the states.
@@ -261,6 +261,16 @@ def test_helpers_are_replaced_and_restored(monkeypatch, version):
         raise KeyError
     assert all(getattr(module, name) == f"their {name}" for name in names)
     assert hasattr(module, "selective_log_softmax") == (version != "0.12.2")
+
+
+def test_the_mixin_refuses_a_trainer_whose_loss_does_not_call_it(monkeypatch):
+    monkeypatch.setattr(trl_grpo, "release", lambda *_: "logits")
+
+    class GRPOTrainer:
+        use_liger_kernel = True
+
+    with pytest.raises(ValueError, match=r"use_liger_kernel: got True, with which the loss of TRL 1\.12 does not call"):
+        type("Fused", (trl.GRPOMixin, GRPOTrainer), {})()
 
 
 def test_unknown_releases_are_refused_by_name():

@@ -39,7 +39,8 @@ def test_loss_and_gradients(masked):
     gradients = torch.autograd.grad(loss, (inputs[1], inputs[4]))
 
     old, new, a, old_v, v, returns = (x.detach().double() for x in inputs)
-    new.requires_grad_(), v.requires_grad_()
+    for x in (new, v):
+        x.requires_grad_()
     r = (new - old).exp()
     outside = torch.where(a > 0, r > 1.15, r < 0.85)
     policy_loss = mean(torch.maximum(-a * r, -a * r.clamp(0.85, 1.15)), mask)

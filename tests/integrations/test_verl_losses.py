@@ -5,6 +5,7 @@ B sequences, T positions. `make test-peers` compares them with the originals.
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ class ActorConfig(SimpleNamespace):
         return getattr(self, name, default)
 
 
-def config(policy_loss: dict | None = None, **changes) -> ActorConfig:
+def config(policy_loss: dict | None = None, **changes: Any) -> ActorConfig:
     chosen = {
         "clip_cov_ratio": 0.2,
         "clip_cov_lb": 0.05,
@@ -254,11 +255,10 @@ def test_aggregation_of_losses_by_sequence():
     mask, a = torch.tensor([[1.0, 0, 0], [1, 1, 1]]), torch.tensor([[1.0], [4]]).expand(2, 3)
     for name, by_token in (("gspo", -13 / 4), ("sapo", None)):
         loss = verl.LOSSES[name]
-        tau = {"tau_pos": 1.0}  # the gate of a ratio of 1 is then 2
-        scale = 2 if name == "sapo" else 1
+        scale = 2 if name == "sapo" else 1  # the gate of a ratio of 1 is 2 with `tau_pos` 1
         by_row = pytest.approx(-2.5 * scale)
-        assert loss(zero, zero, a, mask, config=config(**tau))[0].item() == by_row
-        passed = loss(zero, zero, a, mask, "token-mean", config(**tau))[0].item()
+        assert loss(zero, zero, a, mask, config=config(tau_pos=1.0))[0].item() == by_row
+        passed = loss(zero, zero, a, mask, "token-mean", config(tau_pos=1.0))[0].item()
         assert passed == (by_row if by_token is None else pytest.approx(by_token))
 
 
