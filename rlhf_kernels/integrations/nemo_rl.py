@@ -133,7 +133,7 @@ def _check_truncation(c: ClippedPGLossConfig) -> None:
 
 
 class Tokens(NamedTuple):
-    """The tensors of a call, without the first position; constants except `new` and `unfiltered`."""
+    """The tensors of a call in float32, without the first position; constants except `new` and `unfiltered`."""
 
     new: Tensor  # (B, T), differentiable
     unfiltered: Tensor  # (B, T), differentiable: log-probs for the KL
@@ -204,13 +204,20 @@ class ClippedPGLossMixin:
         tokens = counted("token_mask", data["token_mask"][:, 1:], new)
         samples = counted("sample_mask", data["sample_mask"], new[:, 0])
         has_kl = c.reference_policy_kl_penalty != 0 and not c.use_kl_in_reward
+        new = checks.widen(new)
+
+        def constant(name: str) -> Tensor:
+            x = data[name][:, 1:]
+            checks.tensor(name, x, like=new, expected=new.shape, what="the shape of next_token_logprobs and one column")
+            return checks.wide(x)
+
         return Tokens(
             new=new,
-            unfiltered=data.get("curr_logprobs_unfiltered", new),
-            prev=new.detach() if c.force_on_policy_ratio else data["prev_logprobs"][:, 1:],
-            generation=data["generation_logprobs"][:, 1:],
-            reference=data["reference_policy_logprobs"][:, 1:] if has_kl else None,
-            advantages=data["advantages"][:, 1:],
+            unfiltered=checks.widen(data.get("curr_logprobs_unfiltered", new)),
+            prev=new.detach() if c.force_on_policy_ratio else constant("prev_logprobs"),
+            generation=constant("generation_logprobs"),
+            reference=constant("reference_policy_logprobs") if has_kl else None,
+            advantages=constant("advantages"),
             mask=tokens & samples[:, None],
             samples=samples,
             rewards=data.get("rewards"),
@@ -250,7 +257,7 @@ def _importance(c: ClippedPGLossConfig, x: Tokens) -> tuple[Tensor, Tensor | Non
     Log-ratios are limited to ±20. NeMo-RL does not limit them, and sets an infinite weight to 0.
     """
     level = "sequence" if c.sequence_level_importance_ratios else "token"
-    pair = x.prev.detach(), x.generation
+    pair = x.prev, x.generation
     kind, high = c.truncated_importance_sampling_type, c.truncated_importance_sampling_ratio
     low = c.truncated_importance_sampling_ratio_min or 0.0
     raw = importance_weights(*pair, x.mask, level=level, high=None).weights

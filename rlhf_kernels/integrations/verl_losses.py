@@ -84,7 +84,7 @@ def policy_loss_of(loss_mode: str) -> PolicyLoss:
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a policy loss."""
+    """The arguments of a policy loss; half precision is widened to float32."""
 
     old: Tensor  # (B, T)
     new: Tensor  # (B, T), differentiable
@@ -143,9 +143,12 @@ def _registered(mode: str, aggregation: str = "token-mean") -> Callable[[Callabl
             if config is None:
                 raise ValueError("config is not set; pass verl's ActorConfig")
             mask = counted("response_mask", response_mask, log_prob, from_start=not faithful)
-            weights = None if rollout_is_weights is None else rollout_is_weights.detach()
-            call = Call(old_log_prob, log_prob, advantages, mask, loss_agg_mode, config, weights, faithful)
-            loss, metrics = formula(call)
+            like: checks.Like = {"like": log_prob, "expected": log_prob.shape, "what": "the shape of log_prob"}
+            for name, x in (("old_log_prob", old_log_prob), ("advantages", advantages)):
+                checks.tensor(name, x, **like)
+            weights = None if rollout_is_weights is None else checks.widen(rollout_is_weights.detach())
+            old, new, a = (checks.widen(x) for x in (old_log_prob, log_prob, advantages))
+            loss, metrics = formula(Call(old, new, a, mask, loss_agg_mode, config, weights, faithful))
             numbers = torch.stack(list(metrics.values())).tolist() if metrics else []
             return loss, dict(zip(metrics, numbers, strict=True))
 

@@ -269,6 +269,19 @@ def test_geo_mean_counts_sequences_without_an_action():
     assert loss.item() == -2
 
 
+@pytest.mark.parametrize("name", verl.LOSSES)
+def test_half_precision(name):
+    """Log-probs in bfloat16 give the loss and the metrics of the same numbers in float32."""
+    old, new, a, mask, weights = batch()
+    rounded = old.bfloat16(), new.bfloat16()
+    results = []
+    for pair in (rounded, (rounded[0].float(), rounded[1].float())):
+        torch.manual_seed(0)
+        found = verl.LOSSES[name](*pair, a, mask, config=settings(name), rollout_is_weights=weights)
+        results.append((found[0].item(), *found[1].values()))
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
 def test_an_empty_mask():
     """The loss is 0, and with `faithful` NaN as in verl, except for `geo_mean`, whose count is that of the rows."""
     x = torch.zeros(2, 3)
@@ -289,5 +302,7 @@ def test_a_loss_that_is_not_supported_is_refused_by_name():
         verl.compute_policy_loss_dro(x, x, x, x, config=config({"dro_beta": None}))
     with pytest.raises(ValueError, match=r"config\.policy_loss\.kl_cov_ratio: got 0"):
         verl.compute_policy_loss_kl_cov(x, x, x, x, config=config({"kl_cov_ratio": 0}))
+    with pytest.raises(ValueError, match=r"advantages: got shape \(1, 1\), expected \(1, 2\)"):
+        verl.compute_policy_loss_kl_cov(x, x, x[:, :1], x, config=config())
     with pytest.raises(ValueError, match="loss_agg_mode: got 'mean'"):
         verl.compute_policy_loss_gpg(x, x, x, x, "mean", config())
