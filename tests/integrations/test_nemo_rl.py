@@ -246,16 +246,18 @@ def test_half_precision():
     """Log-probs in bfloat16 give the loss and the metrics of the same numbers in float32."""
     new, data = batch()
     rounded = {k: x.bfloat16() if "logprobs" in k else x for k, x in data.items()}
-    loss_fn = ClippedPGLossFn(truncation("tis", 1.1))
-    half, metrics = loss_fn(new.bfloat16(), rounded, SEQUENCES, TOKENS)
-    full, expected = loss_fn(new.bfloat16().float(), {k: x.float() for k, x in rounded.items()}, SEQUENCES, TOKENS)
-    assert half.item() == full.item() and metrics == expected
+    for options in (truncation("tis", 1.1), {"disable_ppo_ratio": True}):
+        loss_fn = ClippedPGLossFn(options)
+        half, metrics = loss_fn(new.bfloat16(), rounded, SEQUENCES, TOKENS)
+        full, expected = loss_fn(new.bfloat16().float(), {k: x.float() for k, x in rounded.items()}, SEQUENCES, TOKENS)
+        assert half.item() == full.item() and metrics == expected
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name():
     new, data = batch()
-    with pytest.raises(ValueError, match=r"advantages: got shape \(6, 8\), expected \(6, 9\)"):
-        ClippedPGLossFn({})(new, data | {"advantages": data["advantages"][:, 1:]}, None, None)
+    with pytest.raises(ValueError, match=r"generation_logprobs: got shape \(6, 8\), expected \(6, 9\)"):
+        short = data["generation_logprobs"][:, 1:]
+        ClippedPGLossFn({})(new, data | {"generation_logprobs": short}, None, None)
 
 
 def test_without_a_token_the_loss_is_zero():
