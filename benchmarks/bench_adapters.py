@@ -148,7 +148,7 @@ def main(*, quick: bool = False) -> None:
         Worker(name, "benchmarks.bench_adapters:worker", {"model": model, **case}, start_limit=300, step_limit=300)
         for name, case in CASES.items()
     ]
-    full, separate, merged = alternate_workers(workers, rounds=1 if quick else 5, slow=60)
+    full, separate, merged = alternate_workers(workers, rounds=1 if quick else 3, slow=60)
     checks = []
     for row in (separate, merged):
         memory = None if row.error or full.error else row.extra_mb / full.extra_mb

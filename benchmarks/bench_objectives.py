@@ -1,7 +1,8 @@
 """Time and memory of `linear_ppo_loss` with every objective against `clip`, and with rejected tokens, forward and backward.
 
 Ratios are near 1 and probabilities near 0, so no objective rejects a token by itself: all compute as many rows as `clip`,
-except in the case where `importance_weights` rejects 4 of 5 tokens. A function and a ratio per sequence need
+except in the case where `importance_weights` rejects 4 of 5 tokens, by its mask
+(no product) or by weights of 0 (one product of three). A function and a ratio per sequence need
 the log-probs of all rows first: a fourth product. Memory is peak RSS above inputs, weight and their gradients.
 
 N tokens as B sequences of 128, H hidden, V vocabulary.
@@ -24,8 +25,8 @@ SHAPE = {"n": 1024, "h": 768, "v": 32_000}
 QUICK = {"n": 256, "h": 128, "v": 2048}
 OF_A_ROW = ("cispo", "sapo", "ipo", "dppo_tv", "dppo_kl")
 OF_A_SEQUENCE = ("gspo_token", "gmpo")
-FUNCTION, REJECTED = "a function", "clip, 4 of 5 tokens rejected"
-CASES = ("clip", *OF_A_ROW, *OF_A_SEQUENCE, FUNCTION, REJECTED)
+FUNCTION, MASKED, WEIGHTED = "a function", "clip, 4 of 5 tokens masked", "clip, 4 of 5 tokens with weight 0"
+CASES = ("clip", *OF_A_ROW, *OF_A_SEQUENCE, FUNCTION, MASKED, WEIGHTED)
 
 
 def truncated(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -40,14 +41,17 @@ def make_step(case: str, shape: dict[str, int]) -> Callable[[], None]:
     options: dict = {"aggregation": "seq_mean_token_mean"} if case in OF_A_SEQUENCE else {}
     if case == FUNCTION:
         options["objective"] = truncated
-    elif case != REJECTED:
+    elif case not in (MASKED, WEIGHTED):
         options["objective"] = case
     else:
         apart = torch.where(torch.arange(batch.mask.numel()).view_as(batch.mask) % 5 == 0, 0.0, 1.0)
         found = importance_weights(
             batch.old_logprobs, batch.old_logprobs - apart, batch.mask, action="mask", low=0.5, high=2.0
         )
-        options["weights"] = found.weights
+        if case == MASKED:
+            batch = batch._replace(mask=found.mask)
+        else:
+            options["weights"] = found.weights
 
     def step() -> None:
         hidden.grad = weight.grad = None
@@ -84,7 +88,7 @@ def main(*, quick: bool = False) -> None:
     ]
     rows = {row.name: row for row in alternate_workers(workers, rounds=1 if quick else 9)}
     clip = rows["clip"]
-    bounds = dict.fromkeys((*OF_A_ROW, *OF_A_SEQUENCE), 1.02) | {FUNCTION: 1.40, REJECTED: 0.50}
+    bounds = dict.fromkeys((*OF_A_ROW, *OF_A_SEQUENCE), 1.02) | {FUNCTION: 1.40, MASKED: 0.50, WEIGHTED: 0.50}
     checks = [Check(f"seconds, {name} / clip", ratio(rows[name], clip), bound) for name, bound in bounds.items()]
     for name in (*OF_A_ROW, *OF_A_SEQUENCE, FUNCTION):
         known = clip.extra_mb and not rows[name].error

@@ -69,7 +69,7 @@ def main(*, quick: bool = False) -> None:
         )
         for name, case in CASES.items()
     ]
-    rows = alternate_workers(workers, rounds=1 if quick else 4, slow=60)
+    rows = alternate_workers(workers, rounds=1 if quick else 3, slow=60)
     expected = [estimate(model, case) / estimate(model, {}) for case in CASES.values()]
     rows = [replace(row, note=f"estimated x{value:.2f}") for row, value in zip(rows, expected, strict=True)]
     report(NAME, "PPO updates against the planner's estimate", rows, checks=_checks(rows, expected))
