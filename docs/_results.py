@@ -78,6 +78,7 @@ _CPU_FILES = {
     "rollout": "Sampling",
     "memory_plan": "Planned and measured memory",
     "adapters": "PPO updates with adapters and with full fine-tuning",
+    "objectives": "`linear_ppo_loss` with every objective",
     "hydra": "The reference of trained top layers",
     "hygiene": "Prompt hygiene",
 }
