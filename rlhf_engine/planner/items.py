@@ -74,10 +74,9 @@ def _streamed_reference(w: Workload) -> Items:
     """Return the bytes of a reference with its layers in host memory: the rest of it, and two layers in transit."""
     size, layers = w.weight_bytes, w.policy.layers
     inside = [math.prod(shape) // layers for name, shape in w.policy.trunk().items() if name not in OUTSIDE]
-    host = layers * layer_bytes([(count, size) for count in inside])
-    transit = 2 * layer_bytes([(count, size) for count in inside])
+    layer = layer_bytes([(count, size) for count in inside])
     rest = (w.policy.parameters - layers * sum(inside)) * size
-    return {"reference": rest + (host if w.device == "cpu" else 0), "layers_in_transit": transit}
+    return {"reference": rest + (layers * layer if w.device == "cpu" else 0), "layers_in_transit": 2 * layer}
 
 
 def _context(w: Workload) -> int:
