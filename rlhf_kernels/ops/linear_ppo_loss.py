@@ -2,7 +2,7 @@
 # torch does not declare the types of `Function.apply` and `Tensor.split`.
 """The PPO objective from hidden states: policy and value head with three matrix products and no [N, V] tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -289,12 +289,8 @@ class LinearPpoLoss(torch.autograd.Function):
         """Return the loss and the metrics; save the gradients."""
         inputs = unflatten(Inputs, flat)
         loss, metrics, *gradients = _op(*flat)
-        ctx.needs, ctx.backend = inputs.needs, inputs.backend
-        ctx.save_for_backward(inputs.terms.stacked_denominators, *gradients)
-        leaves = zip(flatten(inputs.leaves), inputs.needs, strict=True)
-        ctx.dtypes = [gradient_dtype(x) if needed else None for x, needed in leaves]
-        ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)
+        denominators = inputs.terms.stacked_denominators
+        save_gradients(ctx, flatten(inputs.leaves), inputs.needs, inputs.backend, denominators, gradients, metrics)
         return loss, metrics
 
     @staticmethod
@@ -302,20 +298,43 @@ class LinearPpoLoss(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Return the saved gradients, scaled by the upstream gradient."""
-        results: dict[str, Tensor | None] = dict.fromkeys(NAMES)
-        if grad_loss is None:
-            return tuple(results.values())
-        if checks.is_eager(grad_loss):
-            if torch.is_grad_enabled():
-                refuse(ctx)  # create_graph=True: the gradients are constants
-            checks.first_backward(ctx, "linear_ppo_loss")
-        denominators, *gradients = ctx.saved_tensors
-        of_head = grad_loss / Denominators(*denominators).policy  # HeadGradients does not divide by the denominator
-        for name, gradient, dtype, needed in zip(LEAVES, gradients, ctx.dtypes, ctx.needs, strict=True):
-            if needed:
-                scale = of_head if name in HeadInputs._fields else grad_loss
-                results[name] = scaled(gradient, scale, dtype, ctx.backend)
+        return scaled_gradients(ctx, grad_loss, "linear_ppo_loss", NAMES, LEAVES, lambda x: Denominators(*x).policy)
+
+
+def save_gradients(
+    ctx: Any, leaves: Iterable[Tensor | None], needs: list[bool], backend: str, denominators: Tensor,
+    gradients: list[Tensor], constant: Tensor,
+) -> None:  # fmt: skip
+    """Save in forward what `scaled_gradients` reads; `constant` is the result that has no gradient."""
+    ctx.needs, ctx.backend = needs, backend
+    ctx.save_for_backward(denominators, *gradients)
+    pairs = zip(leaves, needs, strict=True)
+    ctx.dtypes = [gradient_dtype(x) if needed and x is not None else None for x, needed in pairs]
+    ctx.mark_non_differentiable(constant)
+    ctx.set_materialize_grads(False)
+
+
+def scaled_gradients(
+    ctx: Any, grad_loss: Tensor | None, op: str, names: Iterable[str], leaves: Iterable[str],
+    denominator: Callable[[Tensor], Tensor],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the saved gradients in backward, scaled by the upstream gradient; None for inputs other than `leaves`.
+
+    The gradients of the head's inputs are also divided by `denominator` of the saved denominators.
+    """
+    results: dict[str, Tensor | None] = dict.fromkeys(names)
+    if grad_loss is None:
         return tuple(results.values())
+    if checks.is_eager(grad_loss):
+        if torch.is_grad_enabled():
+            refuse(ctx)  # create_graph=True: the gradients are constants
+        checks.first_backward(ctx, op)
+    denominators, *gradients = ctx.saved_tensors
+    of_head = grad_loss / denominator(denominators)
+    for name, gradient, dtype, needed in zip(leaves, gradients, ctx.dtypes, ctx.needs, strict=True):
+        if needed:
+            results[name] = scaled(gradient, of_head if name in HeadInputs._fields else grad_loss, dtype, ctx.backend)
+    return tuple(results.values())
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import define_record, kernels, refuse, resolve
+from ..backend import define_record, kernels, resolve
 from ..launch_args import LogitRows, Transform, flatten, names_of, unflatten
 from ..token_args import DIRECTIONS, TAILS, TopkKL, TopkRows, TopkRule
 from . import checks, objective
 from .head import HeadRows, Needs, Plan, head_gradients
-from .linear_ppo_loss import check_compact, scaled
-from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, under_autocast
+from .linear_ppo_loss import check_compact, save_gradients, scaled_gradients
+from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, under_autocast
 from .weights import LowRank, QuantisedWeight
 
 
@@ -234,12 +234,7 @@ class LinearTopkKL(torch.autograd.Function):
         """Return the loss and the numbers per token; save the gradients."""
         inputs = unflatten(Inputs, flat)
         loss, found, *gradients = _op(*flat)
-        ctx.needs, ctx.backend = inputs.needs, inputs.backend
-        ctx.save_for_backward(inputs.denominator, *gradients)
-        leaves = zip(inputs.leaves, inputs.needs, strict=True)
-        ctx.dtypes = [gradient_dtype(x) if needed and x is not None else None for x, needed in leaves]
-        ctx.mark_non_differentiable(found)
-        ctx.set_materialize_grads(False)
+        save_gradients(ctx, inputs.leaves, inputs.needs, inputs.backend, inputs.denominator, gradients, found)
         return loss, found
 
     @staticmethod
@@ -247,18 +242,7 @@ class LinearTopkKL(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Return the saved gradients, scaled by the upstream gradient."""
-        results: dict[str, Tensor | None] = dict.fromkeys(NAMES)
-        if grad_loss is None:
-            return tuple(results.values())
-        if checks.is_eager(grad_loss):
-            if torch.is_grad_enabled():
-                refuse(ctx)  # create_graph=True: the gradients are constants
-            checks.first_backward(ctx, "linear_topk_kl")
-        denominator, *gradients = ctx.saved_tensors
-        for name, gradient, dtype, needed in zip(HeadInputs._fields, gradients, ctx.dtypes, ctx.needs, strict=True):
-            if needed:
-                results[name] = scaled(gradient, grad_loss / denominator, dtype, ctx.backend)
-        return tuple(results.values())
+        return scaled_gradients(ctx, grad_loss, "linear_topk_kl", NAMES, HeadInputs._fields, lambda x: x)
 
 
 _op = define_record("linear_topk_kl", Inputs, _forward, _fake)
