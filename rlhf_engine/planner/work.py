@@ -113,8 +113,11 @@ def _score(w: Workload) -> float:
         reference += max(whole(policy), policy * passes * _machine(w).from_host * w.weight_bytes / 4)
     else:
         reference += whole(policy)
-    others = [w.reward] * (w.reward is not None) + [w.reward or w.policy] * (w.value == "backbone")
-    roles = sum(whole(one.layer_matrices) + tokens * _adapter(w) * _per_token(w) for one in others if one is not None)
+    roles = 0.0
+    if w.reward is not None:
+        roles += whole(w.reward.layer_matrices) + w.reward_adapter * tokens * _adapter(w) * _per_token(w)
+    if w.value == "backbone":
+        roles += whole((w.reward or w.policy).layer_matrices) + tokens * _adapter(w) * _per_token(w)
     return reference + roles
 
 
