@@ -1,5 +1,7 @@
 """Sampling from models with recurrent states: their own forward pass, slots that are reused and moved, memory, refusals."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from transformers import cache_utils
@@ -8,6 +10,7 @@ from benchmarks.families.configs import build
 from benchmarks.families.recurrent import DENSE, EXPERTS, WINDOWED
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic
+from rlhf_engine.rollout import Rollout
 from rlhf_engine.rollout.decode import protocol
 from rlhf_engine.rollout.decode.recurrent import RecurrentDecoder
 from tests.engine.helpers.recurrent_models import recurrent, recurrent_actor, reference_of
@@ -16,6 +19,7 @@ from tests.engine.helpers.sampling import make_generator, make_prompts, same_seq
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
 CASES = [(kind, family, settings) for kind in (DENSE, EXPERTS, WINDOWED) for family, settings in kind.items()]
+SHORT = {"max_response_tokens": 8}
 NAMES = [
     f"{family}-{['dense', 'experts', 'windowed'][[DENSE, EXPERTS, WINDOWED].index(kind)]}" for kind, family, _ in CASES
 ]
@@ -29,15 +33,32 @@ def own_logprobs(model, rollout, row):
     return logits.log_softmax(-1).gather(-1, ids[0, prompt:, None])[:, 0]
 
 
-@pytest.mark.parametrize("kind, family, settings", CASES, ids=NAMES)
-def test_logprobs_are_those_of_the_models_own_forward_pass(kind, family, settings, monkeypatch):
-    """Eleven prompts of different lengths in four slots, which are reused and moved, next to longer ones."""
+@dataclass(frozen=True)
+class Sampled:
+    family: str
+    settings: dict
+    actor: ActorCritic
+    prompts: list
+    rollout: Rollout
+    """In the order of `prompts`, from four slots, which were reused and moved."""
+
+
+@pytest.fixture(scope="module", params=CASES, ids=NAMES)
+def sampled(request):
+    """Eleven prompts of different lengths, sampled in four slots."""
     moved, move = [], RecurrentDecoder.move
-    monkeypatch.setattr(RecurrentDecoder, "move", lambda self, *rest: moved.append(rest) or move(self, *rest))
+    _, family, settings = request.param
     actor, prompts = recurrent_actor(family, settings), make_prompts(11)
-    rollout = make_generator(actor, batch_size=4).generate(prompts, torch.arange(11))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecurrentDecoder, "move", lambda self, *rest: moved.append(rest) or move(self, *rest))
+        rollout = make_generator(actor, batch_size=4, **SHORT).generate(prompts, torch.arange(11))
     assert moved
-    double = reference_of(actor.model, family, settings)
+    return Sampled(family, settings, actor, prompts, rollout)
+
+
+def test_logprobs_are_those_of_the_models_own_forward_pass(sampled):
+    actor, rollout = sampled.actor, sampled.rollout
+    double = reference_of(actor.model, sampled.family, sampled.settings)
     for row in range(11):
         n = int(rollout.response_lengths[row])
         exact, single = own_logprobs(double, rollout, row), own_logprobs(actor.model, rollout, row)
@@ -49,19 +70,14 @@ def test_logprobs_are_those_of_the_models_own_forward_pass(kind, family, setting
         assert error <= allowed, (row, error, allowed)
 
 
-@pytest.mark.parametrize(
-    "family, settings", [*DENSE.items(), *EXPERTS.items()], ids=[*DENSE, *(f"{name}-experts" for name in EXPERTS)]
-)
-def test_a_sequence_does_not_depend_on_its_batch(family, settings):
-    """The bits of a sequence are those of batches of 1, 4 and 16, in order and shuffled."""
-    count = 20 if family in DENSE and settings is DENSE[family] else 8
-    actor, prompts = recurrent_actor(family, settings), make_prompts(count)
-    whole = make_generator(actor).generate(prompts, torch.arange(count))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
-    few = make_generator(actor, batch_size=4).generate([prompts[i] for i in order], order)
-    assert all(same_sequence(whole, int(i), few, j) for j, i in enumerate(order))
-    single = make_generator(actor, batch_size=1).generate(prompts[:4], torch.arange(4))
-    assert all(same_sequence(whole, i, single, i) for i in range(4))
+def test_a_sequence_does_not_depend_on_its_batch(sampled):
+    """The bits of a sequence from four slots are those of a shuffled batch of eleven and of one slot."""
+    actor, prompts = sampled.actor, sampled.prompts
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
+    whole = make_generator(actor, **SHORT).generate([prompts[i] for i in order], order)
+    assert all(same_sequence(sampled.rollout, int(i), whole, j) for j, i in enumerate(order))
+    single = make_generator(actor, batch_size=1, **SHORT).generate(prompts[:2], torch.arange(2))
+    assert all(same_sequence(sampled.rollout, i, single, i) for i in range(2))
 
 
 WIDE = {
@@ -77,10 +93,10 @@ WIDE = {
 
 @pytest.mark.parametrize("family", WIDE)
 def test_wide_layers_do_not_depend_on_the_batch(family):
-    actor, prompts = recurrent_actor(family, **WIDE[family]), make_prompts(80, longest=8)
-    generator = make_generator(actor, batch_size=64, max_response_tokens=6)
-    whole = generator.generate(prompts, torch.arange(80))
-    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))[:71]
+    actor, prompts = recurrent_actor(family, **WIDE[family]), make_prompts(70, longest=8)
+    generator = make_generator(actor, batch_size=64, max_response_tokens=4)
+    whole = generator.generate(prompts, torch.arange(70))
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))[:61]
     shuffled = generator.generate([prompts[i] for i in order], order)
     assert all(same_sequence(whole, int(i), shuffled, j) for j, i in enumerate(order))
 
@@ -120,8 +136,8 @@ def test_fewer_slots_fit_into_fewer_bytes():
 def test_half_precision_sampling_is_close_to_a_forward_pass():
     for family in ("falcon_h1", "lfm2", "mamba", "falcon_mamba"):
         actor = ActorCritic(recurrent(family, initializer_range=0.1).to(torch.bfloat16))
-        rollout = make_generator(actor, batch_size=4).generate(make_prompts(8), torch.arange(8))
-        for row in range(8):
+        rollout = make_generator(actor, batch_size=4, **SHORT).generate(make_prompts(6), torch.arange(6))
+        for row in range(6):
             own = own_logprobs(actor.model, rollout, row).float()
             assert (rollout.logprobs[row, : len(own)] - own).abs().max() < 0.15
 
