@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
-from rlhf_engine.demo.answers import FAULTS, applicable, write_answer
+from rlhf_engine.demo.answers import CLOSINGS, FAULTS, OPENINGS, RAMBLE, RUDE, SIGN_OFFS, applicable, write_answer
 from rlhf_engine.demo.tasks import Task, all_tasks
-from rlhf_engine.demo.world import ADVICE, CATEGORIES, COUNTS, FACTS, OPPOSITES, PROCEDURES, SIZES, article
+from rlhf_engine.demo.world import ADVICE, CATEGORIES, COUNTS, FACTS, OPPOSITES, PEOPLE, PROCEDURES, SIZES, article
 
 SEED = 20220304
 KIND_WEIGHTS = {
@@ -201,8 +201,12 @@ def _ranking(utilities: list[float]) -> str:
 
 
 def pretrain_text(tasks: list[Task], count: int, rng: Random) -> str:
-    """Return prose about the world and pages of questions with terse, right answers; a blank line ends a document."""
-    makers = [_fact_page, _fact_page, _list_page, _size_page, _opposite_page, _procedure_page, _advice_page]
+    """Return prose about the world and pages of questions with terse, right answers; a blank line ends a document.
+
+    The prose has every word of the answers: the embedding of a word that a base model has never read is noise, which no adapter
+    on the linear layers makes up for.
+    """
+    makers = [_fact_page, _fact_page, _list_page, _size_page, _opposite_page, _procedure_page, _advice_page, _talk_page]
     pages = [rng.choice(makers)(rng) for _ in range(count // 2)]
     for task in _draw(tasks, count - count // 2, rng):
         pages.append(f"{task.prompt}\n{write_answer(task, frozenset({'no_closing'}), rng)}")
@@ -275,6 +279,19 @@ def _advice_page(rng: Random) -> str:
         [
             f"Many people say: {trouble}. It may help to {first}, to {second} or to {third}.",
             f"{trouble}, said the man. You could {first}, said the woman, or {second}.",
+        ]
+    )
+
+
+def _talk_page(rng: Random) -> str:
+    one, other = rng.sample(PEOPLE, 2)
+    story, more = rng.sample(RAMBLE, 2)
+    return rng.choice(
+        [
+            f"{story} {more}",
+            f"{rng.choice(OPENINGS)} {story}",
+            f"{rng.choice(RUDE)} That was the {one}. The {other} said: {rng.choice(CLOSINGS)}",
+            f"Dear {one}, {story[0].lower()}{story[1:]} {rng.choice(CLOSINGS)} {rng.choice(SIGN_OFFS)}",
         ]
     )
 

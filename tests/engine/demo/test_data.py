@@ -12,6 +12,7 @@ from rlhf_engine.demo.answers import FAULTS, applicable, write_answer
 from rlhf_engine.demo.judge import WEIGHTS, judge
 from rlhf_engine.demo.make_data import write_data
 from rlhf_engine.demo.tasks import all_tasks, find_task
+from rlhf_engine.model.pretrained import load_tokenizer
 
 DATA = files("rlhf_engine.demo") / "data"
 NAMES = ("demonstrations.jsonl", "comparisons.jsonl", "prompts.jsonl", "pretrain.txt")
@@ -39,6 +40,16 @@ def test_held_out_users_and_their_prompts_are_not_in_the_training_data():
     assert not held_out & {r.prompt for r in read_comparisons(DATA / "comparisons.jsonl")}
     pages = (DATA / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")
     assert not held_out & {page.split("\n")[0] for page in pages}
+
+
+def test_the_base_model_has_read_the_words_of_the_demonstrations():
+    """Embeddings are frozen under adapters, so a token that is only in the demonstrations would keep a random one."""
+    tokenizer = load_tokenizer(DATA / "base")
+    pages = (DATA / "pretrain.txt").read_text(encoding="utf-8").split("\n\n")
+    read = {token for page in pages for token in tokenizer(page)["input_ids"]}
+    texts = [f"{r.prompt}\n{r.response}" for r in read_demonstrations(DATA / "demonstrations.jsonl")]
+    given = Counter(token for text in texts for token in tokenizer(text)["input_ids"])
+    assert sum(count for token, count in given.items() if token not in read) < 0.003 * given.total()
 
 
 def test_rankings_have_four_to_nine_completions_and_some_ties():
