@@ -2,8 +2,8 @@
 
 Ratios are near 1 and probabilities near 0, so no objective rejects a token by itself: all compute as many rows as `clip`,
 except in the cases where `importance_weights` rejects 4 of 5 tokens, by its mask (no product) or by weights of 0 (one product
-of three). A function and a ratio per sequence need the log-probs of all rows first: a fourth product. Memory is peak RSS above
-inputs, weight and their gradients.
+of three). A function needs the log-probs of all rows first: a fourth product. Memory is peak RSS above inputs, weight and their
+gradients.
 
 N tokens as B sequences of 128, H hidden, V vocabulary.
 """

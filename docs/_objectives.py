@@ -91,6 +91,6 @@ def _options(objective: str) -> str:
 
 
 def _products(objective: str) -> str:
-    return (
-        "4" if objective in OF_SEQUENCES else "3; 4 with `ratio_level='sequence'`" if objective in WITH_LEVEL else "3"
-    )
+    if objective in OF_SEQUENCES:
+        return "3; 4 for long sequences"
+    return "3; 4 for long sequences with `ratio_level='sequence'`" if objective in WITH_LEVEL else "3"

@@ -9,12 +9,13 @@ Legend: N tokens.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .._options import ObjectiveFunction
+from .._options import ObjectiveFunction, PPOArguments
 from . import checks
 
 
@@ -120,3 +121,24 @@ def _evaluate(
 
 evaluate: Callable[..., Evaluated] = cast(Callable[..., Evaluated], torch.compiler.disable(_evaluate))
 """`_evaluate`, which a compiler runs eagerly: it cannot trace the derivative of a function within a graph."""
+
+
+def linearised(
+    args: PPOArguments,
+    logprobs: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    row_weight: Tensor | None,
+) -> tuple[PPOArguments, Tensor, Tensor]:
+    """Return the arguments and the advantages of `policy_gradient` with the derivatives of a custom objective, and its sum."""
+    assert callable(args.objective) and logprobs is not None
+    weight = row_weight
+    if args.weights is not None:
+        weights = checks.flat(args.weights)
+        weight = weights if row_weight is None else weights * row_weight
+    constants = logprobs.reshape(-1).float(), old_logprobs.float(), advantages.float(), mask
+    total, slope = evaluate(args.objective, args.objective_inputs or {}, *constants, weight)
+    if row_weight is not None:
+        slope = slope / row_weight  # the kernels multiply by it
+    return replace(args, objective="policy_gradient", weights=None), -slope, total

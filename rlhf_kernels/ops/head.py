@@ -11,7 +11,7 @@ that have a gradient. On a GPU without `compact` all rows are in the products, a
 Legend: N tokens, M rows in the loop, V vocabulary, H hidden, R rank of the low-rank term.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast, overload
 
@@ -191,12 +191,12 @@ class Results(NamedTuple):
 class HeadGradients:
     """Gradients of the head's inputs, summed over chunks and not divided by the loss's denominator."""
 
-    def __init__(self, kernels: Kernels, head: Head, n: int, rows: HeadRows, plan: Plan, needs: Needs):
+    def __init__(self, kernels: Kernels, head: Head, n: int, plan: Plan, needs: Needs):
         self.kernels: Kernels = kernels
         self.head: Head = head
-        self.rows: HeadRows = rows
-        self.wide: bool = plan.wide
-        device, low = rows.hidden.device, head.low_weight
+        self.plan: Plan = plan
+        self.needs: Needs = needs
+        device, low = head.weight.device, head.low_weight
         # Rows without a gradient are never written, so they must be zero at the start.
         self.hidden: Tensor | None = torch.zeros(n, head.width, device=device) if needs.hidden else None
         self.weight: Tensor | None = None
@@ -210,13 +210,14 @@ class HeadGradients:
             self.low_weight = torch.zeros(low.shape, device=device) if needs.low_weight else None
         self.first: bool = True
 
-    def add_rows(self, dlogits: Tensor, rows: Tensor | slice) -> None:
-        """Add the part of `rows`, m of the M rows, to all gradients except the weight's, from `dlogits` (m, V)."""
-        weight, in_place = self.head.weight, isinstance(rows, slice) and self.rows.index is None and self.wide
+    def add_rows(self, dlogits: Tensor, of: HeadRows, rows: Tensor | slice) -> None:
+        """Add the part of `rows`, m of the M rows `of`, to all gradients except the weight's, from `dlogits` (m, V)."""
+        weight, in_place = self.head.weight, isinstance(rows, slice) and of.index is None and self.plan.wide
+        target = rows if of.index is None else of.index[rows]  # the indices among the N rows
         if self.hidden is not None and in_place and isinstance(weight, Tensor):
             product(dlogits, weight, self.hidden[rows])
         elif self.hidden is not None:
-            self.hidden[self._target(rows)] = self.head.hidden_gradient(dlogits, self._dtype(dlogits)).float()
+            self.hidden[target] = self.head.hidden_gradient(dlogits, self._dtype(dlogits)).float()
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=torch.float32)
         low = self.head.low_weight
@@ -224,15 +225,15 @@ class HeadGradients:
             assert low is not None
             part = torch.empty(len(dlogits), low.shape[1], dtype=self._dtype(dlogits), device=dlogits.device)
             product(dlogits, low, part)
-            self.states[self._target(rows)] = part.float()
+            self.states[target] = part.float()
         if self.low_weight is not None:
-            assert self.rows.states is not None
-            self._add_outer(self.low_weight, dlogits, self.rows.states[rows], first=False)
+            assert of.states is not None
+            self._add_outer(self.low_weight, dlogits, of.states[rows], first=False)
 
-    def add_weight(self, dlogits: Tensor, rows: Tensor | slice) -> None:
-        """Add the part of `rows`, m of the M rows, to the gradient of the weight, from `dlogits` (m, V)."""
+    def add_weight(self, dlogits: Tensor, of: HeadRows, rows: Tensor | slice) -> None:
+        """Add the part of `rows`, m of the M rows `of`, to the gradient of the weight, from `dlogits` (m, V)."""
         assert self.weight is not None
-        self._add_outer(self.weight, dlogits, self.rows.hidden[rows], first=self.first)
+        self._add_outer(self.weight, dlogits, of.hidden[rows], first=self.first)
         self.first = False
 
     def results(self) -> Results:
@@ -243,17 +244,13 @@ class HeadGradients:
 
     def _dtype(self, dlogits: Tensor) -> torch.dtype:
         """Return the dtype of the products with `dlogits`, which the CPU's library rounds to its factors' dtype."""
-        return torch.float32 if self.wide else dlogits.dtype
-
-    def _target(self, rows: Tensor | slice) -> Tensor | slice:
-        """Return the indices of `rows` among the N rows."""
-        return rows if self.rows.index is None else self.rows.index[rows]
+        return torch.float32 if self.plan.wide else dlogits.dtype
 
     def _add_outer(self, total: Tensor, dlogits: Tensor, factor: Tensor, *, first: bool) -> None:
         """Compute `total += dlogits.T @ factor`, or set `total` to it if `first`."""
         transposed = dlogits.t()
         apart = not weights.has_products(dlogits.dtype, dlogits.device.type)
-        if self.wide or total.dtype == dlogits.dtype or apart:
+        if self.plan.wide or total.dtype == dlogits.dtype or apart:
             product(transposed, factor, total, add=not first)
             return
         if dlogits.dtype == torch.float16:
@@ -300,31 +297,37 @@ def head_gradients(
     epilogue: Epilogue,
 ) -> Results:
     """Return the gradients of one pass over the rows, which computes logits, `epilogue` and backward products."""
-    gradients = HeadGradients(kernels, head, n, rows, plan, needs)
+    gradients = HeadGradients(kernels, head, n, plan, needs)
+    add_gradients(gradients, rows, rows.chunks(plan.step), epilogue)
+    return gradients.results()
+
+
+def add_gradients(gradients: HeadGradients, rows: HeadRows, blocks: Iterable[slice], epilogue: Epilogue) -> None:
+    """Add the gradients of one pass over consecutive `blocks` of rows, each at most as long as the buffer of logits."""
+    head, plan, needs = gradients.head, gradients.plan, gradients.needs
     buffer = _buffer(head, rows, plan, keep=needs.weight)
     dlogits = front_of(buffer, rows.hidden.dtype)
     held: list[Tensor | slice] = []  # the rows whose gradients are stored at the front of the buffer
     filled = 0
-    for chunk in rows.chunks(plan.step):
-        size = chunk.stop - chunk.start
+    for block in blocks:
+        size = block.stop - block.start
         if held and filled + max(size, plan.pad_to) > len(buffer):
-            gradients.add_weight(dlogits[:filled], _joined(held))
+            gradients.add_weight(dlogits[:filled], rows, _joined(held))
             held, filled = [], 0
-        logits = rows.logits(head, chunk, buffer[filled:], plan.pad_to)
+        logits = rows.logits(head, block, buffer[filled:], plan.pad_to)
         gradient = dlogits[filled : filled + size]
-        active = epilogue(rows.logit_rows(logits, chunk), chunk, gradient)
-        front, kept = chunk, size
+        active = epilogue(rows.logit_rows(logits, block), block, gradient)
+        front, kept = block, size
         if plan.compact:
-            front = kernels.compact_rows(gradient, active) + chunk.start
+            front = gradients.kernels.compact_rows(gradient, active) + block.start
             kept = len(front)
         if kept:
-            gradients.add_rows(gradient[:kept], front)
+            gradients.add_rows(gradient[:kept], rows, front)
             if needs.weight:
                 held.append(front)
                 filled += kept
     if held:
-        gradients.add_weight(dlogits[:filled], _joined(held))
-    return gradients.results()
+        gradients.add_weight(dlogits[:filled], rows, _joined(held))
 
 
 def front_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -339,40 +342,41 @@ def _joined(held: list[Tensor | slice]) -> Tensor | slice:
     return torch.cat(cast(list[Tensor], held))  # all are tensors, or all slices
 
 
-def ppo_pass(
-    kernels: Kernels, head: Head, rows: HeadRows, ppo: PpoRows, n: int, plan: Plan, needs: Needs
-) -> tuple[RowStats, Results]:
-    """Return statistics and gradients of one pass, for an objective whose gradient in a row depends on that row only."""
-    stats = RowStats.empty(len(rows.ids), rows.hidden.device)
+def row_pass(gradients: HeadGradients, rows: HeadRows, ppo: PpoRows) -> RowStats:
+    """Add the gradients for an objective whose gradient in a row depends on that row only; return the rows' statistics."""
+    plan, stats = gradients.plan, RowStats.empty(len(rows.ids), rows.hidden.device)
     if rows.index is not None:
         ppo = ppo.rows(rows.index)
 
     def epilogue(x: LogitRows, chunk: slice, out: Tensor) -> Tensor:
         part = RowStats.empty(chunk.stop - chunk.start, rows.hidden.device)
-        active = kernels.ppo_epilogue(x, part, ppo.rows(chunk), out)
+        active = gradients.kernels.ppo_epilogue(x, part, ppo.rows(chunk), out)
         stats.buffer[:, chunk] = part.buffer
         return active
 
-    return stats, head_gradients(kernels, head, rows, n, plan, needs, epilogue)
+    add_gradients(gradients, rows, rows.chunks(plan.step), epilogue)
+    return stats
 
 
-def given_pass(
+def given_epilogue(
     kernels: Kernels,
-    head: Head,
-    rows: HeadRows,
     stats: RowStats,
     grad_logprobs: Tensor | None,  # (M,)
     grad_entropy: Tensor | None,  # (M,)
-    n: int,
-    plan: Plan,
-    needs: Needs,
-) -> Results:
-    """Return the gradients for given upstream gradients of log-probs and entropies; the logits are computed again."""
+) -> Epilogue:
+    """Return the epilogue for known statistics and upstream gradients of log-probs and entropies."""
 
     def epilogue(x: LogitRows, chunk: slice, out: Tensor) -> Tensor:
         g, h = (None if y is None else y[chunk].contiguous() for y in (grad_logprobs, grad_entropy))
-        kernels.token_logprobs_backward(x, RowStats(stats.buffer[:, chunk].contiguous()), out, g, h)
-        zero = torch.zeros(len(x.ids), dtype=torch.bool, device=x.ids.device)
-        return (zero if g is None else g != 0) | (zero if h is None else h != 0)
+        return write_gradient(kernels, x, RowStats(stats.buffer[:, chunk].contiguous()), g, h, out)
 
-    return head_gradients(kernels, head, rows, n, plan, needs, epilogue)
+    return epilogue
+
+
+def write_gradient(
+    kernels: Kernels, x: LogitRows, stats: RowStats, g: Tensor | None, h: Tensor | None, out: Tensor
+) -> Tensor:
+    """Write the gradient of the logits to `out` and return which rows have one, (m,) bool."""
+    kernels.token_logprobs_backward(x, stats, out, g, h)
+    zero = torch.zeros(len(x.ids), dtype=torch.bool, device=x.ids.device)
+    return (zero if g is None else g != 0) | (zero if h is None else h != 0)

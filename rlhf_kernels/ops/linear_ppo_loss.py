@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from .._options import PPOOptions
-from ..backend import Kernels, define_record, kernels, refuse, resolve
+from ..backend import define_record, kernels, refuse, resolve
 from ..launch_args import METRICS, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
-from .head import HeadRows, Needs, Plan, Results, given_pass, head_stats, ppo_pass
+from .head import HeadGradients, HeadRows, Needs, Plan, row_pass
 from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, stats_of, under_autocast
 from .objective import Denominators, ObjectiveTerms, as_loss
-from .weights import Head, LowRank, QuantisedWeight
+from .sequence_pass import add_given, sequence_pass
+from .weights import LowRank, QuantisedWeight
 
 VALUE_ROWS = 1024
 """Number of hidden states that the value head casts to float32 at a time."""
@@ -63,8 +64,12 @@ def linear_ppo_loss(
     products. On a GPU they are zeros in the products; `compact=True` leaves them out, but then the host waits for the
     device once per call and once per chunk, and the call cannot be captured in a CUDA graph. `chunk_tokens` is the
     number of rows per chunk (None: chosen from the sizes). `compact` and `chunk_tokens` change memory and time but no
-    result; the reference backend computes all logits at once and ignores both. A ratio per sequence, and a function as
-    objective, need a pass for the log-probs first.
+    result; the reference backend computes all logits at once and ignores both.
+
+    With a ratio per sequence, chunks are whole sequences. A sequence with more unmasked rows than a chunk
+    (`head_workspace_bytes` has the sizes) needs a pass for its log-probs first: its rows cost a fourth product. So do all
+    rows if the objective is a function, and, on a GPU without `compact`, all packed sequences, because the host does not
+    know where they begin, and padded sequences that are longer than a chunk.
 
     Source: as `ppo_loss`.
 
@@ -194,46 +199,34 @@ NAMES = names_of(Inputs)
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     leaves, terms, needs, values = x.leaves, x.terms, x.needed(), x.leaves.values
     hidden, n, launch, plan = leaves.head.hidden, len(x.ids), kernels(x.backend), x.plan()
-    rows = HeadRows.of(hidden, leaves.head.states, x.ids, x.transform, terms.mask, gather=plan.compact)
+    gradients = HeadGradients(
+        launch, x.storage.head(leaves.head), n, plan, Needs(*(needs[name] for name in Needs._fields))
+    )
+
+    def take(keep: Tensor) -> HeadRows:
+        return HeadRows.of(hidden, leaves.head.states, x.ids, x.transform, keep, gather=plan.compact)
+
     if leaves.value_weight is not None:
         values = value_forward(hidden, leaves.value_weight, leaves.value_bias, terms.value_mask)
-    head = x.storage.head(leaves.head)
-    targets = [None if y is None else y.contiguous() for y in (values, x.old_values, x.returns)]
-    needs_head = Needs(*(needs[name] for name in Needs._fields))
-    if terms.sequence_level or x.stats is not None:
-        stats = RowStats(rows.spread(head_stats(launch, head, rows, plan).buffer, n) if x.stats is None else x.stats)
-        slope, value_slope, sums = terms.sums(launch, stats.logprobs, stats.entropy, *targets)
-        results = _given_pass(x, launch, head, rows, stats, slope, plan, needs_head)
+    if x.stats is not None:
+        stats = RowStats(x.stats)
+    elif terms.sequence_level:
+        stats = sequence_pass(gradients, take, terms)
     else:
-        stats, results = ppo_pass(launch, head, rows, terms.ppo, n, plan, needs_head)
-        _, value_slope, sums = _objective(launch, terms, rows, stats, n, targets)
-    gradients = (*results, *_value_backward(leaves, value_slope, results.hidden, terms, needs))
+        rows = take(terms.mask)
+        stats = RowStats(rows.spread(row_pass(gradients, rows, terms.ppo).buffer, n))
+    targets = [None if y is None else y.contiguous() for y in (values, x.old_values, x.returns)]
+    slope, value_slope, sums = terms.sums(launch, stats.logprobs, stats.entropy, *targets)
+    if x.stats is not None and any(gradients.needs):
+        add_given(gradients, take, terms, stats, slope, terms.mask)
+    results = gradients.results()
+    all_gradients = (*results, *_value_backward(leaves, value_slope, results.hidden, terms, needs))
     d_hidden, d_weight, d_bias, d_states, d_low_weight, d_value_weight, d_value_bias, d_values = (
-        hidden.new_empty(0) if g is None else g for g in gradients
+        hidden.new_empty(0) if g is None else g for g in all_gradients
     )
     of_head = d_hidden, d_weight, d_bias, d_states, d_low_weight
     loss = terms.loss(sums, valued=values is not None)
     return loss, terms.metrics(sums), *of_head, d_value_weight, d_value_bias, d_values
-
-
-def _given_pass(
-    x: Inputs, kernels: Kernels, head: Head, rows: HeadRows, stats: RowStats, slope: Tensor, plan: Plan, needs: Needs
-) -> Results:
-    """Return the gradients for the slopes of all N tokens; rows without a gradient are left out if the plan is compact."""
-    entropy_slope, inputs = x.terms.entropy_slope(), x.leaves.head
-    if plan.compact:
-        active = slope != 0 if entropy_slope is None else (slope != 0) | (entropy_slope != 0)
-        rows = HeadRows.of(inputs.hidden, inputs.states, x.ids, x.transform, active & x.terms.mask)
-    taken = RowStats(rows.take(stats.buffer)), rows.take(slope), rows.take(entropy_slope)
-    return given_pass(kernels, head, rows, *taken, len(x.ids), plan, needs)
-
-
-def _objective(
-    kernels: Kernels, terms: ObjectiveTerms, rows: HeadRows, stats: RowStats, n: int, targets: list[Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return slopes and sums of all N tokens from the statistics of `rows`; `targets` are values, old values, returns."""
-    logprobs, entropy = rows.spread(stats.buffer[:2], n)
-    return terms.sums(kernels, logprobs, entropy, *targets)
 
 
 def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:

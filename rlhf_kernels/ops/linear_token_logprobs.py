@@ -20,7 +20,7 @@ from ..launch_args import (
     unflatten,
 )
 from . import checks
-from .head import HeadRows, Needs, Plan, given_pass, head_stats
+from .head import HeadRows, Needs, Plan, given_epilogue, head_gradients, head_stats
 from .weights import Head, LowRank, QuantisedWeight
 
 
@@ -295,7 +295,8 @@ def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     g, h = (None if y is None else rows.take(y) / largest for y in (g, h))
     kept = RowStats(x.stats if rows.index is None else x.stats[:, rows.index])
     launch, head = kernels(x.inputs.backend), x.inputs.storage.head(x.inputs.head)
-    results = given_pass(launch, head, rows, kept, g, h, n, x.inputs.plan(), Needs(*x.needs))
+    epilogue = given_epilogue(launch, kept, g, h)
+    results = head_gradients(launch, head, rows, n, x.inputs.plan(), Needs(*x.needs), epilogue)
     d_hidden, d_weight, d_bias, d_states, d_low_weight = (
         hidden.new_empty(0) if y is None else launch.scale_cast(y, largest, torch.float32 if wide else hidden.dtype)
         for y, wide in zip(results, x.unrounded, strict=True)

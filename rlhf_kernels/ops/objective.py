@@ -3,7 +3,6 @@
 Legend: B sequences, T positions, N tokens.
 """
 
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, NamedTuple
@@ -216,27 +215,6 @@ def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
     return torch.full((), given if given > 0 else 1, dtype=torch.float32, device=mask.device)
 
 
-def _linearised(
-    args: PPOArguments,
-    logprobs: Tensor | None,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    row_weight: Tensor | None,
-) -> tuple[PPOArguments, Tensor, Tensor]:
-    """Return the arguments and the advantages of `policy_gradient` with the derivatives of a custom objective, and its sum."""
-    assert callable(args.objective) and logprobs is not None
-    weight = row_weight
-    if args.weights is not None:
-        weights = checks.flat(args.weights)
-        weight = weights if row_weight is None else weights * row_weight
-    constants = logprobs.reshape(-1).float(), old_logprobs.float(), advantages.float(), mask
-    total, slope = custom_objective.evaluate(args.objective, args.objective_inputs or {}, *constants, weight)
-    if row_weight is not None:
-        slope = slope / row_weight  # the kernels multiply by it
-    return replace(args, objective="policy_gradient", weights=None), -slope, total
-
-
 class ObjectiveTerms(NamedTuple):
     """The options of one call as arguments of a registered op: flat tensors (N,), numbers, and choices as their index."""
 
@@ -280,7 +258,7 @@ class ObjectiveTerms(NamedTuple):
         one = torch.ones((), device=mask.device)
         custom_sum = None
         if callable(args.objective):
-            args, advantages, custom_sum = _linearised(
+            args, advantages, custom_sum = custom_objective.linearised(
                 args, logprobs, old_logprobs, advantages, mask, policy.row_weight
             )
         scalars = PpoScalars.of(args)
@@ -319,6 +297,11 @@ class ObjectiveTerms(NamedTuple):
         return PpoRows(self.scalars, *constants)
 
     @property
+    def sequences(self) -> Sequences:
+        """The bounds of the sequences."""
+        return Sequences(self.num_sequences, self.length, self.cu_seqlens)
+
+    @property
     def denominators(self) -> Denominators:
         """The denominators by name."""
         return Denominators(*self.stacked_denominators)
@@ -335,7 +318,7 @@ class ObjectiveTerms(NamedTuple):
         """Return d loss / d log-prob and d value loss / d value, times their denominators, and the kernels' sums."""
         slope, value_slope, sums = kernels.ppo_loss(
             ppo=self.ppo,
-            sequences=Sequences(self.num_sequences, self.length, self.cu_seqlens),
+            sequences=self.sequences,
             sequence_level=self.sequence_level,
             mask=self.mask,
             logprobs=logprobs,
@@ -349,6 +332,17 @@ class ObjectiveTerms(NamedTuple):
         if self.custom_sum is not None:
             sums[_PLACE["policy"]] = self.custom_sum
         return slope, value_slope, sums
+
+    def slope(self, kernels: Kernels, logprobs: Tensor) -> Tensor:
+        """Return d loss / d log-prob of each token, times the policy's denominator."""
+        return self.sums(kernels, logprobs, None, None, None, None)[0]
+
+    def rows(self, index: Tensor | slice, sequences: Sequences) -> "ObjectiveTerms":
+        """Return the terms, except the value loss, of the tokens that `index` selects, which are `sequences`."""
+        names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight", "mask")
+        taken = {name: x[index].contiguous() for name in names if (x := getattr(self, name)) is not None}
+        bounds = {"num_sequences": sequences.count, "length": sequences.length, "cu_seqlens": sequences.cu_seqlens}
+        return self._replace(**taken, **bounds)
 
     def loss(self, sums: Tensor, *, valued: bool) -> Tensor:
         """Return the scalar loss from the kernels' sums; `valued` states whether there are value predictions.
