@@ -10,9 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if find_spec("triton"):
-        from benchmarks.gpu.interpreter import patch_language_once_per_launch
+        from benchmarks.gpu.interpreter import speed_up_interpreter
 
-        patch_language_once_per_launch()
+        speed_up_interpreter()
 # cuBLAS requires this setting in a process that uses deterministic algorithms of torch, as the kernel tests do.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
