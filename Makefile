@@ -10,7 +10,8 @@ PEERS := .venv-peers
 PACKAGE := build/package
 OLDEST := build/oldest
 
-.PHONY: demo figure test test-oldest test-peers lint compile-check bench bench-env build package docs clean
+.PHONY: demo figure test test-oldest test-peers lint lint-text lint-types lint-public \
+	compile-check bench bench-env build package docs clean
 
 demo: build
 	$(BIN)/rlhf demo --output runs/demo --overwrite
@@ -33,11 +34,18 @@ $(OLDEST)/.built: build constraints-oldest.txt
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
 	touch $@
 
-lint: build
+lint: lint-text lint-types lint-public
+
+lint-text: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.wording
+
+lint-types: build
 	$(BIN)/pyright
+
+# The types of the public API are complete.
+lint-public: build
 	PATH=$(BIN):$$PATH PYTHONPATH=. $(BIN)/pyright --verifytypes rlhf_kernels --ignoreexternal
 
 # Compile every GPU kernel for real chips, without a GPU: registers, spills, stack frames.
