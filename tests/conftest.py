@@ -18,9 +18,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 SLOWEST = (
-    "test_gpu_linear_ppo_loss", "test_gpu_suite", "test_cuda_emulated", "test_loops", "test_gpu_token_logprobs",
-    "test_gpu_gae", "test_gpu_rollout_advantages", "test_gpu_sample_tokens", "test_iterate", "test_figure", "test_gae",
-    "test_cuda_emulated_logits", "test_head_forms", "test_linear_ppo_loss", "test_stages", "test_phase_peaks",
+    "test_head_forms", "test_gpu_suite", "test_killed", "test_gpu_linear_ppo_loss", "test_loops", "test_cuda_emulated",
+    "test_iterate", "test_stages", "test_gpu_token_logprobs", "test_gpu_rollout_advantages", "test_gpu_sample_tokens",
+    "test_phase_peaks", "test_figure", "test_linear_ppo_loss", "test_gae", "test_cuda_emulated_logits", "test_gpu_gae",
     "test_gpu_ppo_loss",
 )  # fmt: skip
 """Modules that take many seconds. They run first, so that at the end no worker is busy with one while the others are idle."""
