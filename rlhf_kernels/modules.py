@@ -1,8 +1,9 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 # torch does not declare the types of the hooks of a state dict, nor this module those of peft.
-"""The output layer of a language model: log-probs and the PPO loss from hidden states, without [N, V] logits.
+"""The output layer of a language model: log-probs and losses from hidden states, without [N, V] logits.
 
-Legend: B sequences, T positions, N tokens, K tokens to score, V vocabulary, H hidden, R rank of all active adapters.
+Legend: B sequences, T positions, N tokens, K tokens to score or in a teacher's list, V vocabulary, H hidden, R rank of all
+active adapters.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ from torch.nn import functional as F
 
 from ._options import PPOOptions
 from .launch_args import PPOLoss, TokenLogprobs, Transform
-from .ops import checks, linear_ppo_loss, linear_token_logprobs
+from .ops import checks, linear_ppo_loss, linear_token_logprobs, linear_topk_kl
 from .ops.weights import LowRank, QuantisedWeight, unmasked
-from .output_layer import CausalLM, WantedTokens, check_symmetric, stored_weight, transform_of
+from .output_layer import (
+    CausalLM,
+    WantedTokens,
+    applies_adapters,
+    check_symmetric,
+    is_lora,
+    is_quantised,
+    is_wrapper,
+    saved_layer,
+    stored_weight,
+    transform_of,
+    whole,
+)
+from .token_args import TopkKL
 
 
 class Matrices(NamedTuple):
@@ -202,6 +216,44 @@ class FusedHead(nn.Module):
                 **options,
             )
 
+    def topk_kl(
+        self,
+        hidden: Tensor,  # (B, T, H) or (N, H)
+        teacher_ids: Tensor,  # (B, T, K) or (N, K)
+        teacher_logprobs: Tensor,  # (B, T, K) or (N, K)
+        mask: Tensor,  # (B, T) or (N,), bool
+        *,
+        direction: str = "forward",
+        tail: str = "drop",
+        beta: float = 0.5,
+        weights: Tensor | None = None,  # (B, T) or (N,)
+        num_tokens: float | Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        chunk_tokens: int | None = None,
+        compact: bool | None = None,
+    ) -> TopkKL:
+        """Return the divergence from the teacher's K most probable tokens; see `linear_topk_kl`."""
+        hidden, weight, bias, low_rank = self.matrices(hidden, mask)
+        with self._precision(hidden):
+            return linear_topk_kl(
+                hidden,
+                weight,
+                teacher_ids,
+                teacher_logprobs,
+                mask,
+                direction=direction,
+                tail=tail,
+                beta=beta,
+                weights=weights,
+                num_tokens=num_tokens,
+                bias=bias,
+                low_rank=low_rank,
+                temperature=temperature,
+                chunk_tokens=chunk_tokens,
+                compact=compact,
+                **self._options(),
+            )
+
     def matrices(self, hidden: Tensor, mask: Tensor | None = None) -> Matrices:  # (..., H), (...)
         """Return the operands of the product, with `(s A h, B)` as low-rank term for LoRA.
 
@@ -284,17 +336,6 @@ class FusedHead(nn.Module):
         return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
 
 
-def is_lora(layer: nn.Module) -> bool:
-    """Return whether `layer` is a LoRA layer around a linear layer."""
-    return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
-
-
-def is_wrapper(layer: nn.Module) -> bool:
-    """Return whether `layer` is peft's wrapper of a linear layer under `modules_to_save` or `trainable_token_indices`."""
-    trained = hasattr(layer, "modules_to_save") or hasattr(layer, "token_adapter")
-    return trained and isinstance(getattr(layer, "original_module", None), nn.Linear)
-
-
 def operands(layer: Any, hidden: Tensor, mask: Tensor | None = None) -> Matrices:  # hidden: (..., H), mask: (...)
     """Return the operands whose product is the layer's result; the layer's active adapters count.
 
@@ -309,44 +350,20 @@ def operands(layer: Any, hidden: Tensor, mask: Tensor | None = None) -> Matrices
         base = layer.base_layer
         return Matrices(hidden, _weight(base), base.bias, _low_rank(layer, hidden, mask))
     if hasattr(layer, "modules_to_save"):
-        layer = _saved(layer)
+        layer = saved_layer(layer)
     elif hasattr(layer, "token_adapter"):
         return Matrices(hidden, _with_trained_tokens(layer.token_adapter), layer.original_module.bias, None)
     return Matrices(hidden, _weight(layer), layer.bias, None)
 
 
-def is_quantised(layer: Any) -> bool:
-    """Return whether the weight of a linear layer is not stored in floating point."""
-    weight = layer.weight
-    return (
-        getattr(weight, "quant_state", None) is not None or hasattr(weight, "qdata") or not weight.is_floating_point()
-    )
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """Return `weight`; raise ValueError if it is sharded."""
-    if hasattr(weight, "placements") or not weight.numel():
-        raise ValueError(
-            "head: got a sharded weight; run the head inside the model's forward, which gathers the weight"
-        )
-    return weight
-
-
 def _weight(layer: Any) -> Tensor | QuantisedWeight:
     """Return the weight of a linear layer."""
-    weight = _whole(layer.weight)
+    weight = whole(layer.weight)
     return stored_weight(layer) if is_quantised(layer) else weight
 
 
-def _applies(adapter: Any) -> bool:
-    """Return whether active adapters have to be added to the weight."""
-    if adapter.disable_adapters and adapter.merged:
-        raise ValueError("head: the adapters are merged and disabled; unmerge them first")
-    return not (adapter.disable_adapters or adapter.merged)
-
-
 def _low_rank(layer: Any, hidden: Tensor, mask: Tensor | None) -> LowRank | None:
-    names = [name for name in layer.active_adapters if name in layer.lora_A] if _applies(layer) else []
+    names = [name for name in layer.active_adapters if name in layer.lora_A] if applies_adapters(layer) else []
     states: list[Tensor] = []
     weights: list[Tensor] = []
     for name in names:
@@ -355,24 +372,16 @@ def _low_rank(layer: Any, hidden: Tensor, mask: Tensor | None) -> LowRank | None
             raise ValueError(f"head: got a variant of LoRA in adapter {name!r}, expected plain A and B without a bias")
         low = a(layer.lora_dropout[name](unmasked(hidden, mask).to(a.weight.dtype))) * layer.scaling[name]
         states.append(low.to(hidden.dtype))
-        weights.append(_whole(b.weight).to(hidden.dtype))
+        weights.append(whole(b.weight).to(hidden.dtype))
     if not names:
         return None
     return LowRank(states[0], weights[0]) if len(names) == 1 else LowRank(torch.cat(states, -1), torch.cat(weights, 1))
 
 
-def _saved(wrapper: Any) -> nn.Module:
-    """Return the layer that a wrapper under `modules_to_save` uses: the active adapter's copy, or the original."""
-    names = wrapper.active_adapters
-    if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
-        return wrapper.original_module
-    return wrapper.modules_to_save[names[0]]
-
-
 def _with_trained_tokens(adapter: Any) -> Tensor:
     """Return the weight with the rows of the active adapters in `trainable_token_indices`."""
-    if not _applies(adapter) or not adapter.active_adapters:
-        return _whole(adapter.base_layer.weight)
+    if not applies_adapters(adapter) or not adapter.active_adapters:
+        return whole(adapter.base_layer.weight)
     return adapter.get_merged_weights(adapter.active_adapters)
 
 

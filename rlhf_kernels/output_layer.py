@@ -144,6 +144,49 @@ def run_two_tokens(model: nn.Module, layer: nn.Module) -> Tensor:
 # ---- quantised layers ----
 
 
+def is_lora(layer: nn.Module) -> bool:
+    """Return whether `layer` is a LoRA layer around a linear layer."""
+    return hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+
+
+def is_wrapper(layer: nn.Module) -> bool:
+    """Return whether `layer` is peft's wrapper of a linear layer under `modules_to_save` or `trainable_token_indices`."""
+    trained = hasattr(layer, "modules_to_save") or hasattr(layer, "token_adapter")
+    return trained and isinstance(getattr(layer, "original_module", None), nn.Linear)
+
+
+def is_quantised(layer: Any) -> bool:
+    """Return whether the weight of a linear layer is not stored in floating point."""
+    weight = layer.weight
+    return (
+        getattr(weight, "quant_state", None) is not None or hasattr(weight, "qdata") or not weight.is_floating_point()
+    )
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return `weight`; raise ValueError if it is sharded."""
+    if hasattr(weight, "placements") or not weight.numel():
+        raise ValueError(
+            "head: got a sharded weight; run the head inside the model's forward, which gathers the weight"
+        )
+    return weight
+
+
+def applies_adapters(adapter: Any) -> bool:
+    """Return whether active adapters have to be added to the weight."""
+    if adapter.disable_adapters and adapter.merged:
+        raise ValueError("head: the adapters are merged and disabled; unmerge them first")
+    return not (adapter.disable_adapters or adapter.merged)
+
+
+def saved_layer(wrapper: Any) -> nn.Module:
+    """Return the layer that a wrapper under `modules_to_save` uses: the active adapter's copy, or the original."""
+    names = wrapper.active_adapters
+    if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
+        return wrapper.original_module
+    return wrapper.modules_to_save[names[0]]
+
+
 def stored_weight(layer: Any) -> Tensor | QuantisedWeight:
     """Return the weight of a linear layer: the parameter, or the 4-bit weight of bitsandbytes or the int8 one of torchao.
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..launch_args import TokenLogprobs
-from ..modules import FusedHead, is_wrapper
+from ..modules import FusedHead
 from ..ops import checks
-from ..output_layer import CausalLM, run_two_tokens, transform_of, transforms_alike, why_unlike
+from ..output_layer import CausalLM, is_wrapper, run_two_tokens, transform_of, transforms_alike, why_unlike
 
 
 def fuse_head(model: nn.Module, *, float32: bool = False) -> FusedHead:

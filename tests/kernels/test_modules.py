@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_kernels import FusedHead, linear_ppo_loss, linear_token_logprobs, reference
+from rlhf_kernels import FusedHead, linear_ppo_loss, linear_token_logprobs, linear_topk_kl, reference
 
 from .helpers.heads import differentiate, make
 
@@ -58,6 +58,54 @@ def test_methods_equal_the_ops():
         head.ppo_loss(leaves["hidden"], **constants, clip_range=0.1)
     with pytest.raises(ValueError, match="'cuda' cannot serve this call"):
         FusedHead(layer, backend="cuda").ppo_loss(leaves["hidden"], **constants)
+
+
+def teacher_of(constants):
+    """Return the 7 most probable tokens of random logits for every row, and their log-probs."""
+    torch.manual_seed(2)
+    logprobs, ids = torch.randn(*constants["ids"].shape, 203).log_softmax(-1).topk(7)
+    return ids, logprobs
+
+
+def test_topk_kl_equals_the_op():
+    leaves, constants, _ = make(0)
+    layer, mask = linear(leaves), constants["mask"]
+    weights = torch.rand(mask.shape)
+    options = {
+        "direction": "jsd",
+        "tail": "lump",
+        "beta": 0.3,
+        "weights": weights,
+        "num_tokens": 11,
+        "temperature": 0.8,
+    }
+    got = FusedHead(layer, **TRANSFORM).topk_kl(leaves["hidden"], *teacher_of(constants), mask, **options)
+    given = {"bias": layer.bias, **TRANSFORM}
+    expected = linear_topk_kl(leaves["hidden"], layer.weight, *teacher_of(constants), mask, **given, **options)
+    assert all(map(torch.equal, got, expected)) and got.loss.requires_grad
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call"):
+        FusedHead(layer, backend="cuda").topk_kl(leaves["hidden"], *teacher_of(constants), mask)
+
+
+@pytest.mark.parametrize("active", [["a"], ["b", "a"]], ids="".join)
+def test_topk_kl_applies_active_adapters(active):
+    """The loss and the gradients of hidden states and adapters equal those of the logits that the layer computes."""
+    leaves, constants, _ = make(1)
+    layer = Lora(linear(leaves)).eval()
+    layer.active_adapters = active
+    mask, (ids, logprobs) = constants["mask"], teacher_of(constants)
+    trained = {n: p for n, p in layer.named_parameters() if "lora" in n and n.split(".")[1] in active}
+    leaves = {"hidden": leaves["hidden"].clone().requires_grad_()} | trained
+    got = FusedHead(layer, **TRANSFORM).topk_kl(leaves["hidden"], ids, logprobs, mask)
+    gradients = differentiate(got.loss, leaves)
+    for x in leaves.values():
+        x.grad = None
+    student = (3.0 * torch.tanh(layer(leaves["hidden"]) * 0.7 / 3.0)).log_softmax(-1).gather(-1, ids)
+    divergence = (logprobs.exp() * (logprobs - student)).sum(-1)
+    expected = divergence[mask].mean()
+    torch.testing.assert_close(got.loss, expected)
+    for name, gradient in differentiate(expected, leaves).items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("active", [["a"], ["b", "a"], []], ids="".join)
