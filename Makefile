@@ -9,8 +9,9 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.c*
 PEERS := .venv-peers
 PACKAGE := build/package
 OLDEST := build/oldest
+SANITIZED := build/sanitize
 
-.PHONY: demo figure test test-oldest test-peers lint lint-text lint-types lint-public \
+.PHONY: demo figure test test-oldest test-peers sanitize lint lint-text lint-types lint-public \
 	compile-check bench bench-env build package docs clean
 
 demo: build
@@ -33,6 +34,11 @@ $(OLDEST)/.built: build constraints-oldest.txt
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
 	touch $@
+
+# The kernels' CPU tests with AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 10 minutes of compilation, then the tests.
+sanitize: build
+	RLHF_SANITIZE=1 RLHF_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
+	$(BIN)/python -m tests.sanitizers
 
 lint: lint-text lint-types lint-public
 
