@@ -90,7 +90,8 @@ def logit_rows(x: LogitRows) -> "native.LogitRows":
     """Return the extension's record of `x`; the caller keeps the tensors alive."""
     logits, t = x.logits, x.transform
     assert _C is not None
-    assert logits.stride(-1) == 1 or logits.shape[-1] == 1, "rows of logits must be contiguous along the vocabulary"
+    unit = logits.stride(-1) == 1 or logits.shape[-1] == 1 or not logits.numel()
+    assert unit, "rows of logits must be contiguous along the vocabulary"
     n, vocab, row_stride, inner, outer_stride = x.layout()
     return _C.LogitRows(
         logits=logits.data_ptr(),

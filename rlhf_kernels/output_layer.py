@@ -69,6 +69,7 @@ def head_arguments(model: nn.Module) -> HeadArguments:
     return {"weight": stored_weight(layer), "bias": layer.bias, **transform}
 
 
+_LARGEST_NUMBER = 1e30
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Names of configs for the softcap of the logits."""
 
@@ -80,17 +81,30 @@ def transform_of(model: nn.Module) -> HeadTransform:
     `logit_scale` (Cohere) and `lm_head_multiplier` (Falcon-H1) multiply the logits, `logits_scaling` divides them (Granite)
     or multiplies them (HyperCLOVA X).
     """
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "get_text_config", None)
-    config = config if text_config is None else text_config()
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= float(getattr(config, name, None) or 1.0)
-    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-    scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
-    softcaps = (getattr(config, name, None) for name in _SOFTCAPS)
-    softcap = next((value for value in softcaps if value is not None), None)
-    return {"softcap": None if softcap is None else float(softcap), "logit_scale": scale}
+        scale *= _number_of(model, name) or 1.0
+    scaling = _number_of(model, "logits_scaling") or 1.0
+    scale *= scaling if getattr(_text_config(model), "model_type", None) == "hyperclovax" else 1 / scaling
+    softcaps = (_number_of(model, name) for name in _SOFTCAPS)
+    return {"softcap": next((value for value in softcaps if value is not None), None), "logit_scale": scale}
+
+
+def _text_config(model: nn.Module) -> object:
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    return config if text_config is None else text_config()
+
+
+def _number_of(model: nn.Module, name: str) -> float | None:
+    """Return a number in a model's config; None if it has none."""
+    value = getattr(_text_config(model), name, None)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
+        place = getattr(model, "name_or_path", "") or "model"
+        raise ValueError(f"{place}: {name} in its config: got {str(value)[:100]!r}, expected a finite number")
+    return float(value)
 
 
 def why_unlike(transform: HeadTransform) -> str:

@@ -13,7 +13,7 @@ from .._options import PPOOptions
 from ..backend import define_record, kernels, refuse, resolve
 from ..launch_args import METRICS, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
-from .head import HeadGradients, HeadRows, Needs, Plan, row_pass
+from .head import HeadGradients, HeadRows, Needs, Plan, Results, row_pass
 from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, stats_of, under_autocast
 from .objective import Denominators, ObjectiveTerms, as_loss
 from .sequence_pass import add_given, sequence_pass
@@ -199,9 +199,8 @@ NAMES = names_of(Inputs)
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     leaves, terms, needs, values = x.leaves, x.terms, x.needed(), x.leaves.values
     hidden, n, launch, plan = leaves.head.hidden, len(x.ids), kernels(x.backend), x.plan()
-    gradients = HeadGradients(
-        launch, x.storage.head(leaves.head), n, plan, Needs(*(needs[name] for name in Needs._fields))
-    )
+    head, needs_head = x.storage.head(leaves.head), Needs(*(needs[name] for name in Needs._fields))
+    gradients = HeadGradients(launch, head, n, plan, needs_head)
 
     def take(keep: Tensor) -> HeadRows:
         return HeadRows.of(hidden, leaves.head.states, x.ids, x.transform, keep, gather=plan.compact)
@@ -220,6 +219,11 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     if x.stats is not None and any(gradients.needs):
         add_given(gradients, take, terms, stats, slope, terms.mask)
     results = gradients.results()
+    if any(gradients.needs) and _leaves_half_range(x, slope):
+        # Again, relative to the largest slope; the sums of the products are float32.
+        gradients, largest = HeadGradients(launch, head, n, plan, needs_head), _largest(terms, slope)
+        add_given(gradients, take, terms, stats, slope, terms.mask, largest)
+        results = Results(*(None if y is None else y * largest for y in gradients.results()))
     all_gradients = (*results, *_value_backward(leaves, value_slope, results.hidden, terms, needs))
     d_hidden, d_weight, d_bias, d_states, d_low_weight, d_value_weight, d_value_bias, d_values = (
         hidden.new_empty(0) if g is None else g for g in all_gradients
@@ -227,6 +231,29 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     of_head = d_hidden, d_weight, d_bias, d_states, d_low_weight
     loss = terms.loss(sums, valued=values is not None)
     return loss, terms.metrics(sums), *of_head, d_value_weight, d_value_bias, d_values
+
+
+_HALF_SLOPES = 2.0**-6, 2.0**12
+"""Largest slopes of a batch for which float16 holds the gradients of the logits."""
+
+
+def _leaves_half_range(x: Inputs, slope: Tensor) -> bool:
+    """Return whether slopes of the tokens give gradients of logits that float16 cannot hold before they are divided.
+
+    Only on the CPU: on a GPU the answer would need a synchronization. There advantages above 65504 give gradients that are not
+    finite.
+    """
+    if x.backend != "cpu" or x.leaves.head.hidden.dtype != torch.float16:
+        return False
+    largest = float(_largest(x.terms, slope))
+    return not _HALF_SLOPES[0] <= largest <= _HALF_SLOPES[1] and 0 < largest < torch.inf
+
+
+def _largest(terms: ObjectiveTerms, slope: Tensor) -> Tensor:
+    """Return the largest slope of an unmasked token, and of its entropy."""
+    entropy_slope = terms.entropy_slope()
+    size = slope.abs() if entropy_slope is None else torch.maximum(slope.abs(), entropy_slope.abs())
+    return torch.where(terms.mask, size, 0).amax() if size.numel() else size.new_zeros(())
 
 
 def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:

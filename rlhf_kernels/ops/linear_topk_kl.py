@@ -196,7 +196,13 @@ NAMES = names_of(Inputs)
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, n, plan, launch = x.leaves.hidden, len(x.ids), x.plan(), kernels(x.backend)
     rows = HeadRows.of(hidden, x.leaves.states, x.ids, x.transform, x.mask, gather=plan.compact)
-    topk = TopkRows(x.rule, x.teacher_ids, x.teacher_logprobs, x.weights)
+    # float16 gradients of logits are those for weights of at most 1; the sums of their products are float32.
+    half, weights, largest = hidden.dtype == torch.float16, x.weights, hidden.new_ones((), dtype=torch.float32)
+    if half and weights is not None and n:
+        largest = torch.where(x.mask, weights, 0).abs().amax().float()
+        largest = torch.where((largest > 0) & (largest < torch.inf), largest, 1)
+        weights = weights / largest
+    topk = TopkRows(x.rule, x.teacher_ids, x.teacher_logprobs, weights)
     if rows.index is not None:
         topk = topk.rows(rows.index)
     found = torch.empty(3, len(rows.ids), dtype=torch.float32, device=hidden.device)
@@ -208,6 +214,8 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
         return active
 
     results = head_gradients(launch, x.storage.head(x.leaves), rows, n, plan, Needs(*x.needs), epilogue)
+    if half:
+        results = tuple(None if g is None else g * largest for g in results)
     found = rows.spread(found, n)
     terms = found[0].double() if x.weights is None else found[0].double() * torch.where(x.mask, x.weights, 0)
     loss = (terms.sum() / x.denominator).float()

@@ -127,12 +127,15 @@ def add_given(
     stats: RowStats,
     slope: Tensor,  # (N,)
     keep: Tensor,  # (N,), bool
+    scale: Tensor | None = None,  # ()
 ) -> None:
     """Add the gradients of the rows in `keep` for known statistics and slopes; the logits are computed again.
 
-    Rows without a gradient are left out if the plan is compact.
+    Rows without a gradient are left out if the plan is compact. `scale` divides the gradients.
     """
     entropy_slope = terms.entropy_slope()
+    if scale is not None:
+        slope, entropy_slope = slope / scale, None if entropy_slope is None else entropy_slope / scale
     if gradients.plan.compact:
         keep = keep & (slope != 0 if entropy_slope is None else (slope != 0) | (entropy_slope != 0))
     rows = take(keep)

@@ -13,7 +13,7 @@ def decode_attention(
 ) -> Tensor:  # (R, heads, D)
     """Return `softmax(scale q k^T) v` over the unmasked columns; the heads of a group are rows of one product."""
     rows, heads, size = query.shape
-    grouped = query.reshape(rows, keys.shape[1], -1, size) * scale
+    grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], size) * scale
     # Masked columns may be NaN, and 0 * NaN would be NaN.
     allowed = values.masked_fill(~mask[:, None, :, None], 0)
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the factors

@@ -41,8 +41,8 @@ def token_logprobs(
     taken = logp.gather(-1, ids[..., None]).squeeze(-1)
     h = None
     if entropy:
-        # The clamp makes p log p = 0 for a logit of -inf; NaN stays NaN.
-        h = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+        # p log p = 0 for a logit of -inf, with gradient 0; NaN stays NaN.
+        h = -(logp.exp() * torch.where(logp == -torch.inf, 0, logp)).sum(-1)
     if mask is not None:
         taken = torch.where(mask, taken, 0)
         h = None if h is None else torch.where(mask, h, 0)

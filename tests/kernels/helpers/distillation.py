@@ -52,6 +52,16 @@ def run(function, leaves, constants, options, dtype, upstream=0.37):
     return result, differentiate(result.loss, x, upstream)
 
 
+def in_order(seed: int, leaves, constants, options, dtype):
+    """Return the eager result for a permutation of the vocabulary, which changes only the order of its sums."""
+    order = torch.randperm(len(leaves["weight"]), generator=torch.Generator().manual_seed(seed))
+    moved = leaves | {name: leaves[name][order] for name in ("weight", "bias")}
+    ids = constants["teacher_ids"]
+    ids = torch.where(ids < 0, ids, order.argsort()[ids.clamp(min=0)])
+    result, gradients = run(reference.linear_topk_kl, moved, constants | {"teacher_ids": ids}, options, dtype)
+    return result, gradients | {name: gradients[name][order.argsort()] for name in ("weight", "bias")}
+
+
 def check(leaves, constants, options, dtype, **how):
     """Assert that the loss, the numbers per token and every gradient are within the error bound."""
     given = to_device((leaves, constants, options))
