@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint_folders import DONE, SCORE, TRAINER, checkpoints
 from rlhf_engine.config import RolloutConfig, RunConfig, flat_settings, load_saved_config, save_config
-from rlhf_engine.files import OPTIMIZER, read_json, read_tensors, require, with_new_folder, write_json
+from rlhf_engine.files import OPTIMIZER, is_finite, read_json, read_tensors, require, with_new_folder, write_json
 from rlhf_engine.manifest import MANIFEST, damage, foreign_files, write_manifest
 from rlhf_engine.metrics import METRICS
 from rlhf_engine.notices import notice
@@ -191,14 +191,6 @@ def _check_finite(folder: Path, trainer: Checkpointable, tensors: Mapping[str, t
                 raise FloatingPointError(
                     f"{folder}: the checkpoint was not written, because the {kind} {name} is not finite"
                 )
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all numbers of a tensor are finite. Unlike `isfinite().all()`, this needs no memory."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    least, largest = torch.aminmax(tensor.detach())  # both are NaN if a number is
-    return bool(least.isfinite() & largest.isfinite())
 
 
 def _check_written(new: Path) -> None:

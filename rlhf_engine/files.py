@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
+from rlhf_engine.config.schema import shortened
 from rlhf_engine.errors import foreign_errors
 
 OPTIMIZER = "optimizer.safetensors"
@@ -197,11 +198,27 @@ def remote_code_off(path: Path, trusted: bool) -> Iterator[None]:
 
 
 def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file; raise ValueError with the file's name if it is broken."""
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is broken, or a number in it is not finite. The message names the file and the tensor.
+    """
     try:
-        return load_file(path, device=device)
+        tensors = load_file(path, device=device)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    broken = next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
+    if broken is not None:
+        raise ValueError(f"{path}: the tensor {shortened(broken, 200)} is not finite; restore the file from a copy")
+    return tensors
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite. Unlike `isfinite().all()`, this needs no memory."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    least, largest = torch.aminmax(tensor.detach())  # both are NaN if a number is
+    return bool(least.isfinite() & largest.isfinite())
 
 
 def with_new_file(path: str | Path, write: Callable[[Path], object]) -> None:

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from rlhf_engine import files
+from rlhf_engine.config.schema import shortened
 from rlhf_engine.files import with_new_file
 
 METRICS = "metrics.jsonl"
@@ -144,12 +145,13 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "stage" not in row:
-            raise ValueError(f"{path}:{number}: got {line.decode()}, expected an object with a stage and a step")
+            shown = shortened(line.decode(errors="replace"), 200)
+            raise ValueError(f"{path}:{number}: got {shown}, expected an object with a stage and a step")
         rows.append(row)
     return rows
 

@@ -25,9 +25,6 @@ from rlhf_engine.cli.failures import TRACEBACK, notes, one_line_errors
 from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
 from rlhf_engine.cli.plan import plan
 
-LONGEST = 1_000
-"""Characters of an error message; the middle of a longer one is left out."""
-
 
 class _Commands(TyperGroup):
     """The group of all commands; it reports a signal that ends a command in one line."""

@@ -13,6 +13,8 @@ from types import TracebackType
 
 TRACEBACK = "--traceback"
 MISTAKE, FAILED = 2, 1
+LONGEST = 1_000
+"""Characters of an error message without its notes; the middle of a longer one, such as a long value, is left out."""
 _OURS = ("rlhf_engine", "rlhf_kernels")
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
@@ -38,8 +40,10 @@ class one_line_errors:
             return
         if self.whole:
             _print_traceback(error)
+        from rlhf_engine.config.schema import shortened  # after the command has imported what it needs
+
         text, code = _report(error)
-        print(f"rlhf: {text}{notes(error)}", file=sys.stderr)
+        print(f"rlhf: {shortened(text, LONGEST - 60)}{notes(error)}", file=sys.stderr)
         sys.exit(code)
 
 

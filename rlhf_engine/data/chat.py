@@ -13,11 +13,11 @@ from datetime import date
 from functools import cached_property
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlhf_engine.data.records import Message, Prompt
 from rlhf_engine.data.special_tokens import first_of, special_tokens
+from rlhf_engine.errors import foreign_errors
 
 READS_DATE = "strftime_now"
 """Function with which a chat template asks for the current date."""
@@ -73,12 +73,10 @@ class ChatTemplate:
         if self.reads(READS_DATE):
             found = self.tokenizer.get_chat_template(tools=arguments.get("tools"))
             arguments["chat_template"] = _fixed_date(date.fromisoformat(self.today)) + found
-        try:
+        with foreign_errors("messages: the tokenizer's chat template rejects them"):
             text = self.tokenizer.apply_chat_template(
                 [asdict(message) for message in messages], tokenize=False, add_generation_prompt=respond, **arguments
             )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"messages: the tokenizer's chat template rejects them: {error}") from None
         return cast("str", text)  # it returns token ids only with tokenize=True
 
     @cached_property

@@ -7,6 +7,8 @@ from typing import cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rlhf_engine.errors import foreign_errors
+
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the texts of a tokenizer's special tokens."""
@@ -25,6 +27,16 @@ def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return cast("int", tokenizer.convert_tokens_to_ids(text))  # it returns a list only for a list
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: bool) -> list[list[int]]:
+    """Return the ids of texts. `options` are those of the tokenizer's call.
+
+    Raises:
+        ValueError: the tokenizer fails, for example because a file of it is broken in a part that loading does not read.
+    """
+    with foreign_errors("tokenizer: it cannot encode a text"):
+        return cast("list[list[int]]", tokenizer(list(texts), **options)["input_ids"])
+
+
 def silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids of BOS, EOS and PAD, which no text has."""
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -34,5 +46,6 @@ def silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def exact_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], dropped: frozenset[int] = frozenset()) -> str:
     """Return the text of ids without those in `dropped`; white space is not cleaned up."""
     kept = [token for token in ids if token not in dropped]
-    # `decode` returns a list only for a batch.
-    return cast("str", tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    with foreign_errors("tokenizer: it cannot decode ids"):
+        # `decode` returns a list only for a batch.
+        return cast("str", tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -25,7 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rlhf_engine.data.batching import Example
 from rlhf_engine.data.chat import ChatTemplate, cut_left
 from rlhf_engine.data.records import Demonstration, Message, Prompt
-from rlhf_engine.data.special_tokens import exact_text, first_of, silent_ids, special_tokens, token_id
+from rlhf_engine.data.special_tokens import exact_text, first_of, silent_ids, special_tokens, token_id, token_ids
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -77,7 +77,7 @@ class Codec:
             raise ValueError("tokenizer: there is no EOS token; set eos_token")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected a text that contains {{prompt}}")
-        bare, whole = self.encode_texts(["a"])[0], self.tokenizer("a")["input_ids"]
+        bare, whole = self.encode_texts(["a"])[0], token_ids(self.tokenizer, ["a"])[0]
         places = (at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare)
         start = next(places, None if bare else len(whole))
         appended = [] if start is None else whole[start + len(bare) :]
@@ -188,7 +188,7 @@ class Codec:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts without added tokens; a special token in a text, such as `<|endoftext|>`, is plain text."""
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return token_ids(self.tokenizer, texts, add_special_tokens=False, split_special_tokens=True)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of documents, each with the tokens that the tokenizer prepends, such as BOS, and with EOS."""
@@ -203,14 +203,14 @@ class Codec:
                     f"prompt: contains the special token {found}; remove it, because prompt_template has special tokens too"
                 )
             text = self.prompt_template.replace("{prompt}", prompt)
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not framed)["input_ids"]
+            ids = token_ids(self.tokenizer, [text], add_special_tokens=False, split_special_tokens=not framed)[0]
             # A template may begin with BOS, as those of model cards do.
             return ids if tuple(ids[: len(self.prefix)]) == self.prefix else [*self.prefix, *ids]
         for index, message in enumerate(prompt):
             if found := self._refused_in(message):
                 raise ValueError(f"messages[{index}]: contains the special token {found}; remove it")
         # The chat template contains the special tokens.
-        return self.tokenizer(self.chat.render(prompt), add_special_tokens=False)["input_ids"]
+        return token_ids(self.tokenizer, [self.chat.render(prompt)], add_special_tokens=False)[0]
 
     def _refused_in(self, message: Message) -> str | None:
         """Return a special token that may not be in a message; an assistant's may have those that responses keep."""
@@ -223,7 +223,7 @@ class Codec:
         kept = self._kept
         if first_of(kept, text) is None:
             return self.encode_texts([text])[0]
-        whole = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        whole = token_ids(self.tokenizer, [text], add_special_tokens=False, split_special_tokens=False)[0]
         # A token with lstrip or rstrip deletes white space, and BOS, EOS, PAD or an end in the text would become tokens.
         exact = self.content(whole) == whole and self.decode(whole) == text
         return whole if exact else self._encode_pieces(text, kept)

@@ -30,6 +30,7 @@ from rlhf_engine.model.trunk import (
     check_packing,
     checkpoint_layers,
     last_hidden,
+    named,
     output_layer,
     packs,
     products,
@@ -93,8 +94,8 @@ class LanguageModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         limit_positions(self.trunk, None)
         self.eval()
-        kind, place = type(model).__name__, f"{model.dtype} on {self.device}"
-        with foreign_errors(f"model: {kind} cannot run in {place}; set a different dtype", ValueError):
+        place = f"{model.dtype} on {self.device}"
+        with foreign_errors(f"{named(model)} cannot run in {place}; set a different dtype", ValueError):
             check_head(self)
         check_causal(self.trunk, self.compute_dtype)
         self.compute_dtype = None if compute_dtype == model.dtype else compute_dtype

@@ -24,7 +24,7 @@ from rlhf_engine.config import AdapterConfig
 from rlhf_engine.model.adapter_files import Base, StoredAdapter, read_adapter, write_adapter
 from rlhf_engine.model.adapter_targets import linear_layers, target_layers, top_targets
 from rlhf_engine.model.merging import merged_bytes, sums_in_place
-from rlhf_engine.model.pretrained import base_folder
+from rlhf_engine.model.pretrained import ADAPTER, base_folder
 from rlhf_engine.model.quantised import quant_of
 from rlhf_engine.model.roles import POLICY
 from rlhf_engine.model.top_layers import top_of_model
@@ -61,6 +61,14 @@ class Adapters:
         self._trained: set[str] = set()
         model.requires_grad_(False)
         model.__dict__[ADAPTERS] = self
+
+    @classmethod
+    def like(cls, model: PreTrainedModel, found: StoredAdapter) -> Self:
+        """Return adapters for `model` with the settings of a stored one; ValueError names the file with the settings."""
+        try:
+            return cls(model, found.settings, found.base)
+        except ValueError as error:
+            raise ValueError(f"{found.folder / ADAPTER}: {error}") from None
 
     @classmethod
     def start(

@@ -54,7 +54,12 @@ def check_language_model(
     Such a checkpoint can load without an error: a tied output layer is not stored, and the head that it has instead is not
     read. `unexpected` are the stored weights that `model` does not have.
     """
-    loaded, stored = type(model).__name__, [str(name) for name in config.architectures or ()]
+    found = config.architectures or ()
+    if not isinstance(found, list | tuple):
+        raise ValueError(
+            f"{folder / 'config.json'}: architectures: got {type(found).__name__}, expected a list of names"
+        )
+    loaded, stored = type(model).__name__, [str(name) for name in found]
     if stored and loaded not in stored and not any(map(_predicts_tokens, stored)):
         scores = "Sequence" in stored[0] or (folder / "reward_model.json").is_file()
         advice = "; set a reward model as reward.path or eval.judge" if scores else ""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_engine.model.layout import TokenBatch
-from rlhf_engine.model.trunk import output_layer
+from rlhf_engine.model.trunk import check_finite, output_layer
 from rlhf_kernels import FusedHead
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def check_head(policy: LanguageModel) -> None:
     ids = torch.arange(1, 9, device=policy.device).remainder(vocabulary)[None]
     hidden = policy._states(TokenBatch(input_ids=ids))[None]
     product = policy.head.matrices(hidden).product().float()
+    check_finite(policy.model, product)
     gain = _PROBE_LOGIT / max(float(policy.head.transform(product).abs().max()), 1e-6)
 
     def blow_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:

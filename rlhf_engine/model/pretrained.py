@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,7 +82,8 @@ def load_pretrained(
     what = f"{folder}: transformers {transformers.__version__} cannot load the model"
 
     def load(name: str | None) -> tuple[Any, dict[str, Any]]:
-        with quantising(quant) as quantised:
+        # A warning of torch or transformers is not for the user, who cannot change their calls.
+        with quantising(quant) as quantised, warnings.catch_warnings(action="ignore", category=UserWarning):
             return kind.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -212,7 +214,11 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     require(Path(folder), path.name)
     with remote_code_off(path, trust_remote_code), foreign_errors(f"{folder}: its tokenizer does not load"):
         # Without a value transformers asks on the terminal.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    template = found.chat_template or {}
+    if not all(isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template])):
+        raise ValueError(f"{folder}: chat_template: got {type(template).__name__}, expected a text, or texts by name")
+    return found
 
 
 def load_head(path: Path, hidden_size: int | None) -> ValueHead:
@@ -276,6 +282,8 @@ def base_folder(folder: str | Path) -> Path:
         raise ValueError(
             f"{path}: {key}: got {named!r}, expected the folder of the model that {part} to; correct the path"
         )
+    if not (found / "config.json").is_file() and not is_adapter(found):
+        raise ValueError(f"{path}: {key}: got {named!r}, where the file config.json is missing; correct the path")
     if is_adapter(found):
         raise ValueError(f"{path}: {key}: got {named!r}, which is an adapter; expected the folder of a model")
     return found

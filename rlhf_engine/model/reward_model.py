@@ -267,7 +267,7 @@ class RewardModel(nn.Module):
         require(folder, HEAD_FILE)
         trunk, info = load_pretrained(AutoModel, folder, **where), read_json(folder / _INFO_FILE)
         head = load_head(folder / HEAD_FILE, info.get("hidden_size")).to(device)
-        return cls(trunk, head, info.get("skipped_id"))
+        return cls(trunk, head, _skipped_id(folder, info))
 
     @classmethod
     def _of_adapter(cls, folder: Path, where: dict[str, Any]) -> Self:
@@ -278,7 +278,7 @@ class RewardModel(nn.Module):
         found, base = read_adapter(folder), base_folder(folder)
         scores = (base / _INFO_FILE).is_file() or _is_classifier(base)
         model = cls.load(base, **where).trunk if scores else load_pretrained(AutoModelForCausalLM, base, **where)
-        return cls.adding(Adapters(model, found.settings, found.base), REWARD, folder)
+        return cls.adding(Adapters.like(model, found), REWARD, folder)
 
     @classmethod
     def adding(cls, adapters: Adapters, name: str, folder: Path, *, trained: bool = False) -> Self:
@@ -304,7 +304,7 @@ class RewardModel(nn.Module):
             )
         require(folder, _INFO_FILE)
         info = read_json(folder / _INFO_FILE)
-        return load_head(folder / HEAD_FILE, info.get("hidden_size")), info.get("skipped_id")
+        return load_head(folder / HEAD_FILE, info.get("hidden_size")), _skipped_id(folder, info)
 
     def merged(self, dtype: torch.dtype) -> RewardModel:
         """Return the model without adapters, whose own one is added to the weights of the trunk for good, in `dtype`."""
@@ -371,6 +371,13 @@ class RewardModel(nn.Module):
 def _key(name: str) -> str:
     """Return the name of an adapter's tensor as a key of `torch.nn.ParameterDict`, which has no dots."""
     return name.replace(".", "/")
+
+
+def _skipped_id(folder: Path, info: dict[str, Any]) -> int | None:
+    skipped = info.get("skipped_id")
+    if skipped is not None and type(skipped) is not int:
+        raise ValueError(f"{folder / _INFO_FILE}: skipped_id: got {type(skipped).__name__}, expected the id of a token")
+    return skipped
 
 
 def _is_classifier(folder: Path) -> bool:

@@ -89,7 +89,7 @@ def load_causal_lm(folder: Path, **where: Any) -> PreTrainedModel:
 
     found = read_adapter(folder)
     model = load_pretrained(AutoModelForCausalLM, base_folder(folder), **where)
-    adapters = Adapters(model, found.settings, found.base)
+    adapters = Adapters.like(model, found)
     adapters.add(POLICY, found.tensors, trained=True, source=folder)
     adapters.make_default(POLICY)
     return model

@@ -129,6 +129,21 @@ _MIXES_TOKENS = ("DogeCDMoE",)
 """Classes of transformers whose router mixes tokens, as their code documents. The effect can be below that of rounding."""
 
 
+def named(model: PreTrainedModel) -> str:
+    """Return a model's class and, if it is known, its folder, for errors."""
+    folder = getattr(model, "name_or_path", "")
+    return f"model: {type(model).__name__}" + f" of {folder}" * bool(folder)
+
+
+def check_finite(model: PreTrainedModel, result: Tensor) -> None:
+    """Raise ValueError if what a model computed for a few tokens is not finite."""
+    if not bool(result.isfinite().all()):
+        raise ValueError(
+            f"{named(model)}: its results for ordinary tokens are not finite; weights or numbers in its config.json are "
+            f"damaged, or too large for {model.dtype}"
+        )
+
+
 @torch.no_grad()
 def check_causal(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> None:
     """Compare the hidden states of a sequence's first tokens with those of the whole sequence in a batch of two.
@@ -141,6 +156,7 @@ def check_causal(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> N
     ids = torch.arange(1, 9, device=trunk.device).remainder(input_layer(trunk).weight.shape[0])
     alone = last_hidden(trunk, ids[None, :5], compute_dtype=compute_dtype, use_cache=False)[0]
     together = last_hidden(trunk, torch.stack([ids, ids.flip(0)]), compute_dtype=compute_dtype, use_cache=False)[0, :5]
+    check_finite(trunk, alone)
     difference = (together - alone).abs().amax(-1) / alone.abs().max()
     mixes = any(type(module).__name__ in _MIXES_TOKENS for module in trunk.modules())
     if mixes or not float(difference.median()) <= (1e-2 if alone.dtype == torch.float32 else 0.05):

@@ -28,17 +28,18 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor], sou
     given: dict[int, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        place = int(number) if number.isdigit() else len(parameters)
+        place = int(number) if number.isdecimal() else len(parameters)
         given.setdefault(place, {})[name] = (key, tensor)
     optimizer.clear()
     missing = []
     for place, found in given.items():
         state = optimizer.new_tensors_of(parameters[place], found) if place < len(parameters) else {}
         for name, (key, tensor) in found.items():
-            if name not in state or state[name].shape != tensor.shape:
+            kind = None if name not in state else (state[name].shape, state[name].dtype)
+            if kind != (tensor.shape, tensor.dtype):
                 raise ValueError(
-                    f"{source}: the tensor {key} of shape {tuple(tensor.shape)} fits no trained parameter; expected the "
-                    "checkpoint of a run with the same model and optimizer"
+                    f"{source}: the tensor {key} of {tensor.dtype} and shape {tuple(tensor.shape)} fits no trained parameter; "
+                    "expected the checkpoint of a run with the same model and optimizer"
                 )
             state[name].copy_(tensor)
         missing += [f"{place}.{name}" for name in state if name not in found]

@@ -193,7 +193,7 @@ def earlier_responses(path: Path, after: int) -> bytes:
             try:
                 update = json.loads(line)["update"]
                 kept += [line] if update <= after else []
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{path}:{number}: not a line of sampled responses; move the file away") from None
     return b"".join(kept)
 

@@ -155,15 +155,19 @@ def _with_codec(
     limit_positions(model, longest_sequence(config))
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
-    codec = Codec(
-        tokenizer,
-        data.prompt_template,
-        *limits,
-        data.long_prompts,
-        config.rollout.stop,
-        keep_special_tokens=data.keep_special_tokens,
-        **template_settings(config, tokenizer, strict=strict),
-    )
+    try:
+        codec = Codec(
+            tokenizer,
+            data.prompt_template,
+            *limits,
+            data.long_prompts,
+            config.rollout.stop,
+            keep_special_tokens=data.keep_special_tokens,
+            **template_settings(config, tokenizer, strict=strict),
+        )
+    except ValueError as error:
+        where = f"model.path: {folder}: " if str(error).startswith("tokenizer") else ""
+        raise ValueError(f"{where}{error}") from error
     return model, codec
 
 

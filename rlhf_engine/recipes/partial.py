@@ -98,7 +98,7 @@ class PartialFile:
     def _settings(self, line: bytes) -> dict[str, Any]:
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         settings = found.get(_SETTINGS) if isinstance(found, dict) else None
         if not isinstance(settings, dict):
