@@ -37,7 +37,7 @@ $(OLDEST)/.built: build constraints-oldest.txt
 
 # The kernels' CPU tests with AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 10 minutes of compilation, then the tests.
 sanitize: build
-	RLHF_SANITIZE=1 RLHF_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
+	RLHF_SANITIZE=1 RLHF_CUDA=0 $(BIN)/python setup.py --quiet build --force --build-base $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
 	$(BIN)/python -m tests.sanitizers
 
 lint: lint-text lint-types lint-public

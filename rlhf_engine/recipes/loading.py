@@ -155,16 +155,9 @@ def _with_codec(
     limit_positions(model, longest_sequence(config))
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
+    more = template_settings(config, tokenizer, strict=strict) | {"keep_special_tokens": data.keep_special_tokens}
     try:
-        codec = Codec(
-            tokenizer,
-            data.prompt_template,
-            *limits,
-            data.long_prompts,
-            config.rollout.stop,
-            keep_special_tokens=data.keep_special_tokens,
-            **template_settings(config, tokenizer, strict=strict),
-        )
+        codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts, config.rollout.stop, **more)
     except ValueError as error:
         where = f"model.path: {folder}: " if str(error).startswith("tokenizer") else ""
         raise ValueError(f"{where}{error}") from error

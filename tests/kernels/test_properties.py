@@ -238,7 +238,7 @@ def test_ppo_loss(seed, b, t, layout, where, options, upstream):
 
 
 def loss_of(function, names):
-    """Return a function of the loss only; the metrics have tests of their own, but none may be undefined."""
+    """Return a function of the loss only; the metrics have separate tests, but none may be undefined."""
 
     def loss(**arguments):
         result = function(**arguments)
