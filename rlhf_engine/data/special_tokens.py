@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -33,8 +33,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **option
     Raises:
         ValueError: the tokenizer fails, for example because a file of it is broken in a part that loading does not read.
     """
+    call = cast("Callable[..., Mapping[str, list[list[int]]]]", tokenizer)
     with foreign_errors("tokenizer: it cannot encode a text"):
-        return cast("list[list[int]]", tokenizer(list(texts), **options)["input_ids"])
+        return call(list(texts), **options)["input_ids"]
 
 
 def silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
