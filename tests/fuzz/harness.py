@@ -20,7 +20,7 @@ from rlhf_engine.cli.failures import LONGEST, MISTAKE, one_line_errors
 
 SECONDS = 10
 """Limit on the processor time of a case."""
-WAITING = 120
+WAITING = 600
 """Limit on the time of a case, which includes that of other processes on a busy machine."""
 MEGABYTES = 512
 """Limit on the growth of resident memory in a case."""
