@@ -155,7 +155,8 @@ def _with_codec(
     limit_positions(model, longest_sequence(config))
     data = config.data
     limits = (config.rollout.max_prompt_tokens, data.max_response_tokens, max_positions(model))
-    more = template_settings(config, tokenizer, strict=strict) | {"keep_special_tokens": data.keep_special_tokens}
+    more: dict[str, Any] = template_settings(config, tokenizer, strict=strict)
+    more["keep_special_tokens"] = data.keep_special_tokens
     try:
         codec = Codec(tokenizer, data.prompt_template, *limits, data.long_prompts, config.rollout.stop, **more)
     except ValueError as error:
