@@ -91,7 +91,7 @@ _FREE = (
         for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene", "unknown_columns")
     ),
     *("memory.gradient_checkpointing", "sft.checkpoint_every", "reward.checkpoint_every", "ppo.checkpoint_every"),
-    *("reward.path",),
+    *("reward.path", "reward.concurrency", "reward.timeout", "reward.retries"),
 )
 _REWARD_TRAINING = tuple(f"reward.{name}" for name in ("epochs", "batch_size", "microbatch", "evaluate_every", "optim"))
 _MAY_CHANGE: Mapping[str, frozenset[str]] = {

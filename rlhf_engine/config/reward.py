@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlhf_engine.config.optim import OptimConfig
-from rlhf_engine.config.schema import Count, Section, WholeNumber
+from rlhf_engine.config.schema import Count, NonNegative, Section, WholeNumber
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,13 @@ class RewardConfig(Section):
     returns a float."""
     concurrency: Count = 32
     """Maximum number of calls of an async function at once, if batched is false."""
+    timeout: NonNegative = 0.0
+    """Maximum seconds of one call of the function; 0 is no limit. A call that takes longer is ended (a plain function
+    by an alarm in the main thread, an async one by cancelling it) and counts as failed. Native code that ignores
+    signals cannot be ended."""
+    retries: WholeNumber = 0
+    """Maximum number of times that a call is repeated after it has raised or exceeded the limit, 1, 2, 4, ... and at most
+    60 seconds later. Every call receives the same samples; only the last failure ends the run."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8
@@ -46,3 +53,6 @@ class RewardConfig(Section):
             raise ValueError("batched: got False, expected True; only function reads it")
         if self.concurrency != 32 and self.batched:
             raise ValueError(f"concurrency: got {self.concurrency}, expected 32; only batched false reads it")
+        for name in ("timeout", "retries"):
+            if getattr(self, name) and self.function is None:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0; only function reads it")

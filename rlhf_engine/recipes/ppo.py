@@ -106,6 +106,8 @@ def run_ppo(
             name=config.reward.function,
             batched=config.reward.batched,
             concurrency=config.reward.concurrency,
+            timeout=config.reward.timeout,
+            retries=config.reward.retries,
         )
     pretrain = pretrain_stream(config, codec)
     trainer = build_trainer(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from rlhf_engine.rewards.user_code import SampleError, user_code_errors
+from rlhf_engine.rewards.awaiting import Outcome, awaited, outcomes
+from rlhf_engine.rewards.limits import Limits
+from rlhf_engine.rewards.user_code import OutOfTime, SampleError, user_code_errors
 
 _NONE: Mapping[str, list[Any]] = {}
+_NO_LIMITS = Limits()
 _RESPONSES = ("responses", "completions", "response", "completion")
 
 
@@ -80,31 +82,55 @@ def ask(
     *,
     batched: bool = True,
     concurrency: int = 1,
+    limits: Limits = _NO_LIMITS,
 ) -> Any:
     """Return the result of `function` on columns of samples, with tensors and arrays converted to lists and numbers.
 
     `named` are columns that are passed by name. An async function is awaited. If `batched`, the function receives lists; if the
-    call raises, it is called on one sample at a time to find the sample that causes the error. Otherwise it receives single
-    values, and the list of its results is returned; at most `concurrency` calls of an async function run at once.
+    call fails, it is called on one sample at a time to find the sample that causes it. After a call that reached the time
+    limit, these calls together have that time as well. Otherwise the function receives single values, and the list of its
+    results is returned; at most `concurrency` calls of an async function run at once.
 
     Raises:
-        SampleError: for the first sample on which `function` raises.
-        ValueError: that begins with `samples`, if `function` raises only on all samples together.
+        SampleError: for the first sample on which `function` raises or takes too long.
+        ValueError: that begins with `samples`, if `function` fails only on all samples together.
     """
-    size = len(columns[0])
+    size, calls = len(columns[0]), limits.retries + 1
     if not batched:
-        return _each(function, columns, named, samples, concurrency)
+        return _each(function, columns, named, samples, concurrency, limits)
+
+    def call(rows: slice) -> Any:
+        one = {name: limits.copied(column[rows]) for name, column in named.items()}
+        result = function(*(limits.copied(column[rows]) for column in columns), **one)
+        return result if inspect.isawaitable(result) else _plain(result)  # reading a generator runs user code
+
     try:
-        with user_code_errors(samples, 0 if size == 1 else None):
-            return _plain(_awaited(function(*columns, **named)))
+        with user_code_errors(samples, 0 if size == 1 else None, calls=calls):
+            return limits.call(partial(call, slice(None)), partial(_awaited, limits=limits))
     except SampleError:
         raise
-    except ValueError:
-        for row in range(size):
-            one = {name: [column[row]] for name, column in named.items()}
-            with user_code_errors(samples, row):
-                _plain(_awaited(function(*([column[row]] for column in columns), **one)))
+    except ValueError as error:
+        _find(call, size, samples, limits, slow=isinstance(error.__cause__, OutOfTime))
         raise
+
+
+def _find(call: Callable[[slice], Any], size: int, samples: str, limits: Limits, *, slow: bool) -> None:
+    """Call a function on one sample at a time; raise SampleError for the first one on which it fails.
+
+    If it is `slow`, all calls together have the time limit of one.
+    """
+    end = time.monotonic() + limits.timeout
+    for row in range(size):
+        left = max(end - time.monotonic(), 1e-3) if slow else limits.timeout
+        once = replace(limits, retries=0, timeout=left)
+        try:
+            with user_code_errors(samples, row):
+                once.call(partial(call, slice(row, row + 1)), partial(_awaited, limits=once))
+        except SampleError as error:
+            if not isinstance(error.__cause__, OutOfTime):
+                raise
+            with user_code_errors(samples, row, calls=limits.retries + 1):
+                raise limits.out_of_time().with_traceback(error.__cause__.__traceback__) from None
 
 
 def number(value: Any) -> float | None:
@@ -125,6 +151,10 @@ def shown_prompt(prompt: str | Sequence[Mapping[str, str]]) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
+def _awaited(value: Any, limits: Limits) -> Any:
+    return _plain(awaited(value, limits)) if inspect.isawaitable(value) else value
+
+
 def _plain(value: Any) -> Any:
     """Convert a user function's result to lists and numbers; tensors, arrays and table columns have a `tolist`."""
     if hasattr(value, "tolist"):
@@ -140,73 +170,23 @@ def _each(
     named: Mapping[str, list[Any]],
     samples: str,
     concurrency: int,
+    limits: Limits,
 ) -> list[Any]:
     """Call `function` on each sample; await the calls of an async function together."""
+
+    def call(row: int) -> Any:
+        one = {name: limits.copied(column[row]) for name, column in named.items()}
+        return function(*(limits.copied(column[row]) for column in columns), **one)
+
     results: list[Any] = []
     for row in range(len(columns[0])):
-        one = {name: column[row] for name, column in named.items()}
-        with user_code_errors(samples, row):
-            results.append(function(*(column[row] for column in columns), **one))
+        with user_code_errors(samples, row, calls=limits.retries + 1):
+            results.append(limits.call(partial(call, row)))
     waiting = [row for row, result in enumerate(results) if inspect.isawaitable(result)]
-    for row, outcome in zip(waiting, _outcomes([results[row] for row in waiting], concurrency), strict=True):
+    found = outcomes([results[row] for row in waiting], concurrency, limits, lambda index: call(waiting[index]))
+    for row, outcome in zip(waiting, found, strict=True):
         results[row] = outcome
     for row, result in enumerate(results):
-        with user_code_errors(samples, row):
-            results[row] = _plain(result.value() if isinstance(result, _Outcome) else result)
+        with user_code_errors(samples, row, calls=limits.retries + 1):
+            results[row] = _plain(result.value() if isinstance(result, Outcome) else result)
     return results
-
-
-# ---- async functions ----
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """The result of an awaitable, or the exception that it raised."""
-
-    result: Any = None
-    error: BaseException | None = None
-
-    def value(self) -> Any:
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-def _awaited(value: Any) -> Any:
-    """Return `value`, or its result if it is awaitable."""
-    return _outcomes([value], 1)[0].value() if inspect.isawaitable(value) else value
-
-
-def _outcomes(awaitables: Sequence[Awaitable[Any]], concurrency: int) -> list[_Outcome]:
-    """Await all, at most `concurrency` at a time."""
-
-    async def gathered() -> list[_Outcome]:
-        free = asyncio.Semaphore(concurrency)
-
-        async def outcome(awaitable: Awaitable[Any]) -> _Outcome:
-            async with free:
-                try:
-                    return _Outcome(await awaitable)
-                except (Exception, SystemExit) as error:  # user code may raise anything; the caller raises it again
-                    return _Outcome(error=error)
-
-        return await asyncio.gather(*map(outcome, awaitables))
-
-    if not awaitables:
-        return []
-    future = asyncio.run_coroutine_threadsafe(gathered(), _event_loop())
-    try:
-        return future.result()
-    finally:
-        future.cancel()  # after a signal
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return an event loop that runs in a thread until the process ends.
-
-    All calls share it, so that a user's client sessions stay valid, and a notebook's running loop does not matter.
-    """
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rlhf user code", daemon=True).start()
-    return loop

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_engine.data import Codec, PlainPrompt
 from rlhf_engine.rewards.calls import Parameters, ask, number, shown_prompt
+from rlhf_engine.rewards.limits import Limits
 from rlhf_engine.rewards.scaling import RewardFunction
 from rlhf_engine.rewards.user_code import SampleError
 from rlhf_engine.rollout import Rollout
@@ -28,6 +29,8 @@ def text_reward(
     name: str | None = None,
     batched: bool = True,
     concurrency: int = 32,
+    timeout: float = 0.0,
+    retries: int = 0,
 ) -> RewardFunction:
     """Return a reward that calls `function(prompts, responses, **columns)` once per rollout with decoded texts.
 
@@ -41,16 +44,18 @@ def text_reward(
         name: the name of the function in errors; by default its `__qualname__`.
         batched: whether the function receives lists and returns one; otherwise it is called once per response.
         concurrency: maximum number of calls of an async function at once, without `batched`.
+        timeout: maximum seconds of a call, which ends in the main thread only (see `limits`); 0 is no limit.
+        retries: maximum number of repeated calls after one that raises or takes too long.
 
-    The returned reward raises SampleError with the row of the rollout if the function raises on a response or returns no number
-    for it. It raises ValueError if the function does not return one number per response.
+    The returned reward raises SampleError with the row of the rollout if the function raises on a response, takes too long, or
+    returns no number for it. It raises ValueError if the function does not return one number per response.
 
     Raises:
         ValueError: the function has a parameter that is none of the `columns` and has no default.
     """
     default = getattr(function, "__qualname__", type(function).__name__)
     what = f"reward function {default}" if name is None else f"reward.function {name}"
-    parameters = Parameters.of(function)
+    parameters, limits = Parameters.of(function), Limits(timeout, retries, what)
     try:
         names = parameters.columns(columns)
     except ValueError as error:
@@ -62,7 +67,8 @@ def text_reward(
         data = {"prompts": asked, "responses": response_texts(rollout, codec)}
         rows = [columns_of(ids) for ids in prompts] if columns_of is not None and names else []
         named = {column: [row.get(column) for row in rows] for column in names}
-        given, how = [data[part] for part in parameters.data], {"batched": batched, "concurrency": concurrency}
+        given = [data[part] for part in parameters.data]
+        how: dict[str, Any] = {"batched": batched, "concurrency": concurrency, "limits": limits}
         try:
             found = _floats(ask(function, given, f"{what}: {count} responses", named, **how), count, what)
         except SampleError as error:

@@ -31,15 +31,19 @@ class SampleError(ValueError):
         self.row = row
 
 
+class OutOfTime(BaseException):
+    """The end of a call that took too long. It is no Exception, so that user code does not catch it by accident."""
+
+
 class user_code_errors:
     """A context manager that converts any exception of user code into a ValueError that begins with `what`.
 
-    With `row` it is a SampleError of that row. The message has the last line of the user's code that ran. SystemExit is
-    converted too.
+    With `row` it is a SampleError of that row. The message has the last line of the user's code that ran, and the number of
+    `calls` if there was more than one. SystemExit and OutOfTime are converted too.
     """
 
-    def __init__(self, what: str, row: int | None = None) -> None:
-        self.what, self.row = what, row
+    def __init__(self, what: str, row: int | None = None, *, calls: int = 1) -> None:
+        self.what, self.row, self.calls = what, row, calls
 
     def __enter__(self) -> None:
         pass
@@ -48,9 +52,12 @@ class user_code_errors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # SystemExit in user code would end the run without a message.
-        if kind is None or not issubclass(kind, Exception | SystemExit):
+        if kind is None or not issubclass(kind, Exception | SystemExit | OutOfTime):
             return
-        reason = f"it raised {kind.__name__}: {' '.join(str(error).split())}{_place(trace)}"
+        text = " ".join(str(error).split())
+        reason = f"{text if kind is OutOfTime else f'it raised {kind.__name__}: {text}'}{_place(trace)}"
+        if self.calls > 1:
+            reason += f", in each of {self.calls} calls"
         if self.row is not None:
             raise SampleError(self.row, reason) from error
         raise ValueError(f"{self.what}: {reason}") from error
