@@ -26,7 +26,8 @@ QUICK = {"n": 256, "h": 128, "v": 2048}
 OF_A_ROW = ("cispo", "sapo", "ipo", "dppo_tv", "dppo_kl")
 OF_A_SEQUENCE = ("gspo_token", "gmpo")
 FUNCTION, MASKED, WEIGHTED = "a function", "clip, 4 of 5 tokens masked", "clip, 4 of 5 tokens with weight 0"
-CASES = ("clip", *OF_A_ROW, *OF_A_SEQUENCE, FUNCTION, MASKED, WEIGHTED)
+MIXED = "clip, cross-entropy and KL tokens"
+CASES = ("clip", *OF_A_ROW, *OF_A_SEQUENCE, MIXED, FUNCTION, MASKED, WEIGHTED)
 
 
 def truncated(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -41,6 +42,11 @@ def make_step(case: str, shape: dict[str, int]) -> Callable[[], None]:
     options: dict = {"aggregation": "seq_mean_token_mean"} if case in OF_A_SEQUENCE else {}
     if case == FUNCTION:
         options["objective"] = truncated
+    elif case == MIXED:
+        options |= {
+            "term": torch.arange(batch.mask.numel()).view_as(batch.mask) % 3,
+            "ref_logprobs": batch.old_logprobs,
+        }
     elif case not in (MASKED, WEIGHTED):
         options["objective"] = case
     else:
@@ -88,9 +94,9 @@ def main(*, quick: bool = False) -> None:
     ]
     rows = {row.name: row for row in alternate_workers(workers, rounds=1 if quick else 9)}
     clip = rows["clip"]
-    bounds = dict.fromkeys((*OF_A_ROW, *OF_A_SEQUENCE), 1.02) | {FUNCTION: 1.40, MASKED: 0.50, WEIGHTED: 0.50}
+    bounds = dict.fromkeys((*OF_A_ROW, *OF_A_SEQUENCE, MIXED), 1.02) | {FUNCTION: 1.40, MASKED: 0.50, WEIGHTED: 0.50}
     checks = [Check(f"seconds, {name} / clip", ratio(rows[name], clip), bound) for name, bound in bounds.items()]
-    for name in (*OF_A_ROW, *OF_A_SEQUENCE, FUNCTION):
+    for name in (*OF_A_ROW, *OF_A_SEQUENCE, MIXED, FUNCTION):
         known = clip.extra_mb and not rows[name].error
         checks.append(Check(f"extra MB, {name} / clip", rows[name].extra_mb / clip.extra_mb if known else None, 1.05))
     title = "linear_ppo_loss forward+backward, float32, N={n} H={h} V={v}".format(**shape)

@@ -1,9 +1,10 @@
 """Fused PPO operations for language models: the loss from hidden states, and the ops for the other steps of an update."""
 
 from ._native import lend_workspace, release_workspace
-from ._options import PPOOptions
+from ._options import PPOOptions, Term
 from .launch_args import (
     METRICS,
+    TERM_METRICS,
     Advantages,
     PPOLoss,
     RolloutAdvantages,
@@ -41,6 +42,7 @@ from .token_args import IMPORTANCE_METRICS, ImportanceWeights, TokenSelection, T
 __all__ = [
     "IMPORTANCE_METRICS",
     "METRICS",
+    "TERM_METRICS",
     "Advantages",
     "FusedHead",
     "HeadArguments",
@@ -51,6 +53,7 @@ __all__ = [
     "QuantisedWeight",
     "RolloutAdvantages",
     "SampledTokens",
+    "Term",
     "TokenLogprobs",
     "TokenSelection",
     "TopkKL",

@@ -10,6 +10,7 @@ Legend: B sequences, T positions, N tokens.
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from enum import IntEnum
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from torch import Tensor
@@ -23,6 +24,18 @@ KlEstimator = Literal["k1", "k2", "k3", "abs"]
 KlWeighting = Literal["none", "ratio"]
 RatioLevel = Literal["token", "sequence"]
 Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"]
+
+
+class Term(IntEnum):
+    """What the loss of a token is; the codes of the option `term`."""
+
+    RL = 0
+    """The objective, with entropy bonus and KL to the reference."""
+    CROSS_ENTROPY = 1
+    """Minus the log-prob of the token."""
+    KL = 2
+    """KL(policy || reference), by `kl_estimator`."""
+
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 KL_ESTIMATORS: tuple[str, ...] = get_args(KlEstimator)
@@ -81,6 +94,10 @@ class PPOOptions(TypedDict, total=False):
     """`sequence`: the log-ratio of a token is the mean over the actions of its sequence (GSPO)."""
     weights: Tensor | None  # (B, T) or (N,)
     """Factor of the policy term of each token. None: 1."""
+    term: Tensor | None  # (B, T) or (N,), int64 or int32
+    """Code of what the loss of each token is, see `Term`. None: `Term.RL` everywhere."""
+    term_weights: Tensor | None  # (B, T) or (N,)
+    """Factor of the whole loss of each token except its value loss. None: 1."""
     values: Tensor | None  # (B, T) or (N,), differentiable
     """Predictions of a separate value model; the value loss is added to the loss."""
     old_values: Tensor | None  # (B, T) or (N,)
@@ -92,7 +109,7 @@ class PPOOptions(TypedDict, total=False):
     vf_coef: float
     """Coefficient of the value loss."""
     value_mask: Tensor | None  # (B, T) or (N,), bool
-    """Tokens of the value loss. None: `mask`."""
+    """Tokens of the value loss. None: the tokens of `mask` with `Term.RL`."""
     entropy: Tensor | None  # (B, T) or (N,), differentiable
     """Entropy of each token's distribution; only `ppo_loss` accepts it, the other two functions compute it."""
     entropy_coef: float
@@ -109,9 +126,14 @@ class PPOOptions(TypedDict, total=False):
     """Reduction of each term: sum over tokens / `num_tokens`, sum over tokens / `num_sequences`, sum of the sequences' means
     over tokens / `num_sequences`, sum over tokens."""
     num_tokens: float | Tensor | None
-    """Denominator of `token_mean` and of the metrics: the tokens of all micro-batches and ranks. None: those of this call."""
+    """Denominator of `token_mean` and of the metrics: the tokens with `Term.RL` of all micro-batches and ranks. None: those of
+    this call."""
     num_value_tokens: float | Tensor | None
     """The same for the value loss. None: the tokens of the value loss in this call."""
+    num_cross_entropy_tokens: float | Tensor | None
+    """The same for tokens with `Term.CROSS_ENTROPY`. None: those of this call."""
+    num_kl_tokens: float | Tensor | None
+    """The same for tokens with `Term.KL`. None: those of this call."""
     num_sequences: float | Tensor | None
     """Denominator of the aggregations that begin with `seq_mean`. None: the sequences of this call with a token."""
     cu_seqlens: Tensor | None  # (B + 1,), int32
@@ -162,6 +184,8 @@ class PPOArguments:
     log_ratio_coef: float | None = _scalar(None, limits={"least": 0}, off={"ipo": 1e-3}, objectives=WITH_DIVERGENCE)
     ratio_level: str = _scalar("token", choices=get_args(RatioLevel), objectives=WITH_LEVEL, kernel=False)
     weights: Tensor | None = None
+    term: Tensor | None = None
+    term_weights: Tensor | None = None
     values: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
@@ -177,6 +201,8 @@ class PPOArguments:
     aggregation: str = _scalar("token_mean", choices=get_args(Aggregation), kernel=False)
     num_tokens: float | Tensor | None = None
     num_value_tokens: float | Tensor | None = None
+    num_cross_entropy_tokens: float | Tensor | None = None
+    num_kl_tokens: float | Tensor | None = None
     num_sequences: float | Tensor | None = None
     cu_seqlens: Tensor | None = None
 
@@ -188,5 +214,5 @@ def _row(option: Field[Any]) -> Scalar:
 OPTIONS: tuple[str, ...] = tuple(option.name for option in fields(PPOArguments))
 SCALARS: tuple[Scalar, ...] = tuple(_row(option) for option in fields(PPOArguments) if "row" in option.metadata)
 """The rows of the table, in the order of `PPOArguments`."""
-TOKEN_TENSORS = ("weights", "values", "old_values", "returns", "entropy", "ref_logprobs")
-DENOMINATORS = ("num_tokens", "num_value_tokens", "num_sequences")
+TOKEN_TENSORS = ("weights", "term_weights", "values", "old_values", "returns", "entropy", "ref_logprobs")
+DENOMINATORS = ("num_tokens", "num_value_tokens", "num_cross_entropy_tokens", "num_kl_tokens", "num_sequences")

@@ -200,6 +200,54 @@ class Sequences:
         return x.repeat_interleave(self.cu_seqlens.diff(), output_size=n)
 
 
+class Aggregation(NamedTuple):
+    """The weights of the tokens under one mask: relative weights in (0, 1], and the denominator of the weighted sum."""
+
+    row_weight: Tensor | None  # (N,), float32; None: all 1
+    denominator: Tensor  # ()
+
+    @classmethod
+    def of(
+        cls, kind: str, mask: Tensor, sequences: Sequences, tokens: Tensor, num_sequences: float | Tensor | None
+    ) -> "Aggregation":
+        """Return the weights of the aggregation `kind`; `tokens` is the denominator of a mean over tokens."""
+        if kind == "token_sum":
+            return cls(None, torch.ones((), device=mask.device))
+        if kind == "token_mean":
+            return cls(None, tokens)
+        lengths = sequences.lengths(mask)
+        denominator = count(lengths > 0, num_sequences)
+        if kind == "seq_mean_token_sum":
+            return cls(None, denominator)
+        # Relative to the shortest sequence, so that small weights do not make half-precision gradients underflow.
+        shortest = torch.where(lengths > 0, lengths, lengths.max()).min().clamp(min=1) if lengths.numel() else 1
+        return cls(sequences.per_token((shortest / lengths.clamp(min=1)).float(), mask.numel()), denominator * shortest)
+
+
+def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
+    """Return the denominator `given` by the caller, or the number of True entries, and 1 instead of 0.
+
+    The loss of an empty batch is therefore 0.
+    """
+    if given is None:
+        return mask.sum().float().clamp(min=1)
+    if isinstance(given, Tensor):
+        x = given.to(mask.device).float()
+        return torch.where(x > 0, x, 1)
+    # torch.full fills the value on the device, without a copy from the host.
+    return torch.full((), given if given > 0 else 1, dtype=torch.float32, device=mask.device)
+
+
+class Denominators(NamedTuple):
+    """The denominators of the kernels' sums, each () float32."""
+
+    policy: Tensor
+    value: Tensor
+    tokens: Tensor
+    value_tokens: Tensor
+    one: Tensor
+
+
 SUMS = (
     *("policy", "ref_kl_term", "entropy_term", "value_term"),  # multiplied by the aggregation's weight
     *("entropy", "clipped", "dual_clipped", "approx_kl", "k3", "ratio", "ref_kl", "active", "num_tokens"),
@@ -207,6 +255,8 @@ SUMS = (
     "ratio_max",  # a maximum
 )
 """The sums that the kernels of `ppo_loss` return, in the order of PpoSum (csrc/args.h)."""
+TERM_SUMS = ("cross_entropy_term", "kl_term", "num_cross_entropy_tokens", "num_kl_tokens")
+"""The sums of the tokens with a term other than the objective, which follow `SUMS` if there are terms."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -269,6 +319,10 @@ METRICS = (
 )
 """Keys of `PPOLoss.metrics`. For micro-batches with the global denominators, sum every metric over the micro-batches, but
 take the maximum of `ratio_max`. `explained_variance` reads the last five."""
+
+
+TERM_METRICS = ("cross_entropy_loss", "kl_loss", "num_cross_entropy_tokens", "num_kl_tokens")
+"""More keys of `PPOLoss.metrics` if `term` is given: parts of the loss, and the tokens that have them."""
 
 
 def explained_variance(metrics: dict[str, Tensor]) -> Tensor:

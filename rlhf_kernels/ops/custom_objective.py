@@ -2,14 +2,13 @@
 # torch does not declare the types of `Tensor.register_hook` and `torch.compiler.disable`.
 """A user's own objective: the loss of each token, and by autograd the coefficient of each row.
 
-The fused kernels then run the objective `policy_gradient`, whose loss is linear in the log-probs, with these coefficients. The
-head's gradient is the same for every objective with the same coefficients.
+The fused kernels compute the other parts of the loss, and these coefficients are added to theirs. The head's gradient is the
+same for every objective with the same coefficients.
 
 Legend: N tokens.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -123,15 +122,15 @@ evaluate: Callable[..., Evaluated] = cast(Callable[..., Evaluated], torch.compil
 """`_evaluate`, which a compiler runs eagerly: it cannot trace the derivative of a function within a graph."""
 
 
-def linearised(
+def weighted(
     args: PPOArguments,
     logprobs: Tensor | None,
     old_logprobs: Tensor,
     advantages: Tensor,
-    mask: Tensor,
-    row_weight: Tensor | None,
-) -> tuple[PPOArguments, Tensor, Tensor]:
-    """Return the arguments and the advantages of `policy_gradient` with the derivatives of a custom objective, and its sum."""
+    mask: Tensor,  # (N,), bool
+    row_weight: Tensor | None,  # (N,), float32
+) -> Evaluated:
+    """Return the sum of the losses of a function, weighted by `weights` and `row_weight`, and its derivatives, 0 elsewhere."""
     assert callable(args.objective) and logprobs is not None
     weight = row_weight
     if args.weights is not None:
@@ -139,6 +138,4 @@ def linearised(
         weight = weights if row_weight is None else weights * row_weight
     constants = logprobs.reshape(-1).float(), old_logprobs.float(), advantages.float(), mask
     total, slope = evaluate(args.objective, args.objective_inputs or {}, *constants, weight)
-    if row_weight is not None:
-        slope = slope / row_weight  # the kernels multiply by it
-    return replace(args, objective="policy_gradient", weights=None), -slope, total
+    return Evaluated(total, torch.where(mask, slope, 0))

@@ -10,7 +10,6 @@ from torch import Tensor
 from .._options import PPOArguments
 from ..backend import OnePassKernels, define_record, kernels, refuse
 from ..launch_args import (
-    METRICS,
     LogitRows,
     PPOLoss,
     RowStats,
@@ -89,6 +88,8 @@ def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
     if sequence_level(args):
         got = f"objective={args.objective!r}" if args.ratio_level == "token" else "ratio_level='sequence'"
         return f"got {got}, expected a ratio per token, because the kernel computes gradients row by row"
+    if args.term is not None:
+        return "got term, expected None, because the kernel computes the objective only"
     if inplace and logits.dtype == torch.float16:
         # Gradients that need a loss scale would underflow to 0 before it is applied, and the overwritten logits could not
         # be used to compute them again.
@@ -124,7 +125,7 @@ def _fake(x: Inputs) -> tuple[Tensor, ...]:
     n, f32, logits = x.ids.numel(), torch.float32, x.logits
     return (
         logits.new_empty((), dtype=f32),
-        logits.new_empty(len(METRICS), dtype=f32),
+        logits.new_empty(x.terms.num_metrics, dtype=f32),
         logits.new_empty(logits.shape if x.needs[0] else (0,)),
         logits.new_empty((4, n), dtype=f32),
         logits.new_empty((2, n), dtype=f32),

@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
 from .._options import PPOOptions
 from ..backend import define_record, kernels, refuse, resolve
-from ..launch_args import METRICS, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
+from ..launch_args import Denominators, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
 from .head import HeadGradients, HeadRows, Needs, Plan, Results, row_pass
 from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, stats_of, under_autocast
-from .objective import Denominators, ObjectiveTerms, as_loss
-from .sequence_pass import add_given, sequence_pass
+from .objective import ObjectiveTerms, as_loss
+from .sequence_pass import add_given, block_pass, sequence_pass
 from .weights import LowRank, QuantisedWeight
 
 VALUE_ROWS = 1024
@@ -211,13 +211,15 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
         stats = RowStats(x.stats)
     elif terms.sequence_level:
         stats = sequence_pass(gradients, take, terms)
+    elif terms.other_weights is not None:
+        stats = block_pass(gradients, take, terms)
     else:
         rows = take(terms.mask)
         stats = RowStats(rows.spread(row_pass(gradients, rows, terms.ppo).buffer, n))
     targets = [None if y is None else y.contiguous() for y in (values, x.old_values, x.returns)]
     slope, value_slope, sums = terms.sums(launch, stats.logprobs, stats.entropy, *targets)
     if x.stats is not None and any(gradients.needs):
-        add_given(gradients, take, terms, stats, slope, terms.mask)
+        add_given(gradients, take, terms, stats, slope, terms.tokens)
     results = gradients.results()
     if any(gradients.needs) and _leaves_half_range(x, slope):
         # Again, relative to the largest slope; the sums of the products are float32.
@@ -298,7 +300,7 @@ def _fake(x: Inputs) -> tuple[Tensor, ...]:
         hidden.new_empty(leaf.shape if needs[name] else (0,), dtype=x.plan().sum_dtype if name == "weight" else f32)
         for name, leaf in zip(LEAVES, flatten(x.leaves), strict=True)
     ]
-    return hidden.new_empty((), dtype=f32), hidden.new_empty(len(METRICS), dtype=f32), *gradients
+    return hidden.new_empty((), dtype=f32), hidden.new_empty(x.terms.num_metrics, dtype=f32), *gradients
 
 
 class LinearPpoLoss(torch.autograd.Function):

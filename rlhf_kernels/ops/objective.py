@@ -3,6 +3,7 @@
 Legend: B sequences, T positions, N tokens.
 """
 
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,10 +22,23 @@ from .._options import (
     PPOArguments,
     PPOOptions,
     Scalar,
+    Term,
 )
 from ..backend import Kernels
-from ..launch_args import METRICS, SUMS, PPOLoss, PpoRows, PpoScalars, Sequences
-from . import checks, custom_objective
+from ..launch_args import (
+    METRICS,
+    SUMS,
+    TERM_METRICS,
+    TERM_SUMS,
+    Aggregation,
+    Denominators,
+    PPOLoss,
+    PpoRows,
+    PpoScalars,
+    Sequences,
+    count,
+)
+from . import checks, custom_objective, row_terms
 
 
 def parse(caller: str, options: PPOOptions) -> PPOArguments:
@@ -78,6 +92,8 @@ def check(
         checks.mask("value_mask", args.value_mask, **like)
     if args.objective_inputs is not None:
         custom_objective.check_inputs(args.objective_inputs, like)
+    if args.term is not None:
+        row_terms.check(args.term, args, mask, like)
     for row in SCALARS:
         _check_scalar(row, getattr(args, row.name))
     for denominator in DENOMINATORS:
@@ -120,6 +136,9 @@ def _check_combinations(args: PPOArguments, computes_entropy: bool) -> None:
         raise ValueError(
             f"objective_inputs is set, but objective={args.objective!r} reads none; pass a function as objective"
         )
+    for name in ("num_cross_entropy_tokens", "num_kl_tokens"):
+        if args.term is None and getattr(args, name) is not None:
+            raise ValueError(f"{name} is set, but term is not; pass the term of each token, or leave {name} out")
     if args.kl_coef and args.ref_logprobs is None:
         raise ValueError(
             f"ref_logprobs is not set, but kl_coef={args.kl_coef} needs it; pass the reference model's log-probs"
@@ -143,16 +162,6 @@ def _check_values(args: PPOArguments, value_head: bool) -> None:
             raise ValueError(f"{name} is set but there are no value predictions; pass values, or leave {name} out")
 
 
-class Denominators(NamedTuple):
-    """The denominators of the kernels' sums, each () float32."""
-
-    policy: Tensor
-    value: Tensor
-    tokens: Tensor
-    value_tokens: Tensor
-    one: Tensor
-
-
 _SOURCES = {
     "policy_loss": ("policy", "policy"),
     "value_loss": ("value_term", "value"),
@@ -172,47 +181,13 @@ _SOURCES = {
     "residual_sum": ("residual", "one"),
     "residual_sq_sum": ("residual_sq", "one"),
     "ratio_max": ("ratio_max", "one"),
+    "cross_entropy_loss": ("cross_entropy_term", "policy"),
+    "kl_loss": ("kl_term", "policy"),
+    "num_cross_entropy_tokens": ("num_cross_entropy_tokens", "one"),
+    "num_kl_tokens": ("num_kl_tokens", "one"),
 }
-"""Metric -> its sum among `SUMS` and its denominator among the fields of `Denominators`."""
-_PLACE = {name: i for i, name in enumerate(SUMS)}
-
-
-class Aggregation(NamedTuple):
-    """The weights of the tokens under one mask: relative weights in (0, 1], and the denominator of the weighted sum."""
-
-    row_weight: Tensor | None  # (N,), float32; None: all 1
-    denominator: Tensor  # ()
-
-    @classmethod
-    def of(
-        cls, kind: str, mask: Tensor, sequences: Sequences, tokens: Tensor, num_sequences: float | Tensor | None
-    ) -> "Aggregation":
-        """Return the weights of the aggregation `kind`; `tokens` is the denominator of a mean over tokens."""
-        if kind == "token_sum":
-            return cls(None, torch.ones((), device=mask.device))
-        if kind == "token_mean":
-            return cls(None, tokens)
-        lengths = sequences.lengths(mask)
-        denominator = count(lengths > 0, num_sequences)
-        if kind == "seq_mean_token_sum":
-            return cls(None, denominator)
-        # Relative to the shortest sequence, so that small weights do not make half-precision gradients underflow.
-        shortest = torch.where(lengths > 0, lengths, lengths.max()).min().clamp(min=1) if lengths.numel() else 1
-        return cls(sequences.per_token((shortest / lengths.clamp(min=1)).float(), mask.numel()), denominator * shortest)
-
-
-def count(mask: Tensor, given: float | Tensor | None) -> Tensor:
-    """Return the denominator `given` by the caller, or the number of True entries, and 1 instead of 0.
-
-    The loss of an empty batch is therefore 0.
-    """
-    if given is None:
-        return mask.sum().float().clamp(min=1)
-    if isinstance(given, Tensor):
-        x = given.to(mask.device).float()
-        return torch.where(x > 0, x, 1)
-    # torch.full fills the value on the device, without a copy from the host.
-    return torch.full((), given if given > 0 else 1, dtype=torch.float32, device=mask.device)
+"""Metric -> its sum among `SUMS` and `TERM_SUMS`, and its denominator among the fields of `Denominators`."""
+_PLACE = {name: i for i, name in enumerate(SUMS + TERM_SUMS)}
 
 
 class ObjectiveTerms(NamedTuple):
@@ -223,7 +198,10 @@ class ObjectiveTerms(NamedTuple):
     weights: Tensor | None
     ref_logprobs: Tensor | None
     row_weight: Tensor | None
-    mask: Tensor
+    mask: Tensor  # the tokens of the objective
+    all_tokens: Tensor | None  # (N,), bool: the tokens of all terms; None: `mask`
+    other_weights: Tensor | None  # (2, N), see `RowTerms`
+    other_counts: Tensor | None  # (2,), float64
     value_mask: Tensor
     value_row_weight: Tensor | None
     stacked_denominators: Tensor  # (5,), the fields of Denominators
@@ -235,6 +213,7 @@ class ObjectiveTerms(NamedTuple):
     numbers: list[float]  # see PpoScalars
     choices: list[int]
     custom_sum: Tensor | None  # (), float64: the sum of the policy term if the objective is a function
+    custom_slope: Tensor | None  # (N,): its derivatives
 
     @classmethod
     def of(
@@ -247,6 +226,10 @@ class ObjectiveTerms(NamedTuple):
     ) -> "ObjectiveTerms":
         """Return the terms of a call from its checked arguments."""
         sequences = Sequences.of(mask, args.cu_seqlens)
+        all_tokens = None
+        if args.term is not None:
+            all_tokens = mask.reshape(-1).contiguous()
+            mask = mask & (args.term == Term.RL.value)  # a compiler finds no tensor equal to an enum
         value_mask = mask if args.value_mask is None else args.value_mask
         alike = value_mask is mask and args.num_value_tokens is args.num_tokens
         mask, value_mask = mask.reshape(-1).contiguous(), value_mask.reshape(-1).contiguous()
@@ -256,11 +239,15 @@ class ObjectiveTerms(NamedTuple):
             value_tokens = count(value_mask, args.num_value_tokens)
             value = Aggregation.of(args.aggregation, value_mask, sequences, value_tokens, args.num_sequences)
         one = torch.ones((), device=mask.device)
-        custom_sum = None
+        other_weights = other_counts = custom_sum = custom_slope = None
+        if args.term is not None or args.term_weights is not None:
+            tokens_of_all = mask if all_tokens is None else all_tokens
+            policy, other_weights, other_counts = row_terms.RowTerms.of(args, tokens_of_all, mask, sequences, policy)
         if callable(args.objective):
-            args, advantages, custom_sum = custom_objective.linearised(
-                args, logprobs, old_logprobs, advantages, mask, policy.row_weight
-            )
+            constants = logprobs, old_logprobs, advantages, mask, policy.row_weight
+            custom_sum, custom_slope = custom_objective.weighted(args, *constants)
+            args = replace(args, objective="policy_gradient", weights=None)
+            advantages = torch.zeros_like(advantages)  # the kernels compute the other terms
         scalars = PpoScalars.of(args)
         return cls(
             old_logprobs=checks.flat(old_logprobs),
@@ -269,6 +256,9 @@ class ObjectiveTerms(NamedTuple):
             ref_logprobs=checks.flat(args.ref_logprobs),
             row_weight=policy.row_weight,
             mask=mask,
+            all_tokens=all_tokens,
+            other_weights=other_weights,
+            other_counts=other_counts,
             value_mask=value_mask,
             # A view, because Dynamo does not accept the same tensor as two arguments.
             value_row_weight=None if value.row_weight is None else value.row_weight.view(-1),
@@ -283,6 +273,7 @@ class ObjectiveTerms(NamedTuple):
             numbers=scalars.numbers(),
             choices=scalars.choices(),
             custom_sum=custom_sum,
+            custom_slope=custom_slope,
         )
 
     @property
@@ -295,6 +286,16 @@ class ObjectiveTerms(NamedTuple):
         """The constants of each token, as the kernels expect them."""
         constants = (self.old_logprobs, self.advantages, self.weights, self.ref_logprobs, self.row_weight)
         return PpoRows(self.scalars, *constants)
+
+    @property
+    def num_metrics(self) -> int:
+        """The number of metrics."""
+        return len(METRICS) + (0 if self.other_weights is None else len(TERM_METRICS))
+
+    @property
+    def tokens(self) -> Tensor:
+        """The mask of the tokens of all terms, (N,)."""
+        return self.mask if self.all_tokens is None else self.all_tokens
 
     @property
     def sequences(self) -> Sequences:
@@ -329,20 +330,17 @@ class ObjectiveTerms(NamedTuple):
             value_mask=self.value_mask,
             value_row_weight=self.value_row_weight,
         )
-        if self.custom_sum is not None:
+        if self.custom_slope is not None and self.custom_sum is not None:
+            slope = slope + self.custom_slope
+            h = self.entropy_slope() if entropy is not None else None
             sums[_PLACE["policy"]] = self.custom_sum
+            sums[_PLACE["active"]] = (slope != 0 if h is None else (slope != 0) | (h != 0)).sum()
+        if self.other_weights is not None and self.other_counts is not None:
+            others = kernels, self.other_weights, logprobs, self.ref_logprobs, self.scalars.kl_estimator
+            more, found = row_terms.slope_and_sums(*others)
+            slope = slope + more
+            sums = torch.cat((sums, found, self.other_counts))
         return slope, value_slope, sums
-
-    def slope(self, kernels: Kernels, logprobs: Tensor) -> Tensor:
-        """Return d loss / d log-prob of each token, times the policy's denominator."""
-        return self.sums(kernels, logprobs, None, None, None, None)[0]
-
-    def rows(self, index: Tensor | slice, sequences: Sequences) -> "ObjectiveTerms":
-        """Return the terms, except the value loss, of the tokens that `index` selects, which are `sequences`."""
-        names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight", "mask")
-        taken = {name: x[index].contiguous() for name in names if (x := getattr(self, name)) is not None}
-        bounds = {"num_sequences": sequences.count, "length": sequences.length, "cu_seqlens": sequences.cu_seqlens}
-        return self._replace(**taken, **bounds)
 
     def loss(self, sums: Tensor, *, valued: bool) -> Tensor:
         """Return the scalar loss from the kernels' sums; `valued` states whether there are value predictions.
@@ -355,12 +353,14 @@ class ObjectiveTerms(NamedTuple):
             policy = policy + s.kl_coef * sums[_PLACE["ref_kl_term"]]
         if s.entropy_coef:
             policy = policy - s.entropy_coef * sums[_PLACE["entropy_term"]]
+        if self.other_weights is not None:
+            policy = policy + sums[_PLACE["cross_entropy_term"]] + sums[_PLACE["kl_term"]]
         policy = policy / d.policy
         return (policy + self.vf_coef * sums[_PLACE["value_term"]] / d.value if valued else policy).float()
 
     def metrics(self, sums: Tensor) -> Tensor:
-        """Return the metrics from the kernels' sums, (len(METRICS),) float32, in the order of METRICS."""
-        source, divisor = _metric_places(sums.device)
+        """Return the metrics from the sums, (num_metrics,) float32, in the order of METRICS and TERM_METRICS."""
+        source, divisor = _metric_places(sums.device, self.num_metrics)
         return (sums[source] / self.stacked_denominators[divisor]).float()
 
     def entropy_slope(self) -> Tensor | None:
@@ -373,16 +373,16 @@ class ObjectiveTerms(NamedTuple):
 
 
 @cache
-def _metric_places(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the index of each metric's sum and of its denominator.
+def _metric_places(device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+    """Return the index of the sum, and of the denominator, of each of the first `count` metrics.
 
     Cached, because a copy to the device synchronizes with it.
     """
-    source, divisor = zip(*(_SOURCES[name] for name in METRICS), strict=True)
+    source, divisor = zip(*(_SOURCES[name] for name in (METRICS + TERM_METRICS)[:count]), strict=True)
     places = [_PLACE[name] for name in source], [Denominators._fields.index(name) for name in divisor]
     return torch.tensor(places[0], device=device), torch.tensor(places[1], device=device)
 
 
 def as_loss(loss: Tensor, metrics: Tensor) -> PPOLoss:
     """Return the result of the public functions: the loss, and the metrics by name and detached."""
-    return PPOLoss(loss, dict(zip(METRICS, metrics.detach().unbind(), strict=True)))
+    return PPOLoss(loss, dict(zip(METRICS + TERM_METRICS, metrics.detach().unbind(), strict=False)))

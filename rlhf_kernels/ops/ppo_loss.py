@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._options import PPOArguments, PPOOptions
 from ..backend import define_record, kernels, refuse, resolve
-from ..launch_args import METRICS, PPOLoss, flatten, names_of
+from ..launch_args import PPOLoss, flatten, names_of
 from . import checks, objective
 from .objective import ObjectiveTerms, as_loss
 
@@ -67,6 +67,16 @@ def ppo_loss(
     A denominator that is None is counted from the mask of this call. With the denominators of the full batch, the
     losses and gradients of micro-batches add up to those of the full batch. If no entry of the mask is True, the loss
     is 0, not NaN.
+
+    `term` has a code of `Term` for each token, so that one batch can hold tokens with different losses:
+
+        L = agg(objective, entropy and KL of Term.RL) + agg(-log π of Term.CROSS_ENTROPY) + agg(KL of Term.KL)
+            + vf_coef agg(value)
+
+    Each agg has the mask, and so the denominator, of its tokens, as in three separate calls: `num_tokens`,
+    `num_cross_entropy_tokens` and `num_kl_tokens`. The KL of `Term.KL` has no coefficient but `term_weights`, which
+    multiply all of a token's loss except its value loss. A token's other tensors may be anything if its term does not
+    read them. Metrics of the objective count the tokens of `Term.RL`, and so does the default of `value_mask`.
 
     A function returns the loss of each token, which depends on its first argument; docs/reference/objectives.md has its
     conditions and an example.
@@ -150,7 +160,7 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _fake(x: Inputs) -> tuple[Tensor, ...]:
     n = x.logprobs.shape
     with_entropy = x.entropy is not None and x.terms.scalars.entropy_coef
-    sizes = ((), (len(METRICS),), n, n if with_entropy else (0,), (0,) if x.values is None else x.values.shape)
+    sizes = ((), (x.terms.num_metrics,), n, n if with_entropy else (0,), (0,) if x.values is None else x.values.shape)
     return tuple(x.logprobs.new_empty(size) for size in sizes)
 
 

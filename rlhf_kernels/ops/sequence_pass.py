@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 # torch does not declare the type of `Tensor.tolist`.
-"""Gradients of the head for coefficients that depend on all rows of a sequence, in blocks of whole sequences.
+"""Gradients of the head for coefficients that depend on all rows of a sequence, or that several kernels compute, in blocks.
 
 The logits of a block are computed once: statistics, the coefficients of the block's rows, and the gradient that overwrites the
 logits. A sequence that does not fit in the memory for logits needs a separate pass for its log-probs first.
@@ -10,11 +10,12 @@ Legend: N tokens, B sequences, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backend import Kernels
 from ..launch_args import LogitRows, RowStats, Sequences
 from .head import HeadGradients, HeadRows, add_gradients, given_epilogue, head_stats, write_gradient
 from .objective import ObjectiveTerms
@@ -43,7 +44,7 @@ class Split(NamedTuple):
 
         A block has several sequences of together at most `size` rows, or one longer sequence.
         """
-        mask, sequences = terms.mask, terms.sequences
+        mask, sequences = terms.tokens, terms.sequences
         sequences.check(len(mask))
         lengths = sequences.lengths(mask)
         fits = lengths <= most
@@ -54,7 +55,7 @@ class Split(NamedTuple):
     @classmethod
     def of_padded(cls, terms: ObjectiveTerms, most: int) -> "Split":
         """Return blocks of all rows if sequences have one length of at most `most`, so that the host need not read it."""
-        mask, length = terms.mask, max(terms.sequences.length, 1)
+        mask, length = terms.tokens, max(terms.sequences.length, 1)
         if terms.cu_seqlens is not None or length > most:
             return cls([], mask, mask)
         size = most // length * length
@@ -81,6 +82,14 @@ def _block(start: int, lengths: list[int], device: torch.device) -> Block:
     return Block(slice(start, start + ends[-1]), Sequences(len(lengths), 0, offsets))
 
 
+def block_pass(gradients: HeadGradients, take: TakeRows, terms: ObjectiveTerms) -> RowStats:
+    """Add the gradients of all rows in blocks, and return the statistics of the N rows; three products per row."""
+    rows = take(terms.tokens)
+    chunks = list(rows.chunks(gradients.plan.step))
+    blocks = [Block(rows, Sequences(1, rows.stop - rows.start, None)) for rows in chunks]
+    return RowStats(rows.spread(_add_blocks(gradients, rows, terms, blocks), len(terms.tokens)))
+
+
 def sequence_pass(gradients: HeadGradients, take: TakeRows, terms: ObjectiveTerms) -> RowStats:
     """Add the gradients of all rows in blocks of whole sequences, and return the statistics of the N rows.
 
@@ -90,15 +99,15 @@ def sequence_pass(gradients: HeadGradients, take: TakeRows, terms: ObjectiveTerm
     needs, plan, kernels = gradients.needs, gradients.plan, gradients.kernels
     most = plan.rows(None, keep=needs.weight) if any(needs) else 0  # without gradients, one pass is enough
     split = Split.of_unmasked(terms, most, plan.step) if plan.compact else Split.of_padded(terms, most)
-    stats = torch.zeros(4, len(terms.mask), device=terms.mask.device)
+    stats = torch.zeros(4, len(terms.tokens), device=terms.tokens.device)
     if split.blocks:
         rows = take(split.keep)
-        stats = rows.spread(_add_blocks(gradients, rows, terms, split.blocks), len(terms.mask))
+        stats = rows.spread(_add_blocks(gradients, rows, terms, split.blocks), len(terms.tokens))
     if split.rest is not None:
         rows = take(split.rest)
-        stats = stats + rows.spread(head_stats(kernels, gradients.head, rows, plan).buffer, len(terms.mask))
+        stats = stats + rows.spread(head_stats(kernels, gradients.head, rows, plan).buffer, len(terms.tokens))
         if any(needs):
-            slope = terms.slope(kernels, stats[0])
+            slope = _slope(kernels, terms, stats[0])
             add_given(gradients, take, terms, RowStats(stats), slope, split.rest)
     return RowStats(stats)
 
@@ -113,11 +122,29 @@ def _add_blocks(gradients: HeadGradients, rows: HeadRows, terms: ObjectiveTerms,
         kernels.token_logprobs_forward(x, part)
         stats.buffer[:, chunk] = part.buffer
         index = chunk if rows.index is None else rows.index[chunk]
-        block = terms.rows(index, sequences[chunk.start])
-        return write_gradient(kernels, x, part, block.slope(kernels, part.logprobs), block.entropy_slope(), out)
+        block = _terms_of(terms, index, sequences[chunk.start])
+        slope = _slope(kernels, block, part.logprobs)
+        return write_gradient(kernels, x, part, slope, block.entropy_slope(), out)
 
     add_gradients(gradients, rows, [block.rows for block in blocks], epilogue)
     return stats.buffer
+
+
+def _terms_of(terms: ObjectiveTerms, index: Tensor | slice, sequences: Sequences) -> ObjectiveTerms:
+    """Return the terms, except the value loss, of the tokens that `index` selects, which are `sequences`."""
+    names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight", "mask", "other_weights")
+    taken = {name: x[..., index].contiguous() for name in names if (x := getattr(terms, name)) is not None}
+    bounds: dict[str, Any] = {
+        "num_sequences": sequences.count,
+        "length": sequences.length,
+        "cu_seqlens": sequences.cu_seqlens,
+    }
+    return terms._replace(**taken, **bounds)
+
+
+def _slope(kernels: Kernels, terms: ObjectiveTerms, logprobs: Tensor) -> Tensor:
+    """Return d loss / d log-prob of each token, times the policy's denominator."""
+    return terms.sums(kernels, logprobs, None, None, None, None)[0]
 
 
 def add_given(

@@ -1,12 +1,12 @@
 """The definitions of `ppo_loss`, `logits_ppo_loss` and `linear_ppo_loss` in eager PyTorch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from .._options import OF_SEQUENCES, ObjectiveFunction, PPOOptions
+from .._options import OF_SEQUENCES, ObjectiveFunction, PPOOptions, Term
 from ..launch_args import METRICS, PPOLoss
 from .kl_penalty import kl_penalty
 from .segments import segment_ids
@@ -21,6 +21,8 @@ def ppo_loss(
     mask: Tensor,
     *,
     weights: Tensor | None = None,
+    term: Tensor | None = None,
+    term_weights: Tensor | None = None,
     values: Tensor | None = None,
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
@@ -39,21 +41,30 @@ def ppo_loss(
     aggregation: str = "token_mean",
     num_tokens: float | Tensor | None = None,
     num_value_tokens: float | Tensor | None = None,
+    num_cross_entropy_tokens: float | Tensor | None = None,
+    num_kl_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
     **surrogate_options: Unpack[SurrogateOptions],
 ) -> PPOLoss:
-    """Return `L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value`.
+    """Return `L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value + other terms`.
 
-    All terms have the same aggregation. `kl_weighting="ratio"` multiplies KL by the ratio of the policy term.
+    All terms have the same aggregation. `kl_weighting="ratio"` multiplies KL by the ratio of the policy term. Tokens with a
+    `term` other than `Term.RL` are in the other terms only.
     """
     wide = torch.promote_types(logprobs.dtype, torch.float32)
-    mask, value_mask = mask.flatten(), (mask if value_mask is None else value_mask).flatten()
     seq, b = segment_ids(mask.view(logprobs.shape), cu_seqlens)
+    counted = mask.flatten()
+    mask = counted if term is None else counted & (term.flatten() == Term.RL)
+    value_mask = mask if value_mask is None else value_mask.flatten()
 
     def rows(x: Tensor, where: Tensor = mask) -> Tensor:  # (N,), float32 or wider, 0 where `where` is False
         return torch.where(where, x.flatten().to(wide), 0)
 
-    weight = _token_weights(mask, seq, b, aggregation, num_tokens, num_sequences, wide)
+    def weights_of(on: Tensor, total: float | Tensor | None) -> Tensor:
+        w = _token_weights(on, seq, b, aggregation, total, num_sequences, wide)
+        return w if term_weights is None else w * rows(term_weights.detach(), on)
+
+    weight = weights_of(mask, num_tokens)
     old, new, a = rows(old_logprobs.detach()), rows(logprobs), rows(advantages.detach())
     w = weight if weights is None else weight * rows(weights.detach())
     inputs = {k: torch.where(mask, x.detach().flatten(), 0) for k, x in (objective_inputs or {}).items()}
@@ -62,10 +73,9 @@ def ppo_loss(
     ratio_slope, own_slope = s.slope * w, s.own * w
     if callable(objective := surrogate_options.get("objective")):
         own_slope = _derivative(objective, new, old, a, inputs, w)
-    count = _count(mask.sum(), num_tokens)
 
     def mean(x: Tensor) -> Tensor:  # metrics are means over tokens for any aggregation
-        return torch.where(mask, x.detach().to(wide), 0).sum() / count
+        return torch.where(mask, x.detach().to(wide), 0).sum() / _count(mask.sum(), num_tokens)
 
     metrics = dict.fromkeys(METRICS, new.new_zeros(()))
     if entropy is not None:
@@ -83,8 +93,12 @@ def ppo_loss(
             kl, kl_slope = kl * s.ratio, kl_slope * s.ratio.detach()
         total = total + kl_coef * (kl * weight).sum()
         own_slope = own_slope + kl_coef * kl_slope * weight
-    if values is not None:
-        assert returns is not None
+    if term is not None:
+        counts = num_cross_entropy_tokens, num_kl_tokens
+        parts = _other_terms(logprobs, ref_logprobs, term.flatten(), counted, kl_estimator, rows, weights_of, counts)
+        total = total + parts["cross_entropy_loss"] + parts["kl_loss"]
+        metrics |= parts
+    if values is not None and returns is not None:
         value_weight = _token_weights(value_mask, seq, b, aggregation, num_value_tokens, num_sequences, wide)
         v, r = rows(values, value_mask), rows(returns.detach(), value_mask)
         old_v = None if old_values is None or cliprange_value is None else rows(old_values.detach(), value_mask)
@@ -94,17 +108,8 @@ def ppo_loss(
         metrics |= _value_metrics(value_loss, clipped, v, r, value_mask, _count(value_mask.sum(), num_value_tokens))
     if ratio_level == "sequence" or objective == "gmpo":
         ratio_slope = torch.where(apart, 0, _sequence_mean(torch.where(mask, ratio_slope, 0), mask, seq, b))
-    metrics |= {
-        "policy_loss": policy_loss,
-        "clipfrac": mean(s.clipped | apart),
-        "dual_clipfrac": mean(s.dual_clipped),
-        "approx_kl": mean(old - new),
-        "kl_k3": mean(torch.expm1(new - old) - (new - old)),
-        "ratio_mean": mean(s.ratio),
-        "ratio_max": torch.where(mask, s.ratio, 0).amax() if mask.numel() else new.new_zeros(()),
-        "active_fraction": mean(ratio_slope + own_slope != 0),
-        "num_tokens": mask.sum(),
-    }
+    metrics |= _policy_metrics(s, apart, new, old, mask, mean, ratio_slope + own_slope)
+    metrics["policy_loss"] = policy_loss
     return PPOLoss(total, {k: v.detach().float() for k, v in metrics.items()})
 
 
@@ -132,6 +137,50 @@ def _policy_term(
         zero = torch.zeros_like(a)
         return s._replace(loss=objective(new, old, a, **inputs), slope=zero, own=zero), apart
     return surrogate(log_ratio, new, old, a, **options), apart
+
+
+def _policy_metrics(
+    s: Surrogate,
+    apart: Tensor,
+    new: Tensor,
+    old: Tensor,
+    mask: Tensor,
+    mean: Callable[[Tensor], Tensor],
+    slope: Tensor,
+) -> dict[str, Tensor]:
+    """Return the metrics of the policy term other than its value."""
+    return {
+        "clipfrac": mean(s.clipped | apart),
+        "dual_clipfrac": mean(s.dual_clipped),
+        "approx_kl": mean(old - new),
+        "kl_k3": mean(torch.expm1(new - old) - (new - old)),
+        "ratio_mean": mean(s.ratio),
+        "active_fraction": mean(slope != 0),
+        "num_tokens": mask.sum(),
+        "ratio_max": torch.where(mask, s.ratio, 0).amax() if mask.numel() else new.new_zeros(()),
+    }
+
+
+def _other_terms(
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    term: Tensor,
+    counted: Tensor,
+    kl_estimator: str,
+    rows: Callable[[Tensor, Tensor], Tensor],
+    weights_of: Callable[[Tensor, float | Tensor | None], Tensor],
+    counts: tuple[float | Tensor | None, float | Tensor | None],
+) -> dict[str, Tensor]:
+    """Return the losses of the tokens with a cross-entropy and with a KL, and their numbers, as metrics."""
+    of_ce, of_kl = counted & (term == Term.CROSS_ENTROPY), counted & (term == Term.KL)
+    ref = logprobs if ref_logprobs is None else ref_logprobs
+    kl = kl_penalty(rows(logprobs, of_kl), rows(ref.detach(), of_kl), estimator=kl_estimator)
+    return {
+        "cross_entropy_loss": -(rows(logprobs, of_ce) * weights_of(of_ce, counts[0])).sum(),
+        "kl_loss": (torch.where(of_kl, kl, 0) * weights_of(of_kl, counts[1])).sum(),
+        "num_cross_entropy_tokens": of_ce.sum(),
+        "num_kl_tokens": of_kl.sum(),
+    }
 
 
 def _derivative(
@@ -247,8 +296,8 @@ def linear_ppo_loss(
     """Return `logits_ppo_loss` of `linear_logits(...)`, with values from the same hidden states."""
     if value_weight is not None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        given = options.get("value_mask")
-        value_mask = mask if given is None else given
+        given, term = options.get("value_mask"), options.get("term")
+        value_mask = given if given is not None else mask if term is None else mask & (term == Term.RL)
         seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may be NaN
         options["values"] = seen.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
     logits = linear_logits(hidden, weight, bias, low_rank, mask)

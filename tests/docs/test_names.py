@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_engine.config.schema import Section
 from rlhf_engine.demo.config import DemoRunConfig
-from rlhf_kernels import METRICS
+from rlhf_kernels import METRICS, TERM_METRICS
 from tests.docs.helpers.blocks import ROOT, pages
 
 FOLDERS = ["rlhf_engine", "rlhf_kernels", "benchmarks", "tests", "csrc", "examples", "docs"]
@@ -39,4 +39,4 @@ def test_settings_and_files_exist(page):
 
 def test_every_metric_of_the_losses_is_explained():
     page = TEXTS["docs/reference/metrics.md"]
-    assert all(f"`{name}`" in page for name in METRICS)
+    assert all(f"`{name}`" in page for name in METRICS + TERM_METRICS)
