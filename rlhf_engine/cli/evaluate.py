@@ -27,7 +27,8 @@ def generate(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Require the settings of the interrupted call. It is continued without this option too."
+            "--resume",
+            help="Require the settings of the interrupted call, and leave a complete file. A call without it continues too.",
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUTPUT of an earlier call.")] = False,

@@ -19,9 +19,11 @@ from rlhf_engine.checkpoint import fingerprint
 from rlhf_engine.config import RunConfig, flat_settings
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
 from rlhf_engine.data.records import prompt_field
+from rlhf_engine.files import read_json_lines
 from rlhf_engine.metrics import progress
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.pretrained import max_positions
+from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import make_generator
 from rlhf_engine.recipes.loading import check_room, computing, encode_records, load_model
 from rlhf_engine.recipes.partial import PartialFile
@@ -152,20 +154,25 @@ def generate_file(
 
     A line has the prompt, `answers`, `ended`, `stop_reason` and `logprobs`. Prompts are read and lines written while the
     model samples. `target` is complete or absent; until then the lines are in `target.partial`. A repeated call with the same
-    settings, model and prompts continues from there and writes the same file. Return the number of prompts and how many of them
-    were cut on the left.
+    settings, model and prompts continues from there and writes the same file. With `resume`, a complete `target` is left as it
+    is. Return the number of prompts and how many of them were cut on the left.
 
     Raises:
         ValueError: a line is bad or a prompt is too long, named as `file:line`; there are no prompts; `samples` is less
-            than 1; `target` is a folder, the file of prompts, or, without `overwrite`, a file that exists; or `resume` is set
-            and a setting differs from that of the interrupted call.
+            than 1; `target` is a folder, the file of prompts, or, without `overwrite`, a file that exists and is not a
+            complete one to `resume`; or `resume` is set and a setting differs from that of the interrupted call.
     """
-    _check_arguments(source, target, samples, overwrite=overwrite)
+    _check_arguments(source, target, samples, replaces=overwrite or resume)
     total = sum(1 for _ in read_prompts(source, split))
     if not total:
         raise ValueError(f"{source}: got no prompts{f' of split {split}' if split else ''}, expected at least one")
     records = iter(read_prompts(source, split))
     answerer = Answerer(config, config.model.path, seed=config.seed)
+    if resume and not overwrite and target.exists():
+        _check_complete(target, total, samples)
+        for _ in encode_records(str(source), records, answerer.encode):
+            pass  # counts the prompts that are cut
+        return total, answerer.codec.truncated.count
     settings = {
         "samples": samples,
         "split": split,
@@ -192,7 +199,7 @@ def generate_file(
     return file.count, answerer.codec.truncated.count
 
 
-def _check_arguments(source: Path, target: Path, samples: int, *, overwrite: bool) -> None:
+def _check_arguments(source: Path, target: Path, samples: int, *, replaces: bool) -> None:
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
     if target.is_dir():
@@ -201,8 +208,26 @@ def _check_arguments(source: Path, target: Path, samples: int, *, overwrite: boo
         raise ValueError(
             f"output: got {target}, the file of prompts, expected a different file: it would be overwritten"
         )
-    if target.exists() and not overwrite:
-        raise ValueError(f"output: {target} exists; replace it with --overwrite, or give a different file")
+    if target.exists() and not replaces:
+        raise ValueError(_EXISTS.format(target))
+
+
+_EXISTS = "output: {} exists; replace it with --overwrite, or give a different file"
+
+
+def _check_complete(target: Path, total: int, samples: int) -> None:
+    """Log a notice if `target` is the complete file of an earlier call; raise ValueError if it is not.
+
+    A process that is killed after it has written the file may leave the partial one, which is deleted.
+    """
+    try:
+        lines = read_json_lines(target)
+        whole = len(lines) == total and all(len(line["answers"]) == samples for line in lines)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole or not PartialFile.finished(target):
+        raise ValueError(_EXISTS.format(target))
+    notice(f"{target} is complete, so nothing is sampled; its settings are not known and were not compared")
 
 
 def _digest(source: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -70,6 +71,18 @@ class PartialFile:
         with_new_file(self.target, write)
         self.path.unlink()
 
+    @staticmethod
+    def finished(target: Path) -> bool:
+        """Return whether no lines but those of `target` are in `target.partial`, which is then deleted if it exists."""
+        path = target.with_name(target.name + SUFFIX)
+        if path.is_file():
+            with path.open("rb") as lines, target.open("rb") as whole:
+                lines.readline()
+                if hashlib.file_digest(lines, "sha256").digest() != hashlib.file_digest(whole, "sha256").digest():
+                    return False
+            path.unlink()
+        return True
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -84,8 +97,9 @@ class PartialFile:
             return 0, 0
         with self.path.open("rb") as file:
             first = file.readline()
-            # A process that is killed while it writes the first line leaves a part of it.
-            cut_off = not first.endswith(b"\n") and first[: len(_BEGIN)] == _BEGIN[: len(first)]
+            # A process that is killed while it writes the first line leaves a part of it; after a power cut, zeros may follow.
+            begin = first.rstrip(b"\0")[: len(_BEGIN)]
+            cut_off = not first.endswith(b"\n") and begin == _BEGIN[: len(begin)]
             if cut_off or not self._same(self._settings(first)):
                 return 0, 0
             kept, end, size = 0, len(first), len(first)

@@ -184,6 +184,31 @@ def test_an_interrupted_call_is_continued_and_writes_the_same_file(run, capsys, 
     assert not [path.name for path in run.iterdir() if "partial" in path.name]
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_resumed_call_leaves_a_complete_file(run, capsys, monkeypatch, killed):
+    """A process that is killed after it has written the file leaves the partial one, whose lines are the same."""
+    sets, arguments = ["rollout.batch_size=2"], ("--samples", 2, "--resume")
+    assert generate(capsys, run, "a.jsonl", *arguments, sets=sets)[0] == 0
+    before, partial = (run / "a.jsonl").read_bytes(), run / "a.jsonl.partial"
+    if killed:
+        partial.write_bytes(b'{"settings": {}}\n' + before)
+    monkeypatch.setattr(Answerer, "answer", None)
+    code, shown, err = generate(capsys, run, "a.jsonl", *arguments, sets=sets)
+    assert code == 0 and shown.startswith("10 prompts, 0 of them truncated") and "is complete" in err
+    assert (run / "a.jsonl").read_bytes() == before and not partial.exists()
+
+
+@pytest.mark.parametrize("lines", [["x"], [{"answers": []}] * 10, [{"answers": ["x", "y"]}] * 9])
+def test_a_resumed_call_refuses_a_file_that_is_not_its_result(run, capsys, lines):
+    write_lines(run / "a.jsonl", lines)
+    code, _, shown = generate(capsys, run, "a.jsonl", "--samples", 2, "--resume")
+    assert code == 2 and "a.jsonl exists; replace it with --overwrite" in shown
+    write_lines(run / "a.jsonl", [{"answers": ["x", "y"]}] * 10)
+    write_lines(run / "a.jsonl.partial", [{"settings": {}}, {"answers": ["x", "z"]}])
+    code, _, shown = generate(capsys, run, "a.jsonl", "--samples", 2, "--resume")
+    assert code == 2 and "a.jsonl exists; replace it with --overwrite" in shown and read_lines(run / "a.jsonl.partial")
+
+
 @pytest.mark.parametrize("sets, key", [(["seed=1"], "seed"), (["rollout.temperature=0.5"], "rollout.temperature")])
 def test_a_call_with_other_settings_continues_nothing(run, capsys, monkeypatch, sets, key):
     interrupted(capsys, run, monkeypatch, 3)
@@ -216,9 +241,11 @@ def test_a_partial_file_of_something_else_is_named_and_kept(run, capsys, line):
     assert partial.read_text() == line and not list(run.glob("*.lock"))
 
 
+@pytest.mark.parametrize("zeros", [b"", bytes(100)])
 @pytest.mark.parametrize("size", [0, 5, 40])
-def test_a_first_line_that_was_cut_off_is_dropped(run, capsys, monkeypatch, size):
+def test_a_first_line_that_was_cut_off_is_dropped(run, capsys, monkeypatch, size, zeros):
+    """After a power cut, a file may have zeros in the place of what was written."""
     interrupted(capsys, run, monkeypatch, 3)
     partial = run / "a.jsonl.partial"
-    partial.write_bytes(partial.read_bytes()[:size])
+    partial.write_bytes(partial.read_bytes()[:size] + zeros)
     assert generate(capsys, run, "a.jsonl")[0] == 0 and len(read_lines(run / "a.jsonl")) == 10
