@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_engine import files
 from rlhf_engine.checkpoint import Checkpointable
 from rlhf_engine.config import RunConfig
 from rlhf_engine.files import read_model_config
@@ -38,6 +39,8 @@ from rlhf_engine.supervised.trainer import SupervisedTrainer
 WHOLE_BYTES = 2**30
 """Models with at most these bytes of weights are written and loaded whole, others without their large weights."""
 _PART_BYTES = 2**26
+_TRIAL = ".rlhf-trial-"
+"""Beginning of the names of temporary folders."""
 _TRIED_TOKENS = 8
 """Tokens of a response that a reward is tried on, without its EOS."""
 
@@ -102,7 +105,10 @@ def _try(
     whole = sum(tensor.nbytes for tensor in weights.values()) <= WHOLE_BYTES and config.memory.budget is None
     whole = whole or len(weights) < len(dict(model.named_parameters()))
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".rlhf-trial-") as name:
+        if place == Path(config.output_dir).absolute():  # locked, so that a trial there was killed
+            for left in place.glob(f"{_TRIAL}*"):
+                files.disk.delete(left)
+        with tempfile.TemporaryDirectory(dir=place, prefix=_TRIAL) as name:
             folder = Path(name)
             if whole:
                 write(folder)

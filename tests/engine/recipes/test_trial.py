@@ -116,3 +116,11 @@ def test_a_judge_is_tried_before_the_rounds(run, capsys):
     code, _, err = rlhf(capsys, "iterate", "--config", run / "run.yaml", sets=judges)
     assert code == 2 and "eval.judge: judge judges.py:bad: sample 0: got 'Yes.', expected a finite number" in err
     assert not (run / "out").exists()
+
+
+def test_the_folder_of_a_trial_that_was_killed_is_deleted(run, capsys):
+    left = run / "out" / ".rlhf-trial-killed"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"a large file")
+    assert rlhf(capsys, "sft", "--config", run / "run.yaml")[0] == 0
+    assert not list((run / "out").glob(".rlhf-trial-*"))
