@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from rlhf_engine.evaluate import WinRate
+from rlhf_engine.files import with_new_file
 
 _COLOURS = ("#1f5f8b", "#d1495b", "#66a182", "#edae49", "#7a5195")
 _STACK = (
@@ -228,5 +229,5 @@ def plot_histograms(samples: Mapping[str, Sequence[float]], path: str | Path, *,
 
 def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    kind = path.suffix.removeprefix(".") or "png"
+    with_new_file(path, lambda new: figure.savefig(new, dpi=130, format=kind))

@@ -79,6 +79,13 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
     )
     check_disk(trainer, config, unfinished, folder)
     try_output(trainer, codec.tokenizer, config)
+
+    def write_result() -> None:
+        plot(config, "rm", "optimizer step")  # first, because a result is the end of a run
+        last = trainer.history[-1]
+        plot_calibration(last.bins, last.accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
+        _write_centred(folder, trainer, codec, examples, config)
+
     run_session(
         trainer,
         folder,
@@ -86,14 +93,11 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
         codec.tokenizer,
         config,
         data,
-        lambda: _write_centred(folder, trainer, codec, examples, config),
+        write_result,
         every=config.reward.checkpoint_every,
         resume=resume,
         overwrite=overwrite,
     )
-    plot(config, "rm", "optimizer step")
-    last = trainer.history[-1]
-    plot_calibration(last.bins, last.accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
     return tuple(trainer.history)
 
 

@@ -68,6 +68,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     try_output(trainer, codec.tokenizer, config)
 
     def write_result() -> FitReport:
+        plot(config, "sft", "optimizer step")  # first, because a result is the end of a run
         report = trainer.finish()
         saved = dataclasses.asdict(report) | truncated(codec)
         save_result(folder, lambda new: trainer.write_model(new, codec.tokenizer, complete=True), saved, config)
@@ -85,7 +86,6 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         resume=resume,
         overwrite=overwrite,
     )
-    plot(config, "sft", "optimizer step")
     warn_of_no_learning(report, len(codec.tokenizer))
     return report
 
