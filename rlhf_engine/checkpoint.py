@@ -2,9 +2,9 @@
 
 A checkpoint folder is complete or absent. It holds the model and its tokenizer as `from_pretrained` of transformers reads
 them, or only the trained adapter as peft reads it, or only the trained top layers; `optimizer.safetensors`, `trainer.json`, the
-run's `config.yaml` and the stage's lines of `metrics.jsonl`. PPO adds `value_head.safetensors` or the folder `value_model`, and
-`ema` for averaged weights. Random numbers need no state, because they are functions of the seed and the counters in
-`trainer.json`. `manifest.json` has a checksum of every file.
+run's `config.yaml`, the stage's lines of `metrics.jsonl` and, for PPO, `samples.jsonl`. PPO adds `value_head.safetensors` or
+the folder `value_model`, and `ema` for averaged weights. Random numbers need no state, because they are functions of the seed
+and the counters in `trainer.json`. `manifest.json` has a checksum of every file.
 
 The newest checkpoint of a stage is in its folder, such as OUTPUT_DIR/ppo. Earlier ones that `checkpoint.keep` or
 `checkpoint.best` keeps are in OUTPUT_DIR/checkpoints, such as `ppo-12` after 12 updates; `resume` loads the newest that is
@@ -31,10 +31,10 @@ from rlhf_engine.checkpoint_folders import DONE, SCORE, TRAINER, checkpoints
 from rlhf_engine.config import RolloutConfig, RunConfig, flat_settings, load_saved_config, save_config
 from rlhf_engine.files import OPTIMIZER, is_finite, read_json, read_tensors, require, with_new_folder, write_json
 from rlhf_engine.manifest import MANIFEST, damage, foreign_files, write_manifest
-from rlhf_engine.metrics import METRICS
 from rlhf_engine.notices import notice
 
 _NONE: Mapping[str, str] = MappingProxyType({})
+_NO_LOGS: Mapping[str, bytes] = MappingProxyType({})
 
 CONFIG = "config.yaml"
 REWARD_FUNCTION = "reward.function"
@@ -136,7 +136,7 @@ def save_checkpoint(
     config: RunConfig,
     data: Mapping[str, str] = _NONE,
     *,
-    metrics: bytes | None = None,
+    logs: Mapping[str, bytes] = _NO_LOGS,
     score: float | None = None,
     retire: Callable[[Path], object] | None = None,
 ) -> None:
@@ -148,7 +148,7 @@ def save_checkpoint(
         tokenizer: the tokenizer to write with the model, if any.
         config: the run's config.
         data: fingerprints of the run's input files, by the key of their path, such as data.prompts.
-        metrics: the stage's lines of metrics.jsonl.
+        logs: the run's lines so far of metrics.jsonl and similar files, by the names of the files.
         score: value of the metric `checkpoint.best`; larger is better.
         retire: called with the replaced checkpoint, as in `with_new_folder`.
 
@@ -172,8 +172,8 @@ def save_checkpoint(
         trainer.write_model(new, tokenizer)
         save_file(tensors, new / OPTIMIZER)
         save_config(config, new / CONFIG)
-        if metrics is not None:
-            (new / METRICS).write_bytes(metrics)
+        for name, lines in logs.items():
+            (new / name).write_bytes(lines)
         write_json(new / TRAINER, state)
         write_manifest(new, {DONE: trainer.done, SCORE: score})
         for path in foreign_files(Path(folder)):

@@ -99,6 +99,12 @@ class Keeper:
         _tidy(self.folder)
 
 
+def clean_up_checkpoints(folder: Path) -> None:
+    """Complete or undo what a killed process has begun with the checkpoints of a stage."""
+    files.clean_up(folder)
+    _tidy(folder)
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Delete the checkpoint in `folder` and the earlier ones that were kept."""
     kept = kept_checkpoints(folder)

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +121,10 @@ class Disk:
         """Delete a folder with its contents."""
         shutil.rmtree(folder)
 
+    def now(self) -> float:
+        """Return the seconds of a clock that never goes back."""
+        return time.monotonic()
+
     def digest(self, path: Path) -> str:
         """Return the SHA-256 of a file, as `sha256sum` prints it."""
         with path.open("rb") as file:
@@ -127,6 +132,11 @@ class Disk:
 
 
 disk = Disk()
+
+
+def now() -> float:
+    """Return the time of the disk's clock, by which checkpoints and metrics are due."""
+    return disk.now()
 
 
 _HUB = "; names of the Hub are not downloaded: save the model and its tokenizer to a folder with save_pretrained"

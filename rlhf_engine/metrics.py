@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -25,6 +25,68 @@ LINE_SECONDS = 20.0
 """Seconds between two progress lines where stderr is not a terminal."""
 
 
+class LinesFile:
+    """A JSONL file to which a run appends. The file never holds a part of a line that could not be written.
+
+    Such a line, for example on a full disk, is kept in `waiting` and written before the next one. The first line that is
+    written replaces the earlier content of the file by what `start` returns.
+    """
+
+    def __init__(self, path: Path, start: Callable[[], bytes]) -> None:
+        self.path, self.start = path, start
+        self.waiting: list[bytes] = []
+        self.file: BinaryIO | None = None
+        self.end = 0
+        """Bytes of the file that are whole lines."""
+
+    def add(self, lines: bytes) -> None:
+        """Append lines."""
+        self.waiting.append(lines)
+        self._write()
+
+    def sync(self) -> None:
+        """Write the lines that could not be written before, and sync the file to disk."""
+        if self.waiting:
+            self._write()
+        if self.file is not None:
+            files.disk.sync(self.path)
+
+    def content(self) -> bytes:
+        """Return what the file contains when all lines are written."""
+        if self.file is None:
+            return b"".join((self.start(), *self.waiting))
+        return b"".join((self.path.read_bytes()[: self.end], *self.waiting))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            self.file.close()
+
+    def _write(self) -> None:
+        if self.file is None:
+            self.file = self._open()
+        if os.fstat(self.file.fileno()).st_size > self.end:
+            self.file.truncate(self.end)  # a part of a line
+        rest = b"".join(self.waiting)
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                self.file.truncate(self.end)  # if this fails too, the next write begins with it
+            raise
+        self.end += size
+        self.waiting.clear()
+
+    def _open(self) -> BinaryIO:
+        content = self.start()
+        with_new_file(self.path, lambda new: new.write_bytes(content))
+        file = self.path.open("ab", buffering=0)
+        self.end = len(content)
+        return file
+
+
 class MetricsWriter:
     """Writer of each step's metrics as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
 
@@ -32,8 +94,7 @@ class MetricsWriter:
     the later steps of all scalars in its folder. A resumed run drops the lines of the steps that it will repeat, and appends.
     It drops them when it writes its first line, so that a run that fails earlier removes nothing. `history` is a checkpoint
     with the lines until step `resume_after`, which are restored if the file has lost some, for example in a power cut, or is
-    that of a different folder. A line that could not be written, for example on a full disk, is kept and written before the
-    next one; the file never holds a part of it. Use the writer as a context manager.
+    that of a different folder. Use the writer as a context manager.
 
     Raises:
         ValueError: as `read_metrics` does, for an existing file that is broken.
@@ -46,15 +107,13 @@ class MetricsWriter:
         *,
         resume_after: int | None = None,
         history: Path | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = files.now,
     ) -> None:
         self.stage, self.folder, self.resume_after = stage, Path(folder), resume_after
         self.clock, self.synced = clock, clock()
         self.history = None if history is None or not (history / METRICS).is_file() else read_metrics(history)
-        self.path = self.folder / METRICS
-        self.file: BinaryIO | None = None
+        self.log = LinesFile(self.folder / METRICS, self._start)
         self.board: SummaryWriter | None = None
-        self.waiting: list[bytes] = []
         read_metrics(self.folder)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -62,56 +121,29 @@ class MetricsWriter:
         # JSON has no NaN and no infinity; they become null.
         clean = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
         line = json.dumps({"stage": self.stage, "step": step, **clean}, allow_nan=False) + "\n"
-        self.waiting.append(line.encode())
-        self._flush()
+        self.log.add(line.encode())
         if self.clock() - self.synced >= SYNC_SECONDS:
             self.sync()
-        assert self.board is not None
+        if self.board is None:
+            purge = None if self.resume_after is None else self.resume_after + 1
+            self.board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=purge)
         for name, value in metrics.items():
             self.board.add_scalar(f"{self.stage}/{name}", value, step)
 
     def sync(self) -> None:
         """Write the lines that could not be written before, and sync the file to disk."""
-        self._flush()
-        if self.file is not None:
-            files.disk.sync(self.path)
+        self.log.sync()
         self.synced = self.clock()
 
     def lines(self) -> bytes:
-        """Return this stage's lines in the file."""
-        rows = (row for row in read_metrics(self.folder) if row["stage"] == self.stage)
-        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+        """Return this stage's lines."""
+        return _joined(row for row in _rows(self.log.content(), self.log.path) if row["stage"] == self.stage)
 
     def close(self) -> None:
         """Close the file and the TensorBoard log."""
-        if self.file is not None:
-            self.file.close()
+        self.log.close()
         if self.board is not None:
             self.board.close()
-
-    def _flush(self) -> None:
-        if not self.waiting:
-            return
-        if self.file is None or self.board is None:
-            self.file, self.board = self._open()
-        size, rest = self.file.seek(0, os.SEEK_END), b"".join(self.waiting)
-        try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
-        except OSError:
-            self.file.truncate(size)
-            raise
-        self.waiting.clear()
-
-    def _open(self) -> tuple[BinaryIO, SummaryWriter]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() or self.history:
-            self._drop_after(self.resume_after)
-        purge = None if self.resume_after is None else self.resume_after + 1
-        board = self.board or SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=purge)
-        file = self.path.open("ab", buffering=0)
-        files.disk.sync(self.folder)
-        return file, board
 
     def __enter__(self) -> Self:
         return self
@@ -121,8 +153,9 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
-    def _drop_after(self, step: int | None) -> None:
-        """Drop this stage's lines after `step` (None: drop none) and an incomplete last line; restore those of the history."""
+    def _start(self) -> bytes:
+        """Return the file's lines without this stage's after step `resume_after` (None: with all), and those of the history."""
+        step = self.resume_after
         kept = [
             row
             for row in read_metrics(self.folder)
@@ -130,8 +163,7 @@ class MetricsWriter:
         ]
         if self.history is not None and self.history != [row for row in kept if row["stage"] == self.stage]:
             kept = [row for row in kept if row["stage"] != self.stage] + self.history
-        content = "".join(json.dumps(row) + "\n" for row in kept)
-        with_new_file(self.path, lambda new: new.write_text(content, encoding="utf-8"))
+        return _joined(kept)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -141,7 +173,15 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         ValueError: with file and line, for any other line that is not an object with a stage and a step.
     """
     path = Path(folder) / METRICS
-    rows, lines = [], path.read_bytes().splitlines() if path.is_file() else []
+    return _rows(path.read_bytes() if path.is_file() else b"", path)
+
+
+def _joined(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _rows(content: bytes, path: Path) -> list[dict[str, Any]]:
+    rows, lines = [], content.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

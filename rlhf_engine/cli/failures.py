@@ -42,7 +42,7 @@ class one_line_errors:
             _print_traceback(error)
         from rlhf_engine.config.schema import shortened  # after the command has imported what it needs
 
-        text, code = _report(error)
+        text, code = reported(error)
         print(f"rlhf: {shortened(text, LONGEST - 60)}{notes(error)}", file=sys.stderr)
         sys.exit(code)
 
@@ -52,7 +52,7 @@ def notes(error: BaseException) -> str:
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
-def _report(error: BaseException) -> tuple[str, int]:
+def reported(error: BaseException) -> tuple[str, int]:
     """Return the line of an exception and its exit code."""
     text, library = " ".join(str(error).split()), _library(error)
     if isinstance(error, FloatingPointError) and library is None:

@@ -13,8 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlhf_engine.files import with_new_file
-from rlhf_engine.metrics import progress
+from rlhf_engine.metrics import LinesFile, progress
 
 if TYPE_CHECKING:
     from rlhf_engine.data.tokenize import Codec
@@ -71,27 +70,35 @@ class Writer(Protocol):
 class MetricsLog(Callback):
     """Writes the metrics of every update with `writer`, and shows the progress on stderr.
 
-    `extra()` returns additional metrics for each update.
+    `extra()` returns additional metrics for each update. If an earlier callback raises when an update ends, the metrics of that
+    update are written when the training ends, because a checkpoint counts the update as finished.
     """
 
     def __init__(self, writer: Writer, *, extra: Callable[[], dict[str, float]] = dict) -> None:
         self.writer, self.extra, self.bar = writer, extra, None
         self.history: list[dict[str, float]] = []
+        self.written = 0
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
         """Write the metrics of one update."""
         log |= self.extra()
-        self.writer.write(trainer.updates_done, log)
-        self.history.append(log)
+        self._write(trainer, log)
         if self.bar is None:
             self.bar = progress(trainer.config.updates, "ppo", unit="update", done=trainer.updates_done - 1)
         self.bar.update()
         self.bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
-        """Close the progress bar."""
+        """Write the metrics of a finished update that are not written yet, and close the progress bar."""
         if self.bar is not None:
             self.bar.close()
+        if trainer.updates_done > max(self.written, trainer.resumed_at):
+            self._write(trainer, trainer.latest | self.extra())
+
+    def _write(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
+        self.written = trainer.updates_done
+        self.history.append(log)
+        self.writer.write(trainer.updates_done, log)
 
 
 class Checkpoints(Callback):
@@ -142,15 +149,20 @@ class SampledResponses(Callback):
     """Writes the first `count` responses of every update's rollout to the JSONL file `path`, with their prompts and scores.
 
     The lines of updates after number `after` are dropped when the next update ends: a resumed run repeats those updates.
+    `history` is a file with the lines until then, which are restored if `path` has lost some.
 
     Raises:
         ValueError: `path` exists and has a line that is not of this kind, named as `file:line`.
     """
 
-    def __init__(self, path: Path, codec: Codec, count: int, *, after: int) -> None:
-        self.path, self.codec, self.count = path, codec, count
-        self.kept: bytes | None = earlier_responses(path, after)
+    def __init__(self, path: Path, codec: Codec, count: int, *, after: int, history: Path | None = None) -> None:
+        kept = earlier_responses(path, after)
+        if history is not None and history.is_file():
+            kept = history.read_bytes()
+        self.codec, self.count, self.log = codec, count, LinesFile(path, lambda: kept)
         self.rows: list[dict[str, object]] = []
+        self.written = after
+        """Number of the last update whose responses are in `log`."""
 
     def on_rollout(self, trainer: PPOTrainer, scored: Scored) -> None:
         """Decode the responses of a rollout."""
@@ -159,6 +171,7 @@ class SampledResponses(Callback):
         columns = (rollout.prompts(), rollout.responses(), scored.raw_scores.tolist(), kl.tolist())
         self.rows = [
             {
+                "update": trainer.updates_done + 1,
                 "prompt": self.codec.decode_prompt(prompt),
                 "response": self.codec.decode_response(response),
                 "score": _rounded(score),
@@ -169,14 +182,21 @@ class SampledResponses(Callback):
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
         """Append the responses of the update's rollout."""
-        lines = [{"update": trainer.updates_done, **row} for row in self.rows]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        if self.kept is None:
-            with self.path.open("ab") as file:
-                file.write(text)
-            return
-        content, self.kept = self.kept + text, None
-        with_new_file(self.path, lambda new: new.write_bytes(content))
+        self.written = trainer.updates_done
+        self.log.add("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows).encode())
+
+    def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
+        """Append the responses of a finished update if an earlier callback has raised."""
+        if trainer.updates_done > self.written:
+            self.on_update(trainer, {})
+
+    def sync(self) -> None:
+        """Write the lines that could not be written before, and sync the file to disk."""
+        self.log.sync()
+
+    def lines(self) -> bytes:
+        """Return the lines so far."""
+        return self.log.content()
 
 
 def earlier_responses(path: Path, after: int) -> bytes:

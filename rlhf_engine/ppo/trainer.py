@@ -72,6 +72,8 @@ class PPOTrainer:
         self.meter, self.scale = PeakMeter(policy.device), ScoreScale(config.score_scale)
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = self.resumed_at = 0
+        self.latest: dict[str, float] = {}
+        """Metrics of the last update."""
         self.whole, self.stopped = True, False
         """`whole`: the state is that of `updates_done` updates; False from the first changed weight of an update to its end."""
         update_rule.optimizer.register_step_pre_hook(self._on_change)
@@ -110,6 +112,7 @@ class PPOTrainer:
             self.updates_done += 1
             self.whole = True
         log |= self._measured(rollout, scored, clock)
+        self.latest = log
         self.notify("on_update", log)
         return log
 

@@ -199,7 +199,10 @@ def _train(
         ) as session,
     ):
         log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())
-        samples = SampledResponses(Path(config.output_dir) / SAMPLES, codec, config.ppo.log_samples, after=trainer.done)
+        history, count = None if loaded is None else loaded / SAMPLES, config.ppo.log_samples
+        path = Path(config.output_dir) / SAMPLES
+        samples = SampledResponses(path, codec, count, after=trainer.done, history=history)
+        session.logs[SAMPLES] = samples
         trainer.callbacks += [samples, log, SessionCheckpoints(session), Plots(config)]
         trainer.train()
     return log.history

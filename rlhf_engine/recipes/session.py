@@ -21,22 +21,21 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypedDict, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint import Checkpointable, save_checkpoint
 from rlhf_engine.checkpoint import resume as resume_trainer
-from rlhf_engine.checkpoint_folders import Keeper, checkpoints, remove_checkpoints
+from rlhf_engine.checkpoint_folders import Keeper, checkpoints, clean_up_checkpoints, remove_checkpoints
 from rlhf_engine.config import RunConfig
-from rlhf_engine.files import FolderLock, clean_up, recover, with_new_folder
+from rlhf_engine.files import FolderLock, now, recover, with_new_folder
 from rlhf_engine.manifest import foreign_files
-from rlhf_engine.metrics import MetricsWriter
+from rlhf_engine.metrics import METRICS, MetricsWriter
 from rlhf_engine.notices import notice
 from rlhf_engine.supervised.trainer import SupervisedTrainer
 
@@ -50,6 +49,17 @@ Arguments = ParamSpec("Arguments")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CANNOT_SAVE = (OSError, ValueError, RuntimeError)
+
+
+class Log(Protocol):
+    """A file to which a run appends lines, such as a `MetricsWriter`."""
+
+    def sync(self) -> None:
+        """Sync the file to disk."""
+
+    def lines(self) -> bytes:
+        """Return the run's lines so far."""
+        ...
 
 
 class Stopped(KeyboardInterrupt):
@@ -85,9 +95,11 @@ class TrainingSession:
         every: int | None,
         loaded: Path | None = None,
         replaces: Sequence[Path] = (),
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = now,
     ) -> None:
         self.trainer, self.folder, self.metrics = trainer, folder, metrics
+        self.logs: dict[str, Log] = {METRICS: metrics}
+        """Files of lines that are synced before a checkpoint, which contains them, by their names."""
         self.tokenizer, self.config, self.data = tokenizer, config, data
         self.every, self.replaces, self.clock = every, replaces, clock
         self.keeper = Keeper(folder, config.checkpoint, loaded=loaded)
@@ -104,12 +116,14 @@ class TrainingSession:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a finished step; the first call deletes the folders that the run replaces."""
-        for folder in self.replaces:
-            recover(folder)
-            remove_checkpoints(folder)
-        self.replaces = ()
-        self._score(metrics)
-        self.metrics.write(step, metrics)
+        try:
+            for folder in self.replaces:
+                recover(folder)
+                remove_checkpoints(folder)
+            self.replaces = ()
+        finally:
+            self._score(metrics)
+            self.metrics.write(step, metrics)
 
     def after(self) -> None:
         """Save if a checkpoint is due, then end the training if a signal has arrived; call this after every finished step."""
@@ -130,9 +144,10 @@ class TrainingSession:
         finally:
             self._seen = -1
 
-    def hold_signals(self) -> None:
-        """Keep later signals from ending the training: only its result is left to be written."""
+    def finish(self) -> None:
+        """Sync the logs, and keep later signals from ending the training: only its result is left to be written."""
         self._masked = True
+        self._sync()
 
     def save(self) -> None:
         """Write a checkpoint unless the last one is current; sync the metrics first."""
@@ -141,12 +156,16 @@ class TrainingSession:
         masked, self._masked = self._masked, True
         begun = self.clock()
         try:
-            self.metrics.sync()
+            self._sync()
             self.keeper.save(lambda retire: self._write(self.folder, retire))
         finally:
             self._masked = masked
         self.saved, self._time = self.trainer.done, self.clock()
         self._cost = self._time - begun
+
+    def _sync(self) -> None:
+        for log in self.logs.values():
+            log.sync()
 
     def _due(self) -> bool:
         if self.every is not None:
@@ -167,12 +186,12 @@ class TrainingSession:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         first = self._received is None
         if first:
-            self._received, self._received_at = signum, time.monotonic()
+            self._received, self._received_at = signum, self.clock()
         if self._masked:
             return
         # Between the end of a step and `after`, metrics and counters may disagree.
         between_steps = self.trainer.whole and self.trainer.done == self._seen
-        again = not first and time.monotonic() - self._received_at >= ONE_SIGNAL
+        again = not first and self.clock() - self._received_at >= ONE_SIGNAL
         if between_steps or (again and not self.trainer.whole):
             self._stop()
 
@@ -257,9 +276,9 @@ class TrainingSession:
         return f"; {missing:,} bytes are missing on the disk of {self.folder.parent}" if missing > 0 else ""
 
     def _write(self, place: Path, retire: Callable[[Path], object] | None = None) -> None:
-        lines, score = self.metrics.lines(), self.score
+        logs, score = {name: log.lines() for name, log in self.logs.items()}, self.score
         save_checkpoint(
-            place, self.trainer, self.tokenizer, self.config, self.data, metrics=lines, score=score, retire=retire
+            place, self.trainer, self.tokenizer, self.config, self.data, logs=logs, score=score, retire=retire
         )
 
     def _score(self, metrics: Mapping[str, float]) -> None:
@@ -298,7 +317,7 @@ def run_session(
     ):
         trainer.log = session.write
         trainer.train(session.after, session.interruptible)
-        session.hold_signals()
+        session.finish()
         result = write_result()
     remove_checkpoints(unfinished)
     return result
@@ -334,7 +353,7 @@ def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrit
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; pass one of them")
     for folder in (result, *others):
-        clean_up(folder)
+        clean_up_checkpoints(folder)
     if result.exists() and not (result.is_dir() and ((result / marker).is_file() or not any(result.iterdir()))):
         raise ValueError(
             f"{result}: its contents are not those of an earlier run; move them away, or set a different output_dir"

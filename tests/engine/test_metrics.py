@@ -253,7 +253,7 @@ class Disk:
 def test_a_line_refused_by_a_full_disk_is_written_later_as_a_whole(tmp_path, free):
     with MetricsWriter(tmp_path, "ppo") as writer:
         writer.write(1, {"kl": 0.1})
-        writer.file = Disk(writer.file, free)
+        writer.log.file = Disk(writer.log.file, free)
         with pytest.raises(OSError, match="No space"):
             writer.write(2, {"kl": 0.2})
         assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
@@ -262,7 +262,7 @@ def test_a_line_refused_by_a_full_disk_is_written_later_as_a_whole(tmp_path, fre
         with pytest.raises(OSError, match="No space"):
             writer.sync()
         assert [row["step"] for row in read_metrics(tmp_path)] == [1]
-        writer.file.free = 1000
+        writer.log.file.free = 1000
         writer.sync()
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
         writer.write(4, {"kl": 0.4})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_engine.ppo.callbacks import Callback, Checkpoints, EarlyStopping
+from rlhf_engine.ppo.callbacks import Callback, Checkpoints, EarlyStopping, MetricsLog
 from tests.engine.helpers.tiny_trainer import make_trainer
 
 
@@ -91,3 +91,26 @@ def test_a_reward_that_returns_no_tensor_is_refused():
     with pytest.raises(ValueError, match="reward: got list, expected a tensor of 16 scores; use `text_reward`"):
         make_trainer(reward=lambda rollout: [0.0] * len(rollout)).step()
     assert make_trainer(reward=lambda rollout: torch.zeros(len(rollout))).step()["score_mean"] == 0.0
+
+
+def test_an_update_at_whose_end_a_callback_raises_is_logged():
+    """A checkpoint counts the update as finished, so the metrics may not have a gap."""
+
+    class Fails(Callback):
+        def on_update(self, trainer, log):
+            if trainer.updates_done == 2:
+                raise OSError("a callback")
+
+    class Lines:
+        def __init__(self):
+            self.steps = []
+
+        def write(self, step, metrics):
+            self.steps.append((step, "score_mean" in metrics))
+
+    lines = Lines()
+    trainer = make_trainer(updates=3)
+    trainer.callbacks += [Fails(), MetricsLog(lines)]
+    with pytest.raises(OSError, match="a callback"):
+        trainer.train()
+    assert lines.steps == [(1, True), (2, True)] and trainer.whole

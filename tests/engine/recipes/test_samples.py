@@ -40,6 +40,14 @@ def test_a_resumed_run_has_the_samples_of_an_uninterrupted_one(train):
     assert train("broken", 4, "--resume")[0] == 0 and path.read_bytes() == whole
 
 
+def test_lines_that_were_lost_are_restored_from_the_checkpoint(train):
+    """A power cut, for example, may lose the end of a file."""
+    whole = train("whole", 3)[2].read_bytes()
+    path = train("broken", 2)[2]
+    path.write_bytes(path.read_bytes()[:100] + bytes(50))
+    assert train("broken", 3, "--resume")[0] == 0 and path.read_bytes() == whole
+
+
 def test_overwriting_begins_a_new_file_and_a_users_file_is_refused(train):
     path = train("out", 1)[2]
     assert train("out", 1, "--overwrite")[0] == 0 and [row["update"] for row in read_lines(path)] == [1, 1]
