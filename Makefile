@@ -11,7 +11,7 @@ PACKAGE := build/package
 OLDEST := build/oldest
 SANITIZED := build/sanitize
 
-.PHONY: demo figure test test-oldest test-peers sanitize lint lint-text lint-types lint-public \
+.PHONY: demo figure test soak test-oldest test-peers sanitize lint lint-text lint-types lint-public \
 	compile-check bench bench-env build package docs clean
 
 demo: build
@@ -39,6 +39,11 @@ $(OLDEST)/.built: build constraints-oldest.txt
 sanitize: build
 	RLHF_SANITIZE=1 RLHF_CUDA=0 $(BIN)/python setup.py --quiet build --force --build-base $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
 	$(BIN)/python -m tests.sanitizers
+
+# Faults from seeds, kills, growth of memory and hostile input, in at most an hour; the report is docs/results/reliability.md.
+# SOAK='--minutes 10 --only faults' shortens it.
+soak: build
+	$(BIN)/python -m tests.soak $(SOAK); status=$$?; $(BIN)/python -m docs.generate; exit $$status
 
 lint: lint-text lint-types lint-public
 

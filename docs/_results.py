@@ -153,6 +153,29 @@ def figure() -> str:
     return table(head, rows)
 
 
+def reliability() -> str:
+    """Return the report of the soak test: checks and counts of every section."""
+    if not (RESULTS / "reliability.json").exists():
+        return "It has not run yet.\n"
+    report = _load("reliability")
+    machine = report["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v != "not installed")
+    parts = [f"{machine['cpu']}; {versions}.\n"]
+    for section in report["sections"].values():
+        minutes = section["seconds"] / 60
+        parts.append(f"## {section['title']}\n\n{section['date']} UTC, {minutes:.0f} minutes.\n")
+        checks = [(check["name"], *_cells(check)) for check in section["checks"]]
+        parts.append(table(("check", "measured", "bound", "met"), checks))
+        for name in ("counts", "faults", "ends"):
+            if name in section:
+                parts.append(table((_COUNTED[name], "number"), section[name].items()))
+        parts += [f"* {failure.splitlines()[0]}\n" for failure in section["failures"][:20] if failure]
+    return "\n".join(parts)
+
+
+_COUNTED = {"counts": "what", "faults": "fault", "ends": "end of an attempt"}
+
+
 def _benchmark(name: str) -> str:
     results = _load(name)
     machine = results["machine"]

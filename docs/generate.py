@@ -30,6 +30,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "demo seeds": _results.seeds,
     "ptx coefficients": _results.ptx,
     "figure": _results.figure,
+    "reliability": _results.reliability,
     "what fits at a glance": _plans.glance,
     "what fits": _plans.settings,
     "arguments of the losses": _kernels.arguments,

@@ -1,0 +1,1 @@
+"""The long checks of `make soak`, and the report that they write."""
