@@ -104,6 +104,7 @@ _MAY_CHANGE: Mapping[str, frozenset[str]] = {
                 "rollout.prefill_tokens",
             ),  # none of them changes a sequence
             *("data.max_response_tokens", "data.validation_share", "ppo.updates", "ppo.log_samples", "sft"),
+            *("ppo.warn_on", "ppo.stop_on", "ppo.on_nonfinite"),
             *_REWARD_TRAINING,
         )
     ),
@@ -246,7 +247,7 @@ def _load(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mappin
     require(folder, model, OPTIMIZER, TRAINER, CONFIG)
     constants = trainer.constants()
     kinds = {name: type(value) for name, value in trainer.state().items()}
-    for name in ("planned_steps", "merges"):  # checkpoints of earlier versions have none
+    for name in ("planned_steps", "merges", "limits", "passes"):  # checkpoints of earlier versions have none
         kinds.pop(name, None)
     kinds |= {"seed": int, "optimizer_tensors": int, "data": dict} | dict.fromkeys(constants, str)
     state = _read_state(folder / TRAINER, kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 
 import torch
@@ -10,6 +11,12 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Exceptions for a lack of memory, which is not a mistake in a file."""
 
 _LONGEST = 300
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception is a lack of memory: torch's allocator of the CPU raises a RuntimeError for it."""
+    return isinstance(error, OUT_OF_MEMORY) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 class foreign_errors:

@@ -124,6 +124,20 @@ def ppo(
 
 
 @app.command()
+def repro(
+    file: Annotated[Path, typer.Argument(help="A file of OUTPUT_DIR/repro.")],
+    device: Annotated[str | None, typer.Option(help="torch device. Default: that of the run.")] = None,
+) -> None:
+    """Repeat the computation of a number that was not finite; exits with code 1 if one is not finite here either."""
+    quiet()
+    from rlhf_engine.recipes.repro import run_repro
+
+    lines, found = run_repro(file, device=device)
+    typer.echo("\n".join(lines))
+    raise typer.Exit(int(found))
+
+
+@app.command()
 def merge(
     source: Annotated[Path, typer.Argument(help="Folder of an adapter or of top layers, such as OUTPUT_DIR/ppo.")],
     output: Annotated[Path, typer.Argument(help="New folder for the model.")],

@@ -5,18 +5,18 @@ An exception of a library that no check foresaw is reported in one line too, wit
 
 from __future__ import annotations
 
-import re
 import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
+
+from rlhf_engine.errors import is_out_of_memory
 
 TRACEBACK = "--traceback"
 MISTAKE, FAILED = 2, 1
 LONGEST = 1_000
 """Characters of an error message without its notes; the middle of a longer one, such as a long value, is left out."""
 _OURS = ("rlhf_engine", "rlhf_kernels")
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 
 class one_line_errors:
@@ -57,7 +57,7 @@ def reported(error: BaseException) -> tuple[str, int]:
     text, library = " ".join(str(error).split()), _library(error)
     if isinstance(error, FloatingPointError) and library is None:
         return text, FAILED
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+    if is_out_of_memory(error):
         return (
             f"out of memory: {text or type(error).__name__}; lower rollout.batch_size and the microbatch of the stage, set "
             "memory.gradient_checkpointing=true, or let `rlhf plan` find settings that fit",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rlhf_engine.config.hygiene import HygieneConfig as HygieneConfig
     from rlhf_engine.config.importance import ImportanceConfig as ImportanceConfig
     from rlhf_engine.config.iterate import IterateConfig as IterateConfig
+    from rlhf_engine.config.limits import LimitsConfig as LimitsConfig
     from rlhf_engine.config.memory import MemoryConfig as MemoryConfig
     from rlhf_engine.config.memory import byte_count as byte_count
     from rlhf_engine.config.model import ModelConfig as ModelConfig
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = exports(
         "HygieneConfig": "hygiene",
         "ImportanceConfig": "importance",
         "IterateConfig": "iterate",
+        "LimitsConfig": "limits",
         "MemoryConfig": "memory",
         "byte_count": "memory",
         "ModelConfig": "model",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from rlhf_engine.config.importance import ImportanceConfig
+from rlhf_engine.config.limits import LimitsConfig
 from rlhf_engine.config.optim import OptimConfig
 from rlhf_engine.config.schema import (
     Count,
@@ -235,6 +236,28 @@ class PPOConfig(Section):
     """Updates between checkpoints; 0 writes one only when the run ends, also if it ends early. If None, the interval is
     ten minutes, or twenty times the duration of the last checkpoint if that is longer. A killed run (`kill -9`) loses
     at most one interval."""
+    on_nonfinite: Literal["stop", "skip", "halve"] = "stop"
+    """Handling of a loss, gradient, log-prob or value that is NaN or infinite, before any optimizer step: stop ends the
+    run with an error. skip leaves the optimizer step of the minibatch out. halve halves the minibatch until the
+    sequences whose gradient is not finite are found, and steps with the others. With skip and halve, sampled sequences
+    with such a log-prob or value are left out of the rollout. All three name the sample and the operation, and write a
+    file for `rlhf repro`; the log counts in `skipped_steps` and `left_out_sequences`."""
+    ratio_guard: Positive | None = None
+    """Largest mean ratio of new to old probability of a minibatch, which bounds the effect of stale samples. TRL's
+    PPOConfig has 10. If None, there is none."""
+    on_ratio: Literal["skip", "stop"] = "skip"
+    """Handling of a minibatch above `ratio_guard`: skip leaves its optimizer step out and counts it in
+    `skipped_steps`, stop ends the run."""
+    warn_on: LimitsConfig = field(
+        default_factory=lambda: LimitsConfig(kl=100.0, kl_per_token=2.0, entropy=0.01, grad_norm=1000.0)
+    )
+    """Limits whose excess logs a warning. By default a KL of 100 nats per sequence, several times that of useful
+    policies of responses up to a few hundred tokens; 2 nats per token, at which the reference gives a token a seventh
+    of the policy's probability; an entropy of 0.01, at which samples of a prompt are equal; and a gradient norm of
+    1000, a hundred times the usual one (with aggregation token_sum, set a larger one)."""
+    stop_on: LimitsConfig = field(default_factory=LimitsConfig)
+    """Limits whose excess ends the run with exit code 1, after the finished updates are saved. By default there are
+    none."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=9e-6, eps=1e-5))
     """Optimizer of the policy and the value function."""
 
@@ -330,6 +353,8 @@ class PPOConfig(Section):
             ("cliprange_value", 0.2, "baseline 'value'", self.baseline == "value" or self.cliprange_value is None),
             ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
             ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
+            ("on_ratio", "skip", "ratio_guard", self.ratio_guard is not None),
+            ("ratio_guard", None, "an objective other than 'trpo'", self.objective != "trpo"),
         )
 
     def _check_control(self) -> None:

@@ -175,12 +175,26 @@ def _left(config: OptimConfig, step: int, last: int) -> float:
     return 1.0 - passed if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
 
 
+def gradient_norm(optimizer: Optimizer) -> Tensor:  # ()
+    """Return the norm of all gradients together."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def wrong_norm(norm: Tensor, step: int) -> str:
+    """Return the message for a gradient norm that is not finite at optimizer step `step` (0 is the first)."""
+    return (
+        f"training diverged: got a gradient norm of {float(norm)} at optimizer step {step + 1}, expected a finite one"
+    )
+
+
 def optimizer_step(
-    optimizer: Optimizer, config: OptimConfig, step: int, schedule: Schedule | int
+    optimizer: Optimizer, config: OptimConfig, step: int, schedule: Schedule | int, norm: Tensor | None = None
 ) -> tuple[torch.Tensor, float]:
     """Clip the gradients, step the optimizer and drop the gradients.
 
-    `schedule` gives the learning rates; a number of steps is the schedule of a run of that length.
+    `schedule` gives the learning rates; a number of steps is the schedule of a run of that length. `norm` is the gradient norm
+    if it is already computed.
 
     Returns:
         The gradient norm before clipping, and the learning rate of the step.
@@ -189,12 +203,10 @@ def optimizer_step(
         FloatingPointError: the norm is not finite. The weights are unchanged.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm is None:
+        norm = gradient_norm(optimizer)
     if not bool(norm.isfinite()):
-        raise FloatingPointError(
-            f"training diverged: got a gradient norm of {float(norm)} at optimizer step {step + 1}, expected a finite one; "
-            "try a lower learning rate"
-        )
+        raise FloatingPointError(f"{wrong_norm(norm, step)}; try a lower learning rate")
     if config.max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
     rate = schedule.rate(step) if isinstance(schedule, Schedule) else learning_rate(config, step, schedule)

@@ -18,6 +18,7 @@ from rlhf_engine.metrics import LinesFile, progress
 if TYPE_CHECKING:
     from rlhf_engine.data.tokenize import Codec
     from rlhf_engine.ppo.experience import Scored
+    from rlhf_engine.ppo.nonfinite import NonFinite
     from rlhf_engine.ppo.trainer import PPOTrainer
 
 
@@ -29,6 +30,9 @@ class Callback:
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
         """Handle a finished update; later callbacks receive what this one adds to `log`."""
+
+    def on_nonfinite(self, trainer: PPOTrainer, cause: NonFinite) -> None:
+        """Handle numbers that are not finite, before `ppo.on_nonfinite` is applied."""
 
     def on_checkpoint(self, trainer: PPOTrainer, folder: Path) -> None:
         """Handle a checkpoint that was written to `folder`."""

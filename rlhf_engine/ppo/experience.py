@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from rlhf_engine.model import Policy, Reference
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
 from rlhf_engine.rollout import Rollout, recompute, reference_logprobs
 from rlhf_kernels import importance_weights, length_adaptive_lam, rollout_advantages
+
+if TYPE_CHECKING:
+    from rlhf_engine.ppo.passes import Passes
 
 
 def experience_bytes(actions: int) -> int:
@@ -59,6 +62,10 @@ class Step(NamedTuple):
     """Weight of KL(old || new) in the objective `kl_penalty`."""
     on_change: Callable[[], object]
     """Must be called before a weight is changed by anything but the optimizer."""
+    passes: Passes
+    """Size of the forward and backward passes."""
+    report: Callable[[Any], object]
+    """Receives a `NonFinite` before it is handled."""
 
 
 class MicrobatchSize(TypedDict):
@@ -83,15 +90,34 @@ def score(
     scale: ScoreScale | None = None,
     first: int = 0,
     transients: Callable[[], AbstractContextManager[None]] = nullcontext,
+    passes: Passes | None = None,
 ) -> Scored:
     """Score every response (see `score_answers`) and compute the log-probs of the old policy and of the reference.
 
     If policy and reference share their lower layers, these run here, and all passes of the update begin with their output.
-    Forward passes of the policy and the reference run inside `transients()`, which provides their memory.
+    Forward passes of the policy and the reference run inside `transients()`, which provides their memory. After a lack of
+    memory in them, `passes` repeats them in smaller passes; the reward function is called once.
     """
     scale = scale or ScoreScale(config.score_scale)
     rollout, scores, raw_scores = score_answers(rollout, reward_fn, config, scale, first)
-    size = microbatch_size(config)
+
+    def run(size: MicrobatchSize) -> tuple[Rollout, tuple[Tensor, ...]]:
+        return _log_probs(rollout, policy, reference, config, temperature, transients, size)
+
+    rollout, terms = run(microbatch_size(config)) if passes is None else passes.fitting(run)
+    return Scored(rollout, scores, raw_scores, *terms)
+
+
+def _log_probs(
+    rollout: Rollout,
+    policy: Policy,
+    reference: Reference,
+    config: PPOConfig,
+    temperature: float,
+    transients: Callable[[], AbstractContextManager[None]],
+    size: MicrobatchSize,
+) -> tuple[Rollout, tuple[Tensor, ...]]:
+    """Return the rollout with its shared states, and the old log-probs, the old values and the reference's log-probs."""
     rollout = rollout.starting_from(reference, **size, transients=transients)
     with transients():
         ref_logprobs = reference_logprobs(reference, rollout, temperature=temperature, **size)
@@ -104,8 +130,7 @@ def score(
         if config.baseline == "none":
             old_values = torch.zeros_like(old_values)
     # Copied, because the next phase reuses the memory of this one.
-    kept = (old_logprobs.clone(), old_values.clone(), ref_logprobs.clone())
-    return Scored(rollout, scores, raw_scores, *kept)
+    return rollout, (old_logprobs.clone(), old_values.clone(), ref_logprobs.clone())
 
 
 def advantages(

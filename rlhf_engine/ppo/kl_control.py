@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_engine.config import PPOConfig
 from rlhf_engine.model import Policy
-from rlhf_engine.ppo.experience import Experience, microbatch_size
+from rlhf_engine.ppo.experience import Experience, MicrobatchSize
 from rlhf_engine.rollout import recompute
 
 MAX_ERROR = 0.2
@@ -35,9 +34,9 @@ def adapted_old_kl_coef(coef: float, kl: float, *, target: float) -> float:
     return coef * 2.0 if kl > target * 1.5 else coef
 
 
-def old_policy_kl(policy: Policy, experience: Experience, config: PPOConfig, temperature: float) -> float:
+def old_policy_kl(policy: Policy, experience: Experience, size: MicrobatchSize, temperature: float) -> float:
     """Return the mean over tokens of KL(old || current policy), estimated by k3 with r = new / old: `r - 1 - log r`."""
     rollout = experience.rollout
-    logprobs = recompute(policy, rollout, ("logprobs",), temperature=temperature, **microbatch_size(config))["logprobs"]
+    logprobs = recompute(policy, rollout, ("logprobs",), temperature=temperature, **size)["logprobs"]
     log_ratio = logprobs - experience.old_logprobs  # 0 outside the mask
     return float((torch.expm1(log_ratio) - log_ratio).sum() / rollout.mask.sum())

@@ -24,11 +24,15 @@ from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
 from rlhf_engine.memory.arena import peak_rss_mb
 from rlhf_engine.model import ActorCritic, Reference
 from rlhf_engine.model.saving import check_saved, copy_weights, save_policy
+from rlhf_engine.notices import notice
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
-from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, microbatch_size, score
+from rlhf_engine.ppo.divergence import Divergence
+from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, score
 from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
+from rlhf_engine.ppo.nonfinite import NonFinite, bad_scored, first_nonfinite, numbers_of, take_scored
+from rlhf_engine.ppo.passes import Passes
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale
-from rlhf_engine.rollout import Generator, Rollout, logprob_deviation
+from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, recompute
 
 if TYPE_CHECKING:
     from rlhf_engine.ppo.callbacks import Callback
@@ -70,6 +74,9 @@ class PPOTrainer:
         self.update_rule, self.arena, self.callbacks = update_rule, arena, list(callbacks)
         self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.meter, self.scale = PeakMeter(policy.device), ScoreScale(config.score_scale)
+        self.divergence, self.passes = Divergence(config), Passes(config)
+        self.left_out = 0
+        """Sequences of the last rollout that `on_nonfinite` left out."""
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = self.resumed_at = 0
         self.latest: dict[str, float] = {}
@@ -81,10 +88,17 @@ class PPOTrainer:
     # ---- the loop ----
 
     def train(self) -> None:
-        """Run until `config.updates` are done or a callback has called `stop`."""
+        """Run until `config.updates` are done or a callback has called `stop`.
+
+        Raises:
+            Diverged: the metrics of the last updates exceed a limit of `config.stop_on`.
+        """
         with _Ending(self):
+            self.divergence.check()
             while self.updates_done < self.config.updates and not self.stopped:
                 self.step()
+                self.divergence.check()
+            self.divergence.end()
 
     def step(self) -> dict[str, float]:
         """Run one iteration of Algorithm 1, call the callbacks' `on_update`, and return the metrics.
@@ -106,10 +120,13 @@ class PPOTrainer:
             clock.append(time.perf_counter())
             experience, log = advantages(scored, self.config, self.kl_coef, self.policy.backend)
             with self._phase("train"), gradients_in(self.arena, self.trained):
-                context = Step(self.updates_done, self.old_kl_coef, self._on_change)
+                context = Step(self.updates_done, self.old_kl_coef, self._on_change, self.passes, self._report)
                 log |= deviation | {"kl_coef": self.kl_coef} | self.update_rule(experience, context)
+            if "left_out_sequences" in log:
+                log["left_out_sequences"] += self.left_out
             log |= self.adapt(experience, log)
             self.updates_done += 1
+            self.divergence.add(log, self.updates_done)
             self.whole = True
         log |= self._measured(rollout, scored, clock)
         self.latest = log
@@ -127,7 +144,9 @@ class PPOTrainer:
         """Score the responses, compute all log-probs, and measure the deviation of the sampled ones."""
         models, first = (self.policy, self.reference, self.reward), self.updates_done * self.config.rollout_batch
         with self._phase("score"):
-            scored = score(rollout, *models, self.config, self.temperature, self.scale, first, self.arena.transients)
+            means = self.scale, first, self.arena.transients, self.passes
+            scored = score(rollout, *models, self.config, self.temperature, *means)
+            scored = self._without_nonfinite(scored)
             self.notify("on_rollout", scored)
             return scored, self._deviation(scored)
 
@@ -143,7 +162,9 @@ class PPOTrainer:
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, **aim)
         if config.old_kl_target is not None:
             with self._phase("score"), self.arena.transients():
-                old_kl = old_policy_kl(self.policy, experience, config, self.temperature)
+                old_kl = self.passes.fitting(
+                    lambda size: old_policy_kl(self.policy, experience, size, self.temperature)
+                )
             found = {"old_kl": old_kl, "old_kl_coef": self.old_kl_coef}
             self.old_kl_coef = adapted_old_kl_coef(self.old_kl_coef, old_kl, target=config.old_kl_target)
         return found
@@ -169,7 +190,7 @@ class PPOTrainer:
     def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"merges": self.generator.merges}
-        return numbers | self.update_rule.state() | self.scale.state()
+        return numbers | self.update_rule.state() | self.scale.state() | self.divergence.state() | self.passes.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned.
@@ -187,6 +208,8 @@ class PPOTrainer:
             setattr(self, name, state[name])
         self.update_rule.load_state(state)
         self.scale.load_state(state)
+        self.divergence.load_state(state)
+        self.passes.load_state(state)
 
     # ---- checkpoints: `rlhf_engine.checkpoint.Checkpointable` ----
 
@@ -253,6 +276,38 @@ class PPOTrainer:
     def _on_change(self, *_: object) -> None:
         self.whole = False
 
+    # ---- numbers that are not finite ----
+
+    def _report(self, cause: NonFinite) -> None:
+        self.notify("on_nonfinite", cause)
+
+    def _without_nonfinite(self, scored: Scored) -> Scored:
+        """Return the sequences whose log-probs and values are finite.
+
+        Raises:
+            FloatingPointError: some are not and `on_nonfinite` is "stop", or none is left.
+        """
+        found, self.left_out = bad_scored(scored), 0
+        if found is None:
+            return scored
+        rows, what = found
+        first = take_scored(scored, scored.rollout.mask.new_tensor(rows[:1], dtype=torch.long))
+
+        def run() -> None:
+            with self.arena.transients():
+                want = ("logprobs", "values") if self.policy.value is not None else ("logprobs",)
+                recompute(self.policy, first.rollout, want, temperature=self.temperature, **self.passes.size)
+
+        op, numbers = first_nonfinite(self.policy, {}, run), numbers_of(scored.rollout, rows)
+        every = [row for row in range(len(scored.rollout)) if row not in rows]
+        cause = NonFinite(f"training diverged: {what}", numbers, op, self.updates_done + 1, first, {})
+        self._report(cause)
+        if self.config.on_nonfinite == "stop" or not every:
+            raise FloatingPointError(str(cause))
+        notice(f"{cause}; these sequences are left out (ppo.on_nonfinite)")
+        self.left_out = len(rows)
+        return take_scored(scored, scored.rollout.mask.new_tensor(every, dtype=torch.long))
+
     # ---- measurements ----
 
     @contextmanager
@@ -267,7 +322,7 @@ class PPOTrainer:
             return {"logprob_deviation": float((scored.old_logprobs - rollout.logprobs).abs().max())}
         if count == 0:
             return {}
-        size = microbatch_size(self.config)
+        size = self.passes.size
         with self.arena.transients():
             found = logprob_deviation(self.policy, rollout, sequences=count, temperature=self.temperature, **size)
         return {"logprob_deviation": found}
@@ -275,7 +330,7 @@ class PPOTrainer:
     def _measured(self, rollout: Rollout, scored: Scored, clock: list[float]) -> dict[str, float]:
         start, collected, scored_at = clock
         now, tokens = time.perf_counter(), int(rollout.mask.sum())
-        skipped = {"scores_skipped": len(rollout) - len(scored.rollout)}
+        skipped = {"scores_skipped": len(rollout) - len(scored.rollout) - self.left_out}
         return {
             **(skipped if self.config.nonfinite_scores == "skip" else {}),
             "seconds_collect": collected - start,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +16,27 @@ from torch import Tensor
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.data.streams import shuffled
 from rlhf_engine.memory import AnyArena
-from rlhf_engine.model import ActorCritic, Policy
-from rlhf_engine.model.roles import Want
-from rlhf_engine.optim.adamw import Optimizer, Schedule, optimizer_step
+from rlhf_engine.model import ActorCritic
+from rlhf_engine.notices import notice
+from rlhf_engine.optim.adamw import Optimizer, Schedule, gradient_norm, optimizer_step, wrong_norm
 from rlhf_engine.optim.ema import WeightAverage
-from rlhf_engine.ppo.experience import Experience, Step, microbatch_size
+from rlhf_engine.ppo.experience import Experience, MicrobatchSize, Step
+from rlhf_engine.ppo.minibatch import MetricSum, is_finite, keep_value_gradients, minibatch_backward
+from rlhf_engine.ppo.nonfinite import (
+    NonFinite,
+    bad_sequences,
+    first_nonfinite,
+    numbers_of,
+    take_experience,
+    tensors_of,
+)
 from rlhf_engine.ppo.ptx import PretrainStream, ptx_backward
 from rlhf_engine.ppo.trpo import TrustRegionProblem, check_attention, trpo_step
-from rlhf_kernels import explained_variance, masked_whiten
 
 logger = logging.getLogger(__name__)
+
+LEFT_OUT = ("skipped_steps", "left_out_sequences")
+"""Metrics of what `ppo.on_nonfinite` and `ppo.ratio_guard` leave out."""
 
 
 class UpdateRule(Protocol):
@@ -75,21 +87,32 @@ class SurrogateSteps:
         self.steps_per_update = config.ppo_epochs * (config.rollout_batch // config.minibatch)
         self.schedule = Schedule(config.optim, config.updates * self.steps_per_update)
         self.optimizer_steps = 0
+        self.left_out: dict[str, float] = {}
+        """Counts of the current update: optimizer steps and sequences that were left out."""
 
     def __call__(self, experience: Experience, step: Step) -> dict[str, float]:
         """Run all optimizer steps of one update; return the means of their metrics."""
-        config, sums, device = self.config, MetricSum(), self.policy.device
+        config, sums, device, rate = self.config, MetricSum(), self.policy.device, 0.0
+        self.left_out = dict.fromkeys(LEFT_OUT, 0)
         per_epoch = config.rollout_batch // config.minibatch
         for epoch in range(config.ppo_epochs):
             # The learning-rate schedule also counts the steps that `stop_kl` skips, so that it ends with the run.
             first = (step.number * config.ppo_epochs + epoch) * per_epoch
             order = self.order(len(experience.rollout), step.number, epoch)
+            metrics: dict[str, Tensor] = {}
             for number, sequences in enumerate(order.to(device).split(config.minibatch), first):
-                metrics, rate = self._optimize(experience, sequences, number, step)
-                sums.add(metrics)
-            if config.stop_kl is not None and float(metrics["kl_k3"]) > config.stop_kl:
+                found = self._optimize(experience, sequences, number, step)
+                if found is not None:
+                    metrics, rate = found
+                    sums.add(metrics)
+            if config.stop_kl is not None and metrics and float(metrics["kl_k3"]) > config.stop_kl:
                 break
-        return sums.mean() | {"lr": rate, "epochs": epoch + 1}
+        if not sums.count:
+            raise FloatingPointError(
+                f"training diverged: every optimizer step of update {step.number + 1} was left out"
+            )
+        skipping = config.on_nonfinite != "stop" or config.ratio_guard is not None
+        return sums.mean() | {"lr": rate, "epochs": epoch + 1} | (self.left_out if skipping else {})
 
     def order(self, sequences: int, update: int, epoch: int) -> Tensor:  # (sequences,)
         """Return the order of a rollout's sequences in an epoch."""
@@ -122,24 +145,126 @@ class SurrogateSteps:
 
     def _optimize(
         self, experience: Experience, sequences: Tensor, number: int, step: Step
-    ) -> tuple[dict[str, Tensor], float]:
-        """Run optimizer step `number` of the run on a minibatch; return its metrics and its learning rate."""
-        config = self.config
+    ) -> tuple[dict[str, Tensor], float] | None:
+        """Run optimizer step `number` of the run on a minibatch; return its metrics and its rate, or None if it is left out."""
         self.optimizer.prefetch()
-        with self.arena.transients():
-            changing = {"old_kl_coef": step.old_kl_coef}
-            metrics = minibatch_backward(self.policy, experience, sequences, config, self.temperature, **changing)
-            if self.values_only or step.number < config.value_warmup:
-                keep_value_gradients(self.policy)
-            elif self.pretrain is not None:
-                # The last minibatch may be short if `nonfinite_scores` skipped responses.
-                batch = self.pretrain.take(max(1, round(config.ptx_ratio * len(sequences))))
-                metrics |= ptx_backward(self.policy, batch, coef=config.ptx_coef, **microbatch_size(config))
-        norm, rate = optimizer_step(self.optimizer, config.optim, number, self.schedule)
+        extra = None
+        if self.pretrain is not None and not self._only_values(step):
+            # The last minibatch may be short if `nonfinite_scores` skipped responses.
+            extra = self.pretrain.take(max(1, round(self.config.ptx_ratio * len(sequences))))
+        found = self._finite_gradient(experience, sequences, number, step, extra)
+        if found is None or not self._within_guard(found[0], number):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.left_out["skipped_steps"] += 1
+            return None
+        metrics, norm = found
+        norm, rate = optimizer_step(self.optimizer, self.config.optim, number, self.schedule, norm)
         self.optimizer_steps += 1
         if self.average is not None:
             self.average.update()
         return metrics | {"grad_norm": norm}, rate
+
+    def _only_values(self, step: Step) -> bool:
+        return self.values_only or step.number < self.config.value_warmup
+
+    def _gradient(
+        self,
+        experience: Experience,
+        sequences: Tensor,
+        step: Step,
+        extra: Tensor | None = None,
+        config: PPOConfig | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the gradient over some sequences and over the pretraining sequences; return metrics and norm."""
+        config = config or self.config
+
+        def run(size: MicrobatchSize) -> dict[str, Tensor]:
+            with self.arena.transients():
+                changing = {"old_kl_coef": step.old_kl_coef}
+                metrics = minibatch_backward(
+                    self.policy, experience, sequences, config, self.temperature, size=size, **changing
+                )
+                if self._only_values(step):
+                    keep_value_gradients(self.policy)
+                elif extra is not None:
+                    metrics |= ptx_backward(self.policy, extra, coef=config.ptx_coef, **size)
+            return metrics
+
+        metrics = step.passes.fitting(run, undo=self._drop_gradient)
+        return metrics, gradient_norm(self.optimizer)
+
+    def _drop_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _finite_gradient(
+        self, experience: Experience, sequences: Tensor, number: int, step: Step, extra: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor] | None:
+        """Compute the gradient of a minibatch as `on_nonfinite` asks for; return metrics and norm, or None if it is left out.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite, and `on_nonfinite` is "stop".
+        """
+        metrics, norm = self._gradient(experience, sequences, step, extra)
+        if is_finite(metrics, norm):
+            return metrics, norm
+
+        # Whitening over a minibatch spreads a NaN to all of its sequences.
+        alone = replace(self.config, whiten_scope="batch")
+
+        def finite(members: Tensor) -> bool:
+            self._drop_gradient()
+            return is_finite(*self._gradient(experience, members, step, config=alone))
+
+        bad = bad_sequences(finite, sequences)
+        self._drop_gradient()
+        cause = self._cause(experience, sequences, bad, wrong_norm(norm, number), step, extra)
+        step.report(cause)
+        if self.config.on_nonfinite == "stop":
+            raise FloatingPointError(str(cause))
+        rest = sequences[[row not in bad for row in sequences.tolist()]]
+        if self.config.on_nonfinite == "skip" or not bad or not len(rest):
+            notice(f"{cause}; the optimizer step is left out (ppo.on_nonfinite)")
+            return None
+        notice(f"{cause}; the optimizer step is made without it (ppo.on_nonfinite)")
+        self.left_out["left_out_sequences"] += len(bad)
+        metrics, norm = self._gradient(experience, rest, step, extra)
+        return (metrics, norm) if is_finite(metrics, norm) else None
+
+    def _cause(
+        self,
+        experience: Experience,
+        sequences: Tensor,
+        bad: list[int],
+        what: str,
+        step: Step,
+        extra: Tensor | None,
+    ) -> NonFinite:
+        """Return what is not finite in the gradient of a minibatch, and where."""
+        first = take_experience(experience, sequences.new_tensor(bad[:1]) if bad else sequences)
+        changing = {"old_kl_coef": step.old_kl_coef}
+
+        def run() -> None:
+            everyone = torch.arange(len(first.rollout), device=sequences.device)
+            self._gradient(first, everyone, step, None if bad else extra)
+
+        op = first_nonfinite(self.policy, tensors_of(first), run)
+        numbers, data = numbers_of(experience.rollout, bad), take_experience(experience, sequences)
+        return NonFinite(what, numbers, op, step.number + 1, data, changing)
+
+    def _within_guard(self, metrics: dict[str, Tensor], number: int) -> bool:
+        """Return whether the mean ratio of a minibatch is at most `ratio_guard`.
+
+        Raises:
+            FloatingPointError: it is larger, and `on_ratio` is "stop".
+        """
+        guard = self.config.ratio_guard
+        if guard is None or (ratio := float(metrics["ratio_mean"])) <= guard:
+            return True
+        what = f"the mean ratio of optimizer step {number + 1} is {ratio:.4g}, above ppo.ratio_guard {guard:g}"
+        if self.config.on_ratio == "stop":
+            raise FloatingPointError(f"training diverged: {what}; try a lower learning rate")
+        notice(f"{what}; the optimizer step is left out (ppo.on_ratio)")
+        return False
 
 
 class TrustRegionStep:
@@ -161,7 +286,7 @@ class TrustRegionStep:
             experience.old_logprobs,
             experience.advantages,
             rule.temperature,
-            **microbatch_size(rule.config),
+            **step.passes.size,
         )
         step.on_change()
         with rule.arena.transients():
@@ -177,103 +302,3 @@ class TrustRegionStep:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.values.load_state(state)
-
-
-def minibatch_backward(
-    policy: Policy,
-    experience: Experience,
-    sequences: Tensor,
-    config: PPOConfig,
-    temperature: float,
-    **changing: float,
-) -> dict[str, Tensor]:
-    """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; return the loss's metrics.
-
-    The denominators are those of the minibatch, so the gradient does not depend on the micro-batches. `changing` are loss
-    options that replace those of the config.
-    """
-    rollout, totals = experience.rollout, MetricSum()
-    kept, scaled = rollout.mask if experience.kept is None else experience.kept, experience.advantages
-    num_tokens, num_kept = int(rollout.mask[sequences].sum()), int(kept[sequences].sum())
-    if config.whiten_advantages and config.whiten_scope == "minibatch":
-        scaled = torch.zeros_like(scaled)
-        scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
-    for batch in rollout.batches(sequences, **microbatch_size(config), packed=policy.packs):
-        assert batch.ids is not None and batch.source is not None
-
-        def actions(x: Tensor, source: Tensor = batch.source) -> Tensor:  # (B, T) -> (N,)
-            return x.reshape(-1)[source]
-
-        loss = loss_options(config) | {
-            "old_logprobs": actions(experience.old_logprobs),
-            "advantages": actions(scaled),
-            "mask": actions(kept),
-            "value_mask": None if experience.kept is None else torch.ones_like(batch.ids, dtype=torch.bool),
-            "old_values": actions(experience.old_values),
-            "returns": actions(experience.returns),
-            "weights": None if experience.weights is None else actions(experience.weights),
-            "num_tokens": num_kept,
-            "num_value_tokens": num_tokens,
-            "num_sequences": len(sequences),
-            "cu_seqlens": batch.cu_seqlens,
-        }
-        wants: tuple[Want, ...] = ("loss",) if policy.balance is None else ("loss", "balance")
-        outputs = policy(batch, wants, temperature=temperature, loss=loss | changing)
-        assert outputs.loss is not None
-        total, metrics = outputs.loss.loss, outputs.loss.metrics
-        if outputs.balance is not None:
-            balance = outputs.balance * (len(batch.ids) / num_tokens)  # a mean over the micro-batches
-            total, metrics = total + balance, metrics | {"router_aux_loss": balance.detach()}
-        total.backward()
-        totals.add(metrics)
-    return totals.total()
-
-
-def keep_value_gradients(policy: Policy) -> None:
-    """Drop all gradients but those of the value function. The optimizer skips parameters without a gradient."""
-    assert policy.value is not None
-    values = {id(parameter) for parameter in policy.value.parameters()}
-    for parameter in policy.parameters():
-        if id(parameter) not in values:
-            parameter.grad = None
-
-
-def loss_options(config: PPOConfig) -> dict[str, Any]:
-    """Return the arguments of `linear_ppo_loss` that the config sets."""
-    names = (
-        "objective cliprange cliprange_high dual_clip log_ratio_clamp old_kl_coef tau_pos tau_neg divergence "
-        "divergence_high ratio_limit log_ratio_coef ratio_level cliprange_value vf_coef entropy_coef aggregation"
-    )
-    options = {name: getattr(config, name) for name in names.split()}
-    # With TRPO the optimizer trains only the values, so only the value loss of this objective matters.
-    return options | {"objective": "ratio"} if config.objective == "trpo" else options
-
-
-class MetricSum:
-    """Sum of dictionaries of device scalars without a host sync; keys that end in `_max` keep the maximum."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add one dictionary; all must have the same keys."""
-        self.count += 1
-        for name, value in metrics.items():
-            before = self.sums.get(name)
-            if before is None:
-                self.sums[name] = value.clone()
-            else:
-                self.sums[name] = torch.maximum(before, value) if name.endswith("_max") else before + value
-
-    def total(self) -> dict[str, Tensor]:
-        """Return the sums on the device. Metrics of micro-batches with the minibatch's denominators sum to the minibatch's."""
-        return self.sums
-
-    def mean(self) -> dict[str, float]:
-        """Return the means (maxima for `_max`) as floats, and the explained variance computed from its sums."""
-        log = {name: float(value) / (1 if name.endswith("_max") else self.count) for name, value in self.sums.items()}
-        if "num_value_tokens" in self.sums:
-            log["explained_variance"] = float(explained_variance(self.sums))
-        parts = ("returns_sum", "returns_sq_sum", "residual_sum", "residual_sq_sum", "num_value_tokens")
-        return {name: value for name, value in log.items() if name not in parts}

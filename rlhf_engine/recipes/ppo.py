@@ -27,6 +27,7 @@ from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import build_trainer
 from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses, earlier_responses
 from rlhf_engine.ppo.ptx import PretrainStream
+from rlhf_engine.ppo.repro import ReproFiles
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.loading import (
     check_packages,
@@ -203,7 +204,7 @@ def _train(
         path = Path(config.output_dir) / SAMPLES
         samples = SampledResponses(path, codec, count, after=trainer.done, history=history)
         session.logs[SAMPLES] = samples
-        trainer.callbacks += [samples, log, SessionCheckpoints(session), Plots(config)]
+        trainer.callbacks += [samples, log, SessionCheckpoints(session), Plots(config), ReproFiles(config)]
         trainer.train()
     return log.history
 

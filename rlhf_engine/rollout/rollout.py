@@ -42,6 +42,7 @@ class Rollout:
     sampling_logprobs: Tensor  # (B, T), float32, under the renormalized kept set that was sampled from
     values: Tensor  # (B, T), float32, V of the state before the action
     stop_reason: Tensor  # (B,), int64, index in `STOP_REASONS` of the reason why the response ended
+    numbers: Tensor | None = None  # (B,), int64, number of each sequence in the run
     states: Tensor | None = (
         None  # (inputs of all sequences, H), input of the first trained layer, sequence after sequence
     )
@@ -69,7 +70,8 @@ class Rollout:
 
     def take(self, sequences: Tensor) -> Rollout:
         """Return a rollout with only these sequences."""
-        rows = {item.name: getattr(self, item.name)[sequences] for item in fields(self) if item.name != "states"}
+        every = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "states"}
+        rows: dict[str, Any] = {name: None if tensor is None else tensor[sequences] for name, tensor in every.items()}
         if self.states is None:
             return Rollout(**rows)
         places, _ = input_places(self.input_lengths, sequences, packed=True)

@@ -183,4 +183,5 @@ class RolloutState:
             sampling_logprobs=self.sampling_logprobs[everyone, :width].clone(),
             values=self.values[everyone, :width].clone(),
             stop_reason=self.stop_reason[everyone].clone(),
+            numbers=self.sequence[everyone].clone(),
         )

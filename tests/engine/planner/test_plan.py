@@ -442,7 +442,7 @@ def test_a_rollout_and_its_experience_have_the_planned_size():
     rollout = make_rollout()
     held = [getattr(rollout, item.name) for item in fields(rollout) if item.name != "states"]
     tokens, actions = rollout.prompt_ids.numel() + rollout.response_ids.numel(), rollout.mask.numel()
-    assert rollout_bytes(tokens, actions) == sum(tensor.nbytes for tensor in held if tensor.dim() == 2)
+    assert rollout_bytes(tokens, actions) == sum(x.nbytes for x in held if x is not None and x.dim() == 2)
     assert rollout_bytes(tokens, actions, sampling=True) == rollout_bytes(tokens, actions) + rollout.response_ids.nbytes
     ref_logprobs = torch.zeros_like(rollout.logprobs)
     result = rollout_advantages(

@@ -61,7 +61,7 @@ def test_s14_the_loss_reads_the_adapted_beta():
         trainer = make_trainer(objective="kl_penalty", old_kl_coef=1.0, optim=FAST)
         trainer.old_kl_coef = beta
         trainer.step()
-        ends.append(old_policy_kl(trainer.policy, make_experience(make_trainer()), trainer.config, 1.0))
+        ends.append(old_policy_kl(trainer.policy, make_experience(make_trainer()), trainer.passes.size, 1.0))
     assert ends[1] < 0.7 * ends[0]
 
 
@@ -69,7 +69,7 @@ def test_s14_measured_kl_is_that_of_the_distributions():
     """The measured KL is 0 for the old policy, and after a change of the weights the mean of k3 from the model's logits."""
     trainer = make_trainer()
     experience = make_experience(trainer)
-    assert old_policy_kl(trainer.policy, experience, trainer.config, 1.0) == pytest.approx(0.0, abs=1e-6)
+    assert old_policy_kl(trainer.policy, experience, trainer.passes.size, 1.0) == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
         trainer.policy.lm_weight.mul_(1.1)
     rollout = experience.rollout
@@ -81,7 +81,7 @@ def test_s14_measured_kl_is_that_of_the_distributions():
         log_ratio = new[:, 0] - experience.old_logprobs[row, :n]
         expected += (log_ratio.exp() - 1 - log_ratio).sum().detach()
         count += n
-    assert old_policy_kl(trainer.policy, experience, trainer.config, 1.0) == pytest.approx(
+    assert old_policy_kl(trainer.policy, experience, trainer.passes.size, 1.0) == pytest.approx(
         float(expected) / count, rel=1e-4
     )
 

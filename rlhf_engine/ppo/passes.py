@@ -1,0 +1,76 @@
+"""Size of the forward and backward passes of an update, which a lack of memory halves.
+
+All sums of a minibatch have the minibatch's denominators, so its gradient is the same for every size of a pass, within the
+rounding of the sums. A minibatch that was begun again has the bits that the smaller size gives for the same rollout.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from rlhf_engine.config import PPOConfig
+from rlhf_engine.errors import is_out_of_memory
+from rlhf_engine.notices import notice
+from rlhf_engine.ppo.experience import MicrobatchSize, microbatch_size
+
+Result = TypeVar("Result")
+
+
+def _nothing() -> None:
+    pass
+
+
+class Passes:
+    """The current size of a pass. It starts with the config's; once halved, it stays small, also in a resumed run."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.size = microbatch_size(config)
+
+    def fitting(self, run: Callable[[MicrobatchSize], Result], undo: Callable[[], object] = _nothing) -> Result:
+        """Return `run(size)`; after a lack of memory, call `undo` and try again with half of the size.
+
+        Raises:
+            MemoryError, RuntimeError: as `run`, if a pass of one sequence or one token does not fit either.
+        """
+        before = self._words()
+        while True:
+            try:
+                result = run(self.size)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or not self._halve():
+                    raise
+            # Here the exception is gone, and with it the tensors of the frames that it passed.
+            undo()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if self._words() != before:
+            notice(
+                f"out of memory in a pass of {before}: the run continues with {self._words()}, which gives the same gradient; "
+                "set this size in the config to save the failed attempts"
+            )
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """Return the size under its name in a checkpoint."""
+        return {"passes": dict(self.size)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; checkpoints of earlier releases have the config's size."""
+        self.size = MicrobatchSize(**state.get("passes", self.size))
+
+    def _halve(self) -> bool:
+        """Halve the size; return whether it was more than one sequence or one token."""
+        name = "microbatch" if self.size["microbatch_tokens"] is None else "microbatch_tokens"
+        size = self.size[name] or 1
+        self.size = MicrobatchSize(**{**self.size, name: max(1, size // 2)})
+        return size > 1
+
+    def _words(self) -> str:
+        sequences, tokens = self.size["microbatch"], self.size["microbatch_tokens"]
+        return f"ppo.microbatch={sequences}" if tokens is None else f"ppo.microbatch_tokens={tokens}"
