@@ -23,25 +23,25 @@ BATCH = {"sequences": 8, "prompt_tokens": 32, "response_tokens": 128}
 LOOPS = {"OpenRLHF": "openrlhf", "verl": "verl", "TRL GRPOTrainer": "trl_grpo"}
 
 
-def measure(peer: str, model: dict, batch: dict, rounds: int) -> None:
-    """Measure one trainer unmodified and with our head and loss."""
-    target = f"benchmarks.peers.integration_loops:{LOOPS[peer]}"
+def compare(peer: str, loop: str, batch: dict, rounds: int, *, results: str, **options: object) -> None:
+    """Measure one trainer unmodified and with our head and loss, and report it in the file `results`."""
+    target = f"benchmarks.peers.integration_loops:{loop}"
     sides = {f"{peer} with our head and loss": True, peer: False}
     workers = [
-        Worker(name, target, {"model": model, "batch": batch, "fused": fused}, start_limit=300, step_limit=300)
+        Worker(name, target, {"batch": batch, "fused": fused, **options}, start_limit=300, step_limit=300)
         for name, fused in sides.items()
     ]
     ours, theirs = alternate_workers(workers, rounds=rounds, slow=60)
     memory = None if ours.error or theirs.error else ours.extra_mb / theirs.extra_mb
     checks = [Check("seconds, ours / theirs", ratio(ours, theirs), 1.0), Check("extra MB, ours / theirs", memory, 0.75)]
     title = f"{peer}, a step of {{sequences}} x ({{prompt_tokens}}+{{response_tokens}}) tokens"
-    report(NAME, title.format(**batch), [ours, theirs], checks=checks)
+    report(results, title.format(**batch), [ours, theirs], checks=checks)
 
 
 def main(*, quick: bool = False) -> None:
     batch = BATCH | ({"sequences": 4, "response_tokens": 32} if quick else {})
     for peer in LOOPS:
-        measure(peer, MODEL, batch, rounds=1 if quick else 5)
+        compare(peer, LOOPS[peer], batch, rounds=1 if quick else 5, results=NAME, model=MODEL)
 
 
 def test_integrations(benchmark) -> None:

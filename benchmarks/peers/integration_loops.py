@@ -99,8 +99,11 @@ def verl(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
     _steps(session, policy.parameters(), step)
 
 
-def trl_grpo(session: Session, *, model: dict, batch: dict, fused: bool) -> None:
-    """Run GRPOTrainer of the installed release: generation, scoring and one optimizer step per step of the session."""
+def trl_grpo(session: Session, *, model: dict, batch: dict, fused: bool, settings: dict | None = None) -> None:
+    """Run GRPOTrainer of the installed release: generation, scoring and one optimizer step per step of the session.
+
+    `settings` are options of GRPOConfig.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -144,6 +147,7 @@ def trl_grpo(session: Session, *, model: dict, batch: dict, fused: bool) -> None
                 save_strategy="no",
                 logging_strategy="no",
                 disable_tqdm=True,
+                **(settings or {}),
             ),
             train_dataset=Dataset.from_list([{"prompt": w} for w in words]),
             processing_class=tokenizer,
