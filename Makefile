@@ -94,13 +94,15 @@ docs: build
 	$(BIN)/python -m mkdocs build --strict --quiet
 
 # Compare the adapters with the original trainers, in a separate environment: trl 1.12.0 with verl and OpenRLHF, then the
-# current release of trl. DEEPSPEED_CHAT=... is a folder with DeepSpeed-Chat, which is in no package index; without it, its
-# cases are skipped.
+# current release of trl. Then run the unit tests of the peers with our functions swapped in. DEEPSPEED_CHAT=... is a folder
+# with DeepSpeed-Chat, and PEER_CHECKOUTS=... a folder with checkouts of the peers whose tests are in no package index; without
+# them, their cases are not run (`python -m benchmarks.peer_suites` prints the commands that make the checkouts).
 test-peers: $(PEERS)/.built
 	$(if $(DEEPSPEED_CHAT),ln -sfn $(abspath $(DEEPSPEED_CHAT)) $(PEERS)/sources/DeepSpeed-Chat)
 	$(PEERS)/bin/python -m pytest tests/integrations/peers
 	PYTHONPATH=$(PEERS)/sources/trl-current $(PEERS)/bin/python -m pytest tests/integrations/peers/test_trl_grpo.py
 	$(PEERS)/bin/python -m benchmarks.peer_agreement
+	$(PEERS)/bin/python -m benchmarks.peer_suites
 
 # verl, OpenRLHF and torchtune are installed with --no-deps: they require older releases, and libraries that the compared
 # functions do not use.

@@ -89,6 +89,29 @@ def integrations() -> str:
     return _groups(_load("integrations"))
 
 
+def peer_suites() -> str:
+    """Return the counts of the peers' own tests with our functions swapped in, and why some are expected to fail."""
+    suites = _load("peer_suites")
+    rows = []
+    for peer, suite in suites.items():
+        count = suite["outcomes"].get
+        counts = (
+            count("passed", 0),
+            suite["calling"].get("passed", 0),
+            count("expected failure", 0),
+            count("skipped", 0),
+        )
+        rows.append((peer, suite["version"], ", ".join(f"`{_function(name)}`" for name in suite["calls"]), *counts))
+    head = ("peer", "version", "swapped", "passed", "of which call ours", "expected failures", "skipped")
+    reasons = [(peer, n, reason) for peer, suite in suites.items() for reason, n in suite["expected"].items()]
+    text = table(head, rows)
+    return text + "\n" + table(("peer", "expected failures", "reason"), reasons) if reasons else text
+
+
+def _function(target: str) -> str:
+    return target.partition(":")[2].removesuffix(".apply")
+
+
 def h200_bounds() -> str:
     """Return every bound of the run on an H200."""
     rows = [(entry["name"], *_cells(entry)) for entry in _h200_entries() if "bound" in entry]

@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "results at a glance": _results.at_a_glance,
     "results on a CPU": _results.cpu_page,
     "integrations": _results.integrations,
+    "peer suites": _results.peer_suites,
     "bounds on an H200": _results.h200_bounds,
     "measured on an H200": _results.h200_measured,
     "machine with an H200": _results.h200_machine,
