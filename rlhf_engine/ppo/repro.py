@@ -141,7 +141,7 @@ def _on(data: Experience | Scored, device: torch.device) -> Experience | Scored:
 
 
 def with_device(config: RunConfig, device: str | None) -> RunConfig:
-    """Return the config with another device, and with values that start from zeros if a head's weights are in the file."""
+    """Return the config with a different device, and with values that start from zeros if a head's weights are in the file."""
     ppo = replace(config.ppo, value_init="zero") if config.ppo.value_model == "head" else config.ppo
     ppo = ppo if config.ppo.baseline == "value" else config.ppo
     return replace(config, ppo=ppo, device=device or config.device)
