@@ -34,6 +34,9 @@ DECIDED = (
 """Settings that the demo decides."""
 BASE = DATA / "base"
 """The base model that the package contains: `rlhf demo --from-scratch --seed 0` wrote it."""
+WITH_ADAPTERS = ("ppo.value_model=backbone",)
+"""Settings of a demo with adapters, which overrides replace. The value function is an adapter that starts as the reward model's:
+on the states of the policy's adapter, a head of the reward model predicts so badly that PPO learns little in its first updates."""
 BASE_SETTINGS = (
     *(f"demo.{name}" for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads")),
     *(f"demo.pretrain.{item.name}" for item in fields(SFTConfig) if item.name != "optim"),
@@ -72,7 +75,7 @@ def run_demo(
     refuse_overrides(overrides, DECIDED, "the demo, by its options --seed and --output or by its stages,")
     if not from_scratch:
         _refuse_base_settings(overrides)
-    config = with_shipped_data(load_config(CONFIG, overrides, kind=DemoRunConfig), output, seed)
+    config = with_shipped_data(_settings(overrides), output, seed)
     root, seconds = Path(output), {}
     if (root / "report.json").is_file() and not overwrite:
         raise ValueError(
@@ -103,6 +106,11 @@ def run_demo(
 def next_commands(root: Path) -> str:
     """Return commands that work on the finished demo in `root`, for a shell."""
     return NEXT.format(root=shlex.quote(str(root)), prompts=shlex.quote(str(DATA / "prompts.jsonl")))
+
+
+def _settings(overrides: tuple[str, ...]) -> DemoRunConfig:
+    config = load_config(CONFIG, overrides, kind=DemoRunConfig)
+    return load_config(CONFIG, (*WITH_ADAPTERS, *overrides), kind=DemoRunConfig) if config.adapter.rank else config
 
 
 def _refuse_base_settings(overrides: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ def test_a_stage_killed_at_any_moment_ends_with_the_same_bits(tmp_path, name):
     trials = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(trials) == TRIALS[name] and [trial["difference"] for trial in trials] == [None] * len(trials), trials
     kills, continued = (sum(trial[key] for trial in trials) for key in ("kills", "continued"))
-    assert kills >= 1.5 * TRIALS[name] and continued >= 1, trials
+    assert kills >= TRIALS[name] and continued >= 1, trials
 
 
 def test_a_checkpoint_continues_in_a_folder_that_has_only_the_checkpoint(tmp_path):
