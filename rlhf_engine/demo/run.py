@@ -75,7 +75,7 @@ def run_demo(
     refuse_overrides(overrides, DECIDED, "the demo, by its options --seed and --output or by its stages,")
     if not from_scratch:
         _refuse_base_settings(overrides)
-    config = with_shipped_data(_settings(overrides), output, seed)
+    config = with_shipped_data(settings(overrides), output, seed)
     root, seconds = Path(output), {}
     if (root / "report.json").is_file() and not overwrite:
         raise ValueError(
@@ -108,7 +108,8 @@ def next_commands(root: Path) -> str:
     return NEXT.format(root=shlex.quote(str(root)), prompts=shlex.quote(str(DATA / "prompts.jsonl")))
 
 
-def _settings(overrides: tuple[str, ...]) -> DemoRunConfig:
+def settings(overrides: tuple[str, ...]) -> DemoRunConfig:
+    """Return the config of `demo.yaml` with `WITH_ADAPTERS`, if it has adapters, and the overrides."""
     config = load_config(CONFIG, overrides, kind=DemoRunConfig)
     return load_config(CONFIG, (*WITH_ADAPTERS, *overrides), kind=DemoRunConfig) if config.adapter.rank else config
 

@@ -17,7 +17,7 @@ from rlhf_engine.memory.arena import peak_rss_mb, resident_mb
 from rlhf_engine.metrics import MetricsWriter, read_metrics
 from rlhf_engine.optim.adamw import Schedule, learning_rate, optimizer_step
 from rlhf_engine.optim.build import build_optimizer
-from rlhf_engine.ppo.update import MetricSum
+from rlhf_engine.ppo.minibatch import MetricSum
 
 
 def test_sums_add_and_maxima_are_kept():

@@ -110,7 +110,7 @@ def command(build, monkeypatch):
     monkeypatch.setattr(build, "cuda_libraries", lambda nvcc: "/toolkit/lib64")
     monkeypatch.setattr(build, "known_architectures", lambda nvcc: build.CUDA_ARCHITECTURES)
     run = build.BuildKernels(Distribution())
-    return lambda: run.build_extension(build.extension) or made[-1]
+    return lambda: run.build_extension(build.extensions[0]) or made[-1]
 
 
 NO_CUDA = "no CUDA build of torch and no NVIDIA device; set RLHF_CUDA=1 to build them"

@@ -11,7 +11,7 @@ from rlhf_engine.config import load_config
 from rlhf_engine.data import read_demonstrations, train_tokenizer
 from rlhf_engine.data.records import text_of
 from rlhf_engine.demo.config import DemoRunConfig
-from rlhf_engine.demo.run import BASE, BASE_SETTINGS, CONFIG, DATA, next_commands
+from rlhf_engine.demo.run import BASE, BASE_SETTINGS, CONFIG, DATA, next_commands, settings
 from rlhf_engine.evaluate import perplexity, read_documents
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.recipes import load_model
@@ -67,3 +67,16 @@ def test_the_commands_to_try_next_name_the_demo_and_its_data(tmp_path):
     assert [command[:2] for command in commands] == [["rlhf", "generate"], ["rlhf", "ppo"], ["rlhf", "plan"]]
     assert all(str(root / "ppo" / "config.yaml") in command for command in commands)
     assert str(files("rlhf_engine.demo") / "data" / "prompts.jsonl") in commands[0]
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ((), "head"),
+        (("adapter.rank=16",), "backbone"),
+        (("adapter.rank=16", "ppo.value_model=head"), "head"),
+        (("ppo.value_model=backbone",), "backbone"),
+    ],
+)
+def test_a_demo_with_adapters_has_an_adapter_for_the_values(overrides, expected):
+    assert settings(overrides).ppo.value_model == expected

@@ -4,7 +4,7 @@ import torch
 
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.ppo.experience import advantages, score
-from rlhf_engine.ppo.update import minibatch_backward
+from rlhf_engine.ppo.minibatch import minibatch_backward
 from tests.engine.helpers.tiny_trainer import SETTINGS
 
 

@@ -5,7 +5,7 @@ import torch
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.ppo.experience import Experience
-from rlhf_engine.ppo.update import minibatch_backward
+from rlhf_engine.ppo.minibatch import minibatch_backward
 from rlhf_engine.rollout import EOS, Rollout
 from tests.engine.helpers.tiny_models import VOCABULARY
 

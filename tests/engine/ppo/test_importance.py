@@ -8,7 +8,7 @@ import torch
 
 from rlhf_engine.config import ImportanceConfig, PPOConfig, RolloutConfig, load_config
 from rlhf_engine.model import ActorCritic
-from rlhf_engine.ppo.update import minibatch_backward
+from rlhf_engine.ppo.minibatch import minibatch_backward
 from rlhf_kernels import IMPORTANCE_METRICS, importance_weights
 from tests.engine.helpers.rollouts import make_rollout, random_experience
 from tests.engine.helpers.tiny_models import tiny

@@ -13,7 +13,7 @@ from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig,
 from rlhf_engine.config.describe import describe
 from rlhf_engine.config.ppo import PRESETS
 from rlhf_engine.ppo.experience import gradient_discounts
-from rlhf_engine.ppo.update import loss_options
+from rlhf_engine.ppo.minibatch import loss_options
 from rlhf_kernels import gae, ppo_loss
 from tests.engine.helpers.bandits import arm
 from tests.engine.helpers.tiny_trainer import OnUpdate, make_trainer

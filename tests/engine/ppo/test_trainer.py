@@ -355,8 +355,14 @@ def test_a_resumed_run_needs_the_same_settings(tmp_path):
     "change, message",
     [
         (lambda tensors: tensors.clear(), "got 0 tensors, expected"),
-        (lambda tensors: tensors.update({"x.exp_avg": tensors.pop("0.exp_avg")}), r"the tensor x\.exp_avg of shape"),
-        (lambda tensors: tensors.update({"0.exp_avg": torch.zeros(())}), r"the tensor 0\.exp_avg of shape \(\)"),
+        (
+            lambda tensors: tensors.update({"x.exp_avg": tensors.pop("0.exp_avg")}),
+            r"the tensor x\.exp_avg of torch.float32 and shape",
+        ),
+        (
+            lambda tensors: tensors.update({"0.exp_avg": torch.zeros(())}),
+            r"the tensor 0\.exp_avg of torch.float32 and shape \(\)",
+        ),
     ],
 )
 def test_incomplete_optimizer_state_is_refused(tmp_path, change, message):
