@@ -35,8 +35,8 @@ DECIDED = (
 BASE = DATA / "base"
 """The base model that the package contains: `rlhf demo --from-scratch --seed 0` wrote it."""
 WITH_ADAPTERS = ("ppo.value_model=backbone",)
-"""Settings of a demo with adapters, which overrides replace. The value function is an adapter that starts as the reward model's:
-on the states of the policy's adapter, a head of the reward model predicts so badly that PPO learns little in its first updates."""
+"""Settings of a demo with adapters, which overrides replace. The value function is an adapter that starts as the reward
+model's: on the states of the policy's adapter, the reward model's head predicts badly, and PPO's first updates learn little."""
 BASE_SETTINGS = (
     *(f"demo.{name}" for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads")),
     *(f"demo.pretrain.{item.name}" for item in fields(SFTConfig) if item.name != "optim"),

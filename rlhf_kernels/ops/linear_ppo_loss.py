@@ -224,7 +224,7 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     if any(gradients.needs) and _leaves_half_range(x, slope):
         # Again, relative to the largest slope; the sums of the products are float32.
         gradients, largest = HeadGradients(launch, head, n, plan, needs_head), _largest(terms, slope)
-        add_given(gradients, take, terms, stats, slope, terms.mask, largest)
+        add_given(gradients, take, terms, stats, slope, terms.tokens, largest)
         results = Results(*(None if y is None else y * largest for y in gradients.results()))
     all_gradients = (*results, *_value_backward(leaves, value_slope, results.hidden, terms, needs))
     d_hidden, d_weight, d_bias, d_states, d_low_weight, d_value_weight, d_value_bias, d_values = (
@@ -252,10 +252,10 @@ def _leaves_half_range(x: Inputs, slope: Tensor) -> bool:
 
 
 def _largest(terms: ObjectiveTerms, slope: Tensor) -> Tensor:
-    """Return the largest slope of an unmasked token, and of its entropy."""
+    """Return the largest slope of a token of any term, and of its entropy."""
     entropy_slope = terms.entropy_slope()
     size = slope.abs() if entropy_slope is None else torch.maximum(slope.abs(), entropy_slope.abs())
-    return torch.where(terms.mask, size, 0).amax() if size.numel() else size.new_zeros(())
+    return torch.where(terms.tokens, size, 0).amax() if size.numel() else size.new_zeros(())
 
 
 def value_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:

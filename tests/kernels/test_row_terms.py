@@ -245,6 +245,39 @@ def test_small_weights_do_not_underflow_in_half_precision(code):
     assert (gradients[0] - gradients[1]).norm() <= 0.01 * gradients[1].norm()
 
 
+def scaled_terms(advantage, rl):
+    """Return hidden states, a weight, and the arguments of six tokens: RL, one cross-entropy, and KL far from the reference."""
+    g = torch.Generator().manual_seed(0)
+    leaves = torch.randn(6, 16, generator=g).half(), (0.3 * torch.randn(23, 16, generator=g)).half()
+    term = torch.tensor([0, 0, 0, 1, 1, 2]) if rl else torch.tensor([1, 1, 1, 1, 1, 2])
+    constants = {
+        "ids": torch.tensor([3, 1, 4, 1, 5, 9]),
+        "old_logprobs": torch.full((6,), -3.0),
+        "advantages": torch.full((6,), advantage),
+        "mask": torch.ones(6, dtype=torch.bool),
+        "objective": "policy_gradient",
+        "term": term,
+        "term_weights": torch.full((6,), 1.0 if rl else min(advantage, 1e4)),
+        "ref_logprobs": torch.full((6,), -2.0),
+    }
+    return leaves, constants
+
+
+@pytest.mark.parametrize("advantage", [1e-3, 1e5], ids=["small", "large"])
+@pytest.mark.parametrize("rl", [True, False], ids=["next to RL", "no RL"])
+def test_coefficients_outside_of_half_precision_change_no_other_term(advantage, rl):
+    """The pass relative to the largest coefficient has the tokens of every term."""
+    leaves, constants = scaled_terms(advantage, rl)
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        hidden, weight = (x.detach().to(dtype, copy=True).requires_grad_() for x in leaves)
+        result = linear_ppo_loss(hidden, weight, **constants)
+        result.loss.backward()
+        found[dtype] = hidden.grad.float()
+    for half, single in zip(found[torch.float16], found[torch.float32], strict=True):  # of each token
+        assert 0 < (half - single).norm() < 0.03 * single.norm()
+
+
 def test_codes_that_the_host_does_not_see_give_nan(monkeypatch):
     """On a GPU a check would wait for the device, so an unknown code, or a KL without reference, gives NaN."""
     monkeypatch.setattr("rlhf_kernels.ops.checks.values_visible", lambda x: False)

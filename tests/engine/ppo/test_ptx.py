@@ -7,8 +7,8 @@ from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, RunConfig
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.ppo.build import prompt_stream
-from rlhf_engine.ppo.ptx import PretrainStream, language_model_loss, ptx_backward
 from rlhf_engine.ppo.minibatch import minibatch_backward
+from rlhf_engine.ppo.ptx import PretrainStream, language_model_loss, ptx_backward
 from tests.engine.helpers.experience import make_experience
 from tests.engine.helpers.pretraining import make_stream
 from tests.engine.helpers.tiny_models import tiny
