@@ -241,7 +241,7 @@ class PPOConfig(Section):
     run with an error. skip leaves the optimizer step of the minibatch out. halve halves the minibatch until the
     sequences whose gradient is not finite are found, and steps with the others. With skip and halve, sampled sequences
     with such a log-prob or value are left out of the rollout. All three name the sample and the operation, and write a
-    file for `rlhf repro`; the log counts in `skipped_steps` and `left_out_sequences`."""
+    file for `rlhf repro`; the log counts in `skipped_steps` and `left_out_sequences`. Objective trpo accepts only stop."""
     ratio_guard: Positive | None = None
     """Largest mean ratio of new to old probability of a minibatch, which bounds the effect of stale samples. TRL's
     PPOConfig has 10. If None, there is none."""
@@ -353,6 +353,7 @@ class PPOConfig(Section):
             ("cliprange_value", 0.2, "baseline 'value'", self.baseline == "value" or self.cliprange_value is None),
             ("ptx_ratio", 1.0, "ptx_coef above 0", self.ptx_coef > 0),
             ("stop_kl", None, "ppo_epochs above 1", self.ppo_epochs > 1),
+            ("on_nonfinite", "stop", "an objective other than 'trpo'", self.objective != "trpo"),
             ("on_ratio", "skip", "ratio_guard", self.ratio_guard is not None),
             ("ratio_guard", None, "an objective other than 'trpo'", self.objective != "trpo"),
         )

@@ -11,7 +11,7 @@ from rlhf_engine.notices import notice
 
 _LOWER = ("entropy",)
 _UNITS = {"kl": " nats per sequence", "kl_per_token": " nats per token", "entropy": " nats per token", "grad_norm": ""}
-_ADVICE = "try a lower ppo.optim.lr or a higher ppo.kl_coef"
+_ADVICE = "begin a new run with a lower ppo.optim.lr or a higher ppo.kl_coef"
 
 
 class Diverged(FloatingPointError):
@@ -22,7 +22,7 @@ class Divergence:
     """Counts, for each limit, the updates in a row that exceeded it.
 
     The counts are part of a checkpoint, so that a resumed run stops at the same update. A limit that a resumed run changes
-    starts from the counts of the old one.
+    goes on with the count of the old one if the last update exceeds it too, and otherwise starts from 0.
     """
 
     def __init__(self, config: PPOConfig) -> None:
@@ -42,15 +42,14 @@ class Divergence:
         """Raise Diverged if a limit of `ppo.stop_on` counts."""
         for key, name, limit in self._limits():
             if key.startswith("stop_on") and self.counts.get(key, 0) >= self.limits["stop_on"].updates:
-                raise Diverged(f"training diverged: {self._sentence(key, name, limit)}; {_ADVICE}")
+                wider = f"resume this one with a {'lower' if name in _LOWER else 'higher'} ppo.{key}"
+                raise Diverged(f"training diverged: {self._sentence(key, name, limit)}; {_ADVICE}, or {wider}")
 
     def end(self) -> None:
         """Warn of every limit that the last update exceeded, also if too few updates were left for it to count."""
         for key, name, limit in self._limits():
             if key.startswith("warn_on") and self.counts.get(key, 0):
-                notice(
-                    f"the run ended beyond a limit: {self._sentence(key, name, limit)}; {_ADVICE}, and read its samples"
-                )
+                notice(f"the run ended beyond a limit: {self._sentence(key, name, limit)}; read its samples; {_ADVICE}")
 
     def state(self) -> dict[str, Any]:
         """Return the counts under their name in a checkpoint."""
@@ -60,6 +59,9 @@ class Divergence:
         """Restore what `state` returned; checkpoints of earlier releases have no counts."""
         found = state.get("limits", {"counts": {}, "last": {}})
         self.counts, self.last = dict(found["counts"]), dict(found["last"])
+        for key, name, limit in self._limits():
+            if not _exceeds(name, self.last[name], limit):  # the limit has changed
+                self.counts[key] = 0
 
     def _limits(self) -> Iterator[tuple[str, str, float]]:
         """Yield key, metric and value of every limit on a metric that the last update has."""

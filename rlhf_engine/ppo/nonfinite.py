@@ -21,6 +21,8 @@ from rlhf_engine.rollout import Rollout
 
 SCORED = ("old_logprobs", "ref_logprobs", "old_values")
 """Tensors of `Scored` per action."""
+LOWER_RATE = "try a lower learning rate"
+"""Advice about numbers that large weights cause."""
 
 
 @dataclass
@@ -39,6 +41,10 @@ class NonFinite:
     """The minibatch, or the scored sequences."""
     changing: Mapping[str, float]
     """Loss options that replace those of the config."""
+    advice: str = LOWER_RATE
+    """What to do, as a clause."""
+    pretraining: bool = False
+    """Whether only the gradient of the pretraining sequences of PPO-ptx is not finite."""
     file: Path | None = None
     """File that `rlhf repro` reads; a callback sets it."""
 
@@ -46,8 +52,11 @@ class NonFinite:
         shown = ", ".join(map(str, self.sequences[:5])) + (", ..." if len(self.sequences) > 5 else "")
         where = f"sample {shown} of the run" if self.sequences else "all samples of the minibatch together"
         replayed = "" if self.file is None else f"; `rlhf repro {self.file}` repeats it"
+        if self.pretraining:
+            where = "the pretraining sequences of PPO-ptx"
+            replayed = "" if self.file is None else f"; {self.file} has the weights"
         op = self.op or "the sum over the minibatch"
-        return f"{self.what} ({where}, first in {op}); try a lower learning rate{replayed}"
+        return f"{self.what} ({where}, first in {op}); {self.advice}{replayed}"
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -71,8 +80,11 @@ def numbers_of(rollout: Rollout, rows: list[int]) -> tuple[int, ...]:
     return tuple(sorted(rows if rollout.numbers is None else rollout.numbers[rows].tolist()))
 
 
-def bad_scored(scored: Scored) -> tuple[list[int], str] | None:
-    """Return the rows of a scored rollout with a number that is not finite, and its kind and value; None if there is none."""
+def bad_scored(scored: Scored) -> tuple[list[int], str, str] | None:
+    """Return the rows of a scored rollout with a number that is not finite, the first such tensor's name, and a sentence.
+
+    The result is None if all numbers are finite.
+    """
     mask = scored.rollout.mask
     found = {name: ~getattr(scored, name).isfinite() & mask for name in SCORED}
     found["sampling_logprobs"] = ~scored.rollout.sampling_logprobs.isfinite() & mask
@@ -82,7 +94,8 @@ def bad_scored(scored: Scored) -> tuple[list[int], str] | None:
     name, bad = next((name, bad) for name, bad in found.items() if bool(bad.any()))
     row, token = bad.nonzero()[0].tolist()
     source = scored.rollout if name == "sampling_logprobs" else scored
-    return rows, f"{name} is {float(getattr(source, name)[row, token])} at action {token}, expected finite numbers"
+    value = float(getattr(source, name)[row, token])
+    return rows, name, f"{name} is {value} at action {token}, expected finite numbers"
 
 
 # ---- the operation ----

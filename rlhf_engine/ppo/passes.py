@@ -52,7 +52,7 @@ class Passes:
         if self._words() != before:
             notice(
                 f"out of memory in a pass of {before}: the run continues with {self._words()}, which gives the same gradient; "
-                "set this size in the config to save the failed attempts"
+                "set this size in the config of the next run, to save the failed attempts; a resumed run keeps it"
             )
         return result
 

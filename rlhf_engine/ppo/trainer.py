@@ -29,7 +29,7 @@ from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tenso
 from rlhf_engine.ppo.divergence import Divergence
 from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, score
 from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
-from rlhf_engine.ppo.nonfinite import NonFinite, bad_scored, first_nonfinite, numbers_of, take_scored
+from rlhf_engine.ppo.nonfinite import LOWER_RATE, NonFinite, bad_scored, first_nonfinite, numbers_of, take_scored
 from rlhf_engine.ppo.passes import Passes
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale
 from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, recompute
@@ -125,11 +125,11 @@ class PPOTrainer:
             if "left_out_sequences" in log:
                 log["left_out_sequences"] += self.left_out
             log |= self.adapt(experience, log)
+            self.latest = log  # before the update counts as finished, because `on_end` may write it under that number
             self.updates_done += 1
             self.divergence.add(log, self.updates_done)
             self.whole = True
         log |= self._measured(rollout, scored, clock)
-        self.latest = log
         self.notify("on_update", log)
         return log
 
@@ -290,7 +290,7 @@ class PPOTrainer:
         found, self.left_out = bad_scored(scored), 0
         if found is None:
             return scored
-        rows, what = found
+        rows, name, what = found
         first = take_scored(scored, scored.rollout.mask.new_tensor(rows[:1], dtype=torch.long))
 
         def run() -> None:
@@ -298,9 +298,11 @@ class PPOTrainer:
                 want = ("logprobs", "values") if self.policy.value is not None else ("logprobs",)
                 recompute(self.policy, first.rollout, want, temperature=self.temperature, **self.passes.size)
 
-        op, numbers = first_nonfinite(self.policy, {}, run), numbers_of(scored.rollout, rows)
+        op, numbers = first_nonfinite(self.policy, {}, run) or name, numbers_of(scored.rollout, rows)
         every = [row for row in range(len(scored.rollout)) if row not in rows]
-        cause = NonFinite(f"training diverged: {what}", numbers, op, self.updates_done + 1, first, {})
+        advice = "check the weights of the reference" if op == "ref_logprobs" else LOWER_RATE
+        what = f"training diverged: {what}"
+        cause = NonFinite(what, numbers, op, self.updates_done + 1, first, {}, advice=advice)
         self._report(cause)
         if self.config.on_nonfinite == "stop" or not every:
             raise FloatingPointError(str(cause))

@@ -23,6 +23,7 @@ from rlhf_engine.optim.ema import WeightAverage
 from rlhf_engine.ppo.experience import Experience, MicrobatchSize, Step
 from rlhf_engine.ppo.minibatch import MetricSum, is_finite, keep_value_gradients, minibatch_backward
 from rlhf_engine.ppo.nonfinite import (
+    LOWER_RATE,
     NonFinite,
     bad_sequences,
     first_nonfinite,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 LEFT_OUT = ("skipped_steps", "left_out_sequences")
 """Metrics of what `ppo.on_nonfinite` and `ppo.ratio_guard` leave out."""
+_NEW_RUN = "begin a new run with a lower ppo.optim.lr"
 
 
 class UpdateRule(Protocol):
@@ -89,11 +91,13 @@ class SurrogateSteps:
         self.optimizer_steps = 0
         self.left_out: dict[str, float] = {}
         """Counts of the current update: optimizer steps and sequences that were left out."""
+        self.left_out_by: set[str] = set()
+        """Settings that left optimizer steps of the current update out."""
 
     def __call__(self, experience: Experience, step: Step) -> dict[str, float]:
         """Run all optimizer steps of one update; return the means of their metrics."""
         config, sums, device, rate = self.config, MetricSum(), self.policy.device, 0.0
-        self.left_out = dict.fromkeys(LEFT_OUT, 0)
+        self.left_out, self.left_out_by = dict.fromkeys(LEFT_OUT, 0), set()
         per_epoch = config.rollout_batch // config.minibatch
         for epoch in range(config.ppo_epochs):
             # The learning-rate schedule also counts the steps that `stop_kl` skips, so that it ends with the run.
@@ -108,11 +112,25 @@ class SurrogateSteps:
             if config.stop_kl is not None and metrics and float(metrics["kl_k3"]) > config.stop_kl:
                 break
         if not sums.count:
-            raise FloatingPointError(
-                f"training diverged: every optimizer step of update {step.number + 1} was left out"
-            )
+            raise FloatingPointError(self._nothing_left(step))
         skipping = config.on_nonfinite != "stop" or config.ratio_guard is not None
         return sums.mean() | {"lr": rate, "epochs": epoch + 1} | (self.left_out if skipping else {})
+
+    def _nothing_left(self, step: Step) -> str:
+        """Return the message for an update without an optimizer step: the settings that left its steps out, and what to do."""
+        config, by, advice = self.config, [], []
+        if "ratio_guard" in self.left_out_by:
+            by.append(f"ppo.ratio_guard {config.ratio_guard:g}")
+            advice.append("resume with a higher ppo.ratio_guard")
+        if "on_nonfinite" in self.left_out_by:
+            by.append(f"ppo.on_nonfinite {config.on_nonfinite}")
+            if config.on_nonfinite == "skip":
+                advice.append("resume with ppo.on_nonfinite halve, which leaves out only the samples that are named")
+            advice.append(_NEW_RUN)
+        return (
+            f"training diverged: every optimizer step of update {step.number + 1} was left out ({' and '.join(by)}); "
+            f"{', or '.join(advice)}"
+        )
 
     def order(self, sequences: int, update: int, epoch: int) -> Tensor:  # (sequences,)
         """Return the order of a rollout's sequences in an epoch."""
@@ -154,8 +172,9 @@ class SurrogateSteps:
             extra = self.pretrain.take(max(1, round(self.config.ptx_ratio * len(sequences))))
         found = self._finite_gradient(experience, sequences, number, step, extra)
         if found is None or not self._within_guard(found[0], number):
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradient()
             self.left_out["skipped_steps"] += 1
+            self.left_out_by.add("on_nonfinite" if found is None else "ratio_guard")
             return None
         metrics, norm = found
         norm, rate = optimizer_step(self.optimizer, self.config.optim, number, self.schedule, norm)
@@ -208,6 +227,8 @@ class SurrogateSteps:
         if is_finite(metrics, norm):
             return metrics, norm
 
+        self._drop_gradient()
+        pretraining = extra is not None and is_finite(*self._gradient(experience, sequences, step))
         # Whitening over a minibatch spreads a NaN to all of its sequences.
         alone = replace(self.config, whiten_scope="batch")
 
@@ -215,20 +236,23 @@ class SurrogateSteps:
             self._drop_gradient()
             return is_finite(*self._gradient(experience, members, step, config=alone))
 
-        bad = bad_sequences(finite, sequences)
+        bad = [] if pretraining else bad_sequences(finite, sequences)
         self._drop_gradient()
         cause = self._cause(experience, sequences, bad, wrong_norm(norm, number), step, extra)
+        if pretraining:
+            cause.pretraining, cause.advice = True, f"{LOWER_RATE} or ppo.ptx_coef"
         step.report(cause)
         if self.config.on_nonfinite == "stop":
             raise FloatingPointError(str(cause))
         rest = sequences[[row not in bad for row in sequences.tolist()]]
-        if self.config.on_nonfinite == "skip" or not bad or not len(rest):
-            notice(f"{cause}; the optimizer step is left out (ppo.on_nonfinite)")
-            return None
-        notice(f"{cause}; the optimizer step is made without it (ppo.on_nonfinite)")
-        self.left_out["left_out_sequences"] += len(bad)
-        metrics, norm = self._gradient(experience, rest, step, extra)
-        return (metrics, norm) if is_finite(metrics, norm) else None
+        if self.config.on_nonfinite == "halve" and bad and len(rest):
+            metrics, norm = self._gradient(experience, rest, step, extra)
+            if is_finite(metrics, norm):
+                notice(f"{cause}; the optimizer step is made without it (ppo.on_nonfinite)")
+                self.left_out["left_out_sequences"] += len(bad)
+                return metrics, norm
+        notice(f"{cause}; the optimizer step is left out (ppo.on_nonfinite)")
+        return None
 
     def _cause(
         self,

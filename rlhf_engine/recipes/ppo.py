@@ -92,8 +92,6 @@ def run_ppo(
     texts = None if function is None else PromptTexts(columns)
     prompts = encode_prompts(config, codec, texts)
     policy = make_policy(config, model, reward_model)
-    if not config.model.router_aux_loss:
-        policy.balance = None
     if reward_model is not None:
         reward = reward_function(reward_model, codec)
     else:
@@ -212,9 +210,18 @@ def _train(
 def make_policy(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
     """Return the policy with the value function that `ppo.value_model` and `ppo.value_init` select.
 
+    Its loss has the balancing loss of a mixture of experts only with `model.router_aux_loss`.
+
     Raises:
         ValueError: the value function cannot start from the reward model, because there is none or its hidden size differs.
     """
+    policy = _with_values(config, model, reward_model)
+    if not config.model.router_aux_loss:
+        policy.balance = None
+    return policy
+
+
+def _with_values(config: RunConfig, model: PreTrainedModel, reward_model: RewardModel | None) -> ActorCritic:
     ppo, settings = config.ppo, computing(config)
     from_reward = ppo.baseline == "value" and ppo.value_init == "reward_model"
     start = reward_model if from_reward else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_engine.ppo.callbacks import Callback, Checkpoints, EarlyStopping, MetricsLog
-from tests.engine.helpers.tiny_trainer import make_trainer
+from tests.engine.helpers.tiny_trainer import OnUpdate, make_trainer
 
 
 class Recorder(Callback):
@@ -114,3 +114,30 @@ def test_an_update_at_whose_end_a_callback_raises_is_logged():
     with pytest.raises(OSError, match="a callback"):
         trainer.train()
     assert lines.steps == [(1, True), (2, True)] and trainer.whole
+
+
+@pytest.mark.parametrize("where", ["divergence.add", "_measured"])
+def test_an_interrupt_at_the_end_of_an_update_writes_that_update_s_numbers(where, monkeypatch):
+    """The state counts the update as finished, so its line has its own numbers, not those of the update before."""
+    whole, seen, lines = make_trainer(updates=2), [], []
+    whole.callbacks.append(OnUpdate(lambda number, log: seen.append((number, log["score_mean"], log["kl"]))))
+    whole.train()
+
+    class Lines:
+        def write(self, step, metrics):
+            lines.append((step, metrics["score_mean"], metrics["kl"]))
+
+    trainer = make_trainer(updates=2)
+    owner, name = (trainer.divergence, "add") if where == "divergence.add" else (trainer, "_measured")
+    real = getattr(owner, name)
+
+    def interrupted(*arguments):
+        if trainer.updates_done == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    trainer.callbacks.append(MetricsLog(Lines()))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert lines == seen and seen[0][1:] != seen[1][1:]

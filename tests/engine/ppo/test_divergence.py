@@ -10,6 +10,7 @@ from rlhf_engine.ppo.divergence import Diverged, Divergence
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
 from tests.engine.helpers.tiny_trainer import make_trainer
 
+ADVICE = "; begin a new run with a lower ppo.optim.lr or a higher ppo.kl_coef"
 GOOD = {"kl": 1.0, "kl_per_token": 0.1, "entropy": 2.0, "grad_norm": 1.0}
 
 
@@ -35,14 +36,14 @@ def test_the_default_limits_warn_once_after_three_updates(bad, words, caplog):
     assert not caplog.messages  # not in a row
     fed([{}, bad, bad, bad, bad])
     (message,) = caplog.messages
-    assert message.startswith(f"update 4: {words}") and message.endswith("a higher ppo.kl_coef")
+    assert message.startswith(f"update 4: {words}") and message.endswith(ADVICE)
 
 
 def test_a_run_that_ends_beyond_a_limit_warns_although_too_few_updates_were_left(caplog):
     fed([{}, {"kl": 180.0}]).end()
     assert caplog.messages == [
-        "the run ended beyond a limit: kl is 180 nats per sequence, above ppo.warn_on.kl 100 in the last update; try a lower "
-        "ppo.optim.lr or a higher ppo.kl_coef, and read its samples"
+        "the run ended beyond a limit: kl is 180 nats per sequence, above ppo.warn_on.kl 100 in the last update; read its "
+        "samples" + ADVICE
     ]
     caplog.clear()
     fed([{"kl": 180.0}, {}]).end()
@@ -87,6 +88,29 @@ def test_the_counts_are_part_of_the_state():
     assert again.divergence.counts == {}
 
 
+@pytest.mark.parametrize("name, wider, same", [("kl", 60.0, 40.0), ("entropy", 0.5, 1.5)])
+def test_a_changed_limit_that_the_last_update_keeps_counts_from_zero(name, wider, same):
+    """The last update has a KL of 50 and an entropy of 1; `same` is a second limit that it exceeds."""
+    bad, limits = {"kl": 50.0, "entropy": 1.0}, {"kl": 5.0, "entropy": 1.9}
+    stopped = fed([bad, bad], stop_on=LimitsConfig(**{name: limits[name]}, updates=2))
+    state = json.loads(json.dumps(stopped.state()))
+    word = "higher" if name == "kl" else "lower"
+    advice = rf"{ADVICE}, or resume this one with a {word} ppo.stop_on.{name}$"
+    for limit in (limits[name], same):
+        again = Divergence(PPOConfig(stop_on=LimitsConfig(**{name: limit}, updates=2)))
+        again.load_state(state)
+        with pytest.raises(Diverged, match=rf"ppo.stop_on.{name} {limit:g} in 2 updates in a row{advice}"):
+            again.check()
+    again = Divergence(PPOConfig(stop_on=LimitsConfig(**{name: wider}, updates=2)))
+    again.load_state(state)
+    again.check()
+    for number in (3, 4):
+        again.check()
+        again.add(GOOD | {"kl": 99.0, "entropy": 0.1}, number)
+    with pytest.raises(Diverged, match=rf"ppo.stop_on.{name} {wider:g} in 2 updates in a row"):
+        again.check()
+
+
 def test_a_run_with_a_learning_rate_of_one_warns(caplog):
     make_trainer(updates=4, optim=OptimConfig(lr=1.0, max_grad_norm=None)).train()
     assert any("above ppo.warn_on.kl" in message for message in caplog.messages)
@@ -108,7 +132,7 @@ def test_stop_on_ends_the_command_and_the_finished_updates_are_saved(tmp_path, c
         code, _, shown = start(*flags)
         assert code == 1 and "training diverged: grad_norm is" in shown and "holds 2 updates" in shown
         assert [row["step"] for row in read_lines(run / "out" / "metrics.jsonl")] == [1, 2]
-    assert start("--resume", sets=["ppo.stop_on.grad_norm=1e9"])[0] == 0
+    assert start("--resume", sets=["ppo.stop_on.grad_norm=1e9", "ppo.stop_on.updates=2"])[0] == 0
     assert start(sets=["output_dir=whole"])[0] == 0
     rows = [[row["score_mean"] for row in read_lines(run / out / "metrics.jsonl")] for out in ("out", "whole")]
     assert rows[0] == rows[1] and len(rows[0]) == 4

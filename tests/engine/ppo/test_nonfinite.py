@@ -2,18 +2,23 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_engine.config import MemoryConfig
+from benchmarks.families.configs import build
+from rlhf_engine.checkpoint import check_settings
+from rlhf_engine.config import MemoryConfig, PPOConfig, RunConfig, save_config
 from rlhf_engine.ppo import minibatch as minibatches
 from rlhf_engine.ppo import nonfinite
 from rlhf_engine.ppo import update as ppo
 from rlhf_engine.ppo.experience import score
+from rlhf_engine.recipes.ppo import make_policy
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
 from tests.engine.helpers.experience import make_experience
+from tests.engine.helpers.pretraining import make_stream
 from tests.engine.helpers.tiny_trainer import OnUpdate, make_trainer, weights_of
 
 SMALL = {"minibatch": 8, "ppo_epochs": 1, "updates": 3}
@@ -129,12 +134,25 @@ def test_skip_leaves_the_optimizer_step_out(monkeypatch, caplog):
     )
 
 
-def test_an_update_whose_steps_are_all_left_out_ends_the_run(monkeypatch):
-    trainer = make_trainer(**SMALL, on_nonfinite="skip")
-    broken_advantages(monkeypatch, *range(16))
-    with pytest.raises(FloatingPointError, match="every optimizer step of update 2 was left out"):
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            {"on_nonfinite": "skip"},
+            r"ppo.on_nonfinite skip\); resume with ppo.on_nonfinite halve, which .*, or begin a new",
+        ),
+        ({"on_nonfinite": "halve"}, r"ppo.on_nonfinite halve\); begin a new run with a lower ppo.optim.lr"),
+        ({"ratio_guard": 1e-3}, r"ppo.ratio_guard 0.001\); resume with a higher ppo.ratio_guard$"),
+    ],
+)
+def test_an_update_whose_steps_are_all_left_out_ends_the_run(monkeypatch, settings, words):
+    trainer = make_trainer(**SMALL, **settings)
+    update = 1 if "ratio_guard" in settings else 2
+    if update == 2:
+        broken_advantages(monkeypatch, *range(16))
+    with pytest.raises(FloatingPointError, match=rf"every optimizer step of update {update} was left out \({words}"):
         trainer.train()
-    assert trainer.updates_done == 1 and trainer.whole
+    assert trainer.updates_done == update - 1 and trainer.whole
 
 
 @pytest.mark.parametrize("rows", [(4,), (0, 7, 8), (1, 2, 3, 15)])
@@ -170,6 +188,42 @@ def test_halve_steps_with_the_gradient_of_the_other_sequences(monkeypatch, rows)
     assert all(torch.equal(gradient, found[0][name]) for name, gradient in taken[1].items())
 
 
+def test_halve_reports_a_step_only_after_the_gradient_of_the_others_was_checked(monkeypatch, caplog):
+    """Each of the other sequences is finite, and their sum is not."""
+    trainer, logs = make_trainer(**SMALL, on_nonfinite="halve"), []
+    broken_advantages(monkeypatch, 4)
+    real = ppo.is_finite
+    monkeypatch.setattr(ppo, "bad_sequences", lambda finite, sequences: [4])
+    checks = []
+
+    def finite(metrics, norm):
+        checks.append(real(metrics, norm))
+        return checks[-1] and False not in checks[-2:-1]  # nor is the one after the first that is not finite
+
+    monkeypatch.setattr(ppo, "is_finite", finite)
+    trainer.callbacks.append(OnUpdate(lambda number, log: logs.append(log)))
+    trainer.train()
+    assert [(log["skipped_steps"], log["left_out_sequences"]) for log in logs] == [(0, 0), (1, 0), (0, 0)]
+    (message,) = (one for one in caplog.messages if "ppo.on_nonfinite" in one)
+    assert message.endswith("; the optimizer step is left out (ppo.on_nonfinite)")
+
+
+@pytest.mark.parametrize("minibatch", [1, 8])
+def test_text_of_ptx_is_named_if_only_its_part_is_not_finite(monkeypatch, minibatch):
+    trainer = make_trainer(**SMALL | {"minibatch": minibatch, "microbatch": 1}, pretrain=make_stream(), ptx_coef=5.0)
+    real = ppo.ptx_backward
+
+    def broken(*arguments, **options):
+        metrics = real(*arguments, **options)
+        next(trainer.policy.parameters()).grad[0, 0] = torch.nan
+        return metrics
+
+    monkeypatch.setattr(ppo, "ptx_backward", broken)
+    words = r"\(the pretraining sequences of PPO-ptx, first in the gradient of .*\); try a lower learning rate or ppo.ptx_coef"
+    with pytest.raises(FloatingPointError, match=words):
+        trainer.train()
+
+
 @pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs", "old_values"])
 def test_log_probs_and_values_stop_or_leave_the_sequence_out(monkeypatch, name, caplog):
     def broken(*arguments, **options):
@@ -178,8 +232,10 @@ def test_log_probs_and_values_stop_or_leave_the_sequence_out(monkeypatch, name, 
         return scored
 
     monkeypatch.setattr("rlhf_engine.ppo.trainer.score", broken)
+    tried = "check the weights of the reference" if name == "ref_logprobs" else "try a lower learning rate"
     with pytest.raises(
-        FloatingPointError, match=rf"diverged: {name} is nan at action 0, .* \(sample 3 of the run, first in"
+        FloatingPointError,
+        match=rf"diverged: {name} is nan at action 0, .* \(sample 3 of the run, first in {name}\); {tried}",
     ):
         make_trainer(**SMALL).step()
     trainer = make_trainer(**{**SMALL, "minibatch": 16}, on_nonfinite="skip")
@@ -210,6 +266,13 @@ def test_a_minibatch_beyond_the_ratio_guard_makes_no_step(action, caplog):
         make_trainer(on_ratio="stop")
 
 
+def test_a_resumed_run_may_change_what_it_leaves_out(tmp_path):
+    config = RunConfig(ppo=PPOConfig(ratio_guard=2.0))
+    save_config(config, tmp_path / "config.yaml")
+    for settings in ({"ratio_guard": 10.0}, {"ratio_guard": 2.0, "on_ratio": "stop"}, {"on_nonfinite": "halve"}, {}):
+        check_settings(tmp_path, replace(config, ppo=PPOConfig(**settings)))
+
+
 # ---- the file ----
 
 REWARD = "def reward(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
@@ -238,6 +301,14 @@ def test_a_run_writes_a_file_that_rlhf_repro_repeats(run, capsys, monkeypatch, p
     assert code == 1 and "in the run: training diverged: got a gradient norm of nan" in out
     assert re.search(r"^advantages: 1 of \d+ numbers are not finite, the first is nan at \[\d, 0\]$", out, re.M), out
     assert out.endswith("here: first in advantages\n")
+
+
+def test_repro_and_a_run_have_the_same_loss_of_experts():
+    config = RunConfig(ppo=PPOConfig(value_init="zero"))
+    for on in (False, True):
+        setting = replace(config, model=replace(config.model, router_aux_loss=on))
+        model = build("olmoe", output_router_logits=True, router_aux_loss_coef=0.5)
+        assert (make_policy(setting, model, None).balance is not None) == on
 
 
 def test_a_repro_file_has_the_weights_of_that_moment(run, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def test_the_run_goes_on_with_the_bits_of_the_smaller_size(error, caplog):
     messages = [one for one in caplog.messages if "out of memory" in one]
     assert messages == [
         "out of memory in a pass of ppo.microbatch=8: the run continues with ppo.microbatch=2, which gives the same gradient; "
-        "set this size in the config to save the failed attempts"
+        "set this size in the config of the next run, to save the failed attempts; a resumed run keeps it"
     ]
     small = make_trainer(**{**SETTINGS, "microbatch": 2})
     small.train()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
-from rlhf_engine.config import OptimConfig, RolloutConfig, RunConfig
+from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig
 from rlhf_engine.config.ppo import TRPOConfig
 from rlhf_engine.model import frozen_copy
 from rlhf_engine.ppo import trpo
@@ -223,3 +223,10 @@ def test_s15_the_optimizer_trains_only_values_and_resuming_is_bitwise_exact(tmp_
     assert second.step()["trpo_kl"] == log["trpo_kl"]
     after = weights_of(second)
     assert all(torch.equal(weight, after[name]) for name, weight in weights_of(straight).items())
+
+
+@pytest.mark.parametrize("choice", ["skip", "halve"])
+def test_a_step_that_cannot_be_left_out_is_refused(choice):
+    words = f"on_nonfinite: got '{choice}', expected 'stop'; only an objective other than 'trpo' reads it"
+    with pytest.raises(ValueError, match=words):
+        PPOConfig(objective="trpo", on_nonfinite=choice)
