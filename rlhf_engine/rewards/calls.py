@@ -93,9 +93,9 @@ def ask(
 
     Raises:
         SampleError: for the first sample on which `function` raises or takes too long.
-        ValueError: that begins with `samples`, if `function` fails only on all samples together.
+        ValueError: that begins with `samples`, if `function` fails only on all samples together; or as `Limits.of`.
     """
-    size, calls = len(columns[0]), limits.retries + 1
+    size, calls, limits = len(columns[0]), limits.retries + 1, limits.of(function)
     if not batched:
         return _each(function, columns, named, samples, concurrency, limits)
 

@@ -7,18 +7,20 @@ regular expression, which holds the interpreter's lock, would stop the thread th
 killed, but has a copy of the user's globals and models. Two cases are left: native code that neither returns nor reacts to
 signals, and functions that set an alarm themselves (`signal.alarm`), which replaces this one for the rest of the call.
 
-An async function runs in a thread with an event loop, and is cancelled at its limit (`awaiting`).
+An async function runs in a thread with an event loop, and is cancelled at its limit (`awaiting`); it needs no alarm, and may be
+called in any thread.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -48,6 +50,23 @@ class Limits:
     """Maximum number of repeated calls after one that failed."""
     what: str = "function"
     """The function's name in notices."""
+    alarm: bool = True
+    """Whether an alarm ends a call; an async function is cancelled instead."""
+
+    def of(self, function: Callable[..., Any]) -> Limits:
+        """Return the limits of the calls of `function`: without the alarm if it is async.
+
+        Raises:
+            ValueError: there is a time limit, the function is not async, and this is not the main thread.
+        """
+        if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+            return replace(self, alarm=False)
+        if self.timeout and threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                f"reward.timeout: got {self.timeout:g} in the thread {threading.current_thread().name!r}, expected 0; "
+                "outside the main thread, only an async function can have a limit"
+            )
+        return self
 
     def waits(self) -> Iterator[float]:
         """Yield the seconds to wait before each repeated call."""
@@ -58,7 +77,6 @@ class Limits:
 
         Raises:
             OutOfTime: the last call took longer.
-            ValueError: there is a time limit and this is not the main thread.
         """
         for wait in self.waits():
             try:
@@ -88,15 +106,10 @@ class Limits:
 
     @contextmanager
     def time_limit(self) -> Iterator[None]:
-        """Raise OutOfTime inside the block after `timeout` seconds, and again every second until the block has ended."""
-        if not self.timeout:
+        """Raise OutOfTime inside the block after `timeout` seconds, and again every second until it has ended, by an alarm."""
+        if not self.timeout or not self.alarm:
             yield
             return
-        if threading.current_thread() is not threading.main_thread():
-            raise ValueError(
-                f"reward.timeout: got {self.timeout:g} in the thread {threading.current_thread().name!r}, expected 0; only a "
-                "function in the main thread can be interrupted"
-            )
         active = True
 
         def end(signum: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -132,18 +133,44 @@ def test_a_call_that_is_slow_on_all_samples_together_names_all():
     assert not isinstance(error.value, SampleError)
 
 
-def test_a_limit_needs_the_main_thread():
+def in_a_thread(call):
+    """Return the result of `call()` in another thread, or its exception."""
     found = []
 
     def start():
-        with pytest.raises(ValueError, match="only a function in the main thread can be interrupted"):
-            ask(hanging(sleep), SAMPLES, "f", limits=Limits(5.0))
-        found.append(1)
+        try:
+            found.append(call())
+        except ValueError as error:
+            found.append(error)
 
     thread = threading.Thread(target=start)
     thread.start()
     thread.join()
-    assert found
+    return found[0]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_limit_needs_the_main_thread(batched, caplog):
+    """It is the caller's mistake, so no call is repeated and no sample is named."""
+    function = hanging(sleep) if batched else one(hanging(sleep))
+    error = in_a_thread(lambda: ask(function, SAMPLES, "f", batched=batched, limits=Limits(5.0, 3)))
+    assert str(error).startswith("reward.timeout: got 5 in the thread")
+    assert str(error).endswith("expected 0; outside the main thread, only an async function can have a limit")
+    assert not isinstance(error, SampleError) and not caplog.records
+
+
+class Later:
+    async def __call__(self, prompts, responses):
+        await asyncio.sleep(60 * ("hang" in responses))
+        return [0.0] * len(responses)
+
+
+@pytest.mark.parametrize("function", [Later(), Later().__call__, partial(Later().__call__)])
+def test_an_async_function_has_its_limit_in_every_thread(function):
+    limits = Limits(0.2)
+    assert in_a_thread(lambda: ask(function, (["q"], ["a"]), "f", limits=limits)) == [0.0]
+    error = in_a_thread(lambda: ask(function, SAMPLES, "f", limits=limits))
+    assert isinstance(error, SampleError) and error.row == 1
 
 
 # ---- retries ----
