@@ -88,8 +88,9 @@ def ask(
 
     `named` are columns that are passed by name. An async function is awaited. If `batched`, the function receives lists; if the
     call fails, it is called on one sample at a time to find the sample that causes it. After a call that reached the time
-    limit, these calls together have that time as well. Otherwise the function receives single values, and the list of its
-    results is returned; at most `concurrency` calls of an async function run at once.
+    limit, these calls together have that time as well, and the sample on which it ends is named if its own call had more than
+    half of it. Otherwise the function receives single values, and the list of its results is returned; at most `concurrency`
+    calls of an async function run at once.
 
     Raises:
         SampleError: for the first sample on which `function` raises or takes too long.
@@ -117,7 +118,8 @@ def ask(
 def _find(call: Callable[[slice], Any], size: int, samples: str, limits: Limits, *, slow: bool) -> None:
     """Call a function on one sample at a time; raise SampleError for the first one on which it fails.
 
-    If it is `slow`, all calls together have the time limit of one.
+    If it is `slow`, all calls together have the time limit of one. A call that ends at it has caused that if it had more than
+    half of the limit; otherwise raise ValueError for all samples together.
     """
     end = time.monotonic() + limits.timeout
     for row in range(size):
@@ -129,6 +131,10 @@ def _find(call: Callable[[slice], Any], size: int, samples: str, limits: Limits,
         except SampleError as error:
             if not isinstance(error.__cause__, OutOfTime):
                 raise
+            if left <= limits.timeout / 2:
+                raise ValueError(
+                    f"{samples} together took longer than {limits.timeout:g} s; raise reward.timeout"
+                ) from error.__cause__
             with user_code_errors(samples, row, calls=limits.retries + 1):
                 raise limits.out_of_time().with_traceback(error.__cause__.__traceback__) from None
 

@@ -120,9 +120,10 @@ def test_a_call_that_is_slow_on_all_samples_together_names_all():
         time.sleep(0.15 * len(responses))
         return [0.0] * len(responses)
 
-    with pytest.raises(SampleError) as error:  # the single calls together have one time limit as well
+    together = r"^f: 3 responses together took longer than 0.25 s; raise reward.timeout$"
+    with pytest.raises(ValueError, match=together) as error:  # the single calls together have one time limit as well
         ask(score, SAMPLES, "f: 3 responses", limits=Limits(0.25))
-    assert error.value.row == 1
+    assert not isinstance(error.value, SampleError)
 
     def together(prompts, responses):
         time.sleep(60 * (len(responses) > 1))
