@@ -104,8 +104,10 @@ class PartialFile:
                 return 0, 0
             kept, end, size = 0, len(first), len(first)
             for number, line in enumerate(file, start=1):
+                if not _complete(line):
+                    break
                 size += len(line)
-                if number % self.chunk == 0 and line.endswith(b"\n"):
+                if number % self.chunk == 0:
                     kept, end = number, size
         return kept, end
 
@@ -131,6 +133,15 @@ class PartialFile:
                     )
                 return False
         return True
+
+
+def _complete(line: bytes) -> bool:
+    """Return whether a line was written as a whole: a kill may cut it off, and a power cut may leave zeros in its middle."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return line.endswith(b"\n")
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

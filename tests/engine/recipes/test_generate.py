@@ -184,6 +184,18 @@ def test_an_interrupted_call_is_continued_and_writes_the_same_file(run, capsys, 
     assert not [path.name for path in run.iterdir() if "partial" in path.name]
 
 
+def test_a_chunk_with_a_damaged_line_is_answered_again(run, capsys, monkeypatch):
+    """After a power cut, a line may have zeros in its middle."""
+    assert generate(capsys, run, "whole.jsonl", "--samples", 2, sets=["rollout.batch_size=2"])[0] == 0
+    interrupted(capsys, run, monkeypatch, 3)
+    partial = run / "a.jsonl.partial"
+    lines = partial.read_bytes().splitlines(keepends=True)
+    lines[6] = lines[6][:9] + bytes(len(lines[6]) - 12) + lines[6][-3:]
+    partial.write_bytes(b"".join(lines))
+    assert generate(capsys, run, "a.jsonl", "--samples", 2, "--resume", sets=["rollout.batch_size=2"])[0] == 0
+    assert (run / "a.jsonl").read_bytes() == (run / "whole.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_resumed_call_leaves_a_complete_file(run, capsys, monkeypatch, killed):
     """A process that is killed after it has written the file leaves the partial one, whose lines are the same."""
