@@ -94,7 +94,7 @@ class MetricsWriter:
     the later steps of all scalars in its folder. A resumed run drops the lines of the steps that it will repeat, and appends.
     It drops them when it writes its first line, so that a run that fails earlier removes nothing. `history` is a checkpoint
     with the lines until step `resume_after`, which are restored if the file has lost some, for example in a power cut, or is
-    that of a different folder. Use the writer as a context manager.
+    that of a different folder; with it, lines that are not valid JSON are dropped. Use the writer as a context manager.
 
     Raises:
         ValueError: as `read_metrics` does, for an existing file that is broken.
@@ -114,7 +114,7 @@ class MetricsWriter:
         self.history = None if history is None or not (history / METRICS).is_file() else read_metrics(history)
         self.log = LinesFile(self.folder / METRICS, self._start)
         self.board: SummaryWriter | None = None
-        read_metrics(self.folder)
+        self._earlier()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of `step`."""
@@ -156,38 +156,40 @@ class MetricsWriter:
     def _start(self) -> bytes:
         """Return the file's lines without this stage's after step `resume_after` (None: with all), and those of the history."""
         step = self.resume_after
-        kept = [
-            row
-            for row in read_metrics(self.folder)
-            if row["stage"] != self.stage or step is None or row["step"] <= step
-        ]
+        kept = [row for row in self._earlier() if row["stage"] != self.stage or step is None or row["step"] <= step]
         if self.history is not None and self.history != [row for row in kept if row["stage"] == self.stage]:
             kept = [row for row in kept if row["stage"] != self.stage] + self.history
         return _joined(kept)
 
+    def _earlier(self) -> list[dict[str, Any]]:
+        # A power cut may leave zeros in the middle of a line; the history has the lines of this stage.
+        return read_metrics(self.folder, drop_damaged=self.history is not None)
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+
+def read_metrics(folder: str | Path, *, drop_damaged: bool = False) -> list[dict[str, Any]]:
     """Return the lines of `metrics.jsonl` in `folder`, without an incomplete last line; empty if there is no file.
+
+    With `drop_damaged`, every line that is not valid JSON is left out.
 
     Raises:
         ValueError: with file and line, for any other line that is not an object with a stage and a step.
     """
     path = Path(folder) / METRICS
-    return _rows(path.read_bytes() if path.is_file() else b"", path)
+    return _rows(path.read_bytes() if path.is_file() else b"", path, drop_damaged=drop_damaged)
 
 
 def _joined(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _rows(content: bytes, path: Path) -> list[dict[str, Any]]:
+def _rows(content: bytes, path: Path, *, drop_damaged: bool = False) -> list[dict[str, Any]]:
     rows, lines = [], content.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
+            if drop_damaged or number == len(lines):
+                continue
             raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or "stage" not in row:
             shown = shortened(line.decode(errors="replace"), 200)

@@ -131,6 +131,25 @@ def test_any_other_broken_line_is_named_and_kept(tmp_path, line):
     assert path.read_bytes() == before
 
 
+def test_lines_after_a_damaged_one_are_restored_from_the_checkpoint(tmp_path):
+    """After a power cut, a line may have zeros in its middle."""
+    with MetricsWriter(tmp_path, "sft") as writer:
+        writer.write(1, {"loss": 1.0})
+    with MetricsWriter(tmp_path, "ppo") as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"kl": float(step)})
+        history, path = tmp_path / "checkpoint", tmp_path / "metrics.jsonl"
+        history.mkdir()
+        (history / "metrics.jsonl").write_bytes(writer.lines())
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][:8] + bytes(9) + lines[2][17:]
+    path.write_bytes(b"".join(lines))
+    with MetricsWriter(tmp_path, "ppo", resume_after=3, history=history) as writer:
+        writer.write(4, {"kl": 4.0})
+    rows = [(row["stage"], row["step"]) for row in read_metrics(tmp_path)]
+    assert rows == [("sft", 1), ("ppo", 1), ("ppo", 2), ("ppo", 3), ("ppo", 4)]
+
+
 def test_peak_memory_grows_with_an_allocation():
     before = peak_rss_mb()
     # The block first fills the memory that other tests freed. Without a report of resident memory, assume the whole peak.
