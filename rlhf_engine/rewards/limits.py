@@ -110,17 +110,21 @@ class Limits:
         if not self.timeout or not self.alarm:
             yield
             return
-        active = True
+        active = False
 
         def end(signum: int, frame: FrameType | None) -> None:
             if active:
                 raise self.out_of_time()
 
         before = signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, min(max(self.timeout, 1e-3), _LONGEST), _AGAIN)
         try:
+            active = True
+            signal.setitimer(signal.ITIMER_REAL, min(max(self.timeout, 1e-3), _LONGEST), _AGAIN)
             yield
         finally:
             active = False
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            signal.signal(signal.SIGALRM, before)
+            if (
+                before is not None
+            ):  # None is a handler of native code, which Python cannot restore; `end` stays and is idle
+                signal.signal(signal.SIGALRM, before)

@@ -134,6 +134,32 @@ def test_a_call_that_is_slow_on_all_samples_together_names_all():
     assert not isinstance(error.value, SampleError)
 
 
+def test_an_interruption_while_the_alarm_is_set_leaves_no_alarm(monkeypatch):
+    real, calls, before = signal.setitimer, [], signal.getsignal(signal.SIGALRM)
+
+    def interrupted(*arguments):
+        real(*arguments)
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "setitimer", interrupted)
+    with pytest.raises(KeyboardInterrupt), Limits(0.1).time_limit():
+        pass
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_handler_that_python_does_not_know_is_no_error(monkeypatch):
+    """`signal.signal` returns None for a handler of native code, and refuses it."""
+    real, before = signal.signal, signal.getsignal(signal.SIGALRM)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: (real(*arguments), None)[1])
+    try:
+        assert ask(hanging(sleep), (["q"], ["a"]), "f", limits=Limits(5.0)) == [0.0]
+        signal.raise_signal(signal.SIGALRM)  # it has no effect
+    finally:
+        real(signal.SIGALRM, before)
+
+
 def in_a_thread(call):
     """Return the result of `call()` in another thread, or its exception."""
     found = []
