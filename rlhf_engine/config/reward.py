@@ -25,12 +25,13 @@ class RewardConfig(Section):
     concurrency: Count = 32
     """Maximum number of calls of an async function at once, if batched is false."""
     timeout: NonNegative = 0.0
-    """Maximum seconds of one call of the function; 0 is no limit. A call that takes longer is ended (a plain function
-    by an alarm in the main thread, an async one by cancelling it) and counts as failed. Native code that ignores
-    signals cannot be ended."""
+    """Maximum seconds of one call of the function; 0 is no limit. A call that takes longer is ended and counts as failed.
+    An async function is cancelled. A plain function is ended by an alarm, which exists in the main thread only: in
+    a different thread, a limit for it is an error. Native code that ignores signals cannot be ended."""
     retries: WholeNumber = 0
     """Maximum number of times that a call is repeated after it has raised or exceeded the limit, 1, 2, 4, ... and at most
-    60 seconds later. Every call receives the same samples; only the last failure ends the run."""
+    60 seconds later. Every call receives the same samples; only the last failure ends the run. The numbers of a run do
+    not depend on it if the function keeps no state between calls."""
     epochs: Count = 1
     """Passes over the rankings; more than one over-fits (InstructGPT, appendix C.2)."""
     batch_size: Count = 8

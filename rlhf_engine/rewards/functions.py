@@ -44,7 +44,8 @@ def text_reward(
         name: the name of the function in errors; by default its `__qualname__`.
         batched: whether the function receives lists and returns one; otherwise it is called once per response.
         concurrency: maximum number of calls of an async function at once, without `batched`.
-        timeout: maximum seconds of a call, which ends in the main thread only (see `limits`); 0 is no limit.
+        timeout: maximum seconds of a call; 0 is no limit. With one, a plain function is called in the main thread only (see
+            `limits`).
         retries: maximum number of repeated calls after one that raises or takes too long.
 
     The returned reward raises SampleError with the row of the rollout if the function raises on a response, takes too long, or

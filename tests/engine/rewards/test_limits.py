@@ -161,7 +161,7 @@ def test_a_handler_that_python_does_not_know_is_no_error(monkeypatch):
 
 
 def in_a_thread(call):
-    """Return the result of `call()` in another thread, or its exception."""
+    """Return the result of `call()` in a second thread, or its exception."""
     found = []
 
     def start():
