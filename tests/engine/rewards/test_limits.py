@@ -120,8 +120,8 @@ def test_a_call_that_is_slow_on_all_samples_together_names_all():
         time.sleep(0.15 * len(responses))
         return [0.0] * len(responses)
 
-    together = r"^f: 3 responses together took longer than 0.25 s; raise reward.timeout$"
-    with pytest.raises(ValueError, match=together) as error:  # the single calls together have one time limit as well
+    message = r"^f: 3 responses together took longer than 0.25 s; raise reward.timeout$"
+    with pytest.raises(ValueError, match=message) as error:  # the single calls together have one time limit as well
         ask(score, SAMPLES, "f: 3 responses", limits=Limits(0.25))
     assert not isinstance(error.value, SampleError)
 
