@@ -160,8 +160,9 @@ class SampledResponses(Callback):
     """
 
     def __init__(self, path: Path, codec: Codec, count: int, *, after: int, history: Path | None = None) -> None:
-        kept = earlier_responses(path, after)
-        if history is not None and history.is_file():
+        known = history is not None and history.is_file()
+        kept = earlier_responses(path, after, damaged=known)
+        if history is not None and known:
             kept = history.read_bytes()
         self.codec, self.count, self.log = codec, count, LinesFile(path, lambda: kept)
         self.rows: list[dict[str, object]] = []
@@ -203,8 +204,10 @@ class SampledResponses(Callback):
         return self.log.content()
 
 
-def earlier_responses(path: Path, after: int) -> bytes:
+def earlier_responses(path: Path, after: int, *, damaged: bool = False) -> bytes:
     """Return the lines of `SampledResponses` until update `after`, without an incomplete last line; empty without a file.
+
+    With `damaged`, lines that are no JSON are left out: a power cut may leave zeros in a line, which a checkpoint restores.
 
     Raises:
         ValueError: a line is not of this kind, named as `file:line`.
@@ -215,9 +218,10 @@ def earlier_responses(path: Path, after: int) -> bytes:
             if not line.endswith(b"\n"):
                 break
             try:
-                update = json.loads(line)["update"]
-                kept += [line] if update <= after else []
-            except (ValueError, KeyError, TypeError, RecursionError):
+                kept += [line] if json.loads(line)["update"] <= after else []
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if damaged and isinstance(error, ValueError):
+                    continue
                 raise ValueError(f"{path}:{number}: not a line of sampled responses; move the file away") from None
     return b"".join(kept)
 

@@ -73,7 +73,7 @@ def run_ppo(
         ValueError: an earlier run exists, and neither `resume` nor `overwrite` is set; or a setting or a file is wrong.
     """
     check_start(Path(config.output_dir) / "ppo", TRAINER, resume=resume, overwrite=overwrite)
-    earlier_responses(Path(config.output_dir) / SAMPLES, after=0)
+    earlier_responses(Path(config.output_dir) / SAMPLES, after=0, damaged=resume)
     notice(*skipped_sft(config))
     check_reference(config)
     check_start_model(config)

@@ -8,6 +8,7 @@ import io
 import resource
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Wrong(AssertionError):
     """A case was accepted with a result that differs from its content."""
 
 
-class Kind:
+class Kind(ABC):
     """Valid files, seeded changes of them, and the function that a command calls with them."""
 
     name: ClassVar[str]
@@ -54,13 +55,13 @@ class Kind:
         """Write the valid files into `folder`."""
         self.folder = folder
 
+    @abstractmethod
     def case(self, random: Random) -> Case:
         """Return a case; equal random numbers give equal cases."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, case: Case) -> None:
         """Call what the command calls; raise `Wrong` if it accepts the case and its result is not that of the content."""
-        raise NotImplementedError
 
     def names(self, case: Case) -> Collection[str]:
         """Return texts of which an error must contain one, such as the names of the files."""

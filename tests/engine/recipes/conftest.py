@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+from tests.engine.helpers.cli_run import new_model
+
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
@@ -15,3 +17,9 @@ def signals_as_in_a_terminal():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Return the folder of a tiny model, which the tests of a module share."""
+    return new_model(tmp_path_factory.mktemp("base"))

@@ -9,14 +9,9 @@ from safetensors.torch import load_file
 from rlhf_engine.config import load_config
 from rlhf_engine.ppo.callbacks import Callback
 from rlhf_engine.recipes import run_ppo
-from tests.engine.helpers.cli_run import new_model, new_run, read_lines
+from tests.engine.helpers.cli_run import new_run, read_lines
 
 SETS = ("reward.function=rewards.py:reward", "ppo.value_init=zero", "ppo.updates=3", "ppo.score_scale=running")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return new_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from rlhf_engine import files
 from rlhf_engine.metrics import MetricsWriter
 from rlhf_engine.ppo import update as ppo
-from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf
+from tests.engine.helpers.cli_run import new_run, read_lines, rlhf
 
 REWARD = """
 import signal
@@ -25,11 +25,6 @@ def reward(prompts, answers):
     return [float(len(answer)) for answer in answers]
 """
 PLAIN = "def reward(prompts, answers):\n    return [float(len(answer)) for answer in answers]\n"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return new_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

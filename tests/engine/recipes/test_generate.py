@@ -10,11 +10,6 @@ from rlhf_engine.recipes.generate import Answerer
 from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf, write_lines
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return new_model(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
 def run(tmp_path, base):
     return new_run(tmp_path, base)

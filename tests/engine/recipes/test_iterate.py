@@ -11,14 +11,9 @@ from rlhf_engine.recipes import iterate, run_rm
 from rlhf_engine.recipes.generate import Answers
 from rlhf_engine.recipes.iterate import READS, run_iterate
 from rlhf_engine.recipes.steps import is_among
-from tests.engine.helpers.cli_run import new_model, new_run, read_lines, rlhf, write_lines
+from tests.engine.helpers.cli_run import new_run, read_lines, rlhf, write_lines
 
 JUDGE = "def judge(prompts, a, b):\n    return [len(x) for x in a], [len(x) for x in b]\n"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return new_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -48,6 +48,18 @@ def test_lines_that_were_lost_are_restored_from_the_checkpoint(train):
     assert train("broken", 3, "--resume")[0] == 0 and path.read_bytes() == whole
 
 
+def test_zeros_within_a_line_are_restored_and_a_users_line_is_refused(train):
+    whole = train("whole", 3)[2].read_bytes()
+    path = train("broken", 2)[2]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:20] + bytes(30) + b"\n" + b"".join(lines[2:]))
+    assert train("broken", 3, "--resume")[0] == 0 and path.read_bytes() == whole
+    path.write_bytes(whole + b'["mine"]\n')
+    code, shown, _ = train("broken", 4, "--resume")
+    assert code == 2 and "not a line of sampled responses; move the file away" in shown
+    assert path.read_bytes() == whole + b'["mine"]\n'
+
+
 def test_overwriting_begins_a_new_file_and_a_users_file_is_refused(train):
     path = train("out", 1)[2]
     assert train("out", 1, "--overwrite")[0] == 0 and [row["update"] for row in read_lines(path)] == [1, 1]

@@ -13,11 +13,6 @@ from tests.engine.helpers.cli_run import new_model, new_run, rlhf
 HUB = "names of the Hub are not downloaded: save the model and its tokenizer to a folder with save_pretrained"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return new_model(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
 def run(tmp_path, base):
     return new_run(tmp_path, base)

@@ -20,11 +20,6 @@ from tests.engine.helpers.cli_run import new_model, new_run, rlhf
 from tests.engine.helpers.demo_data import with_few_examples
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return new_model(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
 def run(tmp_path, base):
     return new_run(tmp_path, base, prompts=8, epochs=2, updates=2)

@@ -7,15 +7,10 @@ import pytest
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from rlhf_engine.recipes import trial
-from tests.engine.helpers.cli_run import new_model, new_run, rlhf
+from tests.engine.helpers.cli_run import new_run, rlhf
 
 REWARD = "def reward(prompts, answers):\n    open('calls', 'a').write(f'{len(answers)}\\n')\n    return [0.5] * len(answers)\n"
 USAGE = namedtuple("USAGE", "total used free")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return new_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
