@@ -4,7 +4,8 @@ A user's mistake prints one line on stderr and exits with code 2. A run that fai
 memory is short, a library failed in a way that no check foresaw) prints one line and exits with code 1. `--traceback` prints
 the traceback of the original exception before that line.
 While a stage trains, Ctrl-C, SIGTERM and SIGHUP save the finished steps, and one line reports what is saved and how to resume.
-A signal exits with code 128 plus its number (Ctrl-C 130, SIGTERM 143), so that a script does not use an unfinished model.
+SIGTERM, with which batch systems ask a process to end, exits with code 0 if everything finished is saved. Otherwise a signal
+exits with code 128 plus its number (Ctrl-C 130, SIGHUP 129, SIGTERM without a checkpoint 143).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class _Commands(TyperGroup):
             saved = getattr(interrupt, "saved", False)
             how = f"; to continue: {_resuming(ctx.obj)}" if saved else ""
             print(f"rlhf: {str(interrupt) or 'interrupted'}{notes(interrupt)}{how}", file=sys.stderr)
-            raise typer.Exit(128 + signum) from None
+            raise typer.Exit(0 if saved and signum == signal.SIGTERM else 128 + signum) from None
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True)

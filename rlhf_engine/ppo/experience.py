@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_engine.config import ImportanceConfig, PPOConfig
+from rlhf_engine.memory.passes import MicrobatchSize, Passes
 from rlhf_engine.model import Policy, Reference
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale, score_answers
 from rlhf_engine.rollout import Rollout, recompute, reference_logprobs
 from rlhf_kernels import importance_weights, length_adaptive_lam, rollout_advantages
-
-if TYPE_CHECKING:
-    from rlhf_engine.ppo.passes import Passes
 
 
 def experience_bytes(actions: int) -> int:
@@ -68,15 +66,8 @@ class Step(NamedTuple):
     """Receives a `NonFinite` before it is handled."""
 
 
-class MicrobatchSize(TypedDict):
-    """Size of a micro-batch, as arguments of `Rollout.batches`."""
-
-    microbatch: int
-    microbatch_tokens: int | None
-
-
 def microbatch_size(config: PPOConfig) -> MicrobatchSize:
-    """Return the size of a micro-batch."""
+    """Return the size of a micro-batch, as arguments of `Rollout.batches`."""
     return {"microbatch": config.microbatch, "microbatch_tokens": config.microbatch_tokens}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model import Policy
-from rlhf_engine.ppo.experience import Experience, MicrobatchSize
+from rlhf_engine.ppo.experience import Experience
 from rlhf_engine.rollout import recompute
 
 MAX_ERROR = 0.2

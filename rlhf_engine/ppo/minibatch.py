@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model import Policy
 from rlhf_engine.model.roles import Want
-from rlhf_engine.ppo.experience import Experience, MicrobatchSize, microbatch_size
+from rlhf_engine.ppo.experience import Experience, microbatch_size
 from rlhf_engine.ppo.nonfinite import all_finite
 from rlhf_kernels import explained_variance, masked_whiten
 

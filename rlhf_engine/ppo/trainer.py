@@ -22,15 +22,15 @@ from rlhf_engine.config import PPOConfig
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
 from rlhf_engine.memory.arena import peak_rss_mb
+from rlhf_engine.memory.passes import Passes
 from rlhf_engine.model import ActorCritic, Reference
 from rlhf_engine.model.saving import check_saved, copy_weights, save_policy
 from rlhf_engine.notices import notice
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
 from rlhf_engine.ppo.divergence import Divergence
-from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, score
+from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, microbatch_size, score
 from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
 from rlhf_engine.ppo.nonfinite import LOWER_RATE, NonFinite, bad_scored, first_nonfinite, numbers_of, take_scored
-from rlhf_engine.ppo.passes import Passes
 from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale
 from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, recompute
 
@@ -74,7 +74,7 @@ class PPOTrainer:
         self.update_rule, self.arena, self.callbacks = update_rule, arena, list(callbacks)
         self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.meter, self.scale = PeakMeter(policy.device), ScoreScale(config.score_scale)
-        self.divergence, self.passes = Divergence(config), Passes(config)
+        self.divergence, self.passes = Divergence(config), Passes(microbatch_size(config), "ppo")
         self.left_out = 0
         """Sequences of the last rollout that `on_nonfinite` left out."""
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef

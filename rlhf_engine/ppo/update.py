@@ -16,11 +16,12 @@ from torch import Tensor
 from rlhf_engine.config import PPOConfig
 from rlhf_engine.data.streams import shuffled
 from rlhf_engine.memory import AnyArena
+from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.notices import notice
 from rlhf_engine.optim.adamw import Optimizer, Schedule, gradient_norm, optimizer_step, wrong_norm
 from rlhf_engine.optim.ema import WeightAverage
-from rlhf_engine.ppo.experience import Experience, MicrobatchSize, Step
+from rlhf_engine.ppo.experience import Experience, Step
 from rlhf_engine.ppo.minibatch import MetricSum, is_finite, keep_value_gradients, minibatch_backward
 from rlhf_engine.ppo.nonfinite import (
     LOWER_RATE,

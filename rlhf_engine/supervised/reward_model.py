@@ -30,6 +30,7 @@ from rlhf_engine.data import (
     pad_sequences,
     rank_batch,
 )
+from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model.pretrained import write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.build import OptimizerState
@@ -179,11 +180,11 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         """Number of finished steps at the last evaluation; 0 before the first."""
         return self.history[-1].step if self.history else 0
 
-    def backward(self, indices: list[int]) -> float:
+    def backward(self, indices: list[int], size: MicrobatchSize) -> float:
         """Add the gradients of a batch, each micro-batch weighted by its share of the prompts; return the loss."""
-        size, loss = self.config.microbatch or len(indices), 0.0
-        for at in range(0, len(indices), size):
-            part = [self.prompts[i] for i in indices[at : at + size]]
+        rankings, loss = size["microbatch"], 0.0
+        for at in range(0, len(indices), rankings):
+            part = [self.prompts[i] for i in indices[at : at + rankings]]
             batch = rank_batch([(prompt.completions, prompt.pairs) for prompt in part], self.pad_id)
             term = ranking_loss(_scores(self.model, batch), batch) * (len(part) / len(indices))
             term.backward()

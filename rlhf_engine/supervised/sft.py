@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of, pad_sequences
 from rlhf_engine.files import OPTIMIZER
+from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.layout import TokenBatch, token_cuts
 from rlhf_engine.model.roles import Outputs, Want
@@ -167,9 +168,9 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         """Number of finished steps at the last evaluation; 0 before the first."""
         return self.minimum.history[-1].step if self.minimum.history else 0
 
-    def backward(self, indices: list[int]) -> float:
+    def backward(self, indices: list[int], size: MicrobatchSize) -> float:
         """Add the gradients of `-sum(logprobs) / response tokens of the whole batch`; return that loss."""
-        parts = _parts(indices, self.lengths, self.config)
+        parts = _parts(indices, self.lengths, size)
         batch = [pad_sequences([self.examples[i] for i in part], self.pad_id) for part in parts]
         self._tokens_of_step = sum(int(part.response_mask[:, 1:].sum()) for part in batch)
         loss, balance = 0.0, 0.0
@@ -313,12 +314,12 @@ def _check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None
             raise ValueError(f"{name}: the set of examples is empty, expected at least one")
 
 
-def _parts(indices: list[int], lengths: NDArray[np.int64], config: SFTConfig) -> list[list[int]]:
+def _parts(indices: list[int], lengths: NDArray[np.int64], size: MicrobatchSize) -> list[list[int]]:
     """Split a batch, sorted from short to long, into micro-batches. With a token budget the longest sequences come first."""
-    if config.microbatch_tokens is None:
-        size = config.microbatch or len(indices)
-        return [indices[at : at + size] for at in range(0, len(indices), size)]
+    tokens, rows = size["microbatch_tokens"], size["microbatch"]
+    if tokens is None:
+        return [indices[at : at + rows] for at in range(0, len(indices), rows)]
     rest = indices[::-1]
     # The last token of a row is never an input.
-    ends = accumulate(token_cuts([lengths[index] - 1 for index in rest], config.microbatch_tokens))
+    ends = accumulate(token_cuts([lengths[index] - 1 for index in rest], tokens))
     return [rest[start:end] for start, end in pairwise([0, *ends])]

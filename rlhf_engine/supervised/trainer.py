@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_engine.config import RewardConfig, SFTConfig
 from rlhf_engine.data import length_batches, lengths_of
 from rlhf_engine.files import OPTIMIZER
+from rlhf_engine.memory.passes import MicrobatchSize, Passes
 from rlhf_engine.metrics import progress
 from rlhf_engine.model.saving import copy_tensors
 from rlhf_engine.optim.adamw import Schedule, optimizer_step
@@ -67,14 +68,19 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         self.log = log or (lambda step, metrics: None)
         self.optimizer = build_optimizer(model, config.optim, optimizer_state)
         self.optimizer.register_step_pre_hook(self._changes)
+        size = MicrobatchSize(
+            microbatch=config.microbatch or config.batch_size,
+            microbatch_tokens=config.microbatch_tokens if isinstance(config, SFTConfig) else None,
+        )
+        self.passes = Passes(size, "sft" if isinstance(config, SFTConfig) else "reward")
         self.done = 0
         self.whole = True
 
     # ---- methods of a subclass ----
 
     @abstractmethod
-    def backward(self, indices: list[int]) -> float:
-        """Add the gradients of the batch of records number `indices`; return its loss."""
+    def backward(self, indices: list[int], size: MicrobatchSize) -> float:
+        """Add the gradients of the batch of records number `indices`, in passes of `size`; return its loss."""
 
     @abstractmethod
     def stepped(self, loss: float) -> None:
@@ -134,14 +140,14 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
     def _step(self, indices: list[int]) -> None:
         before = self.done
         try:
-            loss = self.backward(indices)
+            loss = self.passes.fitting(lambda size: self.backward(indices, size), undo=self._drop_gradient)
             norm, rate = optimizer_step(self.optimizer, self.config.optim, self.done, self.schedule)
             self.done += 1
             self.stepped(loss)
             self.whole = True
         finally:
             if self.done == before:
-                self.optimizer.zero_grad(set_to_none=True)
+                self._drop_gradient()
         self.log(self.done, {"loss": loss, "grad_norm": float(norm), "lr": rate, **self.step_metrics})
 
     @property
@@ -152,11 +158,14 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
     def _changes(self, *_: object) -> None:
         self.whole = False
 
+    def _drop_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
     # ---- checkpoints ----
 
     def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
-        return {"done": self.done}
+        return {"done": self.done} | self.passes.state()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the optimizer's state by name."""
@@ -183,3 +192,4 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         copy_tensors(folder, self.saved_tensors(folder), self.weights())
         load_optimizer_tensors(self.optimizer, tensors, folder / OPTIMIZER)
         self.done = state["done"]
+        self.passes.load_state(state)

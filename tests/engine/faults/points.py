@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ import torch
 from tests.engine.faults.disk import Fault, FaultyDisk
 
 REWARD_FAULTS = ("raises", "nan", "infinity", "too_few", "none", "text", "exits")
+TIMED_FAULTS = ("hangs",)
+"""Faults of a reward function in a run with `reward.timeout`."""
 BACKWARD_FAULTS = ("out_of_memory", "kill_in_backward", "sigterm_in_backward")
 
 _RUBBISH = {
@@ -38,11 +41,15 @@ class Points:
     def reward(self, scores: list[float]) -> object:
         """Return what a reward function returns in the place of `scores`, or raise."""
         self.rewards += 1
-        kind = self._due(self.rewards, REWARD_FAULTS)
+        kind = self._due(self.rewards, (*REWARD_FAULTS, *TIMED_FAULTS))
         if kind == "raises":
             raise KeyError("a fault of the reward function")
         if kind == "exits":
             raise SystemExit(3)
+        if kind == "hangs":
+            signal.setitimer(signal.ITIMER_REAL, 0.01)  # let the minutes of `reward.timeout` pass now
+            time.sleep(60)
+            raise AssertionError("the reward function was not ended at its timeout")
         return scores if kind is None else _RUBBISH[kind](scores)
 
     def backward(self) -> None:

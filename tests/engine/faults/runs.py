@@ -60,7 +60,7 @@ class Case:
         return {"sft": "sft", "rm": "reward", "ppo": "ppo"}.get(self.stage)
 
 
-_PPO = ("ppo.updates=3", "reward.function=code.py:reward", "ppo.value_init=zero")
+_PPO = ("ppo.updates=3", "reward.function=code.py:reward", "ppo.value_init=zero", "reward.timeout=600")
 _JUDGE = ("iterate.judge=code.py:judge", "eval.judge=code.py:judge")
 CASES = {
     "sft": Case("sft", ("sft.epochs=2", "sft.batch_size=2", "sft.patience=9", "sft.evaluate_every=2")),
@@ -190,6 +190,7 @@ def rough_difference(first: dict[str, Any], second: dict[str, Any]) -> str | Non
             pair = [torch.frombuffer(bytearray(one), dtype=torch.float32) for one in (value, other)]
             if not torch.allclose(*pair, rtol=0, atol=0.002):
                 return f"{key}: the largest difference is {float((pair[0] - pair[1]).abs().max())}"
-    if [row[:2] for row in first["metrics"]] != [row[:2] for row in second["metrics"]]:
-        return "metrics: different steps"
+    for key in (key for key in first if key.endswith("metrics")):
+        if [row[:2] for row in first[key]] != [row[:2] for row in second[key]]:
+            return f"{key}: different steps"
     return difference({"names": first["names"]}, {"names": second["names"]})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from tests.engine.faults.disk import DISK_FAULTS, Fault
-from tests.engine.faults.points import BACKWARD_FAULTS, REWARD_FAULTS
+from tests.engine.faults.points import BACKWARD_FAULTS, REWARD_FAULTS, TIMED_FAULTS
 from tests.engine.faults.runs import CASES
 
 
@@ -50,17 +50,19 @@ def schedule_of(seed: int, counts: Counts) -> Schedule:
     settings, section = [f"checkpoint.keep={rng.choice([1, 2, 2, 3])}"], CASES[name].section
     if section is not None:
         settings.append(f"{section}.checkpoint_every={rng.choice(['1', '1', '1', '2', 'null', '0'])}")
-    faults = tuple(_fault(rng, counts) for _ in range(rng.choice([1, 1, 2, 3])))
+    timed = any(setting.startswith("reward.timeout") for setting in CASES[name].settings)
+    faults = tuple(_fault(rng, counts, timed) for _ in range(rng.choice([1, 1, 2, 3])))
     return Schedule(seed, name, tuple(settings), rng.choice([0.0, 0.0, 5.0, 40.0]), faults, rng.random() < 0.5)
 
 
-def _fault(rng: Random, counts: Counts) -> Fault:
+def _fault(rng: Random, counts: Counts, timed: bool) -> Fault:
     kinds = [*DISK_FAULTS] * 3
     kinds += [*REWARD_FAULTS] if counts.rewards else []
+    kinds += [*TIMED_FAULTS] if counts.rewards and timed else []
     kinds += [*BACKWARD_FAULTS] if counts.backwards else []
     kind = rng.choice(kinds)
     calls = counts.operations
-    if kind in REWARD_FAULTS:
+    if kind in (*REWARD_FAULTS, *TIMED_FAULTS):
         calls = counts.rewards
     elif kind in BACKWARD_FAULTS:
         calls = counts.backwards

@@ -22,7 +22,7 @@ import yaml
 from rlhf_engine.cli.failures import notes, reported
 from rlhf_engine.recipes.session import Stopped
 from tests.engine.faults.disk import Fault, FaultyDisk, Killed
-from tests.engine.faults.points import BACKWARD_FAULTS, REWARD_FAULTS, Points, reached
+from tests.engine.faults.points import BACKWARD_FAULTS, REWARD_FAULTS, TIMED_FAULTS, Points, reached
 from tests.engine.faults.runs import (
     CASES,
     command,
@@ -104,7 +104,7 @@ class Simulator:
 
     def _attempt(self, schedule: Schedule, fault: Fault | None, rng: Random, say) -> bool:
         """Run a case once; return whether it ended."""
-        outside = fault is not None and fault.kind in (*REWARD_FAULTS, *BACKWARD_FAULTS)
+        outside = fault is not None and fault.kind in (*REWARD_FAULTS, *TIMED_FAULTS, *BACKWARD_FAULTS)
         disk = FaultyDisk(self.out, None if outside else fault, rng, seconds=schedule.seconds)
         points = Points(fault if outside else None, disk)
         ended, text = False, "ended"

@@ -83,7 +83,7 @@ def test_sft_has_the_gradient_of_transformers(family):
     model, logged = mixture(family), []
     found, expected = of_transformers(copy.deepcopy(model))
     trainer = trainer_of(model, log=lambda step, metrics: logged.append(metrics))
-    loss = trainer.backward([0, 1])
+    loss = trainer.backward([0, 1], trainer.passes.size)
     assert loss + trainer.step_metrics["router_aux_loss"] == pytest.approx(float(found.loss), rel=1e-5)
     assert trainer.step_metrics["router_aux_loss"] == pytest.approx(0.5 * float(found.aux_loss), rel=1e-5)
     gradients = {name: one.grad for name, one in model.named_parameters()}
@@ -94,7 +94,7 @@ def test_sft_has_the_gradient_of_transformers(family):
 def test_the_term_matters_and_can_be_turned_off():
     with_it, without, plain = mixture("mixtral"), mixture("mixtral"), mixture("mixtral", on=False)
     trainers = [trainer_of(with_it), trainer_of(without, with_balance=False), trainer_of(plain)]
-    losses = [trainer.backward([0, 1]) for trainer in trainers]
+    losses = [trainer.backward([0, 1], trainer.passes.size) for trainer in trainers]
     assert losses == pytest.approx([losses[0]] * 3)
     routers = [
         next(p.grad for n, p in m.named_parameters() if n.endswith("gate.weight")) for m in (with_it, without, plain)

@@ -10,6 +10,7 @@ from transformers import LlamaModel
 
 from rlhf_engine.config import OptimConfig, PPOConfig, SFTConfig
 from rlhf_engine.data import Example
+from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.layout import token_cuts
 from rlhf_engine.model.reward_model import RewardModel
@@ -149,8 +150,8 @@ def test_the_varlen_kernel_gets_the_right_arguments():
 def test_demonstrations_are_cut_by_tokens():
     """Inputs of 1, 2, 4, 4, 7 and 9 tokens with a budget of 14; see `test_cuts_by_hand`."""
     lengths = [2, 3, 5, 5, 8, 10]
-    config = SFTConfig(batch_size=6, microbatch_tokens=14)
-    assert _parts([0, 1, 2, 3, 4, 5], lengths, config) == [[5], [4, 3], [2, 1, 0]]
+    size = MicrobatchSize(microbatch=6, microbatch_tokens=14)
+    assert _parts([0, 1, 2, 3, 4, 5], lengths, size) == [[5], [4, 3], [2, 1, 0]]
     with pytest.raises(ValueError, match="microbatch is 2 and microbatch_tokens is 14; set only one of the two"):
         SFTConfig(microbatch=2, microbatch_tokens=14)
 

@@ -1,4 +1,4 @@
-"""Size of the forward and backward passes of an update, which a lack of memory halves.
+"""Size of the forward and backward passes of an optimizer step, which a lack of memory halves.
 
 All sums of a minibatch have the minibatch's denominators, so its gradient is the same for every size of a pass, within the
 rounding of the sums. A minibatch that was begun again has the bits that the smaller size gives for the same rollout.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
-from rlhf_engine.config import PPOConfig
 from rlhf_engine.errors import is_out_of_memory
 from rlhf_engine.notices import notice
-from rlhf_engine.ppo.experience import MicrobatchSize, microbatch_size
 
 Result = TypeVar("Result")
+
+
+class MicrobatchSize(TypedDict):
+    """Size of a micro-batch: sequences (rankings of a reward model), or tokens if they are not None."""
+
+    microbatch: int
+    microbatch_tokens: int | None
 
 
 def _nothing() -> None:
@@ -25,10 +30,13 @@ def _nothing() -> None:
 
 
 class Passes:
-    """The current size of a pass. It starts with the config's; once halved, it stays small, also in a resumed run."""
+    """The current size of a pass. It starts with the config's; once halved, it stays small, also in a resumed run.
 
-    def __init__(self, config: PPOConfig) -> None:
-        self.size = microbatch_size(config)
+    `section` is the section of the config that has the size.
+    """
+
+    def __init__(self, size: MicrobatchSize, section: str) -> None:
+        self.size, self.section = size, section
 
     def fitting(self, run: Callable[[MicrobatchSize], Result], undo: Callable[[], object] = _nothing) -> Result:
         """Return `run(size)`; after a lack of memory, call `undo` and try again with half of the size.
@@ -73,4 +81,5 @@ class Passes:
 
     def _words(self) -> str:
         sequences, tokens = self.size["microbatch"], self.size["microbatch_tokens"]
-        return f"ppo.microbatch={sequences}" if tokens is None else f"ppo.microbatch_tokens={tokens}"
+        size = f"microbatch={sequences}" if tokens is None else f"microbatch_tokens={tokens}"
+        return f"{self.section}.{size}"
