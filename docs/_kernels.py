@@ -35,6 +35,8 @@ ARGUMENTS = {
     "chunk_tokens": "Rows per chunk; changes memory and time only. None: chosen from the sizes.",
     "compact": "On a GPU: leave rows without a gradient out of the products, and wait for the device once per chunk. "
     "On a CPU such rows are always left out.",
+    "group": "Process group over which the rows of the weight are sharded; see [Sharded "
+    "vocabulary](../guides/sharded_head.md).",
     "backend": "`auto`, `reference`, `cpu`, `triton` or `cuda`; see [Backends](../guides/backends.md).",
 }
 """Meaning of each argument that is not an option of the objective."""

@@ -50,6 +50,7 @@ class LogitRows:
     ids: Tensor  # (N,), int64
     transform: Transform
     mask: Tensor | None = None  # (N,), bool
+    part: bool = False  # the columns of one shard: an id outside of [0, V) is in a different shard, and not an error
 
     def layout(self) -> tuple[int, int, int, int, int]:
         """Return (N, V, row, inner, outer), where row r starts at element `r // inner * outer + r % inner * row`."""

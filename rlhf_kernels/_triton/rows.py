@@ -87,14 +87,18 @@ def _stats(u, vocab, id, temperature, softcap, logit_scale, HAS_CAP: tl.constexp
 @triton.jit
 def _write_gradient(
     u, out, vocab, id, temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
-    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr = False,
 ):  # fmt: skip
-    """Write `out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` can be `u`, or the front of its memory."""
+    """Write `out_j = (g ([j = id] - p_j) - h p_j (log p_j + H)) dz_j/du_j`; `out` can be `u`, or the front of its memory.
+
+    If the logits are a part of the vocabulary (PART), an id outside of it is in a different part.
+    """
     factor = factor_of(temperature, logit_scale, HAS_CAP)
     outer = tl.cast(factor * logit_scale if HAS_CAP else factor, tl.float32)
     rate = tl.cast(factor * LOG2E, tl.float32)
     softcap, inner = cap_of(softcap, logit_scale, HAS_CAP)
-    g = tl.where(id >= 0, g, float("nan"))
+    if not PART:
+        g = tl.where(id >= 0, g, float("nan"))
     level = 0.0  # log p + H = t ln 2 + level
     if ENTROPY:
         level = (entropy + tl.log(inv_sum.to(tl.float64))).to(tl.float32)
@@ -170,6 +174,7 @@ def _backward_kernel(
     logits, ids, mask, temperatures, stats, grad_logprobs, grad_entropy, out, n, vocab, row_stride, inner, outer_stride,
     out_row_stride, out_inner, out_outer_stride, temperature: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
     NESTED: tl.constexpr, OUT_NESTED: tl.constexpr, ALIGNED: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    PART: tl.constexpr = False,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     g, h = 0.0, 0.0
@@ -191,7 +196,7 @@ def _backward_kernel(
         inv_sum = tl.load(stats + n.to(tl.int64) * 3 + row)
         _write_gradient(
             u, out, vocab, _id(ids, row, vocab), temperature, softcap, logit_scale, g, h, entropy, shift, inv_sum,
-            HAS_CAP, grad_entropy is not None, BLOCK,
+            HAS_CAP, grad_entropy is not None, BLOCK, PART,
         )  # fmt: skip
     else:
         _write_zeros(out, vocab, BLOCK)
@@ -321,8 +326,7 @@ def token_logprobs_backward(
     with torch.cuda.device_of(x.logits):
         _backward_kernel[(n,)](
             x.logits, x.ids, x.mask, temperatures, stats.buffer, grad_logprobs, grad_entropy, out, n, vocab, *strides,
-            *out_strides, *transform, OUT_NESTED=out_nested, **_flags(x, nested),
-            **_launch_shape(x),
+            *out_strides, *transform, OUT_NESTED=out_nested, PART=x.part, **_flags(x, nested), **_launch_shape(x),
         )  # fmt: skip
 
 

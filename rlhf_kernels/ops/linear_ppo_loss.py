@@ -13,10 +13,12 @@ from .._options import PPOOptions
 from ..backend import define_record, kernels, refuse, resolve
 from ..launch_args import Denominators, PPOLoss, RowStats, Transform, flatten, names_of, unflatten
 from . import checks, objective
+from .agreement import agreed, local_parts, together
 from .head import HeadGradients, HeadRows, Needs, Plan, Results, row_pass
 from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, stats_of, under_autocast
 from .objective import ObjectiveTerms, as_loss
 from .sequence_pass import add_given, block_pass, sequence_pass
+from .shards import WHOLE, Group, Shards
 from .weights import LowRank, QuantisedWeight
 
 VALUE_ROWS = 1024
@@ -41,6 +43,7 @@ def linear_ppo_loss(
     chunk_tokens: int | None = None,
     compact: bool | None = None,
     backend: str = "auto",
+    group: Group | None = None,  # torch.distributed.ProcessGroup
     **options: Unpack[PPOOptions],
 ) -> PPOLoss:
     """Return the PPO loss of a policy head and an optional value head, without [N, V] logits.
@@ -71,55 +74,64 @@ def linear_ppo_loss(
     rows if the objective is a function, and, on a GPU without `compact`, all packed sequences, because the host does not
     know where they begin, and padded sequences that are longer than a chunk.
 
+    The weight can be sharded by rows over the ranks of `group`, or be a DTensor; see `linear_token_logprobs`. Every rank
+    returns the same loss and metrics, bit for bit. The value head is replicated: each rank computes the values of its part
+    of the tokens.
+
     Source: as `ppo_loss`.
 
     Raises:
         ValueError: as `linear_token_logprobs` and `ppo_loss`; also `compact=True` while a CUDA graph is captured, and
-            `compact=False` on CPU.
+            `compact=False` on CPU; ranks of `group` whose arguments differ.
         TypeError: an unknown option; the message names the nearest option.
     """
     temperature = checks.constant(temperature)
-    args = objective.parse("linear_ppo_loss", options)
+    args, op = objective.parse("linear_ppo_loss", options), "linear_ppo_loss"
+    replicated: dict[str, Tensor | None] = {"hidden": hidden, "value_weight": value_weight, "value_bias": value_bias}
+    weight, bias, low_rank, group = local_parts(op, weight, bias, low_rank, group, **replicated)
     hidden, weight, bias, low_rank = under_autocast(hidden, weight, bias, low_rank)
-    check_head(hidden, weight, ids, bias, low_rank, temperature, softcap, logit_scale, mask, chunk_tokens)
-    computed = {"value_head": value_weight is not None, "computes_entropy": True}
-    objective.check(args, ids, old_logprobs, advantages, mask, name="ids", **computed)
-    check_value_head(hidden, value_weight, value_bias)
-    if not (compact is None or compact is True or compact is False):
-        raise ValueError(f"compact: got {compact!r}, expected None, True or False")
-    chosen = resolve("linear_ppo_loss", backend, hidden, len(weight))
+
+    def checked() -> str:
+        transform = temperature, softcap, logit_scale
+        check_head(hidden, weight, ids, bias, low_rank, *transform, mask, chunk_tokens, sharded=group is not None)
+        computed = {"value_head": value_weight is not None, "computes_entropy": True}
+        objective.check(args, ids, old_logprobs, advantages, mask, name="ids", **computed)
+        check_value_head(hidden, value_weight, value_bias)
+        if not (compact is None or compact is True or compact is False):
+            raise ValueError(f"compact: got {compact!r}, expected None, True or False")
+        return resolve(op, backend, hidden, len(weight))
+
+    chosen = together(group, hidden, checked)
+    values = None if args.values is None else args.values.float().reshape(-1)
+    leaves = Leaves(HeadInputs.of(hidden, weight, bias, low_rank), value_weight, value_bias, values)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in flatten(leaves)]
+    head: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    same = {"chunk_tokens": chunk_tokens, "compact": compact, "needs": needs, **head, **vars(args)}
+    place = agreed(group, weight, hidden, ids, mask, chosen, same)
     if chosen == "reference":
         from .. import reference
 
-        return reference.linear_ppo_loss(
-            hidden,
-            dense(weight, hidden.dtype),
-            ids.long(),
-            old_logprobs,
-            advantages,
-            mask,
-            bias=bias,
-            low_rank=low_rank,
-            value_weight=value_weight,
-            value_bias=value_bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            **objective.as_options(args, mask),
-        )
-    values = None if args.values is None else args.values.float().reshape(-1)
-    leaves = Leaves(HeadInputs.of(hidden, weight, bias, low_rank), value_weight, value_bias, values)
-    head = leaves.head, Storage.of(weight), ids.reshape(-1).long()
-    transform = Transform.of(temperature, softcap, logit_scale)
+        head |= {"bias": bias, "low_rank": low_rank, "value_weight": value_weight, "value_bias": value_bias}
+        head |= objective.as_options(args, mask)
+        given = hidden, dense(weight, hidden.dtype), ids.long(), old_logprobs, advantages, mask
+        if group is not None:
+            return reference.sharded_ppo_loss(*given, group=group, begin=place.begin, **head)
+        return reference.linear_ppo_loss(*given, **head)
+    storage, flat_ids, moved = (
+        Storage.of(weight),
+        ids.reshape(-1).long(),
+        Transform.of(temperature, softcap, logit_scale),
+    )
     stats = logprobs = None
     if callable(args.objective):
-        stats = stats_of(*head, mask.reshape(-1), transform, chunk_tokens, chosen)
+        stats = stats_of(leaves.head, storage, flat_ids, mask.reshape(-1), moved, chunk_tokens, chosen, place)
         logprobs = RowStats(stats).logprobs
     inputs = Inputs(
         leaves,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in flatten(leaves)],
-        *head[1:],
-        transform,
+        needs,
+        storage,
+        flat_ids,
+        moved,
         chunk_tokens,
         check_compact(compact, hidden, chosen),
         checks.flat(args.old_values),
@@ -127,6 +139,7 @@ def linear_ppo_loss(
         ObjectiveTerms.of(args, old_logprobs, advantages, mask, logprobs),
         stats,
         chosen,
+        place,
     )
     loss, metrics = LinearPpoLoss.apply(*flatten(inputs))
     return as_loss(loss, metrics)
@@ -182,6 +195,7 @@ class Inputs(NamedTuple):
     terms: ObjectiveTerms
     stats: Tensor | None  # (4, N), the statistics of the rows if they are known already
     backend: str
+    shards: Shards = WHOLE
 
     def needed(self) -> dict[str, bool]:
         """Return whether each of the leaves needs a gradient, by name."""
@@ -189,7 +203,7 @@ class Inputs(NamedTuple):
 
     def plan(self) -> Plan:
         """Return the plan of the loop over chunks."""
-        dtype, vocab = self.leaves.head.hidden.dtype, self.storage.vocabulary
+        dtype, vocab = self.leaves.head.hidden.dtype, self.shards.logits_rows(self.storage.vocabulary)
         return Plan.of(self.ids.numel(), vocab, dtype, self.backend, self.chunk_tokens, self.compact)
 
 
@@ -198,15 +212,17 @@ NAMES = names_of(Inputs)
 
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     leaves, terms, needs, values = x.leaves, x.terms, x.needed(), x.leaves.values
-    hidden, n, launch, plan = leaves.head.hidden, len(x.ids), kernels(x.backend), x.plan()
+    hidden, n, launch, plan = leaves.head.hidden, len(x.ids), x.shards.kernels(x.backend), x.plan()
+    ids, own = x.shards.local(x.ids), x.shards.own_rows(n)
     head, needs_head = x.storage.head(leaves.head), Needs(*(needs[name] for name in Needs._fields))
     gradients = HeadGradients(launch, head, n, plan, needs_head)
 
     def take(keep: Tensor) -> HeadRows:
-        return HeadRows.of(hidden, leaves.head.states, x.ids, x.transform, keep, gather=plan.compact)
+        return HeadRows.of(hidden, leaves.head.states, ids, x.transform, keep, gather=plan.compact)
 
     if leaves.value_weight is not None:
-        values = value_forward(hidden, leaves.value_weight, leaves.value_bias, terms.value_mask)
+        values = value_forward(hidden[own], leaves.value_weight, leaves.value_bias, terms.value_mask[own])
+        values = x.shards.gathered(values, own, n)
     if x.stats is not None:
         stats = RowStats(x.stats)
     elif terms.sequence_level:
@@ -226,7 +242,9 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
         gradients, largest = HeadGradients(launch, head, n, plan, needs_head), _largest(terms, slope)
         add_given(gradients, take, terms, stats, slope, terms.tokens, largest)
         results = Results(*(None if y is None else y * largest for y in gradients.results()))
-    all_gradients = (*results, *_value_backward(leaves, value_slope, results.hidden, terms, needs))
+    of_values = _value_backward(leaves, value_slope, results.hidden, terms, needs, own)
+    x.shards.sum_(results.hidden, results.states, of_values[0])
+    all_gradients = (*results, *of_values)
     d_hidden, d_weight, d_bias, d_states, d_low_weight, d_value_weight, d_value_bias, d_values = (
         hidden.new_empty(0) if g is None else g for g in all_gradients
     )
@@ -273,22 +291,22 @@ def _float_rows(hidden: Tensor, mask: Tensor) -> Iterator[Tensor]:
 
 
 def _value_backward(
-    leaves: Leaves, slope: Tensor, d_hidden: Tensor | None, terms: ObjectiveTerms, needs: dict[str, bool]
+    leaves: Leaves, slope: Tensor, d_hidden: Tensor | None, terms: ObjectiveTerms, needs: dict[str, bool], own: slice
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of value weight, value bias and values; add the value head's gradient to `d_hidden`.
 
     `d_hidden` is divided by the policy's denominator in backward, so the value head's gradient is multiplied by it
-    here.
+    here. The first two are computed for the tokens `own` of this rank.
     """
-    hidden, weight, d = leaves.head.hidden, leaves.value_weight, terms.denominators
+    hidden, weight, d = leaves.head.hidden[own], leaves.value_weight, terms.denominators
     slope = slope * (terms.vf_coef / d.value)
     if weight is None:
         return None, None, slope if needs["values"] else None
     if d_hidden is not None:
-        d_hidden.addr_(slope * d.policy, weight.float())
+        d_hidden[own].addr_(slope[own] * d.policy, weight.float())
     d_weight = None
     if needs["value_weight"]:
-        pieces = zip(slope.split(VALUE_ROWS), _float_rows(hidden, terms.value_mask), strict=True)
+        pieces = zip(slope[own].split(VALUE_ROWS), _float_rows(hidden, terms.value_mask[own]), strict=True)
         with torch.autocast(hidden.device.type, enabled=False):
             d_weight = sum((s @ h for s, h in pieces), torch.zeros(len(weight), device=weight.device))
     return d_weight, slope.double().sum().float() if needs["value_bias"] else None, None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..backend import define_record, kernels, refuse, resolve
+from ..backend import define_record, refuse, resolve
 from ..launch_args import (
     RowStats,
     TokenLogprobs,
@@ -20,7 +20,9 @@ from ..launch_args import (
     unflatten,
 )
 from . import checks
+from .agreement import agreed, local_parts, together
 from .head import HeadRows, Needs, Plan, given_epilogue, head_gradients, head_stats
+from .shards import WHOLE, Group, Shards
 from .weights import Head, LowRank, QuantisedWeight
 
 
@@ -38,6 +40,7 @@ def linear_token_logprobs(
     entropy: bool = False,
     chunk_tokens: int | None = None,
     backend: str = "auto",
+    group: Group | None = None,  # torch.distributed.ProcessGroup
 ) -> TokenLogprobs:
     """Return log-probs and entropies of `ids` from hidden states, without [N, V] logits.
 
@@ -51,28 +54,38 @@ def linear_token_logprobs(
     CPU the chunks have the rows with a True mask only. On a GPU they have all rows, because the host would have to wait
     for the number of True entries. The reference backend computes all logits at once.
 
+    The weight can be sharded by rows over the ranks of a process group: pass each rank's rows of `weight`, `bias` and
+    `low_rank.weight` with `group`, or a DTensor with the placement Shard(0) on a mesh of one dimension. The ids of a
+    rank follow those of the ranks before it. All other arguments are replicated, every rank returns the same bits, and
+    backward sums the gradients of `hidden` and `low_rank.states` over the ranks.
+
     Raises:
-        ValueError: a shape, dtype, device or range that does not fit; on CPU also an id outside [0, V) with a True mask.
+        ValueError: a shape, dtype, device or range that does not fit; on CPU also an id outside [0, V) with a True mask;
+            ranks of `group` whose arguments differ.
     """
     temperature = checks.constant(temperature)
+    op = "linear_token_logprobs"
+    weight, bias, low_rank, group = local_parts(op, weight, bias, low_rank, group, hidden=hidden)
     hidden, weight, bias, low_rank = under_autocast(hidden, weight, bias, low_rank)
-    check_head(hidden, weight, ids, bias, low_rank, temperature, softcap, logit_scale, mask, chunk_tokens)
-    chosen = resolve("linear_token_logprobs", backend, hidden, len(weight))
+
+    def checked() -> str:
+        transform = temperature, softcap, logit_scale
+        check_head(hidden, weight, ids, bias, low_rank, *transform, mask, chunk_tokens, sharded=group is not None)
+        return resolve(op, backend, hidden, len(weight))
+
+    chosen = together(group, hidden, checked)
+    transform: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    given = {"entropy": entropy, "bias": bias is None, "low_rank": low_rank is None, "grad": hidden.requires_grad}
+    same = {"chunk_tokens": chunk_tokens, **transform, **given}
+    place = agreed(group, weight, hidden, ids, mask, chosen, same)
     if chosen == "reference":
         from .. import reference
 
-        return reference.linear_token_logprobs(
-            hidden,
-            dense(weight, hidden.dtype),
-            ids.long(),
-            bias=bias,
-            low_rank=low_rank,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            mask=mask,
-            entropy=entropy,
-        )
+        head: dict[str, Any] = {"bias": bias, "low_rank": low_rank, "mask": mask, "entropy": entropy, **transform}
+        matrix = dense(weight, hidden.dtype)
+        if group is not None:
+            return reference.sharded_token_logprobs(hidden, matrix, ids.long(), group=group, begin=place.begin, **head)
+        return reference.linear_token_logprobs(hidden, matrix, ids.long(), **head)
     inputs = Inputs(
         HeadInputs.of(hidden, weight, bias, low_rank),
         Storage.of(weight),
@@ -81,6 +94,7 @@ def linear_token_logprobs(
         Transform.of(temperature, softcap, logit_scale),
         chunk_tokens,
         chosen,
+        place,
     )
     logprobs, h, _ = _op(*flatten(inputs))
     return TokenLogprobs(logprobs.view(ids.shape), h.view(ids.shape) if entropy else None)
@@ -94,10 +108,11 @@ def stats_of(
     transform: Transform,
     chunk_tokens: int | None,
     backend: str,
+    place: Shards = WHOLE,
 ) -> Tensor:
     """Return the statistics of all rows (4, N), as constants, from checked arguments; see `RowStats`."""
     with torch.no_grad():
-        return _op(*flatten(Inputs(head, storage, ids, mask, transform, chunk_tokens, backend)))[2]
+        return _op(*flatten(Inputs(head, storage, ids, mask, transform, chunk_tokens, backend, place)))[2]
 
 
 class HeadInputs(NamedTuple):
@@ -156,16 +171,18 @@ class Inputs(NamedTuple):
     transform: Transform
     chunk_tokens: int | None
     backend: str
+    shards: Shards = WHOLE
 
     def plan(self) -> Plan:
         """Return the plan of the loop over chunks."""
-        n, vocab = self.ids.numel(), self.storage.vocabulary
+        n, vocab = self.ids.numel(), self.shards.logits_rows(self.storage.vocabulary)
         return Plan.of(n, vocab, self.head.hidden.dtype, self.backend, self.chunk_tokens, None)
 
     def rows(self, keep: Tensor | None) -> HeadRows:
         """Return the rows where `keep` (N,) is True, gathered if the plan is compact."""
         hidden, states = self.head.hidden, self.head.states
-        return HeadRows.of(hidden, states, self.ids, self.transform, keep, gather=self.plan().compact)
+        ids = self.shards.local(self.ids)
+        return HeadRows.of(hidden, states, ids, self.transform, keep, gather=self.plan().compact)
 
 
 class GradientInputs(NamedTuple):
@@ -212,8 +229,13 @@ def check_head(
     logit_scale: float,
     mask: Tensor | None,
     chunk_tokens: int | None,
+    *,
+    sharded: bool = False,
 ) -> None:
-    """Check the arguments of `linear_token_logprobs`, which `linear_ppo_loss` also has."""
+    """Check the arguments of `linear_token_logprobs`, which `linear_ppo_loss` also has.
+
+    If the weight is `sharded`, the range of the ids is checked later, by `agreed`.
+    """
     checks.floating("hidden", hidden, dims=tuple(range(1, 8)), what="[..., H]")
     rows = hidden.shape[:-1]
     v = _check_weight(weight, hidden)
@@ -223,7 +245,10 @@ def check_head(
         _check_low_rank(low_rank, hidden, v)
     if mask is not None:
         checks.mask("mask", mask, like=hidden, expected=rows, what="the shape of ids")
-    checks.ids(ids, like=hidden, expected=rows, vocabulary=v, where=mask)
+    if sharded:
+        checks.integers("ids", ids, like=hidden, expected=rows, what="one id per token")
+    else:
+        checks.ids(ids, like=hidden, expected=rows, vocabulary=v, where=mask)
     checks.temperature(temperature, like=hidden, expected=rows)
     checks.number("softcap", softcap, above=0, optional=True)
     checks.number("logit_scale", logit_scale, above=0)
@@ -272,7 +297,7 @@ def dense(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> Tensor:
 
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.rows(x.mask)
-    stats = head_stats(kernels(x.backend), x.storage.head(x.head), rows, x.plan())
+    stats = head_stats(x.shards.kernels(x.backend), x.storage.head(x.head), rows, x.plan())
     buffer = rows.spread(stats.buffer, x.ids.numel())
     return buffer[0].clone(), buffer[1].clone(), buffer
 
@@ -294,9 +319,10 @@ def _backward(x: GradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     largest = torch.where(largest > 0, largest, 1).float()
     g, h = (None if y is None else rows.take(y) / largest for y in (g, h))
     kept = RowStats(x.stats if rows.index is None else x.stats[:, rows.index])
-    launch, head = kernels(x.inputs.backend), x.inputs.storage.head(x.inputs.head)
+    launch, head = x.inputs.shards.kernels(x.inputs.backend), x.inputs.storage.head(x.inputs.head)
     epilogue = given_epilogue(launch, kept, g, h)
     results = head_gradients(launch, head, rows, n, x.inputs.plan(), Needs(*x.needs), epilogue)
+    x.inputs.shards.sum_(results.hidden, results.states)
     d_hidden, d_weight, d_bias, d_states, d_low_weight = (
         hidden.new_empty(0) if y is None else launch.scale_cast(y, largest, torch.float32 if wide else hidden.dtype)
         for y, wide in zip(results, x.unrounded, strict=True)

@@ -14,6 +14,7 @@ from ..backend import define_record, kernels, resolve
 from ..launch_args import LogitRows, Transform, flatten, names_of, unflatten
 from ..token_args import DIRECTIONS, TAILS, TopkKL, TopkRows, TopkRule
 from . import checks, objective
+from .agreement import refuse_dtensors
 from .head import HeadRows, Needs, Plan, head_gradients
 from .linear_ppo_loss import check_compact, save_gradients, scaled_gradients
 from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, under_autocast
@@ -75,6 +76,7 @@ def linear_topk_kl(
             True mask; on CUDA such an id gives NaN for its row. An option that the direction does not read.
     """
     temperature = checks.constant(temperature)
+    refuse_dtensors("linear_topk_kl", hidden=hidden, weight=weight, bias=bias)
     hidden, weight, bias, low_rank = under_autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, teacher_ids, teacher_logprobs, mask, direction, tail, beta, weights, num_tokens)
     ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)  # the head's kernels read one per row

@@ -15,6 +15,7 @@ from .paged_attention import paged_attention
 from .ppo_loss import linear_ppo_loss, logits_ppo_loss, ppo_loss
 from .rollout_advantages import rollout_advantages
 from .sample_tokens import sample_tokens
+from .sharded_head import sharded_ppo_loss, sharded_token_logprobs
 from .token_logprobs import linear_token_logprobs, token_logprobs, transform_logits
 from .top_entropy_mask import top_entropy_mask
 
@@ -35,6 +36,8 @@ __all__ = [
     "ppo_loss",
     "rollout_advantages",
     "sample_tokens",
+    "sharded_ppo_loss",
+    "sharded_token_logprobs",
     "token_logprobs",
     "top_entropy_mask",
     "transform_logits",

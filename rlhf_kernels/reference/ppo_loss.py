@@ -295,11 +295,18 @@ def linear_ppo_loss(
 ) -> PPOLoss:
     """Return `logits_ppo_loss` of `linear_logits(...)`, with values from the same hidden states."""
     if value_weight is not None:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        given, term = options.get("value_mask"), options.get("term")
-        value_mask = given if given is not None else mask if term is None else mask & (term == Term.RL)
-        seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may be NaN
-        options["values"] = seen.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))
+        options["values"] = head_values(hidden, value_weight, value_bias, mask, options)
     logits = linear_logits(hidden, weight, bias, low_rank, mask)
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     return logits_ppo_loss(logits, ids, old_logprobs, advantages, mask, **transform, **options)
+
+
+def head_values(
+    hidden: Tensor, value_weight: Tensor, value_bias: Tensor | None, mask: Tensor, options: PPOOptions
+) -> Tensor:
+    """Return `hidden @ value_weight + value_bias` for the tokens of the value loss, in float32 or wider."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    given, term = options.get("value_mask"), options.get("term")
+    value_mask = given if given is not None else mask if term is None else mask & (term == Term.RL)
+    seen = torch.where(value_mask[..., None], hidden, 0)  # masked rows may be NaN
+    return seen.to(wide) @ value_weight.to(wide) + (0 if value_bias is None else value_bias.to(wide))

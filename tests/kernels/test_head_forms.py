@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from rlhf_kernels import METRICS, LowRank, QuantisedWeight, linear_ppo_loss, linear_token_logprobs
 
@@ -21,6 +20,7 @@ from .helpers.head_forms import (
 )
 from .helpers.head_loss import OPTIONS, chosen_of, run
 from .helpers.heads import differentiate, make, widen
+from .helpers.memory import largest_block
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["cpu", "triton"]
@@ -183,13 +183,6 @@ def test_gradients_only_for_inputs_that_require_them(operations):
 
 
 # ---- memory ----
-
-
-def largest_block(run) -> int:
-    """Return the bytes of the largest tensor that torch allocates in `run`."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    return max(e.nbytes() for e in found.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

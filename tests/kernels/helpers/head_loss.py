@@ -92,7 +92,11 @@ def eager_results(leaves, constants, options, dtype):
 
 def check_loss(function, leaves, constants, options, dtype, how=None):
     """Assert that the loss, every metric and every gradient of `function` are within the error bound."""
-    got, gradients = run(function, leaves, constants, options | (how or {}), dtype)
+    check_results(*run(function, leaves, constants, options | (how or {}), dtype), leaves, constants, options, dtype)
+
+
+def check_results(got, gradients, leaves, constants, options, dtype):
+    """Assert that the loss, every metric and every gradient that an op returned are within the error bound."""
     exact, exact_gradients = run(reference_loss, leaves, constants, options, torch.float64)
     eager, eager_gradients = zip(*eager_results(leaves, constants, options, dtype), strict=True)
     terms = {
