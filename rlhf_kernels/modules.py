@@ -8,9 +8,9 @@ active adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,61 +18,19 @@ from torch.nn import functional as F
 
 from ._options import PPOOptions
 from .launch_args import PPOLoss, TokenLogprobs, Transform
+from .matrices import Matrices, operands
 from .ops import checks, linear_ppo_loss, linear_token_logprobs, linear_topk_kl
-from .ops.weights import LowRank, QuantisedWeight, unmasked
+from .ops.shards import Group
 from .output_layer import (
     CausalLM,
     WantedTokens,
-    applies_adapters,
     check_symmetric,
     is_lora,
     is_quantised,
     is_wrapper,
-    saved_layer,
-    stored_weight,
     transform_of,
-    whole,
 )
 from .token_args import TopkKL
-
-
-class Matrices(NamedTuple):
-    """The operands of the head's product `hidden @ weight.T + bias + low_rank.states @ low_rank.weight.T`."""
-
-    hidden: Tensor  # (..., H)
-    weight: Tensor | QuantisedWeight  # (V, H)
-    bias: Tensor | None  # (V,)
-    low_rank: LowRank | None  # (..., R) and (V, R)
-
-    def product(self, project: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear) -> Tensor:  # (..., V)
-        """Return the product; `project` computes `hidden @ weight.T + bias` unless the weight is quantised."""
-        hidden, weight, bias, low_rank = self
-        if isinstance(weight, QuantisedWeight):
-            logits = torch.cat([F.linear(hidden, rows) for _, rows in weight.tiles(hidden.dtype)], -1)
-            logits = logits if bias is None else logits + bias
-        else:
-            logits = project(hidden, weight, bias)
-        return logits if low_rank is None else logits + F.linear(*low_rank)
-
-    def first(self, rows: int) -> Matrices:
-        """Return the operands for the first `rows` ids."""
-        weight, low = self.weight, self.low_rank
-        return Matrices(
-            self.hidden,
-            weight[:rows] if isinstance(weight, Tensor) else weight.first(rows),
-            None if self.bias is None else self.bias[:rows],
-            None if low is None else low._replace(weight=low.weight[:rows]),
-        )
-
-    def float(self) -> Matrices:
-        """Return the operands in float32."""
-        hidden, weight, bias, low = self
-        return Matrices(
-            hidden.float(),
-            weight.float() if isinstance(weight, Tensor) else weight,
-            None if bias is None else bias.float(),
-            None if low is None else LowRank(low.states.float(), low.weight.float()),
-        )
 
 
 class FusedHead(nn.Module):
@@ -88,6 +46,8 @@ class FusedHead(nn.Module):
     variants (DoRA, a bias in B) raise ValueError. The layer, or the one inside the adapter, may be quantised: NF4 of
     bitsandbytes, or torchao's int8 weights with one scale per row; see `QuantisedWeight`. With `float32=True` the product
     is computed in float32, also under autocast, for half-precision hidden states and weights.
+    With `group`, a process group, the rows of the layer's weight are sharded over its ranks: the layer has this rank's rows, or
+    its weight is a DTensor; see `linear_token_logprobs`. Such a head computes log-probs and losses, and no logits.
     `FusedHead.replacing(layer)` returns a head that can replace the layer inside a model;
     `integrations.head.fuse_head` installs it.
     """
@@ -99,6 +59,7 @@ class FusedHead(nn.Module):
     logit_scale: float
     backend: str
     float32: bool
+    group: Group | None
 
     def __init__(
         self,
@@ -108,6 +69,7 @@ class FusedHead(nn.Module):
         logit_scale: float = 1.0,
         backend: str = "auto",
         float32: bool = False,
+        group: Group | None = None,  # torch.distributed.ProcessGroup
     ):
         super().__init__()
         if not isinstance(layer, nn.Linear) and not is_lora(layer) and not is_wrapper(layer):
@@ -117,14 +79,15 @@ class FusedHead(nn.Module):
         check_symmetric(getattr(layer, "base_layer", layer))
         self.layer = layer
         self.softcap, self.logit_scale, self.backend, self.float32 = softcap, logit_scale, backend, float32
+        self.group = group
         self._wanted: WantedTokens | None = None
         self.register_state_dict_post_hook(_without_layer)
         self.register_load_state_dict_pre_hook(_with_layer)
 
     @classmethod
-    def of(cls, model: nn.Module, *, backend: str = "auto") -> FusedHead:
+    def of(cls, model: nn.Module, *, backend: str = "auto", group: Group | None = None) -> FusedHead:
         """Return the head of a Hugging Face causal LM, with the softcap and logit scale of its config."""
-        return cls(cast(CausalLM, model).get_output_embeddings(), **transform_of(model), backend=backend)
+        return cls(cast(CausalLM, model).get_output_embeddings(), **transform_of(model), backend=backend, group=group)
 
     @classmethod
     def replacing(
@@ -177,6 +140,7 @@ class FusedHead(nn.Module):
                 mask=mask,
                 entropy=entropy,
                 chunk_tokens=chunk_tokens,
+                group=self.group,
                 **self._options(),
             )
 
@@ -212,6 +176,7 @@ class FusedHead(nn.Module):
                 temperature=temperature,
                 chunk_tokens=chunk_tokens,
                 compact=compact,
+                group=self.group,
                 **self._options(),
                 **options,
             )
@@ -233,6 +198,7 @@ class FusedHead(nn.Module):
         compact: bool | None = None,
     ) -> TopkKL:
         """Return the divergence from the teacher's K most probable tokens; see `linear_topk_kl`."""
+        self._check_whole("topk_kl")
         hidden, weight, bias, low_rank = self.matrices(hidden, mask)
         with self._precision(hidden):
             return linear_topk_kl(
@@ -260,10 +226,10 @@ class FusedHead(nn.Module):
         Hidden states may be NaN where `mask` is False.
 
         Raises:
-            ValueError: the weight is sharded or in an unknown format, the adapters are both merged and disabled, or an
-                adapter is a LoRA variant.
+            ValueError: the weight is sharded without `group` or in an unknown format; the adapters are both merged and
+                disabled; an adapter is a LoRA variant.
         """
-        found = operands(self if self.layer is None else self.layer, hidden, mask)
+        found = operands(self if self.layer is None else self.layer, hidden, mask, sharded=self.group is not None)
         return found.float() if self.float32 else found
 
     @contextmanager
@@ -319,7 +285,15 @@ class FusedHead(nn.Module):
         assert self.layer is not None
         del self.layer.__dict__["forward"]
 
+    def _check_whole(self, method: str) -> None:
+        if self.group is not None:
+            raise ValueError(
+                f"group: {method} of a FusedHead needs the logits of all ids, and each rank of the group has a part of them; "
+                "call logprobs or ppo_loss"
+            )
+
     def _product(self, hidden: Tensor) -> Tensor:
+        self._check_whole("the product")
         if self.float32:
             with self._precision(hidden):
                 return self.matrices(hidden).product()
@@ -334,55 +308,6 @@ class FusedHead(nn.Module):
 
     def _options(self) -> dict[str, Any]:
         return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
-
-
-def operands(layer: Any, hidden: Tensor, mask: Tensor | None = None) -> Matrices:  # hidden: (..., H), mask: (...)
-    """Return the operands whose product is the layer's result; the layer's active adapters count.
-
-    For LoRA the low-rank term is `s A h` and `B`, where s is an adapter's scale; several adapters are concatenated along
-    R. Hidden states may be NaN where `mask` is False.
-
-    Raises:
-        ValueError: the weight is sharded or in an unknown format, the adapters are both merged and disabled, or an
-            adapter is a LoRA variant.
-    """
-    if is_lora(layer):
-        base = layer.base_layer
-        return Matrices(hidden, _weight(base), base.bias, _low_rank(layer, hidden, mask))
-    if hasattr(layer, "modules_to_save"):
-        layer = saved_layer(layer)
-    elif hasattr(layer, "token_adapter"):
-        return Matrices(hidden, _with_trained_tokens(layer.token_adapter), layer.original_module.bias, None)
-    return Matrices(hidden, _weight(layer), layer.bias, None)
-
-
-def _weight(layer: Any) -> Tensor | QuantisedWeight:
-    """Return the weight of a linear layer."""
-    weight = whole(layer.weight)
-    return stored_weight(layer) if is_quantised(layer) else weight
-
-
-def _low_rank(layer: Any, hidden: Tensor, mask: Tensor | None) -> LowRank | None:
-    names = [name for name in layer.active_adapters if name in layer.lora_A] if applies_adapters(layer) else []
-    states: list[Tensor] = []
-    weights: list[Tensor] = []
-    for name in names:
-        a, b = layer.lora_A[name], layer.lora_B[name]
-        if getattr(layer, "lora_variant", {}).get(name) is not None or b.bias is not None:
-            raise ValueError(f"head: got a variant of LoRA in adapter {name!r}, expected plain A and B without a bias")
-        low = a(layer.lora_dropout[name](unmasked(hidden, mask).to(a.weight.dtype))) * layer.scaling[name]
-        states.append(low.to(hidden.dtype))
-        weights.append(whole(b.weight).to(hidden.dtype))
-    if not names:
-        return None
-    return LowRank(states[0], weights[0]) if len(names) == 1 else LowRank(torch.cat(states, -1), torch.cat(weights, 1))
-
-
-def _with_trained_tokens(adapter: Any) -> Tensor:
-    """Return the weight with the rows of the active adapters in `trainable_token_indices`."""
-    if not applies_adapters(adapter) or not adapter.active_adapters:
-        return whole(adapter.base_layer.weight)
-    return adapter.get_merged_weights(adapter.active_adapters)
 
 
 def _without_layer(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_kernels import FusedHead, QuantisedWeight, head_arguments, reference
 from rlhf_kernels.integrations.head import fuse_head, token_logprobs_of
-from rlhf_kernels.modules import operands
+from rlhf_kernels.matrices import operands
 from rlhf_kernels.output_layer import stored_weight
 
 SIZES = {

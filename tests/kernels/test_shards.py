@@ -8,7 +8,7 @@ import multiprocessing
 import pytest
 import torch
 
-from rlhf_kernels import reference
+from rlhf_kernels import FusedHead, reference
 
 from .helpers import shards
 from .helpers.bounds import check_error, check_temperature_costs_nothing, temperature_scene
@@ -118,6 +118,21 @@ def test_gradient_of_a_dtensor_is_sharded_like_it(ranks):
         placements, rows, exact = found["parameter"]
         assert placements == "(Shard(dim=0),)"
         torch.testing.assert_close(rows, exact, rtol=1e-5, atol=1e-7)
+
+
+def test_fused_head_of_a_sharded_layer(ranks):
+    leaves, constants, _ = make(0, b=2, t=4, vocabulary=shards.VOCABULARY, hidden=shards.HIDDEN)
+    layer = torch.nn.Linear(shards.HIDDEN, shards.VOCABULARY, bias=False)
+    layer.weight.data.copy_(leaves["weight"])
+    head, cuts = FusedHead(layer, softcap=3.0), shards.chunks(2)
+    expected = head.ppo_loss(leaves["hidden"], **constants).loss
+    expected.backward()
+    for rank, found in enumerate(ranks):
+        logprobs, loss, gradient, messages = found["module"]
+        torch.testing.assert_close(logprobs, head.logprobs(leaves["hidden"], constants["ids"]).logprobs.detach())
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(gradient, layer.weight.grad[cuts[rank % 2] : cuts[rank % 2 + 1]])
+        assert all("FusedHead needs the logits of all ids" in one for one in messages) and len(messages) == 3
 
 
 BOTH = {

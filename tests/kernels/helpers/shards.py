@@ -13,7 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf_kernels import LowRank, Term, linear_ppo_loss, linear_token_logprobs, linear_topk_kl, release_workspace
+from rlhf_kernels import (
+    FusedHead,
+    LowRank,
+    Term,
+    linear_ppo_loss,
+    linear_token_logprobs,
+    linear_topk_kl,
+    release_workspace,
+)
 
 from .bounds import temperature_scene
 from .head_forms import int8_of, nf4_of
@@ -204,6 +212,7 @@ def in_every_process(rank: int, folder: str) -> None:
     found["messages"] = {name: message(call) for name, call in mistakes(rank % 2, pair, pairs[1 - place]).items()}
     found["memory"] = {shards: bytes_of(group) for shards, group in ((2, pair), (4, dist.group.WORLD))}
     found["parameter"] = of_a_parameter(pair)
+    found["module"] = of_a_module(pair)
     found["temperature"] = {kind: at_temperature(kind, pair) for kind in ("row, scaled", "0.3")}
     torch.save(found, Path(folder) / f"rank{rank}")
     dist.destroy_process_group()
@@ -270,6 +279,21 @@ def bytes_of(group: Any) -> int:
     assert rank < size
     release_workspace()
     return largest_block(step)
+
+
+def of_a_module(group: Any) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Return log-probs, loss and this rank's gradient of a FusedHead around a layer with a DTensor, and what it refuses."""
+    leaves, constants, _ = make(0, b=2, t=4, vocabulary=VOCABULARY, hidden=HIDDEN)
+    cuts, rank, x = chunks(2), dist.get_rank(group), leaves["hidden"]
+    layer = nn.Linear(HIDDEN, VOCABULARY, bias=False, device="meta")
+    layer.weight = nn.Parameter(as_dtensor(leaves["weight"][cuts[rank] : cuts[rank + 1]], group))
+    head = FusedHead(layer, softcap=3.0, group=group)
+    logprobs = head.logprobs(x, constants["ids"]).logprobs
+    loss = head.ppo_loss(x, **constants).loss
+    loss.backward()
+    ids, teacher = constants["ids"][..., None], constants["old_logprobs"][..., None]
+    calls = (lambda: head.logits(x), lambda: head(x), lambda: head.topk_kl(x, ids, teacher, constants["mask"]))
+    return logprobs.detach(), loss.detach(), layer.weight.grad.to_local(), [message(call) for call in calls]
 
 
 def of_a_parameter(group: Any) -> tuple[str, Tensor, Tensor]:
