@@ -61,6 +61,8 @@ def make_trainer(model: dict, batch: dict) -> PPOTrainer:
         max_response_tokens=batch["response_tokens"],
         temperature=0.7,
         batch_size=prompts,
+        exact=batch.get("exact", False),
+        check_sequences=batch.get("checked", 4),
     )
     ppo = PPOConfig(
         updates=10_000,
@@ -69,7 +71,7 @@ def make_trainer(model: dict, batch: dict) -> PPOTrainer:
         microbatch_tokens=batch["tokens"],
         ppo_epochs=batch["epochs"],
         kl_coef=0.05,
-        optim=OptimConfig(lr=3e-6, betas=(0.9, 0.999), max_grad_norm=None),
+        optim=OptimConfig(lr=batch.get("lr", 3e-6), betas=(0.9, 0.999), max_grad_norm=None),
     )
 
     @torch.no_grad()

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from rlhf_engine.data.tokenize import train_tokenizer as train_tokenizer
     from rlhf_engine.metrics import MetricsWriter as MetricsWriter
     from rlhf_engine.model.actor_critic import ActorCritic as ActorCritic
-    from rlhf_engine.model.actor_critic import FrozenCopy as FrozenCopy
     from rlhf_engine.model.actor_critic import LanguageModel as LanguageModel
     from rlhf_engine.model.adapters import Adapters as Adapters
     from rlhf_engine.model.heads import ValueHead as ValueHead
     from rlhf_engine.model.pretrained import load_tokenizer as load_tokenizer
     from rlhf_engine.model.references import AdapterOff as AdapterOff
+    from rlhf_engine.model.references import FrozenCopy as FrozenCopy
     from rlhf_engine.model.references import Hydra as Hydra
     from rlhf_engine.model.reward_model import RewardModel as RewardModel
     from rlhf_engine.model.roles import Policy as Policy
@@ -96,7 +96,7 @@ __getattr__, __dir__, __all__ = exports(
         "RewardModel": "model.reward_model",
         "AdapterOff": "model.references",
         "Hydra": "model.references",
-        "FrozenCopy": "model.actor_critic",
+        "FrozenCopy": "model.references",
         "Policy": "model.roles",
         "Reference": "model.roles",
         "Reward": "model.roles",

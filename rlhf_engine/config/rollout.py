@@ -57,6 +57,10 @@ class RolloutConfig(Section):
     differ from what is trained (metric logprob_deviation). auto does it in `rlhf ppo` if all products are in float32
     and the memory plan shows that the copy fits without fewer sequences, at the same peak or within memory.budget.
     Models without adapters are sampled as they are by `rlhf generate` and `rlhf eval`."""
+    exact: bool = False
+    """Compute scores and gradients with the layers of the sampler, so that the log-probs of a fresh policy have the
+    bits of the sampled ones: logprob_deviation is 0, and the ratio is exactly 1 before the first step. For dense models
+    with attention `sdpa` on a CPU; docs/design/numerics.md has the cost."""
     prefill_tokens: Count = 4096
     """Maximum prompt tokens per forward pass, padding included; a longer prompt is processed in a separate pass."""
     check_sequences: WholeNumber = 4

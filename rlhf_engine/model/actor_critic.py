@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rlhf_engine.errors import foreign_errors
 from rlhf_engine.model.balance import RouterBalance
+from rlhf_engine.model.exact import MIN_ROWS, is_exact, make_exact
 from rlhf_engine.model.heads import OutputHead, ValueHead, check_head
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import POLICY, Outputs, ValueFunction, Want
@@ -230,6 +231,21 @@ class LanguageModel(nn.Module):
             balance=self.balance(tuple(routers), batch.real) if routers and self.balance is not None else None,
         )
 
+    @property
+    def exact(self) -> bool:
+        """Whether the log-probs of every pass have the bits of those that are sampled (`be_exact`)."""
+        return is_exact(self.trunk)
+
+    def be_exact(self) -> None:
+        """Compute all later passes of the trunk with the layers of decode steps (`rlhf_engine.model.exact`).
+
+        Raises:
+            ValueError: as `make_exact`, and for top layers, whose passes begin with stored states.
+        """
+        if self.top is not None:
+            raise ValueError("rollout.exact: got True with model.train_layers, expected False")
+        make_exact(self.trunk)
+
     def limit_positions(self, longest: int | None) -> None:
         """Use the rotary embeddings of a run whose longest sequence has `longest` tokens, in every pass (see `rope`)."""
         limit_positions(self.trunk, longest)
@@ -253,12 +269,15 @@ class LanguageModel(nn.Module):
         positions, mask = batch.position_ids, batch.attention_mask
         if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -batch.input_ids.shape[1] :]
-        top = self.top
+        top, ids, spare = self.top, batch.input_ids, 0
+        if self.exact and batch.cache is None:  # columns at the end change nothing but the number of rows
+            spare = max(0, -(-MIN_ROWS // len(ids)) - ids.shape[1])
+            ids = nn.functional.pad(ids, (0, spare))
         assert batch.states is None or top is not None
         with top.starting_from(self.trunk, batch.states) if top and batch.states is not None else nullcontext():
             hidden = last_hidden(
                 self.trunk,
-                batch.input_ids,
+                ids,
                 compute_dtype=self.compute_dtype,
                 cu_inputs=batch.cu_inputs,
                 router_logits=router_logits,
@@ -266,7 +285,8 @@ class LanguageModel(nn.Module):
                 position_ids=positions,
                 past_key_values=batch.cache,
                 use_cache=batch.cache is not None,
-            ).flatten(0, 1)
+            )
+            hidden = hidden[:, : ids.shape[1] - spare].flatten(0, 1)
         return hidden if batch.rows is None else hidden.index_select(0, batch.rows)
 
     def _logits(
@@ -373,27 +393,3 @@ def frozen(policy: Model, *, without: ValueFunction | None, copies: Mapping[int,
     if policy.adapters is not None or policy.top is not None:
         memo |= {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
     return copy.deepcopy(policy, memo).requires_grad_(False)
-
-
-class FrozenCopy:
-    """A reference with a copy of the policy's weights at construction."""
-
-    def __init__(self, policy: LanguageModel) -> None:
-        self.model = frozen(policy, without=policy.value)
-
-    @property
-    def packs(self) -> bool:
-        """Whether micro-batches with a token budget are packed without padding."""
-        return self.model.packs
-
-    def shared_states(self, batch: TokenBatch) -> None:
-        """Return None: a copy shares no computation with the policy."""
-
-    @torch.no_grad()
-    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
-        """Return the log-probs of a batch's actions."""
-        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the names and tensors of the language model."""
-        return self.model.model.named_parameters()

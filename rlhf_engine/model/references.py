@@ -1,4 +1,4 @@
-"""References that share weights with the policy: the policy without the adapter or the updates of its top layers."""
+"""References: a copy of the policy, and those that share its weights: without the adapter or the updates of its top layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from rlhf_engine.model.actor_critic import LanguageModel
+from rlhf_engine.model.actor_critic import LanguageModel, frozen
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.model.roles import POLICY, REFERENCE
 from rlhf_engine.model.top_layers import in_top
+
+
+class FrozenCopy:
+    """A reference with a copy of the policy's weights at construction."""
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.model = frozen(policy, without=policy.value)
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches with a token budget are packed without padding."""
+        return self.model.packs
+
+    def shared_states(self, batch: TokenBatch) -> None:
+        """Return None: a copy shares no computation with the policy."""
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, *, temperature: float) -> Tensor:  # (N,), float32
+        """Return the log-probs of a batch's actions."""
+        return self.model(batch, ("logprobs",), temperature=temperature).logprobs
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the names and tensors of the language model."""
+        return self.model.model.named_parameters()
 
 
 class AdapterOff:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, cuda, nn
 
 from rlhf_engine.memory.arena import has_streams
-from rlhf_engine.model.actor_critic import FrozenCopy, LanguageModel, frozen
+from rlhf_engine.model.actor_critic import LanguageModel, frozen
+from rlhf_engine.model.references import FrozenCopy
 from rlhf_engine.model.trunk import outermost_layers
 
 _ALIGNED = 256

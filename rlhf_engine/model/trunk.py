@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf_engine.model import exact
+from rlhf_engine.model.exact import is_exact
 from rlhf_engine.model.upcast import UpcastAttention, product_dtype, upcasts, weights_rounded_once
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def last_hidden(
         stack.enter_context(products(compute_dtype, input_ids.device))
         config = trunk.config.get_text_config()
         kind = config._attn_implementation if cu_inputs is None else PACKED
+        if kind == "sdpa" and is_exact(trunk):
+            kind = exact.ATTENTION
         stack.enter_context(attention(config, kind, compute_dtype or trunk.dtype, input_ids.device))
         if cu_inputs is not None:
             options["position_ids"] = positions(cu_inputs, input_ids.shape[1])[None]

@@ -83,9 +83,19 @@ class Generator:
         self.columns = config.max_prompt_tokens + config.max_response_tokens
         self.max_position = max_positions(policy.model)
         policy.limit_positions(self.columns)
+        if config.exact:
+            policy.be_exact()
         self.decoder = make_decoder(policy, config, self.columns, kv_bytes) if decoder is None else decoder
         self.decoder.check()
+        if config.exact:
+            from rlhf_engine.rollout.decode.exact import check_exact
+
+            check_exact(self.decoder, policy, backend=policy.backend)
         self.merges = config.merge_adapters == "always"
+        if self.merges and config.exact:
+            raise ValueError(
+                "rollout.merge_adapters: got 'always' with rollout.exact, expected 'never'; merging rounds"
+            )
         if self.merges and policy.adapters is None:
             raise ValueError(
                 "rollout.merge_adapters: got 'always' for a model without adapters, expected 'auto' or 'never'"
@@ -229,7 +239,7 @@ class Generator:
             backend=backend,
         )
         full = taken.logprobs
-        if seen:
+        if seen or config.exact:  # the sampler's formula rounds differently from that of the loss
             full = token_logprobs(logits, taken.ids, temperature=config.temperature, backend=backend).logprobs
         values = torch.zeros_like(full) if outputs.values is None else outputs.values[:size]
         state.append(taken.ids, full, taken.sampling_logprobs, values, active, slots)

@@ -51,6 +51,9 @@ def make_decoder(policy: LanguageModel, config: RolloutConfig, columns: int, kv_
     """
     # Imported here, so that a run loads only the decoder that it uses.
     name, recurrent = type(policy.model).__name__, is_recurrent(policy.model.config)
+    if config.exact and (recurrent or config.cache == "paged"):
+        what = "a recurrent state" if recurrent else "rollout.cache 'paged'"
+        raise ValueError(f"rollout.exact: got True for {name} with {what}, expected False; it needs slots")
     if recurrent and config.cache == "paged":
         raise ValueError(
             f"rollout.cache: got 'paged' for {name}, expected 'auto' or 'slots': a recurrent state has no pages"

@@ -5,14 +5,13 @@ by alignment. With one query per sequence the bits then depend on the thread tha
 row reads only the columns of its sequence.
 
 Activations: torch's loops for SiLU, GELU and sigmoid on CPU end in scalar code, which rounds differently from the vector code,
-at the end of each thread's share of the tensor. The loops for exp, erf and tanh do not.
+at the end of each thread's share of the tensor. The loops for exp, erf and tanh do not (`rlhf_engine.model.exact`).
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -23,13 +22,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
-from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rlhf_engine.model import LanguageModel
+from rlhf_engine.model.exact import (
+    MIN_ROWS,
+    exact_gelu,
+    exact_gelu_tanh,
+    exact_silu,
+    invariant_activation,
+    is_exact,
+    row_attention,
+)
 from rlhf_engine.model.trunk import attention
 from rlhf_engine.model.upcast import product_dtype, upcasts
-from rlhf_kernels import decode_attention
 
 ATTENTION = "rlhf_slots"
 
@@ -46,50 +52,14 @@ def slot_attention(
     **unused: object,  # arguments of other implementations: dropout, sliding_window, is_causal
 ) -> tuple[Tensor, None]:  # (R, 1, heads, E)
     """Compute `decode_attention` in transformers' attention interface; rows without a slot get zeros."""
-    slots, size = len(key), value.shape[-1]
-    wide = max(query.shape[-1], size)  # the kernel has one head size for keys and values
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (
-        x if x.shape[-1] == wide else nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)
-    )
-    out = decode_attention(query[:slots, :, 0].to(key.dtype), key, value, attention_mask[:slots, 0, 0], scale=scale)[
-        ..., :size
-    ]
+    slots = len(key)
+    out = row_attention(query[:slots, :, 0], key, value, attention_mask[:slots, 0, 0], scaling)
     if slots < len(query):
         out = nn.functional.pad(out, (0, 0, 0, 0, 0, len(query) - slots))
     return out[:, None], None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)
-
-
-_CHUNK = 2**16
-"""Elements per block of a chain of element-wise operations. A block stays in the CPU cache and needs no large temporary."""
-
-
-def _silu(x: Tensor) -> Tensor:
-    x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    for part, result in zip(x.view(-1).split(_CHUNK), out.view(-1).split(_CHUNK), strict=True):
-        torch.neg(part, out=result)
-        torch.div(part, result.exp_().add_(1), out=result)
-    return out
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return (x * math.sqrt(0.5)).erf_().add_(1).mul_(x).mul_(0.5)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return (x * x).mul_(0.044715).add_(1).mul_(x).mul_(math.sqrt(2 / math.pi)).tanh_().add_(1).mul_(x).mul_(0.5)
-
-
-def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Return the formula of an activation whose CPU kernel ends in scalar code, or None for other modules."""
-    if isinstance(module, (nn.SiLU, SiLUActivation)):
-        return _silu
-    if isinstance(module, nn.GELU):
-        return _gelu if module.approximate == "none" else _gelu_tanh
-    return {GELUActivation: _gelu, GELUTanh: _gelu_tanh}.get(type(module))
 
 
 # ---- experts ----
@@ -100,8 +70,6 @@ def _invariant_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | Non
 EXPERTS = "rlhf_experts"
 _ALL_TOKENS = ("Llama4TextExperts",)
 """Classes in which every expert computes all tokens, so that its products have as many rows as the step."""
-_LEAST_ROWS = 16
-"""Minimum number of rows of a product, as `protocol.MIN_ROWS`."""
 
 
 def invariant_experts(
@@ -115,7 +83,7 @@ def invariant_experts(
     inside = "gate_up_proj" if module.has_gate else "up_proj"
     for expert in top_k_index.unique().tolist():
         token, place = (top_k_index == expert).nonzero(as_tuple=True)
-        rows = nn.functional.pad(hidden_states[token], (0, 0, 0, max(0, _LEAST_ROWS - len(token))))
+        rows = nn.functional.pad(hidden_states[token], (0, 0, 0, max(0, MIN_ROWS - len(token))))
         rows = _expert_product(module, inside, expert, rows)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
         rows = _expert_product(module, "down_proj", expert, rows)
@@ -173,8 +141,9 @@ class InvariantLayers:
                 kind,
             )
         self.math = InvariantFunctions if on_cpu and _calls_activations(policy.model) else nullcontext
-        found = ((module, _invariant_activation(module)) for module in policy.trunk.modules())
-        self.activations = [(module, formula) for module, formula in found if on_cpu and formula is not None]
+        others = (module for module in policy.trunk.modules() if on_cpu and not is_exact(module))
+        found = ((module, invariant_activation(module)) for module in others)
+        self.activations = [(module, formula) for module, formula in found if formula is not None]
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
@@ -209,8 +178,8 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 _FUNCTIONS: dict[Callable[..., Any], Callable[[Tensor], Tensor]] = {
-    nn.functional.silu: _silu,
-    nn.functional.gelu: _gelu,
+    nn.functional.silu: exact_silu,
+    nn.functional.gelu: exact_gelu,
     nn.functional.sigmoid: _sigmoid,
     torch.sigmoid: _sigmoid,
     Tensor.sigmoid: _sigmoid,
@@ -230,7 +199,7 @@ class InvariantFunctions(TorchFunctionMode):
         options = dict(kwargs or {})
         plain = len(args) == 1 and not options.pop("inplace", False)
         approximate = options.pop("approximate", "none") == "tanh"
-        formula = _gelu_tanh if func is nn.functional.gelu and approximate else _FUNCTIONS.get(func)
+        formula = exact_gelu_tanh if func is nn.functional.gelu and approximate else _FUNCTIONS.get(func)
         if formula is None or not plain or options or args[0].device.type != "cpu":
             return func(*args, **kwargs or {})
         return formula(args[0])

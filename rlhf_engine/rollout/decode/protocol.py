@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from rlhf_engine.model import LanguageModel, Outputs, TokenBatch
+from rlhf_engine.model.exact import MIN_ROWS
 from rlhf_engine.model.roles import Want
 from rlhf_engine.model.trunk import input_layer
 
-MIN_ROWS = 16
-"""Minimum number of rows of a forward pass."""
 CHECKED_TOKENS = 10
 """Tokens of the longest sequence that `check_decoding` decodes."""
 _BLOCK = 512

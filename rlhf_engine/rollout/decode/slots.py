@@ -290,7 +290,8 @@ class SlotDecoder(WholeSequenceSlots[SlotCache]):
         slots = self._allocated(min(self.slots, sequences))
         layers, contiguous = len(self.probe.layers), not self.probe.routed
         self.cache = SlotCache(layers, slots, self.columns, allocate, contiguous=contiguous)
-        self.project = head_product(self.policy)  # with the current weights
+        # With the current weights. A reordered weight may give sums of a different order.
+        self.project = None if self.policy.exact else head_product(self.policy)
 
     def close(self) -> None:
         """Drop the cache and the reordered weight."""

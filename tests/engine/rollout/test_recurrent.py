@@ -18,7 +18,7 @@ from tests.engine.helpers.rollouts import sequence_of
 from tests.engine.helpers.sampling import make_generator, make_prompts, same_sequence
 from tests.engine.helpers.tiny_trainer import make_trainer, weights_of
 
-# Left out, because another case has the same layers: `python -m benchmarks.families` checks every family.
+# Left out, because a different case has the same layers: `python -m benchmarks.families` checks every family.
 SAME = [(DENSE, "granitemoehybrid"), (EXPERTS, "lfm2_moe"), (EXPERTS, "qwen3_5_moe_text"), (EXPERTS, "zaya")]
 CASES = [
     (kind, family, settings)
