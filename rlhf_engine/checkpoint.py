@@ -103,7 +103,14 @@ _MAY_CHANGE: Mapping[str, frozenset[str]] = {
                 "rollout.batch_size",
                 "rollout.prefill_tokens",
             ),  # none of them changes a sequence
-            *("data.max_response_tokens", "data.validation_share", "ppo.updates", "ppo.log_samples", "sft"),
+            *(
+                "data.max_response_tokens",
+                "data.validation_share",
+                "ppo.updates",
+                "ppo.log_samples",
+                "ppo.profile_update",
+                "sft",
+            ),
             *("ppo.warn_on", "ppo.stop_on", "ppo.on_nonfinite", "ppo.ratio_guard", "ppo.on_ratio"),
             *_REWARD_TRAINING,
         )

@@ -232,6 +232,9 @@ class PPOConfig(Section):
     log_samples: WholeNumber = 4
     """Number of responses per update that OUTPUT_DIR/samples.jsonl keeps, with their prompts, scores and KL to the
     reference in nats."""
+    profile_update: Count | None = None
+    """Number of an update, 2 or later, of which torch.profiler records the operations: OUTPUT_DIR/profile receives a
+    table by phase and operation, and a trace for chrome://tracing. It slows that update down. If None, none is."""
     checkpoint_every: WholeNumber | None = None
     """Updates between checkpoints; 0 writes one only when the run ends, also if it ends early. If None, the interval is
     ten minutes, or twenty times the duration of the last checkpoint if that is longer. A killed run (`kill -9`) loses
@@ -359,6 +362,11 @@ class PPOConfig(Section):
         )
 
     def _check_control(self) -> None:
+        if self.profile_update is not None and not 2 <= self.profile_update <= self.updates:
+            raise ValueError(
+                f"profile_update: got {self.profile_update}, expected 2 to updates {self.updates}; the first update also "
+                "allocates memory and loads libraries"
+            )
         if self.value_warmup >= self.updates:
             raise ValueError(f"value_warmup: got {self.value_warmup}, expected fewer than updates {self.updates}")
         if self.ema_decay == 1.0:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import PPOConfig
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 EMA = "ema"
 """Subfolder of a checkpoint with the averaged weights, a model in the format of the checkpoint itself."""
+
+PHASE = "rlhf phase: "
+"""Start of the names under which a profile of torch shows the phases of an update."""
 
 _NUMBERS = ("updates_done", "kl_coef", "old_kl_coef")
 
@@ -314,7 +318,8 @@ class PPOTrainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        with self.arena.phase(name), self.meter.phase(name):  # the arena first frees the previous phase's memory
+        # The arena first frees the previous phase's memory.
+        with self.arena.phase(name), self.meter.phase(name), record_function(PHASE + name):
             yield
 
     def _deviation(self, scored: Scored) -> dict[str, float]:

@@ -202,6 +202,10 @@ def _train(
         path = Path(config.output_dir) / SAMPLES
         samples = SampledResponses(path, codec, count, after=trainer.done, history=history)
         session.logs[SAMPLES] = samples
+        if (update := config.ppo.profile_update) is not None:
+            from rlhf_engine.ppo.profile import FOLDER, UpdateProfile
+
+            trainer.callbacks.append(UpdateProfile(Path(config.output_dir) / FOLDER, update))
         trainer.callbacks += [samples, log, SessionCheckpoints(session), Plots(config), ReproFiles(config)]
         trainer.train()
     return log.history
