@@ -65,6 +65,11 @@ ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue from the checkpoint, with the same numbers as an uninterrupted run.")
 ]
 
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help="Name of the format, such as alpaca, for a file whose columns fit several."),
+]
+
 # Each command imports what it needs, so that `rlhf --help` and the error for a mistyped option do not load torch.
 
 
@@ -220,12 +225,34 @@ def check(
     kind: Annotated[str, typer.Argument(help="Kind of records: demonstrations, comparisons, prompts or pretraining.")],
     path: Annotated[Path, typer.Argument(help="The file, or a folder written by save_to_disk.")],
     strict: Annotated[bool, typer.Option("--strict", help="Refuse columns that are not part of a format.")] = False,
+    form: FormatOption = None,
 ) -> None:
     """Check every record of a file and print counts; an error names the line of the first invalid record."""
     quiet()
     from rlhf_engine.data.summary import summarise
 
-    typer.echo("\n".join(f"{name}: {count:,}" for name, count in summarise(kind, path, strict=strict).items()))
+    counts = summarise(kind, path, strict=strict, form=form)
+    typer.echo("\n".join(f"{name}: {count:,}" for name, count in counts.items()))
+
+
+@data_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="JSONL, CSV, TSV, Parquet, or a folder written by save_to_disk.")],
+    output: Annotated[Path, typer.Argument(help="New JSONL file.")],
+    form: FormatOption = None,
+    kind: Annotated[
+        str | None, typer.Option(help="demonstrations, comparisons, prompts or pretraining. Default: by the columns.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUTPUT.")] = False,
+) -> None:
+    """Write a file of any format in ours. All commands read the other formats too; this is needed where two of them fit."""
+    quiet()
+    from rlhf_engine.data.convert import convert
+
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output}: exists; replace it with --overwrite, or give a new file")
+    found, count = convert(source, output, kind=kind, form=form)
+    typer.echo(f"{count:,} {found}: {output}")
 
 
 app.command("eval")(evaluate.evaluate)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from typing import Any, cast
@@ -75,7 +75,7 @@ class ChatTemplate:
             arguments["chat_template"] = _fixed_date(date.fromisoformat(self.today)) + found
         with foreign_errors("messages: the tokenizer's chat template rejects them"):
             text = self.tokenizer.apply_chat_template(
-                [asdict(message) for message in messages], tokenize=False, add_generation_prompt=respond, **arguments
+                [message.plain() for message in messages], tokenize=False, add_generation_prompt=respond, **arguments
             )
         return cast("str", text)  # it returns token ids only with tokenize=True
 

@@ -1,4 +1,4 @@
-"""Rows in our formats and those of other tools (TRL, Alpaca, ShareGPT, HH-RLHF), recognized by the names of their columns.
+"""Records of rows in our formats and those of other tools (TRL, Alpaca, ShareGPT, HH-RLHF, OpenAI), by the names of columns.
 
 A row is a mapping of column names to JSON values; null means that a column is absent. Each function returns a record, or None
 for a row that is left out, and the columns that it did not read. docs/guides/data_formats.md lists the formats.
@@ -53,6 +53,8 @@ def demonstration(row: Columns, line: int) -> tuple[Demonstration | None, Column
 
 def comparison(row: Columns, line: int) -> tuple[Comparison, Columns]:
     """Return the comparison of a row: a ranking of completions, or a pair with the columns chosen and rejected."""
+    if "preferred_output" in row and "non_preferred_output" in row:
+        return _openai_pair(row, line)
     if "chosen" in row and "rejected" in row and "completions" not in row:
         prompt, texts = _pair(row)
         # Equal texts carry no preference.
@@ -80,11 +82,29 @@ def comparison(row: Columns, line: int) -> tuple[Comparison, Columns]:
     return record, _rest(row, {*prompt.used, "completions", "ranking"})
 
 
+def _openai_pair(row: Columns, line: int) -> tuple[Comparison, Columns]:
+    """Return the comparison of a row in OpenAI's format for preferences."""
+    names = ("preferred_output", "non_preferred_output")
+    texts = [_response({"completion": row[name]}, name) for name in names]
+    better, worse = (part.value for part in texts if part is not None)
+    ranks = (0, 0) if better == worse else (0, 1)
+    return Comparison(_openai_input(row), (better, worse), ranks, line=line), _rest(row, {"input", *names})
+
+
+def _openai_input(row: Columns) -> tuple[Message, ...]:
+    given = row.get("input")
+    if not isinstance(given, dict) or "messages" not in given:
+        raise ValueError(f"input: got {given!r}, expected an object with messages")
+    return parse_messages(given["messages"], "input.messages")
+
+
 def prompt_record(row: Columns, line: int) -> tuple[PromptRecord, Columns]:
     """Return the prompt of a row, which may also be that of a demonstration or of a pair; the record has the other columns."""
     prompt = _prompt(row)
     if prompt is None and "chosen" in row and "rejected" in row:
         prompt = _pair(row)[0]
+    if prompt is None and "preferred_output" in row:
+        prompt = _Part(_openai_input(row), ("input",))
     if prompt is None:
         raise ValueError(_missing(row, _PROMPTS))
     user = row.get("user_id")
@@ -170,16 +190,16 @@ def _alpaca(row: Columns) -> _Part:
 # ---- responses ----
 
 
-def _response(row: Columns) -> _Part | None:
-    """Return the response of a row, or None if it has no column for one."""
+def _response(row: Columns, place: str | None = None) -> _Part | None:
+    """Return the response of a row, or None if it has no column for one; `place` is its column in errors."""
     name = next((name for name in _RESPONSES if name in row), None)
     if name is None:
         return None
     given = row[name]
     if isinstance(given, list):
-        messages = parse_messages(given, name)
+        messages = parse_messages(given, place or name)
         if len(messages) != 1 or messages[0].role != "assistant":
-            raise ValueError(f"{name}: got {len(messages)} messages, expected one message of the assistant")
+            raise ValueError(f"{place or name}: got {len(messages)} messages, expected one message of the assistant")
         given = messages[0].content
     return _Part(given, (name,))
 
@@ -193,12 +213,15 @@ def _last_turn(prompt: _Part, row: Columns) -> tuple[_Part, _Part]:
         raise ValueError(
             f"{prompt.used[0]}: got {messages[-1].role!r} as the last role, expected 'assistant', as there is no response"
         )
+    if not messages[-1].trained:
+        raise ValueError(f"{prompt.used[0]}: the last message has weight 0, expected a response to train on; remove it")
     return _Part(messages[:-1], prompt.used), _Part(messages[-1].content, ())
 
 
 def _pair(row: Columns) -> tuple[_Part, tuple[str, str]]:
     """Return the prompt of a pair, and the chosen and the rejected response."""
-    prompt = _prompt(row)
+    # A data set for several uses also has one of the two whole conversations as messages.
+    prompt = _prompt({"prompt": row["prompt"]} if "prompt" in row else row)
     heads, texts = zip(*(_ending(row[name], name, prompt is None) for name in ("chosen", "rejected")), strict=True)
     if heads[0] != heads[1]:
         raise ValueError(

@@ -3,7 +3,7 @@
 import math
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -41,6 +41,12 @@ class Message:
     """Speaker: user, assistant, system, or a different role that the tokenizer's chat template supports."""
     content: str
     """Text of the message."""
+    trained: bool = True
+    """Whether SFT trains it, if it is the assistant's; false for `weight` 0 in OpenAI's format."""
+
+    def plain(self) -> dict[str, str]:
+        """Return the message as a dictionary with role and content."""
+        return {"role": self.role, "content": self.content}
 
 
 Prompt = str | tuple[Message, ...]
@@ -166,14 +172,19 @@ def _message(item: object, name: str) -> Message:
     """Return the message of an object with role and content; `name` is its place in errors."""
     if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
         raise ValueError(f"{name}: got {item!r}, expected an object with role and content")
-    further = next((key for key in item if key not in ("role", "content")), None)
+    further = next((key for key in item if key not in ("role", "content", "weight")), None)
     if further is not None:
         raise ValueError(f"{name}: has the further field {further!r}; remove it")
     _check_text(f"{name}.role", item["role"])
     if item["role"] == "system" and isinstance(item["content"], str) and not item["content"].strip():
         raise ValueError(f"{name}.content: got an empty string, expected some text; remove the message")
     _check_text(f"{name}.content", item["content"])
-    return Message(**item)
+    weight = item.get("weight", 1)
+    if weight not in (0, 1) or (weight == 0 and item["role"] != "assistant"):
+        raise ValueError(
+            f"{name}.weight: got {weight!r}, expected 1, or 0 for a message of the assistant that is not trained"
+        )
+    return Message(item["role"], item["content"], bool(weight))
 
 
 def parse_messages(given: object, column: str = "messages") -> tuple[Message, ...]:
@@ -204,12 +215,12 @@ def with_texts(prompt: Prompt, texts: Sequence[str]) -> Prompt:
     """Return `prompt` with the texts that `prompt_texts` returns replaced by `texts`."""
     if isinstance(prompt, str):
         return texts[0]
-    return tuple(Message(message.role, text) for message, text in zip(prompt, texts, strict=True))
+    return tuple(replace(message, content=text) for message, text in zip(prompt, texts, strict=True))
 
 
 def plain(prompt: Prompt) -> str | list[dict[str, str]]:
     """Return a prompt for JSON or a user's function: its text, or its messages as dictionaries with role and content."""
-    return prompt if isinstance(prompt, str) else [asdict(message) for message in prompt]
+    return prompt if isinstance(prompt, str) else [message.plain() for message in prompt]
 
 
 def prompt_field(prompt: Prompt) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows of a data set, one at a time, from a JSONL file or a folder written by `save_to_disk` of Hugging Face `datasets`.
+"""Rows of a data set, one at a time, from a JSONL, CSV or Parquet file, or a folder that `save_to_disk` of `datasets` wrote.
 
 Rows are numbered from 1: by the line of a file (blank lines are counted, but not yielded) or the row of a folder. Earlier rows
 are not kept, so that memory does not grow with the data.
@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Row = tuple[int, Any]
-"""A number and the content of the row, or a ValueError that describes why the row cannot be read."""
+from rlhf_engine.data.tables import TABLES, Row
 
 _GZIP = b"\x1f\x8b"
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Return an iterator over the rows of a JSONL file or of a data set's folder.
+    """Return an iterator over the rows of a file or of a data set's folder; a file is JSONL unless its name is in `TABLES`.
 
     Raises:
-        ValueError: the path does not exist, a folder contains no data set or several, or `datasets` is not installed.
+        ValueError: the path does not exist, a folder contains no data set or several, or a package that reads it is missing.
     """
     # Not a generator, so that a missing file is reported by this call and not by the first `next`.
     path = Path(path)
@@ -30,7 +29,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         return _dataset_rows(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    return _json_rows(path)
+    return TABLES.get(path.suffix.lower(), _json_rows)(path)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

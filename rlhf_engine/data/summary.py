@@ -9,35 +9,37 @@ from contextlib import closing
 from pathlib import Path
 
 from rlhf_engine.data.loading import Reading, read_comparisons, read_demonstrations, read_prompts, read_texts
+from rlhf_engine.data.recognise import PRETRAINING, check_format
 from rlhf_engine.notices import notice
 
 
-def summarise(kind: str, path: str | Path, *, strict: bool = False) -> dict[str, int]:
+def summarise(kind: str, path: str | Path, *, strict: bool = False, form: str | None = None) -> dict[str, int]:
     """Check every record of a file of `kind` (demonstrations, comparisons, prompts or pretraining); return counts by name.
 
-    Log the columns that training ignores; if `strict`, they are errors.
+    `form` names the format of a file whose columns fit several. Log the columns that training ignores; if `strict`, they are
+    errors.
 
     Raises:
-        ValueError: an unknown kind; an invalid line or a user in two splits, named as `file:line`; no records.
+        ValueError: an unknown kind or format; an invalid line or a user in two splits, named as `file:line`; no records.
     """
     if kind not in _SUMMARIES:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(_SUMMARIES)}")
-    counts = _SUMMARIES[kind](Path(path), () if strict else None)
+    counts = _SUMMARIES[kind](Path(path), () if strict else None, form)
     if not counts["records"]:
         raise ValueError(f"{path}: contains no {kind}; give a file with at least one record")
     return counts
 
 
-def _demonstrations(path: Path, allow: Collection[str] | None) -> dict[str, int]:
-    reading = read_demonstrations(path, allow=allow)
+def _demonstrations(path: Path, allow: Collection[str] | None, form: str | None) -> dict[str, int]:
+    reading = read_demonstrations(path, allow=allow, form=form)
     counts = {"records": sum(1 for _ in reading)}
     notice(*reading.notes())
     return counts
 
 
-def _comparisons(path: Path, allow: Collection[str] | None) -> dict[str, int]:
+def _comparisons(path: Path, allow: Collection[str] | None, form: str | None) -> dict[str, int]:
     counts: Counter[str] = Counter(records=0)
-    reading = read_comparisons(path, allow=allow)
+    reading = read_comparisons(path, allow=allow, form=form)
     for record in reading:
         pairs = len(record.pairs())
         counts.update(records=1, completions=len(record.completions), pairs=pairs)
@@ -47,13 +49,13 @@ def _comparisons(path: Path, allow: Collection[str] | None) -> dict[str, int]:
     return dict(counts)
 
 
-def _prompts(path: Path, allow: Collection[str] | None) -> dict[str, int]:
+def _prompts(path: Path, allow: Collection[str] | None, form: str | None) -> dict[str, int]:
     counts: Counter[str] = Counter(records=0)
     # With an empty name SQLite uses a temporary file, so that memory does not grow with the users.
     with closing(sqlite3.connect("", isolation_level=None)) as users:
         users.execute("CREATE TABLE users (user_id TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID")
         users.execute("BEGIN")
-        reading = read_prompts(path, allow=allow)
+        reading = read_prompts(path, allow=allow, form=form)
         for record in reading:
             counts.update(["records", record.split])
             if record.user_id is None:
@@ -66,6 +68,7 @@ def _prompts(path: Path, allow: Collection[str] | None) -> dict[str, int]:
                     f"{path}:{record.line}: split: got {record.split!r} for user_id {record.user_id!r}, whose prompts above "
                     f"are in {before!r}; expected one split per user"
                 )
+        notice(*reading.notes(read=reading.columns))
         if reading.columns:
             notice(f"{path}: further columns, which only a reward.function reads: {', '.join(reading.columns)}")
         if counts["without user_id"]:
@@ -73,7 +76,8 @@ def _prompts(path: Path, allow: Collection[str] | None) -> dict[str, int]:
         return {**counts, "users": users.execute("SELECT COUNT(*) FROM users").fetchone()[0]}
 
 
-def _pretraining(path: Path, allow: Collection[str] | None) -> dict[str, int]:
+def _pretraining(path: Path, allow: Collection[str] | None, form: str | None) -> dict[str, int]:
+    check_format(PRETRAINING, form)
     counts: Counter[str] = Counter(records=0)
     texts = read_texts(path, allow=allow)
     for record in texts:
@@ -83,7 +87,7 @@ def _pretraining(path: Path, allow: Collection[str] | None) -> dict[str, int]:
     return dict(counts)
 
 
-_SUMMARIES: dict[str, Callable[[Path, Collection[str] | None], dict[str, int]]] = {
+_SUMMARIES: dict[str, Callable[[Path, Collection[str] | None, str | None], dict[str, int]]] = {
     "demonstrations": _demonstrations,
     "comparisons": _comparisons,
     "prompts": _prompts,

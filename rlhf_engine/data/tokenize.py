@@ -278,7 +278,7 @@ class Codec:
         return self.encode_response(response, None if isinstance(prompt, str) else self.turn_end)
 
     def examples(self, demonstration: Demonstration) -> list[Example]:
-        """Return a demonstration in rows in which every turn of the assistant is trained, once.
+        """Return a demonstration in rows in which every turn of the assistant is trained, once, unless its weight is 0.
 
         A turn is in the row of the turn before it if the ids of that row are the beginning of its prompt. Otherwise, as in a
         template that deletes earlier reasoning, it starts a new row. In each row, every turn thus follows the ids that
@@ -292,7 +292,7 @@ class Codec:
         rows: list[_Row] = []
         for index, message in enumerate(turns):
             before = turns[:index]
-            if message.role != "assistant" or not before or before[-1].role == "assistant":
+            if message.role != "assistant" or not message.trained or not before or before[-1].role == "assistant":
                 continue
             ids, response = self._frame(before), self._turn(before, message.content)
             if not rows or ids[: len(rows[-1].ids)] != rows[-1].ids:

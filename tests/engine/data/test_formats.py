@@ -20,6 +20,7 @@ ASKED, ANSWERED, BAD = Message("user", "p"), Message("assistant", "c"), Message(
 CHAT = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]
 WORSE = [CHAT[0], {"role": "assistant", "content": "r"}]
 SHAREGPT = [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]
+OPENAI_PAIR = {"preferred_output": CHAT[1:], "non_preferred_output": WORSE[1:]}
 HH = "\n\nHuman: o\n\nAssistant: n\n\nHuman: p\n\nAssistant:"
 
 
@@ -45,6 +46,12 @@ def rows(tmp_path, *lines):
         ({"conversations": SHAREGPT, "system": "s"}, Demonstration((Message("system", "s"), ASKED), "c")),
         ({"conversations": CHAT}, Demonstration((ASKED,), "c")),
         ({"prompt": "p", "completion": "c", "label": True}, Demonstration("p", "c")),
+        # Some data sets in Alpaca's format have the whole text as `prompt` too.
+        ({"instruction": "p", "input": "x", "output": "c", "prompt": "all"}, Demonstration("p\n\nx", "c")),
+        (
+            {"messages": [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": 1}], "tools": []},
+            Demonstration((ASKED, Message("assistant", "c", trained=False), ASKED), "c"),
+        ),
     ],
 )
 def test_demonstrations_of_other_tools(tmp_path, row, record):
@@ -68,6 +75,10 @@ def test_demonstrations_of_other_tools(tmp_path, row, record):
             {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "r"}},
             Comparison((ASKED,), ("c", "r"), (0, 1)),
         ),
+        (
+            {"input": {"messages": CHAT[:1]}, "preferred_output": CHAT[1:], "non_preferred_output": WORSE[1:]},
+            Comparison((ASKED,), ("c", "r"), (0, 1)),
+        ),
     ],
 )
 def test_pairs_of_other_tools(tmp_path, row, record):
@@ -83,6 +94,7 @@ def test_pairs_of_other_tools(tmp_path, row, record):
         ({"prompt": "p", "completion": "c"}, PromptRecord("p", columns={"completion": "c"})),
         ({"instruction": "p", "input": "x", "output": "c"}, PromptRecord("p\n\nx", columns={"output": "c"})),
         ({"chosen": CHAT, "rejected": WORSE}, PromptRecord((ASKED,), columns={"chosen": CHAT, "rejected": WORSE})),
+        ({"input": {"messages": CHAT[:1]}, **OPENAI_PAIR}, PromptRecord((ASKED,), columns=OPENAI_PAIR)),
     ],
 )
 def test_prompts_of_other_tools(tmp_path, row, record):
@@ -99,6 +111,22 @@ def test_prompts_of_other_tools(tmp_path, row, record):
         (read_demonstrations, {"prompt": "q", "messages": CHAT}, "the fields prompt and messages exclude each other"),
         (read_demonstrations, {"conversations": [{"from": "human"}]}, r"conversations\[0\]: got {'from': 'human'}"),
         (read_demonstrations, {"instruction": "p", "input": 3, "output": "c"}, "instruction and input: got 'p' and 3"),
+        (
+            read_demonstrations,
+            {"messages": [CHAT[0], {**CHAT[1], "weight": 0}]},
+            "messages: the last message has weight 0, expected a response to train on",
+        ),
+        (
+            read_demonstrations,
+            {"messages": [{**CHAT[0], "weight": 0}]},
+            r"messages\[0\].weight: got 0, expected 1, or 0",
+        ),
+        (read_comparisons, {"input": "p", **OPENAI_PAIR}, "input: got 'p', expected an object with messages"),
+        (
+            read_comparisons,
+            {"input": {"messages": CHAT[:1]}, **OPENAI_PAIR, "preferred_output": CHAT},
+            "preferred_output: got 2 messages, expected one",
+        ),
         (
             read_demonstrations,
             {"instruction": "p", "output": "c", "history": ["o"]},
@@ -139,14 +167,14 @@ def test_responses_with_a_bad_label_are_left_out_and_counted(tmp_path):
         rows(tmp_path, *({"prompt": "p", "completion": x, "label": x == "good"} for x in ("good", "bad", "worse")))
     )
     assert [record.response for record in reading] == ["good"]
-    assert reading.notes() == [f"{tmp_path / 'rows.jsonl'}: left out 2 responses with label false"]
+    assert reading.notes()[1:] == [f"{tmp_path / 'rows.jsonl'}: left out 2 responses with label false"]
 
 
 @pytest.mark.parametrize(
     "reader, row",
     [
         (read_demonstrations, {"prompt": "p", "response": "r"}),
-        (read_comparisons, {"prompt": "p", "chosen": "c", "rejected": "r"}),
+        (read_comparisons, {"prompt": "p", "completions": ["c", "r"], "ranking": [0, 1]}),
         (read_prompts, {"prompt": "p"}),
         (read_texts, {"text": "t"}),
     ],
