@@ -62,6 +62,7 @@ ENGINE_LAYERS = (
     "plots",
     "recipes",
     "demo",
+    "bench",
     "cli",
 )
 

@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlhf_engine.cli import ENGINE, evaluate
+from rlhf_engine.cli.bench import bench_app
 from rlhf_engine.cli.config import config_app
 from rlhf_engine.cli.failures import TRACEBACK, notes, one_line_errors
 from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
@@ -45,6 +46,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
 data_app = typer.Typer(no_args_is_help=True, help="Clean and check data sets.")
 app.add_typer(data_app, name="data")
 

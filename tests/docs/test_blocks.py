@@ -21,6 +21,7 @@ NOT_RUN = {
     "docs/install.md": ["pip install -e ."],
     "docs/tutorials/instructgpt.md": ["from transformers import AutoModelForCausalLM, AutoTokenizer"],
     "docs/guides/backends.md": ["python -m benchmarks.compile_check"],
+    "docs/guides/benchmarks.md": ["rlhf bench", "rlhf bench compare"],
     "docs/guides/deepspeed_chat.md": ["from rlhf_kernels.integrations.deepspeed_chat import PPOMixin"],
     "docs/guides/evaluation.md": ["rlhf eval", "rlhf iterate"],
     "docs/guides/nemo_rl.md": ["from nemo_rl.algorithms.loss"],
