@@ -13,29 +13,17 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo  # the first call of a custom op would import it during an update
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import MB, Check, Row, Session, Worker, alternate_workers, report
+from rlhf_engine.bench.trainer import make_plan, make_trainer
 from rlhf_engine.config import RunConfig
 from rlhf_engine.memory.malloc import return_freed_blocks
-from rlhf_engine.model import ValueHead
-from rlhf_engine.model.adapters import Adapters, import_peft
-from rlhf_engine.model.pretrained import load_pretrained
+from rlhf_engine.model.adapters import import_peft
 from rlhf_engine.model.quantised import import_quant
-from rlhf_engine.model.reward_model import RewardModel
-from rlhf_engine.model.roles import REWARD
-from rlhf_engine.model.top_layers import train_top
-from rlhf_engine.planner import MemoryPlan, ModelShape, Workload
-from rlhf_engine.ppo.build import build_trainer
-from rlhf_engine.ppo.ptx import PretrainStream
-from rlhf_engine.ppo.trainer import PPOTrainer
-from rlhf_engine.recipes.ppo import make_policy, reward_function
-from rlhf_engine.rollout import Generator
 
 NAME = "memory_plan"
 JOBS = 3
@@ -152,55 +140,6 @@ CASES: dict[str, tuple[dict, dict, int]] = {
     ),
 }
 """Name -> (fields of config.json, settings of the run, number of updates)."""
-
-
-def make_plan(fields: dict, settings: dict) -> MemoryPlan:
-    """Return the plan of a case whose reward model has the size of its policy."""
-    shape, config = ModelShape.from_fields(fields), RunConfig.from_dict(settings)
-    return MemoryPlan.of(Workload.of(config, shape, shape, reward_adapter=config.adapter.rank > 0))
-
-
-def make_model(fields: dict, config: RunConfig, folder: str | None) -> PreTrainedModel:
-    """Return a model with random weights, which are read from `folder` if they are quantised."""
-    if folder is not None:
-        where = {"attention": config.model.attention, "dtype": getattr(torch, config.dtype), "device": config.device}
-        return load_pretrained(AutoModelForCausalLM, folder, quant=config.model.quant, **where)
-    made = {"attn_implementation": config.model.attention, "dtype": getattr(torch, config.dtype)}
-    with torch.device(config.device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), **made).eval()
-
-
-def make_reward_model(model: PreTrainedModel, config: RunConfig) -> RewardModel:
-    """Return a reward model of the size of the policy, or an adapter on it."""
-    if not config.adapter.rank:
-        return RewardModel.from_causal_lm(model, seed=1)
-    adapters = Adapters.start(model, config.adapter, seed=0)
-    adapters.add(REWARD, 1, trained=False)
-    return RewardModel.sharing(adapters, REWARD, ValueHead(model.config.hidden_size))
-
-
-def make_trainer(fields: dict, settings: dict, folder: str | None = None) -> PPOTrainer:
-    """Return the trainer that `rlhf ppo` builds from these settings, with random weights and prompts."""
-    config = RunConfig.from_dict(settings)
-    torch.manual_seed(0)
-    shape = AutoConfig.for_model(**fields)
-    model = make_model(fields, config, folder)
-    reward_model = make_reward_model(model, config)
-    if config.model.train_layers is not None:
-        train_top(model, config.model.train_layers)
-    policy, rollout, vocab = make_policy(config, model, reward_model), config.rollout, shape.vocab_size
-    length = rollout.max_prompt_tokens + rollout.max_response_tokens
-    text = torch.randint(0, vocab, (config.ppo.minibatch, length))
-    return build_trainer(
-        policy,
-        None,
-        reward_function(reward_model, SimpleNamespace(eos_id=1, pad_id=0, content=tuple)),
-        lambda first, count: list(torch.randint(0, vocab, (count, rollout.max_prompt_tokens))),
-        config,
-        # An end token outside the vocabulary is never sampled.
-        generator=Generator(policy, rollout, eos_token_ids=vocab, pad_token_id=0, seed=0),
-        pretrain=PretrainStream(text, 0) if config.ppo.ptx_coef else None,
-    )
 
 
 def worker(session: Session, *, fields: dict, settings: dict, updates: int, folder: str | None = None) -> None:

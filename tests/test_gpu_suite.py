@@ -17,6 +17,7 @@ from benchmarks.gpu.entries import Entry
 from benchmarks.gpu.results import Results, report, value_of
 from benchmarks.gpu.timing import Timer
 from benchmarks.gpu_suite import CutOff, Step, Suite
+from rlhf_engine.bench import timing
 
 ROOT = Path(__file__).parent.parent
 
@@ -217,7 +218,7 @@ def test_a_time_is_the_median_without_the_warm_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "made", 0)
     calls = []
-    monkeypatch.setattr(Timer, "in_front", lambda self: lambda: calls.append("in front"))
+    monkeypatch.setattr(timing, "in_front", lambda device: lambda: calls.append("in front"))
     seconds = Timer(dry_run=False).once(lambda: calls.append("timed"), rounds=3, warmup=1)
     assert seconds == 2e-3 and calls == ["in front", "timed"] * 4
 

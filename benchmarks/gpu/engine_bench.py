@@ -15,10 +15,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.bench_memory_plan import make_plan, make_trainer
 from benchmarks.gpu.bench import Bench, ratio
 from benchmarks.gpu.entries import Entry
 from benchmarks.harness import Worker
+from rlhf_engine.bench.trainer import PHASES, make_plan, make_trainer
 from rlhf_engine.planner.presets import PRESETS
 from rlhf_engine.ppo.trainer import PPOTrainer
 from rlhf_engine.recipes.planning import RunPlan
@@ -31,8 +31,6 @@ TINY_MODEL = {
 }  # fmt: skip
 TRL = "benchmarks.peers.trl_ppo:run"
 SAMPLES = "samples a second"
-PHASES = {"collect": "generate", "score": "score", "update": "train"}
-"""Name of a phase in the metrics of time -> its name in the metrics of memory."""
 
 
 def settings(bench: Bench, batch: dict, **ppo: object) -> dict:

@@ -58,19 +58,19 @@ class Timer:
             best, spent = min(best, took), spent + took
         return best / batch
 
-    def batch_of(self, call: Call) -> int:
-        """Return how many calls are timed together, after two calls that compile, allocate and fill caches."""
+    def batch_of(self, call: Call, seconds: float = SHORTEST) -> int:
+        """Return how many calls are timed together to fill `seconds`; two calls before compile, allocate and fill caches."""
         call()
         took = self.many(call, 1)
-        return 1 if self.device.type == "cuda" else max(1, min(10_000, int(SHORTEST / max(took, 1e-7))))
+        return 1 if self.device.type == "cuda" else max(1, min(10_000, int(seconds / max(took, 1e-7))))
 
     def alternate(self, calls: Mapping[str, Call], *, rounds: int, seconds: float = 0.05) -> dict[str, list[float]]:
-        """Return one sample per round of each call, of which each takes `seconds` per round, or one call if it is longer."""
-        batches = {name: self.batch_of(call) for name, call in calls.items()}
+        """Return one sample per round of each call: the mean over the calls that fill `seconds`, or one call if it is longer."""
+        counts = {name: self.batch_of(call, seconds) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
-                samples[name].append(self.fastest(call, seconds, batches[name]))
+                samples[name].append(self.many(call, counts[name]) / counts[name])
         return samples
 
     def on_host(self, call: Call, *, rounds: int = 9, warmup: int = 2) -> float:
