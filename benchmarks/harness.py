@@ -1,6 +1,6 @@
 """Checks with bounds and the results files of `python -m benchmarks`, on the timers and processes of `rlhf_engine.bench`.
 
-A ratio is reliable because its two cases ran in alternation, a fraction of a second apart, and not because the machine was idle.
+A ratio is reliable because its two cases ran in alternation, a fraction of a second apart, and not on an idle machine.
 """
 
 from __future__ import annotations

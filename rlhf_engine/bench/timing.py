@@ -65,7 +65,7 @@ class Timer:
         return 1 if self.device.type == "cuda" else max(1, min(10_000, int(seconds / max(took, 1e-7))))
 
     def alternate(self, calls: Mapping[str, Call], *, rounds: int, seconds: float = 0.05) -> dict[str, list[float]]:
-        """Return one sample per round of each call: the mean over the calls that fill `seconds`, or one call if it is longer."""
+        """Return one sample per round of each call: the mean of the calls that fill `seconds`, at least one."""
         counts = {name: self.batch_of(call, seconds) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
