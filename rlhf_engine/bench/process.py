@@ -122,12 +122,14 @@ class Worker:
             text=True,
             cwd=self.FOLDER,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
         self._read(start_limit, "start")
 
     def _read(self, limit: float, what: str) -> dict:
-        if not select.select([self._process.stdout], [], [], limit)[0]:
+        if not select.select([self._out], [], [], limit)[0]:
             return self._give_up(f"{what} took more than {limit:.0f} s")
-        line = self._process.stdout.readline()
+        line = self._out.readline()
         if not line:
             return self._give_up(
                 f"the process died in its {what}, exit code {self._process.wait()}: {self._last_words()}"
@@ -151,8 +153,8 @@ class Worker:
         """Request a step; with `count`, its seconds are a sample."""
         if self.row.error:
             return
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
+        self._in.write("step\n")
+        self._in.flush()
         message = self._read(self._step_limit, "step")
         if message and count:
             self.row.seconds.append(message["seconds"])
@@ -162,7 +164,7 @@ class Worker:
     def close(self) -> Row:
         """End the process and return its row."""
         if not self.row.error:
-            self._process.stdin.close()
+            self._in.close()
             try:
                 self._process.wait(timeout=30)
             except subprocess.TimeoutExpired:
