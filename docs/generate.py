@@ -14,7 +14,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from docs import _architecture, _kernels, _objectives, _plans, _reference, _results
+from docs import _architecture, _kernels, _objectives, _plans, _reference, _results, _scaling
 from rlhf_engine.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +34,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "reliability": _results.reliability,
     "what fits at a glance": _plans.glance,
     "what fits": _plans.settings,
+    "scaling": _scaling.scaling,
+    "scaling assumptions": _scaling.assumptions,
     "arguments of the losses": _kernels.arguments,
     "options of the objective": _kernels.options,
     "objectives": _objectives.objectives,
@@ -43,12 +45,20 @@ PARTS: dict[str, Callable[[], str]] = {
     "one update": _architecture.update,
 }
 
+FILES: dict[str, Callable[[], str]] = {"benchmarks/results/scaling/scaling.svg": _scaling.plot}
+"""Generated files other than pages, as paths from the root."""
+
 _PART = re.compile(r"(<!-- begin (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def generated(page: str) -> str:
     """Return the text of a page with its generated parts brought up to date."""
     return _PART.sub(lambda match: f"{match[1]}\n{_part(match[2])}\n{match[4]}", page)
+
+
+def made_by(file: Callable[[], str]) -> Callable[[str], str]:
+    """Return a function of a file's old text that returns its new text."""
+    return lambda _: file()
 
 
 def _part(name: str) -> str:
@@ -69,12 +79,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is stale")
     check = parser.parse_args().check
     stale = []
-    for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        new = generated(text)
+    texts = {path: generated for path in PAGES} | {ROOT / name: made_by(file) for name, file in FILES.items()}
+    for path, new_text in texts.items():
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        new = new_text(text)
         if new != text:
             stale.append(str(path.relative_to(ROOT)))
             if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(new, encoding="utf-8")
     print("\n".join(f"{'stale' if check else 'written'}: {name}" for name in stale) or "every page is current")
     return int(check and bool(stale))

@@ -1,6 +1,7 @@
 """Hooks of mkdocs: copy pictures from benchmarks/results, convert equations to MathML, and remove notes for tests from fences.
 
-Pages link to `../../benchmarks/results/NAME.png`, which also works in a view of the repository; the site gets a copy of each.
+Pages link to `../../benchmarks/results/NAME.png` or `.svg`, which also works in a view of the repository; the site
+gets a copy of each.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = "benchmarks/results/"
 
-_PICTURE = re.compile(r"(!\[[^\]]*\]\()(?:\.\./)+" + PICTURES + r"([^)\s]+\.png)\)")
+_PICTURE = re.compile(r"(!\[[^\]]*\]\()(?:\.\./)+" + PICTURES + r"([^)\s]+\.(?:png|svg))\)")
 _EQUATION = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 _NOT_RUN = re.compile(r'^(```\w+)(.*?) not_run="[^"]*"', re.M)
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pictures of the results to the site."""
-    for path in sorted((ROOT / PICTURES).rglob("*.png")):
+    for path in sorted((ROOT / PICTURES).rglob("*.[ps][nv]g")):
         source = path.relative_to(ROOT / PICTURES).as_posix()
         files.append(File.generated(config, f"pictures/{source}", abs_src_path=str(path)))
     return files

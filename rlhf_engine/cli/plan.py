@@ -14,6 +14,7 @@ from rlhf_engine.notices import notice
 
 if TYPE_CHECKING:
     from rlhf_engine.planner import MemoryPlan, Workload
+    from rlhf_engine.planner.cluster import RankPlan
 
 
 def plan(
@@ -30,13 +31,24 @@ def plan(
             "--gpu-memory", help="Memory of a GPU to plan for instead of memory.budget, such as 24GiB; repeatable."
         ),
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="Also print bytes, traffic and seconds per rank on this many GPUs.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="GPU of --gpus: a100, h100, h200, l4 or 4090, by its data sheet.")
+    ] = "h100",
+    shard: Annotated[
+        int | None,
+        typer.Option("--shard", help="Ranks that share one copy of the weights. Default: all, or 1 with adapters."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
 ) -> None:
     """Print the bytes of every item in every phase of `rlhf ppo`, whether they fit, and settings that fit. Needs no GPU."""
     quiet()
     from rlhf_engine.config.memory import byte_count
     from rlhf_engine.planner import MemoryPlan
-    from rlhf_engine.planner.report import items_table, size, strategies_words, verdict, workload_words
+    from rlhf_engine.planner.cluster import RankPlan
+    from rlhf_engine.planner.report import items_table, ranks_words, size, strategies_words, verdict, workload_words
     from rlhf_engine.recipes.planning import workload_of
 
     if output is not None and output.exists() and not output.is_dir():
@@ -45,7 +57,17 @@ def plan(
         if re.search(r"\d\s*GB$", text.strip(), re.IGNORECASE):
             found = size(byte_count(text, "--gpu-memory"))
             notice(f"--gpu-memory {text} is {found}; nvidia-smi prints what a card has, in MiB")
+    if gpus is None and shard is not None:
+        raise ValueError("--shard is set, but --gpus is not; give the number of GPUs")
+    if gpus is not None and gpu_memory:
+        raise ValueError("--gpu-memory and --gpus are both set; name a GPU with --gpu, which has its memory")
     workload = workload_of(read_config(config, overrides), model)
+    ranks = None if gpus is None else RankPlan.of(workload, gpu, gpus, shard)
+    if ranks is not None:
+        typer.echo(ranks_words(ranks))
+        if output is not None:
+            _write_ranks(output, ranks)
+        return
     workloads = [
         replace(workload, device="cuda", budget=byte_count(text, "--gpu-memory")) for text in gpu_memory or []
     ] or [workload]
@@ -82,3 +104,14 @@ def _write(output: Path, whole: MemoryPlan, workloads: list[Workload]) -> None:
         },
         output / "plan.png",
     )
+
+
+def _write_ranks(output: Path, plan: RankPlan) -> None:
+    """Write plan.json and plan.png with the plan of a rank."""
+    from rlhf_engine.files import write_json
+    from rlhf_engine.plots import plot_memory
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "plan.json", plan.to_dict())
+    title = f"a rank of {plan.cluster.gpus} x {plan.workload.gpu}"
+    plot_memory({title: (plan.persistent, plan.phase_items(), plan.cluster.gpu.memory)}, output / "plan.png")

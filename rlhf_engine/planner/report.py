@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlhf_engine.planner.cluster import RankPlan
 from rlhf_engine.planner.plan import PHASES, MemoryPlan
 from rlhf_engine.planner.strategies import Strategy, fitting_or_smallest
 from rlhf_engine.planner.workload import Workload
@@ -109,3 +110,45 @@ def refuse(plan: MemoryPlan) -> None:
         way = f"no strategy that was tried fits, the smallest peak is {size(least.plan.peak)} with {least.words}"
     need = f"for the planned peak of {size(plan.peak)} ({plan.largest}, {plan.phases[plan.largest].moment})"
     raise ValueError(f"memory.budget: got {size(w.budget)}, which is {short} {need}; {way}")
+
+
+# ---- several GPUs ----
+
+
+def ranks_words(plan: RankPlan) -> str:
+    """Return bytes per rank, bytes over each link and seconds of an update on several GPUs, as text."""
+    c, w = plan.cluster, plan.share
+    copies = (
+        f"{c.copies} {'copy' if c.copies == 1 else 'copies'}, sharded over {c.shard}" if c.shard > 1 else "whole copies"
+    )
+    lines = [
+        f"{c.gpus} x {w.gpu}, {c.gpu.per_node} per node, {copies}; predicted from data sheets, not measured",
+        f"per rank and update: {w.rollout_batch} sequences, {plan.steps} optimizer steps of {w.minibatch}, {plan.passes} "
+        f"micro-batches of {w.train_rows}",
+        "",
+        _line("GiB per rank", PHASES),
+    ]
+    lines += [_line(name, [f"{count / GIB:.2f}"] * len(PHASES)) for name, count in plan.persistent.items()]
+    found = plan.phase_items()
+    for name in dict.fromkeys(item for phase in found.values() for item in phase):
+        lines.append(_line(name, [f"{found[p][name] / GIB:.2f}" if found[p].get(name) else "" for p in PHASES]))
+    lines.append(_line("= peak", [f"{plan.peaks[phase] / GIB:.2f}" for phase in PHASES]))
+    spare = c.gpu.memory - plan.peak
+    lines += [
+        "",
+        f"peak {size(plan.peak)} of {size(c.gpu.memory)}: "
+        + (f"fits, {size(spare)} to spare" if spare >= 0 else f"does not fit, {size(-spare)} too much"),
+    ]
+    if plan.traffic:
+        lines += ["", "received per rank and update:"]
+    for one in plan.traffic:
+        lines.append(
+            f"  {one.phase:9}{one.operation:15}{one.what:11}{size(one.count):>12} over {one.link} of {one.ranks} ranks, "
+            f"{one.calls} calls, {_seconds(one.seconds)}"
+        )
+    parts = ", ".join(f"{name} {_seconds(time)}" for name, time in plan.seconds.items())
+    return "\n".join([*lines, "", f"seconds of an update: {_seconds(plan.total)} ({parts})"])
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.3g} s"

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from rlhf_engine.planner import items
+from rlhf_engine.planner.gpus import GPUS, LINKS, MEMORY, TRANSFERS, Gpu
 from rlhf_engine.planner.workload import Workload
 
 
@@ -30,6 +32,23 @@ class Machine:
     """Dequantising a weight, by the format."""
     optimizer: dict[str, float]
     """AdamW's step, by the kind of its state."""
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> Self:
+        """Return the costs that follow from a data sheet. AdamW reads and writes 28 bytes per weight, or copies 24."""
+        memory, host = MEMORY * gpu.bandwidth, TRANSFERS * LINKS[gpu.host]
+        read = gpu.tokens(4, memory)
+        return cls(
+            read=read,
+            from_host=gpu.tokens(4, host),
+            half=gpu.float32 / gpu.half,
+            dequantise=dict.fromkeys(("int8", "nf4", "fp8"), read),
+            optimizer={
+                "resident": gpu.tokens(28, memory),
+                "8bit": gpu.tokens(42, memory),
+                "host": gpu.tokens(24, host),
+            },
+        )
 
 
 MACHINES = {
@@ -50,6 +69,7 @@ MACHINES = {
         dequantise={"int8": 30, "nf4": 30, "fp8": 30},
         optimizer={"resident": 200, "8bit": 300, "host": 20_000},
     ),
+    **{name: Machine.of(gpu) for name, gpu in GPUS.items()},
 }
 LOW_RANK = 2.0
 """Time of a product with the matrices of an adapter in units of a large product with as many weights."""
@@ -57,12 +77,18 @@ LOW_RANK = 2.0
 
 def update_time(w: Workload) -> float:
     """Return the estimated time of one update."""
+    return sum(phase_times(w).values())
+
+
+def phase_times(w: Workload) -> dict[str, float]:
+    """Return the estimated time of one update by phase, and that of its optimizer steps."""
     epochs, steps = w.config.ppo.ppo_epochs, math.ceil(w.rollout_batch / w.minibatch)
-    return _generate(w) + _score(w) + epochs * (_train(w) + steps * _optimizer(w))
+    trained = {"train": epochs * _train(w), "optimizer": epochs * steps * _optimizer(w)}
+    return {"generate": _generate(w), "score": _score(w)} | trained
 
 
 def _machine(w: Workload) -> Machine:
-    return MACHINES.get(w.device, MACHINES["cuda"])
+    return MACHINES.get(w.gpu or w.device, MACHINES["cuda"])
 
 
 def _per_token(w: Workload) -> float:

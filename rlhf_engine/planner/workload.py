@@ -65,6 +65,8 @@ class Workload:
     """Number of the policy's top layers that are trained or have adapters; None: all."""
     quant: str = "none"
     """Value of the setting `model.quant`."""
+    gpu: str = ""
+    """Key of `gpus.GPUS` whose speeds are assumed; empty: those of `device` in general."""
     config: RunConfig = field(default_factory=RunConfig, repr=False)
     """Config of the run. Settings that do not affect memory may still exclude a strategy."""
 

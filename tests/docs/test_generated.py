@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from docs.generate import PAGES, PARTS, ROOT, generated
+from docs.generate import FILES, PAGES, PARTS, ROOT, generated
 
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 WITH_PARTS = [page for page, text in TEXTS.items() if "<!-- begin " in text]
@@ -13,6 +13,11 @@ WITH_PARTS = [page for page, text in TEXTS.items() if "<!-- begin " in text]
 @pytest.mark.parametrize("page", WITH_PARTS)
 def test_generated_parts_are_current(page):
     assert generated(TEXTS[page]) == TEXTS[page], f"{page} is stale; run python -m docs.generate"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_generated_files_are_current(name):
+    assert FILES[name]() == (ROOT / name).read_text(encoding="utf-8"), f"{name} is stale; run python -m docs.generate"
 
 
 def test_every_generated_part_is_on_a_page():

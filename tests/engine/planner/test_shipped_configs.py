@@ -9,6 +9,7 @@ import rlhf_engine
 from rlhf_engine.config import load_config
 from rlhf_engine.config.memory import byte_count
 from rlhf_engine.planner import MemoryPlan
+from rlhf_engine.planner.cluster import RankPlan
 from rlhf_engine.recipes.planning import workload_of
 
 FOLDER = Path(rlhf_engine.__path__[0]) / "examples"
@@ -42,3 +43,17 @@ def test_a_shipped_config_does_not_fit_without_what_it_changes(path):
     config = load_config(path, ["adapter.rank=0", "model.quant=none", "memory.optimizer_state=resident"])
     model = re.search(r"--model (\S+)", path.read_text())[1]
     assert not MemoryPlan.of(workload_of(config, model)).fits
+
+
+def test_the_config_for_8_gpus_fits_them():
+    """Each rank has a reserve of 3% and more, and all sequences of its decode steps; without shards it does not fit."""
+    path = FOLDER / "8_gpus.yaml"
+    ((name, model, gpus, gpu),) = re.findall(
+        r"rlhf plan --config (\S+) --model (\S+) --gpus (\d+) --gpu (\S+)", path.read_text()
+    )
+    assert name == path.name and f"{gpus}_gpus" == path.stem
+    workload = workload_of(load_config(path), model)
+    plan = RankPlan.of(workload, gpu, int(gpus))
+    assert plan.peak <= 0.97 * plan.cluster.gpu.memory and plan.kv_bytes == plan.phases["generate"]["kv_cache"]
+    assert workload.rollout_batch % int(gpus) == 0 and workload.minibatch % int(gpus) == 0
+    assert not RankPlan.of(workload, gpu, int(gpus), shard=1).fits
