@@ -59,9 +59,9 @@ lint-types: build
 lint-public: build
 	PATH=$(BIN):$$PATH PYTHONPATH=. $(BIN)/pyright --verifytypes rlhf_kernels --ignoreexternal
 
-# Compile every GPU kernel for real chips, without a GPU: registers, spills, stack frames.
+# Compile every GPU kernel for real chips, without a GPU: registers, spills, stack frames. ARCH='sm_90 gfx942' selects chips.
 compile-check: build
-	$(BIN)/python -m benchmarks.compile_check
+	$(BIN)/python -m benchmarks.compile_check $(if $(ARCH),--arch $(ARCH))
 
 bench: bench-env
 	$(BIN)/python -m benchmarks
