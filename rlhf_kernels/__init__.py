@@ -4,6 +4,7 @@ from ._native import lend_workspace, release_workspace
 from ._options import PPOOptions, Term
 from .launch_args import (
     METRICS,
+    NLL_METRICS,
     TERM_METRICS,
     Advantages,
     PPOLoss,
@@ -42,6 +43,7 @@ from .token_args import IMPORTANCE_METRICS, ImportanceWeights, TokenSelection, T
 __all__ = [
     "IMPORTANCE_METRICS",
     "METRICS",
+    "NLL_METRICS",
     "TERM_METRICS",
     "Advantages",
     "FusedHead",

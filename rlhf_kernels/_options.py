@@ -98,6 +98,10 @@ class PPOOptions(TypedDict, total=False):
     """Code of what the loss of each token is, see `Term`. None: `Term.RL` everywhere."""
     term_weights: Tensor | None  # (B, T) or (N,)
     """Factor of the whole loss of each token except its value loss. None: 1."""
+    nll_mask: Tensor | None  # (B, T) or (N,), bool
+    """Tokens of positive examples, whose `-log π` is added to the loss (VAPO); they may be tokens of `mask` as well."""
+    nll_coef: float
+    """Coefficient of this loss; with 0 it is only a metric."""
     values: Tensor | None  # (B, T) or (N,), differentiable
     """Predictions of a separate value model; the value loss is added to the loss."""
     old_values: Tensor | None  # (B, T) or (N,)
@@ -134,6 +138,8 @@ class PPOOptions(TypedDict, total=False):
     """The same for tokens with `Term.CROSS_ENTROPY`. None: those of this call."""
     num_kl_tokens: float | Tensor | None
     """The same for tokens with `Term.KL`. None: those of this call."""
+    num_nll_tokens: float | Tensor | None
+    """The same for the tokens of `nll_mask`. None: those of this call."""
     num_sequences: float | Tensor | None
     """Denominator of the aggregations that begin with `seq_mean`. None: the sequences of this call with a token."""
     cu_seqlens: Tensor | None  # (B + 1,), int32
@@ -186,6 +192,8 @@ class PPOArguments:
     weights: Tensor | None = None
     term: Tensor | None = None
     term_weights: Tensor | None = None
+    nll_mask: Tensor | None = None
+    nll_coef: float = _scalar(0.0, limits={"least": 0}, kernel=False)
     values: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
@@ -203,6 +211,7 @@ class PPOArguments:
     num_value_tokens: float | Tensor | None = None
     num_cross_entropy_tokens: float | Tensor | None = None
     num_kl_tokens: float | Tensor | None = None
+    num_nll_tokens: float | Tensor | None = None
     num_sequences: float | Tensor | None = None
     cu_seqlens: Tensor | None = None
 
@@ -215,4 +224,7 @@ OPTIONS: tuple[str, ...] = tuple(option.name for option in fields(PPOArguments))
 SCALARS: tuple[Scalar, ...] = tuple(_row(option) for option in fields(PPOArguments) if "row" in option.metadata)
 """The rows of the table, in the order of `PPOArguments`."""
 TOKEN_TENSORS = ("weights", "term_weights", "values", "old_values", "returns", "entropy", "ref_logprobs")
-DENOMINATORS = ("num_tokens", "num_value_tokens", "num_cross_entropy_tokens", "num_kl_tokens", "num_sequences")
+DENOMINATORS = (
+    *("num_tokens", "num_value_tokens", "num_cross_entropy_tokens", "num_kl_tokens", "num_nll_tokens"),
+    "num_sequences",
+)

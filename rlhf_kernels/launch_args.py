@@ -258,6 +258,8 @@ SUMS = (
 """The sums that the kernels of `ppo_loss` return, in the order of PpoSum (csrc/args.h)."""
 TERM_SUMS = ("cross_entropy_term", "kl_term", "num_cross_entropy_tokens", "num_kl_tokens")
 """The sums of the tokens with a term other than the objective, which follow `SUMS` if there are terms."""
+NLL_SUMS = ("nll_term", "num_nll_tokens")
+"""The sums of the tokens of positive examples, which follow the others if there is an `nll_mask`."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -324,6 +326,8 @@ take the maximum of `ratio_max`. `explained_variance` reads the last five."""
 
 TERM_METRICS = ("cross_entropy_loss", "kl_loss", "num_cross_entropy_tokens", "num_kl_tokens")
 """More keys of `PPOLoss.metrics` if `term` is given: parts of the loss, and the tokens that have them."""
+NLL_METRICS = ("nll_loss", "num_nll_tokens")
+"""More keys of `PPOLoss.metrics` if `nll_mask` is given: the loss without its coefficient, and its tokens."""
 
 
 def explained_variance(metrics: dict[str, Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from ._options import PPOOptions
 from .launch_args import PPOLoss, TokenLogprobs, Transform
 from .matrices import Matrices, operands
 from .ops import checks, linear_ppo_loss, linear_token_logprobs, linear_topk_kl
+from .ops.row_terms import tokens_of
 from .ops.shards import Group
 from .output_layer import (
     CausalLM,
@@ -160,7 +161,7 @@ class FusedHead(nn.Module):
         **options: Unpack[PPOOptions],
     ) -> PPOLoss:
         """Return the PPO loss of the policy head and the optional value head; see `linear_ppo_loss`."""
-        hidden, weight, bias, low_rank = self.matrices(hidden, mask)
+        hidden, weight, bias, low_rank = self.matrices(hidden, tokens_of(options.get("nll_mask"), mask))
         with self._precision(hidden):
             return linear_ppo_loss(
                 hidden,

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from rlhf_engine.config.model import ModelConfig as ModelConfig
     from rlhf_engine.config.optim import OptimConfig as OptimConfig
     from rlhf_engine.config.ppo import PPOConfig as PPOConfig
-    from rlhf_engine.config.ppo import TRPOConfig as TRPOConfig
     from rlhf_engine.config.reward import RewardConfig as RewardConfig
     from rlhf_engine.config.rollout import RolloutConfig as RolloutConfig
     from rlhf_engine.config.run import RunConfig as RunConfig
     from rlhf_engine.config.sft import SFTConfig as SFTConfig
+    from rlhf_engine.config.trpo import TRPOConfig as TRPOConfig
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
@@ -54,7 +54,7 @@ __getattr__, __dir__, __all__ = exports(
         "ModelConfig": "model",
         "OptimConfig": "optim",
         "PPOConfig": "ppo",
-        "TRPOConfig": "ppo",
+        "TRPOConfig": "trpo",
         "RewardConfig": "reward",
         "RolloutConfig": "rollout",
         "RunConfig": "run",

@@ -17,36 +17,11 @@ from rlhf_engine.config.schema import (
     Count,
     NonNegative,
     Positive,
-    PositiveShare,
     Section,
     Share,
     WholeNumber,
 )
-
-
-@dataclass(frozen=True)
-class TRPOConfig(Section):
-    """The constrained step of objective "trpo", for eager attention and models of up to about 50 million parameters."""
-
-    max_kl: Positive = 0.01
-    """delta, the maximum mean KL(old || new) of a step, in nats per token. The default is the paper's value."""
-    cg_iterations: Count = 10
-    """Maximum iterations of conjugate gradient, one Fisher-vector product each. The default is the paper's value."""
-    cg_tolerance: Share = 1e-5
-    """Norm of the residual at which conjugate gradient stops, as a fraction of the norm of the gradient."""
-    damping: NonNegative = 0.1
-    """Added to the diagonal of the Fisher matrix, which is singular because a rollout has fewer states than the model
-    has weights."""
-    backtracks: Count = 10
-    """Maximum number of step sizes that the line search tries; each is `shrink` times the previous one."""
-    shrink: PositiveShare = 0.5
-    """Factor between successive step sizes of the line search, below 1."""
-
-    def check(self) -> None:
-        """Raise ValueError if the line search would repeat the same step."""
-        if self.shrink == 1.0:
-            raise ValueError("shrink: got 1.0, expected a number below 1; with 1 the line search repeats the same step")
-
+from rlhf_engine.config.trpo import TRPOConfig
 
 _POLICY_GRADIENT = {
     "objective": "policy_gradient",
@@ -212,6 +187,11 @@ class PPOConfig(Section):
     tokens."""
     ptx_ratio: Positive = 1.0
     """Pretraining sequences per sequence of the minibatch in every optimizer step. InstructGPT used 8."""
+    positive_nll_coef: NonNegative = 0.0
+    """mu, the weight of the mean of -log pi over the tokens of the minibatch's responses with a score above
+    `positive_score` (VAPO, whose value is 0.1), reduced by `aggregation`; 0 turns it off."""
+    positive_score: float = 0.0
+    """Score above which a response is a positive example, as the reward function returns it, before scaling."""
     aggregation: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"] = "token_mean"
     """Reduction of the token losses of a minibatch: token_mean divides the sum by the number of tokens;
     seq_mean_token_sum sums within each sequence and averages over sequences; seq_mean_token_mean averages within each
@@ -331,6 +311,8 @@ class PPOConfig(Section):
             ("trpo", TRPOConfig(), "objective 'trpo'", self.objective == "trpo"),
             ("entropy_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
             ("ptx_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("positive_nll_coef", 0.0, "an objective other than 'trpo'", self.objective != "trpo"),
+            ("positive_score", 0.0, "positive_nll_coef above 0", self.positive_nll_coef > 0),
             ("aggregation", "token_mean", "an objective other than 'trpo'", self.objective != "trpo"),
             ("ratio_level", "token", "an objective with a ratio of tokens or sequences", leveled),
             ("importance_cap", None, "an objective other than 'trpo'", self.objective != "trpo"),
@@ -375,8 +357,9 @@ class PPOConfig(Section):
             raise ValueError(
                 "baseline: got 'none', expected 'value' with objective 'trpo', whose optimizer trains only the value function"
             )
-        if self.missing_eos_score is not None and not abs(self.missing_eos_score) < float("inf"):
-            raise ValueError(f"missing_eos_score: got {self.missing_eos_score}, expected a finite number")
+        for name in ("missing_eos_score", "positive_score"):
+            if (score := getattr(self, name)) is not None and not abs(score) < float("inf"):
+                raise ValueError(f"{name}: got {score}, expected a finite number")
         if round(self.ptx_ratio * self.minibatch) < 1:
             raise ValueError(
                 f"ptx_ratio: got {self.ptx_ratio}, expected at least one pretraining sequence per minibatch"

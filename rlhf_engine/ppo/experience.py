@@ -40,7 +40,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Experience:
-    """The training data of one update. All tensors but those of `rollout` are (B, T), float32, 0 where the mask is False."""
+    """The training data of one update. Tensors of float32 are (B, T), 0 where the mask is False."""
 
     rollout: Rollout
     old_logprobs: Tensor
@@ -49,6 +49,7 @@ class Experience:
     returns: Tensor
     weights: Tensor | None
     kept: Tensor | None = None  # (B, T), bool: the actions of the policy term; None: all
+    positive: Tensor | None = None  # (B,), bool: the sequences of `positive_nll_coef`; None: it is 0
 
 
 class Step(NamedTuple):
@@ -152,6 +153,9 @@ def advantages(
     if config.discount_gradient:
         discounts = gradient_discounts(rollout.mask, config.gamma)
         weights = discounts if weights is None else weights * discounts
+    positive = scored.raw_scores > config.positive_score if config.positive_nll_coef else None
+    if positive is not None:
+        mismatch = mismatch | {"positive_share": positive.float().mean()}
     lengths = rollout.response_lengths.float()
     log = {
         "score_mean": scored.raw_scores.mean(),
@@ -166,7 +170,8 @@ def advantages(
         "ended": rollout.ended.float().mean(),
     }
     tokens = scored.old_logprobs, scored.old_values, result.advantages, result.returns
-    return Experience(rollout, *tokens, weights, kept), {name: float(value) for name, value in (log | mismatch).items()}
+    found = Experience(rollout, *tokens, weights, kept, positive)
+    return found, {name: float(value) for name, value in (log | mismatch).items()}
 
 
 def correction(

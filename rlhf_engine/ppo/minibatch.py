@@ -36,6 +36,8 @@ def minibatch_backward(
     rollout, totals = experience.rollout, MetricSum()
     kept, scaled = rollout.mask if experience.kept is None else experience.kept, experience.advantages
     num_tokens, num_kept = int(rollout.mask[sequences].sum()), int(kept[sequences].sum())
+    positive = None if experience.positive is None else rollout.mask & experience.positive[:, None]
+    num_positive = None if positive is None else int(positive[sequences].sum())
     if config.whiten_advantages and config.whiten_scope == "minibatch":
         scaled = torch.zeros_like(scaled)
         scaled[sequences] = masked_whiten(experience.advantages[sequences], rollout.mask[sequences])
@@ -53,8 +55,11 @@ def minibatch_backward(
             "old_values": actions(experience.old_values),
             "returns": actions(experience.returns),
             "weights": None if experience.weights is None else actions(experience.weights),
+            "nll_mask": None if positive is None else actions(positive),
+            "nll_coef": config.positive_nll_coef,
             "num_tokens": num_kept,
             "num_value_tokens": num_tokens,
+            "num_nll_tokens": num_positive,
             "num_sequences": len(sequences),
             "cu_seqlens": batch.cu_seqlens,
         }

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_engine.config.ppo import TRPOConfig
+from rlhf_engine.config.trpo import TRPOConfig
 from rlhf_engine.model import ActorCritic, frozen_copy
 from rlhf_engine.model.layout import TokenBatch
 from rlhf_engine.rollout import Rollout

@@ -76,7 +76,7 @@ def fused_logits_ppo_loss(
         ObjectiveTerms.of(args, old_logprobs, advantages, mask),
     )
     loss, metrics = OnePass.apply(*flatten(inputs))
-    return as_loss(loss, metrics)
+    return as_loss(loss, metrics, inputs.terms)
 
 
 def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
@@ -88,8 +88,9 @@ def why_two_passes(args: PPOArguments, logits: Tensor, inplace: bool) -> str:
     if sequence_level(args):
         got = f"objective={args.objective!r}" if args.ratio_level == "token" else "ratio_level='sequence'"
         return f"got {got}, expected a ratio per token, because the kernel computes gradients row by row"
-    if args.term is not None:
-        return "got term, expected None, because the kernel computes the objective only"
+    for name in ("term", "nll_mask"):
+        if getattr(args, name) is not None:
+            return f"got {name}, expected None, because the kernel computes the objective only"
     if inplace and logits.dtype == torch.float16:
         # Gradients that need a loss scale would underflow to 0 before it is applied, and the overwritten logits could not
         # be used to compute them again.

@@ -17,6 +17,7 @@ from .agreement import agreed, local_parts, together
 from .head import HeadGradients, HeadRows, Needs, Plan, Results, row_pass
 from .linear_token_logprobs import HeadInputs, Storage, check_head, dense, gradient_dtype, stats_of, under_autocast
 from .objective import ObjectiveTerms, as_loss
+from .row_terms import tokens_of
 from .sequence_pass import add_given, block_pass, sequence_pass
 from .shards import WHOLE, Group, Shards
 from .weights import LowRank, QuantisedWeight
@@ -92,8 +93,8 @@ def linear_ppo_loss(
     hidden, weight, bias, low_rank = under_autocast(hidden, weight, bias, low_rank)
 
     def checked() -> str:
-        transform = temperature, softcap, logit_scale
-        check_head(hidden, weight, ids, bias, low_rank, *transform, mask, chunk_tokens, sharded=group is not None)
+        transform, seen = (temperature, softcap, logit_scale), tokens_of(args.nll_mask, mask)
+        check_head(hidden, weight, ids, bias, low_rank, *transform, seen, chunk_tokens, sharded=group is not None)
         computed = {"value_head": value_weight is not None, "computes_entropy": True}
         objective.check(args, ids, old_logprobs, advantages, mask, name="ids", **computed)
         check_value_head(hidden, value_weight, value_bias)
@@ -102,12 +103,13 @@ def linear_ppo_loss(
         return resolve(op, backend, hidden, len(weight))
 
     chosen = together(group, hidden, checked)
+    seen = tokens_of(args.nll_mask, mask)
     values = None if args.values is None else args.values.float().reshape(-1)
     leaves = Leaves(HeadInputs.of(hidden, weight, bias, low_rank), value_weight, value_bias, values)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in flatten(leaves)]
     head: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     same = {"chunk_tokens": chunk_tokens, "compact": compact, "needs": needs, **head, **vars(args)}
-    place = agreed(group, weight, hidden, ids, mask, chosen, same)
+    place = agreed(group, weight, hidden, ids, seen, chosen, same)
     if chosen == "reference":
         from .. import reference
 
@@ -124,7 +126,7 @@ def linear_ppo_loss(
     )
     stats = logprobs = None
     if callable(args.objective):
-        stats = stats_of(leaves.head, storage, flat_ids, mask.reshape(-1), moved, chunk_tokens, chosen, place)
+        stats = stats_of(leaves.head, storage, flat_ids, seen.reshape(-1), moved, chunk_tokens, chosen, place)
         logprobs = RowStats(stats).logprobs
     inputs = Inputs(
         leaves,
@@ -142,7 +144,7 @@ def linear_ppo_loss(
         place,
     )
     loss, metrics = LinearPpoLoss.apply(*flatten(inputs))
-    return as_loss(loss, metrics)
+    return as_loss(loss, metrics, inputs.terms)
 
 
 def check_compact(compact: bool | None, hidden: Tensor, backend: str) -> bool:
@@ -227,7 +229,7 @@ def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
         stats = RowStats(x.stats)
     elif terms.sequence_level:
         stats = sequence_pass(gradients, take, terms)
-    elif terms.other_weights is not None:
+    elif terms.others.present:
         stats = block_pass(gradients, take, terms)
     else:
         rows = take(terms.mask)

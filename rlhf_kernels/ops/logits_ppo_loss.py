@@ -10,6 +10,7 @@ from ..launch_args import PPOLoss, Transform
 from . import checks, objective
 from .fused_logits_loss import fused_logits_ppo_loss, why_two_passes
 from .ppo_loss import fused_ppo_loss
+from .row_terms import tokens_of
 from .token_logprobs import check_logits, fused_token_logprobs
 
 
@@ -46,7 +47,8 @@ def logits_ppo_loss(
     """
     temperature = checks.constant(temperature)
     args = objective.parse("logits_ppo_loss", options)
-    check_logits(logits, ids, temperature, softcap, logit_scale, mask)
+    seen = tokens_of(args.nll_mask, mask)
+    check_logits(logits, ids, temperature, softcap, logit_scale, seen)
     objective.check(args, ids, old_logprobs, advantages, mask, name="ids", computes_entropy=True)
     chosen = resolve("logits_ppo_loss", backend, logits, logits.shape[-1])
     if chosen == "reference":
@@ -64,5 +66,5 @@ def logits_ppo_loss(
         if backend == "cuda":
             raise ValueError(f"backend: 'cuda' cannot serve this call: {refused}; use 'triton' or 'auto'")
         chosen = "triton"  # computes the gradient in backward
-    taken = fused_token_logprobs(logits, ids, transform, mask, chosen, entropy=True, inplace=inplace)
+    taken = fused_token_logprobs(logits, ids, transform, seen, chosen, entropy=True, inplace=inplace)
     return fused_ppo_loss(taken.logprobs, taken.entropy, args, old_logprobs, advantages, mask, chosen)

@@ -26,10 +26,7 @@ from .._options import (
 )
 from ..backend import Kernels
 from ..launch_args import (
-    METRICS,
     SUMS,
-    TERM_METRICS,
-    TERM_SUMS,
     Aggregation,
     Denominators,
     PPOLoss,
@@ -39,6 +36,7 @@ from ..launch_args import (
     count,
 )
 from . import checks, custom_objective, row_terms
+from .row_terms import OtherLosses
 
 
 def parse(caller: str, options: PPOOptions) -> PPOArguments:
@@ -88,8 +86,9 @@ def check(
     for tensor in TOKEN_TENSORS:
         if getattr(args, tensor) is not None:
             checks.tensor(tensor, getattr(args, tensor), **like)
-    if args.value_mask is not None:
-        checks.mask("value_mask", args.value_mask, **like)
+    for tensor in ("value_mask", "nll_mask"):
+        if getattr(args, tensor) is not None:
+            checks.mask(tensor, getattr(args, tensor), **like)
     if args.objective_inputs is not None:
         custom_objective.check_inputs(args.objective_inputs, like)
     if args.term is not None:
@@ -136,9 +135,7 @@ def _check_combinations(args: PPOArguments, computes_entropy: bool) -> None:
         raise ValueError(
             f"objective_inputs is set, but objective={args.objective!r} reads none; pass a function as objective"
         )
-    for name in ("num_cross_entropy_tokens", "num_kl_tokens"):
-        if args.term is None and getattr(args, name) is not None:
-            raise ValueError(f"{name} is set, but term is not; pass the term of each token, or leave {name} out")
+    row_terms.check_settings(args)
     if args.kl_coef and args.ref_logprobs is None:
         raise ValueError(
             f"ref_logprobs is not set, but kl_coef={args.kl_coef} needs it; pass the reference model's log-probs"
@@ -185,9 +182,11 @@ _SOURCES = {
     "kl_loss": ("kl_term", "policy"),
     "num_cross_entropy_tokens": ("num_cross_entropy_tokens", "one"),
     "num_kl_tokens": ("num_kl_tokens", "one"),
+    "nll_loss": ("nll_term", "policy"),
+    "num_nll_tokens": ("num_nll_tokens", "one"),
 }
-"""Metric -> its sum among `SUMS` and `TERM_SUMS`, and its denominator among the fields of `Denominators`."""
-_PLACE = {name: i for i, name in enumerate(SUMS + TERM_SUMS)}
+"""Metric -> its sum among `SUMS` and those of `OtherLosses`, and its denominator among the fields of `Denominators`."""
+_PLACE = {name: i for i, name in enumerate(SUMS)}
 
 
 class ObjectiveTerms(NamedTuple):
@@ -199,9 +198,8 @@ class ObjectiveTerms(NamedTuple):
     ref_logprobs: Tensor | None
     row_weight: Tensor | None
     mask: Tensor  # the tokens of the objective
-    all_tokens: Tensor | None  # (N,), bool: the tokens of all terms; None: `mask`
-    other_weights: Tensor | None  # (2, N), see `RowTerms`
-    other_counts: Tensor | None  # (2,), float64
+    all_tokens: Tensor | None  # (N,), bool: the tokens of all losses but the values'; None: `mask`
+    others: OtherLosses
     value_mask: Tensor
     value_row_weight: Tensor | None
     stacked_denominators: Tensor  # (5,), the fields of Denominators
@@ -226,9 +224,10 @@ class ObjectiveTerms(NamedTuple):
     ) -> "ObjectiveTerms":
         """Return the terms of a call from its checked arguments."""
         sequences = Sequences.of(mask, args.cu_seqlens)
-        all_tokens = None
+        all_tokens, given = None, mask.reshape(-1)
+        if args.term is not None or args.nll_mask is not None:
+            all_tokens = row_terms.tokens_of(args.nll_mask, mask).reshape(-1).contiguous()
         if args.term is not None:
-            all_tokens = mask.reshape(-1).contiguous()
             mask = mask & (args.term == Term.RL.value)  # a compiler finds no tensor equal to an enum
         value_mask = mask if args.value_mask is None else args.value_mask
         alike = value_mask is mask and args.num_value_tokens is args.num_tokens
@@ -239,10 +238,9 @@ class ObjectiveTerms(NamedTuple):
             value_tokens = count(value_mask, args.num_value_tokens)
             value = Aggregation.of(args.aggregation, value_mask, sequences, value_tokens, args.num_sequences)
         one = torch.ones((), device=mask.device)
-        other_weights = other_counts = custom_sum = custom_slope = None
-        if args.term is not None or args.term_weights is not None:
-            tokens_of_all = mask if all_tokens is None else all_tokens
-            policy, other_weights, other_counts = row_terms.RowTerms.of(args, tokens_of_all, mask, sequences, policy)
+        others, custom_sum, custom_slope = OtherLosses(), None, None
+        if all_tokens is not None or args.term_weights is not None:
+            policy, others = row_terms.RowTerms.of(args, given, mask, sequences, policy)
         if callable(args.objective):
             constants = logprobs, old_logprobs, advantages, mask, policy.row_weight
             custom_sum, custom_slope = custom_objective.weighted(args, *constants)
@@ -257,8 +255,7 @@ class ObjectiveTerms(NamedTuple):
             row_weight=policy.row_weight,
             mask=mask,
             all_tokens=all_tokens,
-            other_weights=other_weights,
-            other_counts=other_counts,
+            others=others,
             value_mask=value_mask,
             # A view, because Dynamo does not accept the same tensor as two arguments.
             value_row_weight=None if value.row_weight is None else value.row_weight.view(-1),
@@ -290,11 +287,11 @@ class ObjectiveTerms(NamedTuple):
     @property
     def num_metrics(self) -> int:
         """The number of metrics."""
-        return len(METRICS) + (0 if self.other_weights is None else len(TERM_METRICS))
+        return len(self.others.metrics)
 
     @property
     def tokens(self) -> Tensor:
-        """The mask of the tokens of all terms, (N,)."""
+        """The mask of the tokens whose log-probs are read, (N,)."""
         return self.mask if self.all_tokens is None else self.all_tokens
 
     @property
@@ -335,11 +332,9 @@ class ObjectiveTerms(NamedTuple):
             h = self.entropy_slope() if entropy is not None else None
             sums[_PLACE["policy"]] = self.custom_sum
             sums[_PLACE["active"]] = (slope != 0 if h is None else (slope != 0) | (h != 0)).sum()
-        if self.other_weights is not None and self.other_counts is not None:
-            others = kernels, self.other_weights, logprobs, self.ref_logprobs, self.scalars.kl_estimator
-            more, found = row_terms.slope_and_sums(*others)
-            slope = slope + more
-            sums = torch.cat((sums, found, self.other_counts))
+        if self.others.present:
+            own = logprobs, self.ref_logprobs, self.scalars.kl_estimator
+            slope, sums = self.others.add(kernels, slope, sums, *own)
         return slope, value_slope, sums
 
     def loss(self, sums: Tensor, *, valued: bool) -> Tensor:
@@ -353,14 +348,15 @@ class ObjectiveTerms(NamedTuple):
             policy = policy + s.kl_coef * sums[_PLACE["ref_kl_term"]]
         if s.entropy_coef:
             policy = policy - s.entropy_coef * sums[_PLACE["entropy_term"]]
-        if self.other_weights is not None:
-            policy = policy + sums[_PLACE["cross_entropy_term"]] + sums[_PLACE["kl_term"]]
+        for i, name in enumerate(self.others.sums, len(SUMS)):
+            coefficient = {"cross_entropy_term": 1.0, "kl_term": 1.0, "nll_term": self.others.nll_coef}.get(name, 0.0)
+            policy = policy + coefficient * sums[i] if coefficient else policy
         policy = policy / d.policy
         return (policy + self.vf_coef * sums[_PLACE["value_term"]] / d.value if valued else policy).float()
 
     def metrics(self, sums: Tensor) -> Tensor:
-        """Return the metrics from the sums, (num_metrics,) float32, in the order of METRICS and TERM_METRICS."""
-        source, divisor = _metric_places(sums.device, self.num_metrics)
+        """Return the metrics from the sums, (num_metrics,) float32, in the order of `others.metrics`."""
+        source, divisor = _metric_places(sums.device, self.others.metrics, SUMS + self.others.sums)
         return (sums[source] / self.stacked_denominators[divisor]).float()
 
     def entropy_slope(self) -> Tensor | None:
@@ -373,16 +369,16 @@ class ObjectiveTerms(NamedTuple):
 
 
 @cache
-def _metric_places(device: torch.device, count: int) -> tuple[Tensor, Tensor]:
-    """Return the index of the sum, and of the denominator, of each of the first `count` metrics.
+def _metric_places(device: torch.device, metrics: tuple[str, ...], sums: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Return the index of the sum, and of the denominator, of each metric.
 
     Cached, because a copy to the device synchronizes with it.
     """
-    source, divisor = zip(*(_SOURCES[name] for name in (METRICS + TERM_METRICS)[:count]), strict=True)
-    places = [_PLACE[name] for name in source], [Denominators._fields.index(name) for name in divisor]
+    source, divisor = zip(*(_SOURCES[name] for name in metrics), strict=True)
+    places = [sums.index(name) for name in source], [Denominators._fields.index(name) for name in divisor]
     return torch.tensor(places[0], device=device), torch.tensor(places[1], device=device)
 
 
-def as_loss(loss: Tensor, metrics: Tensor) -> PPOLoss:
+def as_loss(loss: Tensor, metrics: Tensor, terms: ObjectiveTerms) -> PPOLoss:
     """Return the result of the public functions: the loss, and the metrics by name and detached."""
-    return PPOLoss(loss, dict(zip(METRICS + TERM_METRICS, metrics.detach().unbind(), strict=False)))
+    return PPOLoss(loss, dict(zip(terms.others.metrics, metrics.detach().unbind(), strict=True)))

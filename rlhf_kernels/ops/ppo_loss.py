@@ -78,6 +78,10 @@ def ppo_loss(
     multiply all of a token's loss except its value loss. A token's other tensors may be anything if its term does not
     read them. Metrics of the objective count the tokens of `Term.RL`, and so does the default of `value_mask`.
 
+    `nll_mask` selects the tokens of positive examples, and adds `nll_coef agg(-log π)` over them, with the denominator
+    `num_nll_tokens` (VAPO). Unlike `term` it replaces no loss: a token can have the objective as well. It needs no True
+    `mask`, so tokens that an importance mask rejects can be learned from. `term_weights` multiply it.
+
     A function returns the loss of each token, which depends on its first argument; docs/reference/objectives.md has its
     conditions and an example.
 
@@ -90,6 +94,7 @@ def ppo_loss(
     Source: Schulman et al. 2017 (PPO) eq. 6, 7, 8, 9; Ye et al. 2020 (dual clip) eq. 5; Yu et al. 2025 (DAPO,
     clip-higher) eq. 10; Zheng et al. 2025 (GSPO, sequence ratios) eq. 7; Schulman et al. 2015 (TRPO) eq. 14; Williams
     1992 (REINFORCE); DeepSeek-AI 2025 (DeepSeek-V3.2), section 3.1 "Unbiased KL Estimate" (ratio-weighted KL);
+    Yue et al. 2025 (VAPO), section 4.3, "Positive Example LM Loss";
     MiniMax-M1 2025 (CISPO) eq. 4, 5; Gao et al. 2025 (SAPO), section 3; prime-rl (IPO); Qi et al. 2026 (DPPO) eq. 13, 14;
     Zheng et al. 2025 (GSPO-token), section 4.3; Zhao et al. 2025 (GMPO), section 3.
 
@@ -140,7 +145,7 @@ def fused_ppo_loss(
     terms = ObjectiveTerms.of(args, old_logprobs, advantages, mask, logprobs)
     targets = checks.flat(args.old_values), checks.flat(args.returns)
     loss, metrics = Fused.apply(*flatten(Inputs(logprobs, entropy, values, *targets, terms, backend)))
-    return as_loss(loss, metrics)
+    return as_loss(loss, metrics, terms)
 
 
 def _forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -132,9 +132,10 @@ def _add_blocks(gradients: HeadGradients, rows: HeadRows, terms: ObjectiveTerms,
 
 def _terms_of(terms: ObjectiveTerms, index: Tensor | slice, sequences: Sequences) -> ObjectiveTerms:
     """Return the terms, except the value loss, of the tokens that `index` selects, which are `sequences`."""
-    names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight", "mask", "other_weights")
+    names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "row_weight", "mask")
     taken = {name: x[..., index].contiguous() for name in names if (x := getattr(terms, name)) is not None}
     bounds: dict[str, Any] = {
+        "others": terms.others.rows(index),
         "num_sequences": sequences.count,
         "length": sequences.length,
         "cu_seqlens": sequences.cu_seqlens,

@@ -23,6 +23,8 @@ def ppo_loss(
     weights: Tensor | None = None,
     term: Tensor | None = None,
     term_weights: Tensor | None = None,
+    nll_mask: Tensor | None = None,
+    nll_coef: float = 0.0,
     values: Tensor | None = None,
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
@@ -43,13 +45,13 @@ def ppo_loss(
     num_value_tokens: float | Tensor | None = None,
     num_cross_entropy_tokens: float | Tensor | None = None,
     num_kl_tokens: float | Tensor | None = None,
+    num_nll_tokens: float | Tensor | None = None,
     num_sequences: float | Tensor | None = None,
     **surrogate_options: Unpack[SurrogateOptions],
 ) -> PPOLoss:
-    """Return `L = policy - entropy_coef * H + kl_coef * KL(policy || reference) + vf_coef * value + other terms`.
+    """Return `L = policy - entropy_coef H + kl_coef KL(policy || reference) + vf_coef value + nll_coef NLL + other terms`.
 
-    All terms have the same aggregation. `kl_weighting="ratio"` multiplies KL by the ratio of the policy term. Tokens with a
-    `term` other than `Term.RL` are in the other terms only.
+    All terms have the same aggregation. Tokens with a `term` other than `Term.RL` are in the other terms only.
     """
     wide = torch.promote_types(logprobs.dtype, torch.float32)
     seq, b = segment_ids(mask.view(logprobs.shape), cu_seqlens)
@@ -80,8 +82,7 @@ def ppo_loss(
     metrics = dict.fromkeys(METRICS, new.new_zeros(()))
     if entropy is not None:
         h = rows(entropy)
-        total = total - entropy_coef * (h * weight).sum()
-        metrics["entropy"] = mean(h)
+        total, metrics["entropy"] = total - entropy_coef * (h * weight).sum(), mean(h)
         own_slope = own_slope + abs(entropy_coef) * weight
     if ref_logprobs is not None:
         ref = rows(ref_logprobs.detach())
@@ -96,8 +97,10 @@ def ppo_loss(
     if term is not None:
         counts = num_cross_entropy_tokens, num_kl_tokens
         parts = _other_terms(logprobs, ref_logprobs, term.flatten(), counted, kl_estimator, rows, weights_of, counts)
-        total = total + parts["cross_entropy_loss"] + parts["kl_loss"]
-        metrics |= parts
+        total, metrics = total + parts["cross_entropy_loss"] + parts["kl_loss"], metrics | parts
+    if nll_mask is not None:
+        parts = _positive_nll(logprobs, nll_mask.flatten(), num_nll_tokens, rows, weights_of)
+        total, metrics = total + nll_coef * parts["nll_loss"], metrics | parts
     if values is not None and returns is not None:
         value_weight = _token_weights(value_mask, seq, b, aggregation, num_value_tokens, num_sequences, wide)
         v, r = rows(values, value_mask), rows(returns.detach(), value_mask)
@@ -108,8 +111,7 @@ def ppo_loss(
         metrics |= _value_metrics(value_loss, clipped, v, r, value_mask, _count(value_mask.sum(), num_value_tokens))
     if ratio_level == "sequence" or objective == "gmpo":
         ratio_slope = torch.where(apart, 0, _sequence_mean(torch.where(mask, ratio_slope, 0), mask, seq, b))
-    metrics |= _policy_metrics(s, apart, new, old, mask, mean, ratio_slope + own_slope)
-    metrics["policy_loss"] = policy_loss
+    metrics |= _policy_metrics(s, apart, new, old, mask, mean, ratio_slope + own_slope) | {"policy_loss": policy_loss}
     return PPOLoss(total, {k: v.detach().float() for k, v in metrics.items()})
 
 
@@ -181,6 +183,18 @@ def _other_terms(
         "num_cross_entropy_tokens": of_ce.sum(),
         "num_kl_tokens": of_kl.sum(),
     }
+
+
+def _positive_nll(
+    logprobs: Tensor,
+    positive: Tensor,
+    num_tokens: float | Tensor | None,
+    rows: Callable[[Tensor, Tensor], Tensor],
+    weights_of: Callable[[Tensor, float | Tensor | None], Tensor],
+) -> dict[str, Tensor]:
+    """Return the loss of the positive examples and the number of its tokens, as metrics."""
+    nll = -(rows(logprobs, positive) * weights_of(positive, num_tokens)).sum()
+    return {"nll_loss": nll, "num_nll_tokens": positive.sum()}
 
 
 def _derivative(
@@ -271,7 +285,7 @@ def logits_ppo_loss(
 ) -> PPOLoss:
     """Return `ppo_loss` of the log-probs and the entropies that the logits give."""
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    taken = token_logprobs(logits, ids, **transform, mask=mask, entropy=True)
+    taken = token_logprobs(logits, ids, **transform, mask=seen_tokens(mask, options), entropy=True)
     options["entropy"] = taken.entropy
     return ppo_loss(taken.logprobs, old_logprobs, advantages, mask, **options)
 
@@ -296,9 +310,15 @@ def linear_ppo_loss(
     """Return `logits_ppo_loss` of `linear_logits(...)`, with values from the same hidden states."""
     if value_weight is not None:
         options["values"] = head_values(hidden, value_weight, value_bias, mask, options)
-    logits = linear_logits(hidden, weight, bias, low_rank, mask)
+    logits = linear_logits(hidden, weight, bias, low_rank, seen_tokens(mask, options))
     transform = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     return logits_ppo_loss(logits, ids, old_logprobs, advantages, mask, **transform, **options)
+
+
+def seen_tokens(mask: Tensor, options: PPOOptions) -> Tensor:
+    """Return the tokens whose log-probs the loss reads."""
+    nll_mask = options.get("nll_mask")
+    return mask if nll_mask is None else mask | nll_mask
 
 
 def head_values(

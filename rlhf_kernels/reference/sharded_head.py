@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._options import PPOOptions
 from ..launch_args import PPOLoss, TokenLogprobs
-from .ppo_loss import head_values, ppo_loss
+from .ppo_loss import head_values, ppo_loss, seen_tokens
 from .token_logprobs import linear_logits, transform_logits
 
 
@@ -123,6 +123,7 @@ def sharded_ppo_loss(
         "logit_scale": logit_scale,
     }
     place: dict[str, Any] = {"group": group, "begin": begin}
-    taken = sharded_token_logprobs(hidden, weight, ids, mask=mask, entropy=True, **place, **head)
+    seen = seen_tokens(mask, options)
+    taken = sharded_token_logprobs(hidden, weight, ids, mask=seen, entropy=True, **place, **head)
     options["entropy"] = taken.entropy
     return ppo_loss(taken.logprobs, old_logprobs, advantages, mask, **options)

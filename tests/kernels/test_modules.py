@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_kernels import FusedHead, linear_ppo_loss, linear_token_logprobs, linear_topk_kl, reference
+from rlhf_kernels import FusedHead, linear_ppo_loss, linear_token_logprobs, linear_topk_kl, logits_ppo_loss, reference
 
 from .helpers.heads import differentiate, make
 
@@ -166,6 +166,20 @@ def test_hidden_states_of_masked_rows_may_be_nan_for_an_adapter():
         found.loss.backward()
         results.append((found.loss, found.metrics["value_loss"], layer.lora_A["a"].weight.grad.clone()))
     assert all(torch.equal(a, b) and b.isfinite().all() for a, b in zip(*results, strict=True))
+
+
+def test_an_adapter_applies_to_positive_tokens_outside_of_the_mask():
+    leaves, constants, _ = make(2)
+    nll_mask = ~constants["mask"]
+    nll_mask[1:] = False
+    hidden = leaves["hidden"].masked_fill(~(constants["mask"] | nll_mask)[..., None], torch.nan)
+    layer = Lora(linear(leaves)).eval()
+    got = FusedHead(layer).ppo_loss(hidden, **constants, nll_mask=nll_mask, nll_coef=0.3)
+    expected = logits_ppo_loss(layer(leaves["hidden"]), **constants, nll_mask=nll_mask, nll_coef=0.3)
+    for name in ("policy_loss", "nll_loss"):
+        torch.testing.assert_close(got.metrics[name], expected.metrics[name], rtol=1e-4, atol=1e-5)
+    got.loss.backward()
+    assert layer.lora_A["a"].weight.grad.isfinite().all()
 
 
 class Owner(nn.Module):

@@ -291,7 +291,7 @@ def test_codes_that_the_host_does_not_see_give_nan(monkeypatch):
 
 def test_compiles_as_one_graph():
     leaves, constants, extra, terms = mixed(14, t=8)
-    options = {"ref_logprobs": extra["ref_logprobs"]} | terms
+    options = {"ref_logprobs": extra["ref_logprobs"]} | terms | {"nll_mask": terms["term"] > 0, "nll_coef": 0.1}
 
     def loss(hidden, weight):
         return linear_ppo_loss(hidden, weight, **constants, **options).loss

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_engine.checkpoint import resume, save_checkpoint
 from rlhf_engine.config import OptimConfig, PPOConfig, RolloutConfig, RunConfig
-from rlhf_engine.config.ppo import TRPOConfig
+from rlhf_engine.config.trpo import TRPOConfig
 from rlhf_engine.model import frozen_copy
 from rlhf_engine.ppo import trpo
 from rlhf_engine.ppo.trpo import (

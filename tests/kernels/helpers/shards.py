@@ -101,6 +101,7 @@ def inputs_of(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[st
     if case.form == "terms":
         options["term"] = torch.randint(0, 3, constants["mask"].shape, generator=g)
         options["value_mask"] = constants["mask"] & (options["term"] == Term.RL)
+        options |= {"nll_mask": torch.rand(constants["mask"].shape, generator=g) < 0.3, "nll_coef": 0.2}
     if case.form == "no logits":  # in the second shard
         leaves["bias"][CUTS[2][1] :] = -torch.inf
         constants["ids"] %= CUTS[2][1]
