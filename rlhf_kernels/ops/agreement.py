@@ -145,11 +145,18 @@ def _device(hidden: Any) -> torch.device:
 
 
 def _check_device(group: Group, hidden: Tensor) -> None:
-    device = _device(hidden)
-    backend = dist.get_backend_config(group) if device.type == "cuda" else ""
-    if "cuda:gloo" in backend:
+    """Raise ValueError for tensors on a GPU if the group has no backend for them, or if a CUDA graph is captured."""
+    if _device(hidden).type != "cuda":
+        return
+    config = dist.get_backend_config(group)
+    if dict(part.split(":") for part in config.split(",")).get("cuda", "gloo") == "gloo":
         raise ValueError(
-            "group: got a group with the backend gloo for tensors on a GPU, expected nccl; call init_process_group('nccl')"
+            f"group: got a group with the backends {config!r} for tensors on a GPU, expected nccl for them; call "
+            "init_process_group('nccl')"
+        )
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "group: got a group while a CUDA graph is captured, expected None: a sharded weight waits for the device"
         )
 
 

@@ -7,8 +7,10 @@ import multiprocessing
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_kernels import FusedHead, reference
+from rlhf_kernels.ops import agreement
 
 from .helpers import shards
 from .helpers.bounds import check_error, check_temperature_costs_nothing, temperature_scene
@@ -166,6 +168,31 @@ BOTH = {
 def test_mistakes_are_refused_on_all_ranks(ranks, name):
     for found in ranks:
         assert BOTH[name] in found["messages"][name]
+
+
+@pytest.mark.parametrize(
+    ("backends", "captured", "message"),
+    [
+        (
+            "cpu:gloo,cuda:gloo",
+            False,
+            "got a group with the backends 'cpu:gloo,cuda:gloo' for tensors on a GPU, expected nccl",
+        ),
+        ("cpu:gloo", False, "got a group with the backends 'cpu:gloo' for tensors on a GPU, expected nccl"),
+        ("cpu:gloo,cuda:nccl", True, "got a group while a CUDA graph is captured, expected None"),
+        ("cuda:nccl", False, ""),
+    ],
+)
+def test_groups_of_tensors_on_a_gpu(monkeypatch, backends, captured, message):
+    monkeypatch.setattr(agreement.dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    with FakeTensorMode():
+        hidden = torch.empty(2, 4, device="cuda")
+
+        def check():
+            agreement._check_device(object(), hidden)
+
+        assert message in shards.message(check) and bool(message) == bool(shards.message(check))
 
 
 def test_a_mistake_of_one_rank_ends_the_call_on_all(ranks):

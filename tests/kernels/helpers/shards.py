@@ -198,7 +198,7 @@ def in_every_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, rank=rank, world_size=4, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store, rank=rank, world_size=4, timeout=datetime.timedelta(minutes=5))
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     pair, place = pairs[rank // 2], rank // 2
     found = {}
