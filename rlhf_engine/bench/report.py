@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +47,22 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def suite_lines(suite: dict[str, Any]) -> Iterator[str]:
-    """Yield the table of a suite and, below it, the reason of each case that was skipped."""
-    measured = [case for case in suite["cases"] if "seconds" in case]
-    if measured:
-        yield from table(HEAD, [_row(case) for case in measured])
+    """Yield the tables of a suite and, below them, the reason of each case that was skipped."""
+    for key, head, row in TABLES:
+        found = [case for case in suite["cases"] if key in case]
+        if found:
+            yield from table(head, [line for case in found for line in row(case)])
+            yield ""
     for case in suite["cases"]:
         if "skipped" in case:
-            yield f"\n{case['name']}, {case['shape']}: skipped, {case['skipped']}."
+            yield f"{case['name']}, {case['shape']}: skipped, {case['skipped']}."
+            yield ""
 
 
-HEAD = (
-    "case", "shape", "backend", "best", "median", "quartiles", "limit / best", "GB/s", "GFLOP/s", "peak", "eager / ours",
-    "error", "eager's",
-)  # fmt: skip
-
-
-def _row(case: dict[str, Any]) -> tuple[str, ...]:
+def _row(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     seconds, gate, eager = case["seconds"], case.get("gate"), case.get("eager_seconds")
     best = seconds["least"]
-    return (
+    yield (
         case["name"],
         case["shape"],
         case["backend"],
@@ -78,8 +75,52 @@ def _row(case: dict[str, Any]) -> tuple[str, ...]:
         "" if case.get("peak_bytes") is None else size(case["peak_bytes"]),
         f"{eager['least'] / best:.2f}" if eager else "",
         f"{gate['error']:.1e}" if gate else "",
-        f"{gate['eager']:.1e}" if gate else "",
+        f"{gate['eager']:.1e}" if gate and "eager" in gate else "",
     )
+
+
+def _phases(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for name, phase in case["phases"].items():
+        yield (
+            *(f"{case['name']}: {name}", case["shape"], *_times(phase["seconds"]), "", ""),
+            *_peaks(phase),
+        )
+    rates = f"{case['tokens_per_second']:.0f}", f"{case['mfu']:.2f}"
+    yield f"**{case['name']}**", case["shape"], *_times(case["seconds"]), *rates, *_peaks(case)
+
+
+def _memory(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield case["name"], case["shape"], case["largest_phase"], *_peaks(case)
+
+
+def _growth(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    points = ", ".join(f"{x:g}: {duration(took)}" for x, took in case["points"])
+    yield case["name"], case["shape"], points, f"{case['exponent']:.2f} ± {case['exponent_error']:.2f}"
+
+
+def _times(seconds: dict[str, float]) -> tuple[str, str, str]:
+    quartiles = f"{duration(seconds['low'])} - {duration(seconds['high'])}"
+    return duration(seconds["least"]), duration(seconds["median"]), quartiles
+
+
+def _peaks(case: dict[str, Any]) -> tuple[str, str, str]:
+    measured, planned = case["peak_bytes"], case["planned_bytes"]
+    return size(measured), size(planned), f"{planned / measured:.2f}" if measured > 0 else ""
+
+
+TABLES: tuple[tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Iterator[tuple[str, ...]]]], ...] = (
+    (
+        "limit_seconds",
+        ("case", "shape", "backend", "best", "median", "quartiles", "limit / best", "GB/s", "GFLOP/s", "peak",
+         "baseline / ours", "error", "eager's"),
+        _row,
+    ),
+    ("phases", ("case", "shape", "best", "median", "quartiles", "tokens/s", "MFU", "peak", "planned", "planned / peak"),
+     _phases),
+    ("largest_phase", ("case", "shape", "largest phase", "peak", "planned", "planned / peak"), _memory),
+    ("exponent", ("case", "shape", "seconds", "exponent"), _growth),
+)  # fmt: skip
+"""Key that a case of the table has -> head of the table, and its rows per case."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,19 @@ from rlhf_engine.planner.report import size
 Log = Callable[[str], None]
 
 
+class Batch(NamedTuple):
+    """Sizes of a PPO update."""
+
+    prompts: int
+    prompt: int
+    """Tokens of a prompt."""
+    response: int
+    """Tokens of a response."""
+    epochs: int
+    microbatch: int
+    """Sequences of maximum length in one pass."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long a run takes."""
@@ -36,16 +49,19 @@ class Effort:
     """Tokens of the cases on logits and hidden states, on a CPU."""
     rollout: tuple[int, int]
     """Sequences and positions of the cases on numbers per token, on a CPU."""
+    batch: Batch
+    """Sizes of an update, on a CPU."""
+    updates: int
 
 
 EFFORTS = {
-    "quick": Effort("quick", 7, 0.03, 256, (128, 1024)),
-    "standard": Effort("standard", 11, 0.1, 1024, (512, 1024)),
-    "full": Effort("full", 21, 0.2, 2048, (512, 4096)),
+    "quick": Effort("quick", 7, 0.03, 256, (128, 1024), Batch(16, 32, 32, 2, 8), 3),
+    "standard": Effort("standard", 11, 0.1, 1024, (512, 1024), Batch(32, 32, 64, 4, 8), 5),
+    "full": Effort("full", 21, 0.2, 2048, (512, 4096), Batch(64, 64, 128, 4, 8), 7),
 }
 EAGER_ROUNDS = 3
 """Rounds in which eager PyTorch is timed too; it is often many times slower."""
-GPU_TOKENS, GPU_ROLLOUT = 8192, (512, 8192)
+GPU_TOKENS, GPU_ROLLOUT, GPU_BATCH = 8192, (512, 8192), Batch(64, 1024, 1024, 4, 4)
 """Sizes on a GPU, for any effort: smaller ones do not fill it."""
 
 
@@ -83,6 +99,16 @@ class Settings:
             "hidden": self.hidden,
             "vocab": self.vocab,
         }
+
+    @property
+    def batch(self) -> Batch:
+        """Sizes of an update."""
+        return GPU_BATCH if self.device.type == "cuda" else self.effort.batch
+
+    @property
+    def trained(self) -> str:
+        """Name of the model whose updates are measured."""
+        return self.model or ("qwen2.5-1.5b" if self.device.type == "cuda" else "llama-7m")
 
     def shapes(self) -> tuple[Shape, Shape]:
         """Return the shape of the cases on logits and hidden states, and that of the cases on numbers per token."""
@@ -128,6 +154,11 @@ class Run:
         self.record["limits"] |= {"copy_bytes": 2 * calls.bytes, "product_flops": 2 * calls.n**3}
         return calls
 
+    def add_limits(self, calls: LimitCalls) -> None:
+        """Measure the limits once more."""
+        for name, took in calls.measure(self.timer).items():
+            self.record["limits"][name].append(took)
+
     def _least_seconds(self, moved: int, flops: int) -> float:
         """Return the least time of moving bytes and of FLOPs, which can overlap, at the best rates of the run."""
         found = self.record["limits"]
@@ -165,6 +196,21 @@ class Run:
         self.save()
 
 
+def gated(case: Case, device: torch.device, backend: str) -> cases.Gate:
+    """Return the comparison of a case with float64.
+
+    Raises:
+        GateError: the error exceeds its bound.
+    """
+    gate = cases.check(case, device)
+    if not gate.passed:
+        raise GateError(
+            f"{case.name}, {case.shape}, backend {backend}: the error against float64 is {gate.error:.3e}, expected at most "
+            f"{gate.bound:.3e} (eager PyTorch: {gate.eager:.3e}); its times would have no meaning"
+        )
+    return gate
+
+
 def measure(run: Run, found: Sequence[Case]) -> Iterator[list[dict[str, Any]]]:
     """Yield the records of the cases after the checks, the memory measurements and every round.
 
@@ -183,13 +229,7 @@ def measure(run: Run, found: Sequence[Case]) -> Iterator[list[dict[str, Any]]]:
         if case.need > free:
             record["skipped"] = f"needs {size(case.need)} of memory, {size(free)} are free"
             continue
-        gate = cases.check(case, device)
-        record["gate"] = asdict(gate)
-        if not gate.passed:
-            raise GateError(
-                f"{case.name}, {case.shape}, backend {record['backend']}: the error against float64 is {gate.error:.3e}, "
-                f"expected at most {gate.bound:.3e} (eager PyTorch: {gate.eager:.3e}); its times would have no meaning"
-            )
+        record["gate"] = asdict(gated(case, device, record["backend"]))
         kept.append((case, record))
         yield records
     for group in _groups(kept, free):

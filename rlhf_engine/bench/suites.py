@@ -8,6 +8,8 @@ from typing import Any
 from rlhf_engine.bench.kernels import kernel_cases
 from rlhf_engine.bench.loss import loss_cases
 from rlhf_engine.bench.run import Run, Suite, measure
+from rlhf_engine.bench.scaling import scaling
+from rlhf_engine.bench.updates import memory, rollout, step
 
 
 def kernels(run: Run) -> Iterator[list[dict[str, Any]]]:
@@ -21,4 +23,11 @@ def loss(run: Run) -> Iterator[list[dict[str, Any]]]:
     yield from measure(run, loss_cases(run.settings.shapes()[0], run.settings.dtype))
 
 
-SUITES: dict[str, Suite] = {"kernels": kernels, "loss": loss}
+SUITES: dict[str, Suite] = {
+    "kernels": kernels,
+    "loss": loss,
+    "rollout": rollout,
+    "step": step,
+    "memory": memory,
+    "scaling": scaling,
+}

@@ -30,7 +30,8 @@ bench_app = typer.Typer(
 @bench_app.command()
 def run(
     suites: Annotated[
-        list[str] | None, typer.Argument(metavar="SUITE", help="Some of kernels and loss. Default: all.")
+        list[str] | None,
+        typer.Argument(metavar="SUITE", help="kernels, loss, rollout, step, memory or scaling. Default: all."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="At most three minutes on two cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="More rounds and larger shapes, for figures to keep.")] = False,

@@ -22,6 +22,8 @@ from rlhf_engine.planner.workload import Workload
 class Machine:
     """Costs of a device in tokens per weight, and the speed of its half-precision products."""
 
+    weight_seconds: float
+    """Seconds of one weight times one token in a large float32 product, which is the unit of all costs."""
     read: float
     """Reading a float32 weight from memory."""
     from_host: float
@@ -55,6 +57,7 @@ MACHINES = {
     # Single products and conversions on 2 cores with AVX-512: 24 ps per weight and token, `half` without half-precision
     # instructions.
     "cpu": Machine(
+        weight_seconds=24e-12,
         read=7,
         from_host=7,
         half=1.3,
@@ -63,6 +66,7 @@ MACHINES = {
     ),
     # From the data sheet of an H200, not measured: 67 TFLOP/s in float32, 4.8 TB/s, and 50 GB/s to host memory.
     "cuda": Machine(
+        weight_seconds=2 / 67e12,
         read=30,
         from_host=2_600,
         half=0.1,
@@ -85,6 +89,33 @@ def phase_times(w: Workload) -> dict[str, float]:
     epochs, steps = w.config.ppo.ppo_epochs, math.ceil(w.rollout_batch / w.minibatch)
     trained = {"train": epochs * _train(w), "optimizer": epochs * steps * _optimizer(w)}
     return {"generate": _generate(w), "score": _score(w)} | trained
+
+
+def update_seconds(w: Workload) -> float:
+    """Return the estimated seconds of one update on the device of `MACHINES`. Attention and Python are not counted."""
+    return update_time(w) * _machine(w).weight_seconds
+
+
+def product_rate(w: Workload) -> float:
+    """Return the FLOPs per second of a large product in the workload's dtype on the device of `MACHINES`."""
+    return 2 / (_machine(w).weight_seconds * _per_token(w))
+
+
+def model_flops(w: Workload) -> float:
+    """Return the FLOPs of one update that the models need, without recomputation, for model FLOPs utilisation.
+
+    Two per weight and token: one product per matrix in sampling and in the passes of the reference, the reward model and a
+    value model, and per epoch one forward and, for what is trained, two backward (with adapters one). Attention is not counted.
+    """
+    tokens, actions, layers = w.rollout_batch * w.length, w.rollout_batch * w.response, w.policy.layer_matrices
+    once = 2 * (layers * tokens + _head(w) * actions)
+    others = [shape.layer_matrices for shape in (w.reward,) if shape is not None]
+    others += [(w.reward or w.policy).layer_matrices] * (w.value == "backbone")
+    frozen_head = w.adapter or (w.train_layers is not None and w.policy.tied)
+    epoch = layers * tokens * (1 + _top(w) * (1 if w.adapter else 2)) + _head(w) * actions * (2 if frozen_head else 3)
+    if w.value == "backbone":
+        epoch += others[-1] * tokens * (2 if w.adapter else 3)
+    return 2 * (once + sum(others) * tokens + w.config.ppo.ppo_epochs * epoch)
 
 
 def _machine(w: Workload) -> Machine:
