@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,51 @@ def plot_memory(
     handles = [Patch(color=colours[name], label=name.replace("_", " ")) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def plot_card(card: Mapping[str, Any], path: str | Path) -> None:
+    """Plot a throughput card of `rlhf_engine.bench`: its numbers, seconds per phase, and memory per phase with the budget."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    title = f"PPO with a critic: {card['model']}, {card['parameters'] / 1e9:.3g}e9 weights, {card['device']}"
+    figure.suptitle("\n".join([title, *textwrap.wrap(card["workload"], 130)]), fontsize=10)
+    text, times, memory = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    parts = {name: card[name] for name in ("predicted", "measured") if card[name]}
+    text.axis("off")
+    rows = [[label, *(shown(part) for part in parts.values())] for label, shown in _CARD.items()]
+    cells = text.table(rows, colLabels=["", *parts], loc="center", cellLoc="right", bbox=[0, 0.2, 1, 0.75])
+    cells.auto_set_font_size(False)
+    cells.set_fontsize(9)
+    note = "\n".join(textwrap.wrap(card["note"], 58))
+    text.text(0, 0.0, note, fontsize=7.5, va="bottom", transform=text.transAxes)
+    for place, part in enumerate(parts.values()):
+        bottom = 0.0
+        for colour, (name, phase) in zip(_COLOURS, part["phases"].items(), strict=False):
+            times.bar(place, phase["seconds"], 0.6, bottom, color=colour, label=name if place == 0 else None)
+            bottom += phase["seconds"]
+        width = 0.8 / len(parts)
+        peaks = [phase["peak_bytes"] / 2**30 for phase in part["phases"].values()]
+        places = [x + (place - (len(parts) - 1) / 2) * width for x in range(len(peaks))]
+        bars = memory.bar(places, peaks, width, color=_COLOURS[place], label=list(parts)[place])
+        memory.bar_label(bars, fmt="%.3g", fontsize=8)
+    if card["memory_bytes"]:
+        memory.axhline(card["memory_bytes"] / 2**30, color="black", linestyle="--", linewidth=1, label="memory")
+    times.set(xticks=range(len(parts)), xticklabels=list(parts), xlim=(-0.7, len(parts) - 0.3), title="seconds per update")
+    names = list(next(iter(parts.values()))["phases"])
+    memory.set(xticks=range(len(names)), xticklabels=names, title="peak by phase, GiB")
+    memory.margins(y=0.1)
+    for axes in (times, memory):
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    _save(figure, path)
+
+
+_CARD: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "response tokens/s": lambda part: f"{part['tokens_per_second']:,.0f}",
+    "model FLOPs utilisation": lambda part: f"{part['mfu']:.2f}",
+    "seconds per update": lambda part: f"{part['seconds']:.3g}",
+    "peak, GiB": lambda part: f"{part['peak_bytes'] / 2**30:.3g}",
+    "largest batch of one pass": lambda part: "" if part["largest_batch"] is None else str(part["largest_batch"]),
+}
+"""Numbers of a throughput card: label -> text."""
 
 
 def plot_calibration(bins: Sequence[tuple[float, float, int]], accuracy: float, path: str | Path) -> None:

@@ -152,7 +152,7 @@ def measured_updates(run: Run, fields: Fields, settings: dict[str, Any], count: 
     cpu = run.settings.device.type == "cpu"
     before = resident_mb() * 1e6 if cpu else 0.0
     plan, limits = make_plan(fields, settings), run.limits()
-    flops, batch = model_flops(plan.workload), run.settings.batch
+    flops, tokens = model_flops(plan.workload), plan.workload.rollout_batch * plan.workload.response
     kept = plan.kept - (0 if cpu else plan.persistent["context"])
     trainer = make_trainer(fields, settings)
     logs: list[dict[str, float]] = []
@@ -178,7 +178,7 @@ def measured_updates(run: Run, fields: Fields, settings: dict[str, Any], count: 
             "phases": phases,
             "gate": _gate(run, "PPO update", max(log["logprob_deviation"] for log in logs)),
             "model_flops": flops,
-            "tokens_per_second": batch.prompts * batch.response / best,
+            "tokens_per_second": tokens / best,
             "mfu": flops / best / rate,
             "peak_bytes": max(phase["peak_bytes"] for phase in phases.values()),
             "planned_bytes": max(phase["planned_bytes"] for phase in phases.values()),

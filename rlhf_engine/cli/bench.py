@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rlhf_engine.cli.options import quiet
+from rlhf_engine.cli.options import SetOption, quiet
 
 
 class _WithDefault(TyperGroup):
@@ -76,6 +76,44 @@ def run(
     typer.echo(
         f"{(output / 'bench.md').read_text(encoding='utf-8')}\nreport: {output / 'bench.md'}, {output / 'bench.json'}"
     )
+
+
+@bench_app.command()
+def card(
+    model: Annotated[str, typer.Option(help="Name of a size such as qwen2.5-7b, or a folder with a config.json.")],
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cuda, predicted only if torch finds no GPU.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", help="Memory to plan for. Default: the device's; without one 141GB.")
+    ] = None,
+    overrides: SetOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for card.json and card.png.")] = Path("runs/card"),
+) -> None:
+    """Predict tokens/s, utilisation, peak and the largest batch of PPO with a critic; measure them if the device is here."""
+    quiet()
+    import torch
+
+    from rlhf_engine.bench.card import H200, make_card
+    from rlhf_engine.bench.room import available_bytes
+    from rlhf_engine.bench.shapes import device_of
+    from rlhf_engine.config.memory import byte_count
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: {output} is a file; give a folder for card.json and card.png")
+    here = device_of(device) if device is not None or torch.cuda.is_available() else None
+    memory = H200 if here is None else available_bytes(here)
+    if gpu_memory is not None:
+        memory = byte_count(gpu_memory, "--gpu-memory")
+    kind = "cuda" if here is None else here.type
+    found = make_card(model, here, memory, overrides or [], output, typer.echo, kind=kind)
+    typer.echo(f"{found['model']}, {found['device']}: {found['workload']}")
+    for name in ("predicted", "measured"):
+        if part := found[name]:
+            numbers = f"{part['tokens_per_second']:,.0f} response tokens/s, MFU {part['mfu']:.2f}"
+            peak = f"peak {part['peak_bytes'] / 2**30:.1f} GiB"
+            typer.echo(f"{name}: {numbers}, {peak}, largest batch {part['largest_batch'] or 'not tried'}")
+    typer.echo(f"{found['note']}\ncard: {output / 'card.png'}, {output / 'card.json'}")
 
 
 @bench_app.command()

@@ -64,17 +64,23 @@ class Strategy:
         """What is trained: 0 as configured, 1 adapters instead, 2 only the top layers instead."""
         return 1 if "adapter" in self.changes else 2 if "train_layers" in self.changes else 0
 
+    def settings(self) -> dict[str, Any]:
+        """Return the config of a run with this plan, as a tree of settings."""
+        return self._tree(_SETTINGS)
+
+    def _tree(self, names: Iterable[str]) -> dict[str, Any]:
+        workload = self.plan.workload
+        tree: dict[str, Any] = workload.config.to_dict() | {"device": workload.device}
+        for name in names:
+            *section, key = _SETTINGS[name].split(".")
+            (tree[section[0]] if section else tree)[key] = getattr(workload, name)
+        return tree
+
     @property
     def valid(self) -> bool:
         """Whether a config may have these settings."""
-        workload = self.plan.workload
-        tree: dict[str, Any] = workload.config.to_dict() | {"device": workload.device}
-        for name, setting in _SETTINGS.items():
-            if name not in _SIZED:
-                *section, key = setting.split(".")
-                (tree[section[0]] if section else tree)[key] = getattr(workload, name)
         try:
-            RunConfig.from_dict(tree)
+            RunConfig.from_dict(self._tree({name for name in _SETTINGS if name not in _SIZED}))
         except ValueError:
             return False
         return True

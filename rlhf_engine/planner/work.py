@@ -41,6 +41,7 @@ class Machine:
         memory, host = MEMORY * gpu.bandwidth, TRANSFERS * LINKS[gpu.host]
         read = gpu.tokens(4, memory)
         return cls(
+            weight_seconds=gpu.seconds_per_weight,
             read=read,
             from_host=gpu.tokens(4, host),
             half=gpu.float32 / gpu.half,
@@ -91,9 +92,10 @@ def phase_times(w: Workload) -> dict[str, float]:
     return {"generate": _generate(w), "score": _score(w)} | trained
 
 
-def update_seconds(w: Workload) -> float:
-    """Return the estimated seconds of one update on the device of `MACHINES`. Attention and Python are not counted."""
-    return update_time(w) * _machine(w).weight_seconds
+def phase_seconds(w: Workload) -> dict[str, float]:
+    """Return the estimated seconds of each phase, with the optimizer in `train`. Attention and Python are not counted."""
+    found = {name: time * _machine(w).weight_seconds for name, time in phase_times(w).items()}
+    return found | {"train": found["train"] + found.pop("optimizer")}
 
 
 def product_rate(w: Workload) -> float:
