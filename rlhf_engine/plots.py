@@ -223,7 +223,9 @@ def plot_card(card: Mapping[str, Any], path: str | Path) -> None:
         memory.bar_label(bars, fmt="%.3g", fontsize=8)
     if card["memory_bytes"]:
         memory.axhline(card["memory_bytes"] / 2**30, color="black", linestyle="--", linewidth=1, label="memory")
-    times.set(xticks=range(len(parts)), xticklabels=list(parts), xlim=(-0.7, len(parts) - 0.3), title="seconds per update")
+    times.set(
+        xticks=range(len(parts)), xticklabels=list(parts), xlim=(-0.7, len(parts) - 0.3), title="seconds per update"
+    )
     names = list(next(iter(parts.values()))["phases"])
     memory.set(xticks=range(len(names)), xticklabels=names, title="peak by phase, GiB")
     memory.margins(y=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from rlhf_engine.bench.updates import measured_updates
 from rlhf_engine.config import RunConfig, load_config
 from rlhf_engine.files import write_json
 from rlhf_engine.planner import MemoryPlan
+from rlhf_engine.planner.gpus import GPUS
 from rlhf_engine.planner.report import size, workload_words
 from rlhf_engine.planner.strategies import Strategy, fitting_or_smallest
 from rlhf_engine.planner.work import model_flops, phase_seconds, product_rate
@@ -28,20 +30,27 @@ RESERVE = 0.95
 MOST_ROWS = 1024
 """Most sequences in one pass that are considered."""
 UPDATES = 3
-H200 = 141 * 10**9
-"""Memory of the GPU whose rates the planner knows."""
 
 
-def strategy_for(fields: Fields, kind: str, memory: int, overrides: Sequence[str]) -> Strategy:
-    """Return the fastest settings that fit `memory` bytes of a device of this kind, by the planner.
+def known_gpu(name: str) -> str:
+    """Return the key of `GPUS` that is part of a device's name; empty if none is."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return next((key for key in GPUS if key in words), "")
+
+
+def strategy_for(fields: Fields, gpu: str | None, memory: int, overrides: Sequence[str]) -> Strategy:
+    """Return the fastest settings that fit `memory` bytes, by the planner.
+
+    `gpu` is a key of `GPUS`, empty for an unknown GPU, or None for a CPU.
 
     Raises:
         ValueError: no settings fit.
     """
-    lengths = () if kind == "cpu" else ("rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=1024")
-    dtype = ("dtype=bfloat16",) if kind == "cuda" else ()
+    lengths = () if gpu is None else ("rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=1024")
+    dtype = () if gpu is None else ("dtype=bfloat16",)
     config = load_config(None, [*dtype, *lengths, *overrides], kind=RunConfig)
-    workload = replace(make_workload(fields, config), device=kind, budget=int(RESERVE * memory))
+    kind = "cpu" if gpu is None else "cuda"
+    workload = replace(make_workload(fields, config), device=kind, gpu=gpu or "", budget=int(RESERVE * memory))
     found, least = fitting_or_smallest(workload)
     if not found:
         raise ValueError(
@@ -111,12 +120,11 @@ def largest_batch(fields: Fields, settings: dict[str, Any], planned: int) -> int
 def make_card(
     model: str,
     device: torch.device | None,
+    gpu: str | None,
     memory: int,
     overrides: Sequence[str],
     folder: Path,
     log: Log,
-    *,
-    kind: str = "cuda",
 ) -> dict[str, Any]:
     """Write card.json and card.png to `folder` and return the card; without a `device`, it has the prediction only.
 
@@ -124,13 +132,13 @@ def make_card(
         ValueError: an unknown model, or no settings fit the memory.
     """
     fields = fields_of(model)
-    chosen = strategy_for(fields, kind, memory, overrides)
+    chosen = strategy_for(fields, gpu, memory, overrides)
     plan, w = chosen.plan, chosen.plan.workload
     card: dict[str, Any] = {
         "format": FORMAT,
         "model": model,
         "parameters": w.policy.parameters,
-        "device": f"{kind}, {size(memory)}" if device is None else device_name(device),
+        "device": f"{gpu}, {size(memory)}" if device is None else device_name(device),
         "memory_bytes": memory,
         "workload": workload_words(w).partition(", ")[2],
         "changes": chosen.words,
@@ -139,12 +147,15 @@ def make_card(
         "note": "",
     }
     if device is None:
-        card["note"] = "Not measured: this machine does not have the device. Rates: the data sheet of an H200."
+        card["note"] = (
+            "Not measured: this machine does not have the device. Half of the data sheet's product rate is assumed, and "
+            "utilisation is of the whole."
+        )
     elif w.quant != "none":
         card["note"] = "Not measured: quantised weights are read from a folder, and these are random."
     else:
         card["measured"] = measured(fields, chosen.settings(), device, card["predicted"]["largest_batch"], log)
-        card["note"] = "Utilisation is of the matrix rate that was measured, or that the planner assumes."
+        card["note"] = "Measured utilisation is of the matrix rate of the same run."
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "card.json", card)
     plot_card(card, folder / "card.png")

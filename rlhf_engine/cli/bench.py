@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,12 @@ bench_app = typer.Typer(
     cls=_WithDefault,
     help="Measure the ops and PPO updates on this machine. `rlhf bench [SUITE...]` is `rlhf bench run [SUITE...]`.",
 )
+
+
+def _quiet() -> None:
+    """Hide the notice that a policy has no tokenizer: models with random weights have none."""
+    quiet()
+    logging.getLogger("rlhf_engine.rollout.generator").setLevel(logging.ERROR)
 
 
 @bench_app.command()
@@ -51,7 +58,7 @@ def run(
 
     Exits with code 1 if a case fails its check. An interrupted run keeps what was measured.
     """
-    quiet()
+    _quiet()
     from rlhf_engine.bench.run import EFFORTS, Run, Settings
     from rlhf_engine.bench.shapes import DTYPES, device_of, one_of
     from rlhf_engine.bench.suites import SUITES
@@ -84,29 +91,39 @@ def card(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: cuda, predicted only if torch finds no GPU.")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU to predict: a100, h100, h200, l4 or 4090. Default: the device, else h200.")
+    ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", help="Memory to plan for. Default: the device's; without one 141GB.")
+        str | None, typer.Option("--gpu-memory", help="Memory to plan for, such as 80GiB. Default: that of the GPU.")
     ] = None,
     overrides: SetOption = None,
     output: Annotated[Path, typer.Option(help="Folder for card.json and card.png.")] = Path("runs/card"),
 ) -> None:
     """Predict tokens/s, utilisation, peak and the largest batch of PPO with a critic; measure them if the device is here."""
-    quiet()
+    _quiet()
     import torch
 
-    from rlhf_engine.bench.card import H200, make_card
+    from rlhf_engine.bench.card import GPUS, known_gpu, make_card
+    from rlhf_engine.bench.machine import device_name
     from rlhf_engine.bench.room import available_bytes
-    from rlhf_engine.bench.shapes import device_of
+    from rlhf_engine.bench.shapes import device_of, one_of
     from rlhf_engine.config.memory import byte_count
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: {output} is a file; give a folder for card.json and card.png")
-    here = device_of(device) if device is not None or torch.cuda.is_available() else None
-    memory = H200 if here is None else available_bytes(here)
+    if gpu is not None and device is not None:
+        raise ValueError("pass --gpu to predict a GPU, or --device to measure, not both")
+    here = device_of(device) if device is not None or (gpu is None and torch.cuda.is_available()) else None
+    if here is None:
+        assumed: str | None = one_of("GPU", gpu or "h200", GPUS)
+        memory = GPUS[assumed].memory
+    else:
+        assumed = None if here.type == "cpu" else known_gpu(device_name(here))
+        memory = available_bytes(here)
     if gpu_memory is not None:
         memory = byte_count(gpu_memory, "--gpu-memory")
-    kind = "cuda" if here is None else here.type
-    found = make_card(model, here, memory, overrides or [], output, typer.echo, kind=kind)
+    found = make_card(model, here, assumed, memory, overrides or [], output, typer.echo)
     typer.echo(f"{found['model']}, {found['device']}: {found['workload']}")
     for name in ("predicted", "measured"):
         if part := found[name]:

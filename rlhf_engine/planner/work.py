@@ -99,7 +99,9 @@ def phase_seconds(w: Workload) -> dict[str, float]:
 
 
 def product_rate(w: Workload) -> float:
-    """Return the FLOPs per second of a large product in the workload's dtype on the device of `MACHINES`."""
+    """Return the FLOPs per second of products in the workload's dtype: a named GPU's data sheet, or what the plan assumes."""
+    if w.gpu:
+        return GPUS[w.gpu].half if w.compute_bytes < 4 else GPUS[w.gpu].float32
     return 2 / (_machine(w).weight_seconds * _per_token(w))
 
 

@@ -25,10 +25,11 @@ def test_the_prediction_without_the_device(capsys, tmp_path):
 
 
 def test_seconds_are_counted_work_at_the_rate_of_the_device():
-    plan = card.strategy_for(card.fields_of("qwen2.5-0.5b"), "cuda", 80 * 2**30, ()).plan
+    plan = card.strategy_for(card.fields_of("qwen2.5-0.5b"), "h100", 80 * 2**30, ()).plan
     w, part = plan.workload, card.predicted(plan)
     assert update_time(w) == sum(phase_times(w).values())
-    assert part["seconds"] == pytest.approx(update_time(w) * MACHINES["cuda"].weight_seconds)
+    assert part["seconds"] == pytest.approx(update_time(w) * MACHINES["h100"].weight_seconds)
+    assert part["mfu"] == pytest.approx(model_flops(w) / part["seconds"] / 989e12)
     tokens, actions = w.rollout_batch * w.length, w.rollout_batch * w.response
     layers, head, epochs = w.policy.layer_matrices, w.policy.vocab * w.policy.hidden, w.config.ppo.ppo_epochs
     # Sampling, reference, reward model, and three products per epoch.
@@ -39,7 +40,7 @@ def test_a_small_model_is_measured_on_the_cpu(tmp_path):
     sizes = [f"ppo.{name}=4" for name in ("rollout_batch", "minibatch", "microbatch")]
     sizes += [f"rollout.{name}=4" for name in ("max_prompt_tokens", "max_response_tokens")]
     lines = []
-    found = card.make_card("llama-7m", torch.device("cpu"), 10**9, sizes, tmp_path, lines.append, kind="cpu")
+    found = card.make_card("llama-7m", torch.device("cpu"), None, 10**9, sizes, tmp_path, lines.append)
     part = found["measured"]
     assert len(lines) == card.UPDATES and part["largest_batch"] is None
     assert part["tokens_per_second"] == pytest.approx(16 / part["seconds"])
@@ -60,16 +61,25 @@ def test_the_largest_batch_is_searched_from_the_planned_one(monkeypatch):
 
     monkeypatch.setattr(card, "make_trainer", lambda fields, settings: Trainer(settings))
     assert card.largest_batch({}, {"ppo": {}}, 20) == 22 and tried == [20, 22, 24]
-    assert card.largest_batch({}, {"ppo": {}}, 30) == 22
+    assert card.largest_batch({}, {"ppo": {}}, 30) == 23 and tried[3:] == [30, 27, 25, 23]
     monkeypatch.setattr(Trainer, "step", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     assert card.largest_batch({}, {"ppo": {}}, 3) == 0
+
+
+def test_a_gpu_is_known_by_its_name():
+    assert card.known_gpu("NVIDIA H200") == "h200" and card.known_gpu("NVIDIA A100-SXM4-80GB") == "a100"
+    assert card.known_gpu("NVIDIA GeForce RTX 4090") == "4090" and card.known_gpu("NVIDIA L40S") == ""
 
 
 @pytest.mark.parametrize(
     "arguments, expected",
     [
         (["--model", "gpt-2"], "unknown model 'gpt-2': did you mean 'gpt2'?"),
-        (["--model", "qwen2.5-72b", "--gpu-memory", "24GiB"], "no settings that were tried fit 24.00 GiB; the smallest peak is"),
+        (
+            ["--model", "qwen2.5-72b", "--gpu-memory", "24GiB"],
+            "no settings that were tried fit 24.00 GiB; the smallest",
+        ),
+        (["--model", "gpt2", "--gpu", "h20"], "unknown GPU 'h20': did you mean 'h200'? expected one of a100"),
         (["--model", "gpt2", "--gpu-memory", "24"], "--gpu-memory: got '24'"),
     ],
 )
