@@ -150,8 +150,9 @@ def step(run: Run) -> Iterator[Records]:
 def measured_updates(run: Run, fields: Fields, settings: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
     """Yield what is known after each of `count` updates; one more before them warms up."""
     cpu = run.settings.device.type == "cpu"
-    before = resident_mb() * 1e6 if cpu else 0.0
     plan, limits = make_plan(fields, settings), run.limits()
+    run.add_limits(limits)  # touches the blocks, which stay resident
+    before = resident_mb() * 1e6 if cpu else 0.0
     flops, tokens = model_flops(plan.workload), plan.workload.rollout_batch * plan.workload.response
     kept = plan.kept - (0 if cpu else plan.persistent["context"])
     trainer = make_trainer(fields, settings)
