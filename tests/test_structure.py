@@ -61,6 +61,7 @@ ENGINE_LAYERS = (
     "evaluate",
     "plots",
     "recipes",
+    "compat",
     "demo",
     "bench",
     "cli",

@@ -1,0 +1,1 @@
+"""Trainers with the interface of other libraries, on this engine."""
