@@ -65,9 +65,12 @@ def make_trainer(fields: Fields, settings: dict[str, Any], folder: str | None = 
     torch.manual_seed(0)
     vocab = AutoConfig.for_model(**fields).vocab_size
     model = make_model(fields, config, folder)
+    top = config.model.train_layers
+    if top is not None and config.adapter.rank:  # adapters are added to the trained layers
+        train_top(model, top)
     reward_model = make_reward_model(model, config)
-    if config.model.train_layers is not None:
-        train_top(model, config.model.train_layers)
+    if top is not None and not config.adapter.rank:  # a copy of the whole model is the reward model
+        train_top(model, top)
     policy, rollout = make_policy(config, model, reward_model), config.rollout
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
     text = torch.randint(0, vocab, (config.ppo.minibatch, length))
