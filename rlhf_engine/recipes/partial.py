@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from rlhf_engine import files
 from rlhf_engine.config.schema import shortened
-from rlhf_engine.files import FolderLock, with_new_file
+from rlhf_engine.files import LOCK, FolderLock, with_new_file
 
 SUFFIX = ".partial"
 
@@ -39,7 +39,7 @@ class PartialFile:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(FolderLock(self.target.parent, self.path.name + ".lock"))
+            stack.enter_context(FolderLock(self.target.parent, self.path.name + LOCK))
             self.kept, size = self._earlier()
             self.file = stack.enter_context(self.path.open("r+b" if self.kept else "wb"))
             if self.kept:
@@ -73,14 +73,23 @@ class PartialFile:
 
     @staticmethod
     def finished(target: Path) -> bool:
-        """Return whether no lines but those of `target` are in `target.partial`, which is then deleted if it exists."""
+        """Return whether no lines but those of `target` are in `target.partial`.
+
+        The files that a killed call has left, `target.partial` and its lock, are then deleted.
+
+        Raises:
+            ValueError: a different process is writing `target.partial`.
+        """
         path = target.with_name(target.name + SUFFIX)
-        if path.is_file():
-            with path.open("rb") as lines, target.open("rb") as whole:
-                lines.readline()
-                if hashlib.file_digest(lines, "sha256").digest() != hashlib.file_digest(whole, "sha256").digest():
-                    return False
-            path.unlink()
+        if not path.is_file() and not path.with_name(path.name + LOCK).exists():
+            return True
+        with FolderLock(target.parent, path.name + LOCK):
+            if path.is_file():
+                with path.open("rb") as lines, target.open("rb") as whole:
+                    lines.readline()
+                    if hashlib.file_digest(lines, "sha256").digest() != hashlib.file_digest(whole, "sha256").digest():
+                        return False
+                path.unlink()
         return True
 
     def __exit__(

@@ -191,18 +191,20 @@ def test_a_chunk_with_a_damaged_line_is_answered_again(run, capsys, monkeypatch)
     assert (run / "a.jsonl").read_bytes() == (run / "whole.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_resumed_call_leaves_a_complete_file(run, capsys, monkeypatch, killed):
-    """A process that is killed after it has written the file leaves the partial one, whose lines are the same."""
+@pytest.mark.parametrize("left", [(), ("partial", "lock"), ("lock",)])
+def test_a_resumed_call_leaves_a_complete_file(run, capsys, monkeypatch, left):
+    """A process that is killed after it has written the file leaves the partial one, whose lines are the same, or its lock."""
     sets, arguments = ["rollout.batch_size=2"], ("--samples", 2, "--resume")
     assert generate(capsys, run, "a.jsonl", *arguments, sets=sets)[0] == 0
     before, partial = (run / "a.jsonl").read_bytes(), run / "a.jsonl.partial"
-    if killed:
+    if "partial" in left:
         partial.write_bytes(b'{"settings": {}}\n' + before)
+    if "lock" in left:
+        (run / "a.jsonl.partial.lock").write_text("1 on a machine")
     monkeypatch.setattr(Answerer, "answer", None)
     code, shown, err = generate(capsys, run, "a.jsonl", *arguments, sets=sets)
     assert code == 0 and shown.startswith("10 prompts, 0 of them truncated") and "is complete" in err
-    assert (run / "a.jsonl").read_bytes() == before and not partial.exists()
+    assert (run / "a.jsonl").read_bytes() == before and not list(run.glob("*partial*"))
 
 
 @pytest.mark.parametrize("lines", [["x"], [{"answers": []}] * 10, [{"answers": ["x", "y"]}] * 9])
