@@ -6,8 +6,8 @@ or more (1 GB with adapters), and the cases differ in what dominates their memor
 cases that are named "not fitted": they were chosen without it, and later changes to the planner follow the engine's code.
 Three of them showed what the planner had omitted: the gradient of a bfloat16 embedding in addition to its float32 sum, the
 tensor into which a layer's pages are read on the CPU, and, with NF4 weights, kernels for bfloat16 and the modules of
-adapters. The case with fp8 weights was chosen after the last; its prompts fill a page, because the resident set does not contain
-pages of memory that nothing has written.
+adapters. The case with fp8 weights was chosen after the last; its prompts fill a page, because the resident set does not
+contain memory that nothing has written.
 """
 
 from __future__ import annotations
