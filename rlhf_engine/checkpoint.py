@@ -85,13 +85,13 @@ _SAMPLING = tuple(
     f"rollout.{one.name}" for one in fields(RolloutConfig) if one.name not in ("max_prompt_tokens", "stop")
 )
 _FREE = (
-    *("output_dir", "device", "model.path", "memory.budget", "eval", "iterate", "checkpoint"),
+    *("output_dir", "device", "model.path", "memory.budget", "eval", "iterate", "checkpoint", "tracking", "http"),
     *(
         f"data.{name}"
         for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene", "unknown_columns")
     ),
     *("memory.gradient_checkpointing", "sft.checkpoint_every", "reward.checkpoint_every", "ppo.checkpoint_every"),
-    *("reward.path", "reward.concurrency", "reward.timeout", "reward.retries"),
+    *("reward.path", "reward.url", "reward.concurrency", "reward.timeout", "reward.retries"),
 )
 _REWARD_TRAINING = tuple(f"reward.{name}" for name in ("epochs", "batch_size", "microbatch", "evaluate_every", "optim"))
 _MAY_CHANGE: Mapping[str, frozenset[str]] = {

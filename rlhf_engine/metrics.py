@@ -1,28 +1,24 @@
-"""Metrics of a run, written to a JSONL file and to TensorBoard, and progress bars."""
+"""Metrics of a run, written to a JSONL file and to trackers such as TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
 from rlhf_engine import files
 from rlhf_engine.config.schema import shortened
+from rlhf_engine.config.tracking import TrackingConfig
 from rlhf_engine.files import with_new_file
+from rlhf_engine.trackers import Rows, RunOf, Trackers
 
 METRICS = "metrics.jsonl"
 SYNC_SECONDS = 1.0
 """Seconds of metrics that a power cut may lose at most."""
-LINE_SECONDS = 20.0
-"""Seconds between two progress lines where stderr is not a terminal."""
 
 
 class LinesFile:
@@ -88,16 +84,17 @@ class LinesFile:
 
 
 class MetricsWriter:
-    """Writer of each step's metrics as one line of `metrics.jsonl` and as TensorBoard scalars `<stage>/<name>`.
+    """Writer of each step's metrics as one line of `metrics.jsonl` and as scalars `<stage>/<name>` of the trackers.
 
-    Each stage has a separate TensorBoard folder, `tensorboard/<stage>`, because a TensorBoard log that restarts at a step hides
-    the later steps of all scalars in its folder. A resumed run drops the lines of the steps that it will repeat, and appends.
-    It drops them when it writes its first line, so that a run that fails earlier removes nothing. `history` is a checkpoint
-    with the lines until step `resume_after`, which are restored if the file has lost some, for example in a power cut, or is
-    that of a different folder; with it, lines that are not valid JSON are dropped. Use the writer as a context manager.
+    `tracking` are the settings of the trackers, by default those of TensorBoard.
+
+    A resumed run drops the lines of the steps that it will repeat, and appends. It drops them when it writes its first line,
+    so that a run that fails earlier removes nothing. `history` is a checkpoint with the lines until step `resume_after`, which
+    are restored if the file has lost some, for example in a power cut, or is that of a different folder; with it, lines that
+    are not valid JSON are dropped. Use the writer as a context manager.
 
     Raises:
-        ValueError: as `read_metrics` does, for an existing file that is broken.
+        ValueError: as `read_metrics` does, for an existing file that is broken, or as `Trackers`.
     """
 
     def __init__(
@@ -107,14 +104,15 @@ class MetricsWriter:
         *,
         resume_after: int | None = None,
         history: Path | None = None,
+        tracking: TrackingConfig | None = None,
         clock: Callable[[], float] = files.now,
     ) -> None:
         self.stage, self.folder, self.resume_after = stage, Path(folder), resume_after
         self.clock, self.synced = clock, clock()
         self.history = None if history is None or not (history / METRICS).is_file() else read_metrics(history)
         self.log = LinesFile(self.folder / METRICS, self._start)
-        self.board: SummaryWriter | None = None
         self._earlier()
+        self.trackers = Trackers(RunOf(self.folder, stage, tracking or TrackingConfig(), resume_after))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of `step`."""
@@ -124,11 +122,11 @@ class MetricsWriter:
         self.log.add(line.encode())
         if self.clock() - self.synced >= SYNC_SECONDS:
             self.sync()
-        if self.board is None:
-            purge = None if self.resume_after is None else self.resume_after + 1
-            self.board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=purge)
-        for name, value in metrics.items():
-            self.board.add_scalar(f"{self.stage}/{name}", value, step)
+        self.trackers.scalars(step, metrics)
+
+    def table(self, step: int, name: str, rows: Rows) -> None:
+        """Log a table of `step`, such as sampled responses, to the trackers."""
+        self.trackers.table(step, name, rows)
 
     def sync(self) -> None:
         """Write the lines that could not be written before, and sync the file to disk."""
@@ -140,10 +138,9 @@ class MetricsWriter:
         return _joined(row for row in _rows(self.log.content(), self.log.path) if row["stage"] == self.stage)
 
     def close(self) -> None:
-        """Close the file and the TensorBoard log."""
+        """Close the file and end the runs of the trackers."""
         self.log.close()
-        if self.board is not None:
-            self.board.close()
+        self.trackers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -196,29 +193,3 @@ def _rows(content: bytes, path: Path, *, drop_damaged: bool = False) -> list[dic
             raise ValueError(f"{path}:{number}: got {shown}, expected an object with a stage and a step")
         rows.append(row)
     return rows
-
-
-class ProgressLines(tqdm):
-    """Progress as log lines, one every `LINE_SECONDS`. A task that takes less time writes none."""
-
-    def __init__(self, **options: Any) -> None:
-        form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left{postfix}"
-        seconds = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS}
-        super().__init__(bar_format=form, leave=False, **seconds, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Write the progress line; ignore the empty `msg` with which tqdm clears a bar."""
-        if msg is None:
-            self.fp.write(f"{self}\n")
-            self.fp.flush()
-        return False
-
-    def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True, **values: Any) -> None:
-        """Set the values that the next line shows, without writing a line now."""
-        super().set_postfix(ordered_dict, refresh=False, **values)
-
-
-def progress(total: int, what: str, *, unit: str = "it", done: int = 0) -> tqdm:
-    """Return a progress display on stderr with the remaining time: a bar on a terminal, log lines otherwise."""
-    options: dict[str, Any] = {"total": total, "initial": done, "desc": what, "unit": unit}
-    return tqdm(dynamic_ncols=True, **options) if sys.stderr.isatty() else ProgressLines(**options)

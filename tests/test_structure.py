@@ -46,6 +46,8 @@ ENGINE_LAYERS = (
     "config",
     "files",
     "manifest",
+    "progress",
+    "trackers",
     "metrics",
     "checkpoint_folders",
     "checkpoint",

@@ -6,10 +6,12 @@ import sys
 
 ENGINE = frozenset(
     [
+        "httpx2",
         "huggingface_hub",
         "matplotlib",
         "numpy",
         "phonenumbers",
+        "rich",
         "safetensors",
         "stdnum",
         "tensorboard",

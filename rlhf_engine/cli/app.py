@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rlhf_engine.cli import ENGINE, evaluate
+from rlhf_engine.cli import ENGINE, evaluate, share
 from rlhf_engine.cli.bench import bench_app
 from rlhf_engine.cli.config import config_app
 from rlhf_engine.cli.failures import TRACEBACK, notes, one_line_errors
@@ -262,6 +262,9 @@ app.command()(evaluate.iterate)
 app.command()(evaluate.generate)
 app.command()(evaluate.figure)
 app.command()(plan)
+app.command()(share.chat)
+app.command("check")(share.check)
+app.command()(share.push)
 
 
 def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rlhf_engine.config.files import load_saved_config as load_saved_config
     from rlhf_engine.config.files import refuse_overrides as refuse_overrides
     from rlhf_engine.config.files import save_config as save_config
+    from rlhf_engine.config.http import HttpConfig as HttpConfig
     from rlhf_engine.config.hygiene import HygieneConfig as HygieneConfig
     from rlhf_engine.config.importance import ImportanceConfig as ImportanceConfig
     from rlhf_engine.config.iterate import IterateConfig as IterateConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rlhf_engine.config.rollout import RolloutConfig as RolloutConfig
     from rlhf_engine.config.run import RunConfig as RunConfig
     from rlhf_engine.config.sft import SFTConfig as SFTConfig
+    from rlhf_engine.config.tracking import TrackingConfig as TrackingConfig
     from rlhf_engine.config.trpo import TRPOConfig as TRPOConfig
 
 __getattr__, __dir__, __all__ = exports(
@@ -45,6 +47,7 @@ __getattr__, __dir__, __all__ = exports(
         "load_saved_config": "files",
         "refuse_overrides": "files",
         "save_config": "files",
+        "HttpConfig": "http",
         "HygieneConfig": "hygiene",
         "ImportanceConfig": "importance",
         "IterateConfig": "iterate",
@@ -59,5 +62,6 @@ __getattr__, __dir__, __all__ = exports(
         "RolloutConfig": "rollout",
         "RunConfig": "run",
         "SFTConfig": "sft",
+        "TrackingConfig": "tracking",
     },
 )

@@ -26,9 +26,10 @@ class EvalConfig(Section):
     not cut."""
     judge: str | None = None
     """Judge of the responses: the folder of a reward model, a Python function as `module:function` or
-    `file.py:function`, or `file` for judgments written by people. A function receives a list of prompts, a list of
-    responses A and a list of responses B. It returns a list of preferences for A in [0, 1], or two lists of scores, one
-    for A and one for B."""
+    `file.py:function`, a model on a server with OpenAI's API as `openai:URL#MODEL`, such as
+    `openai:http://localhost:8000/v1#qwen` (section http), or `file` for judgments written by people. A function
+    receives a list of prompts, a list of responses A and a list of responses B. It returns a list of preferences for A
+    in [0, 1], or two lists of scores, one for A and one for B."""
     judge_batch: Count = 64
     """Pairs of responses per call of a Python judge."""
     split: Literal["train", "validation", "test"] = "test"

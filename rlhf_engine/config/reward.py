@@ -19,6 +19,10 @@ class RewardConfig(Section):
     receives a list of prompts and a list of responses, and returns a list of floats; it may be async. Responses and
     prompts are strings, but a conversation is a list of messages, each a dictionary with role and content. Further
     parameters, such as `answer`, receive the columns of data.prompts with their names, and `**columns` all of them."""
+    url: str | None = None
+    """URL of a server that scores the responses instead of a reward model. It receives POST requests with JSON,
+    {"prompts": [...], "responses": [...], "columns": {name: [...]}}, and answers {"scores": [...]}, one number per
+    response. Section http has the limits of the requests."""
     batched: bool = True
     """Call the function once per rollout with lists. If false, it is called once per response, with single values, and
     returns a float."""
@@ -47,9 +51,12 @@ class RewardConfig(Section):
     """Optimizer of the reward model."""
 
     def check(self) -> None:
-        """Raise ValueError if both a model and a function are set."""
-        if self.path is not None and self.function is not None:
-            raise ValueError(f"function is {self.function!r} and path is {self.path!r}; set only one of the two")
+        """Raise ValueError if two of a model, a function and a server are set."""
+        given = [
+            f"{name} is {value!r}" for name in ("function", "url", "path") if (value := getattr(self, name)) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}; set only one of the {'two' if len(given) == 2 else 'three'}")
         if not self.batched and self.function is None:
             raise ValueError("batched: got False, expected True; only function reads it")
         if self.concurrency != 32 and self.batched:
@@ -57,3 +64,8 @@ class RewardConfig(Section):
         for name in ("timeout", "retries"):
             if getattr(self, name) and self.function is None:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 0; only function reads it")
+
+    @property
+    def by_text(self) -> bool:
+        """Whether a function or a server scores the texts, so that there is no reward model."""
+        return self.function is not None or self.url is not None

@@ -10,6 +10,7 @@ from rlhf_engine.config.checkpoint import CheckpointConfig
 from rlhf_engine.config.data import DataConfig
 from rlhf_engine.config.evaluate import EvalConfig
 from rlhf_engine.config.hints import hint
+from rlhf_engine.config.http import HttpConfig
 from rlhf_engine.config.iterate import IterateConfig
 from rlhf_engine.config.memory import MemoryConfig
 from rlhf_engine.config.model import ModelConfig
@@ -19,6 +20,7 @@ from rlhf_engine.config.reward import RewardConfig
 from rlhf_engine.config.rollout import RolloutConfig
 from rlhf_engine.config.schema import Section, Seed, UnknownKeyError, shortened
 from rlhf_engine.config.sft import SFTConfig
+from rlhf_engine.config.tracking import TrackingConfig
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class RunConfig(Section):
     """Device memory."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints of the stages."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Trackers of experiments."""
+    http: HttpConfig = field(default_factory=HttpConfig)
+    """Requests to servers of rewards and judges."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Comparison of two models (`rlhf eval`)."""
     iterate: IterateConfig = field(default_factory=IterateConfig)

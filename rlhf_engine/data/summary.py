@@ -70,7 +70,9 @@ def _prompts(path: Path, allow: Collection[str] | None, form: str | None) -> dic
                 )
         notice(*reading.notes(read=reading.columns))
         if reading.columns:
-            notice(f"{path}: further columns, which only a reward.function reads: {', '.join(reading.columns)}")
+            notice(
+                f"{path}: further columns, which only a reward.function or reward.url reads: {', '.join(reading.columns)}"
+            )
         if counts["without user_id"]:
             notice(f"{path}: `rlhf data clean` does not limit prompts without a user_id, and splits them by prompt")
         return {**counts, "users": users.execute("SELECT COUNT(*) FROM users").fetchone()[0]}

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 DATA = HERE / "data"
 CONFIG = HERE / "demo.yaml"
 DECIDED = (
-    *("seed", "output_dir", "model.path", "reward.path", "reward.function"),
+    *("seed", "output_dir", "model.path", "reward.path", "reward.function", "reward.url"),
     *("data.demonstrations", "data.comparisons", "data.prompts"),
 )
 """Settings that the demo decides."""

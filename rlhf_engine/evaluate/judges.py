@@ -1,4 +1,4 @@
-"""Judges, which decide which of two answers to a prompt is better: a reward model or a user's function.
+"""Judges, which decide which of two answers to a prompt is better: a reward model, a user's function, or a server (`served`).
 
 Legend: M pairs of answers, each with its prompt.
 """
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_engine.config.http import HttpConfig
 from rlhf_engine.data import Codec
 from rlhf_engine.data.records import Prompt, plain
+from rlhf_engine.evaluate.served import SERVED, ServedJudge
 from rlhf_engine.evaluate.win_rate import score_preferences
 from rlhf_engine.model.pretrained import load_tokenizer, max_positions
 from rlhf_engine.model.reward_model import RewardModel
@@ -167,12 +169,22 @@ class FunctionJudge:
 
 
 def load_judge(
-    name: str, *, prompt_template: str, batch: int = 64, margin: float = 0.0, **settings: Any
-) -> RewardJudge | FunctionJudge:
-    """Return the judge `name` of a config: `module:function`, `file.py:function`, or a reward model's folder.
+    name: str,
+    *,
+    prompt_template: str,
+    batch: int = 64,
+    margin: float = 0.0,
+    http: HttpConfig | None = None,
+    cache: Path | None = None,
+    **settings: Any,
+) -> RewardJudge | FunctionJudge | ServedJudge:
+    """Return the judge `name` of a config: `module:function`, `file.py:function`, `openai:URL#MODEL`, or a folder.
 
-    `settings` are those of `RewardJudge.load`.
+    A folder is that of a reward model. `http` and `cache` are the limits of requests and the file of earlier answers, and
+    `settings` those of `RewardJudge.load`.
     """
+    if name.startswith(SERVED):
+        return ServedJudge.load(name, http or HttpConfig(), cache)
     if _FUNCTION.fullmatch(name) and not Path(name).exists():
         return FunctionJudge.load(name, batch=batch, margin=margin)
     try:

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlhf_engine.metrics import LinesFile, progress
+from rlhf_engine.metrics import LinesFile
+from rlhf_engine.progress import progress
 
 if TYPE_CHECKING:
     from rlhf_engine.data.tokenize import Codec
@@ -82,6 +83,12 @@ class MetricsLog(Callback):
         self.writer, self.extra, self.bar = writer, extra, None
         self.history: list[dict[str, float]] = []
         self.written = 0
+        self.tokens = 0
+        """Response tokens of the last rollout."""
+
+    def on_rollout(self, trainer: PPOTrainer, scored: Scored) -> None:
+        """Count the tokens of a rollout."""
+        self.tokens = int(scored.rollout.mask.sum())
 
     def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
         """Write the metrics of one update."""
@@ -89,8 +96,8 @@ class MetricsLog(Callback):
         self._write(trainer, log)
         if self.bar is None:
             self.bar = progress(trainer.config.updates, "ppo", unit="update", done=trainer.updates_done - 1)
-        self.bar.update()
-        self.bar.set_postfix(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
+        self.bar.advance(tokens=round(self.tokens))
+        self.bar.show(score=f"{log['score_mean']:.2f}", kl=f"{log['kl']:.2f}")
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
         """Write the metrics of a finished update that are not written yet, and close the progress bar."""
@@ -149,22 +156,38 @@ class EarlyStopping(Callback):
             trainer.stop()
 
 
+Table = Callable[[int, str, list[dict[str, object]]], None]
+"""Logs a table: `table(step, name, rows)`."""
+
+
 class SampledResponses(Callback):
     """Writes the first `count` responses of every update's rollout to the JSONL file `path`, with their prompts and scores.
 
     The lines of updates after number `after` are dropped when the next update ends: a resumed run repeats those updates.
-    `history` is a file with the lines until then, which are restored if `path` has lost some.
+    `history` is a file with the lines until then, which are restored if `path` has lost some. `table(update, "samples", rows)`
+    is called with the responses every `table_every` updates (0: never).
 
     Raises:
         ValueError: `path` exists and has a line that is not of this kind, named as `file:line`.
     """
 
-    def __init__(self, path: Path, codec: Codec, count: int, *, after: int, history: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        codec: Codec,
+        count: int,
+        *,
+        after: int,
+        history: Path | None = None,
+        table: Table | None = None,
+        table_every: int = 0,
+    ) -> None:
         known = history is not None and history.is_file()
         kept = earlier_responses(path, after, damaged=known)
         if history is not None and known:
             kept = history.read_bytes()
         self.codec, self.count, self.log = codec, count, LinesFile(path, lambda: kept)
+        self.table, self.table_every = table, table_every
         self.rows: list[dict[str, object]] = []
         self.written = after
         """Number of the last update whose responses are in `log`."""
@@ -189,6 +212,8 @@ class SampledResponses(Callback):
         """Append the responses of the update's rollout."""
         self.written = trainer.updates_done
         self.log.add("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows).encode())
+        if self.table is not None and self.table_every and self.written % self.table_every == 0:
+            self.table(self.written, "samples", self.rows)
 
     def on_end(self, trainer: PPOTrainer, error: BaseException | None) -> None:
         """Append the responses of a finished update if an earlier callback has raised."""

@@ -35,6 +35,7 @@ from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
 from rlhf_engine.recipes.loading import dated, given, template_settings
 from rlhf_engine.recipes.session import exclusive
 from rlhf_engine.recipes.training_use import training_use
+from rlhf_engine.rewards.served import CACHE
 
 BY_HAND = "file"
 """Value of `eval.judge` and `iterate.judge` for people, or an external program, that judge through a file."""
@@ -157,13 +158,15 @@ def _stamps(config: RunConfig) -> dict[str, Any]:
 
 
 def configured_judge(config: RunConfig, name: str) -> Judge:
-    """Return the judge `name`: a function, or a reward model on the config's device."""
+    """Return the judge `name`: a function, a server, or a reward model on the config's device."""
     setting = config.eval
     return load_judge(
         name,
         prompt_template=config.data.prompt_template,
         batch=setting.judge_batch,
         margin=setting.margin,
+        http=config.http,
+        cache=Path(config.output_dir) / CACHE if config.http.cache else None,
         codec_settings=lambda tokenizer: (
             template_settings(config, tokenizer, strict=False)
             | {"keep_special_tokens": config.data.keep_special_tokens}

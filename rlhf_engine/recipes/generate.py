@@ -20,11 +20,11 @@ from rlhf_engine.config import RunConfig, flat_settings
 from rlhf_engine.data import Codec, PromptRecord, read_prompts
 from rlhf_engine.data.records import prompt_field
 from rlhf_engine.files import read_json_lines
-from rlhf_engine.metrics import progress
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.model.pretrained import max_positions
 from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import make_generator
+from rlhf_engine.progress import progress
 from rlhf_engine.recipes.loading import check_room, computing, encode_records, load_model
 from rlhf_engine.recipes.partial import PartialFile
 from rlhf_engine.rollout import STOP_REASONS, Generator
@@ -41,6 +41,8 @@ _NOT_READ = (
         "eval",
         "iterate",
         "checkpoint",
+        "tracking",
+        "http",
     ),
     *(f"data.{name}" for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene")),
 )
@@ -194,7 +196,7 @@ def generate_file(
                 "logprobs": sampled.logprobs,
             }
             file.write(line)
-            bar.update()
+            bar.advance(tokens=sum(map(len, sampled.logprobs)))
         file.finish()
     return file.count, answerer.codec.truncated.count
 

@@ -30,7 +30,8 @@ from rlhf_engine.recipes.session import Start, continued, exclusive
 from rlhf_engine.recipes.steps import Steps
 
 _MAY_CHANGE = (
-    *("output_dir", "device", "iterate.rounds", "checkpoint", "ppo.checkpoint_every", "reward.checkpoint_every"),
+    *("output_dir", "device", "iterate.rounds", "checkpoint", "tracking", "http"),
+    *("ppo.checkpoint_every", "reward.checkpoint_every"),
 )
 _STATE = "state.json"
 

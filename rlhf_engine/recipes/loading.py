@@ -32,13 +32,14 @@ from rlhf_engine.model.top_layers import check_layers, train_top
 from rlhf_engine.model.trunk import adapters_of, input_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.plots import PANELS, plot_stage
+from rlhf_engine.trackers import import_trackers
 
 REPORT = "report.json"
 """File in the folder of every finished model of `rlhf sft` and `rlhf rm`."""
 
 _WANTED = {
     "model.path": "the folder of a causal LM",
-    "reward.path": "the folder of a reward model (rlhf rm writes one), or set reward.function and ppo.value_init=zero",
+    "reward.path": "the folder of a reward model (rlhf rm writes one), or set reward.function or url and ppo.value_init=zero",
     "data.demonstrations": "a file of demonstrations",
     "data.comparisons": "a file of comparisons",
     "data.prompts": "a file of prompts",
@@ -76,13 +77,14 @@ def load_start(config: RunConfig, *, reference: bool = False) -> tuple[PreTraine
 
 
 def check_packages(config: RunConfig) -> None:
-    """Import the packages of adapters and of quantised weights if the run has them, before anything is loaded.
+    """Import the packages of trackers, adapters and quantised weights if the run has them, before anything is loaded.
 
     Raises:
         ValueError: a package is not installed, the weights are quantised and there is no adapter to train, or there is none to
             merge.
     """
     config.check_training()
+    import_trackers(config.tracking)
     if config.adapter.rank or is_adapter(given(config.model.path, "model.path")):
         import_peft()
     elif config.rollout.merge_adapters == "always":
@@ -301,7 +303,7 @@ def fingerprint_records(sets: Iterable[Iterable[Made]], codec: RecordCodec[Made]
 
 def stage_metrics(config: RunConfig, stage: str, done: int = 0) -> MetricsWriter:
     """Return the writer of a stage's metrics in `output_dir`; it replaces those of an earlier run after step `done`."""
-    return MetricsWriter(config.output_dir, stage, resume_after=done)
+    return MetricsWriter(config.output_dir, stage, resume_after=done, tracking=config.tracking)
 
 
 def plot(config: RunConfig, stage: str, x_label: str) -> None:

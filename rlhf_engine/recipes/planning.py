@@ -43,8 +43,8 @@ def check_reference(config: RunConfig) -> None:
 def workload_of(config: RunConfig, model: str | None = None) -> Workload:
     """Return the workload of `rlhf ppo`; `model` is a folder or a preset that replaces `model.path`.
 
-    Without `reward.path` and `reward.function`, the reward model is assumed to have the policy's shape, and to be an adapter
-    on the same weights if the run has adapters.
+    Without `reward.path`, `reward.function` and `reward.url`, the reward model is assumed to have the policy's shape, and to be
+    an adapter on the same weights if the run has adapters.
 
     Raises:
         ValueError: there is no model, or a `config.json` cannot be read.
@@ -55,7 +55,7 @@ def workload_of(config: RunConfig, model: str | None = None) -> Workload:
         raise ValueError("model.path is not set; set it to a folder, or pass --model with a folder or a size")
     base, adapted = base_folder(path), is_adapter(path)
     policy = ModelShape.of(str(base), "model.path")
-    if config.reward.function is not None:
+    if config.reward.by_text:
         return Workload.of(config, policy, None, reference_adapter=adapted)
     if config.reward.path is None:
         return Workload.of(config, policy, policy, reward_adapter=True, reference_adapter=adapted)
@@ -119,7 +119,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     Raises:
         ValueError: the budget is too small, or it is set and the memory is unknown.
     """
-    folders = [config.model.path] + [config.reward.path] * (config.reward.function is None)
+    folders = [config.model.path] + [config.reward.path] * (not config.reward.by_text)
     if any(folder is None or not (base_folder(folder) / "config.json").is_file() for folder in folders):
         return RunPlan(unknown="a model's folder without a config.json")
     try:

@@ -50,6 +50,7 @@ from rlhf_engine.recipes.trial import check_disk, try_output, try_reward
 from rlhf_engine.rewards.calls import Parameters
 from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
+from rlhf_engine.rewards.served import CACHE, Server, served_reward
 from rlhf_engine.rewards.user_code import import_function, source_fingerprint
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.supervised.reward_model import score_examples
@@ -82,20 +83,24 @@ def run_ppo(
     function = None
     if config.reward.function is not None:
         function = import_function(config.reward.function, "reward.function")
+    by_text = config.reward.by_text
     columns = _check_prompts(config, function)
     check_packages(config)  # their modules count as memory before the run
     plan = plan_run(config)
     model, codec = load_start(config, reference=True)
-    reward_model = load_reward_model(config, model) if function is None else None
+    reward_model = None if by_text else load_reward_model(config, model)
     data = {} if reward_model is None else {"reward.path": fingerprint(reward_model.named_parameters())}
     _check_fit(config, model, codec, reward_model)
-    texts = None if function is None else PromptTexts(columns)
+    texts = PromptTexts(columns) if by_text else None
     prompts = encode_prompts(config, codec, texts)
     policy = make_policy(config, model, reward_model)
     if reward_model is not None:
         reward = reward_function(reward_model, codec)
+    elif function is None:
+        assert texts is not None
+        reward = served_reward(_server(config), codec, prompt_of=texts, columns_of=texts.columns, columns=columns)
     else:
-        assert function is not None and texts is not None
+        assert texts is not None
         reward = text_reward(
             function,
             codec,
@@ -124,19 +129,29 @@ def run_ppo(
     return _train(config, trainer, codec, data, plan, loaded, overwrite=overwrite)
 
 
+def _server(config: RunConfig) -> Server:
+    """Return the server of `reward.url`, whose answers are kept in `output_dir`."""
+    cache = Path(config.output_dir) / CACHE if config.http.cache else None
+    try:
+        return Server(config.reward.url or "", config.http, cache)
+    except ValueError as error:
+        raise ValueError(f"reward.url: {error}") from None
+
+
 def _check_prompts(config: RunConfig, function: Callable[..., object] | None) -> tuple[str, ...]:
-    """Check the training prompts; return their columns that the reward function receives.
+    """Check the training prompts; return their columns that the reward function receives, or all for `reward.url`.
 
     Raises:
         ValueError: as `check_records`, or the reward function has a parameter for which there is no column.
     """
     parameters = None if function is None else Parameters.of(function)
     names = () if parameters is None else (*parameters.required, *parameters.optional)
-    allow = None if parameters is not None and parameters.every else config.data.allowed_columns(*names)
+    every = config.reward.url is not None or (parameters is not None and parameters.every)
+    allow = None if every else config.data.allowed_columns(*names)
     reading = read_prompts(given(config.data.prompts, "data.prompts"), "train", allow=allow)
     check_records(reading, "data.prompts")
     try:
-        columns = () if parameters is None else parameters.columns(reading.columns)
+        columns = tuple(reading.columns) if every else parameters.columns(reading.columns) if parameters else ()
     except ValueError as error:
         raise ValueError(f"reward.function {config.reward.function}: {error} ({reading.path})") from None
     notice(*reading.notes(columns))
@@ -192,7 +207,9 @@ def _train(
     folder, every = Path(config.output_dir) / "ppo", config.ppo.checkpoint_every
     replaces = (folder,) if overwrite else ()
     with (
-        MetricsWriter(config.output_dir, "ppo", resume_after=trainer.done, history=loaded) as metrics,
+        MetricsWriter(
+            config.output_dir, "ppo", resume_after=trainer.done, history=loaded, tracking=config.tracking
+        ) as metrics,
         TrainingSession(
             trainer, folder, codec.tokenizer, config, data, metrics, every=every, loaded=loaded, replaces=replaces
         ) as session,
@@ -200,7 +217,15 @@ def _train(
         log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())
         history, count = None if loaded is None else loaded / SAMPLES, config.ppo.log_samples
         path = Path(config.output_dir) / SAMPLES
-        samples = SampledResponses(path, codec, count, after=trainer.done, history=history)
+        samples = SampledResponses(
+            path,
+            codec,
+            count,
+            after=trainer.done,
+            history=history,
+            table=metrics.table,
+            table_every=config.tracking.samples_every,
+        )
         session.logs[SAMPLES] = samples
         if (update := config.ppo.profile_update) is not None:
             from rlhf_engine.ppo.profile import FOLDER, UpdateProfile

@@ -76,6 +76,7 @@ def _check_given(config: RunConfig) -> None:
         ("eval.baseline", config.eval.baseline),
         ("reward.path", config.reward.path),
         ("reward.function", config.reward.function),
+        ("reward.url", config.reward.url),
     ):
         if value is not None:
             raise ValueError(f"{key}: got {value!r}, expected null: every round sets it")

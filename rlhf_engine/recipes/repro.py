@@ -22,7 +22,7 @@ def run_repro(path: str | Path, *, device: str | None = None) -> tuple[list[str]
     repro = Repro(Path(path))
     config = with_device(repro.config, device)
     model, codec = load_start(config)
-    from_reward = config.ppo.value_init == "reward_model" and config.reward.function is None
+    from_reward = config.ppo.value_init == "reward_model" and not config.reward.by_text
     policy = make_policy(config, model, load_reward_model(config, model) if from_reward else None)
     make_generator(policy, codec, config, config.seed)  # excludes ids that are no token, as in the run
     lines, op = repro.replay(policy)

@@ -310,7 +310,9 @@ def run_session(
     loaded = load_newest(unfinished, trainer, config, data) if resume else None
     replaces = (unfinished, folder) if overwrite else ()
     with (
-        MetricsWriter(config.output_dir, trainer.stage, resume_after=trainer.done, history=loaded) as metrics,
+        MetricsWriter(
+            config.output_dir, trainer.stage, resume_after=trainer.done, history=loaded, tracking=config.tracking
+        ) as metrics,
         TrainingSession(
             trainer, unfinished, tokenizer, config, data, metrics, every=every, loaded=loaded, replaces=replaces
         ) as session,

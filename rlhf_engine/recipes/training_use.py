@@ -75,7 +75,7 @@ def _seen_prompts(candidate: Path, file: str | None, prompts: Sequence[Prompt], 
 
 
 def _same_judge(candidate: Path, judge: str, trained: RunConfig) -> Iterator[str]:
-    reward = trained.reward.path or trained.reward.function
+    reward = trained.reward.path or trained.reward.function or trained.reward.url
     if reward is None:
         return
     if judge == reward or Path(judge).resolve() == Path(reward).resolve():

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RewardConfig
@@ -34,6 +33,7 @@ from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model.pretrained import write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.optim.build import OptimizerState
+from rlhf_engine.progress import Bar
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 _SCORED_ROWS, _SCORED_TOKENS = 64, 8192
@@ -198,10 +198,10 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         """Evaluate the model on the held-out rankings."""
         return evaluate_rankings(self.model, self.validation, self.pad_id, self.done)
 
-    def keep(self, found: RankingEvaluation, bar: tqdm) -> dict[str, float]:
+    def keep(self, found: RankingEvaluation, bar: Bar) -> dict[str, float]:
         """Record an evaluation."""
         self.history.append(found)
-        bar.set_postfix(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.3f}")
+        bar.show(loss=f"{found.loss:.3f}", accuracy=f"{found.accuracy:.3f}")
         return {
             "validation_loss": found.loss,
             "accuracy": found.accuracy,

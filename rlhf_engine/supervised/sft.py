@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.config import SFTConfig
@@ -26,6 +25,7 @@ from rlhf_engine.model.layout import TokenBatch, token_cuts
 from rlhf_engine.model.roles import Outputs, Want
 from rlhf_engine.model.saving import save_language_model, saved_tensors
 from rlhf_engine.optim.build import OptimizerState
+from rlhf_engine.progress import Bar
 from rlhf_engine.supervised.trainer import Log, SupervisedTrainer
 
 
@@ -198,11 +198,11 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         validation_loss = evaluate_nll(self.actor, self.validation, self.config.batch_size, self.pad_id)
         return Evaluation(self.done, sum(self.losses) / len(self.losses), validation_loss)
 
-    def keep(self, found: Evaluation, bar: tqdm) -> dict[str, float]:
+    def keep(self, found: Evaluation, bar: Bar) -> dict[str, float]:
         """Record an evaluation, and copy the weights if it is a new minimum."""
         self.minimum.add(found)
         self.losses.clear()
-        bar.set_postfix(train=f"{found.train_loss:.3f}", validation=f"{found.validation_loss:.3f}")
+        bar.show(train=f"{found.train_loss:.3f}", validation=f"{found.validation_loss:.3f}")
         return {"validation_loss": found.validation_loss}
 
     # ---- checkpoints ----

@@ -15,18 +15,17 @@ from random import Random
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RewardConfig, SFTConfig
 from rlhf_engine.data import length_batches, lengths_of
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.memory.passes import MicrobatchSize, Passes
-from rlhf_engine.metrics import progress
 from rlhf_engine.model.saving import copy_tensors
 from rlhf_engine.optim.adamw import Schedule, optimizer_step
 from rlhf_engine.optim.build import OptimizerState, build_optimizer
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
+from rlhf_engine.progress import Bar, progress
 
 Log = Callable[[int, dict[str, float]], None]
 Evaluated = TypeVar("Evaluated")
@@ -91,7 +90,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         """Evaluate the model after `done` steps, without changing any state."""
 
     @abstractmethod
-    def keep(self, found: Evaluated, bar: tqdm) -> dict[str, float]:
+    def keep(self, found: Evaluated, bar: Bar) -> dict[str, float]:
         """Add an evaluation to the state, show it in the progress bar, and return the metrics to log."""
 
     @property
@@ -124,8 +123,9 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         with progress(self.total, self.label, unit="step", done=self.done) as bar:
             while self._evaluation_due or not self.finished:
                 if not self._evaluation_due:
-                    self._step(next(batches))
-                    bar.update()
+                    batch = next(batches)
+                    self._step(batch)
+                    bar.advance(tokens=sum(self.lengths[index] for index in batch))
                 if self._evaluation_due:
                     with interruptible():
                         found = self.evaluate()

@@ -26,6 +26,7 @@ NOT_RUN = {
     "docs/guides/evaluation.md": ["rlhf eval", "rlhf iterate"],
     "docs/guides/nemo_rl.md": ["from nemo_rl.algorithms.loss"],
     "docs/guides/openrlhf.md": ["from openrlhf.models import Actor"],
+    "docs/guides/terminal.md": ["rlhf chat", "rlhf push", "from rlhf_engine.recipes.hub import"],
     "docs/guides/trl.md": ["from rlhf_kernels.integrations.trl import GRPOMixin, fused_helpers"],
     "docs/guides/verl.md": ["from rlhf_kernels.integrations.verl import LOSSES", "from rlhf_kernels.integrations.verl_model"],
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 from itertools import pairwise
 
@@ -11,7 +10,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from rlhf_engine import metrics
 from rlhf_engine.config import OptimConfig
 from rlhf_engine.memory.arena import peak_rss_mb, resident_mb
 from rlhf_engine.metrics import MetricsWriter, read_metrics
@@ -287,31 +285,3 @@ def test_a_line_refused_by_a_full_disk_is_written_later_as_a_whole(tmp_path, fre
         writer.write(4, {"kl": 0.4})
     rows = [(row["step"], row["kl"]) for row in read_metrics(tmp_path)]
     assert rows == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
-
-
-def lines_of(shown):
-    return [line for line in shown.splitlines() if line]
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.05)
-    with metrics.progress(40, "ppo", unit="update", done=10) as bar:
-        for _ in range(30):
-            time.sleep(0.01)
-            bar.update()
-            bar.set_postfix(score="1.50")
-    lines = lines_of(capsys.readouterr().err)
-    assert 2 <= len(lines) <= 10, lines
-    assert all(
-        re.fullmatch(r"ppo: \d+ of 40 updates, [\d:]+ elapsed, [\d:]+ left, score=1.50", line) for line in lines[1:]
-    )
-    counts = [int(line.split()[1]) for line in lines]
-    assert counts == sorted(counts) and counts[0] > 10
-
-
-def test_a_short_stage_prints_no_progress_line(capsys):
-    with metrics.progress(3, "sft") as bar:
-        for _ in range(3):
-            bar.update()
-            bar.set_postfix(loss="1")
-    assert not capsys.readouterr().err
