@@ -95,6 +95,21 @@ struct PpoLossArgs {
     double* sums;                   // (kNumSums) out
 };
 
+// A whole call of the loss: PpoLossArgs with the denominators, the scalar loss and the metrics.
+struct PpoCallArgs {
+    PpoLossArgs loss;  // its logprobs may be null: there is no policy term
+    // Of policy, value, tokens and value tokens; below 0: the number of tokens under the mask, for the first two that of the
+    // token mean.
+    float denominators[4];
+    double vf_coef, entropy_coef, kl_coef;
+    const int64_t* source;   // (num_metrics): the sum of each metric
+    const int64_t* divisor;  // (num_metrics): its denominator among {policy, value, tokens, value tokens, 1}
+    int64_t num_metrics;
+    float* entropy_slope;  // (N) out, or null: the entropy has no gradient
+    float* result;         // () out: the loss
+    float* metrics;        // (num_metrics) out
+};
+
 struct GaeArgs {
     int64_t n;
     Sequences sequences;

@@ -121,6 +121,43 @@ PYBIND11_MODULE(_C, m) {
           }, unlocked, py::kw_only(), arg("ppo"), arg("n"), arg("sequences"), arg("length"), arg("cu_seqlens"),
           arg("sequence_level"), arg("mask"), arg("logprobs"), arg("entropy"), arg("values"), arg("old_values"), arg("returns"),
           arg("value_mask"), arg("value_row_weight"), arg("slope"), arg("value_slope"), arg("sums"));
+    m.def("ppo_loss_call",
+          [](const PpoScalars& scalars, int64_t n, int64_t sequences, int64_t length, Address cu_seqlens, bool sequence_level,
+             Address logprobs, Address old_logprobs, Address advantages, Address mask, Address weights, Address ref_logprobs,
+             Address row_weight, Address entropy, Address values, Address old_values, Address returns, Address value_mask,
+             Address value_row_weight, float policy, float value, float tokens, float value_tokens, double vf_coef,
+             double entropy_coef, double kl_coef, Address source, Address divisor, int64_t num_metrics, Address slope,
+             Address entropy_slope, Address value_slope, Address result, Address metrics) {
+              const PpoRows rows{scalars, at<const float>(old_logprobs), at<const float>(advantages), at<const float>(weights),
+                                 at<const float>(ref_logprobs), at<const float>(row_weight)};
+              const PpoLossArgs loss{rows,
+                                     n,
+                                     {sequences, length, at<const int32_t>(cu_seqlens)},
+                                     sequence_level,
+                                     at<const uint8_t>(mask),
+                                     at<const float>(logprobs),
+                                     at<const float>(entropy),
+                                     at<const float>(values),
+                                     at<const float>(old_values),
+                                     at<const float>(returns),
+                                     at<const uint8_t>(value_mask),
+                                     at<const float>(value_row_weight),
+                                     at<float>(slope),
+                                     at<float>(value_slope),
+                                     nullptr};
+              const PpoCallArgs args{loss,
+                                     {policy, value, tokens, value_tokens},
+                                     vf_coef,
+                                     entropy_coef,
+                                     kl_coef,
+                                     at<const int64_t>(source),
+                                     at<const int64_t>(divisor),
+                                     num_metrics,
+                                     at<float>(entropy_slope),
+                                     at<float>(result),
+                                     at<float>(metrics)};
+              RLHF_CPU(ppo_loss_call(args));
+          }, unlocked);
     m.def("accumulate",
           [](Address sum, Address part, int dtype, int64_t n, bool first) {
               RLHF_CPU(accumulate(at<float>(sum), at<const void>(part), DType(dtype), n, first));

@@ -8,13 +8,14 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch  # must be imported before _C, see above
 from torch import Tensor
 
-from .launch_args import SUMS, LogitRows, PpoRows, Sequences
+from .launch_args import SUMS, LogitRows, PpoRows, PpoScalars, Sequences
 
 if TYPE_CHECKING:
     import rlhf_kernels._C as native
@@ -114,7 +115,14 @@ def ppo_rows(x: PpoRows) -> "native.PpoRows":
     """Return the extension's record of `x`; the caller keeps the tensors alive."""
     assert _C is not None
     addresses = {name: floats(tensor) for name, tensor in x.tensors().items()}
-    return _C.PpoRows(scalars=_C.PpoScalars(**x.scalars._asdict()), **addresses)
+    return _C.PpoRows(scalars=ppo_scalars(x.scalars), **addresses)
+
+
+@lru_cache(maxsize=256)
+def ppo_scalars(x: PpoScalars) -> "native.PpoScalars":
+    """Return the extension's record of the scalars. Cached, because a run has the same ones in every call."""
+    assert _C is not None
+    return _C.PpoScalars(**x._asdict())
 
 
 def gae_args(

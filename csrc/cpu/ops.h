@@ -8,6 +8,7 @@
     void ppo_epilogue(const LogitRows& x, const RowStats& out, const PpoRows& ppo, uint8_t* active);                \
     void move_rows(void* data, const int64_t* to, const int64_t* from, int64_t n, int64_t row_bytes);       \
     void ppo_loss(const PpoLossArgs& a);                                                                            \
+    void ppo_loss_call(const PpoCallArgs& a);                                                                       \
     void accumulate(float* sum, const void* part, DType dtype, int64_t n, bool first);                              \
     void scale_cast(const void* x, DType from, void* out, DType to, int64_t n, float scale);                        \
     void gae(const GaeArgs& a);                                                                                     \

@@ -117,7 +117,7 @@ void ppo_loss(const PpoLossArgs& a) {
     for (int64_t i = 0; i < segments; i++) {
         const Segment seg = segment_of(a, i);
         double* sum = partial + i * kNumSums;
-        a.sequence_level ? by_sequence(a, seg, sum) : by_token(a, seg, sum);
+        if (a.logprobs) a.sequence_level ? by_sequence(a, seg, sum) : by_token(a, seg, sum);
         if (!a.values) continue;
         for (int64_t t = seg.begin; t < seg.end; t++) {
             a.value_slope[t] = 0.f;
@@ -132,6 +132,37 @@ void ppo_loss(const PpoLossArgs& a) {
         if (larger) a.sums[kRatioMax] = sum[kRatioMax];
     }
     delete[] partial;
+}
+
+// The loss and the metrics have the operations and the precision of ObjectiveTerms.loss and .metrics in ops/objective.py, and
+// the slopes those of ops/ppo_loss.py, so that both paths give the same bits.
+void ppo_loss_call(const PpoCallArgs& a) {
+    double sums[kNumSums];
+    PpoLossArgs loss = a.loss;
+    loss.sums = sums;
+    ppo_loss(loss);
+    const auto counted = [](double n) { return n > 1 ? float(n) : 1.f; };
+    float d[5];
+    d[2] = a.denominators[2] < 0 ? counted(sums[kNumTokens]) : a.denominators[2];
+    d[3] = a.denominators[3] < 0 ? counted(sums[kNumValueTokens]) : a.denominators[3];
+    d[0] = a.denominators[0] < 0 ? d[2] : a.denominators[0];
+    d[1] = a.denominators[1] < 0 ? d[3] : a.denominators[1];
+    d[4] = 1.f;
+    double total = sums[kPolicy];
+    if (a.kl_coef != 0) total += a.kl_coef * sums[kRefKlTerm];
+    if (a.entropy_coef != 0) total -= a.entropy_coef * sums[kEntropyTerm];
+    total /= d[0];
+    if (loss.values) total += a.vf_coef * sums[kValueTerm] / d[1];
+    *a.result = float(total);
+    for (int64_t k = 0; k < a.num_metrics; k++) a.metrics[k] = float(sums[a.source[k]] / d[a.divisor[k]]);
+    const float of_value = (1.f / d[1]) * float(a.vf_coef), of_entropy = float(-a.entropy_coef);
+    for (int64_t t = 0; t < loss.n; t++) {
+        if (loss.logprobs) loss.slope[t] /= d[0];
+        if (loss.values) loss.value_slope[t] *= of_value;
+        if (!a.entropy_slope) continue;
+        const float weight = loss.mask[t] ? (loss.ppo.row_weight ? loss.ppo.row_weight[t] : 1.f) : 0.f;
+        a.entropy_slope[t] = of_entropy * weight / d[0];
+    }
 }
 
 }  // namespace RLHF_ISA

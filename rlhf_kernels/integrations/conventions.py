@@ -8,8 +8,10 @@ from typing import Required, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from .._options import Aggregation
+from .._options import Aggregation, PPOArguments
+from ..launch_args import METRICS
 from ..ops import checks, masked_mean, ppo_loss
+from ..ops.direct_ppo_loss import loss_and_metrics, serves_values
 
 T = TypeVar("T")
 
@@ -36,13 +38,12 @@ def counted(name: str, mask: Tensor | None, like: Tensor, *, from_start: bool = 
     dtypes = (*checks.BOOL, *checks.FLOATS, torch.int64, torch.int32, torch.uint8)
     checks.tensor(name, mask, like=like, expected=like.shape, what="the shape of the token tensors", dtypes=dtypes)
     if mask.dtype is not torch.bool:
-        if checks.values_visible(mask):
-            other = mask[(mask != 0) & (mask != 1)]
-            if other.numel():
-                raise ValueError(
-                    f"{name}: got {other[0].item()} among its values, expected bool, or 1 for tokens that count and else 0"
-                )
-        mask = mask != 0
+        given, mask = mask, mask != 0
+        if checks.values_visible(given) and not torch.equal(mask.to(given.dtype), given):
+            other = given[mask & (given != 1)]
+            raise ValueError(
+                f"{name}: got {other[0].item()} among its values, expected bool, or 1 for tokens that count and else 0"
+            )
     if from_start and checks.values_visible(mask) and _is_padding(mask):
         raise ValueError(
             f"{name}: got a padding mask (rows change from False to True and never back), expected True where a token counts: "
@@ -121,6 +122,9 @@ def local_fraction(metric: Tensor, given: float | Tensor | None, mask: Tensor) -
     return metric if given is None else metric * given / mask.sum().clamp(min=1)
 
 
+_CLIPPED = METRICS.index("value_clipfrac")
+
+
 def value_loss(
     values: Tensor,  # (B, T), differentiable
     old_values: Tensor | None,
@@ -133,6 +137,23 @@ def value_loss(
     num_sequences: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the value term of `ppo_loss`, and the fraction of this batch's tokens whose clipped error is larger."""
+    if serves_values(values, (old_values, returns), mask) and (
+        cliprange is None or (type(cliprange) is float and cliprange >= 0)
+    ):
+        options = PPOArguments(
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            cliprange_value=cliprange,
+            vf_coef=1.0,
+            aggregation=aggregation,
+            num_value_tokens=num_tokens,
+            num_sequences=num_sequences,
+        )
+        for name in ("num_value_tokens", "num_sequences"):
+            checks.denominator(name, getattr(options, name))
+        loss, numbers = loss_and_metrics(None, options, None, None, mask)
+        return loss, local_fraction(numbers[_CLIPPED], num_tokens, mask)
     nothing = torch.zeros_like(returns)
     loss, metrics = ppo_loss(
         nothing,

@@ -13,15 +13,11 @@ from torch import Tensor
 
 from .._options import (
     DENOMINATORS,
-    FUNCTION,
-    OBJECTIVES,
     OF_SEQUENCES,
     OPTIONS,
-    SCALARS,
     TOKEN_TENSORS,
     PPOArguments,
     PPOOptions,
-    Scalar,
     Term,
 )
 from ..backend import Kernels
@@ -37,6 +33,7 @@ from ..launch_args import (
 )
 from . import checks, custom_objective, row_terms
 from .row_terms import OtherLosses
+from .scalars import scalars_of
 
 
 def parse(caller: str, options: PPOOptions) -> PPOArguments:
@@ -93,41 +90,12 @@ def check(
         custom_objective.check_inputs(args.objective_inputs, like)
     if args.term is not None:
         row_terms.check(args.term, args, mask, like)
-    for row in SCALARS:
-        _check_scalar(row, getattr(args, row.name))
     for denominator in DENOMINATORS:
-        checks.denominator(denominator, getattr(args, denominator))
-    for row in SCALARS:
-        _check_effect(row, args)
+        if getattr(args, denominator) is not None:
+            checks.denominator(denominator, getattr(args, denominator))
+    scalars_of(args)
     _check_combinations(args, computes_entropy)
     _check_values(args, value_head)
-
-
-def _check_scalar(row: Scalar, value: Any) -> None:
-    if row.name == "objective" and callable(value):
-        return
-    if row.choices:
-        checks.choice(row.name, value, row.choices)
-    else:
-        checks.number(row.name, value, optional=row.off is not None, **(row.limits or {}))
-
-
-def _check_effect(row: Scalar, args: PPOArguments) -> None:
-    """Raise ValueError for an option that the objective does not read, or that needs a second option which is not set."""
-    objective = FUNCTION if callable(args.objective) else args.objective
-    reads = row.objectives == OBJECTIVES or objective in row.objectives
-    if reads and not row.needs:
-        return
-    value = getattr(args, row.name)
-    if value in (None, 0, row.default):
-        return
-    if not reads:
-        got = custom_objective.name_of(args.objective) if callable(args.objective) else repr(args.objective)
-        *others, last = (name if name == FUNCTION else repr(name) for name in row.objectives)
-        readers, verb = (f"{', '.join(others)} and {last}", "read") if others else (last, "reads")
-        raise ValueError(f"{row.name}: got {value!r} with objective={got}; only {readers} {verb} it")
-    if row.needs and not getattr(args, row.needs):
-        raise ValueError(f"{row.name}: got {value!r} with {row.needs}=0, where it has no effect; set {row.needs}")
 
 
 def _check_combinations(args: PPOArguments, computes_entropy: bool) -> None:
@@ -356,7 +324,7 @@ class ObjectiveTerms(NamedTuple):
 
     def metrics(self, sums: Tensor) -> Tensor:
         """Return the metrics from the sums, (num_metrics,) float32, in the order of `others.metrics`."""
-        source, divisor = _metric_places(sums.device, self.others.metrics, SUMS + self.others.sums)
+        source, divisor = metric_places(sums.device, self.others.metrics, SUMS + self.others.sums)
         return (sums[source] / self.stacked_denominators[divisor]).float()
 
     def entropy_slope(self) -> Tensor | None:
@@ -369,7 +337,7 @@ class ObjectiveTerms(NamedTuple):
 
 
 @cache
-def _metric_places(device: torch.device, metrics: tuple[str, ...], sums: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def metric_places(device: torch.device, metrics: tuple[str, ...], sums: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Return the index of the sum, and of the denominator, of each metric.
 
     Cached, because a copy to the device synchronizes with it.

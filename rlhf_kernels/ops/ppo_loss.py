@@ -10,7 +10,7 @@ from torch import Tensor
 from .._options import PPOArguments, PPOOptions
 from ..backend import define_record, kernels, refuse, resolve
 from ..launch_args import PPOLoss, flatten, names_of
-from . import checks, objective
+from . import checks, direct_ppo_loss, objective
 from .objective import ObjectiveTerms, as_loss
 
 
@@ -112,6 +112,8 @@ def ppo_loss(
         from .. import reference
 
         return reference.ppo_loss(logprobs, old_logprobs, advantages, mask, **objective.as_options(args, mask))
+    if chosen == "cpu" and direct_ppo_loss.serves(args, logprobs):
+        return direct_ppo_loss.direct_ppo_loss(logprobs, args, old_logprobs, advantages, mask)
     return fused_ppo_loss(logprobs, args.entropy, args, old_logprobs, advantages, mask, chosen)
 
 
