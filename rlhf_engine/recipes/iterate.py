@@ -19,6 +19,7 @@ from rlhf_engine.data import Comparison, PromptRecord, read_comparisons, read_pr
 from rlhf_engine.data.records import prompt_field, prompt_of
 from rlhf_engine.evaluate import WinRate, rank
 from rlhf_engine.files import read_json_lines, with_new_file
+from rlhf_engine.metrics import read_metrics
 from rlhf_engine.notices import notice
 from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.recipes import run_ppo, run_rm
@@ -231,8 +232,10 @@ def _train_policy(
         reward=replace(config.reward, path=str(folder / "rm")),
         output_dir=str(folder),
     )
-    history = run_ppo(stage, **_continued(stage, folder / "ppo", "ppo", say))
-    return {name: history[-1][name] for name in ("score_mean", "kl")} if history else {}
+    run_ppo(stage, **_continued(stage, folder / "ppo", "ppo", say))
+    # Read from the file, because a call that continues after the last update makes none.
+    *_, last = (row for row in read_metrics(folder) if row["stage"] == "ppo")
+    return {name: last[name] for name in ("score_mean", "kl")}
 
 
 def _continued(stage: RunConfig, checkpoint: Path, name: str, say: Callable[[str], object]) -> Start:

@@ -152,7 +152,7 @@ def _quick(folder: Path) -> Iterator[None]:
     (folder / "tmp").mkdir(exist_ok=True)
     with no_drawing(), ExitStack() as patches:
         for target, name, value in (
-            ("rlhf_engine.metrics", "SummaryWriter", lambda *_, **__: mock.MagicMock()),
+            ("rlhf_engine.trackers", "SummaryWriter", lambda *_, **__: mock.MagicMock()),
             ("rlhf_engine.config.files.yaml", "safe_dump", dump),
         ):
             patches.enter_context(mock.patch(f"{target}.{name}", value))

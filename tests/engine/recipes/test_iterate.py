@@ -268,7 +268,17 @@ def test_s21_every_setting_is_declared_by_a_step_or_read_by_none():
     unread = {
         key for key, _ in flat_settings(RunConfig().to_dict()) if not any(is_among(key, r) for r in READS.values())
     }
-    nobodys = ("output_dir", "device", "iterate.rounds", "sft", "data.hygiene", "data.unknown_columns", "checkpoint")
+    nobodys = (
+        "output_dir",
+        "device",
+        "iterate.rounds",
+        "sft",
+        "data.hygiene",
+        "data.unknown_columns",
+        "checkpoint",
+        "tracking",
+        "http",
+    )
     assert {key for key in unread if not is_among(key, nobodys)} == set()
     known = [key for key, _ in flat_settings(RunConfig().to_dict())]
     assert all(any(is_among(key, [name]) for key in known) for names in READS.values() for name in names)
