@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
@@ -74,6 +75,10 @@ class Checkpointable(Protocol):
         """Return named tensors by role that must be equal in a resumed run; a checkpoint holds their fingerprints."""
         ...
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """Gather sharded tensors inside the context, in which one rank saves; all ranks must enter."""
+        ...
+
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Write the model into an existing folder in the format of `from_pretrained`."""
 
@@ -86,6 +91,7 @@ _SAMPLING = tuple(
 )
 _FREE = (
     *("output_dir", "device", "model.path", "memory.budget", "eval", "iterate", "checkpoint", "tracking", "http"),
+    *("distributed",),
     *(
         f"data.{name}"
         for name in ("demonstrations", "comparisons", "prompts", "pretrain", "hygiene", "unknown_columns")

@@ -128,8 +128,8 @@ class ProgressLines(tqdm):
         return False
 
 
-def progress(total: int, what: str, *, unit: str = "it", done: int = 0) -> Bar:
-    """Return a progress display on stderr with tokens per second and the remaining time."""
-    if sys.stderr.isatty():
+def progress(total: int, what: str, *, unit: str = "it", done: int = 0, hidden: bool = False) -> Bar:
+    """Return a progress display on stderr with tokens per second and the remaining time, or one that shows nothing."""
+    if sys.stderr.isatty() and not hidden:
         return TerminalBar(total, what, unit, done)
-    return ProgressLines(total=total, initial=done, desc=what, unit=unit)
+    return ProgressLines(total=total, initial=done, desc=what, unit=unit, disable=hidden)

@@ -24,8 +24,9 @@ from rlhf_engine.cli import ENGINE, evaluate, share
 from rlhf_engine.cli.bench import bench_app
 from rlhf_engine.cli.config import config_app
 from rlhf_engine.cli.failures import TRACEBACK, notes, one_line_errors
-from rlhf_engine.cli.options import ConfigOption, OverwriteOption, SetOption, quiet, read_config
+from rlhf_engine.cli.options import ConfigOption, GpusOption, OverwriteOption, SetOption, quiet, read_config
 from rlhf_engine.cli.plan import plan
+from rlhf_engine.distributed.launch import check_count, process_count, process_rank, start
 
 
 class _Commands(TyperGroup):
@@ -40,7 +41,8 @@ class _Commands(TyperGroup):
             signum = getattr(interrupt, "signum", signal.SIGINT)
             saved = getattr(interrupt, "saved", False)
             how = f"; to continue: {_resuming(ctx.obj)}" if saved else ""
-            print(f"rlhf: {str(interrupt) or 'interrupted'}{notes(interrupt)}{how}", file=sys.stderr)
+            if process_rank() == 0:
+                print(f"rlhf: {str(interrupt) or 'interrupted'}{notes(interrupt)}{how}", file=sys.stderr)
             raise typer.Exit(0 if saved and signum == signal.SIGTERM else 128 + signum) from None
 
 
@@ -53,13 +55,22 @@ app.add_typer(data_app, name="data")
 
 @app.callback()
 def _everywhere(
+    context: typer.Context,
     traceback: Annotated[
         bool, typer.Option(TRACEBACK, help="Print the traceback of the exception that ends a command; valid anywhere.")
     ] = False,
 ) -> None:
     """RLHF from demonstrations to PPO."""
+    command = context.invoked_subcommand
+    if process_count() > 1 and command not in DISTRIBUTED:
+        raise ValueError(
+            f"rlhf {command}: got {process_count()} processes of torchrun, and only rlhf {', '.join(DISTRIBUTED)} runs on "
+            "several; start it without torchrun"
+        )
 
 
+DISTRIBUTED = ("sft", "rm", "ppo")
+"""Commands that run on several ranks."""
 RESUMABLE = ("sft", "rm", "ppo", "iterate", "generate")
 """Commands with the option --resume. The others start again when they are called again."""
 
@@ -83,12 +94,15 @@ def info() -> None:
 
 @app.command()
 def sft(
+    context: typer.Context,
     config: ConfigOption,
     overrides: SetOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    gpus: GpusOption = None,
 ) -> None:
     """Fine-tune model.path on data.demonstrations. Writes OUTPUT_DIR/sft, and OUTPUT_DIR/sft.checkpoint until training ends."""
+    _start_ranks(context, gpus, config, overrides)
     report = _run("run_sft", config, overrides, resume=resume, overwrite=overwrite)
     typer.echo(f"validation loss {report.best.validation_loss:.4f} nats per token at step {report.best.step}")
     _results(config, overrides, "sft", "rm", "model.path")
@@ -96,15 +110,18 @@ def sft(
 
 @app.command()
 def rm(
+    context: typer.Context,
     config: ConfigOption,
     overrides: SetOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    gpus: GpusOption = None,
 ) -> None:
     """Train a reward model from model.path on data.comparisons.
 
     Writes OUTPUT_DIR/rm, and OUTPUT_DIR/rm.checkpoint until training ends.
     """
+    _start_ranks(context, gpus, config, overrides)
     last = _run("run_rm", config, overrides, resume=resume, overwrite=overwrite)[-1]
     typer.echo(f"held-out accuracy {last.accuracy:.4f}, margin {last.margin:.4f}, loss {last.loss:.4f}")
     _results(config, overrides, "rm", "ppo", "reward.path")
@@ -112,12 +129,15 @@ def rm(
 
 @app.command()
 def ppo(
+    context: typer.Context,
     config: ConfigOption,
     overrides: SetOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    gpus: GpusOption = None,
 ) -> None:
     """Train model.path with PPO on data.prompts, with the reward of reward.path or reward.function. Writes OUTPUT_DIR/ppo."""
+    _start_ranks(context, gpus, config, overrides)
     history = _run("run_ppo", config, overrides, resume=resume, overwrite=overwrite)
     if not history:
         typer.echo("nothing left to do: the checkpoint has completed all ppo.updates")
@@ -271,7 +291,21 @@ def _run(stage: str, config: Path, overrides: list[str] | None, **options: bool)
     quiet()
     from rlhf_engine import recipes
 
-    return getattr(recipes, stage)(read_config(config, overrides), **options)
+    found = getattr(recipes, stage)(read_config(config, overrides), **options)
+    if process_rank() > 0:
+        raise typer.Exit  # the first rank reports the result
+    return found
+
+
+def _start_ranks(context: typer.Context, gpus: int | None, config: Path, overrides: list[str] | None) -> None:
+    """Run this command again in `gpus` processes and exit with their code; return if `gpus` is None."""
+    if gpus is None:
+        return
+    check_count(gpus, read_config(config, overrides).device)
+    arguments: list[str] = [*context.obj, *(word for word in sys.argv if word == TRACEBACK)]
+    at = next(place for place, word in enumerate(arguments) if word.split("=")[0] == "--gpus")
+    del arguments[at : at + (1 if "=" in arguments[at] else 2)]
+    raise typer.Exit(start(gpus, arguments))
 
 
 def _results(config: Path, overrides: list[str] | None, stage: str, following: str, key: str) -> None:

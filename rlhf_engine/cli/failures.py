@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from rlhf_engine.distributed.launch import process_count
 from rlhf_engine.errors import is_out_of_memory
 
 TRACEBACK = "--traceback"
@@ -43,7 +44,13 @@ class one_line_errors:
         from rlhf_engine.config.schema import shortened  # after the command has imported what it needs
 
         text, code = reported(error)
-        print(f"rlhf: {shortened(text, LONGEST - 60)}{notes(error)}", file=sys.stderr)
+        line: str | None = f"{shortened(text, LONGEST - 60)}{notes(error)}"
+        if process_count() > 1:
+            from rlhf_engine.distributed.failure import report
+
+            line = report(line, error)
+        if line is not None:
+            print(f"rlhf: {line}", file=sys.stderr)
         sys.exit(code)
 
 

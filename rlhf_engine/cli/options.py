@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_engine.distributed.launch import process_rank
 from rlhf_engine.notices import print_notices
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, such as ppo.kl_coef=0.05; repeatable.")
 ]
 
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus", help="Start this many processes on this machine, each with one GPU; with device cpu, on its cores."
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the results of an earlier run in OUTPUT_DIR.")
 ]
@@ -38,7 +45,10 @@ def quiet() -> None:
     """
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    print_notices("rlhf: ")
+    if process_rank() == 0:
+        print_notices("rlhf: ")
+    else:  # the first rank prints what concerns all
+        logging.getLogger("rlhf_engine").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlhf_engine.config.adapter import AdapterConfig as AdapterConfig
     from rlhf_engine.config.checkpoint import CheckpointConfig as CheckpointConfig
     from rlhf_engine.config.data import DataConfig as DataConfig
+    from rlhf_engine.config.distributed import DistributedConfig as DistributedConfig
     from rlhf_engine.config.evaluate import EvalConfig as EvalConfig
     from rlhf_engine.config.files import flat_settings as flat_settings
     from rlhf_engine.config.files import load_config as load_config
@@ -41,6 +42,7 @@ __getattr__, __dir__, __all__ = exports(
         "AdapterConfig": "adapter",
         "CheckpointConfig": "checkpoint",
         "DataConfig": "data",
+        "DistributedConfig": "distributed",
         "EvalConfig": "evaluate",
         "flat_settings": "files",
         "load_config": "files",

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from rlhf_engine.config.adapter import AdapterConfig
 from rlhf_engine.config.checkpoint import CheckpointConfig
 from rlhf_engine.config.data import DataConfig
+from rlhf_engine.config.distributed import DistributedConfig
 from rlhf_engine.config.evaluate import EvalConfig
 from rlhf_engine.config.hints import hint
 from rlhf_engine.config.http import HttpConfig
@@ -59,6 +60,8 @@ class RunConfig(Section):
     """Reinforcement learning with PPO, TRPO or a policy gradient."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Device memory."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """More than one process."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints of the stages."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

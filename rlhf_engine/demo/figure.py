@@ -26,7 +26,7 @@ from rlhf_engine.plots import plot_win_rate_lines
 from rlhf_engine.recipes import run_ppo, run_rm, run_sft
 from rlhf_engine.recipes.generate import Answerer, answer_all
 from rlhf_engine.recipes.loading import given
-from rlhf_engine.recipes.session import continued
+from rlhf_engine.recipes.starting import continued
 from rlhf_engine.recipes.steps import Steps
 
 QUICK = (

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlhf_engine.distributed.ranks import is_sharded
 from rlhf_kernels import lend_workspace
 
 if TYPE_CHECKING:
@@ -218,8 +219,8 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def gradient_bytes(parameters: Iterable[Tensor]) -> int:
-    """Return the bytes that the gradients of `parameters` take in an arena."""
-    return sum(room_for(tuple(p.shape), gradient_dtype(p)) for p in parameters)
+    """Return the bytes that the gradients of `parameters` take in an arena; FSDP2 allocates those of sharded ones."""
+    return sum(room_for(tuple(p.shape), gradient_dtype(p)) for p in parameters if not is_sharded(p))
 
 
 @contextmanager
@@ -228,7 +229,7 @@ def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterato
 
     A gradient is moved into the arena after the first backward pass has computed it, and later gradients are added to
     it there. As without an arena, a parameter that no backward pass reaches has no gradient, and
-    `zero_grad(set_to_none=True)` starts a new sum.
+    `zero_grad(set_to_none=True)` starts a new sum. FSDP2 stores the gradients of sharded parameters.
     """
     places: dict[nn.Parameter, Tensor] = {}
     hooks = []
@@ -240,7 +241,7 @@ def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterato
             parameter.grad = place.copy_(parameter.grad)
 
     try:
-        for parameter in parameters:
+        for parameter in (one for one in parameters if not is_sharded(one)):
             room = arena.take((parameter.numel(),), gradient_dtype(parameter))
             # The strides of the parameter, which a gradient allocated by autograd has too.
             places[parameter] = room.as_strided(parameter.shape, parameter.stride())

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import torch
 
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.errors import is_out_of_memory
 from rlhf_engine.notices import notice
 
@@ -19,10 +20,14 @@ Result = TypeVar("Result")
 
 
 class MicrobatchSize(TypedDict):
-    """Size of a micro-batch: sequences (rankings of a reward model), or tokens if they are not None."""
+    """Size of a micro-batch: sequences (rankings of a reward model), or tokens if they are not None.
+
+    The `ranks` share the sequences; without them, this process computes all.
+    """
 
     microbatch: int
     microbatch_tokens: int | None
+    ranks: NotRequired[Ranks]
 
 
 def _nothing() -> None:
@@ -32,14 +37,17 @@ def _nothing() -> None:
 class Passes:
     """The current size of a pass. It starts with the config's; once halved, it stays small, also in a resumed run.
 
-    `section` is the section of the config that has the size.
+    `section` is the section of the config that has the size, and `ranks` are those that share the sequences.
     """
 
-    def __init__(self, size: MicrobatchSize, section: str) -> None:
-        self.size, self.section = size, section
+    def __init__(self, size: MicrobatchSize, section: str, ranks: Ranks = ONE) -> None:
+        self.size: MicrobatchSize = {**size, "ranks": ranks} if ranks.size > 1 else size
+        self.section, self.ranks = section, ranks
 
     def fitting(self, run: Callable[[MicrobatchSize], Result], undo: Callable[[], object] = _nothing) -> Result:
         """Return `run(size)`; after a lack of memory, call `undo` and try again with half of the size.
+
+        With several ranks there is no second attempt, because the others wait in the pass that failed.
 
         Raises:
             MemoryError, RuntimeError: as `run`, if a pass of one sequence or one token does not fit either.
@@ -50,7 +58,7 @@ class Passes:
                 result = run(self.size)
                 break
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or not self._halve():
+                if self.ranks.size > 1 or not is_out_of_memory(error) or not self._halve():
                     raise
             # Here the exception is gone, and with it the tensors of the frames that it passed.
             undo()
@@ -66,11 +74,11 @@ class Passes:
 
     def state(self) -> dict[str, Any]:
         """Return the size under its name in a checkpoint."""
-        return {"passes": dict(self.size)}
+        return {"passes": {name: value for name, value in self.size.items() if name != "ranks"}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned; checkpoints of earlier releases have the config's size."""
-        self.size = MicrobatchSize(**state.get("passes", self.size))
+        self.size = MicrobatchSize(**{**self.size, **state.get("passes", {})})
 
     def _halve(self) -> bool:
         """Halve the size; return whether it was more than one sequence or one token."""

@@ -37,6 +37,9 @@ class TokenBatch:
         None  # (B, S, H), input of the first trained layer, where the pass begins; None: at the tokens
     )
     cache: Cache | None = None  # keys and values of earlier tokens, updated in place
+    counts: bool = (
+        True  # False: a pass that a rank runs only because the other ranks run one more; its results are not used
+    )
 
 
 def token_batch(

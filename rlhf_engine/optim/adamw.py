@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_engine.config import OptimConfig
+from rlhf_engine.distributed.fsdp import total_norm
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of weights whose updates need a float32 master."""
@@ -178,7 +179,7 @@ def _left(config: OptimConfig, step: int, last: int) -> float:
 def gradient_norm(optimizer: Optimizer) -> Tensor:  # ()
     """Return the norm of all gradients together."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def wrong_norm(norm: Tensor, step: int) -> str:

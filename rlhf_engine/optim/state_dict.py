@@ -6,13 +6,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from rlhf_engine.distributed.fsdp import assign, full
+from rlhf_engine.distributed.ranks import is_sharded
 from rlhf_engine.optim.adamw import Optimizer
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the state under the names `<parameter number>.<name>`."""
+    """Return the state under the names `<parameter number>.<name>`; all ranks must call, and sharded tensors are gathered."""
     return {
-        f"{number}.{name}": tensor.contiguous()
+        f"{number}.{name}": _whole(tensor).contiguous()
         for number, parameter in enumerate(_parameters(optimizer))
         for name, tensor in optimizer.tensors_of(parameter).items()
     }
@@ -41,12 +43,17 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor], sou
                     f"{source}: the tensor {key} of {tensor.dtype} and shape {tuple(tensor.shape)} fits no trained parameter; "
                     "expected the checkpoint of a run with the same model and optimizer"
                 )
-            state[name].copy_(tensor)
+            assign(state[name], tensor)
         missing += [f"{place}.{name}" for name in state if name not in found]
     if missing:
         raise ValueError(
             f"{source}: the tensor {missing[0]} is missing, although the file has other tensors of its parameter"
         )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    # Gathered tensors go to host memory one by one: the device may have no memory for the state of all ranks.
+    return full(tensor).cpu() if is_sharded(tensor) else tensor
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

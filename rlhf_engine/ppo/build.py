@@ -6,18 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_engine.config import RolloutConfig, RunConfig
 from rlhf_engine.data.special_tokens import token_id
 from rlhf_engine.data.streams import shuffled_stream
 from rlhf_engine.data.tokenize import Codec
+from rlhf_engine.distributed.fsdp import make_mesh, shard
+from rlhf_engine.distributed.placement import Placement
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.memory import AnyArena, gradient_bytes, open_arena
 from rlhf_engine.memory.arena import room_for
 from rlhf_engine.model import ActorCritic, FrozenCopy, LanguageModel, Reference
 from rlhf_engine.model.quantised import refuse_quantised_layers
 from rlhf_engine.model.references import AdapterOff, Hydra
+from rlhf_engine.model.roles import Outputs
 from rlhf_engine.model.streamed import StreamedCopy
+from rlhf_engine.model.trunk import outermost_layers
 from rlhf_engine.optim.adamw import Optimizer, Resident
 from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.callbacks import Callback, TextMetrics
@@ -59,6 +64,7 @@ def build_trainer(
     plan: Plan | None = None,
     pretrain: PretrainStream | None = None,
     callbacks: Sequence[Callback] = (),
+    ranks: Ranks = ONE,
 ) -> PPOTrainer:
     """Return a trainer with the settings of `config.ppo`, `config.rollout` and `config.seed`.
 
@@ -80,7 +86,9 @@ def build_trainer(
         arena: the memory that the phases share; by default one of the size that they need.
         plan: a memory plan that bounds the memory of sampling.
         pretrain: text for PPO-ptx, needed if `config.ppo.ptx_coef` is above 0.
-        callbacks: called in this order.
+        callbacks: called in this order, on every rank.
+        ranks: the processes of the run. With several, `policy` and `reference` are sharded in place as in
+            `config.distributed`, and `optimizer` must be None.
 
     Raises:
         ValueError: for neither codec nor generator; a generator of a different policy or together with a plan; an optimizer
@@ -96,6 +104,11 @@ def build_trainer(
             raise ValueError("pass `codec` or `generator`; a trainer needs one of them to sample responses")
         settings, kv_bytes = (config, None) if plan is None else (plan.within(config), plan.kv_bytes)
         generator = make_generator(policy, codec, settings, config.seed, kv_bytes=kv_bytes)
+    if reference is None:
+        reference = make_reference(policy, config.ppo.reference, host=config.memory.reference == "host")
+    sharded = place(policy, reference, config, ranks)
+    if sharded and optimizer is not None:
+        raise ValueError("optimizer: its parameters are those of the model before it was sharded; leave it out")
     if optimizer is None:
         optimizer = build_optimizer(policy, config.ppo.optim, config.memory.optimizer_state)
     elif not isinstance(optimizer, Optimizer):
@@ -117,8 +130,6 @@ def build_trainer(
         pretrain=pretrain,
         values_only=trpo,
     )
-    if reference is None:
-        reference = make_reference(policy, config.ppo.reference, host=config.memory.reference == "host")
     return PPOTrainer(
         policy,
         reference,
@@ -130,7 +141,26 @@ def build_trainer(
         arena,
         seed=config.seed,
         callbacks=callbacks if codec is None else (TextMetrics(codec), *callbacks),
+        ranks=ranks,
+        sharded=sharded,
     )
+
+
+def place(policy: ActorCritic, reference: Reference, config: RunConfig, ranks: Ranks) -> list[nn.Module]:
+    """Shard the policy and a frozen copy as in `config.distributed`; return the models that are sharded.
+
+    Raises:
+        ValueError: `config.distributed` does not fit the number of ranks, or a setting is not supported with several.
+    """
+    parts = policy.adapters is not None or policy.top is not None
+    placement = Placement.of(config, ranks.size, parts=parts)
+    if placement.shard == 1:
+        return []
+    mesh = make_mesh(placement.replicate, placement.shard, policy.device.type)
+    models = [policy] + ([reference.model] if isinstance(reference, FrozenCopy) else [])
+    for model in models:
+        shard(model, outermost_layers(model.trunk), mesh, Outputs)
+    return list(models)
 
 
 def make_reference(policy: ActorCritic, kind: str, *, host: bool = False) -> Reference:

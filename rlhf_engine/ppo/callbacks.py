@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf_engine.metrics import LinesFile
@@ -254,3 +256,24 @@ def earlier_responses(path: Path, after: int, *, damaged: bool = False) -> bytes
 def _rounded(x: float) -> float | None:
     """Return `x` with 4 decimals and without a negative zero; None, as JSON's null, if it is not finite."""
     return round(x, 4) + 0.0 if math.isfinite(x) else None
+
+
+class Ending:
+    """Calls `on_end` of every callback with the exception that ended training, even if an `on_end` raises."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.trainer.resumed_at, self.trainer.stopped = self.trainer.updates_done, False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ExitStack() as ends:
+            for callback in reversed(self.trainer.callbacks):
+                ends.callback(getattr(callback, "on_end", _nothing), self.trainer, error)
+
+
+def _nothing(*_: object) -> None:
+    pass

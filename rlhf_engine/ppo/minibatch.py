@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.distributed.ranks import ONE
 from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model import Policy
 from rlhf_engine.model.roles import Want
@@ -30,7 +31,8 @@ def minibatch_backward(
     """Add the gradient of the loss over `sequences` to the parameters, in micro-batches; return the loss's metrics.
 
     The denominators are those of the minibatch, so the gradient does not depend on the micro-batches. `size` is their size,
-    by default the config's. `changing` are loss options that replace those of the config.
+    by default the config's; with several ranks, each adds the gradient of its sequences, and the metrics are those of all.
+    `changing` are loss options that replace those of the config.
     """
     size = microbatch_size(config) if size is None else size
     rollout, totals = experience.rollout, MetricSum()
@@ -50,12 +52,14 @@ def minibatch_backward(
         loss = loss_options(config) | {
             "old_logprobs": actions(experience.old_logprobs),
             "advantages": actions(scaled),
-            "mask": actions(kept),
-            "value_mask": None if experience.kept is None else torch.ones_like(batch.ids, dtype=torch.bool),
+            "mask": actions(kept) & batch.counts,
+            "value_mask": None
+            if experience.kept is None
+            else torch.full_like(batch.ids, batch.counts, dtype=torch.bool),
             "old_values": actions(experience.old_values),
             "returns": actions(experience.returns),
             "weights": None if experience.weights is None else actions(experience.weights),
-            "nll_mask": None if positive is None else actions(positive),
+            "nll_mask": None if positive is None else actions(positive) & batch.counts,
             "nll_coef": config.positive_nll_coef,
             "num_tokens": num_kept,
             "num_value_tokens": num_tokens,
@@ -68,11 +72,11 @@ def minibatch_backward(
         assert outputs.loss is not None
         total, metrics = outputs.loss.loss, outputs.loss.metrics
         if outputs.balance is not None:
-            balance = outputs.balance * (len(batch.ids) / num_tokens)  # a mean over the micro-batches
+            balance = outputs.balance * (batch.counts * len(batch.ids) / num_tokens)  # a mean over the micro-batches
             total, metrics = total + balance, metrics | {"router_aux_loss": balance.detach()}
         total.backward()
         totals.add(metrics)
-    return totals.total()
+    return size.get("ranks", ONE).sum_metrics(totals.total())
 
 
 def is_finite(metrics: Mapping[str, Tensor], norm: Tensor) -> bool:

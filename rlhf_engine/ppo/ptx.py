@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.data.streams import shuffled_stream
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.model import Policy, TokenBatch
 
 
@@ -56,7 +57,13 @@ def language_model_loss(
 
 
 def ptx_backward(
-    policy: Policy, sequences: Tensor, *, coef: float, microbatch: int, microbatch_tokens: int | None = None
+    policy: Policy,
+    sequences: Tensor,
+    *,
+    coef: float,
+    microbatch: int,
+    microbatch_tokens: int | None = None,
+    ranks: Ranks = ONE,
 ) -> dict[str, Tensor]:
     """Add the gradient of `-coef` times the mean log-prob of the sequences' tokens; return the loss in nats per token.
 
@@ -67,8 +74,13 @@ def ptx_backward(
     loss = torch.zeros((), device=policy.device)
     if microbatch_tokens is not None:
         microbatch = max(1, microbatch_tokens // (sequences.shape[1] - 1))
-    for part in sequences.to(policy.device).split(microbatch):
-        nll = language_model_loss(policy, part, num_tokens=num_tokens)
-        (coef * nll).backward()
-        loss += nll.detach()
-    return {"ptx_loss": loss}
+    shares = ranks.shares(torch.full((len(sequences),), sequences.shape[1]))
+    ours = sequences[shares[ranks.rank]].to(policy.device)
+    for number in range(-(-len(shares[0]) // microbatch)):
+        part = ours[number * microbatch : (number + 1) * microbatch]
+        # A rank without sequences left runs the pass with weight 0: all ranks must run as many (`Rollout.parts`).
+        weight = 1.0 if len(part) else 0.0
+        nll = language_model_loss(policy, part if weight else sequences[:1].to(policy.device), num_tokens=num_tokens)
+        (coef * weight * nll).backward()
+        loss += weight * nll.detach()
+    return ranks.sum_metrics({"ptx_loss": loss})

@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.distributed.fsdp import full, whole
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
 from rlhf_engine.memory.arena import peak_rss_mb
@@ -28,12 +29,13 @@ from rlhf_engine.model import ActorCritic, Reference
 from rlhf_engine.model.saving import check_saved, copy_weights, save_policy
 from rlhf_engine.notices import notice
 from rlhf_engine.optim.state_dict import load_optimizer_tensors, optimizer_tensors
+from rlhf_engine.ppo.callbacks import Ending
 from rlhf_engine.ppo.divergence import Divergence
 from rlhf_engine.ppo.experience import Experience, Scored, Step, advantages, microbatch_size, score
 from rlhf_engine.ppo.kl_control import adapted_kl_coef, adapted_old_kl_coef, old_policy_kl
 from rlhf_engine.ppo.nonfinite import LOWER_RATE, NonFinite, bad_scored, first_nonfinite, numbers_of, take_scored
-from rlhf_engine.rewards.scaling import RewardFunction, ScoreScale
-from rlhf_engine.rollout import Generator, Rollout, logprob_deviation, recompute
+from rlhf_engine.rewards.scaling import DealtReward, RewardFunction, ScoreScale
+from rlhf_engine.rollout import Generator, Rollout, joined, logprob_deviation, recompute
 
 if TYPE_CHECKING:
     from rlhf_engine.ppo.callbacks import Callback
@@ -52,7 +54,8 @@ class PPOTrainer:
     """The training loop, with the state that changes between updates. `build_trainer` creates its arguments from a config.
 
     All random numbers are functions of `seed` and the counters, so a resumed run draws the same numbers.
-    `prompts(first, count)` returns prompts number `first` to `first + count - 1` of an endless stream.
+    `prompts(first, count)` returns prompts number `first` to `first + count - 1` of an endless stream. With several `ranks`,
+    each of them runs this loop with the same arguments, and computes passes over the sequences that it is dealt.
     """
 
     stage, unit = "ppo", "update"
@@ -70,19 +73,26 @@ class PPOTrainer:
         *,
         seed: int,
         callbacks: Sequence[Callback] = (),
+        ranks: Ranks = ONE,
+        sharded: Sequence[nn.Module] = (),
     ) -> None:
         if config.microbatch_tokens is not None:
             policy.check_packing()
         self.policy, self.reference, self.generator = policy, reference, generator
-        self.prompts, self.reward, self.config, self.seed = prompts, reward, config, seed
+        self.sharded = sharded
+        """Models whose weights are sharded over the ranks."""
+        self.ranks, self.reward = ranks, reward if ranks.size == 1 else DealtReward(reward, ranks)
+        self.prompts, self.config, self.seed = prompts, config, seed
         self.update_rule, self.arena, self.callbacks = update_rule, arena, list(callbacks)
         self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.meter, self.scale = PeakMeter(policy.device), ScoreScale(config.score_scale)
-        self.divergence, self.passes = Divergence(config), Passes(microbatch_size(config), "ppo")
+        self.divergence, self.passes = Divergence(config), Passes(microbatch_size(config), "ppo", ranks)
         self.left_out = 0
         """Sequences of the last rollout that `on_nonfinite` left out."""
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = self.resumed_at = 0
+        self.sampled_at = 0.0
+        self._state: dict[str, Tensor] | None = None
         self.latest: dict[str, float] = {}
         """Metrics of the last update."""
         self.whole, self.stopped = True, False
@@ -97,7 +107,7 @@ class PPOTrainer:
         Raises:
             Diverged: the metrics of the last updates exceed a limit of `config.stop_on`.
         """
-        with _Ending(self):
+        with Ending(self):
             self.divergence.check()
             while self.updates_done < self.config.updates and not self.stopped:
                 self.step()
@@ -138,11 +148,21 @@ class PPOTrainer:
         return log
 
     def collect(self) -> Rollout:
-        """Sample one response to each of the next prompts, with keys and values in the arena."""
+        """Sample one response to each of the next prompts, with keys and values in the arena.
+
+        Sharded weights are gathered once for all steps. Random numbers depend on a sequence's number in the run and not on the
+        rank that samples it.
+        """
         first, count = self.updates_done * self.config.rollout_batch, self.config.rollout_batch
         with self._phase("generate"):
             prompts = self.prompts(first, count)
-            return self.generator.generate(prompts, torch.arange(first, first + count), allocate=self.arena.memory)
+            shares = self.ranks.shares(torch.tensor([len(prompt) for prompt in prompts]))
+            rows = shares[self.ranks.rank]
+            with whole(self.policy):
+                ours = [prompts[row] for row in rows.tolist()]
+                own = self.generator.generate(ours, first + rows, allocate=self.arena.memory)
+            self.sampled_at = time.perf_counter()
+            return joined(own, self.ranks, shares, self.generator.pad_token_id)
 
     def score(self, rollout: Rollout) -> tuple[Scored, dict[str, float]]:
         """Score the responses, compute all log-probs, and measure the deviation of the sampled ones."""
@@ -224,17 +244,34 @@ class PPOTrainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the optimizer's state by name."""
-        return optimizer_tensors(self.update_rule.optimizer)
+        return optimizer_tensors(self.update_rule.optimizer) if self._state is None else self._state
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Gather what is sharded, so that one rank can save it inside the context; all ranks must enter."""
+        self._state = optimizer_tensors(self.update_rule.optimizer)
+        try:
+            with ExitStack() as models:
+                for model in self.sharded:
+                    models.enter_context(whole(model))
+                yield
+        finally:
+            self._state = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the stored tensors of the policy, its value function and the averaged weights."""
+        """Iterate over the stored tensors of the policy, its value function and the averaged weights.
+
+        With sharded weights, `gathered` must be open for their values.
+        """
         yield from self.policy.stored()
         if self.update_rule.average is not None:
             yield from ((f"{EMA}.{name}", weight) for name, weight in self.update_rule.average.model.stored())
 
     def constants(self) -> dict[str, Iterator[tuple[str, Tensor]]]:
         """Return the reference's tensors."""
-        return {"reference": self.reference.weights()}
+        weights = self.reference.weights()
+        # Copies, because a gathered tensor that numpy has read cannot be freed.
+        return {"reference": ((name, full(weight).clone()) for name, weight in weights) if self.sharded else weights}
 
     def write_model(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool | None = None
@@ -261,7 +298,8 @@ class PPOTrainer:
         for place, policy in places.items():
             check_saved(place, policy)
         for place, policy in places.items():
-            copy_weights(place, policy)
+            with whole(policy, write=True):
+                copy_weights(place, policy)
         load_optimizer_tensors(self.update_rule.optimizer, tensors, folder / OPTIMIZER)
         self.load_state(state)
         self.whole = True
@@ -302,7 +340,9 @@ class PPOTrainer:
                 want = ("logprobs", "values") if self.policy.value is not None else ("logprobs",)
                 recompute(self.policy, first.rollout, want, temperature=self.temperature, **self.passes.size)
 
-        op, numbers = first_nonfinite(self.policy, {}, run) or name, numbers_of(scored.rollout, rows)
+        # Ranks would find different operations, and run different passes.
+        op = (first_nonfinite(self.policy, {}, run) if self.ranks.size == 1 else None) or name
+        numbers = numbers_of(scored.rollout, rows)
         every = [row for row in range(len(scored.rollout)) if row not in rows]
         advice = "check the weights of the reference" if op == "ref_logprobs" else LOWER_RATE
         what = f"training diverged: {what}"
@@ -338,8 +378,11 @@ class PPOTrainer:
         start, collected, scored_at = clock
         now, tokens = time.perf_counter(), int(rollout.mask.sum())
         skipped = {"scores_skipped": len(rollout) - len(scored.rollout) - self.left_out}
+        sampling = self.ranks.each(self.sampled_at - start)
+        idle = {"idle_share": 1.0 - sum(sampling) / (len(sampling) * max(sampling))}
         return {
             **(skipped if self.config.nonfinite_scores == "skip" else {}),
+            **(idle if self.ranks.size > 1 else {}),
             "seconds_collect": collected - start,
             "seconds_score": scored_at - collected,
             "seconds_update": now - scored_at,
@@ -350,24 +393,3 @@ class PPOTrainer:
             **self.meter.log(),
             "peak_rss_mb": peak_rss_mb(),
         }
-
-
-class _Ending:
-    """Calls `on_end` of every callback with the exception that ended training, even if an `on_end` raises."""
-
-    def __init__(self, trainer: PPOTrainer) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.trainer.resumed_at, self.trainer.stopped = self.trainer.updates_done, False
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with ExitStack() as ends:
-            for callback in reversed(self.trainer.callbacks):
-                ends.callback(getattr(callback, "on_end", _nothing), self.trainer, error)
-
-
-def _nothing(*_: object) -> None:
-    pass

@@ -211,6 +211,7 @@ class SurrogateSteps:
             return metrics
 
         metrics = step.passes.fitting(run, undo=self._drop_gradient)
+        step.passes.ranks.sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         return metrics, gradient_norm(self.optimizer)
 
     def _drop_gradient(self) -> None:
@@ -272,7 +273,9 @@ class SurrogateSteps:
             everyone = torch.arange(len(first.rollout), device=sequences.device)
             self._gradient(first, everyone, step, None if bad else extra)
 
-        op = first_nonfinite(self.policy, tensors_of(first), run)
+        op = "a pass that several ranks share"  # they would find different operations, and run different passes
+        if step.passes.ranks.size == 1:
+            op = first_nonfinite(self.policy, tensors_of(first), run)
         numbers, data = numbers_of(experience.rollout, bad), take_experience(experience, sequences)
         return NonFinite(what, numbers, op, step.number + 1, data, changing)
 
@@ -311,7 +314,8 @@ class TrustRegionStep:
             experience.old_logprobs,
             experience.advantages,
             rule.temperature,
-            **step.passes.size,
+            microbatch=step.passes.size["microbatch"],
+            microbatch_tokens=step.passes.size["microbatch_tokens"],
         )
         step.on_change()
         with rule.arena.transients():

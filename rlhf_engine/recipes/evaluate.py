@@ -33,7 +33,7 @@ from rlhf_engine.notices import notice
 from rlhf_engine.plots import plot_win_rates
 from rlhf_engine.recipes.generate import Answerer, Answers, answer_all
 from rlhf_engine.recipes.loading import dated, given, template_settings
-from rlhf_engine.recipes.session import exclusive
+from rlhf_engine.recipes.starting import exclusive
 from rlhf_engine.recipes.training_use import training_use
 from rlhf_engine.rewards.served import CACHE
 

@@ -27,7 +27,7 @@ from rlhf_engine.recipes.evaluate import BY_HAND, configured_judge, run_eval
 from rlhf_engine.recipes.generate import Answerer, answer_all
 from rlhf_engine.recipes.loading import dated, given
 from rlhf_engine.recipes.preflight import check_rounds
-from rlhf_engine.recipes.session import Start, continued, exclusive
+from rlhf_engine.recipes.starting import Start, continued, exclusive
 from rlhf_engine.recipes.steps import Steps
 
 _MAY_CHANGE = (

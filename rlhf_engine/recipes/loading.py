@@ -17,6 +17,7 @@ from rlhf_engine.config import RunConfig, save_config
 from rlhf_engine.data import Codec, Comparison, Demonstration, PromptRecord, RecordCodec
 from rlhf_engine.data.chat import READS_DATE, ChatTemplate
 from rlhf_engine.data.loading import Reading
+from rlhf_engine.distributed.ranks import current
 from rlhf_engine.files import read_json, read_model_config, with_new_file, with_new_folder, write_json
 from rlhf_engine.manifest import write_manifest
 from rlhf_engine.metrics import MetricsWriter, read_metrics
@@ -196,10 +197,9 @@ def dated(config: RunConfig) -> RunConfig:
     today = _stored_date(config)
     if today is None:
         today = date.today().isoformat()
-        path = Path(config.output_dir) / _TEMPLATE_DATE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with_new_file(path, lambda new: write_json(new, {"date": today}))
-    return replace(config, data=replace(config.data, chat_template_date=today))
+        if current().first:
+            with_new_file(Path(config.output_dir) / _TEMPLATE_DATE, lambda new: write_json(new, {"date": today}))
+    return replace(config, data=replace(config.data, chat_template_date=current().each(today)[0]))
 
 
 def _stored_date(config: RunConfig) -> str | None:

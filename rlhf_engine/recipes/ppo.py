@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from rlhf_engine.checkpoint import REWARD_FUNCTION, fingerprint, fingerprint_row
 from rlhf_engine.checkpoint_folders import TRAINER
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import Codec, Example, PromptRecord, PromptTexts, RecordCodec, read_prompts, stored, token_rows
+from rlhf_engine.distributed.placement import Placement
+from rlhf_engine.distributed.ranks import current
 from rlhf_engine.metrics import MetricsWriter
 from rlhf_engine.model import ActorCritic, ValueHead
 from rlhf_engine.model.adapter_files import Base
@@ -44,13 +47,13 @@ from rlhf_engine.recipes.loading import (
     truncated,
 )
 from rlhf_engine.recipes.planning import RunPlan, check_reference, plan_run
-from rlhf_engine.recipes.session import TrainingSession, check_start, exclusive, load_newest
+from rlhf_engine.recipes.reward_texts import reward_of_texts
+from rlhf_engine.recipes.session import TrainingSession, load_newest
+from rlhf_engine.recipes.starting import check_start, exclusive
 from rlhf_engine.recipes.training_use import skipped_sft
 from rlhf_engine.recipes.trial import check_disk, try_output, try_reward
 from rlhf_engine.rewards.calls import Parameters
-from rlhf_engine.rewards.functions import text_reward
 from rlhf_engine.rewards.scaling import RewardFunction
-from rlhf_engine.rewards.served import CACHE, Server, served_reward
 from rlhf_engine.rewards.user_code import import_function, source_fingerprint
 from rlhf_engine.rollout import Rollout
 from rlhf_engine.supervised.reward_model import score_examples
@@ -79,6 +82,9 @@ def run_ppo(
     check_reference(config)
     check_start_model(config)
     config.check_training()
+    ranks = current()
+    parts = bool(config.adapter.rank) or config.model.train_layers is not None
+    Placement.of(config, ranks.size, parts=parts)
     config = dated(config)
     function = None
     if config.reward.function is not None:
@@ -94,48 +100,39 @@ def run_ppo(
     texts = PromptTexts(columns) if by_text else None
     prompts = encode_prompts(config, codec, texts)
     policy = make_policy(config, model, reward_model)
+    if ranks.size > 1:
+        ranks.check_equal({"model.path": fingerprint(policy.named_parameters())})
     if reward_model is not None:
         reward = reward_function(reward_model, codec)
-    elif function is None:
-        assert texts is not None
-        reward = served_reward(_server(config), codec, prompt_of=texts, columns_of=texts.columns, columns=columns)
     else:
         assert texts is not None
-        reward = text_reward(
-            function,
-            codec,
-            prompt_of=texts,
-            columns_of=texts.columns,
-            columns=columns,
-            name=config.reward.function,
-            batched=config.reward.batched,
-            concurrency=config.reward.concurrency,
-            timeout=config.reward.timeout,
-            retries=config.reward.retries,
-        )
+        reward = reward_of_texts(config, function, codec, texts, columns)
     pretrain = pretrain_stream(config, codec)
     trainer = build_trainer(
-        policy, None, reward, prompts, config, codec=codec, plan=plan, pretrain=pretrain, callbacks=callbacks
+        policy,
+        None,
+        reward,
+        prompts,
+        config,
+        codec=codec,
+        plan=plan,
+        pretrain=pretrain,
+        callbacks=callbacks,
+        ranks=ranks,
     )
     data["data.prompts"] = fingerprint_rows(prompts)
     if pretrain is not None:
         data["data.pretrain"] = fingerprint_rows(pretrain.sequences)
     if config.reward.function is not None:
         data[REWARD_FUNCTION] = source_fingerprint(config.reward.function)
+    ranks.check_equal(data)
     check_disk(trainer, config, Path(config.output_dir) / "ppo")
-    try_output(trainer, codec.tokenizer, config)
+    with trainer.gathered() if ranks.size > 1 else nullcontext():
+        if ranks.first:
+            try_output(trainer, codec.tokenizer, config)
     try_reward(trainer, codec.eos_id)
     loaded = load_newest(Path(config.output_dir) / "ppo", trainer, config, data) if resume else None
     return _train(config, trainer, codec, data, plan, loaded, overwrite=overwrite)
-
-
-def _server(config: RunConfig) -> Server:
-    """Return the server of `reward.url`, whose answers are kept in `output_dir`."""
-    cache = Path(config.output_dir) / CACHE if config.http.cache else None
-    try:
-        return Server(config.reward.url or "", config.http, cache)
-    except ValueError as error:
-        raise ValueError(f"reward.url: {error}") from None
 
 
 def _check_prompts(config: RunConfig, function: Callable[..., object] | None) -> tuple[str, ...]:
@@ -203,7 +200,9 @@ def _train(
     overwrite: bool,
 ) -> list[dict[str, float]]:
     """Run the updates after those of the checkpoint `loaded` in a `TrainingSession`, which saves them; return their metrics."""
-    plan.write(config.output_dir)
+    ranks = trainer.ranks
+    if ranks.first:
+        plan.write(config.output_dir)
     folder, every = Path(config.output_dir) / "ppo", config.ppo.checkpoint_every
     replaces = (folder,) if overwrite else ()
     with (
@@ -211,10 +210,20 @@ def _train(
             config.output_dir, "ppo", resume_after=trainer.done, history=loaded, tracking=config.tracking
         ) as metrics,
         TrainingSession(
-            trainer, folder, codec.tokenizer, config, data, metrics, every=every, loaded=loaded, replaces=replaces
+            trainer,
+            folder,
+            codec.tokenizer,
+            config,
+            data,
+            metrics,
+            every=every,
+            loaded=loaded,
+            replaces=replaces,
+            ranks=ranks,
         ) as session,
     ):
-        log = MetricsLog(session, extra=lambda: truncated(codec) | plan.metrics())
+        # A plan is that of one rank which has the whole model and rollout.
+        log = MetricsLog(session, extra=lambda: truncated(codec) | (plan.metrics() if ranks.size == 1 else {}))
         history, count = None if loaded is None else loaded / SAMPLES, config.ppo.log_samples
         path = Path(config.output_dir) / SAMPLES
         samples = SampledResponses(
@@ -227,11 +236,13 @@ def _train(
             table_every=config.tracking.samples_every,
         )
         session.logs[SAMPLES] = samples
-        if (update := config.ppo.profile_update) is not None:
+        if (update := config.ppo.profile_update) is not None and ranks.first:
             from rlhf_engine.ppo.profile import FOLDER, UpdateProfile
 
             trainer.callbacks.append(UpdateProfile(Path(config.output_dir) / FOLDER, update))
-        trainer.callbacks += [samples, log, SessionCheckpoints(session), Plots(config), ReproFiles(config)]
+        checkpoints = SessionCheckpoints(session)
+        trainer.callbacks += [samples, log, checkpoints, Plots(config)] if ranks.first else [checkpoints]
+        trainer.callbacks += [ReproFiles(config)] if ranks.size == 1 else []
         trainer.train()
     return log.history
 

@@ -12,6 +12,8 @@ from rlhf_engine.checkpoint import fingerprint
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Demonstration, Example, read_comparisons, read_demonstrations, stored
 from rlhf_engine.data.split import split
+from rlhf_engine.distributed.placement import check_whole
+from rlhf_engine.distributed.ranks import current
 from rlhf_engine.model.reward_model import RewardModel
 from rlhf_engine.plots import plot_calibration
 from rlhf_engine.recipes.loading import (
@@ -29,7 +31,8 @@ from rlhf_engine.recipes.loading import (
     stage_folders,
     truncated,
 )
-from rlhf_engine.recipes.session import check_start, exclusive, run_session
+from rlhf_engine.recipes.session import run_session
+from rlhf_engine.recipes.starting import check_start, exclusive
 from rlhf_engine.recipes.trial import check_disk, try_output
 from rlhf_engine.supervised.reward_model import (
     RANKED_PROMPTS,
@@ -56,6 +59,8 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
     folder, unfinished = stage_folders(config, "rm")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
     config.check_training()
+    ranks = current()
+    check_whole(config, config.reward.batch_size, "reward.batch_size", ranks.size)
     config = dated(config)
     if resume and (report := finished_report(config, "rm")) is not None:
         return tuple(RankingEvaluation.from_json(found) for found in report["history"])
@@ -76,11 +81,16 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
         pad_id=codec.pad_id,
         seed=config.seed,
         optimizer_state=config.memory.optimizer_state,
+        ranks=ranks,
     )
+    ranks.check_equal(data)
     check_disk(trainer, config, unfinished, folder)
-    try_output(trainer, codec.tokenizer, config)
+    if ranks.first:
+        try_output(trainer, codec.tokenizer, config)
 
     def write_result() -> None:
+        if not ranks.first:
+            return
         plot(config, "rm", "optimizer step")  # first, because a result is the end of a run
         last = trainer.history[-1]
         plot_calibration(last.bins, last.accuracy, Path(config.output_dir) / "plots" / "rm_calibration.png")
@@ -97,6 +107,7 @@ def run_rm(config: RunConfig, *, resume: bool = False, overwrite: bool = False) 
         every=config.reward.checkpoint_every,
         resume=resume,
         overwrite=overwrite,
+        ranks=ranks,
     )
     return tuple(trainer.history)
 

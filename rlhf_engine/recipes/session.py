@@ -11,30 +11,30 @@ Guarantees for `rlhf sft`, `rlhf rm` and `rlhf ppo`:
 * Any exception saves the finished steps or updates if the weights are still those of the last finished one. Otherwise the last
   checkpoint is kept, and a note on the exception describes it.
 * A failed save leaves the last checkpoint as it was, and the session tries other places (`_rescue`).
+* With several ranks, the first one writes. All ranks save and stop together, after a finished step: a signal ends the run after
+  the current update, and an error on one rank leaves the last checkpoint.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypedDict, TypeVar
+from typing import Any, ParamSpec, Protocol, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.checkpoint import Checkpointable, save_checkpoint
 from rlhf_engine.checkpoint import resume as resume_trainer
-from rlhf_engine.checkpoint_folders import Keeper, checkpoints, clean_up_checkpoints, remove_checkpoints
+from rlhf_engine.checkpoint_folders import Keeper, checkpoints, remove_checkpoints
 from rlhf_engine.config import RunConfig
-from rlhf_engine.files import FolderLock, now, recover, with_new_folder
-from rlhf_engine.manifest import foreign_files
+from rlhf_engine.distributed.ranks import ONE, Ranks
+from rlhf_engine.files import now, recover, with_new_folder
 from rlhf_engine.metrics import METRICS, MetricsWriter
 from rlhf_engine.notices import notice
 from rlhf_engine.supervised.trainer import SupervisedTrainer
@@ -96,7 +96,9 @@ class TrainingSession:
         loaded: Path | None = None,
         replaces: Sequence[Path] = (),
         clock: Callable[[], float] = now,
+        ranks: Ranks = ONE,
     ) -> None:
+        self.ranks = ranks
         self.trainer, self.folder, self.metrics = trainer, folder, metrics
         self.logs: dict[str, Log] = {METRICS: metrics}
         """Files of lines that are synced before a checkpoint, which contains them, by their names."""
@@ -116,6 +118,8 @@ class TrainingSession:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a finished step; the first call deletes the folders that the run replaces."""
+        if not self.ranks.first:
+            return
         try:
             for folder in self.replaces:
                 recover(folder)
@@ -127,9 +131,11 @@ class TrainingSession:
 
     def after(self) -> None:
         """Save if a checkpoint is due, then end the training if a signal has arrived; call this after every finished step."""
-        if self._due():
+        if self.ranks.each(self._due())[0]:
             self.save()
         self._seen = self.trainer.done
+        # Asked after the save, during which a signal may arrive.
+        self._received = next((one for one in self.ranks.each(self._received) if one is not None), None)
         if self._received is not None:
             self._stop()
 
@@ -137,7 +143,7 @@ class TrainingSession:
     def interruptible(self) -> Iterator[None]:
         """Let a signal end the training immediately within the block, which must not change the trainer's state."""
         self._seen = self.trainer.done
-        if self._received is not None:
+        if self._received is not None and self.ranks.size == 1:
             self._stop()
         try:
             yield
@@ -156,8 +162,10 @@ class TrainingSession:
         masked, self._masked = self._masked, True
         begun = self.clock()
         try:
-            self._sync()
-            self.keeper.save(lambda retire: self._write(self.folder, retire))
+            with self.trainer.gathered() if self.ranks.size > 1 else nullcontext():
+                if self.ranks.first:
+                    self._sync()
+                    self.keeper.save(lambda retire: self._write(self.folder, retire))
         finally:
             self._masked = masked
         self.saved, self._time = self.trainer.done, self.clock()
@@ -187,7 +195,7 @@ class TrainingSession:
         first = self._received is None
         if first:
             self._received, self._received_at = signum, self.clock()
-        if self._masked:
+        if self._masked or self.ranks.size > 1:  # `after` ends the training on all ranks together
             return
         # Between the end of a step and `after`, metrics and counters may disagree.
         between_steps = self.trainer.whole and self.trainer.done == self._seen
@@ -220,6 +228,8 @@ class TrainingSession:
     def _save_what_is_whole(self, error: BaseException) -> tuple[bool, str]:
         """Save the finished steps; return whether a checkpoint contains all of them, and a sentence about it."""
         trainer = self.trainer
+        if self.ranks.size > 1 and not isinstance(error, Stopped):  # the other ranks do not take part in a save
+            return False, self._last() if self.saved else "there is no checkpoint"
         if not trainer.whole:
             lost = f"{trainer.unit} {trainer.done + 1} had changed weights and was not finished, so nothing was saved"
             if self.saved:
@@ -305,6 +315,7 @@ def run_session(
     every: int | None,
     resume: bool,
     overwrite: bool,
+    ranks: Ranks = ONE,
 ) -> Result:
     """Train to the end with checkpoints in `unfinished`, which is deleted after `write_result` has written `folder`."""
     loaded = load_newest(unfinished, trainer, config, data) if resume else None
@@ -314,14 +325,24 @@ def run_session(
             config.output_dir, trainer.stage, resume_after=trainer.done, history=loaded, tracking=config.tracking
         ) as metrics,
         TrainingSession(
-            trainer, unfinished, tokenizer, config, data, metrics, every=every, loaded=loaded, replaces=replaces
+            trainer,
+            unfinished,
+            tokenizer,
+            config,
+            data,
+            metrics,
+            every=every,
+            loaded=loaded,
+            replaces=replaces,
+            ranks=ranks,
         ) as session,
     ):
         trainer.log = session.write
         trainer.train(session.after, session.interruptible)
         session.finish()
         result = write_result()
-    remove_checkpoints(unfinished)
+    if ranks.first:
+        remove_checkpoints(unfinished)
     return result
 
 
@@ -331,54 +352,3 @@ def load_newest(folder: Path, trainer: Checkpointable, config: RunConfig, data: 
         return resume_trainer(folder, trainer, config, data)
     notice(f"{folder}: there is no checkpoint yet, so the run begins from the start")
     return None
-
-
-def exclusive(
-    run: Callable[Concatenate[RunConfig, Arguments], Result],
-) -> Callable[Concatenate[RunConfig, Arguments], Result]:
-    """Let one process at a time run a stage in an output folder; a second one gets a ValueError."""
-
-    @functools.wraps(run)
-    def locked(config: RunConfig, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-        with FolderLock(config.output_dir):
-            return run(config, *arguments, **options)
-
-    return locked
-
-
-def check_start(result: Path, marker: str, *others: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless a run may start: if an earlier run exists, `resume` or `overwrite` is required.
-
-    `result` is the folder that the run writes. `marker` is a file that every result contains, so that a folder with a user's
-    files is never replaced. `others` are further folders of an earlier run.
-    """
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other; pass one of them")
-    for folder in (result, *others):
-        clean_up_checkpoints(folder)
-    if result.exists() and not (result.is_dir() and ((result / marker).is_file() or not any(result.iterdir()))):
-        raise ValueError(
-            f"{result}: its contents are not those of an earlier run; move them away, or set a different output_dir"
-        )
-    for folder in (*others, result):
-        if os.path.ismount(folder):
-            raise ValueError(f"{folder}: is a mount point, which cannot be replaced; mount its parent folder instead")
-        if checkpoints(folder) and not (resume or overwrite):
-            kind = "an unfinished run" if folder in others else "an earlier run"
-            raise ValueError(f"{folder}: {kind} is there; continue it with --resume, or replace it with --overwrite")
-        foreign = foreign_files(folder) if overwrite else []
-        if foreign:
-            raise ValueError(f"{foreign[0]}: was not written by the run, and --overwrite would delete it; move it away")
-
-
-class Start(TypedDict):
-    """How a stage starts: keyword arguments of `run_sft`, `run_rm` and `run_ppo`."""
-
-    resume: bool
-    overwrite: bool
-
-
-def continued(checkpoint: Path) -> Start:
-    """Return the arguments of a stage that continues from its checkpoint, or starts anew if there is none."""
-    found = bool(checkpoints(checkpoint))
-    return {"resume": found, "overwrite": not found}

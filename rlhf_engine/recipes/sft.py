@@ -13,6 +13,8 @@ from rlhf_engine.checkpoint import fingerprint
 from rlhf_engine.config import RunConfig
 from rlhf_engine.data import EXAMPLES, Codec, Demonstration, Example, Stored, read_demonstrations, stored
 from rlhf_engine.data.split import split
+from rlhf_engine.distributed.placement import check_whole
+from rlhf_engine.distributed.ranks import Ranks, current
 from rlhf_engine.model import LanguageModel
 from rlhf_engine.notices import notice
 from rlhf_engine.recipes.loading import (
@@ -30,7 +32,8 @@ from rlhf_engine.recipes.loading import (
     stage_folders,
     truncated,
 )
-from rlhf_engine.recipes.session import check_start, exclusive, run_session
+from rlhf_engine.recipes.session import run_session
+from rlhf_engine.recipes.starting import check_start, exclusive
 from rlhf_engine.recipes.trial import check_disk, try_output
 from rlhf_engine.supervised.sft import FitReport, SFTTrainer
 
@@ -49,6 +52,8 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
     folder, unfinished = stage_folders(config, "sft")
     check_start(folder, REPORT, unfinished, resume=resume, overwrite=overwrite)
     config.check_training()
+    ranks = current()
+    check_whole(config, config.sft.batch_size, "sft.batch_size", ranks.size)
     config = dated(config)
     if resume and (report := finished_report(config, "sft")) is not None:
         return FitReport.from_json(report)
@@ -63,11 +68,15 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         "demonstrations",
     )
     data["data.demonstrations"] = fingerprint_records((train, validation), EXAMPLES)
-    trainer = _trainer(config, model, codec, train, validation)
+    ranks.check_equal(data)
+    trainer = _trainer(config, model, codec, train, validation, ranks)
     check_disk(trainer, config, unfinished, folder)
-    try_output(trainer, codec.tokenizer, config)
+    if ranks.first:
+        try_output(trainer, codec.tokenizer, config)
 
     def write_result() -> FitReport:
+        if not ranks.first:
+            return trainer.finish()
         plot(config, "sft", "optimizer step")  # first, because a result is the end of a run
         report = trainer.finish()
         saved = dataclasses.asdict(report) | truncated(codec)
@@ -85,13 +94,19 @@ def run_sft(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
         every=config.sft.checkpoint_every,
         resume=resume,
         overwrite=overwrite,
+        ranks=ranks,
     )
     warn_of_no_learning(report, len(codec.tokenizer))
     return report
 
 
 def _trainer(
-    config: RunConfig, model: PreTrainedModel, codec: Codec, train: Sequence[Example], validation: Sequence[Example]
+    config: RunConfig,
+    model: PreTrainedModel,
+    codec: Codec,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    ranks: Ranks,
 ) -> SFTTrainer:
     actor = LanguageModel(model, backend=config.backend, **computing(config))
     if not config.model.router_aux_loss:
@@ -104,6 +119,7 @@ def _trainer(
         pad_id=codec.pad_id,
         seed=config.seed,
         optimizer_state=config.memory.optimizer_state,
+        ranks=ranks,
     )
 
 

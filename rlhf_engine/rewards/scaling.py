@@ -14,12 +14,39 @@ import torch
 from torch import Tensor
 
 from rlhf_engine.config import PPOConfig
+from rlhf_engine.distributed.ranks import Ranks
 from rlhf_engine.model import Reward
 from rlhf_engine.rewards.user_code import SampleError
 from rlhf_engine.rollout import Rollout
 
 RewardFunction = Reward[Rollout]
 """Returns one float score for each sequence of a rollout, [B]."""
+
+
+class DealtReward:
+    """A reward function that every rank calls with its share of a rollout; it returns the scores of all ranks.
+
+    `inner` is called once per rollout on each rank that has responses, so a function that compares the responses of a call
+    compares those of one rank.
+    """
+
+    def __init__(self, inner: RewardFunction, ranks: Ranks) -> None:
+        self.inner, self.ranks = inner, ranks
+
+    def __call__(self, rollout: Rollout) -> Tensor:  # (B,)
+        """Return the scores of a rollout that all ranks have."""
+        shares = self.ranks.shares(rollout.prompt_lengths + rollout.response_lengths)
+        rows = shares[self.ranks.rank]
+        if not len(rows):
+            return self.ranks.join(torch.zeros(0, device=rows.device), shares)
+        try:
+            found = self.inner(rollout.take(rows))
+        except SampleError as error:
+            error.row = int(rows[error.row])
+            raise
+        if not isinstance(found, Tensor) or found.shape != rows.shape:
+            return found  # `score_answers` refuses it
+        return self.ranks.join(found.detach().float().to(rows.device), shares)
 
 
 class ScoreScale:

@@ -1,7 +1,7 @@
 """Sampling of responses, and recomputation of their log-probs."""
 
 from rlhf_engine.rollout.generator import Generator
-from rlhf_engine.rollout.rollout import Rollout, logprob_deviation, recompute, reference_logprobs
+from rlhf_engine.rollout.rollout import Rollout, joined, logprob_deviation, recompute, reference_logprobs
 from rlhf_engine.rollout.stopping import EOS, LENGTH, STOP_REASONS, STOP_STRING, STOP_TOKEN
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "STOP_TOKEN",
     "Generator",
     "Rollout",
+    "joined",
     "logprob_deviation",
     "recompute",
     "reference_logprobs",

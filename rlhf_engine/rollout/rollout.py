@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.model.layout import TokenBatch, input_places, token_batch, token_cuts
 from rlhf_engine.model.roles import Policy, Reference, Want
 from rlhf_engine.rollout.stopping import LENGTH
@@ -106,16 +107,50 @@ class Rollout:
         cuts = token_cuts((lengths[order] - 1).tolist(), microbatch_tokens, packed=packed)
         return sequences[order].split(cuts)
 
+    def parts(
+        self,
+        sequences: Tensor,
+        microbatch: int,
+        microbatch_tokens: int | None = None,
+        *,
+        packed: bool = False,
+        ranks: Ranks = ONE,
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the sequences of every micro-batch of `by_length` that this rank computes, each with True.
+
+        A rank that has fewer than a different rank repeats a sequence with False, because every rank must run the same
+        number of passes: the weights of a pass may be sharded over all ranks.
+        """
+        lengths = (self.prompt_lengths + self.response_lengths)[sequences]
+        every = [
+            [
+                members
+                for members in self.by_length(sequences[rows], microbatch, microbatch_tokens, packed=packed)
+                if len(members)
+            ]
+            for rows in ranks.shares(lengths)
+        ]
+        ours = every[ranks.rank]
+        yield from ((members, True) for members in ours)
+        for _ in range(max(map(len, every)) - len(ours)):
+            yield sequences[:1], False
+
     def batches(
-        self, sequences: Tensor, microbatch: int, microbatch_tokens: int | None = None, *, packed: bool = False
+        self,
+        sequences: Tensor,
+        microbatch: int,
+        microbatch_tokens: int | None = None,
+        *,
+        packed: bool = False,
+        ranks: Ranks = ONE,
     ) -> Iterator[TokenBatch]:
-        """Yield the forward pass input of every micro-batch of `by_length`.
+        """Yield the forward pass input of every micro-batch of `parts`; those that are repeated have `counts` False.
 
         `packed` applies only with `microbatch_tokens`.
         """
         packed = packed and microbatch_tokens is not None
-        for members in self.by_length(sequences, microbatch, microbatch_tokens, packed=packed):
-            yield self.batch(members, packed=packed)
+        for members, counts in self.parts(sequences, microbatch, microbatch_tokens, packed=packed, ranks=ranks):
+            yield replace(self.batch(members, packed=packed), counts=counts)
 
     @torch.no_grad()
     def starting_from(
@@ -124,6 +159,7 @@ class Rollout:
         microbatch: int,
         microbatch_tokens: int | None = None,
         transients: Callable[[], AbstractContextManager[None]] = nullcontext,
+        ranks: Ranks = ONE,
     ) -> Rollout:
         """Return the rollout with the states that the policy shares with its reference, or this one if they share none.
 
@@ -132,16 +168,25 @@ class Rollout:
         """
         packed, states = reference.packs and microbatch_tokens is not None, None
         everyone = torch.arange(len(self), device=self.mask.device)
-        for members in self.by_length(everyone, microbatch, microbatch_tokens, packed=packed):
+        for members, counts in self.parts(everyone, microbatch, microbatch_tokens, packed=packed, ranks=ranks):
             with transients():
                 found = reference.shared_states(self.batch(members, packed=packed))
             if found is None:
                 return self
             if states is None:
-                states = found.new_empty(int(self.input_lengths.sum()), found.shape[-1])
+                states = found.new_zeros(int(self.input_lengths.sum()), found.shape[-1])
             places, real = input_places(self.input_lengths, members, packed=packed)
-            states[places[real]] = found[real]
-        return replace(self, states=states)
+            if counts:
+                states[places[real]] = found[real]
+        assert states is not None
+        return replace(self, states=ranks.merge(states))
+
+
+def joined(own: Rollout, ranks: Ranks, shares: list[Tensor], pad_id: int) -> Rollout:
+    """Return the rollout of all ranks, given this rank's and the rows of each; it has no `states`."""
+    pads = {"prompt_ids": pad_id, "response_ids": pad_id}
+    rows = {item.name: getattr(own, item.name) for item in fields(own) if getattr(own, item.name) is not None}
+    return Rollout(**{name: ranks.join(tensor, shares, pads.get(name, 0)) for name, tensor in rows.items()})
 
 
 def _unpadded(ids: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -157,8 +202,8 @@ def recompute(
 ) -> dict[str, Tensor]:  # name -> (B, T)
     """Return the outputs named in `want` ("logprobs", "entropy", "values") for every action, float32 and 0 outside the mask.
 
-    `size` is the micro-batch size: `microbatch` and `microbatch_tokens` as in `Rollout.batches`. The output layer runs only on
-    the states of actions.
+    `size` is the micro-batch size: `microbatch`, `microbatch_tokens` and `ranks` as in `Rollout.batches`. The output layer runs
+    only on the states of actions.
     """
 
     def of_batch(batch: TokenBatch) -> dict[str, Tensor]:
@@ -198,10 +243,12 @@ def _of_actions(
     packed: bool,
     microbatch: int,
     microbatch_tokens: int | None = None,
+    ranks: Ranks = ONE,
 ) -> dict[str, Tensor]:  # name -> (B, T)
     found = {name: torch.zeros_like(rollout.logprobs) for name in names}
     everyone = torch.arange(len(rollout), device=rollout.mask.device)
-    for batch in rollout.batches(everyone, microbatch, microbatch_tokens, packed=packed):
+    for batch in rollout.batches(everyone, microbatch, microbatch_tokens, packed=packed, ranks=ranks):
         for name, values in of_batch(batch).items():
-            found[name].view(-1)[batch.source] = values
-    return found
+            if batch.counts:
+                found[name].view(-1)[batch.source] = values
+    return {name: ranks.merge(values) for name, values in found.items()}

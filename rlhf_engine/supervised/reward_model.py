@@ -29,6 +29,7 @@ from rlhf_engine.data import (
     pad_sequences,
     rank_batch,
 )
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model.pretrained import write_pretrained
 from rlhf_engine.model.reward_model import RewardModel
@@ -158,6 +159,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         seed: int,
         optimizer_state: OptimizerState = "resident",
         log: Log | None = None,
+        ranks: Ranks = ONE,
     ) -> None:
         for name, prompts in (("train", train), ("validation", validation)):
             if not prompts:
@@ -171,6 +173,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
             optimizer_state=optimizer_state,
             log=log,
             label="reward model",
+            ranks=ranks,
         )
         self.prompts, self.validation, self.pad_id = train, validation, pad_id
         self.history: list[RankingEvaluation] = []
@@ -180,13 +183,13 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
         """Number of finished steps at the last evaluation; 0 before the first."""
         return self.history[-1].step if self.history else 0
 
-    def backward(self, indices: list[int], size: MicrobatchSize) -> float:
+    def backward(self, ours: list[int], size: MicrobatchSize, *, share: float = 1.0) -> float:
         """Add the gradients of a batch, each micro-batch weighted by its share of the prompts; return the loss."""
         rankings, loss = size["microbatch"], 0.0
-        for at in range(0, len(indices), rankings):
-            part = [self.prompts[i] for i in indices[at : at + rankings]]
+        for at in range(0, len(ours), rankings):
+            part = [self.prompts[i] for i in ours[at : at + rankings]]
             batch = rank_batch([(prompt.completions, prompt.pairs) for prompt in part], self.pad_id)
-            term = ranking_loss(_scores(self.model, batch), batch) * (len(part) / len(indices))
+            term = ranking_loss(_scores(self.model, batch), batch) * (len(part) / len(ours) * share)
             term.backward()
             loss += term.item()
         return loss
@@ -196,7 +199,7 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
 
     def evaluate(self) -> RankingEvaluation:
         """Evaluate the model on the held-out rankings."""
-        return evaluate_rankings(self.model, self.validation, self.pad_id, self.done)
+        return evaluate_rankings(self.model, self.validation, self.pad_id, self.done, self.ranks)
 
     def keep(self, found: RankingEvaluation, bar: Bar) -> dict[str, float]:
         """Record an evaluation."""
@@ -243,17 +246,18 @@ class RewardTrainer(SupervisedTrainer[RankingEvaluation]):
 
 @torch.no_grad()
 def evaluate_rankings(
-    model: RewardModel, prompts: Sequence[RankedPrompt], pad_id: int, step: int = 0
+    model: RewardModel, prompts: Sequence[RankedPrompt], pad_id: int, step: int = 0, ranks: Ranks = ONE
 ) -> RankingEvaluation:
-    """Compute the loss, accuracy, margin and calibration of a reward model on rankings."""
-    loss, gaps = 0.0, []
-    for start in range(0, len(prompts), 16):
+    """Compute the loss, accuracy, margin and calibration of a reward model on rankings; ranks score parts in turn."""
+    loss, gaps = 0.0, [torch.empty(0)]
+    for start in range(ranks.rank * 16, len(prompts), ranks.size * 16):
         part = prompts[start : start + 16]
         batch = rank_batch([(prompt.completions, prompt.pairs) for prompt in part], pad_id)
         scores = _scores(model, batch)
         loss += float(ranking_loss(scores, batch)) * len(part)
-        gaps.append(scores[batch.better.to(scores.device)] - scores[batch.worse.to(scores.device)])
-    gap = torch.cat(gaps).double().cpu()
+        gaps.append((scores[batch.better.to(scores.device)] - scores[batch.worse.to(scores.device)]).cpu())
+    every = ranks.each((loss, torch.cat(gaps)))
+    loss, gap = sum(part for part, _ in every), torch.cat([part for _, part in every]).double()
     bins = _reliability(gap)
     error = sum(abs(predicted - seen) * count for predicted, seen, count in bins) / sum(count for *_, count in bins)
     accuracy = float((gap > 0).double().mean() + 0.5 * (gap == 0).double().mean())

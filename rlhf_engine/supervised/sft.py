@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_engine.config import SFTConfig
 from rlhf_engine.data import Example, LanguageBatch, length_batches, lengths_of, pad_sequences
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.memory.passes import MicrobatchSize
 from rlhf_engine.model import LanguageModel
@@ -136,6 +137,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         optimizer_state: OptimizerState = "resident",
         log: Log | None = None,
         label: str = "sft",
+        ranks: Ranks = ONE,
     ) -> None:
         _check_sets(train, validation)
         super().__init__(
@@ -147,6 +149,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
             optimizer_state=optimizer_state,
             log=log,
             label=label,
+            ranks=ranks,
         )
         self.actor, self.examples, self.validation, self.pad_id = actor, train, validation, pad_id
         self.minimum = _Minimum(actor.model, config.patience)
@@ -168,24 +171,26 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
         """Number of finished steps at the last evaluation; 0 before the first."""
         return self.minimum.history[-1].step if self.minimum.history else 0
 
-    def backward(self, indices: list[int], size: MicrobatchSize) -> float:
+    def backward(self, ours: list[int], size: MicrobatchSize, *, share: float = 1.0) -> float:
         """Add the gradients of `-sum(logprobs) / response tokens of the whole batch`; return that loss."""
-        parts = _parts(indices, self.lengths, size)
+        parts = _parts(ours, self.lengths, size)
         batch = [pad_sequences([self.examples[i] for i in part], self.pad_id) for part in parts]
-        self._tokens_of_step = sum(int(part.response_mask[:, 1:].sum()) for part in batch)
+        weight = 1.0 if share else 0.0
+        tokens = sum(int(part.response_mask[:, 1:].sum()) for part in batch) if share else 0
+        self._tokens_of_step = sum(self.ranks.each(tokens))
         loss, balance = 0.0, 0.0
         wants: tuple[Want, ...] = ("logprobs",) if self.actor.balance is None else ("logprobs", "balance")
         for part in batch:
             outputs = batch_outputs(self.actor, part, wants)
             assert outputs.logprobs is not None
-            share = total = -outputs.logprobs.sum() / self._tokens_of_step
+            term = total = -outputs.logprobs.sum() * weight / self._tokens_of_step
             if outputs.balance is not None:  # a mean over the micro-batches
-                total = share + outputs.balance * (len(outputs.logprobs) / self._tokens_of_step)
+                total = term + outputs.balance * (weight * len(outputs.logprobs) / self._tokens_of_step)
             total.backward()
-            loss += share.item()
-            balance += float(total.detach() - share.detach())
+            loss += term.item()
+            balance += float(total.detach() - term.detach())
         if self.actor.balance is not None:
-            self.step_metrics = {"router_aux_loss": balance}
+            self.step_metrics = {"router_aux_loss": sum(self.ranks.each(balance))}
         return loss
 
     def stepped(self, loss: float) -> None:
@@ -195,7 +200,7 @@ class SFTTrainer(SupervisedTrainer[Evaluation]):
 
     def evaluate(self) -> Evaluation:
         """Compute the validation loss."""
-        validation_loss = evaluate_nll(self.actor, self.validation, self.config.batch_size, self.pad_id)
+        validation_loss = evaluate_nll(self.actor, self.validation, self.config.batch_size, self.pad_id, self.ranks)
         return Evaluation(self.done, sum(self.losses) / len(self.losses), validation_loss)
 
     def keep(self, found: Evaluation, bar: Bar) -> dict[str, float]:
@@ -298,14 +303,18 @@ class _Minimum:
 
 
 @torch.no_grad()
-def evaluate_nll(actor: LanguageModel, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
-    """Return the mean negative log-likelihood of the response tokens, in nats per token."""
+def evaluate_nll(
+    actor: LanguageModel, examples: Sequence[Example], batch_size: int, pad_id: int, ranks: Ranks = ONE
+) -> float:
+    """Return the mean negative log-likelihood of the response tokens, in nats per token; ranks compute batches in turn."""
     total, count = 0.0, 0
-    for indices in length_batches(lengths_of(examples), batch_size):
+    batches = list(length_batches(lengths_of(examples), batch_size))
+    for indices in batches[ranks.rank :: ranks.size]:
         logprobs = batch_logprobs(actor, pad_sequences([examples[i] for i in indices], pad_id))
         total -= float(logprobs.double().sum())
         count += logprobs.numel()
-    return total / count
+    every = ranks.each((total, count))
+    return sum(total for total, _ in every) / sum(count for _, count in every)
 
 
 def _check_sets(train: Sequence[Example], validation: Sequence[Example]) -> None:

@@ -14,11 +14,13 @@ from pathlib import Path
 from random import Random
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import RewardConfig, SFTConfig
 from rlhf_engine.data import length_batches, lengths_of
+from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.memory.passes import MicrobatchSize, Passes
 from rlhf_engine.model.saving import copy_tensors
@@ -55,7 +57,9 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         optimizer_state: OptimizerState,
         log: Log | None,
         label: str,
+        ranks: Ranks = ONE,
     ) -> None:
+        self.ranks = ranks
         self.model, self.config, self.seed, self.label = model, config, seed, label
         self.lengths = lengths_of(train)
         self.per_epoch = -(-len(train) // config.batch_size)
@@ -71,15 +75,18 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
             microbatch=config.microbatch or config.batch_size,
             microbatch_tokens=config.microbatch_tokens if isinstance(config, SFTConfig) else None,
         )
-        self.passes = Passes(size, "sft" if isinstance(config, SFTConfig) else "reward")
+        self.passes = Passes(size, "sft" if isinstance(config, SFTConfig) else "reward", ranks)
         self.done = 0
         self.whole = True
 
     # ---- methods of a subclass ----
 
     @abstractmethod
-    def backward(self, indices: list[int], size: MicrobatchSize) -> float:
-        """Add the gradients of the batch of records number `indices`, in passes of `size`; return its loss."""
+    def backward(self, ours: list[int], size: MicrobatchSize, *, share: float = 1.0) -> float:
+        """Add the gradients of the records number `ours`, in passes of `size`; return their part of the batch's loss.
+
+        They are the given `share` of the records of the batch, which several ranks compute together.
+        """
 
     @abstractmethod
     def stepped(self, loss: float) -> None:
@@ -120,7 +127,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         `interruptible()`. An interrupted evaluation loses no state, because a resumed run begins with it.
         """
         batches = islice(self._batches(), self.done, None)
-        with progress(self.total, self.label, unit="step", done=self.done) as bar:
+        with progress(self.total, self.label, unit="step", done=self.done, hidden=not self.ranks.first) as bar:
             while self._evaluation_due or not self.finished:
                 if not self._evaluation_due:
                     batch = next(batches)
@@ -140,7 +147,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
     def _step(self, indices: list[int]) -> None:
         before = self.done
         try:
-            loss = self.passes.fitting(lambda size: self.backward(indices, size), undo=self._drop_gradient)
+            loss = self._batch_backward(indices)
             norm, rate = optimizer_step(self.optimizer, self.config.optim, self.done, self.schedule)
             self.done += 1
             self.stepped(loss)
@@ -149,6 +156,16 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
             if self.done == before:
                 self._drop_gradient()
         self.log(self.done, {"loss": loss, "grad_norm": float(norm), "lr": rate, **self.step_metrics})
+
+    def _batch_backward(self, indices: list[int]) -> float:
+        """Compute the gradient of a batch, of which each rank computes its share; return the loss."""
+        dealt = self.ranks.shares(torch.as_tensor(self.lengths[indices]))
+        ours = [indices[row] for row in dealt[self.ranks.rank].tolist()]
+        # A rank without records computes a gradient of zeros, because the sum has a term of each rank.
+        share, ours = len(ours) / len(indices), ours or indices[:1]
+        part = self.passes.fitting(lambda size: self.backward(ours, size, share=share), undo=self._drop_gradient)
+        self.ranks.sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
+        return sum(self.ranks.each(part))
 
     @property
     def _evaluation_due(self) -> bool:
@@ -170,6 +187,10 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
     def tensors(self) -> dict[str, Tensor]:
         """Return the optimizer's state by name."""
         return optimizer_tensors(self.optimizer)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Do nothing: every rank has whole tensors."""
+        return nullcontext()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the model's tensors that a checkpoint holds."""

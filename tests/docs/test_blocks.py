@@ -24,6 +24,7 @@ NOT_RUN = {
     "docs/guides/benchmarks.md": ["rlhf bench", "rlhf bench compare"],
     "docs/guides/deepspeed_chat.md": ["from rlhf_kernels.integrations.deepspeed_chat import PPOMixin"],
     "docs/guides/evaluation.md": ["rlhf eval", "rlhf iterate"],
+    "docs/guides/many_gpus.md": ["rlhf ppo", "torchrun --standalone", "torchrun --nnodes", "#!/bin/bash"],
     "docs/guides/nemo_rl.md": ["from nemo_rl.algorithms.loss"],
     "docs/guides/openrlhf.md": ["from openrlhf.models import Actor"],
     "docs/guides/terminal.md": ["rlhf chat", "rlhf push", "from rlhf_engine.recipes.hub import"],
