@@ -125,7 +125,12 @@ class Mean(torch.autograd.Function):
         _mean_save(ctx, (x, mask, backend), None)
         return _mean_run(x, mask, backend)
 
-    backward = staticmethod(_mean_backward)  # pyright: ignore[reportAssignmentType]  # one gradient per output
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradient of `x` from that of the mean."""
+        return _mean_backward(ctx, grad)
 
 
 class Whiten(torch.autograd.Function):
@@ -137,7 +142,12 @@ class Whiten(torch.autograd.Function):
         _whiten_save(ctx, (x, mask, shift_mean, unbiased, backend), None)
         return _whiten_run(x, mask, shift_mean, unbiased, backend)
 
-    backward = staticmethod(_whiten_backward)  # pyright: ignore[reportAssignmentType]  # one gradient per output
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient per output
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradient of `x` from that of the whitened tensor."""
+        return _whiten_backward(ctx, grad)
 
 
 _mean = define(
