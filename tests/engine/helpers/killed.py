@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from random import Random
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tests.engine.faults.runs import CASES, command, config_of, difference, no_drawing, outcome, prepare
 
@@ -70,6 +72,8 @@ class Killer:
             if count == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        # The default lock is shared with the parent, and a child that was killed while it held it would block the next ones.
+        tqdm.set_lock(threading.RLock())
         try:
             out.mkdir(exist_ok=True)
             config = config_of(self.folder, self.case, out, *self.settings)
