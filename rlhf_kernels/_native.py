@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch  # must be imported before _C, see above
 from torch import Tensor
@@ -118,11 +118,15 @@ def ppo_rows(x: PpoRows) -> "native.PpoRows":
     return _C.PpoRows(scalars=ppo_scalars(x.scalars), **addresses)
 
 
-@lru_cache(maxsize=256)
 def ppo_scalars(x: PpoScalars) -> "native.PpoScalars":
-    """Return the extension's record of the scalars. Cached, because a run has the same ones in every call."""
-    assert _C is not None
-    return _C.PpoScalars(**x._asdict())
+    """Return the extension's record of the scalars."""
+    return _ppo_scalars(_C, x)
+
+
+@lru_cache(maxsize=256)
+def _ppo_scalars(extension: Any, x: PpoScalars) -> "native.PpoScalars":
+    """Return the record of `extension`. Cached, because a run has the same scalars in every call."""
+    return extension.PpoScalars(**x._asdict())
 
 
 def gae_args(

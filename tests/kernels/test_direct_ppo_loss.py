@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from rlhf_kernels import ppo_loss
+from rlhf_kernels import _native, ppo_loss
+from rlhf_kernels._options import PPOArguments
+from rlhf_kernels.launch_args import PpoScalars
 from rlhf_kernels.ops import direct_ppo_loss
 
 B, T = 5, 9
@@ -99,3 +101,20 @@ def test_a_second_backward_and_second_derivatives_raise():
     loss.backward()
     with pytest.raises(RuntimeError):
         loss.backward()
+
+
+def test_scalars_are_cached_for_each_extension(monkeypatch):
+    """The emulator of CUDA replaces the extension, whose records have a different type."""
+    leaves, fixed, options = inputs()
+    results(leaves, fixed, options, 1.0)
+    scalars = []
+
+    class Extension:
+        class PpoScalars:
+            def __init__(self, **values):
+                scalars.append(values)
+
+    monkeypatch.setattr(_native, "_C", Extension)
+    found = _native.ppo_scalars(PpoScalars.of(PPOArguments()))
+    assert isinstance(found, Extension.PpoScalars) and len(scalars) == 1
+    assert _native.ppo_scalars(PpoScalars.of(PPOArguments())) is found
