@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_engine.config.run import RunConfig
 from rlhf_engine.config.schema import shortened
-from rlhf_engine.config.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml
+from rlhf_engine.config.yaml_text import MAX_BYTES, MAX_DEPTH, Dumper, parse_yaml
 
 Kind = TypeVar("Kind", bound=RunConfig)
 
@@ -91,7 +91,7 @@ def refuse_overrides(overrides: Sequence[str], decided: Collection[str], who: st
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write `config` as YAML that `load_config` reads back to an equal config."""
-    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    Path(path).write_text(yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False), encoding="utf-8")
 
 
 def _refuse_demo(given: dict[str, Any], kind: type[RunConfig]) -> None:

@@ -82,9 +82,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_scalar(node)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(*_FLOAT)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes YAML that this module reads as it was: a text such as 1e+25, which would be a number, is quoted."""
+
+
+Dumper.add_implicit_resolver(*_FLOAT)
 
 
 def _children(node: yaml.Node | None) -> list[yaml.Node]:

@@ -18,7 +18,9 @@ def test_importing_one_section_loads_only_its_files():
     listed = "print(*sorted(name for name in sys.modules if name.startswith('rlhf_engine.config.')))"
     code = f"import sys; from rlhf_engine.config import PPOConfig; {listed}"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert loaded == [f"rlhf_engine.config.{name}" for name in ("importance", "limits", "optim", "ppo", "schema", "trpo")]
+    assert loaded == [
+        f"rlhf_engine.config.{name}" for name in ("importance", "limits", "optim", "ppo", "schema", "trpo")
+    ]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -191,3 +191,9 @@ def test_every_field_has_a_docstring(module):
                 if isinstance(statement, ast.AnnAssign):
                     documented = isinstance(following, ast.Expr) and isinstance(following.value.value, str)
                     assert documented, f"{section.name}.{statement.target.id}"
+
+
+@pytest.mark.parametrize("text", ["1e+25", "1E5", "-.5e-3"])
+def test_a_text_that_looks_like_a_number_is_saved_as_a_text(tmp_path, text):
+    save_config(load_config(None, [f"output_dir='{text}'"]), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").output_dir == text
