@@ -8,7 +8,7 @@ from typing import Required, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from .._options import Aggregation, PPOArguments
+from .._options import Aggregation, PPOArguments, PPOOptions
 from ..launch_args import METRICS
 from ..ops import checks, masked_mean, ppo_loss
 from ..ops.direct_ppo_loss import loss_and_metrics, serves_values
@@ -137,36 +137,23 @@ def value_loss(
     num_sequences: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the value term of `ppo_loss`, and the fraction of this batch's tokens whose clipped error is larger."""
+    options: PPOOptions = {
+        "values": values,
+        "old_values": old_values,
+        "returns": returns,
+        "cliprange_value": cliprange,
+        "vf_coef": 1.0,
+        "aggregation": aggregation,
+        "num_value_tokens": num_tokens,
+        "num_sequences": num_sequences,
+    }
     if serves_values(values, (old_values, returns), mask) and (
         cliprange is None or (type(cliprange) is float and cliprange >= 0)
     ):
-        options = PPOArguments(
-            values=values,
-            old_values=old_values,
-            returns=returns,
-            cliprange_value=cliprange,
-            vf_coef=1.0,
-            aggregation=aggregation,
-            num_value_tokens=num_tokens,
-            num_sequences=num_sequences,
-        )
-        for name in ("num_value_tokens", "num_sequences"):
-            checks.denominator(name, getattr(options, name))
-        loss, numbers = loss_and_metrics(None, options, None, None, mask)
+        checks.denominator("num_value_tokens", num_tokens)
+        checks.denominator("num_sequences", num_sequences)
+        loss, numbers = loss_and_metrics(None, PPOArguments(**options), None, None, mask)
         return loss, local_fraction(numbers[_CLIPPED], num_tokens, mask)
     nothing = torch.zeros_like(returns)
-    loss, metrics = ppo_loss(
-        nothing,
-        nothing,
-        nothing,
-        mask,
-        values=values,
-        old_values=old_values,
-        returns=returns,
-        cliprange_value=cliprange,
-        vf_coef=1.0,
-        aggregation=aggregation,
-        num_value_tokens=num_tokens,
-        num_sequences=num_sequences,
-    )
+    loss, metrics = ppo_loss(nothing, nothing, nothing, mask, **options)
     return loss, local_fraction(metrics["value_clipfrac"], num_tokens, mask)
