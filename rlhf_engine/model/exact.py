@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -157,6 +157,7 @@ def exact_attention(
 AttentionInterface.register(ATTENTION, exact_attention)
 
 
+@lru_cache(maxsize=4)  # all layers of a pass have the same one
 def _reachable(length: int, window: int | None) -> Tensor:  # (S, S), bool
     position = torch.arange(length)
     distance = position[:, None] - position

@@ -248,7 +248,7 @@ def generate(w: Workload, slots: int, cache: int) -> dict[str, Items]:
         # The cache of a prefill, before it is copied into slots.
         prefill["prefilled"] = states.slot_bytes(reading.rows, width, eager=False)
     prefill["prefill_workspace"] = max(reading.forward_room(), logits)
-    if not w.autocast and reorders(w.device, w.weight_dtype):
+    if not w.autocast and reorders(w.device, w.weight_dtype) and not w.config.rollout.exact:
         # A copy of the head's weight in oneDNN's layout, from the first decode step to the last.
         held["reordered_head"] = policy.vocab * policy.hidden * w.weight_bytes
     return {"prefill": held | prefill, "decode": held | {"decode_workspace": decoding + logits}}

@@ -31,7 +31,7 @@ from rlhf_engine.recipes.starting import Start, continued, exclusive
 from rlhf_engine.recipes.steps import Steps
 
 _MAY_CHANGE = (
-    *("output_dir", "device", "iterate.rounds", "checkpoint", "tracking", "http"),
+    *("output_dir", "device", "iterate.rounds", "checkpoint", "tracking", "http", "distributed"),
     *("ppo.checkpoint_every", "reward.checkpoint_every"),
 )
 _STATE = "state.json"

@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 class Generator:
     """Sampler of responses from a policy, with their log-probs and values.
 
+    With `config.exact`, all later passes of the policy use the layers of decode steps (`LanguageModel.be_exact`).
+
     A sequence depends only on the weights, its prompt, `seed` and its number in the run. It does not depend on its slot, the
     batch or the order of sampling.
 

@@ -278,6 +278,7 @@ def test_s21_every_setting_is_declared_by_a_step_or_read_by_none():
         "checkpoint",
         "tracking",
         "http",
+        "distributed",
     )
     assert {key for key in unread if not is_among(key, nobodys)} == set()
     known = [key for key, _ in flat_settings(RunConfig().to_dict())]
