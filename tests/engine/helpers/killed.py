@@ -8,6 +8,7 @@ many attempts continued from a checkpoint, and the differences. With `--until N`
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import shutil
@@ -34,6 +35,8 @@ SAVED = {
     "generate": "answers.jsonl.partial",
 }
 """What the folder of a killed run contains if the run has something to continue from."""
+LONGEST = 300
+"""Seconds after which a child that hangs prints where, and fails."""
 
 
 class Killer:
@@ -72,8 +75,7 @@ class Killer:
             if count == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        # The default lock is shared with the parent, and a child that was killed while it held it would block the next ones.
-        tqdm.set_lock(threading.RLock())
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         try:
             out.mkdir(exist_ok=True)
             config = config_of(self.folder, self.case, out, *self.settings)
@@ -131,6 +133,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    # A child that is killed while it holds tqdm's default lock, which is one for all processes, would block the next ones. The
+    # first class that draws a bar keeps the lock, so that it is set before any does.
+    tqdm.set_lock(threading.RLock())
     given.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(given.folder)
     prepare(given.folder)

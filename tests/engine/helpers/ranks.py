@@ -1,5 +1,6 @@
 """Ranks as forked children of the test, with the environment that torchrun gives its processes; no interpreter starts."""
 
+import faulthandler
 import os
 import sys
 import time
@@ -8,6 +9,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+LONGEST = 120
+"""Seconds after which a child that hangs writes where, and fails."""
 
 
 def on_ranks(count, function, folder, *, stderr="stderr"):
@@ -19,9 +23,8 @@ def on_ranks(count, function, folder, *, stderr="stderr"):
     begun = time.monotonic()
     children = {_child(count, rank, store.port, function, folder, stderr): rank for rank in range(count)}
     codes = [None] * count
-    for _ in range(count):
-        child, status = os.wait()
-        codes[children[child]] = os.waitstatus_to_exitcode(status)
+    for child, rank in children.items():
+        codes[rank] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     seconds = time.monotonic() - begun
     files = [folder / f"{rank}.pt" for rank in range(count)]
     found = [torch.load(file, weights_only=False) if file.is_file() else None for file in files]
@@ -39,6 +42,7 @@ def _child(count, rank, port, function, folder, stderr):
         file = os.open(folder / stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         torch.set_num_threads(1)
         torch.save(function(rank), folder / f"{rank}.pt")
