@@ -25,7 +25,14 @@ def reward(prompts, responses):
         os.kill(os.getpid(), signal.SIGKILL)
     return [float(len(response)) for response in responses]
 """
-SETS = ("reward.function=rewards.py:reward", "ppo.value_init=zero", "ppo.score_scale=running", "ppo.checkpoint_every=1")
+SETS = (
+    "reward.function=rewards.py:reward",
+    "ppo.value_init=zero",
+    "ppo.score_scale=running",
+    "ppo.checkpoint_every=1",
+    # A larger eps, because Adam's first steps make rounding of a gradient near zero as large as any update.
+    *(f"{section}.optim.eps=1e-5" for section in ("sft", "reward", "ppo")),
+)
 
 
 def arguments(out, updates, *options, sets=(), command="ppo"):
