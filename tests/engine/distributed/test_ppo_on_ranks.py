@@ -74,8 +74,8 @@ def make_trainer(case, ranks):
     generator = torch.Generator().manual_seed(5)
     policy = ActorCritic(make_model(case), ValueHead.from_weights(torch.randn(32, generator=generator) * 0.1, 0.2))
     prompts = [torch.randint(3, VOCABULARY, (1 + n % 6,), generator=generator) for n in range(40)]
-    # With the default eps of 1e-8, Adam's first step of a weight whose gradient is 1e-9 is as large as that of any other, and its
-    # direction is rounding: one such weight was 2.3e-5 of the update on a processor without AVX-512.
+    # With the default eps of 1e-8, Adam's first step of a weight whose gradient is 1e-9 is as large as that of any other, and
+    # its direction is rounding: one such weight was 2.3e-5 of the update on a processor without AVX-512.
     config = PPOConfig(**settings, updates=UPDATES, optim=OptimConfig(lr=1e-3, eps=1e-5))
     stream = torch.randint(3, VOCABULARY, (9, 12), generator=generator)
     return build_trainer(

@@ -123,8 +123,8 @@ def test_a_trainer_learns_with_bfloat16_products(value_model):
     for model in (trainer.policy, trainer.reference):
         model.compute_dtype = BF16
     before, log = weights_of(trainer), trainer.step()
-    # One step: the policies are the same up to the rounding of bfloat16, or of float32 where a CPU without bfloat16 instructions
-    # multiplies rounded inputs in float32.
+    # One step: the policies are the same up to the rounding of bfloat16, or of float32 where a CPU without bfloat16
+    # instructions multiplies rounded inputs in float32.
     assert 1 <= log["ratio_max"] < 1.1
     assert abs(log["entropy"] - exact["entropy"]) > 1e-6
     assert all(weight.dtype == torch.float32 for weight in weights_of(trainer).values())
