@@ -1,6 +1,7 @@
 """Setup for tests without a GPU: Triton's kernels run in its interpreter, which must be chosen before Triton is imported."""
 
 import gc
+import logging
 import os
 import sys
 from importlib.util import find_spec
@@ -58,3 +59,11 @@ def no_user_code_of_earlier_tests():
     user_code = sys.modules.get("rlhf_engine.rewards.user_code")
     if user_code is not None:
         user_code.forget()
+
+
+@pytest.fixture(autouse=True)
+def no_levels_of_earlier_tests():
+    """Reset the levels of the engine's loggers, which a command sets for the rest of its process."""
+    yield
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("rlhf_engine")]:
+        logging.getLogger(name).setLevel(logging.NOTSET)
