@@ -104,11 +104,11 @@ class Killer:
                 found["continued"] += (out / SAVED[self.case.stage]).exists()
                 kill = None
                 if found["kills"] < kills:
-                    kill = (
-                        rng.uniform(0.05, 1.0) * length
-                        if self.instants
-                        else float(rng.randint(int(length / 4), int(length)))
-                    )
+                    if self.instants:
+                        kill = rng.uniform(0.05, 1.0) * length
+                    else:  # the first kill is late, so that there is a checkpoint from which the next attempt continues
+                        least = 0.25 if found["kills"] else 0.85
+                        kill = float(rng.randint(int(least * length), int(length)))
                 if self.child(out, kill)[0]:
                     break
                 found["kills"] += 1

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-TRIALS = {"sft": 2, "rm": 2, "ppo": 2, "ppo, adapters": 2, "iterate": 1, "generate": 1}
+TRIALS = dict.fromkeys(("sft", "rm", "ppo", "ppo, adapters", "iterate", "generate"), 1)
 
 
 @pytest.mark.parametrize("name", list(TRIALS))
