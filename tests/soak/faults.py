@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.soak.processes import calls, check
 
-SCHEDULES, MOST, PART = 2_000, 2_400, 50
+SCHEDULES, MOST, PART = 2_000, 2_400, 100
 """Schedules that are asked for, those of a long run, and those of one process."""
 
 
