@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
@@ -259,11 +259,14 @@ def _load(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mappin
     model = next((name for name in _PARTS if (folder / name).is_file()), "config.json")
     require(folder, model, OPTIMIZER, TRAINER, CONFIG)
     constants = trainer.constants()
-    kinds = {name: type(value) for name, value in trainer.state().items()}
-    for name in ("planned_steps", "merges", "limits", "passes"):  # checkpoints of earlier versions have none
-        kinds.pop(name, None)
+    ours = trainer.state()
+    later = {name: ours.pop(name) for name in ("planned_steps", "merges", "limits", "passes") if name in ours}
+    kinds = {name: type(value) for name, value in ours.items()}
     kinds |= {"seed": int, "optimizer_tensors": int, "data": dict} | dict.fromkeys(constants, str)
     state = _read_state(folder / TRAINER, kinds)
+    for name, value in later.items():  # checkpoints of earlier versions have none of these
+        if name in state and not _like(state[name], value):
+            raise ValueError(f"{folder / TRAINER}: got {state[name]!r} for {name}, expected a value like {value!r}")
     # Old PPO checkpoints have no stage.
     stage = state.get("stage", "ppo")
     if stage != trainer.stage:
@@ -337,3 +340,26 @@ def _read_state(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path}: got {state.get(name)!r} for {name}, expected {kind.__name__}")
     return state
+
+
+def _like(found: object, ours: object) -> bool:
+    """Return whether a value from JSON has the structure of ours: numbers, tuples of one length, lists of like elements.
+
+    An object may have further names, whose values are numbers, and null for a number.
+    """
+    if isinstance(ours, dict):
+        known = cast("dict[str, object]", ours)
+        return isinstance(found, dict) and all(
+            value is None or _like(value, 0 if known.get(name) is None else known[name])
+            for name, value in cast("dict[str, object]", found).items()
+        )
+    if isinstance(ours, (list, tuple)):
+        values, elements = cast("Sequence[object]", found), cast("Sequence[object]", ours)
+        if not isinstance(found, list) or not values:
+            return False
+        if isinstance(ours, tuple):
+            return len(values) == len(elements) and all(map(_like, values, elements))
+        return all(_like(value, elements[0]) for value in values)
+    if isinstance(ours, bool):
+        return isinstance(found, bool)
+    return isinstance(found, (int, float)) and not isinstance(found, bool)

@@ -161,12 +161,13 @@ def check_causal(trunk: PreTrainedModel, compute_dtype: torch.dtype | None) -> N
     alone = last_hidden(trunk, ids[None, :5], compute_dtype=compute_dtype, use_cache=False)[0]
     together = last_hidden(trunk, torch.stack([ids, ids.flip(0)]), compute_dtype=compute_dtype, use_cache=False)[0, :5]
     check_finite(trunk, alone)
+    check_finite(trunk, together)
     difference = (together - alone).abs().amax(-1) / alone.abs().max()
     mixes = any(type(module).__name__ in _MIXES_TOKENS for module in trunk.modules())
     if mixes or not float(difference.median()) <= (1e-2 if alone.dtype == torch.float32 else 0.05):
         raise ValueError(
-            f"model: the hidden states of {type(trunk).__name__} depend on later tokens or on other sequences of the batch, so "
-            "its tokens have no log-probs; expected a causal LM"
+            f"model: the hidden states of {named(trunk).removeprefix('model: ')} depend on later tokens or on other "
+            "sequences of the batch, so its tokens have no log-probs; expected a causal LM"
         )
 
 

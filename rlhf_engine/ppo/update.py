@@ -140,7 +140,7 @@ class SurrogateSteps:
     def state(self) -> dict[str, Any]:
         """Return the numbers that a resumed run needs."""
         position = {} if self.pretrain is None else {"ptx_position": self.pretrain.position}
-        plans = {"planned_steps": [list(plan) for plan in self.schedule.planned]}
+        plans = {"planned_steps": list(self.schedule.planned)}
         return {"optimizer_steps": self.optimizer_steps} | position | plans
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -134,6 +134,31 @@ def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path):
     assert names == {path.name for path in folder.iterdir()} | {"manifest.json"}
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("planned_steps", [False]),
+        ("planned_steps", [[4]]),
+        ("planned_steps", []),
+        ("limits", {"counts": {"warn_on.kl": "three"}, "last": {}}),
+        ("limits", {"counts": []}),
+        ("passes", {"microbatch": [4]}),
+        ("merges", "no"),
+    ],
+)
+def test_a_value_of_another_structure_is_named(tmp_path, name, value):
+    trainer, folder = make_trainer(), tmp_path / "ppo"
+    save_checkpoint(folder, trainer, None, RunConfig())
+    (folder / "manifest.json").unlink()
+    state = json.loads((folder / "trainer.json").read_text())
+    assert name in state and state.pop("manifest")
+    (folder / "trainer.json").write_text(json.dumps(state))
+    resume(folder, make_trainer(), RunConfig())
+    (folder / "trainer.json").write_text(json.dumps(state | {name: value}))
+    with pytest.raises(ValueError, match=rf"trainer\.json: got .* for {name}, expected a value like"):
+        resume(folder, make_trainer(), RunConfig())
+
+
 def damage(folder, change):
     tensors = load_file(folder / "optimizer.safetensors")
     change(tensors)

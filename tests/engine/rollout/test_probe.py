@@ -106,6 +106,10 @@ def test_a_causal_lm_is_expected(dtype):
     for seed in (0, 4):  # with seed 4 the difference is as small as that of rounding in bfloat16
         with pytest.raises(ValueError, match="depend on later tokens or on other sequences"):
             ActorCritic(build("doge_moe", seed).to(dtype))
+    model = build("doge_moe", 0)
+    model.base_model.name_or_path = "a/folder"
+    with pytest.raises(ValueError, match="model: the hidden states of DogeModel of a/folder depend on later tokens"):
+        ActorCritic(model)
 
 
 def test_the_head_of_a_model_with_two_matrices_is_refused():
