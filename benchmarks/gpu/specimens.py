@@ -103,6 +103,9 @@ def row_specimens() -> dict[str, tuple[str, Call]]:
         found[f"token_logprobs_forward, {form}"] = "token_logprobs_forward", partial(forward, form)
         found[f"token_logprobs_backward, {form}"] = "token_logprobs_backward", partial(backward, form, form.every_flag)
         found[f"ppo_epilogue clip, {form}"] = "ppo_epilogue", partial(epilogue, form, "clip", "k3")
+    for form in FORMS[:2]:
+        shard = partial(backward, form, form.every_flag, part=True)
+        found[f"token_logprobs_backward of a shard, {form}"] = "token_logprobs_backward", shard
     of_tokens = (name for name in OBJECTIVES[1:] if name not in OF_SEQUENCES)
     for objective, estimator in zip(of_tokens, cycle(("k1", "k2", "abs")), strict=False):
         form = replace(HEAD, every_flag=objective == "ratio", narrow=objective != "ratio")
@@ -181,8 +184,9 @@ def forward(form: Rows, kernels: Kernels, size: Size) -> None:
     kernels.token_logprobs_forward(form.make(size), RowStats.empty(size.n, torch.device("cpu")))
 
 
-def backward(form: Rows, entropy: bool, kernels: Kernels, size: Size) -> None:
-    x, stats = form.make(size), RowStats.empty(size.n, torch.device("cpu"))
+def backward(form: Rows, entropy: bool, kernels: Kernels, size: Size, *, part: bool = False) -> None:
+    """Call the backward launcher; `part`: the logits are those of one shard of the vocabulary."""
+    x, stats = replace(form.make(size), part=part), RowStats.empty(size.n, torch.device("cpu"))
     kernels.token_logprobs_backward(x, stats, form.out(x), torch.ones(size.n), torch.ones(size.n) if entropy else None)
 
 
