@@ -39,13 +39,17 @@ def plan(
     ] = "h100",
     shard: Annotated[
         int | None,
-        typer.Option("--shard", help="Ranks that share one copy of the weights. Default: all, or 1 with adapters."),
+        typer.Option(
+            "--shard",
+            help="Ranks that share one copy of the weights. Default: as in `distributed`, or all, or 1 with adapters.",
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
 ) -> None:
     """Print the bytes of every item in every phase of `rlhf ppo`, whether they fit, and settings that fit. Needs no GPU."""
     quiet()
     from rlhf_engine.config.memory import byte_count
+    from rlhf_engine.distributed.placement import Placement
     from rlhf_engine.planner import MemoryPlan
     from rlhf_engine.planner.cluster import RankPlan
     from rlhf_engine.planner.report import items_table, ranks_words, size, strategies_words, verdict, workload_words
@@ -61,7 +65,11 @@ def plan(
         raise ValueError("--shard is set, but --gpus is not; give the number of GPUs")
     if gpus is not None and gpu_memory:
         raise ValueError("--gpu-memory and --gpus are both set; name a GPU with --gpu, which has its memory")
-    workload = workload_of(read_config(config, overrides), model)
+    settings = read_config(config, overrides)
+    workload = workload_of(settings, model)
+    if gpus is not None and gpus > 0 and shard is None:
+        parts = bool(settings.adapter.rank) or settings.model.train_layers is not None
+        shard = Placement.planned(settings, gpus, parts=parts).shard
     ranks = None if gpus is None else RankPlan.of(workload, gpu, gpus, shard)
     if ranks is not None:
         typer.echo(ranks_words(ranks))

@@ -20,8 +20,21 @@ class Placement:
         """Return the placement of a run on `ranks` ranks; `parts` is whether only adapters or top layers are trained.
 
         Raises:
-            ValueError: `distributed.shard` times `distributed.replicate` is not the number of ranks, or a setting is not
-                supported.
+            ValueError: as `planned`, or a setting is not supported.
+        """
+        found = cls.planned(config, ranks, parts=parts)
+        if ranks > 1:
+            _refuse_for_several(config, ranks)
+        if found.shard > 1:
+            _refuse_for_sharded(config, parts=parts)
+        return found
+
+    @classmethod
+    def planned(cls, config: RunConfig, ranks: int, *, parts: bool) -> Self:
+        """Return the placement that the config asks for, without a check of its other settings.
+
+        Raises:
+            ValueError: `distributed.shard` times `distributed.replicate` is not the number of ranks.
         """
         given = config.distributed
         shard = given.shard or (ranks // (given.replicate or 1) if not parts or given.replicate else 1)
@@ -32,10 +45,6 @@ class Placement:
                 f"{'rank' if ranks == 1 else 'ranks'}, expected a product of {ranks}; leave one of them out, or start "
                 f"{shard * replicate} ranks"
             )
-        if ranks > 1:
-            _refuse_for_several(config, ranks)
-        if shard > 1:
-            _refuse_for_sharded(config, parts=parts)
         return cls(shard, replicate)
 
 

@@ -80,7 +80,9 @@ class Cluster:
         if shard < 1 or gpus % shard:
             raise ValueError(f"--shard: got {shard} for {gpus} GPUs, expected a number that divides {gpus}")
         if shard > 1 and not whole:
-            raise ValueError("--shard: with adapters or top layers every rank has all weights; leave --shard out")
+            raise ValueError(
+                "--shard: with adapters or top layers every rank has all weights; leave --shard and distributed.shard out"
+            )
         if w.rollout_batch < gpus:
             raise ValueError(
                 f"ppo.rollout_batch: got {w.rollout_batch} for {gpus} GPUs, expected at least one sequence per GPU; raise it "

@@ -142,7 +142,7 @@ def test_keys_and_values_take_what_is_left():
         ({}, ("b200", 8), "--gpu: got 'b200', expected one of a100, h100, h200, l4, 4090"),
         ({}, ("h100", 0), "--gpus: got 0, expected at least 1"),
         ({}, ("h100", 8, 3), "--shard: got 3 for 8 GPUs, expected a number that divides 8"),
-        ({"adapter": 16}, ("h100", 8, 8), "with adapters or top layers every rank has all weights; leave --shard out"),
+        ({"adapter": 16}, ("h100", 8, 8), "with adapters or top layers every rank has all weights; leave --shard and"),
         ({}, ("h100", 128), "ppo.rollout_batch: got 64 for 128 GPUs, expected at least one sequence per GPU"),
     ],
 )
@@ -165,7 +165,21 @@ def test_the_command_prints_and_writes_the_plan(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--set", "distributed.shard=4"], "2 copies, sharded over 4"),
+        (["--set", "distributed.replicate=4"], "4 copies, sharded over 2"),
+        (["--set", "distributed.shard=4", "--shard", "8"], "1 copy, sharded over 8"),
+    ],
+)
+def test_shards_are_by_default_those_of_the_config(options, words):
+    command = ["plan", "--model", "qwen2.5-0.5b", "--gpus", "8", *options]
+    assert CliRunner().invoke(app, command).output.startswith(f"8 x h100, 8 per node, {words}")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (["--shard", "2"], "--shard is set, but --gpus is not; give the number of GPUs"),
+        (["--gpus", "8", "--set", "distributed.shard=3"], "distributed: got shard 3 and replicate None for 8 ranks"),
         (["--gpus", "2", "--gpu-memory", "24GB"], "--gpu-memory and --gpus are both set; name a GPU with --gpu"),
     ],
 )
