@@ -157,11 +157,33 @@ def require(folder: Path, *names: str) -> None:
             raise ValueError(f"{folder}: the file {name} is missing{advice}")
 
 
+_NESTED = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_DEEPEST = 400
+"""Most arrays and objects of JSON inside each other."""
+
+
+def parse_json(text: str | bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return the value of a JSON text. `pairs_hook` makes each object from its pairs of name and value.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested more than 400 levels deep. Python's parser raises RecursionError for
+            deep nesting, in a state in which a finalizer that runs by chance fails too and prints a traceback.
+    """
+    content = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    depth = 0
+    if content.count(b"[") + content.count(b"{") > _DEEPEST:
+        for found in _NESTED.finditer(content):
+            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(found[0], 0)
+            if depth > _DEEPEST:
+                raise ValueError(f"nested too deeply, more than {_DEEPEST} levels")
+    return json.loads(text, object_pairs_hook=pairs_hook)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise ValueError with the file's name if it is not a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, expected an object")
@@ -171,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_lines(path: Path) -> list[Any]:
     """Return the JSON values in the lines of a file. Only a line feed ends a line, not the other line breaks of Unicode."""
     with path.open("rb") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        return [parse_json(line) for line in file if line.strip()]
 
 
 def write_json(path: Path, content: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Self
 from rlhf_engine import files
 from rlhf_engine.config.schema import shortened
 from rlhf_engine.config.tracking import TrackingConfig
-from rlhf_engine.files import with_new_file
+from rlhf_engine.files import parse_json, with_new_file
 from rlhf_engine.trackers import Rows, RunOf, Trackers
 
 METRICS = "metrics.jsonl"
@@ -183,8 +183,8 @@ def _rows(content: bytes, path: Path, *, drop_damaged: bool = False) -> list[dic
     rows, lines = [], content.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             if drop_damaged or number == len(lines):
                 continue
             raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_engine.data.tables import TABLES, Row
+from rlhf_engine.files import parse_json
 
 _GZIP = b"\x1f\x8b"
 
@@ -44,15 +45,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_object)
+        return parse_json(line, _object)
     except ValueError as error:  # also for bytes that are not UTF-8 and integers with too many digits
         if line.startswith(_GZIP):
             return ValueError("the file is compressed with gzip; decompress it to text with one JSON object per line")
         # The parser's own line and column are those within the line.
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         return ValueError(f"not valid JSON: {reason}; expected one object per line")
-    except RecursionError:
-        return ValueError("not valid JSON: nested too deeply")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ A cell of CSV is text. Lists, such as the messages of a conversation, are JSON i
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf_engine.files import parse_json
 
 Row = tuple[int, Any]
 """A number and the content of the row, or a ValueError that describes why the row cannot be read."""
@@ -61,8 +62,8 @@ def _cell(name: str, text: str) -> Any:
     """Return the value of a cell: JSON where a format has no text."""
     if name in _LISTS:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return parse_json(text)
+        except ValueError as error:
             raise ValueError(f"{name}: not valid JSON: {error}; expected a list, as JSON") from None
     if name == "label" and text.strip().lower() in ("true", "false", "1", "0"):
         return text.strip().lower() in ("true", "1")
@@ -70,8 +71,8 @@ def _cell(name: str, text: str) -> Any:
         return text
     # A prompt or a response may be a text that is valid JSON; messages and ranks are recognized by their form.
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return text
     ranks = name == "ranking" and isinstance(value, list)
     return value if ranks or _is_messages(value) or (isinstance(value, dict) and "messages" in value) else text

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from rlhf_engine.files import parse_json
 from rlhf_engine.metrics import LinesFile
 from rlhf_engine.progress import progress
 
@@ -245,8 +246,8 @@ def earlier_responses(path: Path, after: int, *, damaged: bool = False) -> bytes
             if not line.endswith(b"\n"):
                 break
             try:
-                kept += [line] if json.loads(line)["update"] <= after else []
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                kept += [line] if parse_json(line)["update"] <= after else []
+            except (ValueError, KeyError, TypeError) as error:
                 if damaged and isinstance(error, ValueError):
                     continue
                 raise ValueError(f"{path}:{number}: not a line of sampled responses; move the file away") from None

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_engine.config import RunConfig
-from rlhf_engine.files import with_new_file
+from rlhf_engine.files import parse_json, with_new_file
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.notices import notice
 from rlhf_engine.ppo.callbacks import Callback
@@ -77,7 +77,7 @@ class Repro:
             raise ValueError(f"{path}: no such file; a run writes it to OUTPUT_DIR/{FOLDER}")
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})[_KEY])
+                about = parse_json((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.config = RunConfig.from_dict(about["config"])
             self.update, self.found, self.changing = about["update"], about["found"], about["changing"]

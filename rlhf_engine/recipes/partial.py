@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from rlhf_engine import files
 from rlhf_engine.config.schema import shortened
-from rlhf_engine.files import LOCK, FolderLock, with_new_file
+from rlhf_engine.files import LOCK, FolderLock, parse_json, with_new_file
 
 SUFFIX = ".partial"
 
@@ -122,8 +122,8 @@ class PartialFile:
 
     def _settings(self, line: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
+            found = parse_json(line)
+        except ValueError:
             found = None
         settings = found.get(_SETTINGS) if isinstance(found, dict) else None
         if not isinstance(settings, dict):
@@ -147,8 +147,8 @@ class PartialFile:
 def _complete(line: bytes) -> bool:
     """Return whether a line was written as a whole: a kill may cut it off, and a power cut may leave zeros in its middle."""
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return False
     return line.endswith(b"\n")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from rlhf_engine.config.http import HttpConfig
 from rlhf_engine.config.schema import shortened
 from rlhf_engine.data import Codec, PlainPrompt
+from rlhf_engine.files import parse_json
 from rlhf_engine.rewards.awaiting import awaited
 from rlhf_engine.rewards.calls import number
 from rlhf_engine.rewards.functions import response_texts
@@ -141,8 +142,8 @@ class _Requests:
             after = _seconds(answer.headers.get("Retry-After", "")) if answer.status_code in _AGAIN else None
             raise _Failed(f"status {answer.status_code}: {shortened(answer.text, _SHOWN)}", after)
         try:
-            return answer.json()
-        except (ValueError, RecursionError) as error:
+            return parse_json(answer.content)
+        except ValueError as error:
             raise _Failed(f"the answer is not JSON: {shortened(answer.text, _SHOWN)}") from error
 
     def _read(self, answer: Any) -> Any:

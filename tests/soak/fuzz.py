@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.soak.processes import calls, check
 
-CASES, PART = 100_000, 2_000
+CASES, PART = 100_000, 5_000
 """Cases that are asked for, and those of one process."""
 
 
