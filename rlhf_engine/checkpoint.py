@@ -71,12 +71,15 @@ class Checkpointable(Protocol):
         """Iterate over the tensors that `write_model` writes."""
         ...
 
-    def constants(self) -> Mapping[str, Iterable[tuple[str, torch.Tensor]]]:
-        """Return named tensors by role that must be equal in a resumed run; a checkpoint holds their fingerprints."""
+    def constants(self) -> Mapping[str, str]:
+        """Return the fingerprints by role of tensors that must be equal in a resumed run."""
         ...
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """Gather sharded tensors inside the context, in which one rank saves; all ranks must enter."""
+    def gathered(self, folder: Path) -> AbstractContextManager[None]:
+        """Let the first rank read whole tensors inside the context, in which it saves; all ranks must enter.
+
+        `folder` is a new folder for parts of sharded tensors, deleted at the end.
+        """
         ...
 
     def write_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -178,7 +181,7 @@ def save_checkpoint(
         "optimizer_tensors": len(tensors),
         "data": dict(data),
     }
-    state |= {role: fingerprint(weights) for role, weights in trainer.constants().items()}
+    state |= trainer.constants()
     # Without this key, a checkpoint is one of an earlier release, which has no manifest.
     state["manifest"] = MANIFEST
 
@@ -274,8 +277,8 @@ def _load(folder: Path, trainer: Checkpointable, config: RunConfig, data: Mappin
     if state["seed"] != trainer.seed:
         raise ValueError(f"{folder}: got a run with seed {state['seed']}, expected {trainer.seed}, the config's seed")
     check_settings(folder, config, trainer.stage)
-    for role, weights in constants.items():
-        if state[role] != fingerprint(weights):
+    for role, found in constants.items():
+        if state[role] != found:
             raise ValueError(
                 f"{folder}: the {role} policy of this run differs from that of the checkpoint; use the model that it began with"
             )
@@ -316,10 +319,15 @@ def check_settings(folder: str | Path, config: RunConfig, stage: str = "ppo") ->
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 of the names, shapes, dtypes and bytes of tensors, sorted by name."""
+    """Return the SHA-256 of the names, shapes, dtypes and bytes of tensors, sorted by name.
+
+    Sharded tensors are gathered one after the other; all ranks must call.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(weights):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if hasattr(parameter, "full_tensor"):
+            parameter = cast("Any", parameter).full_tensor()
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

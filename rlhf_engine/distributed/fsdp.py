@@ -60,39 +60,21 @@ def _parts(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def whole(model: nn.Module, *, write: bool = False) -> Iterator[None]:
+def whole(model: nn.Module) -> Iterator[None]:
     """Gather all weights of a model once, so that its parameters are plain tensors and its calls gather nothing.
 
-    All ranks must enter. With `write`, the weights may be changed inside, in the same way on every rank, and each rank keeps
-    its part of them. Does nothing for a model that is not sharded.
+    All ranks must enter. Does nothing for a model that is not sharded.
     """
     parts = _parts(model)
-    sharded = {name: parameter for name, parameter in model.named_parameters() if is_sharded(parameter)}
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    # FSDP2's hooks would shard the weights again when `state_dict` is called to save them.
-    hooked = [(module, dict(module._state_dict_pre_hooks)) for module in model.modules()] if parts else []
-    for module, _ in hooked:
-        module._state_dict_pre_hooks.clear()
     try:
         yield
-        if write:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name in sharded:
-                        assign(sharded[name], parameter)
     finally:
-        for module, before in hooked:
-            module._state_dict_pre_hooks.update(before)
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(True, recurse=False)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor gathered on every rank; all ranks must call. Other tensors are returned unchanged."""
-    return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()

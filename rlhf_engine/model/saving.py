@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_engine.distributed.fsdp import assign
+from rlhf_engine.distributed.ranks import is_sharded
 from rlhf_engine.files import require
 from rlhf_engine.model.actor_critic import ActorCritic, LanguageModel
 from rlhf_engine.model.heads import VALUE_HEAD
@@ -155,8 +157,12 @@ def check_saved(folder: Path, policy: LanguageModel) -> None:
 
 
 def copy_weights(folder: Path, policy: LanguageModel) -> None:
-    """Copy the weights of a saved policy into the tensors of `policy`, which its optimizer already references."""
-    copy_tensors(folder, saved_tensors(folder, policy), policy.stored())
+    """Copy the weights of a saved policy into the tensors of `policy`, which its optimizer already references.
+
+    Of sharded tensors, this rank copies its part; the whole ones are in host memory meanwhile.
+    """
+    sharded = any(is_sharded(tensor) for _, tensor in policy.stored())
+    copy_tensors(folder, saved_tensors(folder, policy, **({"device": "cpu"} if sharded else {})), policy.stored())
 
 
 def saved_tensors(folder: Path, policy: LanguageModel, **where: Any) -> Mapping[str, Tensor]:
@@ -214,4 +220,4 @@ def copy_tensors(folder: Path, saved: Mapping[str, Tensor], ours: Iterable[tuple
             got = tuple(saved[name].shape)
             raise ValueError(f"{folder}: got shape {got} for {name}, expected shape {tuple(tensor.shape)}")
         assert tensor.is_floating_point(), name  # a copy into integer codes would truncate
-        tensor.copy_(saved[name])
+        assign(tensor, saved[name])

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rlhf_engine.distributed.fsdp import assign, full
-from rlhf_engine.distributed.ranks import is_sharded
+from rlhf_engine.distributed.fsdp import assign
 from rlhf_engine.optim.adamw import Optimizer
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the state under the names `<parameter number>.<name>`; all ranks must call, and sharded tensors are gathered."""
+    """Return the state under the names `<parameter number>.<name>`; that of a sharded parameter is sharded."""
     return {
-        f"{number}.{name}": _whole(tensor).contiguous()
+        f"{number}.{name}": tensor.contiguous()
         for number, parameter in enumerate(_parameters(optimizer))
         for name, tensor in optimizer.tensors_of(parameter).items()
     }
@@ -49,11 +48,6 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor], sou
         raise ValueError(
             f"{source}: the tensor {missing[0]} is missing, although the file has other tensors of its parameter"
         )
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    # Gathered tensors go to host memory one by one: the device may have no memory for the state of all ranks.
-    return full(tensor).cpu() if is_sharded(tensor) else tensor
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

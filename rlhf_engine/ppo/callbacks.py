@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rlhf_engine.files import parse_json
 from rlhf_engine.metrics import LinesFile
+from rlhf_engine.notices import notice
 from rlhf_engine.progress import progress
 
 if TYPE_CHECKING:
@@ -113,6 +114,33 @@ class MetricsLog(Callback):
         self.written = trainer.updates_done
         self.history.append(log)
         self.writer.write(trainer.updates_done, log)
+
+
+class RanksNotice(Callback):
+    """Logs once, after the first update, when weights are gathered, how long ranks wait, and uneven batches."""
+
+    logged = False
+
+    def on_update(self, trainer: PPOTrainer, log: dict[str, float]) -> None:
+        """Log the notice."""
+        if self.logged:
+            return
+        self.logged = True
+        weights = sum(parameter.nbytes for parameter in trainer.policy.parameters()) / 2**30
+        gathered = (
+            f"the sharded weights are gathered once per update for sampling, {weights:.2f} GiB on every rank, and layer by "
+            "layer in other passes"
+        )
+        whole = "every rank has whole weights, and none are gathered"
+        idle = f"the ranks waited for {log['idle_share']:.0%} of their time in the first sampling (metric idle_share)"
+        ranks, config = trainer.ranks.size, trainer.config
+        batches = {"ppo.rollout_batch": config.rollout_batch, "ppo.minibatch": config.minibatch}
+        uneven = "".join(
+            f"; {key} {count} is dealt as {count // ranks} or {count // ranks + 1} sequences per rank"
+            for key, count in batches.items()
+            if count % ranks
+        )
+        notice(f"{ranks} ranks: {gathered if trainer.sharded else whole}; {idle}{uneven}")
 
 
 class Checkpoints(Callback):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_engine.config import PPOConfig
-from rlhf_engine.distributed.fsdp import full, whole
+from rlhf_engine.distributed.fsdp import whole
 from rlhf_engine.distributed.ranks import ONE, Ranks
 from rlhf_engine.files import OPTIMIZER
 from rlhf_engine.memory import AnyArena, PeakMeter, gradients_in
@@ -92,7 +92,8 @@ class PPOTrainer:
         self.kl_coef, self.old_kl_coef = config.kl_coef, config.old_kl_coef
         self.updates_done = self.resumed_at = 0
         self.sampled_at = 0.0
-        self._state: dict[str, Tensor] | None = None
+        self._state: Mapping[str, Tensor] | None = None
+        self._reference: str | None = None
         self.latest: dict[str, float] = {}
         """Metrics of the last update."""
         self.whole, self.stopped = True, False
@@ -243,17 +244,20 @@ class PPOTrainer:
         return self.updates_done
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's state by name."""
-        return optimizer_tensors(self.update_rule.optimizer) if self._state is None else self._state
+        """Return the optimizer's state by name; inside `gathered`, the first rank has whole tensors."""
+        return optimizer_tensors(self.update_rule.optimizer) if self._state is None else dict(self._state)
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Gather what is sharded, so that one rank can save it inside the context; all ranks must enter."""
-        self._state = optimizer_tensors(self.update_rule.optimizer)
+    def gathered(self, folder: Path) -> Iterator[None]:
+        """Let the first rank read whole tensors inside the context, mapped from files in `folder`; all ranks must enter."""
+        if not self.sharded:
+            yield
+            return
+        from rlhf_engine.distributed.parts import joined_parts
+
+        self.constants()  # gathers the reference at the first call
         try:
-            with ExitStack() as models:
-                for model in self.sharded:
-                    models.enter_context(whole(model))
+            with joined_parts(folder, self.policy, self.tensors(), self.ranks) as self._state:
                 yield
         finally:
             self._state = None
@@ -267,11 +271,13 @@ class PPOTrainer:
         if self.update_rule.average is not None:
             yield from ((f"{EMA}.{name}", weight) for name, weight in self.update_rule.average.model.stored())
 
-    def constants(self) -> dict[str, Iterator[tuple[str, Tensor]]]:
-        """Return the reference's tensors."""
-        weights = self.reference.weights()
-        # Copies, because a gathered tensor that numpy has read cannot be freed.
-        return {"reference": ((name, full(weight).clone()) for name, weight in weights) if self.sharded else weights}
+    def constants(self) -> Mapping[str, str]:
+        """Return the fingerprint of the reference; that of a sharded one is computed once, by all ranks together."""
+        from rlhf_engine.checkpoint import fingerprint
+
+        if self._reference is None or not self.sharded:
+            self._reference = fingerprint(self.reference.weights())
+        return {"reference": self._reference}
 
     def write_model(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, complete: bool | None = None
@@ -298,8 +304,7 @@ class PPOTrainer:
         for place, policy in places.items():
             check_saved(place, policy)
         for place, policy in places.items():
-            with whole(policy, write=True):
-                copy_weights(place, policy)
+            copy_weights(place, policy)
         load_optimizer_tensors(self.update_rule.optimizer, tensors, folder / OPTIMIZER)
         self.load_state(state)
         self.whole = True

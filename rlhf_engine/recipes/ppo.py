@@ -28,7 +28,7 @@ from rlhf_engine.model.top_layers import train_all
 from rlhf_engine.model.trunk import adapters_of, input_layer, output_layer
 from rlhf_engine.notices import notice
 from rlhf_engine.ppo.build import build_trainer
-from rlhf_engine.ppo.callbacks import Callback, MetricsLog, SampledResponses, earlier_responses
+from rlhf_engine.ppo.callbacks import Callback, MetricsLog, RanksNotice, SampledResponses, earlier_responses
 from rlhf_engine.ppo.ptx import PretrainStream
 from rlhf_engine.ppo.repro import ReproFiles
 from rlhf_engine.ppo.trainer import PPOTrainer
@@ -127,7 +127,7 @@ def run_ppo(
         data[REWARD_FUNCTION] = source_fingerprint(config.reward.function)
     ranks.check_equal(data)
     check_disk(trainer, config, Path(config.output_dir) / "ppo")
-    with trainer.gathered() if ranks.size > 1 else nullcontext():
+    with trainer.gathered(Path(config.output_dir) / "ppo.parts") if ranks.size > 1 else nullcontext():
         if ranks.first:
             try_output(trainer, codec.tokenizer, config)
     try_reward(trainer, codec.eos_id)
@@ -242,7 +242,10 @@ def _train(
             trainer.callbacks.append(UpdateProfile(Path(config.output_dir) / FOLDER, update))
         checkpoints = SessionCheckpoints(session)
         trainer.callbacks += [samples, log, checkpoints, Plots(config)] if ranks.first else [checkpoints]
-        trainer.callbacks += [ReproFiles(config)] if ranks.size == 1 else []
+        if ranks.size == 1:
+            trainer.callbacks.append(ReproFiles(config))
+        elif ranks.first:
+            trainer.callbacks.append(RanksNotice())
         trainer.train()
     return log.history
 

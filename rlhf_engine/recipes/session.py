@@ -162,7 +162,8 @@ class TrainingSession:
         masked, self._masked = self._masked, True
         begun = self.clock()
         try:
-            with self.trainer.gathered() if self.ranks.size > 1 else nullcontext():
+            parts = self.folder.with_name(f"{self.folder.name}.parts")
+            with self.trainer.gathered(parts) if self.ranks.size > 1 else nullcontext():
                 if self.ranks.first:
                     self._sync()
                     self.keeper.save(lambda retire: self._write(self.folder, retire))

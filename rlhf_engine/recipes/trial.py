@@ -129,8 +129,8 @@ def _try(
 def check_disk(trainer: Checkpointable, config: RunConfig, *replaced: Path) -> None:
     """Raise ValueError unless the disk of `output_dir` has space for the run's checkpoints and its result.
 
-    Two checkpoints exist while one replaces the other, unless `checkpoint_every` is 0. `replaced` are folders of an earlier run
-    that the run replaces.
+    Two checkpoints exist while one replaces the other, unless `checkpoint_every` is 0. A checkpoint of a sharded model is
+    written from the parts of the ranks and from whole tensors. `replaced` are folders of an earlier run that the run replaces.
     """
     section = getattr(config, _SECTIONS[trainer.stage])
     model = sum(tensor.nbytes for _, tensor in trainer.weights())
@@ -141,6 +141,8 @@ def check_disk(trainer: Checkpointable, config: RunConfig, *replaced: Path) -> N
     copies = 1 if section.checkpoint_every == 0 else 2
     frozen = _frozen_bytes(trainer)
     needed = copies * checkpoint + frozen
+    if isinstance(trainer, PPOTrainer) and trainer.sharded:
+        needed += 2 * checkpoint
     if trainer.stage != "ppo":
         needed = max(copies * checkpoint, checkpoint + model + frozen)
     place = existing_folder(config.output_dir)

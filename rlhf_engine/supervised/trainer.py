@@ -188,7 +188,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         """Return the optimizer's state by name."""
         return optimizer_tensors(self.optimizer)
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def gathered(self, folder: Path) -> AbstractContextManager[None]:
         """Do nothing: every rank has whole tensors."""
         return nullcontext()
 
@@ -196,7 +196,7 @@ class SupervisedTrainer(ABC, Generic[Evaluated]):
         """Iterate over the model's tensors that a checkpoint holds."""
         return self.model.named_parameters()
 
-    def constants(self) -> Mapping[str, Any]:
+    def constants(self) -> Mapping[str, str]:
         """Return no constants: training does not use the initial model after the first step."""
         return {}
 

@@ -35,6 +35,10 @@ SETS = (
 )
 
 
+CHAIN = (1, 2, 4, 1) if "CI" in os.environ else (1, 2, 1)
+"""Number of ranks of every update of a run that goes on with different numbers of ranks."""
+
+
 def arguments(out, updates, *options, sets=(), command="ppo"):
     sets = (*SETS, f"ppo.updates={updates}", f"output_dir={out}", *sets)
     return [command, "--config", "run.yaml", *options, *(word for one in sets for word in ("--set", one))]
@@ -48,13 +52,13 @@ def one_rank(*given, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the folder of a run of three updates on one rank, in `whole`."""
+    """Return the folder of an uninterrupted run on one rank, in `whole`."""
     folder = tmp_path_factory.mktemp("run")
     before = os.getcwd()
     os.chdir(folder)
     new_run(folder, new_model(folder / "base"))
     (folder / "rewards.py").write_text(REWARD)
-    one_rank("whole", 3)
+    one_rank("whole", len(CHAIN))
     yield folder
     os.chdir(before)
 
@@ -115,12 +119,19 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_and_after_ranks_that_failed(f
         assert error in named[0]
         assert not any("Traceback" in line for line in lines)
         assert {path.name: path.read_bytes() for path in (folder / "parts" / "ppo").iterdir()} == before
-    codes, lines, _ = several(folder, "resumed", "parts", 2, "--resume")
-    assert codes == [0, 0], lines
-    one_rank("parts", 3, "--resume")
+    for update, ranks in list(enumerate(CHAIN, 1))[1:]:
+        if ranks == 1:
+            one_rank("parts", update, "--resume")
+            continue
+        codes, lines, _ = several(folder, f"resumed-{update}", "parts", update, "--resume", ranks=ranks)
+        assert codes == [0] * ranks, lines
+        said = [line for line in lines if f"{ranks} ranks: the sharded weights are gathered once per update" in line]
+        assert len(said) == 1
+        assert "(metric idle_share)" in said[0]
+        assert not (folder / "parts" / "ppo.parts").exists()
 
     rows, expected = (read_lines(folder / out / "metrics.jsonl") for out in ("parts", "whole"))
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == list(range(1, len(CHAIN) + 1))
     for row, theirs in zip(rows, expected, strict=True):
         assert row["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
         assert row["score_mean"] == theirs["score_mean"]

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-LONGEST = 120
+LONGEST = 300
 """Seconds after which a child that hangs writes where, and fails."""
 
 
