@@ -249,6 +249,7 @@ STEPS = (
     Step("tests", 180, 30, tests),
     Step("correctness", 60, 20, group("correctness")),
     Step("ceilings", 30, 15, group("ceilings")),
+    Step("trials", 90, 20, group("trials")),
     Step("heads", 70, 25, group("heads")),
     Step("tokens", 50, 20, group("tokens")),
     Step("peers", 70, 25, group("peers")),
@@ -291,7 +292,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             f"--only: got {', '.join(sorted(options.only - set(NAMES)))}, expected some of the steps that --help lists"
         )
-    if options.only & {"heads", "tokens", "engine"}:
+    if options.only & {"trials", "heads", "tokens", "engine"}:
         options.only.add("ceilings")  # the bounds of these steps are fractions of the ceilings
     if not 0 < options.minutes < 24 * 60:
         parser.error(f"--minutes: got {options.minutes:g}, expected more than 0 and less than a day")

@@ -25,6 +25,9 @@ KlWeighting = Literal["none", "ratio"]
 RatioLevel = Literal["token", "sequence"]
 Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum"]
 
+ACTIVE_TRIALS: set[str] = set()
+"""Names of the kernels without a timing that `trials.trial` has turned on."""
+
 
 class Term(IntEnum):
     """What the loss of a token is; the codes of the option `term`."""

@@ -193,11 +193,9 @@ def test_every_kernel_is_reached_and_none_is_compiled_twice(tmp_path):
     """Records the launchers of rlhf_kernels without compiling them; `python -m benchmarks.compile_check` compiles them."""
     program = (
         "import importlib, json\n"
-        "from benchmarks.gpu.compilation import Findings, record\n"
-        "from benchmarks.gpu.specimens import specimens\n"
-        "from benchmarks.gpu.token_specimens import selection_specimens\n"
+        "from benchmarks.gpu.compilation import Findings, all_specimens, record\n"
         "found = Findings()\n"
-        f"record(importlib.import_module({compile_check.PACKAGE!r}), specimens() | selection_specimens(), found)\n"
+        f"record(importlib.import_module({compile_check.PACKAGE!r}), all_specimens(), found)\n"
         "print(json.dumps([found.problems, [name for _, name in found.forms['cuda'].values()]]))\n"
     )
     done = run_compiled("-c", program, path=tmp_path)

@@ -19,6 +19,7 @@ KERNEL_LAYERS = {
     "_options": (),
     "launch_args": ("_options",),
     "token_args": ("launch_args",),
+    "trials": ("_options",),
     "_C": (),  # compiled
     "_native": ("_C", "launch_args", "token_args"),
     "_cpu": ("_native", "launch_args", "token_args"),

@@ -15,6 +15,7 @@ from benchmarks.gpu.recorder import BINDING, Form, Recording, kernels_of, record
 from benchmarks.gpu.resources import Usage, cuda_sources, cuda_usage, triton_usage, why_no_nvcc
 from benchmarks.gpu.specimens import SIZES, Call, specimens
 from benchmarks.gpu.token_specimens import selection_specimens
+from benchmarks.gpu.trial_specimens import trial_specimens
 
 PROCESSES = 2
 REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -37,11 +38,16 @@ def check(
 ) -> Findings:
     """Record, compile and list problems; if `calls` is None, use the specimens of rlhf_kernels."""
     findings = Findings()
-    record(package, specimens() | selection_specimens() if calls is None else calls, findings)
+    record(package, all_specimens() if calls is None else calls, findings)
     compile_triton(architectures, findings)
     compile_cuda(architectures, findings)
     findings.problems += [_problem(usage) for usage in findings.usages if not usage.clean]
     return findings
+
+
+def all_specimens() -> dict[str, tuple[str, Call]]:
+    """Return the specimens of every launcher of rlhf_kernels."""
+    return specimens() | selection_specimens() | trial_specimens()
 
 
 def _problem(usage: Usage) -> str:

@@ -25,6 +25,7 @@ from benchmarks.harness import Session
 GROUPS = {
     "correctness": "correctness",
     "ceilings": "ceilings",
+    "trials": "trial_bench",
     "heads": "head_bench",
     "tokens": "token_bench",
     "peers": "peer_bench",

@@ -146,6 +146,56 @@ def discounts_of(table, sequence):
 
 
 @triton.jit
+def tile_steps(mask, last, seen, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr):
+    """Return which tokens of a tile count as steps; `last` and `seen` as in `gae_tile`."""
+    step = mask
+    if not SKIP_HOLES:
+        # Tokens after the last action of the sequence are padding, not holes.
+        step = mask | seen | (tl.arange(0, BLOCK) < last)
+    return step
+
+
+@triton.jit
+def _runs(reward, value, mask, step, rest, decay, decay2, decay3, decay4, BLOCK: tl.constexpr):
+    """Return what tokens 1 to 3 of each run of four add to U, whether they are steps, and the run's map: decay and sum."""
+    # `where` instead of a product with the mask: a masked token can hold NaN.
+    own = tl.where(mask, decay * reward + rest * value, 0.0)
+    o0, o1, o2, o3 = _columns(own, BLOCK)
+    s0, s1, s2, s3 = _columns(step.to(tl.int32), BLOCK)
+    o = _step(o0, s0 != 0, decay, _step(o1, s1 != 0, decay, _step(o2, s2 != 0, decay, o3)))
+    return o1, o2, o3, s1, s2, s3, _power(s0 + s1 + s2 + s3, decay, decay2, decay3, decay4), o
+
+
+@triton.jit
+def _first(x, BLOCK: tl.constexpr):
+    """Return the number of a tile's first run."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK // 4) == 0, x, 0.0), 0)
+
+
+@triton.jit
+def tile_map(
+    reward, value, mask, last, rest, decay, decay2, decay3, decay4, SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return (decay, sum) of the map of a tile without actions after it, with the bits that `gae_tile` computes.
+
+    Tokens after the tile's last action add nothing to U. With actions in a later tile the sum is therefore the same, and for
+    holes that decay the decay is `whole_decay`.
+    """
+    step = tile_steps(mask, last, False, SKIP_HOLES, BLOCK)
+    _, _, _, _, _, _, power, o = _runs(reward, value, mask, step, rest, decay, decay2, decay3, decay4, BLOCK)
+    d, o = tl.associative_scan((power, o), 0, compose, reverse=True)
+    return _first(d, BLOCK), _first(o, BLOCK)
+
+
+@triton.jit
+def whole_decay(decay4, BLOCK: tl.constexpr):
+    """Return the decay of a tile in which every token is a step, with the bits that `gae_tile` computes."""
+    none = tl.zeros([BLOCK // 4], tl.float32)
+    d, _ = tl.associative_scan((none + decay4, none), 0, compose, reverse=True)
+    return _first(d, BLOCK)
+
+
+@triton.jit
 def gae_tile(
     reward, value, mask, last, seen, after, rest, decay, decay2, decay3, decay4,
     SKIP_HOLES: tl.constexpr, BLOCK: tl.constexpr,
@@ -156,16 +206,9 @@ def gae_tile(
     and `seen` whether a later tile has an action. A run of four tokens is composed with γλ to the power of its steps, so that
     the rounding error of γλ accumulates per run and not per token: 75 such errors are as large as the error of all sums.
     """
-    step = mask
-    if not SKIP_HOLES:
-        # Tokens after the last action of the sequence are padding, not holes.
-        step = mask | seen | (tl.arange(0, BLOCK) < last)
-    # `where` instead of a product with the mask: a masked token can hold NaN.
-    own = tl.where(mask, decay * reward + rest * value, 0.0)
-    o0, o1, o2, o3 = _columns(own, BLOCK)
-    s0, s1, s2, s3 = _columns(step.to(tl.int32), BLOCK)
-    o = _step(o0, s0 != 0, decay, _step(o1, s1 != 0, decay, _step(o2, s2 != 0, decay, o3)))
-    d, o = tl.associative_scan((_power(s0 + s1 + s2 + s3, decay, decay2, decay3, decay4), o), 0, compose, reverse=True)
+    step = tile_steps(mask, last, seen, SKIP_HOLES, BLOCK)
+    o1, o2, o3, s1, s2, s3, power, o = _runs(reward, value, mask, step, rest, decay, decay2, decay3, decay4, BLOCK)
+    d, o = tl.associative_scan((power, o), 0, compose, reverse=True)
     worth = o + d * after
     run = tl.arange(0, BLOCK // 4)
     u3 = tl.where(run == BLOCK // 4 - 1, after, tl.gather(worth, tl.minimum(run + 1, BLOCK // 4 - 1), 0))
@@ -174,4 +217,4 @@ def gae_tile(
     u0 = _step(o1, s1 != 0, decay, u1)
     following = _block(u0, u1, u2, u3, BLOCK)
     advantage = tl.where(mask, reward - value + following, 0.0)
-    return advantage, tl.sum(tl.where(run == 0, worth, 0.0), 0)
+    return advantage, _first(worth, BLOCK)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _native  # pyright: ignore[reportPrivateUsage]  # of this package
+from .._options import ACTIVE_TRIALS
 from ..backend import Kernels
 from ..launch_args import LogitRows, PpoRows, RowStats, Transform
 from . import weights
@@ -27,8 +28,9 @@ from .weights import Head, product
 MIN_CHUNK = 16
 """Minimum rows of a chunk. CPU matrix libraries sum in a different order for fewer rows, so shorter chunks are padded."""
 
+HALF = (torch.bfloat16, torch.float16)
 GPU_LOGITS_BYTES = 2**30
-"""Size of a chunk of float32 logits on a GPU, in bytes; it determines the rows of a chunk.
+"""Size of a chunk of logits on a GPU, in bytes; it determines the rows of a chunk.
 
 Each chunk reads and writes the float32 sum of the weight's gradient. For chunks of 1024 rows and a vocabulary of 128k
 this takes half as long as the chunk's product."""
@@ -47,8 +49,8 @@ class Plan:
     float16 sums are always float32, because the sums can exceed 65504 before they are divided by the denominator.
 
     On a GPU (`wide`) half-precision factors give float32 logits, so that log-probs are not rounded to bf16, and the
-    products add to float32 sums. The bits of a row depend on the shape of its product, so all products have the same
-    shape for any N.
+    products add to float32 sums. With the trial `half_logits` the logits have the dtype of the factors. The bits of a
+    row depend on the shape of its product, so all products have the same shape for any N.
     """
 
     chunk: int
@@ -65,9 +67,10 @@ class Plan:
     ) -> "Plan":
         """Return the plan for `n` rows of hidden states of `dtype`; `chunk_tokens` overrides the default chunk."""
         if backend != "cpu":
-            rows = max(128, min(4096, GPU_LOGITS_BYTES // (4 * vocab) // 128 * 128))
+            logits = dtype if dtype in HALF and "half_logits" in ACTIVE_TRIALS else torch.float32
+            rows = max(128, min(4096, GPU_LOGITS_BYTES // (logits.itemsize * vocab) // 128 * 128))
             chunk = max(chunk_tokens or rows, MIN_CHUNK)
-            return cls(chunk, chunk, chunk, torch.float32, torch.float32, True, bool(compact))
+            return cls(chunk, chunk, chunk, logits, torch.float32, True, bool(compact))
         default, step = (512, 512) if dtype == torch.float32 else (2048, 256)
         chunk = max(chunk_tokens or default, MIN_CHUNK)
         one_product = n <= chunk and dtype == torch.bfloat16
