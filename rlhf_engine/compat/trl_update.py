@@ -9,16 +9,22 @@ Shapes: B sequences, T response width, N rows of a micro-batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_engine.compat.trl_lookups import rows_added
 from rlhf_engine.compat.trl_rollout import Batch
 from rlhf_engine.memory import AnyArena, gradients_in
 from rlhf_engine.model import ActorCritic
 from rlhf_engine.optim.adamw import Optimizer, gradient_norm
+from rlhf_engine.rollout import Rollout
+
+CPU_PASS_TOKENS = 512
+"""Most tokens of one pass on a CPU, unless a sequence has more."""
 
 _LOSSES = {"loss/policy_avg": "policy_loss", "loss/value_avg": "value_loss"}
 _SHARES = {
@@ -54,7 +60,7 @@ class Update:
             FloatingPointError: a gradient is not finite. The weights are those of the last step.
         """
         args, found = self.args, []
-        with arena.phase("train"), gradients_in(arena, self.trained):
+        with arena.phase("train"), gradients_in(arena, self.trained) as places, rows_added(self.policy, places):
             for _ in range(args.num_ppo_epochs):
                 order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(batch.mask.device)
                 for minibatch in order.split(args.local_mini_batch_size):
@@ -79,14 +85,22 @@ class Update:
 
     def _backward(self, batch: Batch, sequences: Tensor) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch; return its metrics."""
+        mask, steps = batch.mask[sequences], self.args.gradient_accumulation_steps
+        tokens, states = int(mask.sum()), int(batch.rollout.mask[sequences].sum())
+        denominators = {"num_tokens": max(1, tokens) * steps, "num_value_tokens": states * steps}
+        found = [self._pass(batch, part, denominators) for part in _passes(sequences, batch.rollout)]
+        sums = {name: torch.stack([one[name] for one in found]).sum(0) for name in found[0]}
+        return _trl_metrics(sums, steps, tokens / mask.numel())
+
+    def _pass(self, batch: Batch, sequences: Tensor, denominators: dict[str, int]) -> dict[str, Tensor]:
+        """Run one forward and backward pass; return its share of the metrics of the micro-batch."""
         args, inputs = self.args, batch.rollout.batch(sequences)
         assert inputs.ids is not None and inputs.source is not None
 
         def rows(x: Tensor, source: Tensor = inputs.source) -> Tensor:  # (B, T) -> (N,)
             return x.reshape(-1)[source]
 
-        mask, old_logprobs, steps = rows(batch.mask), rows(batch.old_logprobs), args.gradient_accumulation_steps
-        tokens, states = int(mask.sum()), len(inputs.ids)
+        mask, old_logprobs = rows(batch.mask), rows(batch.old_logprobs)
         loss = {
             "old_logprobs": old_logprobs,
             "advantages": rows(batch.advantages),
@@ -97,8 +111,7 @@ class Update:
             "value_mask": torch.ones_like(mask),
             "cliprange_value": args.cliprange_value,
             "vf_coef": args.vf_coef,
-            "num_tokens": max(1, tokens) * steps,
-            "num_value_tokens": states * steps,
+            **denominators,
             # Not in the loss: half of the mean square of the log-ratio is the metric `policy/approxkl_avg`.
             "ref_logprobs": old_logprobs,
             "kl_estimator": "k2",
@@ -106,8 +119,19 @@ class Update:
         result = self.policy(inputs, ("loss",), temperature=args.sampling_temperature, loss=loss).loss
         assert result is not None
         result.loss.backward()
-        positions = len(sequences) * batch.mask.shape[1]
-        return _trl_metrics(result.metrics, steps, tokens / positions)
+        return result.metrics
+
+
+def _passes(sequences: Tensor, rollout: Rollout) -> Sequence[Tensor]:
+    """Return the sequences of a micro-batch in the passes that compute its gradient.
+
+    The gradients of the passes add up to that of the micro-batch. On a CPU, products of a few hundred rows are as fast per row
+    as larger ones, and a pass needs less memory for activations.
+    """
+    if sequences.device.type != "cpu":
+        return [sequences]
+    width = rollout.prompt_ids.shape[1] + rollout.response_ids.shape[1]
+    return sequences.chunk(-(-len(sequences) * width // CPU_PASS_TOKENS))
 
 
 def _trl_metrics(metrics: dict[str, Tensor], steps: int, share: float) -> dict[str, Tensor]:

@@ -224,8 +224,8 @@ def gradient_bytes(parameters: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Store the gradients of `parameters` in the arena inside the context; drop them at its end.
+def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[nn.Parameter, Tensor]]:
+    """Store the gradients of `parameters` in the arena inside the context; drop them at its end. Return their places.
 
     A gradient is moved into the arena after the first backward pass has computed it, and later gradients are added to
     it there. As without an arena, a parameter that no backward pass reaches has no gradient, and
@@ -247,7 +247,7 @@ def gradients_in(arena: AnyArena, parameters: Iterable[nn.Parameter]) -> Iterato
             places[parameter] = room.as_strided(parameter.shape, parameter.stride())
             hooks.append(parameter.register_post_accumulate_grad_hook(move))
         room = None
-        yield
+        yield places
     finally:
         for hook in hooks:
             hook.remove()

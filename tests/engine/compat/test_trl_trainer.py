@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
+from rlhf_engine.compat import trl_update
 from rlhf_engine.compat.trl import PPOConfig, PPOTrainer
 from tests.engine.helpers.trl_scripts import PAD, SETTINGS, language_model, parts, prompts, tokenizer, weights
 
@@ -165,6 +166,30 @@ def test_a_reference_is_copied_if_none_is_given(tmp_path):
     assert trainer.state.log_history[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
     frozen = trainer.reference.model.model.state_dict()
     assert all(torch.equal(weight, frozen[key]) for key, weight in language_model(0).state_dict().items())
+
+
+def test_a_micro_batch_in_several_passes(tmp_path, monkeypatch):
+    """On a CPU a micro-batch is split; weights and metrics are those of one pass."""
+    found = []
+    for tokens in (10_000, 1):
+        monkeypatch.setattr(trl_update, "CPU_PASS_TOKENS", tokens)
+        trainer, sizes = make(tmp_path / str(tokens), **ONE | {"total_episodes": 16}), []
+        run = trainer.update._pass
+        monkeypatch.setattr(
+            trainer.update,
+            "_pass",
+            lambda batch, part, n, run=run, sizes=sizes: sizes.append(len(part)) or run(batch, part, n),
+        )
+        trainer.train()
+        for log in trainer.state.log_history:
+            del log["eps"]
+        found.append((sizes, weights(trainer), trainer.state.log_history))
+    (whole, expected, logs), (parted, got, other_logs) = found
+    assert (whole, parted) == ([8] * 2, [1] * 16)
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=1e-5, msg=name)
+    for log, other in zip(logs, other_logs, strict=True):
+        assert other == pytest.approx(log, abs=1e-5, nan_ok=True)
 
 
 def test_given_optimizer_and_scheduler(tmp_path):
