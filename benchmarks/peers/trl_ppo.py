@@ -1,4 +1,6 @@
-"""The original PPOTrainer of TRL on a model and batch of `bench_ppo_step` or of `gpu/engine_bench`.
+"""The original PPOTrainer of TRL, or ours with its interface, on a model and batch of a benchmark.
+
+`bench_ppo_step`, `bench_trl_front` and `gpu/engine_bench` run it.
 
 Its defaults are kept (fused AdamW, clip .2, value clip .2, vf_coef .1, kl_coef .05, lam .95, temperature .7, one minibatch)
 except for the settings that the comparison fixes: the batch, the dtype of the weights (float32 on CPU), no activation
@@ -44,11 +46,18 @@ def _warm_up(policy, rows: torch.Tensor) -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def _arguments(folder: str, batch: dict, device: torch.device):
-    """Return the settings that our trainer also has, with all output turned off."""
-    from trl.experimental.ppo import PPOConfig
+def _classes(front: bool):
+    """Return `PPOConfig` and `PPOTrainer`: TRL's, or with `front` those of `rlhf_engine.compat.trl`."""
+    if front:
+        from rlhf_engine.compat import trl as module
+    else:
+        from trl.experimental import ppo as module
+    return module.PPOConfig, module.PPOTrainer
 
-    return PPOConfig(
+
+def _arguments(folder: str, batch: dict, device: torch.device, config: type):
+    """Return the settings that our trainer also has, with all output turned off."""
+    return config(
         output_dir=folder,
         use_cpu=device.type == "cpu",
         bf16=False,
@@ -70,16 +79,16 @@ def _arguments(folder: str, batch: dict, device: torch.device):
     )
 
 
-def run(session: Session, *, model: dict, batch: dict) -> None:
-    """Run PPO updates, one per step of the session.
+def run(session: Session, *, model: dict, batch: dict, front: bool = False) -> None:
+    """Run PPO updates, one per step of the session; with `front`, by `rlhf_engine.compat.trl`.
 
     `model` has the fields of a config.json, by default of a Llama. `batch` has the keys of `bench_ppo_step.BATCH`,
     `micro_batch`, and optionally `device`, `dtype` and `rollout_rows`, the number of sequences sampled together.
     """
     from datasets import Dataset
     from transformers import AutoConfig, TrainerCallback
-    from trl.experimental.ppo import PPOTrainer
 
+    settings, trainer = _classes(front)
     session.baseline()
     torch.manual_seed(0)
     config = AutoConfig.for_model(**{"model_type": "llama"} | model, num_labels=1)
@@ -102,8 +111,8 @@ def run(session: Session, *, model: dict, batch: dict) -> None:
                 raise SystemExit
 
     with tempfile.TemporaryDirectory() as folder:
-        PPOTrainer(
-            args=_arguments(folder, batch, device),
+        trainer(
+            args=_arguments(folder, batch, device, settings),
             processing_class=_tokenizer(config.vocab_size),
             model=policy,
             ref_model=reference,
@@ -112,3 +121,31 @@ def run(session: Session, *, model: dict, batch: dict) -> None:
             callbacks=[Pace()],
             train_dataset=Dataset.from_dict({"input_ids": prompts}),
         ).train()
+
+
+def scores(*, model: dict, batch: dict, updates: int, front: bool, seed: int = 0) -> list[float]:
+    """Return the mean score of the responses in each of `updates` updates."""
+    import numpy as np
+    from datasets import Dataset
+    from transformers import AutoConfig
+
+    settings, trainer = _classes(front)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    config = AutoConfig.for_model(**{"model_type": "llama"} | model, num_labels=1)
+    policy, reference, value, reward = _models(config, torch.device("cpu"), torch.float32)
+    prompts = torch.randint(0, config.vocab_size, (batch["prompts"] * 8, batch["prompt_tokens"])).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(folder, batch, torch.device("cpu"), settings)
+        arguments.learning_rate, arguments.total_episodes, arguments.seed = 3e-3, batch["prompts"] * updates, seed
+        run = trainer(
+            args=arguments,
+            processing_class=_tokenizer(config.vocab_size),
+            model=policy,
+            ref_model=reference,
+            reward_model=reward,
+            value_model=value,
+            train_dataset=Dataset.from_dict({"input_ids": prompts}),
+        )
+        run.train()
+    return [line["objective/scores"] for line in run.state.log_history]

@@ -118,3 +118,19 @@ def test_three_updates(tmp_path, monkeypatch, name):
             assert our_log[key] == pytest.approx(their_log[key], rel=TOLERANCE, abs=TOLERANCE, nan_ok=True), key
     change = [float((us.seen[-1][0][key] - us.seen[0][0][key]).abs().max()) for key in us.seen[0][0]]
     assert sum(one > 20 * TOLERANCE for one in change) >= 10  # the comparison is of weights that move
+
+
+def test_where_the_metrics_differ(tmp_path, monkeypatch):
+    """The weights agree, but two of TRL's metrics are no means over what exists.
+
+    With minibatches and accumulation, half of the cells of TRL's tables of statistics are never filled and count as 0. With
+    stop tokens, its entropy also averages the positions after a response.
+    """
+    settings = STOPS | {"num_mini_batches": 2, "total_episodes": 8}
+    them, us = run(monkeypatch, tmp_path, settings, dict)
+    ((their_weights, their_log),), ((our_weights, our_log),) = them.seen, us.seen
+    for key, weight in their_weights.items():
+        torch.testing.assert_close(our_weights[key], weight, rtol=0, atol=TOLERANCE, msg=key)
+    for key in ("val/ratio", "policy/approxkl_avg", "loss/value_avg"):
+        assert our_log[key] == pytest.approx(2 * their_log[key], rel=TOLERANCE), key
+    assert abs(our_log["policy/entropy_avg"] - 2 * their_log["policy/entropy_avg"]) > TOLERANCE / 2
