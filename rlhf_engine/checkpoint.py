@@ -358,7 +358,8 @@ def _like(found: object, ours: object) -> bool:
     if isinstance(ours, dict):
         known = cast("dict[str, object]", ours)
         return isinstance(found, dict) and all(
-            value is None or _like(value, 0 if known.get(name) is None else known[name])
+            (value is None and not isinstance(known.get(name), (dict, list, tuple)))
+            or _like(value, 0 if known.get(name) is None else known[name])
             for name, value in cast("dict[str, object]", found).items()
         )
     if isinstance(ours, (list, tuple)):

@@ -22,7 +22,7 @@ from rlhf_engine.model.quantised import refuse_quantised_layers
 from rlhf_engine.model.references import AdapterOff, Hydra
 from rlhf_engine.model.roles import Outputs
 from rlhf_engine.model.streamed import StreamedCopy
-from rlhf_engine.model.trunk import outermost_layers
+from rlhf_engine.model.trunk import named, outermost_layers
 from rlhf_engine.optim.adamw import Optimizer, Resident
 from rlhf_engine.optim.build import build_optimizer
 from rlhf_engine.ppo.callbacks import Callback, TextMetrics
@@ -207,16 +207,22 @@ def end_ids(policy: LanguageModel, codec: Codec, config: RolloutConfig) -> list[
     that ends a turn in the chat template.
 
     Raises:
-        ValueError: an entry of `config.eos_tokens` is not one token.
+        ValueError: an entry of `config.eos_tokens` is not one token, or the model's ids are not integers.
     """
     if config.eos_tokens is not None:
-        named = [one_token(codec, text, f"rollout.eos_tokens[{at}]") for at, text in enumerate(config.eos_tokens)]
-        return list(dict.fromkeys((codec.eos_id, *named)))
+        chosen = [one_token(codec, text, f"rollout.eos_tokens[{at}]") for at, text in enumerate(config.eos_tokens)]
+        return list(dict.fromkeys((codec.eos_id, *chosen)))
     model = cast("Any", policy.model)  # not every model has a generation config
     found = [codec.eos_id, codec.turn_end[-1]]
     for source in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         ids: Any = getattr(source, "eos_token_id", None)
-        found += [] if ids is None else [ids] if isinstance(ids, int) else ids
+        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if any(type(one) is not int for one in listed):
+            raise ValueError(
+                f"{named(policy.model)}: got eos_token_id {ids!r} in its config.json or generation_config.json, expected an "
+                "id or a list of ids"
+            )
+        found += listed
     known = frozenset(codec.tokenizer.get_vocab().values())
     return [token for token in dict.fromkeys(found) if token in known]
 

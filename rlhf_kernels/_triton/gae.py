@@ -111,7 +111,7 @@ def _carried(maps, n, whole, begin, tile, tiles, after, SKIP_HOLES: tl.constexpr
     """Return U after a tile, and whether a later tile has an action. The loads of a group of maps are in flight together."""
     seen = False
     for group in range(tl.cdiv(tiles - 1 - tile, GROUP)):
-        for k in tl.static_range(GROUP):
+        for k in tl.static_range(GROUP):  # pyright: ignore[reportGeneralTypeIssues]
             later = tiles - 1 - group * GROUP - k
             exists = later > tile
             at = maps + begin + later

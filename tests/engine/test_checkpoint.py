@@ -142,6 +142,7 @@ def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path):
         ("planned_steps", []),
         ("limits", {"counts": {"warn_on.kl": "three"}, "last": {}}),
         ("limits", {"counts": []}),
+        ("limits", {"counts": {}, "last": None}),
         ("passes", {"microbatch": [4]}),
         ("merges", "no"),
     ],

@@ -70,6 +70,17 @@ def test_an_eos_token_that_is_no_token_is_refused():
         sample(policy(tokenizer), Codec(tokenizer), eos_tokens=("<end>", "zyx"))
 
 
+@pytest.mark.parametrize("ids", [[[]], [None], [0, "2"], {"a": 1}, "</s>", True])
+def test_an_id_of_the_models_config_that_is_no_integer_is_refused(ids):
+    tokenizer = byte_level(*MARKS)
+    actor = policy(tokenizer)
+    actor.model.generation_config.eos_token_id = ids
+    with pytest.raises(
+        ValueError, match=r"model: PhiForCausalLM: got eos_token_id .* in its config\.json or generation_"
+    ):
+        make_generator(actor, Codec(tokenizer), RunConfig(), 0)
+
+
 @pytest.mark.parametrize(
     "setting, reason",
     [({"stop": ("<end>",)}, STOP_STRING), ({"stop_token": "<end>"}, STOP_TOKEN)],
