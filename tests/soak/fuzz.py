@@ -26,9 +26,15 @@ def run(seconds: float) -> Iterator[dict[str, Any]]:
         ended = re.search(r"^(\d+) faults$", out, re.M)
         done += PART if ended else 0
         if code or not ended:
-            failures.append(f"{' '.join(command)}: exit code {code}\n{out[-2000:]}\n{err[-400:]}")
+            failures.append(_faults(out) if ended else f"{' '.join(command)}: exit code {code}\n{err[-400:]}")
         checks = [
             check("cases", done, CASES, at_least=True),
             check("runs with a traceback, a hang, too much memory, or an accepted mistake", len(failures), 0),
         ]
         yield {"checks": checks, "failures": failures}
+
+
+def _faults(out: str) -> str:
+    """Return what the fuzzer prints between its table and the number of faults."""
+    lines = [line for line in out.splitlines() if line and not line.startswith("|")]
+    return "\n".join(line[:400] for line in lines[:-1])
