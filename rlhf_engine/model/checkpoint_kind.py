@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -22,6 +23,9 @@ _QUANTISED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files of older tools that describe quantised weights, and the method that they imply."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+_DEEP = 200
+"""More layers than a model has that shares weights between layers."""
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
 """Ends of the names of classes whose output layer predicts the next token."""
@@ -44,6 +48,20 @@ def refuse_quantised(folder: Path, weights: Sequence[str]) -> None:
             f"{folder}: got weights quantised with {method}, expected float32, bfloat16 or float16: quantised checkpoints are "
             "not supported; give the original checkpoint, or load this one in transformers, dequantise and save it"
         )
+
+
+def check_layers(folder: Path, config: PreTrainedConfig, weights: Sequence[str]) -> None:
+    """Raise ValueError if config.json names hundreds of layers that the weights do not have; to build them takes minutes."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers <= _DEEP:
+        return
+    stored = 0
+    for file in (name for name in weights if name.endswith(".safetensors")):
+        with safe_open(folder / file, framework="pt") as tensors:
+            numbers = [int(number) for name in tensors.keys() for number in re.findall(r"\.(\d+)\.", name)]  # noqa: SIM118
+        stored = max(stored, *(number + 1 for number in numbers), 0)
+    if stored < layers:
+        raise ValueError(f"{folder / 'config.json'}: got {layers} layers, and its weights are of {stored}")
 
 
 def check_language_model(

@@ -21,7 +21,7 @@ from transformers import (
 
 from rlhf_engine.errors import foreign_errors
 from rlhf_engine.files import read_json, read_model_config, read_tensors, remote_code_off, require
-from rlhf_engine.model.checkpoint_kind import check_language_model, finite, refuse_quantised
+from rlhf_engine.model.checkpoint_kind import check_language_model, check_layers, finite, refuse_quantised
 from rlhf_engine.model.heads import ValueHead
 from rlhf_engine.model.quantised import QuantError, check_device, quant_of
 
@@ -77,6 +77,7 @@ def load_pretrained(
         )
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
     refuse_quantised(folder, weights)
+    check_layers(folder, config, weights)
     if (folder / "generation_config.json").is_file():
         read_json(folder / "generation_config.json")  # transformers ignores a broken one
     what = f"{folder}: transformers {transformers.__version__} cannot load the model"

@@ -57,6 +57,19 @@ def test_files_and_weights_of_quantised_models_are_noticed_without_a_config(tmp_
         causal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "family, field", [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("granite", "num_hidden_layers")]
+)
+def test_hundreds_of_layers_without_weights_are_refused_before_they_are_built(tmp_path, family, field):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    layers = content[field]
+    (tmp_path / "config.json").write_text(json.dumps(content | {field: 1_000_000}))
+    with pytest.raises(ValueError, match=f"config.json: got 1000000 layers, and its weights are of {layers}$"):
+        load_pretrained(AutoModelForCausalLM, tmp_path)
+
+
 def test_a_model_of_a_different_kind_is_refused(tmp_path):
     RewardModel.from_causal_lm(tiny("llama_tied"), 0).save(tmp_path / "rm")
     with pytest.raises(
