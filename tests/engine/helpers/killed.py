@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tests.engine.faults.runs import CASES, command, config_of, difference, no_drawing, outcome, prepare
+from tests.engine.faults.runs import ANSWERS, CASES, command, config_of, difference, no_drawing, outcome, prepare
 
 SAVED = {
     "sft": "sft.checkpoint",
@@ -34,7 +34,7 @@ SAVED = {
     "iterate": "state.json",
     "generate": "answers.jsonl.partial",
 }
-"""What the folder of a killed run contains if the run has something to continue from."""
+"""What the folder of a killed run contains if the run has something to continue from and is not finished."""
 LONGEST = 300
 """Seconds after which a child that hangs prints where, and fails."""
 
@@ -103,7 +103,8 @@ class Killer:
             rng, out = Random(trial), self.folder / f"out{trial}"
             found = {"kills": 0, "continued": 0, "copied": 0}
             while True:
-                found["continued"] += (out / SAVED[self.case.stage]).exists()
+                saved = (SAVED[self.case.stage], self.case.stage, ANSWERS)
+                found["continued"] += any((out / name).exists() for name in saved)
                 kill = None
                 if found["kills"] < kills:
                     if self.instants:
