@@ -216,7 +216,7 @@ def end_ids(policy: LanguageModel, codec: Codec, config: RolloutConfig) -> list[
     found = [codec.eos_id, codec.turn_end[-1]]
     for source in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         ids: Any = getattr(source, "eos_token_id", None)
-        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        listed = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
         if any(type(one) is not int for one in listed):
             raise ValueError(
                 f"{named(policy.model)}: got eos_token_id {ids!r} in its config.json or generation_config.json, expected an "
